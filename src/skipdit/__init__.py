@@ -1,0 +1,49 @@
+"""Diffusion transformers with long skip connections. The public names, imported when first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipdit.cache.runtime import cache_context as cache_context
+    from skipdit.cache.runtime import cache_summary as cache_summary
+    from skipdit.cache.runtime import disable_cache as disable_cache
+    from skipdit.cache.runtime import enable_cache as enable_cache
+    from skipdit.checkpoints import load_model as load_model
+    from skipdit.models.dit import DiT as DiT
+    from skipdit.models.long_skip import LongSkipConfig as LongSkipConfig
+    from skipdit.pipelines import ClassToImagePipeline as ClassToImagePipeline
+
+    __version__: str
+
+# public name: the module that defines it; a test holds it equal to the imports above
+_MODULES = {
+    "ClassToImagePipeline": "skipdit.pipelines",
+    "DiT": "skipdit.models.dit",
+    "LongSkipConfig": "skipdit.models.long_skip",
+    "cache_context": "skipdit.cache.runtime",
+    "cache_summary": "skipdit.cache.runtime",
+    "disable_cache": "skipdit.cache.runtime",
+    "enable_cache": "skipdit.cache.runtime",
+    "load_model": "skipdit.checkpoints",
+}
+
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+if not TYPE_CHECKING:  # so that a type checker reports an unknown name
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib.metadata import version
+
+            value: Any = version("skipdit")
+        elif name in _MODULES:
+            value = getattr(importlib.import_module(_MODULES[name]), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

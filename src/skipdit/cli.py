@@ -1,0 +1,248 @@
+"""The command line: finds the command, parses its options, prints what a person wants to read.
+
+Each command is a function of its arguments; whatever is heavy is imported inside.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from skipdit.compare import Report
+
+Config = TypeVar("Config")
+
+
+def sample(arguments: Sequence[str]) -> None:
+    """Sample pictures in full, cached, and with fewer steps at the same wall time; grids and a report go into --out.
+
+    Example: skipdit sample --labels cat-face heart --cache N3 --out out/cats
+    """
+    from skipdit.compare import SampleConfig, sample_and_compare
+
+    config = _parse("sample", sample.__doc__, arguments, SampleConfig)
+    _print_report(sample_and_compare(config), config.out)
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train by a named recipe, every setting of which can be changed; goes on from the last checkpoint in --out.
+
+    Example: skipdit train emoji --max-steps 20 --out runs/try
+    """
+    import tyro
+
+    from skipdit.compare import check_writable
+    from skipdit.recipes import RECIPES
+    from skipdit.training import TrainConfig
+    from skipdit.training import train as run
+
+    recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: skipdit train RECIPE [OPTIONS]\n\n{train.__doc__}\nRecipes (`skipdit train RECIPE --help` lists the options):\n{recipes}"
+        )
+        return
+    if not arguments or arguments[0] not in RECIPES:
+        raise ValueError(
+            f"the recipe must be one of {', '.join(RECIPES)}, got {arguments[0]!r}"
+            if arguments
+            else f"give a recipe:\n{recipes}"
+        )
+    name = arguments[0]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """out: folder of the run. resume: go on from its last checkpoint. device: cpu, cuda, or what there is."""
+
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        out: Path = Path("runs") / name
+        resume: bool = True
+        device: str | None = None
+
+    options = _parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
+    check_writable(options.out)
+    folder = run(options.config, options.out, resume=options.resume, device=options.device)
+    print(f"trained: skipdit sample --model {folder}")
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Convert a checkpoint between the official keys, our own folder and diffusers' DiTTransformer2DModel.
+
+    Example: skipdit convert DiT-XL-2-skip.pt --to skipdit --out DiT-XL-2-skip
+    """
+    import tyro
+
+    from skipdit.checkpoints import load_model, save_official, to_diffusers
+    from skipdit.files import atomic_folder
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """model: a .pt or .safetensors file, or a folder. to: official (.safetensors file), skipdit or diffusers
+        (folder).
+        out: what is written. prefer: which weights of a training checkpoint. num_attention_heads: where sizes cannot
+        tell.
+        """
+
+        model: tyro.conf.Positional[Path]
+        to: Literal["official", "skipdit", "diffusers"]
+        out: Path
+        prefer: Literal["ema", "model"] = "ema"
+        num_attention_heads: int | None = None
+
+    options = _parse("convert", convert.__doc__, arguments, Options)
+    model = load_model(options.model, prefer=options.prefer, num_attention_heads=options.num_attention_heads)
+    if options.to == "official":
+        save_official(model, options.out)
+    else:
+        converted = model if options.to == "skipdit" else to_diffusers(model)
+        with atomic_folder(options.out) as draft:
+            converted.save_pretrained(draft)
+    print(f"written: {options.out}")
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow.
+
+    Example: skipdit bench models --presets DiT-S/2 --out benchmarks
+    """
+    from skipdit.benchmark import ModelBenchConfig, bench_models
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: skipdit bench models [OPTIONS]\n\n{bench.__doc__}")
+        return
+    if not arguments or arguments[0] != "models":
+        raise ValueError(f"the benchmark must be models, got {arguments[0] if arguments else 'none'!r}")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """out: folder of the .md and .json."""
+
+        config: Annotated[ModelBenchConfig, _unprefixed()]
+        out: Path = Path("benchmarks")
+
+    options = _parse("bench models", bench.__doc__, arguments[1:], Options, Options(config=ModelBenchConfig()))
+    bench_models(options.config, options.out)
+    print(f"written: {options.out}")
+
+
+def info(arguments: Sequence[str]) -> None:
+    """Show versions, bundled models, presets and cache methods; with a model, its sizes and long skips.
+
+    Example: skipdit info DiT-XL-2-skip.pt
+    """
+    import tyro
+
+    from skipdit.cache.methods import METHODS, SPEC_FORM
+    from skipdit.compare import BUNDLED, SampleConfig, load_pipeline, versions
+    from skipdit.models.dit import PRESETS
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """model: emoji, a pipeline's folder or a checkpoint."""
+
+        model: tyro.conf.Positional[str | None] = None
+        num_attention_heads: int | None = None
+
+    options = _parse("info", info.__doc__, arguments, Options)
+    if options.model is None:
+        print("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
+        print(f"bundled models: {', '.join(BUNDLED)}\npresets: {', '.join(PRESETS)}\ncache specs: {SPEC_FORM}")
+        for name, (order, source) in METHODS.items():
+            print(f"  {name}: Taylor order {order} by default; {source}")
+        return
+    model = load_pipeline(
+        SampleConfig(model=options.model, num_attention_heads=options.num_attention_heads)
+    ).transformer
+    config, links = model.config, model.long_skip_links
+    print(
+        f"{type(model).__name__}: {config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}, ",
+        end="",
+    )
+    print(
+        f"{config.num_attention_heads} heads, patch {config.patch_size}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    )
+    print(f"input: {config.in_channels} x {config.sample_size} x {config.sample_size}, {config.num_classes} classes")
+    pairs = ", ".join(f"{source} -> {target}" for target, source in links.sources.items())
+    print(f"long skips: {pairs or 'none'}" + (f" ({config.long_skip['fusion']})" if pairs else ""))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "sample": sample,
+    "train": train,
+    "convert": convert,
+    "bench": bench,
+    "info": info,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. A user's mistake ends in one line and exit status 2; SKIPDIT_TRACEBACK=1 shows where it was
+    found.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        listing = "\n".join(
+            f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
+        )
+        print(
+            f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n\n`skipdit COMMAND --help` shows its options."
+        )
+        return
+    try:
+        if arguments[0] not in COMMANDS:
+            raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("SKIPDIT_TRACEBACK"):
+            raise
+        print(f"skipdit: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _unprefixed() -> object:
+    """Makes the options of a nested config options of the command."""
+    import tyro
+
+    return tyro.conf.arg(name="")
+
+
+def _parse(
+    command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
+) -> Config:
+    import tyro
+
+    return tyro.cli(
+        config,
+        default=tyro.MISSING_NONPROP if default is None else default,
+        args=list(arguments),
+        prog=f"skipdit {command}",
+        description=text,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def _print_report(report: "Report", out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "steps", "full", "reused", "seconds", "speedup", "compute", "PSNR dB", "SSIM", title=None)
+    for row in report.rows:
+        psnr, ssim = (
+            "-" if value is None else f"{value:.{digits}f}" for value, digits in ((row.psnr_db, 2), (row.ssim, 4))
+        )
+        counts = (str(row.steps), str(row.steps_full), str(row.steps_reused))
+        table.add_row(
+            row.name, *counts, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", f"{row.compute_ratio:.2f}x", psnr, ssim
+        )
+    console = Console()
+    console.print(table)
+    held = max(row.bytes_held for row in report.rows) / 2**20
+    console.print(
+        f"peak memory {report.peak_memory_bytes / 2**20:.0f} MiB, held by the cache {held:.2f} MiB, seed {report.config['seed']}"
+    )
+    console.print(f"pictures and report.json are in {out}", soft_wrap=True)

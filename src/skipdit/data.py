@@ -1,0 +1,205 @@
+"""Pictures with a class label, from the bundled emoji, a folder, a parquet file or any `datasets` name."""
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MAX_CACHED_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """source: `"emoji"` (bundled), a folder with one subfolder a class, a `.parquet` file, or the name of a
+    `datasets` set.
+    image_size: side in pixels; other pictures are resized on the shorter side and cropped in the centre.
+    image_column, label_column: of a parquet file or a `datasets` set. split: of a `datasets` set.
+    """
+
+    source: str = "emoji"
+    image_size: int = 64
+    image_column: str = "image"
+    label_column: str = "label"
+    split: str = "train"
+
+
+def to_rgb(picture: Image.Image, size: int) -> Image.Image:
+    """RGB on white, shorter side resized to `size`, centre crop."""
+    if picture.mode != "RGB":
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    if picture.size != (size, size):
+        scale = size / min(picture.size)
+        width, height = (max(size, round(side * scale)) for side in picture.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        picture = resized.crop((left, top, left + size, top + size))
+    return picture
+
+
+class LabelledPictures(Dataset[tuple[Tensor, int]]):
+    """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are kept while they fit into 1 GiB.
+
+    read: the picture of an index, opened. names: what an error calls a picture.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Image.Image],
+        names: Callable[[int], str],
+        labels: Sequence[int],
+        label_names: Sequence[str],
+        size: int,
+    ) -> None:
+        if not labels:
+            raise ValueError("there are no pictures in this data set")
+        self.read, self.names, self.size = read, names, size
+        self.labels, self.label_names = list(labels), list(label_names)
+        self._decoded: dict[int, Tensor] | None = {} if len(labels) * 3 * size * size <= MAX_CACHED_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
+        if self._decoded is None:
+            pixels = self._decode(index)
+        else:
+            if index not in self._decoded:
+                self._decoded[index] = self._decode(index)
+            pixels = self._decoded[index]
+        return pixels.float() / 127.5 - 1, self.labels[index]
+
+    def _decode(self, index: int) -> Tensor:
+        try:
+            picture = to_rgb(self.read(index), self.size)
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read the picture {self.names(index)}: {error}") from error
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def open_pictures(config: DataConfig) -> LabelledPictures:
+    """The data set that a config names. `FileNotFoundError` / `ValueError` with one line where it cannot be had."""
+    if config.source == "emoji":
+        with as_file(files("skipdit") / "assets" / "emoji" / "fluent_emoji_64.parquet") as path:
+            return from_parquet(path, config.image_size, "image", "subgroup")
+    path = Path(config.source)
+    if path.is_dir():
+        return from_folder(path, config.image_size)
+    if path.suffix == ".parquet":
+        return from_parquet(path, config.image_size, config.image_column, config.label_column)
+    return from_datasets(config)
+
+
+def from_folder(folder: Path, size: int) -> LabelledPictures:
+    """One subfolder a class, in alphabetical order; pictures directly in `folder` make one class of that name.
+
+    Every header is read at once, so that a broken file is named before training starts.
+    """
+    classes = sorted(child for child in folder.iterdir() if child.is_dir()) or [folder]
+    paths, labels = [], []
+    for label, directory in enumerate(classes):
+        for path in sorted(directory.rglob("*")):
+            if path.suffix.lower() in PICTURE_SUFFIXES:
+                paths.append(path)
+                labels.append(label)
+    if not paths:
+        raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in {folder}")
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                picture.verify()
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read the picture {path}: {error}") from error
+    return LabelledPictures(
+        lambda index: Image.open(paths[index]),
+        lambda index: str(paths[index]),
+        labels,
+        [child.name for child in classes],
+        size,
+    )
+
+
+def from_parquet(path: Path, size: int, image_column: str, label_column: str) -> LabelledPictures:
+    """Encoded pictures, plain bytes or `{bytes, path}`; labels of any type become classes in sorted order."""
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowInvalid
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no parquet file at {path}")
+    try:
+        table = parquet.read_table(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"cannot read {path} as parquet: {error}") from error
+    for column in (image_column, label_column):
+        if column not in table.column_names:
+            raise ValueError(f"{path} has no column {column!r}, only {', '.join(table.column_names)}")
+    encoded = [item["bytes"] if isinstance(item, dict) else item for item in table[image_column].to_pylist()]
+    values = table[label_column].to_pylist()
+    names = sorted(set(values))
+    classes = {name: label for label, name in enumerate(names)}
+    return LabelledPictures(
+        lambda index: Image.open(io.BytesIO(encoded[index])),
+        lambda index: f"{index} of {path}",
+        [classes[value] for value in values],
+        [str(name) for name in names],
+        size,
+    )
+
+
+def from_datasets(config: DataConfig) -> LabelledPictures:
+    """A data set of the `datasets` library, local or from the hub."""
+    import datasets
+
+    try:
+        rows: Any = datasets.load_dataset(config.source, split=config.split)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        raise ValueError(
+            f"{config.source!r} is neither emoji, a folder, a .parquet file nor a `datasets` set that can be loaded here: "
+            + str(error).splitlines()[0]
+        ) from error
+    for column in (config.image_column, config.label_column):
+        if column not in rows.column_names:
+            raise ValueError(f"{config.source} has no column {column!r}, only {', '.join(rows.column_names)}")
+    feature = rows.features[config.label_column]
+    values = rows[config.label_column]
+    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else sorted(set(values))
+    classes = (
+        range(len(names))
+        if isinstance(feature, datasets.ClassLabel)
+        else {name: label for label, name in enumerate(names)}
+    )
+    return LabelledPictures(
+        lambda index: rows[index][config.image_column],
+        lambda index: f"{index} of {config.source}",
+        [classes[value] for value in values],
+        [str(name) for name in names],
+        config.image_size,
+    )
+
+
+class ShuffledForever(Sampler[int]):
+    """An endless stream of indices, each epoch in a new order that depends only on (seed, epoch): so that a resumed
+    run at `start` sees what an uninterrupted one would have seen. Process `rank` of `world_size` takes every
+    world_size-th."""
+
+    def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
+
+    def __iter__(self) -> Iterator[int]:
+        position, epoch, order = self.start + self.rank, -1, []
+        while True:
+            if position // self.length != epoch:
+                epoch = position // self.length
+                order = np.random.default_rng((self.seed, epoch)).permutation(self.length).tolist()
+            yield order[position % self.length]
+            position += self.world_size

@@ -1,0 +1,306 @@
+"""What a diffusion transformer is trained to predict, and the schedulers that sample with that prediction.
+
+Two processes: `"ddpm"` (1000 discrete steps, linear betas, as DiT) and `"flow"` (straight paths from data to noise,
+x_t = (1 - sigma) x_0 + sigma noise, with timestep = 1000 sigma). Everything here is a pure function of tensors but
+for the model call in `training_loss`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+from jaxtyping import Float, Int
+from torch import Tensor
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+Process = Literal["ddpm", "flow"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+TimestepSampling = Literal["uniform", "logit_normal"]
+
+Images = Float[Tensor, "batch channels height width"]
+Prediction2C = Float[Tensor, "batch out_channels height width"]
+PerSample = Float[Tensor, " batch"]
+Timesteps = Float[Tensor, " batch"] | Int[Tensor, " batch"]
+
+PREDICTIONS: dict[str, tuple[str, ...]] = {
+    "ddpm": ("epsilon", "v_prediction", "sample"),
+    "flow": ("flow_prediction", "sample"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the model predicts, of which process, and where training puts its weight.
+
+    prediction_type: diffusers' words; `"sample"` is x-prediction, `"flow_prediction"` the velocity noise - x_0.
+    learned_variance: the model's second half of channels interpolates the posterior variance (arXiv 2102.09672, eq. 15)
+        and is trained by the variational bound; epsilon prediction only.
+    timestep_sampling: `"uniform"`, or `"logit_normal"` in sigma (arXiv 2403.03206), flow only.
+    min_sigma: x-prediction of a flow is trained in velocity space, (x - x_0) / max(sigma, min_sigma) (arXiv
+    2511.13720).
+    """
+
+    process: Process = "ddpm"
+    prediction_type: Prediction = "epsilon"
+    learned_variance: bool = False
+    timestep_sampling: TimestepSampling = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    min_sigma: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.process not in get_args(Process):
+            raise ValueError(f"process must be one of {', '.join(get_args(Process))}, got {self.process!r}")
+        if self.prediction_type not in PREDICTIONS[self.process]:
+            allowed = ", ".join(PREDICTIONS[self.process])
+            raise ValueError(
+                f"prediction_type of a {self.process} process must be one of {allowed}, got {self.prediction_type!r}"
+            )
+        if self.timestep_sampling not in get_args(TimestepSampling):
+            allowed = ", ".join(get_args(TimestepSampling))
+            raise ValueError(f"timestep_sampling must be one of {allowed}, got {self.timestep_sampling!r}")
+        if self.timestep_sampling == "logit_normal" and self.process != "flow":
+            raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
+        if self.learned_variance and self.prediction_type != "epsilon":
+            raise ValueError(f"learned_variance needs prediction_type 'epsilon', got {self.prediction_type!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward process
+
+
+@dataclass(frozen=True)
+class DDPMTables:
+    """Per-timestep coefficients (1000,) of the linear-beta process in float64 (arXiv 2006.11239, eqs. 4, 6, 7)."""
+
+    alphas_cumprod: Tensor
+    posterior_mean_x0: Tensor
+    posterior_mean_xt: Tensor
+    log_betas: Tensor
+    posterior_log_variance: Tensor
+
+
+@lru_cache(maxsize=1)
+def ddpm_tables() -> DDPMTables:
+    betas = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+    posterior_variance[0] = posterior_variance[1]  # the first is 0 and has no logarithm
+    return DDPMTables(
+        alphas_cumprod=alphas_cumprod,
+        posterior_mean_x0=betas * previous.sqrt() / (1 - alphas_cumprod),
+        posterior_mean_xt=(1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+        log_betas=betas.log(),
+        posterior_log_variance=posterior_variance.log(),
+    )
+
+
+def _at(table: Tensor, timesteps: Timesteps) -> Float[Tensor, "batch 1 1 1"]:
+    return table.to(timesteps.device)[timesteps.long()].float()[:, None, None, None]
+
+
+def signal_and_noise_levels(
+    objective: Objective, timesteps: Timesteps
+) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
+    """The factors of x_0 and of the noise in x_t."""
+    if objective.process == "flow":
+        sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS)[:, None, None, None]
+        return 1 - sigma, sigma
+    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps)
+    return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+
+def add_noise(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
+    """x_t, the noisy input of the model."""
+    signal, sigma = signal_and_noise_levels(objective, timesteps)
+    return signal * x_start + sigma * noise
+
+
+def prediction_target(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
+    """What the model should put out for x_t."""
+    signal, sigma = signal_and_noise_levels(objective, timesteps)
+    if objective.prediction_type == "epsilon":
+        return noise
+    if objective.prediction_type == "v_prediction":
+        return signal * noise - sigma * x_start
+    if objective.prediction_type == "flow_prediction":
+        return noise - x_start
+    return x_start
+
+
+def sample_timesteps(objective: Objective, batch_size: int, generator: torch.Generator | None = None) -> Timesteps:
+    """Training timesteps (batch,) on the generator's device: integers for ddpm, real numbers in (0, 1000) for flow."""
+    device = "cpu" if generator is None else generator.device
+    if objective.process == "ddpm":
+        return torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator, device=device)
+    if objective.timestep_sampling == "uniform":
+        return NUM_TRAIN_TIMESTEPS * torch.rand(batch_size, generator=generator, device=device)
+    normal = torch.randn(batch_size, generator=generator, device=device)
+    return NUM_TRAIN_TIMESTEPS * torch.sigmoid(objective.logit_mean + objective.logit_std * normal)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Per-sample terms (batch,): `loss` is what is minimised, `mse` in the space of the prediction,
+    `variational_bound` in bits per dimension where the variance is learned."""
+
+    loss: Tensor
+    mse: Tensor
+    variational_bound: Tensor | None = None
+
+
+def training_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective,
+    x_start: Images,
+    noise: Images,
+    timesteps: Timesteps,
+) -> LossTerms:
+    """The loss of `predict(x_t, timesteps)` on one batch; `predict` is the model with its labels bound.
+
+    `ValueError` where the model's channels do not fit the objective.
+    """
+    noisy = add_noise(objective, x_start, noise, timesteps)
+    prediction = predict(noisy, timesteps).float()
+    channels = x_start.shape[1]
+    expected = 2 * channels if objective.learned_variance else channels
+    if prediction.shape[1] != expected:
+        raise ValueError(
+            f"with learned_variance={objective.learned_variance} the model must put out {expected} channels "
+            f"for inputs of {channels}, got {prediction.shape[1]}"
+        )
+    error = prediction[:, :channels] - prediction_target(objective, x_start, noise, timesteps)
+    mse = error.square().mean(dim=(1, 2, 3))
+    if objective.learned_variance:
+        bound = variational_bound(prediction, x_start, noisy, timesteps)
+        return LossTerms(loss=mse + bound, mse=mse, variational_bound=bound)
+    if objective.process == "flow" and objective.prediction_type == "sample":
+        sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(min=objective.min_sigma)
+        return LossTerms(loss=mse / sigma.square(), mse=mse)
+    return LossTerms(loss=mse, mse=mse)
+
+
+def predicted_x_start(epsilon: Images, noisy: Images, timesteps: Timesteps) -> Images:
+    """x_0 from an epsilon prediction (arXiv 2006.11239, eq. 15 solved for x_0)."""
+    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps)
+    return (noisy - (1 - alphas_cumprod).sqrt() * epsilon) / alphas_cumprod.sqrt()
+
+
+def posterior_mean(x_start: Images, noisy: Images, timesteps: Timesteps) -> Images:
+    """Mean of q(x_{t-1} | x_t, x_0) (arXiv 2006.11239, eq. 7)."""
+    tables = ddpm_tables()
+    return _at(tables.posterior_mean_x0, timesteps) * x_start + _at(tables.posterior_mean_xt, timesteps) * noisy
+
+
+def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Images:
+    """Log variance between that of the posterior (-1) and beta (+1) (arXiv 2102.09672, eq. 15)."""
+    tables = ddpm_tables()
+    fraction = (variance_channels + 1) / 2
+    return fraction * _at(tables.log_betas, timesteps) + (1 - fraction) * _at(tables.posterior_log_variance, timesteps)
+
+
+def variational_bound(prediction: Prediction2C, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
+    """One term of the bound in bits per dimension; the mean is detached, so only the variance learns from it.
+
+    KL divergence of the model's step from the posterior; at timestep 0 the likelihood of 8-bit pixels (arXiv
+    2102.09672, 3.1).
+    """
+    epsilon, variance_channels = prediction.chunk(2, dim=1)
+    model_mean = posterior_mean(predicted_x_start(epsilon.detach(), noisy, timesteps), noisy, timesteps)
+    model_log_variance = learned_log_variance(variance_channels, timesteps)
+    true_mean = posterior_mean(x_start, noisy, timesteps)
+    true_log_variance = _at(ddpm_tables().posterior_log_variance, timesteps)
+    divergence = 0.5 * (
+        model_log_variance
+        - true_log_variance
+        - 1
+        + (true_log_variance - model_log_variance).exp()
+        + (true_mean - model_mean).square() * (-model_log_variance).exp()
+    )
+    likelihood = discretized_gaussian_log_likelihood(x_start, model_mean, 0.5 * model_log_variance)
+    bound = torch.where((timesteps == 0)[:, None, None, None], -likelihood, divergence)
+    return bound.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_std: Images) -> Images:
+    """Log probability (nats) of 8-bit values scaled to [-1, 1] (arXiv 2006.11239, eq. 13), with the tanh form of the
+    normal distribution function that DDPM and DiT use."""
+
+    def distribution(z: Tensor) -> Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    centered, inverse_std = x - mean, (-log_std).exp()
+    upper = distribution(inverse_std * (centered + 1 / 255))
+    lower = distribution(inverse_std * (centered - 1 / 255))
+    inside = (upper - lower).clamp(min=1e-12).log()
+    at_lowest = upper.clamp(min=1e-12).log()
+    at_highest = (1 - lower).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, at_lowest, torch.where(x > 0.999, at_highest, inside))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+def guide(output: Images, guidance_scale: float, num_channels: int | None = None) -> Images:
+    """Classifier-free guidance (arXiv 2207.12598): [conditional, unconditional] predictions
+    (2b c h w) become (b c h w).
+
+    num_channels (`int`, *optional*): guide the first few channels only, the others stay conditional; `None` guides all.
+        The official DiT sampler guides the first three of its four latent channels.
+    """
+    conditional, unconditional = output.chunk(2)
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    if num_channels is None:
+        return guided
+    return torch.cat([guided[:, :num_channels], conditional[:, num_channels:]], dim=1)
+
+
+SCHEDULERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddim", "dpm", "ddpm"), "flow": ("euler", "dpm")}
+
+
+def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
+    """A diffusers scheduler that samples with this objective's predictions; `ValueError` on a name it has not.
+
+    ddpm: `"ddpm"` (ancestral, from 999 down to 0 evenly, with the learned variance where there is one), `"ddim"` (eta
+    0, integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095).
+    flow: `"euler"` and `"dpm"`. Euler's method on a straight path is DPM-Solver++ of order 1 in data space.
+    """
+    if name not in SCHEDULERS[objective.process]:
+        allowed = ", ".join(SCHEDULERS[objective.process])
+        raise ValueError(f"scheduler of a {objective.process} model must be one of {allowed}, got {name!r}")
+    betas = {
+        "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+    }
+    common = {**betas, "prediction_type": objective.prediction_type}
+    if name == "ddpm":
+        variance_type = "learned_range" if objective.learned_variance else "fixed_small"
+        return DDPMScheduler(**common, variance_type=variance_type, timestep_spacing="linspace", clip_sample=False)
+    if name == "ddim":
+        return DDIMScheduler(**common, timestep_spacing="leading", clip_sample=False, set_alpha_to_one=True)
+    return DPMSolverMultistepScheduler(
+        **common,
+        solver_order=1 if name == "euler" else 2,
+        use_flow_sigmas=objective.process == "flow",
+        final_sigmas_type="zero",
+    )
+
+
+def objective_of(scheduler: ConfigMixin) -> Objective:
+    """The objective that a scheduler samples for, read from its config (`use_flow_sigmas`, `prediction_type`)."""
+    process = "flow" if scheduler.config.get("use_flow_sigmas", False) else "ddpm"
+    learned = scheduler.config.get("variance_type") == "learned_range"
+    return Objective(process=process, prediction_type=scheduler.config["prediction_type"], learned_variance=learned)

@@ -1,0 +1,294 @@
+"""Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from skipdit.models.long_skip import (
+    LongSkip,
+    LongSkipConfig,
+    LongSkipFlow,
+    LongSkipLinks,
+    LongSkipModel,
+    LongSkipOutput,
+    pair_units,
+)
+
+# name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
+PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
+PRESETS = {
+    f"DiT-{size}/{patch_size}": (*shape, patch_size) for size, shape in PRESET_SIZES.items() for patch_size in (2, 4, 8)
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        qkv = rearrange(self.qkv(hidden_states), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(mlp_ratio * hidden_size))
+        self.fc2 = nn.Linear(int(mlp_ratio * hidden_size), hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
+
+
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's second half: (b n d) scaled and shifted per sample by (b d)."""
+    return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class DiTBlock(nn.Module):
+    """One unit: attention and MLP, each modulated and gated by the conditioning (adaLN-Zero, DiT paper, section 3.2).
+
+    `long_skip` is set by the model on the units that take a skip.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = MLP(hidden_size, mlp_ratio)
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.long_skip: LongSkip | None = None
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch tokens dim"],
+        conditioning: Float[Tensor, "batch dim"],
+        skip: Float[Tensor, "batch tokens dim"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        if self.long_skip is not None:
+            hidden_states = self.long_skip(hidden_states, skip)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(F.silu(conditioning)).chunk(
+            6, dim=-1
+        )
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
+        transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + gate_mlp.unsqueeze(1) * transformed
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return rearrange(self.proj(latents), "b d h w -> b (h w) d")
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, out_features)
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(conditioning)).chunk(2, dim=-1)
+        return self.proj(modulate(self.norm(hidden_states), shift, scale))
+
+
+def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Float[Tensor, "tokens dim"]:
+    """Fixed 2D sine-cosine table (MAE, arXiv 2111.06377): half of the channels for the column, half for the row."""
+
+    def encode(positions: Tensor) -> Tensor:
+        frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+        angles = torch.outer(positions, frequencies)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
+    columns = torch.arange(width, dtype=torch.float64).repeat(height)
+    return torch.cat([encode(columns), encode(rows)], dim=1).float()
+
+
+class DiT(ModelMixin, ConfigMixin, LongSkipModel):
+    """Class-to-image diffusion transformer.
+
+    Args:
+        sample_size (`int`): height and width of the latents (or pixels) it is trained on; others work too.
+        patch_size (`int`): side of the square patch that becomes one token.
+        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` where
+            the model also predicts a variance.
+        num_layers (`int`): blocks; each is one unit. num_attention_heads (`int`), attention_head_dim (`int`): their
+            product is the hidden size, which must be divisible by 4.
+        mlp_ratio (`float`): hidden size of the MLP over that of the block.
+        num_classes (`int`). null_class (`bool`): whether class `num_classes` means "no class", for classifier-free
+        guidance.
+        downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 is diffusers' own
+            (`DiTTransformer2DModel`).
+        long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+    _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
+    config: Any  # its keys are attributes too, which diffusers does not declare
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = 8,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        null_class: bool = True,
+        downscale_freq_shift: float = 0.0,
+        long_skip: LongSkipConfig | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_size = num_attention_heads * attention_head_dim
+        if hidden_size % 4:
+            raise ValueError(f"the hidden size (heads x head size) must be divisible by 4, got {hidden_size}")
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
+        if isinstance(long_skip, dict):
+            long_skip = LongSkipConfig.from_dict(long_skip)
+        out_channels = out_channels or in_channels
+        self.register_to_config(out_channels=out_channels, long_skip=None if long_skip is None else long_skip.to_dict())
+        self.gradient_checkpointing = False
+        self.patch_size = patch_size
+
+        self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
+        self.timestep_embedder = TimestepEmbedding(256, hidden_size)
+        self.class_embedder = nn.Embedding(num_classes + null_class, hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
+        grid_size = sample_size // patch_size
+        self.register_buffer(
+            "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
+        )
+        self._init_weights()
+
+        self.long_skip_links = LongSkipLinks(num_layers, pair_units(num_layers, long_skip))
+        if long_skip is not None:
+            for target in self.long_skip_links.sources:
+                self.blocks[target].long_skip = LongSkip(hidden_size, long_skip)
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        sample_size: int = 32,
+        in_channels: int = 4,
+        out_channels: int | None = 8,
+        num_classes: int = 1000,
+        long_skip: LongSkipConfig | None = None,
+    ) -> "DiT":
+        """A published size with fresh weights: `"DiT-S/2"` ... `"DiT-XL/8"`; `ValueError` on any other name."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        num_layers, hidden_size, num_attention_heads, patch_size = PRESETS[name]
+        return cls(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=hidden_size // num_attention_heads,
+            num_classes=num_classes,
+            long_skip=long_skip,
+        )
+
+    def _init_weights(self) -> None:
+        """adaLN-Zero: every block starts as the identity and the output as zero (DiT paper, section 3.2)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
+        nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
+        for embedding in (self.class_embedder, self.timestep_embedder.linear_1, self.timestep_embedder.linear_2):
+            nn.init.normal_(embedding.weight, std=0.02)
+        modulations = [module.modulation for module in self.modules() if isinstance(module, (DiTBlock, FinalLayer))]
+        for zeroed in (*modulations, self.final_layer.proj):
+            nn.init.zeros_(zeroed.weight)
+            nn.init.zeros_(zeroed.bias)
+
+    @property
+    def null_class_label(self) -> int:
+        """The label that means "no class"; `ValueError` where the model was built without one."""
+        if not self.config.null_class:
+            raise ValueError("this model has no null class: classifier-free guidance needs null_class=True")
+        return self.config.num_classes
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch channels height width"],
+        timestep: Float[Tensor, "*batch"] | Int[Tensor, "*batch"],
+        class_labels: Int[Tensor, " batch"],
+        *,
+        num_shallow_units: int | None = None,
+        deep_features: Float[Tensor, "batch tokens dim"] | None = None,
+        return_dict: bool = True,
+    ) -> LongSkipOutput | tuple[Tensor, ...]:
+        """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
+
+        With `num_shallow_units` = k the output also holds the deep features; given back as `deep_features` on a later
+        call with the same k, only the k shallowest and the k deepest blocks run.
+        """
+        height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
+        hidden_states = self.patch_embed(hidden_states) + self._position_embedding(height, width).to(
+            hidden_states.dtype
+        )
+        timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(hidden_states.shape[0])).to(
+            hidden_states.dtype
+        )
+        conditioning = self.timestep_embedder(timestep_embedding) + self.class_embedder(class_labels)
+
+        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features)
+        for unit, block in enumerate(self.blocks):
+            hidden_states = flow.enter(unit, hidden_states)
+            if flow.runs(unit):
+                hidden_states = self._run(block, hidden_states, conditioning, flow.skip(unit))
+                flow.leave(unit, hidden_states)
+
+        patches = self.final_layer(hidden_states, conditioning)
+        p = self.patch_size
+        sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+        output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
+        return output if return_dict else output.to_tuple()
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def _position_embedding(self, height: int, width: int) -> Tensor:
+        native = self.config.sample_size // self.config.patch_size
+        if (height, width) == (native, native):
+            return self.position_embedding
+        return sincos_position_embedding(self.position_embedding.shape[1], height, width).to(
+            self.position_embedding.device
+        )

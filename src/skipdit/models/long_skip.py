@@ -1,0 +1,213 @@
+"""Long skip connections: which unit feeds which, how the two streams fuse, and what flows during one forward call.
+
+An isotropic transformer has L units. Unit i of the first half hands its output to unit L-1-i, which fuses it with its
+own input before it runs (arXiv 2411.17616; U-ViT, arXiv 2209.12152). Because the deepest units see fresh shallow
+features through the skips, a *reuse* step may take the hidden states that enter unit L-k from an earlier step and run
+only the k shallowest and the k deepest units.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.utils import BaseOutput
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Norm = Literal["layer_norm", "rms_norm"]
+Init = Literal["default", "xavier", "zero"]
+Fusion = Literal["replace", "residual"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongSkipConfig:
+    """Which units are linked, and how a link fuses.
+
+    num_pairs (`int`, *optional*): link the m outermost pairs; `None` links all of them, 0 none.
+    middle_pair (`bool`, defaults to `True`): link the two adjacent middle units of an even depth. There the skip *is*
+        the hidden state (the released Skip-DiT does this; HunyuanDiT leaves the pair out). An odd depth has no such
+        pair.
+    norm (`str`, defaults to `"layer_norm"`): over the 2D concatenated channels, always computed in float32.
+    init (`str`, *optional*): of the projection 2D -> D: PyTorch's default (as released), Xavier, or zero. `None` is the
+        fusion's own: `"default"` for `"replace"`, `"zero"` for `"residual"`.
+    fusion (`str`, defaults to `"replace"`): `proj(norm([hidden, skip]))` replaces the hidden states (the paper), or is
+        added to them, so that with a zero projection a converted model starts exactly where it was.
+    """
+
+    num_pairs: int | None = None
+    middle_pair: bool = True
+    norm: Norm = "layer_norm"
+    init: Init | None = None
+    fusion: Fusion = "replace"
+
+    def __post_init__(self) -> None:
+        if self.num_pairs is not None and self.num_pairs < 0:
+            raise ValueError(f"num_pairs must be at least 0 or None for all, got {self.num_pairs}")
+        for name, allowed in (("norm", Norm), ("fusion", Fusion)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if self.init is not None and self.init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))} or None, got {self.init!r}")
+
+    @property
+    def resolved_init(self) -> Init:
+        return self.init or ("default" if self.fusion == "replace" else "zero")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LongSkipConfig":
+        return cls(**fields)
+
+
+def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:
+    """The source unit of every linked target unit: `{L-1-i: i}`, outermost pair first.
+
+    Raises `ValueError` where more pairs are asked for than the depth has.
+    """
+    if config is None:
+        return {}
+    num_available = num_units // 2
+    if not config.middle_pair and num_units % 2 == 0:
+        num_available -= 1
+    num_available = max(num_available, 0)
+    num_pairs = num_available if config.num_pairs is None else config.num_pairs
+    if num_pairs > num_available:
+        raise ValueError(f"num_pairs must be at most {num_available} for {num_units} units, got {num_pairs}")
+    return {num_units - 1 - source: source for source in range(num_pairs)}
+
+
+class FP32RMSNorm(nn.RMSNorm):
+    """RMSNorm computed in float32 and cast back to the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class LongSkip(nn.Module):
+    """Fuses a target unit's hidden states with its skip: norm over 2D, projection 2D -> D.
+
+    Keys: `norm.weight`, `norm.bias` (layer norm only), `proj.weight` (D, 2D), `proj.bias`. The first D input columns
+    of the projection act on the hidden states, the last D on the skip.
+    """
+
+    def __init__(self, hidden_size: int, config: LongSkipConfig) -> None:
+        super().__init__()
+        norm_class = FP32LayerNorm if config.norm == "layer_norm" else FP32RMSNorm
+        self.residual = config.fusion == "residual"
+        self.norm = norm_class(2 * hidden_size, eps=1e-6)
+        self.proj = nn.Linear(2 * hidden_size, hidden_size)
+        self.init = config.resolved_init
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.norm.reset_parameters()
+        self.proj.reset_parameters()
+        if self.init == "xavier":
+            nn.init.xavier_uniform_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+        elif self.init == "zero":
+            nn.init.zeros_(self.proj.weight)
+            nn.init.zeros_(self.proj.bias)
+
+    def forward(
+        self, hidden_states: Float[Tensor, "*batch tokens dim"], skip: Float[Tensor, "*batch tokens dim"]
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        fused = self.proj(self.norm(torch.cat([hidden_states, skip], dim=-1)))
+        return hidden_states + fused if self.residual else fused
+
+
+@dataclass(frozen=True)
+class LongSkipLinks:
+    """The links of one model: the number of its units L and `sources[target] = source`."""
+
+    num_units: int
+    sources: Mapping[int, int]
+
+    @property
+    def max_num_shallow_units(self) -> int:
+        """The largest k for which a reuse step still leaves out a unit and every deep unit it runs has its skip."""
+        return min(len(self.sources), (self.num_units - 1) // 2)
+
+    def check_num_shallow_units(self, num_shallow_units: int) -> None:
+        """`ValueError` where no reuse step with this k exists, with the allowed range."""
+        if not self.sources:
+            raise ValueError(
+                "this model has no long skips, so there are no deep features to reuse behind them: "
+                "build it with long_skip=LongSkipConfig()"
+            )
+        if not 1 <= num_shallow_units <= self.max_num_shallow_units:
+            raise ValueError(
+                f"num_shallow_units must be between 1 and {self.max_num_shallow_units} for {self.num_units} units with "
+                f"{len(self.sources)} linked pairs, got {num_shallow_units}"
+            )
+
+
+@dataclass
+class LongSkipFlow:
+    """What one forward call carries along its long skips. Made for the call, gone with it.
+
+    A plain call gives `num_shallow_units=None`. A *full* step gives k and afterwards holds `deep_features`, the hidden
+    states that entered unit L-k. A *reuse* step gives k and the deep features of an earlier step.
+
+    Skips are kept by unit index, so a gradient-checkpointed unit that runs twice finds the same skip twice.
+    """
+
+    links: LongSkipLinks
+    num_shallow_units: int | None = None
+    deep_features: Tensor | None = None
+    reuse: bool = field(init=False)
+    skips: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.reuse = self.deep_features is not None
+        if self.num_shallow_units is not None:
+            self.links.check_num_shallow_units(self.num_shallow_units)
+        elif self.reuse:
+            raise ValueError("deep_features need num_shallow_units: the k for which they were stored")
+
+    def runs(self, unit: int) -> bool:
+        """Whether this unit runs: on a reuse step only the k shallowest and the k deepest do."""
+        if self.num_shallow_units is None or not self.reuse:
+            return True
+        return min(unit, self.links.num_units - 1 - unit) < self.num_shallow_units
+
+    def enter(self, unit: int, hidden_states: Tensor) -> Tensor:
+        """The hidden states with which `unit` starts, before its fusion; on entry to unit L-k, stores or reuses
+        them.
+        """
+        if self.num_shallow_units is None or unit != self.links.num_units - self.num_shallow_units:
+            return hidden_states
+        if self.deep_features is None:
+            self.deep_features = hidden_states
+        return self.deep_features
+
+    def leave(self, unit: int, hidden_states: Tensor) -> None:
+        """Keeps the output of a source unit for its target."""
+        if self.links.num_units - 1 - unit in self.links.sources:
+            self.skips[unit] = hidden_states
+
+    def skip(self, unit: int) -> Tensor | None:
+        """The skip that `unit` takes, `None` where it has none."""
+        source = self.links.sources.get(unit)
+        return None if source is None else self.skips[source]
+
+
+@dataclass
+class LongSkipOutput(BaseOutput):
+    """sample (`Tensor`): the prediction. deep_features (`Tensor` of shape `(batch, tokens, dim)`, *optional*): the
+    hidden states that entered unit L-k, where k was given."""
+
+    sample: Tensor
+    deep_features: Tensor | None = None
+
+
+class LongSkipModel:
+    """A model whose forward takes `num_shallow_units` and `deep_features` as `LongSkipFlow` describes them, and
+    returns a `LongSkipOutput`."""
+
+    long_skip_links: LongSkipLinks

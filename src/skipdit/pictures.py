@@ -1,0 +1,44 @@
+"""Labelled picture grids, drawn with Pillow."""
+
+from collections.abc import Sequence
+from typing import cast
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN = 6
+
+
+def labelled_grid(
+    pictures: Sequence[Image.Image], captions: Sequence[str], *, num_columns: int | None = None, scale: int = 2
+) -> Image.Image:
+    """One picture with all of them in rows, each enlarged `scale` times with its caption below.
+
+    By default as square as can be. `ValueError` without pictures, or with another number of captions.
+    """
+    if not pictures or len(captions) != len(pictures):
+        raise ValueError(
+            f"a grid needs one caption a picture and at least one, got {len(pictures)} and {len(captions)}"
+        )
+    num_columns = num_columns or max(1, round(len(pictures) ** 0.5))
+    num_rows = -(-len(pictures) // num_columns)
+    width, height = (side * scale for side in pictures[0].size)
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(9, min(14, width // 11))))
+    line = sum(font.getmetrics()) + 2
+    cell_width, cell_height = width + MARGIN, height + line + MARGIN
+    grid = Image.new("RGB", (num_columns * cell_width + MARGIN, num_rows * cell_height + MARGIN), "white")
+    draw = ImageDraw.Draw(grid)
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = MARGIN + index % num_columns * cell_width
+        top = MARGIN + index // num_columns * cell_height
+        grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+        draw.text((left + width / 2, top + height), _fit(caption, font, width), fill="black", font=font, anchor="ma")
+    return grid
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider than the cell."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"

@@ -1,0 +1,37 @@
+"""Named training runs. A recipe is a function that returns the whole config; its docstring holds command, machine and
+result.
+"""
+
+from collections.abc import Callable
+
+from skipdit.data import DataConfig
+from skipdit.diffusion import Objective
+from skipdit.training import ModelConfig, TrainConfig
+
+
+def emoji() -> TrainConfig:
+    """The bundled class-to-image model: 64x64 emoji in pixels, 24 blocks of width 176, 64 tokens.
+
+    `skipdit train emoji --out runs/emoji`
+    """
+    return TrainConfig(
+        data=DataConfig(source="emoji", image_size=64),
+        model=ModelConfig(num_layers=24, num_attention_heads=4, attention_head_dim=44, patch_size=8),
+        objective=Objective(
+            process="flow",
+            prediction_type="sample",
+            timestep_sampling="logit_normal",
+            logit_mean=0.8,
+            logit_std=0.8,
+            min_sigma=0.1,
+        ),
+        max_steps=8000,
+        batch_size=32,
+        learning_rate=8e-4,
+        warmup_steps=200,
+        weight_decay=0.01,
+        ema_decay=0.9995,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"emoji": emoji}

@@ -1,0 +1,102 @@
+"""The house rules that a linter does not know: names, layers, sizes, what is shipped."""
+
+import ast
+import importlib.metadata
+import importlib.resources
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import skipdit
+
+MAX_LINES = 600
+MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|Users)/|/tmp/[\w-]*venv")
+
+
+def run_python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", skipdit.__all__)
+def test_exported_name_resolves(name: str) -> None:
+    exported = getattr(skipdit, name)
+    assert exported.__name__ == name
+    assert exported.__module__ == skipdit._MODULES[name]
+    assert name in dir(skipdit)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        skipdit.no_such_name  # noqa: B018
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert skipdit.__version__ == importlib.metadata.version("skipdit")
+
+
+def test_type_checkers_see_what_the_table_exports() -> None:
+    tree = ast.parse(Path(skipdit.__file__).read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert imported == skipdit._MODULES
+
+
+def test_import_is_light() -> None:
+    result = run_python("import sys, skipdit; dir(skipdit); print(*sys.modules)")
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.split())
+    assert "skipdit" in loaded
+    assert not loaded & {"accelerate", "datasets", "diffusers", "matplotlib", "numpy", "torch", "transformers"}
+
+
+def test_layers_hold(repo_root: Path) -> None:
+    code = "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
+    result = run_python(code, cwd=repo_root)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 broken" in result.stdout
+
+
+def test_files_are_short(repo_root: Path) -> None:
+    files = sorted((repo_root / "src").rglob("*.py"))
+    assert files
+    lengths = {str(path.relative_to(repo_root)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_tracked_files_name_no_machine_path(repo_root: Path) -> None:
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("needs a git checkout")
+    found = []
+    for name in filter(None, listing.stdout.split("\0")):
+        path = repo_root / name
+        content = path.read_bytes() if path.is_file() else b""
+        if b"\0" not in content:
+            lines = enumerate(content.decode("utf-8", "replace").splitlines(), start=1)
+            found += [f"{name}:{number}" for number, line in lines if MACHINE_PATH.search(line)]
+    assert found == []
+
+
+def test_package_ships_its_assets() -> None:
+    package = importlib.resources.files("skipdit")
+    assert package.joinpath("py.typed").is_file()
+    emoji = package.joinpath("assets", "emoji")
+    licences = emoji.joinpath("LICENSES.md").read_text(encoding="utf-8")
+    assert "Microsoft Corporation" in licences
+    assert "Miles Johnson" in licences
+    with importlib.resources.as_file(emoji.joinpath("fluent_emoji_64.parquet")) as path:
+        table = pq.read_table(path)
+    assert table.num_rows == 1601
+    assert {"emoji", "label", "group", "image"} <= set(table.column_names)
