@@ -18,7 +18,7 @@ install_import_hook(
     ["skipdit.diffusion", "skipdit.metrics", "skipdit.cache.schedule"],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("skipdit", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("skipdit")
 

@@ -125,7 +125,9 @@ def test_no_layer_is_left_at_zero(long_skip: LongSkipConfig | None) -> None:
 def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/skipdit", "bench", "models", "--out", "my folder"])
     config = ModelBenchConfig(**TINY, modes=("eager",), seed=3)
+    num_threads = torch.get_num_threads()
     rows = benchmark.bench_models(config, tmp_path)
+    assert torch.get_num_threads() == num_threads
 
     assert [row.step for row in rows] == [
         Step("DiT-S/8", "eager", dtype, kind, k) for dtype in ("float32", "bfloat16") for kind, k in KINDS
@@ -147,6 +149,7 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = (tmp_path / "class_to_image_cpu.md").read_text(encoding="utf-8")
     assert text.startswith("`skipdit bench models --out 'my folder'`\n")
     assert f"torch {torch.__version__}" in text
+    assert ", 1 threads\n" in text
     assert "- seed: 3\n" in text
     for row in rows:
         assert f"| {row.step} | 1 |" in text
@@ -158,14 +161,6 @@ def test_a_failed_run_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ZeroDivisionError):
         benchmark.bench_models(ModelBenchConfig(**TINY, modes=("eager",), dtypes=("float32",)), tmp_path)
     assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
-
-
-def test_threads_are_as_before(tmp_path: Path) -> None:
-    before = torch.get_num_threads()
-    config = ModelBenchConfig(**TINY | {"num_repetitions": 1}, modes=("eager",), dtypes=("float32",))
-    benchmark.bench_models(config, tmp_path)
-    assert "1 threads" in (tmp_path / "class_to_image_cpu.md").read_text(encoding="utf-8")
-    assert torch.get_num_threads() == before
 
 
 def test_a_missing_compiler_is_named() -> None:

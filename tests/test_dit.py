@@ -91,7 +91,9 @@ def test_save_and_load_are_bit_equal(tmp_path: Path, long_skip: LongSkipConfig |
     latents, labels = inputs()
     for size in (8, 12):
         latents = torch.randn(2, 4, size, size)
-        assert torch.equal(model(latents, torch.tensor(9), labels).sample, loaded(latents, torch.tensor(9), labels).sample)
+        assert torch.equal(
+            model(latents, torch.tensor(9), labels).sample, loaded(latents, torch.tensor(9), labels).sample
+        )
 
 
 def test_a_fresh_model_predicts_zero() -> None:

@@ -38,7 +38,9 @@ def test_more_pairs_than_the_depth_has_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_pairs": -1}, {"norm": "batch_norm"}, {"fusion": "sum"}, {"init": "ones"}], ids=lambda o: next(iter(o))
+    "options",
+    [{"num_pairs": -1}, {"norm": "batch_norm"}, {"fusion": "sum"}, {"init": "ones"}],
+    ids=lambda o: next(iter(o)),
 )
 def test_a_bad_option_is_named(options: dict) -> None:
     (name, value), *_ = options.items()
@@ -77,7 +79,9 @@ def test_half_precision_norm_equals_float32_norm(norm: str) -> None:
 def test_initialisations() -> None:
     torch.manual_seed(0)
     default, xavier, zero = (LongSkip(1152, LongSkipConfig(init=init)).proj for init in ("default", "xavier", "zero"))
-    assert default.weight.abs().max().item() == pytest.approx(2304**-0.5, rel=1e-3)  # as released, reference section 1.0
+    assert default.weight.abs().max().item() == pytest.approx(
+        2304**-0.5, rel=1e-3
+    )  # as released, reference section 1.0
     assert default.bias.abs().max() > 0
     assert xavier.weight.abs().max().item() == pytest.approx((6 / 3456) ** 0.5, rel=1e-3)
     assert xavier.bias.abs().max() == 0
@@ -140,9 +144,7 @@ def test_a_reuse_step_after_a_full_step_on_the_same_input_is_bit_equal(num_layer
         full = model(latents, timestep, labels, num_shallow_units=num_shallow_units)
         calls = []
         handles = [block.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for block in model.blocks]
-        reuse = model(
-            latents, timestep, labels, num_shallow_units=num_shallow_units, deep_features=full.deep_features
-        )
+        reuse = model(latents, timestep, labels, num_shallow_units=num_shallow_units, deep_features=full.deep_features)
         for handle in handles:
             handle.remove()
         assert len(calls) == 2 * num_shallow_units < num_layers

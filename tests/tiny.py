@@ -25,4 +25,6 @@ def tiny_pipeline(scheduler: str = "ddim", **options: object) -> ClassToImagePip
 
 def inputs(batch: int = 2, size: int = 8, channels: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return torch.randn(batch, channels, size, size, generator=generator), torch.randint(10, (batch,), generator=generator)
+    return torch.randn(batch, channels, size, size, generator=generator), torch.randint(
+        10, (batch,), generator=generator
+    )

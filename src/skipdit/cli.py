@@ -3,6 +3,9 @@
 Each command is a function of its arguments; whatever is heavy is imported inside.
 """
 
+import contextlib
+import io
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,9 +44,8 @@ def train(arguments: Sequence[str]) -> None:
 
     recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     if arguments and arguments[0] in ("-h", "--help"):
-        print(
-            f"usage: skipdit train RECIPE [OPTIONS]\n\n{train.__doc__}\nRecipes (`skipdit train RECIPE --help` lists the options):\n{recipes}"
-        )
+        print(f"usage: skipdit train RECIPE [OPTIONS]\n\n{train.__doc__}")
+        print(f"Recipes (`skipdit train RECIPE --help` lists the options):\n{recipes}")
         return
     if not arguments or arguments[0] not in RECIPES:
         raise ValueError(
@@ -80,10 +82,8 @@ def convert(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a .pt or .safetensors file, or a folder. to: official (.safetensors file), skipdit or diffusers
-        (folder).
-        out: what is written. prefer: which weights of a training checkpoint. num_attention_heads: where sizes cannot
-        tell.
+        """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder).
+        out: what is written. prefer: which weights of a training checkpoint. num_attention_heads: if sizes do not tell.
         """
 
         model: tyro.conf.Positional[Path]
@@ -157,13 +157,10 @@ def info(arguments: Sequence[str]) -> None:
         SampleConfig(model=options.model, num_attention_heads=options.num_attention_heads)
     ).transformer
     config, links = model.config, model.long_skip_links
-    print(
-        f"{type(model).__name__}: {config.num_layers} blocks of width {config.num_attention_heads * config.attention_head_dim}, ",
-        end="",
-    )
-    print(
-        f"{config.num_attention_heads} heads, patch {config.patch_size}, {sum(p.numel() for p in model.parameters()):,} parameters"
-    )
+    heads, width = config.num_attention_heads, config.num_attention_heads * config.attention_head_dim
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__}: {config.num_layers} blocks of width {width}, {heads} heads, ", end="")
+    print(f"patch {config.patch_size}, {num_parameters:,} parameters")
     print(f"input: {config.in_channels} x {config.sample_size} x {config.sample_size}, {config.num_classes} classes")
     pairs = ", ".join(f"{source} -> {target}" for target, source in links.sources.items())
     print(f"long skips: {pairs or 'none'}" + (f" ({config.long_skip['fusion']})" if pairs else ""))
@@ -179,17 +176,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. A user's mistake ends in one line and exit status 2; SKIPDIT_TRACEBACK=1 shows where it was
-    found.
-    """
+    """Entry point. A user's mistake ends in one line and exit status 2; SKIPDIT_TRACEBACK=1 shows its traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         listing = "\n".join(
             f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
         )
-        print(
-            f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n\n`skipdit COMMAND --help` shows its options."
-        )
+        print(f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n")
+        print("`skipdit COMMAND --help` shows its options.")
         return
     try:
         if arguments[0] not in COMMANDS:
@@ -216,14 +210,28 @@ def _parse(
 ) -> Config:
     import tyro
 
-    return tyro.cli(
-        config,
-        default=tyro.MISSING_NONPROP if default is None else default,
-        args=list(arguments),
-        prog=f"skipdit {command}",
-        description=text,
-        config=(tyro.conf.FlagConversionOff,),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                config,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                args=list(arguments),
+                prog=f"skipdit {command}",
+                description=text,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as exit:
+        if exit.code == 0:
+            raise
+        raise ValueError(_one_line(said.getvalue())) from exit
+
+
+def _one_line(box: str) -> str:
+    """What tyro says under its title and above its advice, without rules and frame."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    message = itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines)
+    return " ".join(line for line in message if line.strip("─-")) or box.strip()
 
 
 def _print_report(report: "Report", out: Path) -> None:
@@ -241,8 +249,6 @@ def _print_report(report: "Report", out: Path) -> None:
         )
     console = Console()
     console.print(table)
-    held = max(row.bytes_held for row in report.rows) / 2**20
-    console.print(
-        f"peak memory {report.peak_memory_bytes / 2**20:.0f} MiB, held by the cache {held:.2f} MiB, seed {report.config['seed']}"
-    )
+    peak, held = report.peak_memory_bytes / 2**20, max(row.bytes_held for row in report.rows) / 2**20
+    console.print(f"peak memory {peak:.0f} MiB, held by the cache {held:.2f} MiB, seed {report.config['seed']}")
     console.print(f"pictures and report.json are in {out}", soft_wrap=True)

@@ -1,6 +1,4 @@
-"""Samples in full, cached, and with fewer steps at the cached run's wall time: pictures, times and distances in one
-report.
-"""
+"""Samples in full, cached, and with fewer steps at the cached run's wall time, and reports times and distances."""
 
 import json
 import math
@@ -78,8 +76,7 @@ class SampleConfig:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One run. `speedup` by wall time against the full run, `compute_ratio` as the units run promise; distances to
-    the full run's pictures, mean over the pictures: `None` for the full run itself, and PSNR also where all are
-    equal."""
+    the full run's pictures, mean over them: `None` for the full run itself, and PSNR also where all are equal."""
 
     name: str
     steps: int
@@ -163,9 +160,7 @@ def load_pipeline(config: SampleConfig) -> ClassToImagePipeline:
             f"no model at {config.model}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint"
         )
     if config.vae is not None:
-        pipeline.register_modules(
-            vae=AutoencoderKL.from_pretrained(config.vae, use_safetensors=True, dtype=dtype)
-        )
+        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(config.vae, use_safetensors=True, dtype=dtype))
     if pipeline.vae is None and pipeline.transformer.config.in_channels != 3:
         raise ValueError(
             f"{config.model} works on latents of {pipeline.transformer.config.in_channels} channels: give --vae FOLDER"
@@ -176,14 +171,16 @@ def load_pipeline(config: SampleConfig) -> ClassToImagePipeline:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> ClassToImagePipeline:
-    """A saved pipeline; `ValueError` naming the folder where something in it is missing, foreign or broken."""
+    """A saved pipeline; `ValueError` naming the folder where something in it is missing, foreign or broken.
+
+    `load_model` reads the transformer, since diffusers only warns of missing and unknown weights.
+    """
+    transformer = load_model(folder, dtype=dtype)
     disable_progress_bar()
     try:
-        return ClassToImagePipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"{folder} is not a class-to-image pipeline that can be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        return ClassToImagePipeline.from_pretrained(folder, transformer=transformer, use_safetensors=True, dtype=dtype)
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is not a class-to-image pipeline: {str(error).splitlines()[0]}") from error
     finally:
         enable_progress_bar()
 

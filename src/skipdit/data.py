@@ -20,8 +20,7 @@ MAX_CACHED_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """source: `"emoji"` (bundled), a folder with one subfolder a class, a `.parquet` file, or the name of a
-    `datasets` set.
+    """source: `"emoji"` (bundled), a folder with one subfolder a class, a `.parquet` file, or a `datasets` name.
     image_size: side in pixels; other pictures are resized on the shorter side and cropped in the centre.
     image_column, label_column: of a parquet file or a `datasets` set. split: of a `datasets` set.
     """
@@ -164,7 +163,7 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
         rows: Any = datasets.load_dataset(config.source, split=config.split)
     except (FileNotFoundError, ValueError, ConnectionError) as error:
         raise ValueError(
-            f"{config.source!r} is neither emoji, a folder, a .parquet file nor a `datasets` set that can be loaded here: "
+            f"{config.source!r} is neither emoji, a folder, a .parquet file nor a `datasets` set that loads here: "
             + str(error).splitlines()[0]
         ) from error
     for column in (config.image_column, config.label_column):
@@ -189,8 +188,7 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
 
 class ShuffledForever(Sampler[int]):
     """An endless stream of indices, each epoch in a new order that depends only on (seed, epoch): so that a resumed
-    run at `start` sees what an uninterrupted one would have seen. Process `rank` of `world_size` takes every
-    world_size-th."""
+    run at `start` sees what an uninterrupted one would have seen. Process `rank` takes every `world_size`-th."""
 
     def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size

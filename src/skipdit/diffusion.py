@@ -41,8 +41,7 @@ class Objective:
     learned_variance: the model's second half of channels interpolates the posterior variance (arXiv 2102.09672, eq. 15)
         and is trained by the variational bound; epsilon prediction only.
     timestep_sampling: `"uniform"`, or `"logit_normal"` in sigma (arXiv 2403.03206), flow only.
-    min_sigma: x-prediction of a flow is trained in velocity space, (x - x_0) / max(sigma, min_sigma) (arXiv
-    2511.13720).
+    min_sigma: x-prediction of a flow is trained in velocity space, (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720.
     """
 
     process: Process = "ddpm"
@@ -212,8 +211,8 @@ def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Ima
 def variational_bound(prediction: Prediction2C, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
     """One term of the bound in bits per dimension; the mean is detached, so only the variance learns from it.
 
-    KL divergence of the model's step from the posterior; at timestep 0 the likelihood of 8-bit pixels (arXiv
-    2102.09672, 3.1).
+    KL divergence of the model's step from the posterior; at timestep 0 the likelihood of 8-bit pixels
+    (arXiv 2102.09672, section 3.1).
     """
     epsilon, variance_channels = prediction.chunk(2, dim=1)
     model_mean = posterior_mean(predicted_x_start(epsilon.detach(), noisy, timesteps), noisy, timesteps)
@@ -252,7 +251,9 @@ def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_std: Images
 # Sampling
 
 
-def guide(output: Images, guidance_scale: float, num_channels: int | None = None) -> Images:
+def guide(
+    output: Float[Tensor, "twice channels height width"], guidance_scale: float, num_channels: int | None = None
+) -> Images:
     """Classifier-free guidance (arXiv 2207.12598): [conditional, unconditional] predictions
     (2b c h w) become (b c h w).
 

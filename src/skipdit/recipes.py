@@ -1,6 +1,4 @@
-"""Named training runs. A recipe is a function that returns the whole config; its docstring holds command, machine and
-result.
-"""
+"""Named training runs: a recipe returns the whole config, and its docstring holds command, machine and result."""
 
 from collections.abc import Callable
 

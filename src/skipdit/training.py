@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pictures import labelled_grid
 from skipdit.pipelines import ClassToImagePipeline
 
-Precision = Literal["auto", "no", "bf16", "fp16"]
+Precision = Literal["auto", "no", "bf16"]
 RateSchedule = Literal["constant", "cosine"]
 
 
@@ -64,8 +64,7 @@ class TrainConfig:
 
     batch_size: pictures a step over all processes. num_accumulation_steps: forward passes it is split into a process.
     ema_decay: of the averaged weights that are sampled and released, with warm-up. label_dropout: share of labels
-    replaced by the null class. flip: mirror half of the pictures. precision: `"auto"` is bf16 where the hardware
-    computes in it.
+    replaced by the null class. flip: mirror half of the pictures. precision: `"auto"` is bf16 where it is native.
     gradient_clip: largest norm of the gradient, 0 for none. sample_every: a grid of `num_samples` pictures, 0 for none.
     checkpoint_every: steps between checkpoints, of which the last `num_checkpoints` stay.
     """
@@ -127,13 +126,13 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> str:
-    """accelerate's word for the precision: `"auto"` is bf16 where the device has instructions for it."""
+def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
     if precision != "auto":
-        return precision
+        return precision == "bf16"
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "no"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def step_generator(config: TrainConfig, rank: int, step: int) -> torch.Generator:
@@ -143,9 +142,7 @@ def step_generator(config: TrainConfig, rank: int, step: int) -> torch.Generator
 
 @dataclass(frozen=True)
 class Batch:
-    """x_start (b c h w) in [-1, 1], noise of its shape, timesteps (b), class_labels (b) with some dropped to the null
-    class.
-    """
+    """x_start (b c h w) in [-1, 1], noise of its shape, timesteps (b), class_labels (b), some the null class."""
 
     x_start: Tensor
     noise: Tensor
@@ -240,7 +237,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str | 
     last checkpoint there. device: `"cpu"` keeps a run off the GPU; by default accelerate chooses.
     """
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    accelerator = Accelerator(mixed_precision=resolve_precision(config.precision, target), cpu=target.type == "cpu")
+    accelerator = Accelerator(cpu=target.type == "cpu")
+    bf16 = computes_in_bf16(config.precision, target)
     num_parts = accelerator.num_processes * config.num_accumulation_steps
     if config.batch_size % num_parts:
         raise ValueError(
@@ -276,21 +274,26 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str | 
             generator = step_generator(config, accelerator.process_index, step)
             loss = torch.zeros((), device=accelerator.device)
             for part in range(config.num_accumulation_steps):
-                batch = prepare_batch(*next(batches), config, model.null_class_label, generator, accelerator.device)
+                part_pictures, labels = next(batches)
+                batch = prepare_batch(
+                    part_pictures, labels, config, model.null_class_label, generator, accelerator.device
+                )
                 last_part = part == config.num_accumulation_steps - 1
                 with nullcontext() if last_part else accelerator.no_sync(wrapped):
-                    part_loss = _loss(wrapped, config.objective, batch) / config.num_accumulation_steps
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                        part_loss = _loss(wrapped, config.objective, batch) / config.num_accumulation_steps
                     accelerator.backward(part_loss)
                 loss += part_loss.detach()
 
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip or math.inf)
+            norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip or math.inf))
             optimizer.step()
             optimizer.zero_grad()
             ema.step(model.parameters())
 
             done, last = step + 1, step + 1 == config.max_steps
             if done % config.log_every == 0 or last:
-                report(done, accelerator.reduce(loss, reduction="mean").item(), float(norm), rate)
+                mean_loss = cast(Tensor, accelerator.reduce(loss, reduction="mean"))
+                report(done, mean_loss.item(), float(norm), rate)
             if accelerator.is_main_process and (done % config.checkpoint_every == 0 or last):
                 save_checkpoint(out, done, model, ema, optimizer, config)
             if accelerator.is_main_process and config.sample_every and (done % config.sample_every == 0 or last):

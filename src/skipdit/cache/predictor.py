@@ -10,7 +10,7 @@ Stored = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class TaylorPredictor:
-    """Taylor expansion of order m in the step count, from finite differences of full steps (TaylorSeer, arXiv 2503.06923).
+    """Taylor expansion of order m in the step count, from differences of full steps (TaylorSeer, arXiv 2503.06923).
 
     Order 0 holds the stored value. `stored[i]` is the i-th derivative, so m + 1 tensors are held; as long as fewer
     full steps were seen the order is lower.

@@ -77,8 +77,7 @@ class Run:
 class CacheSummary:
     """What the cache did in the current run, or in the last one that has ended.
 
-    `compute_ratio` is units of all steps in full over units run; `bytes_held` now, `peak_bytes_held` at most since
-    the cache was enabled.
+    `compute_ratio`: units of all steps in full over units run. `bytes_held`: now. `peak_bytes_held`: since enabled.
     """
 
     method: str
@@ -200,8 +199,7 @@ class CacheRuntime:
         """The trajectory that this call continues, or a new one.
 
         A new run starts where the scheduler has new timesteps or the timestep rises. A further call at the same
-        timestep is another stream (a guidance branch, a run in lockstep), unless it is given the very same tensors
-        again.
+        timestep is another stream (a guidance branch, a run in lockstep), unless its tensors are the very same.
         """
         path = _context.get()
         run = self.runs.get(path)
@@ -332,8 +330,7 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     """Makes every later call of the model a full or a reuse step; a cache that is on already is replaced.
 
     target: a pipeline, whose scheduler's timesteps are then known before a run starts, or a model, which reads each
-        timestep from its call. spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or the path of a
-        schedule.json.
+        timestep from its call. spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
     pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.

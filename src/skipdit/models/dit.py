@@ -134,10 +134,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         num_layers (`int`): blocks; each is one unit. num_attention_heads (`int`), attention_head_dim (`int`): their
             product is the hidden size, which must be divisible by 4.
         mlp_ratio (`float`): hidden size of the MLP over that of the block.
-        num_classes (`int`). null_class (`bool`): whether class `num_classes` means "no class", for classifier-free
-        guidance.
-        downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 is diffusers' own
-            (`DiTTransformer2DModel`).
+        num_classes (`int`). null_class (`bool`): whether class `num_classes` means "no class", which guidance needs.
+        downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 that of diffusers.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
     """
 

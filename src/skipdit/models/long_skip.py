@@ -28,8 +28,7 @@ class LongSkipConfig:
 
     num_pairs (`int`, *optional*): link the m outermost pairs; `None` links all of them, 0 none.
     middle_pair (`bool`, defaults to `True`): link the two adjacent middle units of an even depth. There the skip *is*
-        the hidden state (the released Skip-DiT does this; HunyuanDiT leaves the pair out). An odd depth has no such
-        pair.
+        the hidden state (the released Skip-DiT does this; HunyuanDiT leaves it out). An odd depth has no such pair.
     norm (`str`, defaults to `"layer_norm"`): over the 2D concatenated channels, always computed in float32.
     init (`str`, *optional*): of the projection 2D -> D: PyTorch's default (as released), Xavier, or zero. `None` is the
         fusion's own: `"default"` for `"replace"`, `"zero"` for `"residual"`.
@@ -177,9 +176,7 @@ class LongSkipFlow:
         return min(unit, self.links.num_units - 1 - unit) < self.num_shallow_units
 
     def enter(self, unit: int, hidden_states: Tensor) -> Tensor:
-        """The hidden states with which `unit` starts, before its fusion; on entry to unit L-k, stores or reuses
-        them.
-        """
+        """The hidden states with which `unit` starts, before its fusion; stored or reused on entry to unit L-k."""
         if self.num_shallow_units is None or unit != self.links.num_units - self.num_shallow_units:
             return hidden_states
         if self.deep_features is None:
@@ -207,7 +204,6 @@ class LongSkipOutput(BaseOutput):
 
 
 class LongSkipModel:
-    """A model whose forward takes `num_shallow_units` and `deep_features` as `LongSkipFlow` describes them, and
-    returns a `LongSkipOutput`."""
+    """Its forward takes `num_shallow_units` and `deep_features` as in `LongSkipFlow`; it returns a `LongSkipOutput`."""
 
     long_skip_links: LongSkipLinks

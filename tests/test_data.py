@@ -1,0 +1,134 @@
+"""Pictures from everywhere, broken ones named."""
+
+import io
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from skipdit.data import DataConfig, ShuffledForever, open_pictures, to_rgb
+
+
+def picture(color: tuple[int, ...], size: tuple[int, int] = (20, 30), mode: str = "RGB") -> Image.Image:
+    return Image.new(mode, size, color)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, color in (("cat", (255, 0, 0)), ("ant", (0, 0, 255))):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for index in range(2):
+            picture(color).save(tmp_path / "set" / name / f"{index}.png")
+    return tmp_path / "set"
+
+
+def test_the_bundled_emoji() -> None:
+    pictures = open_pictures(DataConfig())
+    assert len(pictures) == 1601
+    assert len(pictures.label_names) == 95
+    assert pictures.label_names == sorted(pictures.label_names)
+    pixels, label = pictures[0]
+    assert pixels.shape == (3, 64, 64)
+    assert pictures.label_names[label] == "keycap"
+    assert pixels[:, 0, 0].min() > 0.95  # on white, but for the compression
+    assert torch.equal(pictures[0][0], pixels)
+
+
+def test_a_folder_has_one_class_a_subfolder(folder: Path) -> None:
+    pictures = open_pictures(DataConfig(source=str(folder), image_size=16))
+    assert pictures.label_names == ["ant", "cat"]
+    assert pictures.labels == [0, 0, 1, 1]
+    pixels, label = pictures[3]
+    assert label == 1
+    assert pixels[:, 3, 3].tolist() == [1.0, -1.0, -1.0]
+
+
+def test_a_parquet_file_of_any_labels(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    picture((0, 255, 0)).save(buffer, "PNG")
+    rows = {"picture": [buffer.getvalue()] * 3, "kind": [7, 3, 7]}
+    parquet.write_table(pa.table(rows), tmp_path / "set.parquet")
+    config = DataConfig(source=str(tmp_path / "set.parquet"), image_size=8, image_column="picture", label_column="kind")
+    pictures = open_pictures(config)
+    assert pictures.labels == [1, 0, 1]
+    assert pictures.label_names == ["3", "7"]
+    assert pictures[0][0].shape == (3, 8, 8)
+    with pytest.raises(ValueError, match="no column 'label', only picture, kind"):
+        open_pictures(DataConfig(source=str(tmp_path / "set.parquet"), image_column="picture"))
+
+
+def test_a_folder_of_the_datasets_library(folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"), split="train")
+    rows.save_to_disk(str(tmp_path / "saved"))
+    table = tmp_path / "hub"
+    table.mkdir()
+    rows.to_parquet(str(table / "train.parquet"))
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    by_name = datasets.load_dataset
+    try:
+        datasets.load_dataset = lambda name, split: by_name("parquet", data_dir=str(table), split=split)
+        pictures = open_pictures(DataConfig(source="someone/animals", image_size=8))
+    finally:
+        datasets.load_dataset = by_name
+    assert pictures.label_names == ["ant", "cat"]
+    assert pictures[0][0].shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken"])
+def test_an_unreadable_picture_is_named_before_training(folder: Path, content: bytes) -> None:
+    (folder / "cat" / "broken.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read the picture .*broken\.png"):
+        open_pictures(DataConfig(source=str(folder)))
+
+
+def test_a_truncated_picture_is_named_when_read(folder: Path) -> None:
+    whole = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
+    (folder / "ant" / "a.jpg").write_bytes(whole.getvalue()[:400])
+    with pytest.raises(ValueError, match=r"cannot read the picture .*a\.jpg"):
+        [open_pictures(DataConfig(source=str(folder)))[index] for index in range(5)]
+
+
+def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.parquet"):
+        open_pictures(DataConfig(source=str(tmp_path / "none.parquet")))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(ValueError, match=r"bad\.parquet"):
+        open_pictures(DataConfig(source=str(tmp_path / "bad.parquet")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures"):
+        open_pictures(DataConfig(source=str(tmp_path / "empty")))
+
+
+def test_transparency_becomes_white_and_the_crop_is_central() -> None:
+    clear = picture((0, 0, 0, 0), mode="RGBA")
+    assert to_rgb(clear, 10).getpixel((5, 5)) == (255, 255, 255)
+    wide = Image.new("RGB", (30, 10), (0, 0, 0))
+    wide.paste((255, 0, 0), (10, 0, 20, 10))
+    cropped = np.asarray(to_rgb(wide, 10))
+    assert cropped.shape == (10, 10, 3)
+    assert (cropped == (255, 0, 0)).all()
+
+
+@given(length=st.integers(1, 50), start=st.integers(0, 200), seed=st.integers(0, 5))
+def test_a_resumed_stream_goes_on_where_it_stopped(length: int, start: int, seed: int) -> None:
+    whole = list(itertools.islice(iter(ShuffledForever(length, seed)), 260))
+    assert list(itertools.islice(iter(ShuffledForever(length, seed, start)), 60)) == whole[start : start + 60]
+    for epoch in range(260 // length):
+        assert sorted(whole[epoch * length : (epoch + 1) * length]) == list(range(length))
+
+
+def test_processes_share_one_stream() -> None:
+    whole = list(itertools.islice(iter(ShuffledForever(10, 0)), 30))
+    parts = [list(itertools.islice(iter(ShuffledForever(10, 0, 0, rank, 3)), 10)) for rank in range(3)]
+    assert [parts[i % 3][i // 3] for i in range(30)] == whole

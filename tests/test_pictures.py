@@ -1,0 +1,52 @@
+"""Grids and whole files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skipdit.files import atomic_file, atomic_folder
+from skipdit.pictures import labelled_grid
+
+
+def test_every_picture_stands_in_its_cell_unchanged() -> None:
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
+    pictures = [Image.new("RGB", (16, 12), color) for color in colors]
+    grid = np.asarray(
+        labelled_grid(pictures, ["a", "b", "c", "d", "a very long caption indeed"], num_columns=3, scale=2)
+    )
+    for color in colors:
+        rows, columns = np.where((grid == color).all(axis=2))
+        assert (np.ptp(rows) + 1, np.ptp(columns) + 1, len(rows)) == (24, 32, 24 * 32)
+    first = np.argwhere((grid == colors[3]).all(axis=2))[0]
+    assert first[0] > 24  # the fourth begins the second row
+    assert (grid.sum(axis=2) < 300).any()  # captions are drawn
+
+
+def test_a_grid_needs_a_caption_a_picture() -> None:
+    with pytest.raises(ValueError, match="got 1 and 0"):
+        labelled_grid([Image.new("RGB", (8, 8))], [])
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_file(path) as draft:
+        draft.write_text("first")
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as draft:
+        draft.write_text(f"half {1 / 0}" if draft.write_text("half") else "")
+    assert path.read_text() == "first"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_folder_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    with atomic_folder(path) as draft:
+        (draft / "a").write_text("1")
+    with pytest.raises(ZeroDivisionError), atomic_folder(path) as draft:
+        (draft / "c").write_text(f"{1 / (draft / 'b').write_text('')}")
+    assert [child.name for child in path.iterdir()] == ["a"]
+    with atomic_folder(path) as draft:
+        (draft / "c").write_text("3")
+    assert [child.name for child in path.iterdir()] == ["c"]
+    assert list(tmp_path.iterdir()) == [path]
