@@ -63,9 +63,9 @@ def test_the_report_holds_what_was_measured(config: SampleConfig) -> None:
     assert written["versions"]["torch"] == torch.__version__
     assert written["peak_memory_bytes"] > 2**20
     names = sorted(path.name for path in config.out.iterdir())
-    assert names == ["cached.png", "fewer_steps.png", "full.png", "report.json"]
+    assert names == ["cached.png", "comparison.png", "fewer_steps.png", "full.png", "report.json"]
     sizes = set()
-    for name in names[:3]:
+    for name in ("cached.png", "fewer_steps.png", "full.png"):
         with Image.open(config.out / name) as grid:
             sizes.add(grid.size)
     assert len(sizes) == 1

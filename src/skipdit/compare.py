@@ -7,6 +7,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.resources import as_file, files
@@ -32,6 +33,7 @@ from skipdit.pictures import labelled_grid
 from skipdit.pipelines import ClassToImagePipeline
 
 BUNDLED = {"emoji": "class_to_image"}
+NUM_COMPARED = 6  # pictures a row of comparison.png
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -42,6 +44,8 @@ class SampleConfig:
 
     model: `emoji` (bundled), the folder of a pipeline, or a checkpoint (official or own; latents need --vae).
     labels: class names or numbers, repeated in turn; by default spread over all classes. num_images: pictures.
+    guidance_scale: classifier-free guidance, none at 1. guidance_channels: guide only the first few channels; the
+    official DiT sampler guides 3 of its 4.
     steps: of the sampler. cache: a spec such as N3, skip-taylor:N3-o1, the path of a schedule.json, or none.
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
     vae: folder of an AutoencoderKL for models of latents. num_attention_heads: where a checkpoint cannot tell.
@@ -53,6 +57,7 @@ class SampleConfig:
     num_images: int = 16
     steps: int = 50
     guidance_scale: float = 2.5
+    guidance_channels: int | None = None
     cache: str = "skip-taylor:N2-900-50-o1"
     scheduler: str | None = None
     vae: Path | None = None
@@ -245,6 +250,7 @@ class Sampler:
         images = self.pipeline(
             self.labels,
             guidance_scale=self.config.guidance_scale,
+            guidance_channels=self.config.guidance_channels,
             num_inference_steps=num_steps,
             generator=self._generator(),
             latents=self.noise,
@@ -271,7 +277,7 @@ class Sampler:
 
 
 def sample_and_compare(config: SampleConfig) -> Report:
-    """Writes `full.png`, `cached.png`, `fewer_steps.png` and `report.json` into `config.out`, and returns the report.
+    """Writes `full.png`, `cached.png`, `fewer_steps.png`, `comparison.png` and `report.json` into `config.out`.
 
     `ValueError` on a label, scheduler or cache that is not to be had, or a cache that would never reuse; `OSError`
     where `out` cannot be written. All of it before anything is sampled.
@@ -299,14 +305,27 @@ def sample_and_compare(config: SampleConfig) -> Report:
     report = Report(
         tuple(rows), settings, captions, peak_memory_bytes(pipeline.device), machine(pipeline.device), versions()
     )
-    for name, result in sampled.items():
-        with atomic_file(config.out / f"{name}.png") as draft:
-            labelled_grid(
-                VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(result.pictures)), captions
-            ).save(draft)
+    save_pictures(config.out, sampled, captions)
     with atomic_file(config.out / "report.json") as draft:
         draft.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def save_pictures(folder: Path, sampled: Mapping[str, Sampled], captions: Sequence[str]) -> None:
+    """A labelled grid a run, and `comparison.png`: the first pictures of each run, one run a row."""
+    rows = {
+        name: VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(run.pictures))
+        for name, run in sampled.items()
+    }
+    for name, pictures in rows.items():
+        with atomic_file(folder / f"{name}.png") as draft:
+            labelled_grid(pictures, captions).save(draft)
+    if len(rows) > 1:
+        shown = captions[:NUM_COMPARED]
+        pictures = [picture for row in rows.values() for picture in row[:NUM_COMPARED]]
+        names = [f"{name.replace('_', ' ')}: {caption}" for name in rows for caption in shown]
+        with atomic_file(folder / "comparison.png") as draft:
+            labelled_grid(pictures, names, num_columns=len(shown)).save(draft)
 
 
 def check_writable(folder: Path) -> None:

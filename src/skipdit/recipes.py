@@ -23,12 +23,13 @@ def emoji() -> TrainConfig:
             logit_std=0.8,
             min_sigma=0.1,
         ),
-        max_steps=8000,
+        max_steps=7000,
         batch_size=32,
         learning_rate=8e-4,
         warmup_steps=200,
         weight_decay=0.01,
         ema_decay=0.9995,
+        release_dtype="bfloat16",
     )
 
 

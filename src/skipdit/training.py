@@ -4,6 +4,7 @@ Step s draws everything random (which pictures, flips, dropped labels, timesteps
 so a run that is resumed from a checkpoint goes on exactly as if it had never stopped.
 """
 
+import copy
 import json
 import math
 import shutil
@@ -32,6 +33,10 @@ from skipdit.pipelines import ClassToImagePipeline
 
 Precision = Literal["auto", "no", "bf16"]
 RateSchedule = Literal["constant", "cosine"]
+ReleaseDType = Literal["float32", "bfloat16"]
+
+RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHARD_SIZE = "14MB"  # a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +68,12 @@ class TrainConfig:
     """A whole training run.
 
     batch_size: pictures a step over all processes. num_accumulation_steps: forward passes it is split into a process.
-    ema_decay: of the averaged weights that are sampled and released, with warm-up. label_dropout: share of labels
-    replaced by the null class. flip: mirror half of the pictures. precision: `"auto"` is bf16 where it is native.
-    gradient_clip: largest norm of the gradient, 0 for none. sample_every: a grid of `num_samples` pictures, 0 for none.
-    checkpoint_every: steps between checkpoints, of which the last `num_checkpoints` stay.
+    rate_schedule, warmup_steps: linear from 0, then constant or a cosine down to a hundredth of learning_rate.
+    gradient_clip: largest norm of the gradient, 0 for none. ema_decay: of the averaged weights that are sampled and
+    released, with warm-up. label_dropout: share of labels replaced by the null class. flip: mirror half of the pictures.
+    precision: auto is bf16 where the hardware computes in it. compile: compile the model. sample_every: steps between
+    grids of num_samples pictures, 0 for none. checkpoint_every: steps between checkpoints, of which the last
+    num_checkpoints stay. release_dtype: of the weights in the finished pipeline.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -96,6 +103,7 @@ class TrainConfig:
     sample_guidance_scale: float = 2.5
     checkpoint_every: int = 500
     num_checkpoints: int = 2
+    release_dtype: ReleaseDType = "float32"
 
     def __post_init__(self) -> None:
         for name in (
@@ -108,7 +116,11 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name, allowed in (("precision", Precision), ("rate_schedule", RateSchedule)):
+        for name, allowed in (
+            ("precision", Precision),
+            ("rate_schedule", RateSchedule),
+            ("release_dtype", ReleaseDType),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
         for name in ("label_dropout", "ema_decay"):
@@ -305,7 +317,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str | 
 
     if accelerator.is_main_process:
         with averaged(ema, model), atomic_folder(out / "pipeline") as draft:
-            make_pipeline(model, config, pictures).save_pretrained(draft)
+            released = copy.deepcopy(model).to(RELEASE_DTYPES[config.release_dtype])
+            make_pipeline(released, config, pictures).save_pretrained(draft, max_shard_size=MAX_SHARD_SIZE)
     accelerator.wait_for_everyone()
     return out / "pipeline"
 
