@@ -91,12 +91,12 @@ def test_an_unreadable_picture_is_named_before_training(folder: Path, content: b
         open_pictures(DataConfig(source=str(folder)))
 
 
-def test_a_truncated_picture_is_named_when_read(folder: Path) -> None:
+def test_a_truncated_picture_is_named_before_training(folder: Path) -> None:
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(whole, "JPEG")
     (folder / "ant" / "a.jpg").write_bytes(whole.getvalue()[:400])
     with pytest.raises(ValueError, match=r"cannot read the picture .*a\.jpg"):
-        [open_pictures(DataConfig(source=str(folder)))[index] for index in range(5)]
+        open_pictures(DataConfig(source=str(folder)))
 
 
 def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:
@@ -105,6 +105,12 @@ def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(ValueError, match=r"bad\.parquet"):
         open_pictures(DataConfig(source=str(tmp_path / "bad.parquet")))
+    (tmp_path / "stray" / "class").mkdir(parents=True)
+    picture((1, 2, 3)).save(tmp_path / "stray" / "lost.png")
+    with pytest.raises(ValueError, match=r"lost\.png belongs to no class"):
+        open_pictures(DataConfig(source=str(tmp_path / "stray")))
+    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+        DataConfig(image_size=0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no pictures"):
         open_pictures(DataConfig(source=str(tmp_path / "empty")))

@@ -107,6 +107,11 @@ def test_bad_sizes_are_named() -> None:
         DiT(num_attention_heads=3, attention_head_dim=6)
     with pytest.raises(ValueError, match="sample_size must be divisible by patch_size 3, got 32"):
         DiT(patch_size=3)
+    with pytest.raises(ValueError, match="patch_size must be at least 1, got 0"):
+        DiT(patch_size=0)
+    latents, labels = inputs(size=9)
+    with pytest.raises(ValueError, match=r"divisible by patch_size 2, got \(9, 9\)"):
+        tiny_dit()(latents, torch.tensor(1), labels)
     with pytest.raises(ValueError, match="no null class"):
         _ = tiny_dit(null_class=False).null_class_label
 

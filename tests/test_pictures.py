@@ -42,11 +42,11 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_failed_folder_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     with atomic_folder(path) as draft:
-        (draft / "a").write_text("1")
+        (draft / "config.json").write_text("1")
     with pytest.raises(ZeroDivisionError), atomic_folder(path) as draft:
         (draft / "c").write_text(f"{1 / (draft / 'b').write_text('')}")
-    assert [child.name for child in path.iterdir()] == ["a"]
+    assert [child.name for child in path.iterdir()] == ["config.json"]
     with atomic_folder(path) as draft:
-        (draft / "c").write_text("3")
-    assert [child.name for child in path.iterdir()] == ["c"]
+        (draft / "state.json").write_text("3")
+    assert [child.name for child in path.iterdir()] == ["state.json"]
     assert list(tmp_path.iterdir()) == [path]

@@ -115,7 +115,11 @@ def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path
     from diffusers import AutoencoderKL
 
     tiny_dit().save_pretrained(tmp_path / "model")
-    config = dataclasses.replace(config, model=str(tmp_path / "model"), cache="none", steps=2, num_images=2)
+    tiny_dit(out_channels=4).save_pretrained(tmp_path / "unsaid")
+    config = dataclasses.replace(config, model=str(tmp_path / "unsaid"), cache="none", steps=2, num_images=2)
+    with pytest.raises(ValueError, match="does not say what its model predicts"):
+        sample_and_compare(config)
+    config = dataclasses.replace(config, model=str(tmp_path / "model"), scheduler="ddpm")
     with pytest.raises(ValueError, match="latents of 4 channels: give --vae"):
         sample_and_compare(config)
     AutoencoderKL(block_out_channels=(32, 32), latent_channels=4).save_pretrained(tmp_path / "vae")
@@ -155,6 +159,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--labels", "cta"], "unknown label 'cta'; of the 4 labels, near are: cat"),
         (["--labels", "4"], "label numbers go from 0 to 3, got 4"),
+        (["--labels", "ant", "bee", "cat"], "num_images must be at least the number of labels, 3, got 2"),
         (["--cache", "N1"], "would never reuse"),
         (["--cache", "N3-100-50", "--steps", "2"], "would never reuse in 2 steps"),
         (["--cache", "N2", "--steps", "1"], "would never reuse in 1 steps"),
@@ -178,11 +183,14 @@ def test_bad_input_ends_in_one_line(
     assert not out.exists() or not list(out.iterdir())
 
 
-def test_unknown_words_end_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_words_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the command must be one of sample" in fails(capsys, "smaple")
     assert "the recipe must be one of emoji, got 'emojis'" in fails(capsys, "train", "emojis")
     assert "no model at nowhere" in fails(capsys, "sample", "--model", "nowhere")
     assert "the benchmark must be models" in fails(capsys, "bench", "all")
+    assert "got ('DiT-M/2',)" in fails(capsys, "bench", "models", "--presets", "DiT-M/2", "--out", str(tmp_path))
+    assert "/dev/null/x" in fails(capsys, "bench", "models", "--out", "/dev/null/x")
+    assert "device 'abacus'" in fails(capsys, "train", "emoji", "--device", "abacus", "--out", str(tmp_path))
     assert "--steps" in fails(capsys, "sample", "--steps", "many")
     assert "Unrecognized options: --stepz" in fails(capsys, "sample", "--stepz", "3")
 
@@ -213,7 +221,8 @@ def test_broken_models_end_in_one_line(
 def test_an_unreadable_picture_ends_training_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "a.png").write_bytes(b"nothing")
-    line = fails(capsys, "train", "emoji", "--data.source", str(tmp_path / "set"), "--out", str(tmp_path / "run"))
+    line = fails(capsys, "train", "emoji", "--data.source", str(tmp_path / "set"), "--out", str(tmp_path / "run"),
+                 "--no-resume", "--no-compile")  # fmt: skip
     assert "cannot read the picture" in line
     assert "a.png" in line
 
@@ -225,6 +234,16 @@ def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"skipdit sample --model {out}" in capsys.readouterr().out.replace("\n", "")
     main(["info", str(out / "pipeline")])
     assert "long skips: 0 -> 1 (replace)" in capsys.readouterr().out
+
+
+def test_converting_replaces_no_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_dit().save_pretrained(tmp_path / "ours")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for target in (tmp_path / "mine", Path.cwd()):
+        line = fails(capsys, "convert", str(tmp_path / "ours"), "--to", "skipdit", "--out", str(target))
+        assert "give a new folder" in line
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
 
 
 def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

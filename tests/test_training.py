@@ -140,8 +140,32 @@ def test_twenty_steps_of_the_emoji_recipe(tmp_path: Path) -> None:
 def test_checkpoints_of_another_model_are_refused(config: TrainConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "run", device="cpu")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, long_skip=None))
-    with pytest.raises(ValueError, match="holds another model"):
+    with pytest.raises(ValueError, match=r"other settings \(model\)"):
         train(other, tmp_path / "run", device="cpu")
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate, seed\)"):
+        train(dataclasses.replace(config, learning_rate=1e-3, seed=4), tmp_path / "run", device="cpu")
+    with pytest.raises(ValueError, match="fewer than its 6 steps"):
+        train(dataclasses.replace(config, max_steps=5), tmp_path / "run", device="cpu")
+    for name in ("ema.safetensors", "state.json"):
+        damaged = tmp_path / "run" / "checkpoint-0000006" / name
+        damaged.write_bytes(damaged.read_bytes()[:40])
+        with pytest.raises(ValueError, match="checkpoint-0000006 is damaged"):
+            train(config, tmp_path / "run", device="cpu")
+
+
+def test_without_resume_a_run_starts_over(config: TrainConfig, tmp_path: Path) -> None:
+    train(config, tmp_path, device="cpu")
+    train(dataclasses.replace(config, max_steps=2, seed=1), tmp_path, resume=False, device="cpu")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0000002"]
+    assert [entry["step"] for entry in log(tmp_path)] == [1, 2]
+
+
+def test_a_log_that_was_cut_off_does_not_stop_the_run(config: TrainConfig, tmp_path: Path) -> None:
+    train(config, tmp_path, device="cpu")
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    train(dataclasses.replace(config, max_steps=8), tmp_path, device="cpu")
+    assert [entry["step"] for entry in log(tmp_path)] == list(range(1, 9))
 
 
 def test_only_the_last_checkpoints_stay_and_none_is_half_written(config: TrainConfig, tmp_path: Path) -> None:
@@ -185,13 +209,17 @@ def test_precision_follows_the_hardware() -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="lower learning_rate"):
-        train(dataclasses.replace(config, learning_rate=math.inf), tmp_path, device="cpu")
+        train(dataclasses.replace(config, learning_rate=math.inf, log_every=100), tmp_path, device="cpu")
+    assert not list_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size.*0"), ({"precision": "int8"}, "int8"), ({"label_dropout": 1.0}, "label_dropout"),
-     ({"rate_schedule": "linear"}, "linear"), ({"max_steps": -1}, "max_steps.*-1")],
+     ({"gradient_clip": -1.0}, "gradient_clip.*-1"),
+        ({"sample_steps": 0}, "1 to 1000 steps"),
+        ({"learning_rate": 0.0}, "above 0"),
+        ({"rate_schedule": "linear"}, "linear"), ({"max_steps": -1}, "max_steps.*-1")],
 )  # fmt: skip
 def test_bad_settings_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -270,7 +270,7 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Callable[..., o
             for subject in subjects:
                 subject.model.compile(fullgraph=True)
         num_rounds = num_warmup + config.num_repetitions
-        with torch._dynamo.config.patch(recompile_limit=64):  # a graph for each step
+        with torch._dynamo.config.patch(cache_size_limit=64):  # a graph for each step; torch 2.6 has only this name
             rounds = [[time_call(call, config.device) for _, _, call in calls(mode)] for _ in range(num_rounds)]
         for (step, flops, others), timed in zip(counted, zip(*rounds, strict=True), strict=True):
             seconds, peaks = zip(*timed, strict=True)

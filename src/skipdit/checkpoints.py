@@ -9,7 +9,6 @@ import inspect
 import json
 import math
 import os
-import uuid
 import zipfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from skipdit.files import atomic_file
 from skipdit.models.dit import PRESET_SIZES, DiT, DiTBlock, sincos_position_embedding
 from skipdit.models.long_skip import Fusion
 
@@ -199,12 +199,8 @@ def save_official(model: DiT, path: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
     tensors = {key: tensor.contiguous() for key, tensor in to_official(model).items()}
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_file(target) as draft:
+        save_file(tensors, draft, metadata={"format": "pt"})
 
 
 def from_diffusers(model: DiTTransformer2DModel) -> DiT:

@@ -57,17 +57,18 @@ def train(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """out: folder of the run. resume: go on from its last checkpoint. device: cpu, cuda, or what there is."""
+        """out: folder of the run. resume: go on from its last checkpoint. device: cpu, cuda or auto."""
 
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         out: Path = Path("runs") / name
         resume: bool = True
-        device: str | None = None
+        device: str = "auto"
 
     options = _parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
     check_writable(options.out)
     folder = run(options.config, options.out, resume=options.resume, device=options.device)
-    print(f"trained: skipdit sample --model {folder}")
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process
+        print(f"trained: skipdit sample --model {folder}")
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -78,12 +79,14 @@ def convert(arguments: Sequence[str]) -> None:
     import tyro
 
     from skipdit.checkpoints import load_model, save_official, to_diffusers
-    from skipdit.files import atomic_folder
+    from skipdit.files import atomic_folder, check_replaceable
+    from skipdit.models.long_skip import Fusion
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder).
-        out: what is written. prefer: which weights of a training checkpoint. num_attention_heads: if sizes do not tell.
+        out: what is written. prefer: which weights of a training checkpoint.
+        num_attention_heads, sample_size, fusion: what a file of bare weights does not tell.
         """
 
         model: tyro.conf.Positional[Path]
@@ -91,9 +94,19 @@ def convert(arguments: Sequence[str]) -> None:
         out: Path
         prefer: Literal["ema", "model"] = "ema"
         num_attention_heads: int | None = None
+        sample_size: int | None = None
+        fusion: Fusion | None = None
 
     options = _parse("convert", convert.__doc__, arguments, Options)
-    model = load_model(options.model, prefer=options.prefer, num_attention_heads=options.num_attention_heads)
+    if options.to != "official":
+        check_replaceable(options.out)
+    model = load_model(
+        options.model,
+        prefer=options.prefer,
+        num_attention_heads=options.num_attention_heads,
+        sample_size=options.sample_size,
+        fusion=options.fusion,
+    )
     if options.to == "official":
         save_official(model, options.out)
     else:
@@ -109,6 +122,7 @@ def bench(arguments: Sequence[str]) -> None:
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
     """
     from skipdit.benchmark import ModelBenchConfig, bench_models
+    from skipdit.compare import check_writable
 
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: skipdit bench models [OPTIONS]\n\n{bench.__doc__}")
@@ -124,6 +138,7 @@ def bench(arguments: Sequence[str]) -> None:
         out: Path = Path("benchmarks")
 
     options = _parse("bench models", bench.__doc__, arguments[1:], Options, Options(config=ModelBenchConfig()))
+    check_writable(options.out)
     bench_models(options.config, options.out)
     print(f"written: {options.out}")
 
@@ -192,10 +207,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("SKIPDIT_TRACEBACK"):
             raise
-        print(f"skipdit: error: {error}", file=sys.stderr)
+        print(f"skipdit: error: {_last_word(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _last_word(error: Exception) -> str:
+    """The message in one line; of an error that a data worker passed on with its traceback, the last line."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[-1] if lines[0].startswith("Caught ") else " ".join(line.strip() for line in lines)
 
 
 def _unprefixed() -> object:
@@ -219,7 +240,6 @@ def _parse(
                 args=list(arguments),
                 prog=f"skipdit {command}",
                 description=text,
-                config=(tyro.conf.FlagConversionOff,),
             )
     except SystemExit as exit:
         if exit.code == 0:

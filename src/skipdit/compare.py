@@ -1,5 +1,6 @@
 """Samples in full, cached, and with fewer steps at the cached run's wall time, and reports times and distances."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -29,10 +30,21 @@ from skipdit.checkpoints import load_model
 from skipdit.diffusion import Objective, make_scheduler, objective_of
 from skipdit.files import atomic_file
 from skipdit.metrics.paired import psnr_db, ssim
+from skipdit.models.dit import DiT
 from skipdit.pictures import labelled_grid
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.training import resolve_device
 
-BUNDLED = {"emoji": "class_to_image"}
+
+@dataclass(frozen=True, kw_only=True)
+class Bundled:
+    """A model that comes with the package: its folder among the assets, and classes that it draws well."""
+
+    folder: str
+    labels: tuple[str, ...]
+
+
+BUNDLED = {"emoji": Bundled(folder="class_to_image", labels=())}
 NUM_COMPARED = 6  # pictures a row of comparison.png
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["float32", "bfloat16", "float16"]
@@ -43,10 +55,12 @@ class SampleConfig:
     """What `skipdit sample` does.
 
     model: `emoji` (bundled), the folder of a pipeline, or a checkpoint (official or own; latents need --vae).
-    labels: class names or numbers, repeated in turn; by default spread over all classes. num_images: pictures.
+    labels: class names or numbers, repeated in turn; by default some that the bundled model draws well, else spread
+    over all classes. num_images: pictures.
     guidance_scale: classifier-free guidance, none at 1. guidance_channels: guide only the first few channels; the
     official DiT sampler guides 3 of its 4.
     steps: of the sampler. cache: a spec such as N3, skip-taylor:N3-o1, the path of a schedule.json, or none.
+    fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
     vae: folder of an AutoencoderKL for models of latents. num_attention_heads: where a checkpoint cannot tell.
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
@@ -58,6 +72,7 @@ class SampleConfig:
     steps: int = 50
     guidance_scale: float = 2.5
     guidance_channels: int | None = None
+    fewer_steps: int | None = None
     cache: str = "skip-taylor:N2-900-50-o1"
     scheduler: str | None = None
     vae: Path | None = None
@@ -151,15 +166,15 @@ def load_pipeline(config: SampleConfig) -> ClassToImagePipeline:
     """The bundled pipeline, a pipeline's folder, or one made around a checkpoint; on its device, in its dtype."""
     device, dtype, path = resolve_device(config.device), DTYPES[config.dtype], Path(config.model)
     if config.model in BUNDLED:
-        with as_file(files("skipdit") / "assets" / BUNDLED[config.model]) as folder:
+        with as_file(files("skipdit") / "assets" / BUNDLED[config.model].folder) as folder:
             pipeline = _from_folder(folder, dtype)
     elif (path / "model_index.json").is_file():
         pipeline = _from_folder(path, dtype)
     elif path.exists():
         model = load_model(path, num_attention_heads=config.num_attention_heads, dtype=dtype)
-        learned = model.config.out_channels == 2 * model.config.in_channels
-        scheduler = make_scheduler(Objective(learned_variance=learned), config.scheduler or "ddim")
-        pipeline = ClassToImagePipeline(model, scheduler)
+        if not learns_variance(model):
+            raise ValueError(f"{path} does not say what its model predicts: give the folder of its pipeline")
+        pipeline = ClassToImagePipeline(model, make_scheduler(Objective(learned_variance=True), "ddim"))
     else:
         raise FileNotFoundError(
             f"no model at {config.model}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint"
@@ -171,8 +186,17 @@ def load_pipeline(config: SampleConfig) -> ClassToImagePipeline:
             f"{config.model} works on latents of {pipeline.transformer.config.in_channels} channels: give --vae FOLDER"
         )
     if config.scheduler is not None:
-        pipeline.scheduler = make_scheduler(objective_of(pipeline.scheduler), config.scheduler)
+        learned_variance = learns_variance(pipeline.transformer)
+        objective = dataclasses.replace(objective_of(pipeline.scheduler), learned_variance=learned_variance)
+        pipeline.scheduler = make_scheduler(objective, config.scheduler)
     return pipeline.to(device)
+
+
+def learns_variance(model: DiT) -> bool:
+    """Whether half of the output is the variance, as in the official models: those predict epsilon on a ddpm
+    process.
+    """
+    return model.config.out_channels == 2 * model.config.in_channels
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> ClassToImagePipeline:
@@ -190,29 +214,22 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> ClassToImagePipeline:
         enable_progress_bar()
 
 
-def resolve_device(name: str) -> torch.device:
-    """`"auto"` is CUDA where there is one; `ValueError` on a device this machine has not."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def choose_labels(pipeline: ClassToImagePipeline, config: SampleConfig) -> tuple[list[int], list[str]]:
-    """Class numbers and captions, one a picture. `ValueError` on an unknown label."""
-    num_classes, names = (
-        pipeline.transformer.config.num_classes,
-        {label: name for name, label in pipeline.labels.items()},
-    )
-    if config.labels:
-        chosen = [int(label) if label.isdecimal() else pipeline.get_label_ids([label])[0] for label in config.labels]
-        for label in chosen:
-            if label >= num_classes:
+    """Class numbers and captions, one a picture. `ValueError` on an unknown label, or more labels than pictures."""
+    numbers, num_classes = pipeline.labels, pipeline.transformer.config.num_classes
+    names = {number: name for name, number in numbers.items()}
+    wanted = config.labels or (BUNDLED[config.model].labels if config.model in BUNDLED else ())
+    if len(config.labels) > config.num_images:
+        raise ValueError(
+            f"num_images must be at least the number of labels, {len(config.labels)}, got {config.num_images}"
+        )
+    if wanted:
+        chosen = []
+        for label in wanted:
+            is_number = label.isdecimal() and label not in numbers
+            if is_number and int(label) >= num_classes:
                 raise ValueError(f"label numbers go from 0 to {num_classes - 1}, got {label}")
+            chosen.append(int(label) if is_number else pipeline.get_label_ids([label])[0])
     else:
         count = min(config.num_images, num_classes)
         chosen = [index * num_classes // count for index in range(count)]
@@ -296,7 +313,8 @@ def sample_and_compare(config: SampleConfig) -> Report:
     if method is not None:
         cached, summary = sampler.cached(method)
         rows.append(Row.of("cached", cached, full, steps=config.steps, summary=summary))
-        num_fewer = max(1, min(config.steps - 1, round(config.steps * cached.seconds / full.seconds)))
+        at_equal_time = max(1, min(config.steps - 1, round(config.steps * cached.seconds / full.seconds)))
+        num_fewer = config.fewer_steps or at_equal_time
         fewer = sampler("fewer", num_fewer)
         rows.append(Row.of("fewer_steps", fewer, full, steps=num_fewer, reference_steps=config.steps))
         sampled |= {"cached": cached, "fewer_steps": fewer}

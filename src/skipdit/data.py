@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, TypeError, Image.DecompressionBombError)
 MAX_CACHED_BYTES = 2**30
+MAX_DECODED_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,10 @@ class DataConfig:
     image_column: str = "image"
     label_column: str = "label"
     split: str = "train"
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
 
 
 def to_rgb(picture: Image.Image, size: int) -> Image.Image:
@@ -47,7 +53,8 @@ def to_rgb(picture: Image.Image, size: int) -> Image.Image:
 
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):
-    """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are kept while they fit into 1 GiB.
+    """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are kept where they fit into 1 GiB; up to
+    10,000 are decoded at once, so that `ValueError` names a broken one before training starts.
 
     read: the picture of an index, opened. names: what an error calls a picture.
     """
@@ -65,6 +72,8 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         self.read, self.names, self.size = read, names, size
         self.labels, self.label_names = list(labels), list(label_names)
         self._decoded: dict[int, Tensor] | None = {} if len(labels) * 3 * size * size <= MAX_CACHED_BYTES else None
+        if self._decoded is not None and len(labels) <= MAX_DECODED_AT_ONCE:
+            self._decoded = {index: self._decode(index) for index in range(len(labels))}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,7 +90,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
     def _decode(self, index: int) -> Tensor:
         try:
             picture = to_rgb(self.read(index), self.size)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"cannot read the picture {self.names(index)}: {error}") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
@@ -102,22 +111,25 @@ def open_pictures(config: DataConfig) -> LabelledPictures:
 def from_folder(folder: Path, size: int) -> LabelledPictures:
     """One subfolder a class, in alphabetical order; pictures directly in `folder` make one class of that name.
 
-    Every header is read at once, so that a broken file is named before training starts.
+    Every header is read at once, so that a file that is no picture is named before training starts.
     """
-    classes = sorted(child for child in folder.iterdir() if child.is_dir()) or [folder]
+    classes = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    stray = [child for child in sorted(folder.iterdir()) if child.suffix.lower() in PICTURE_SUFFIXES]
+    if classes and stray:
+        raise ValueError(f"{stray[0]} belongs to no class: put it into a subfolder")
+    classes = classes or [folder]
     paths, labels = [], []
     for label, directory in enumerate(classes):
-        for path in sorted(directory.rglob("*")):
-            if path.suffix.lower() in PICTURE_SUFFIXES:
-                paths.append(path)
-                labels.append(label)
-    if not paths:
-        raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in {folder}")
+        found = [path for path in sorted(directory.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+        if not found:
+            raise ValueError(f"no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}) in {directory}")
+        paths += found
+        labels += [label] * len(found)
     for path in paths:
         try:
             with Image.open(path) as picture:
                 picture.verify()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"cannot read the picture {path}: {error}") from error
     return LabelledPictures(
         lambda index: Image.open(paths[index]),
@@ -144,6 +156,8 @@ def from_parquet(path: Path, size: int, image_column: str, label_column: str) ->
             raise ValueError(f"{path} has no column {column!r}, only {', '.join(table.column_names)}")
     encoded = [item["bytes"] if isinstance(item, dict) else item for item in table[image_column].to_pylist()]
     values = table[label_column].to_pylist()
+    if None in values:
+        raise ValueError(f"{path} has rows without {label_column}")
     names = sorted(set(values))
     classes = {name: label for label, name in enumerate(names)}
     return LabelledPictures(
@@ -172,6 +186,8 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
     feature = rows.features[config.label_column]
     values = rows[config.label_column]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else sorted(set(values))
+    if None in values or (isinstance(feature, datasets.ClassLabel) and min(values, default=0) < 0):
+        raise ValueError(f"{config.source} has rows without {config.label_column}")
     classes = (
         range(len(names))
         if isinstance(feature, datasets.ClassLabel)

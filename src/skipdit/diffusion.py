@@ -65,6 +65,8 @@ class Objective:
             raise ValueError(f"timestep_sampling must be one of {allowed}, got {self.timestep_sampling!r}")
         if self.timestep_sampling == "logit_normal" and self.process != "flow":
             raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
+        if self.min_sigma <= 0:
+            raise ValueError(f"min_sigma must be above 0, got {self.min_sigma}")
         if self.learned_variance and self.prediction_type != "epsilon":
             raise ValueError(f"learned_variance needs prediction_type 'epsilon', got {self.prediction_type!r}")
 
@@ -101,7 +103,7 @@ def ddpm_tables() -> DDPMTables:
 
 
 def _at(table: Tensor, timesteps: Timesteps) -> Float[Tensor, "batch 1 1 1"]:
-    return table.to(timesteps.device)[timesteps.long()].float()[:, None, None, None]
+    return table.float().to(timesteps.device)[timesteps.long()][:, None, None, None]
 
 
 def signal_and_noise_levels(
@@ -275,7 +277,8 @@ def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
 
     ddpm: `"ddpm"` (ancestral, from 999 down to 0 evenly, with the learned variance where there is one), `"ddim"` (eta
     0, integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095).
-    flow: `"euler"` and `"dpm"`. Euler's method on a straight path is DPM-Solver++ of order 1 in data space.
+    flow: `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to whole numbers. Euler's method on a straight
+    path is DPM-Solver++ of order 1 in data space.
     """
     if name not in SCHEDULERS[objective.process]:
         allowed = ", ".join(SCHEDULERS[objective.process])
@@ -301,7 +304,12 @@ def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
 
 
 def objective_of(scheduler: ConfigMixin) -> Objective:
-    """The objective that a scheduler samples for, read from its config (`use_flow_sigmas`, `prediction_type`)."""
+    """The objective that a scheduler samples for, read from its config (`use_flow_sigmas`, `prediction_type`).
+
+    `ValueError` where the config does not say what is predicted.
+    """
+    if "prediction_type" not in scheduler.config:
+        raise ValueError(f"{type(scheduler).__name__} does not say what the model predicts, so it cannot be exchanged")
     process = "flow" if scheduler.config.get("use_flow_sigmas", False) else "ddpm"
     learned = scheduler.config.get("variance_type") == "learned_range"
     return Objective(process=process, prediction_type=scheduler.config["prediction_type"], learned_variance=learned)

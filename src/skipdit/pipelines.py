@@ -81,7 +81,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         Args:
             class_labels: class numbers, one an image.
             guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional branch runs.
-            guidance_channels: guide the first few channels only; 3 is what the official DiT sampler does.
+            guidance_channels: guide the first few channels only; by default all but the learned variance. 3 is what the
+                official DiT sampler does.
             latents (`Tensor` of shape `(batch, channels, height, width)`, *optional*): start noise.
             height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
             output_type: `"pil"`, `"np"` (b h w c in [0, 1]), `"pt"` (b c h w in [0, 1]) or `"latent"` (as they end).
@@ -110,7 +111,7 @@ class ClassToImagePipeline(DiffusionPipeline):
                     inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
                     output = model(inputs, timestep, class_labels=labels).sample.float()
                     if guided:
-                        output = guide(output, guidance_scale, guidance_channels)
+                        output = guide(output, guidance_scale, guidance_channels or model.config.in_channels)
                     if not learned_variance:
                         output = output[:, : model.config.in_channels]
                     sample = self.scheduler.step(output, timestep, sample, **noise_source).prev_sample

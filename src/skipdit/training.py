@@ -7,10 +7,11 @@ so a run that is resumed from a checkpoint goes on exactly as if it had never st
 import copy
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -19,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -49,6 +51,11 @@ class ModelConfig:
     patch_size: int = 8
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
 
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
     def build(self, pictures: LabelledPictures, objective: Objective) -> DiT:
         return DiT(
             sample_size=pictures.size,
@@ -69,8 +76,8 @@ class TrainConfig:
 
     batch_size: pictures a step over all processes. num_accumulation_steps: forward passes it is split into a process.
     rate_schedule, warmup_steps: linear from 0, then constant or a cosine down to a hundredth of learning_rate.
-    gradient_clip: largest norm of the gradient, 0 for none. ema_decay: of the averaged weights that are sampled and
-    released, with warm-up. label_dropout: share of labels replaced by the null class. flip: mirror half of the pictures.
+    gradient_clip: largest norm of the gradient, 0 for none. flip: mirror half of all pictures. ema_decay: of the
+    averaged weights that are sampled and released, with warm-up. label_dropout: share of labels made the null class.
     precision: auto is bf16 where the hardware computes in it. compile: compile the model. sample_every: steps between
     grids of num_samples pictures, 0 for none. checkpoint_every: steps between checkpoints, of which the last
     num_checkpoints stay. release_dtype: of the weights in the finished pipeline.
@@ -123,6 +130,15 @@ class TrainConfig:
         ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
+            raise ValueError(
+                f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
+            )
+        for name in ("warmup_steps", "weight_decay", "gradient_clip", "sample_every", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for name in ("label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -138,6 +154,18 @@ def learning_rate_at(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
+def resolve_device(name: str) -> torch.device:
+    """`"auto"` is CUDA where there is one; `ValueError` on a device this machine has not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
     if precision != "auto":
@@ -145,6 +173,17 @@ def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def start_processes(target: torch.device) -> Accelerator:
+    """The process group on this device; `ValueError` where accelerate ends up on another one or in fewer processes."""
+    accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
+    if accelerator.device.type != target.type or target.index not in (None, accelerator.device.index):
+        raise ValueError(f"device {target} was asked for, but training would run on {accelerator.device}")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(f"{started} processes were started, but only {accelerator.num_processes} can work together")
+    return accelerator
 
 
 def step_generator(config: TrainConfig, rank: int, step: int) -> torch.Generator:
@@ -218,39 +257,79 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint-*") if path.is_dir())
 
 
-def load_checkpoint(path: Path, model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer) -> int:
-    """Restores weights, averages and moments; returns the number of steps done. `ValueError` where sizes differ."""
+# what may change when a run goes on
+FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
+FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "release_dtype"}
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, ema: EMAModel, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> int:
+    """Restores weights, averages and moments; returns the number of steps done.
+
+    `ValueError` where the checkpoint is damaged, belongs to another config, or has more steps than this one.
+    """
     parameters = dict(model.named_parameters())
-    weights, averages, moments = (load_file(path / f"{name}.safetensors") for name in ("model", "ema", "optimizer"))
-    if {name: tensor.shape for name, tensor in weights.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise ValueError(f"{path} holds another model than this config builds: change --out, or pass --no-resume")
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        weights, averages, moments = (load_file(path / f"{name}.safetensors") for name in ("model", "ema", "optimizer"))
+        settings = json.loads(json.dumps(asdict(config)))
+        changed = [name for name, value in settings.items() if state["config"].get(name) != value]
+        step, ema_step = int(state["step"]), int(state["ema_step"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: delete it, or give another --out ({error})") from error
+    forbidden = [name for name in changed if name not in FREE_TO_CHANGE]
+    if forbidden or step > config.max_steps:
+        what = ", ".join(forbidden) or f"fewer than its {step} steps"
+        raise ValueError(f"{path} cannot go on with other settings ({what}): give another --out, or --no-resume")
+    for stored in (weights, averages):
+        if {name: tensor.shape for name, tensor in stored.items()} != {name: p.shape for name, p in parameters.items()}:
+            raise ValueError(f"{path} holds another model than this config builds: give another --out, or --no-resume")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     ema.shadow_params = [averages[name].to(parameter.device) for name, parameter in parameters.items()]
-    ema.optimization_step = state["ema_step"]
+    ema.optimization_step = ema_step
     by_index = {
         index: {key.removeprefix(f"{name}."): value for key, value in moments.items() if key.rpartition(".")[0] == name}
         for index, name in enumerate(parameters)
     }
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: entry for i, entry in by_index.items() if entry}})
-    return state["step"]
+    return step
+
+
+def continue_run(
+    out: Path,
+    resume: bool,
+    accelerator: Accelerator,
+    model: nn.Module,
+    ema: EMAModel,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+) -> int:
+    """The step to begin with: after the last checkpoint in `out`, or 0. Without `resume` the checkpoints there go."""
+    checkpoints = list_checkpoints(out)
+    if checkpoints and resume:
+        return load_checkpoint(checkpoints[-1], model, ema, optimizer, config)
+    if accelerator.is_main_process:
+        for old in checkpoints:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str | None = None) -> Path:
+def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = "auto") -> Path:
     """Trains, and returns the folder of the finished pipeline with the averaged weights, `out/pipeline`.
 
     Also in `out`: `config.json`, `log.jsonl`, `samples/step-*.png`, `checkpoint-*`. With `resume`, goes on from the
-    last checkpoint there. device: `"cpu"` keeps a run off the GPU; by default accelerate chooses.
+    last checkpoint there. device: `"cpu"`, `"cuda"` or what there is.
     """
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    accelerator = Accelerator(cpu=target.type == "cpu")
-    bf16 = computes_in_bf16(config.precision, target)
+    accelerator = start_processes(resolve_device(device))
+    bf16 = computes_in_bf16(config.precision, accelerator.device)
     num_parts = accelerator.num_processes * config.num_accumulation_steps
     if config.batch_size % num_parts:
         raise ValueError(
@@ -270,8 +349,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str | 
         fused=True,
     )
     ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    checkpoints = list_checkpoints(out) if resume else []
-    first_step = load_checkpoint(checkpoints[-1], model, ema, optimizer) if checkpoints else 0
+    first_step = continue_run(out, resume, accelerator, model, ema, optimizer, config)
     if config.compile:
         model.compile()
     wrapped = accelerator.prepare_model(model)
@@ -297,27 +375,32 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str | 
                     accelerator.backward(part_loss)
                 loss += part_loss.detach()
 
-            norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), config.gradient_clip or math.inf))
+            limit = config.gradient_clip or torch.finfo(torch.float32).max
+            norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), limit))
             optimizer.step()
             optimizer.zero_grad()
             ema.step(model.parameters())
 
             done, last = step + 1, step + 1 == config.max_steps
-            if done % config.log_every == 0 or last:
+            saves = done % config.checkpoint_every == 0 or last
+            shows = config.sample_every > 0 and (done % config.sample_every == 0 or last)
+            if done % config.log_every == 0 or saves:
                 mean_loss = cast(Tensor, accelerator.reduce(loss, reduction="mean"))
                 report(done, mean_loss.item(), float(norm), rate)
-            if accelerator.is_main_process and (done % config.checkpoint_every == 0 or last):
+            if accelerator.is_main_process and saves:
                 save_checkpoint(out, done, model, ema, optimizer, config)
-            if accelerator.is_main_process and config.sample_every and (done % config.sample_every == 0 or last):
+            if accelerator.is_main_process and shows:
                 with averaged(ema, model):
                     save_samples(
                         out / "samples" / f"step-{done:07d}.png", make_pipeline(model, config, pictures), config
                     )
-            accelerator.wait_for_everyone()
+            if saves or shows:
+                accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
         with averaged(ema, model), atomic_folder(out / "pipeline") as draft:
-            released = copy.deepcopy(model).to(RELEASE_DTYPES[config.release_dtype])
+            # not model.to: ModelMixin.to warns of every cast
+            released = cast(DiT, nn.Module.to(copy.deepcopy(model), RELEASE_DTYPES[config.release_dtype]))
             make_pipeline(released, config, pictures).save_pretrained(draft, max_shard_size=MAX_SHARD_SIZE)
     accelerator.wait_for_everyone()
     return out / "pipeline"
@@ -385,12 +468,13 @@ class _Reporter:
     def __enter__(self) -> "_Reporter":
         if self.enabled:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "config.json").write_text(json.dumps(asdict(self.config), indent=1), encoding="utf-8")
+            with atomic_file(self.out / "config.json") as draft:
+                draft.write_text(json.dumps(asdict(self.config), indent=1), encoding="utf-8")
             path = self.out / "log.jsonl"
             lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= self.first_step]
-            self.log = path.open("w", encoding="utf-8")
-            self.log.writelines(f"{line}\n" for line in kept)
+            with atomic_file(path) as draft:
+                draft.write_text("".join(f"{line}\n" for line in lines if self._is_before(line)), encoding="utf-8")
+            self.log = path.open("a", encoding="utf-8")
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -403,6 +487,12 @@ class _Reporter:
             self.progress.start()
         self.started = time.perf_counter()
         return self
+
+    def _is_before(self, line: str) -> bool:
+        """Whether a line tells of a step that was kept; the last line of a run that was killed may be cut off."""
+        with suppress(json.JSONDecodeError):
+            return json.loads(line)["step"] <= self.first_step
+        return False
 
     def __exit__(self, *exception: object) -> None:
         if self.enabled:

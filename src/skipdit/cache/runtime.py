@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", defa
 
 # more calls than this at one timestep are not guidance branches but a loop that the cache misunderstands
 MAX_STREAMS = 16
+# of more contexts than this the least recently called are dropped
+MAX_RUNS = 64
 
 
 @contextmanager
@@ -45,12 +48,16 @@ def cache_context(name: str) -> Iterator[None]:
         _context.reset(token)
 
 
-@dataclass
+@dataclass(eq=False)
 class Trajectory:
-    """What one stream of calls has stored, and the count that decides its next step."""
+    """What one stream of calls has stored, and the count that decides its next step.
+
+    latents: of the last call. conditioning: labels or text states, which tell a guidance branch from another.
+    """
 
     counter: StepCounter
-    inputs: tuple[weakref.ref, ...]
+    latents: weakref.ref[Tensor]
+    conditioning: tuple[Tensor, ...]
     layout: tuple
     stored: Stored = ()
     steps_since_full: int = 0
@@ -64,13 +71,39 @@ class Trajectory:
 
 @dataclass
 class Run:
-    """The trajectories of one context: one a guidance branch."""
+    """The trajectories of one context, one a guidance branch, and which of them have made the step at `timestep`."""
 
     origin: Tensor | None
     timestep: float
-    index: int = -1
-    last_call: int = 0
     trajectories: list[Trajectory] = field(default_factory=list)
+    stepped: list[Trajectory] = field(default_factory=list)
+    last_call: int = 0
+
+    def find(self, latents: Tensor, conditioning: tuple[Tensor, ...]) -> Trajectory | None:
+        """The trajectory that a call continues: the last one if it is given the very same tensors again, else one that
+        has not made this step and has the same conditioning; identical tensors before equal ones."""
+        if (
+            self.stepped
+            and self.stepped[-1].latents() is latents
+            and _same(self.stepped[-1].conditioning, conditioning)
+        ):
+            return self.stepped.pop()
+        waiting = [each for each in self.trajectories if not any(each is other for other in self.stepped)]
+        for matches in (_same, _equal):
+            for trajectory in waiting:
+                if matches(trajectory.conditioning, conditioning):
+                    return trajectory
+        return None
+
+
+def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +143,7 @@ class CacheRuntime:
         self.model_name = type(model).__name__
         self.num_units = cast(LongSkipModel, model).long_skip_links.num_units
         self.signature = inspect.signature(model.forward)
-        self.schedulers: weakref.WeakSet[Any] = weakref.WeakSet()  # SchedulerMixin declares no timesteps
+        self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reset()
 
     def reset(self) -> None:
@@ -124,7 +157,7 @@ class CacheRuntime:
         """A copied model caches in the same way and shares no state."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy.schedulers = weakref.WeakSet()
+        copy.pipelines = weakref.WeakSet()
         copy.reset()
         return copy
 
@@ -165,12 +198,10 @@ class CacheRuntime:
         """
         if not isinstance(timestep, Tensor):
             return float(timestep), None
-        for scheduler in self.schedulers:
-            known = scheduler.timesteps
-            if (
-                timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr()
-                and max(timestep.stride(), default=0) == 0
-            ):
+        for pipeline in list(self.pipelines):
+            known = pipeline.scheduler.timesteps
+            one_entry = timestep.numel() == 1 or max(timestep.stride()) == 0
+            if one_entry and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
                 return self._values(known)[timestep.storage_offset() - known.storage_offset()], known
         values = timestep.unique()
         if values.numel() != 1:
@@ -198,47 +229,52 @@ class CacheRuntime:
     def _trajectory(self, arguments: dict[str, Any], timestep: float, origin: Tensor | None) -> Trajectory:
         """The trajectory that this call continues, or a new one.
 
-        A new run starts where the scheduler has new timesteps or the timestep rises. A further call at the same
-        timestep is another stream (a guidance branch, a run in lockstep), unless its tensors are the very same.
+        A new run starts where the scheduler has new timesteps or the timestep rises. Within it, calls with other labels
+        or text states are another trajectory (a guidance branch), and so is a second call at the same timestep with
+        other latents (a run in lockstep).
         """
         path = _context.get()
-        run = self.runs.get(path)
+        run = self.runs.pop(path, None)
         if run is None or run.origin is not origin or timestep > run.timestep:
-            run = self.runs[path] = Run(origin=origin, timestep=timestep)
+            run = Run(origin=origin, timestep=timestep)
+        self.runs[path] = run  # the last called stands last
+        if len(self.runs) > MAX_RUNS:
+            del self.runs[next(iter(self.runs))]
         self.num_calls += 1
         run.last_call = self.num_calls
-        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         if timestep < run.timestep:
-            run.timestep, run.index = timestep, -1
-        repeated = run.index >= 0 and all(
-            reference() is tensor
-            for reference, tensor in zip(run.trajectories[run.index].inputs, tensors, strict=False)
+            run.timestep, run.stepped = timestep, []
+
+        latents = arguments["hidden_states"]
+        conditioning = tuple(
+            value
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and name not in ("hidden_states", "timestep")
         )
-        run.index += not repeated
-        if run.index >= MAX_STREAMS:
+        layout = (latents.shape, latents.dtype, latents.device)
+        trajectory = run.find(latents, conditioning)
+        if trajectory is None or trajectory.layout != layout:
+            if trajectory is not None:
+                run.trajectories.remove(trajectory)
+            trajectory = Trajectory(StepCounter(self.method.schedule), weakref.ref(latents), conditioning, layout)
+            run.trajectories.append(trajectory)
+        trajectory.latents, trajectory.conditioning = weakref.ref(latents), conditioning
+        run.stepped.append(trajectory)
+        if len(run.stepped) > MAX_STREAMS:
             raise RuntimeError(
                 f"more than {MAX_STREAMS} different calls at timestep {timestep:g}: "
                 "name the runs that take turns with skipdit.cache_context"
             )
-
-        hidden_states = arguments["hidden_states"]
-        layout = (hidden_states.shape, hidden_states.dtype, hidden_states.device)
-        inputs = tuple(weakref.ref(tensor) for tensor in tensors)
-        if run.index == len(run.trajectories):
-            run.trajectories.append(Trajectory(StepCounter(self.method.schedule), inputs, layout))
-        trajectory = run.trajectories[run.index]
-        if trajectory.layout != layout:
-            trajectory = run.trajectories[run.index] = Trajectory(StepCounter(self.method.schedule), inputs, layout)
-        trajectory.inputs = inputs
         return trajectory
 
     # ------------------------------------------------------------------------------------------------------------------
     # The end of a run, and what is said about it
 
     def end_runs(self) -> None:
-        """Drops what the runs of the current context hold; the counts of the last run stay for the summary."""
+        """Drops what the runs of the current context hold; their counts stay for the summary. Outside of any context
+        these are the calls outside of any context."""
         path = _context.get()
-        ended = [key for key in self.runs if key[: len(path)] == path]
+        ended = [key for key in self.runs if (key[: len(path)] == path if path else not key)]
         if ended:
             self.ended_at, self.ended_counts = self.num_calls, _counts(self.runs[key] for key in ended)
         for key in ended:
@@ -247,7 +283,7 @@ class CacheRuntime:
 
     @property
     def bytes_held(self) -> int:
-        return sum(trajectory.bytes_held for run in self.runs.values() for trajectory in run.trajectories)
+        return sum(trajectory.bytes_held for run in list(self.runs.values()) for trajectory in run.trajectories)
 
     def summary(self) -> CacheSummary:
         current = [run for run in self.runs.values() if run.last_call > self.ended_at]
@@ -336,13 +372,14 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
     """
     method, model = parse_method(spec), _model_of(target)
-    if not isinstance(model, CachedModel) or model._skipdit_cache.method != method:
+    runtime = CacheRuntime(model, method)
+    if isinstance(model, CachedModel):
+        runtime.pipelines |= model._skipdit_cache.pipelines
         disable_cache(model)
-        runtime = CacheRuntime(model, method)
-        model.__class__ = _cached_class(type(model))
-        object.__setattr__(model, "_skipdit_cache", runtime)
+    model.__class__ = _cached_class(type(model))
+    object.__setattr__(model, "_skipdit_cache", runtime)
     if isinstance(target, DiffusionPipeline):
-        _runtime_of(target).schedulers.add(target.scheduler)
+        runtime.pipelines.add(target)
 
 
 def disable_cache(target: nn.Module | DiffusionPipeline) -> None:

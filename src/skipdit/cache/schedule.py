@@ -69,6 +69,8 @@ class ExplicitSchedule:
             )
 
     def is_full(self, count: int, timestep: float) -> bool:
+        if count >= self.num_inference_steps:
+            raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got one more")
         return count in self.full_steps
 
     def resets_after(self, timestep: float) -> bool:

@@ -33,7 +33,3 @@ class DeepFeatures:
 
     def reuse(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], stored: Tensor) -> Tensor:
         return call(*args, **kwargs, num_shallow_units=self.num_shallow_units, deep_features=stored).sample
-
-    def cost_ratio(self, model: LongSkipModel) -> float:
-        """Units that a reuse step runs over units of a full step."""
-        return 2 * self.num_shallow_units / model.long_skip_links.num_units

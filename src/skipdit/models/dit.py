@@ -164,8 +164,11 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     ) -> None:
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
-        if hidden_size % 4:
+        if hidden_size % 4 or hidden_size < 4:
             raise ValueError(f"the hidden size (heads x head size) must be divisible by 4, got {hidden_size}")
+        for name, size in (("patch_size", patch_size), ("num_classes", num_classes)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if sample_size % patch_size:
             raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
         if isinstance(long_skip, dict):
@@ -256,6 +259,9 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         With `num_shallow_units` = k the output also holds the deep features; given back as `deep_features` on a later
         call with the same k, only the k shallowest and the k deepest blocks run.
         """
+        if any(size % self.patch_size for size in hidden_states.shape[-2:]):
+            sizes = tuple(hidden_states.shape[-2:])
+            raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
         height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
         hidden_states = self.patch_embed(hidden_states) + self._position_embedding(height, width).to(
             hidden_states.dtype
