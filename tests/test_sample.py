@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tiny import tiny_dit
 
+import skipdit
 from skipdit.cli import COMMANDS, main
 from skipdit.compare import SampleConfig, load_pipeline, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
@@ -109,6 +110,26 @@ def test_labels_by_name_and_number(config: SampleConfig) -> None:
 def test_bfloat16(config: SampleConfig) -> None:
     report = sample_and_compare(dataclasses.replace(config, dtype="bfloat16", steps=4))
     assert report.rows[1].bytes_held == 2 * 5 * 16 * 32 * 2
+
+
+def test_the_bundled_model(tmp_path: Path) -> None:
+    """It is small, it loads offline, its showcase labels exist, and its cache is far closer than fewer steps."""
+    from skipdit.compare import BUNDLED
+
+    folder = Path(skipdit.__file__).parent / "assets" / BUNDLED["emoji"].folder
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    assert sum(sizes) < 30e6
+    assert max(sizes) < 15e6
+    report = sample_and_compare(SampleConfig(num_images=2, steps=25, fewer_steps=13, out=tmp_path))
+    assert report.labels == list(BUNDLED["emoji"].labels[:2])
+    _, cached, fewer = report.rows
+    assert cached.psnr_db is not None
+    assert fewer.psnr_db is not None
+    assert cached.compute_ratio > 1.5
+    assert cached.psnr_db > fewer.psnr_db + 5
+    pipeline = load_pipeline(SampleConfig())
+    assert len(pipeline.get_label_ids(BUNDLED["emoji"].labels)) == 16
+    assert pipeline.transformer.config.num_layers == 24
 
 
 def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path: Path) -> None:

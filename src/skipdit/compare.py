@@ -44,7 +44,13 @@ class Bundled:
     labels: tuple[str, ...]
 
 
-BUNDLED = {"emoji": Bundled(folder="class_to_image", labels=())}
+BUNDLED = {
+    "emoji": Bundled(
+        folder="class_to_image",
+        labels=("face-smiling", "heart", "time", "cat-face", "person", "warning", "face-tongue", "keycap")
+        + ("face-affection", "family", "zodiac", "face-concerned", "person-role", "av-symbol", "face-hand", "religion"),
+    )
+}
 NUM_COMPARED = 6  # pictures a row of comparison.png
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["float32", "bfloat16", "float16"]
@@ -70,10 +76,10 @@ class SampleConfig:
     labels: tuple[str, ...] = ()
     num_images: int = 16
     steps: int = 50
-    guidance_scale: float = 2.5
+    guidance_scale: float = 2.0
     guidance_channels: int | None = None
     fewer_steps: int | None = None
-    cache: str = "skip-taylor:N2-900-50-o1"
+    cache: str = "skip-taylor:N4-800-100-o1"
     scheduler: str | None = None
     vae: Path | None = None
     num_attention_heads: int | None = None

@@ -107,7 +107,7 @@ class TrainConfig:
     sample_every: int = 500
     num_samples: int = 16
     sample_steps: int = 25
-    sample_guidance_scale: float = 2.5
+    sample_guidance_scale: float = 2.0
     checkpoint_every: int = 500
     num_checkpoints: int = 2
     release_dtype: ReleaseDType = "float32"
