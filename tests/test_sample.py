@@ -79,7 +79,7 @@ def test_distances_are_those_of_the_pictures(config: SampleConfig) -> None:
     pipeline = load_pipeline(config)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    options = {"latents": noise, "guidance_scale": 2.5, "output_type": "np"}
+    options = {"latents": noise, "guidance_scale": config.guidance_scale, "output_type": "np"}
     full = pipeline([0, 1, 2, 3, 0], num_inference_steps=12, **options).images
     fewer = pipeline([0, 1, 2, 3, 0], num_inference_steps=report.rows[2].steps, **options).images
     expected = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(full, fewer, strict=True)]

@@ -255,10 +255,11 @@ def _one_line(box: str) -> str:
 
 
 def _print_report(report: "Report", out: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "steps", "full", "reused", "seconds", "speedup", "compute", "PSNR dB", "SSIM", title=None)
+    table = Table("run", "steps", "full", "reused", "seconds", "speedup", "compute", "PSNR dB", "SSIM", box=SIMPLE_HEAD)
     for row in report.rows:
         psnr, ssim = (
             "-" if value is None else f"{value:.{digits}f}" for value, digits in ((row.psnr_db, 2), (row.ssim, 4))

@@ -47,8 +47,9 @@ class Bundled:
 BUNDLED = {
     "emoji": Bundled(
         folder="class_to_image",
-        labels=("face-smiling", "heart", "time", "cat-face", "person", "warning", "face-tongue", "keycap")
-        + ("face-affection", "family", "zodiac", "face-concerned", "person-role", "av-symbol", "face-hand", "religion"),
+        labels=tuple(
+            ["face-smiling", "heart", "time", "cat-face", "person", "warning", "face-tongue", "keycap", "face-affection", "family", "zodiac", "face-concerned", "person-role", "av-symbol", "face-hand", "religion"]
+        ),
     )
 }
 NUM_COMPARED = 6  # pictures a row of comparison.png

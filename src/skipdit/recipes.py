@@ -12,8 +12,8 @@ def emoji() -> TrainConfig:
 
     `skipdit train emoji --out runs/emoji`
 
-    Two CPU cores with AVX512-BF16, torch 2.13.0: 55 pictures a second, 68 minutes; loss 0.19 at step 170, 0.09 at 1,500,
-    0.062 at 7,000 (single batches; the first 2,000 steps ran with max_steps 8000). PSNR of the averaged weights'
+    Two CPU cores with AVX512-BF16, torch 2.13.0: 55 pictures a second, 68 minutes; loss 0.19 at step 170, 0.09 at
+    1,500, 0.062 at 7,000 (single batches; the first 2,000 steps ran with max_steps 8000). PSNR of the averaged weights'
     x-prediction at sigma 0.9, 0.5, 0.1, on training pictures at step 6,000: 16.7, 24.7, 29.3 dB.
     """
     return TrainConfig(
