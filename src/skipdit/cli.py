@@ -259,7 +259,9 @@ def _print_report(report: "Report", out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("run", "steps", "full", "reused", "seconds", "speedup", "compute", "PSNR dB", "SSIM", box=SIMPLE_HEAD)
+    table = Table(
+        "run", "steps", "full", "reused", "seconds", "speedup", "compute", "PSNR dB", "SSIM", box=SIMPLE_HEAD, padding=0
+    )
     for row in report.rows:
         psnr, ssim = (
             "-" if value is None else f"{value:.{digits}f}" for value, digits in ((row.psnr_db, 2), (row.ssim, 4))

@@ -47,8 +47,23 @@ class Bundled:
 BUNDLED = {
     "emoji": Bundled(
         folder="class_to_image",
-        labels=tuple(
-            ["face-smiling", "heart", "time", "cat-face", "person", "warning", "face-tongue", "keycap", "face-affection", "family", "zodiac", "face-concerned", "person-role", "av-symbol", "face-hand", "religion"]
+        labels=(
+            "face-smiling",
+            "heart",
+            "time",
+            "cat-face",
+            "person",
+            "warning",
+            "face-tongue",
+            "keycap",
+            "face-affection",
+            "family",
+            "zodiac",
+            "face-concerned",
+            "person-role",
+            "av-symbol",
+            "face-hand",
+            "religion",
         ),
     )
 }
