@@ -100,3 +100,17 @@ def test_package_ships_its_assets() -> None:
         table = pq.read_table(path)
     assert table.num_rows == 1601
     assert {"emoji", "label", "group", "image"} <= set(table.column_names)
+
+
+def test_the_readme_runs(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its first Python block as it stands, and every option of `skipdit sample` that it shows."""
+    from skipdit.cache.methods import parse_method
+
+    text = (repo_root / "README.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    names: dict = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert len(names["images"]) == 2
+    assert "27 reused" in capsys.readouterr().out
+    for spec in re.findall(r"--cache (\S+)", text):
+        parse_method(spec.rstrip("`,"))
