@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tiny import tiny_dit
 
 import skipdit
+import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
 from skipdit.compare import SampleConfig, load_pipeline, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
@@ -100,6 +102,35 @@ def test_without_a_cache_there_is_one_row(config: SampleConfig) -> None:
     report = sample_and_compare(dataclasses.replace(config, cache="none", scheduler="dpm"))
     assert [row.name for row in report.rows] == ["full"]
     assert sorted(path.name for path in config.out.iterdir()) == ["full.png", "report.json"]
+
+
+def test_grids_of_an_earlier_call_go(config: SampleConfig) -> None:
+    sample_and_compare(dataclasses.replace(config, steps=4, cache="N2"))
+    sample_and_compare(dataclasses.replace(config, steps=4, cache="none"))
+    assert sorted(path.name for path in config.out.iterdir()) == ["full.png", "report.json"]
+
+
+def test_ancestral_noise_is_not_the_start_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers.schedulers.scheduling_ddpm as ddpm
+
+    model = tiny_dit(sample_size=16, patch_size=4, in_channels=3, out_channels=6)
+    ClassToImagePipeline(model, make_scheduler(Objective(learned_variance=True), "ddpm")).save_pretrained(
+        tmp_path / "m"
+    )
+    drawn: list[torch.Tensor] = []
+    for module in (ddpm, skipdit.pipelines):
+        draw = module.randn_tensor
+
+        def record(*args: object, draw: Callable = draw, **options: object) -> torch.Tensor:
+            drawn.append(draw(*args, **options))
+            return drawn[-1]
+
+        monkeypatch.setattr(module, "randn_tensor", record)
+    sample_and_compare(
+        SampleConfig(model=str(tmp_path / "m"), num_images=1, steps=4, cache="none", out=tmp_path / "out")
+    )
+    assert len(drawn) > 4
+    assert len({tuple(noise.flatten()[:4].tolist()) for noise in drawn[-4:]}) == 4
 
 
 def test_labels_by_name_and_number(config: SampleConfig) -> None:

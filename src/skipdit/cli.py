@@ -121,6 +121,8 @@ def bench(arguments: Sequence[str]) -> None:
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
     """
+    import tyro
+
     from skipdit.benchmark import ModelBenchConfig, bench_models
     from skipdit.compare import check_writable
 
@@ -134,7 +136,7 @@ def bench(arguments: Sequence[str]) -> None:
     class Options:
         """out: folder of the .md and .json."""
 
-        config: Annotated[ModelBenchConfig, _unprefixed()]
+        config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]
         out: Path = Path("benchmarks")
 
     options = _parse("bench models", bench.__doc__, arguments[1:], Options, Options(config=ModelBenchConfig()))
@@ -217,13 +219,6 @@ def _last_word(error: Exception) -> str:
     """The message in one line; of an error that a data worker passed on with its traceback, the last line."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[-1] if lines[0].startswith("Caught ") else " ".join(line.strip() for line in lines)
-
-
-def _unprefixed() -> object:
-    """Makes the options of a nested config options of the command."""
-    import tyro
-
-    return tyro.conf.arg(name="")
 
 
 def _parse(

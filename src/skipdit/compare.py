@@ -19,7 +19,6 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -272,16 +271,11 @@ class Sampled:
 
 
 class Sampler:
-    """Samples one pipeline from the same noise and labels, again and again."""
+    """Samples one pipeline from the same seed and labels, again and again: the start noise is the same at any number of
+    steps, and what an ancestral scheduler draws follows it."""
 
     def __init__(self, pipeline: ClassToImagePipeline, config: SampleConfig, labels: list[int]) -> None:
         self.pipeline, self.config, self.labels = pipeline, config, labels
-        model = pipeline.transformer.config
-        shape = (len(labels), model.in_channels, model.sample_size, model.sample_size)
-        self.noise = randn_tensor(shape, generator=self._generator())
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.config.seed)
 
     def __call__(self, description: str, num_steps: int) -> Sampled:
         self.pipeline.set_progress_bar_config(desc=f"{description:>10}")
@@ -291,8 +285,7 @@ class Sampler:
             guidance_scale=self.config.guidance_scale,
             guidance_channels=self.config.guidance_channels,
             num_inference_steps=num_steps,
-            generator=self._generator(),
-            latents=self.noise,
+            generator=torch.Generator().manual_seed(self.config.seed),
             output_type="pt",
         ).images
         return Sampled(images.float().cpu(), time.perf_counter() - started)
@@ -352,7 +345,10 @@ def sample_and_compare(config: SampleConfig) -> Report:
 
 
 def save_pictures(folder: Path, sampled: Mapping[str, Sampled], captions: Sequence[str]) -> None:
-    """A labelled grid a run, and `comparison.png`: the first pictures of each run, one run a row."""
+    """A labelled grid a run, and `comparison.png`: the first pictures of each run, one run a row. Grids of an earlier
+    call that this one does not make go."""
+    for name in ("full", "cached", "fewer_steps", "comparison"):
+        (folder / f"{name}.png").unlink(missing_ok=True)
     rows = {
         name: VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(run.pictures))
         for name, run in sampled.items()

@@ -23,7 +23,7 @@ Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 
 Images = Float[Tensor, "batch channels height width"]
-Prediction2C = Float[Tensor, "batch out_channels height width"]
+ModelOutput = Float[Tensor, "batch out_channels height width"]
 PerSample = Float[Tensor, " batch"]
 Timesteps = Float[Tensor, " batch"] | Int[Tensor, " batch"]
 
@@ -210,7 +210,7 @@ def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Ima
     return fraction * _at(tables.log_betas, timesteps) + (1 - fraction) * _at(tables.posterior_log_variance, timesteps)
 
 
-def variational_bound(prediction: Prediction2C, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
+def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
     """One term of the bound in bits per dimension; the mean is detached, so only the variance learns from it.
 
     KL divergence of the model's step from the posterior; at timestep 0 the likelihood of 8-bit pixels

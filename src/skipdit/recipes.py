@@ -12,9 +12,9 @@ def emoji() -> TrainConfig:
 
     `skipdit train emoji --out runs/emoji`
 
-    Two CPU cores with AVX512-BF16, torch 2.13.0: 55 pictures a second, 68 minutes; loss 0.19 at step 170, 0.09 at
-    1,500, 0.062 at 7,000 (single batches; the first 2,000 steps ran with max_steps 8000). PSNR of the averaged weights'
-    x-prediction at sigma 0.9, 0.5, 0.1, on training pictures at step 6,000: 16.7, 24.7, 29.3 dB.
+    Two CPU cores with AVX512-BF16, torch 2.13.0: loss 0.19 at step 170, 0.09 at 1,500, 0.062 at 7,000 (single batches),
+    about 55 pictures a second where nothing else ran. `benchmarks/emoji_training.jsonl` is the log; the first
+    2,000 steps had max_steps 8000, and it was paused now and then, which its speed includes.
     """
     return TrainConfig(
         data=DataConfig(source="emoji", image_size=64),

@@ -191,13 +191,11 @@ class CacheRuntime:
             trajectory.stored = ()
         return LongSkipOutput(sample=sample) if return_dict else (sample,)
 
-    def _locate(self, timestep: Any) -> tuple[float, Tensor | None]:
+    def _locate(self, timestep: Tensor) -> tuple[float, Tensor | None]:
         """The timestep's value, and the list of a watched scheduler that it is an entry of.
 
         A pipeline hands on a view of its scheduler's `timesteps`: then the value is known without asking the device.
         """
-        if not isinstance(timestep, Tensor):
-            return float(timestep), None
         for pipeline in list(self.pipelines):
             known = pipeline.scheduler.timesteps
             one_entry = timestep.numel() == 1 or max(timestep.stride()) == 0

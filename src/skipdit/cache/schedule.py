@@ -1,7 +1,7 @@
 """WHEN a step runs in full and when it reuses. Pure logic on timesteps; no tensors here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 
@@ -92,7 +92,7 @@ class StepCounter:
 
     schedule: Schedule
     count: int = 0
-    stored: bool = field(default=False)
+    stored: bool = False
 
     def peek(self, timestep: float) -> bool:
         """Whether the step at `timestep` is full."""
