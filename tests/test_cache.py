@@ -18,7 +18,7 @@ from skipdit.cache.methods import METHODS, CacheMethod, parse_method
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.runtime import cache_context, cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, StepCounter, resolve
-from skipdit.cache.site import DeepFeatures
+from skipdit.cache.site import BlockDelta, DeepFeatures
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.long_skip import LongSkipConfig
@@ -151,6 +151,9 @@ def test_hold_returns_the_stored_tensor_itself() -> None:
         ("skip-taylor:N4", CacheMethod(schedule=IntervalSchedule(interval=4), predictor=TaylorPredictor(1))),
         ("skip-taylor:N4-o2-k3", CacheMethod(schedule=IntervalSchedule(interval=4), site=DeepFeatures(3),
                                              predictor=TaylorPredictor(2))),
+        ("delta-dit:N2-k2", CacheMethod(schedule=IntervalSchedule(interval=2), site=BlockDelta(2))),
+        ("delta-taylor:N3-o2", CacheMethod(schedule=IntervalSchedule(interval=3), site=BlockDelta(),
+                                           predictor=TaylorPredictor(2))),
     ],
 )  # fmt: skip
 def test_specs_mean_what_they_say(spec: str, method: CacheMethod) -> None:
@@ -161,6 +164,7 @@ def test_specs_mean_what_they_say(spec: str, method: CacheMethod) -> None:
 @pytest.mark.parametrize(
     "spec",
     ["", "2", "N", "N0", "n2", "N2-700", "N2-50-700", "N2-0-0", "N2-k", "N2-k0-", "N2-k1-k2", "N2-o1", "other:N2",
+     "delta-dit:N2-o1",
      "skip-taylor:N2-o9", "N2 ", "N-2", "N2-700-50-50"],
 )  # fmt: skip
 def test_bad_specs_are_refused_in_one_line(spec: str) -> None:
@@ -170,7 +174,7 @@ def test_bad_specs_are_refused_in_one_line(spec: str) -> None:
 
 
 def test_every_method_names_its_paper() -> None:
-    assert all("arXiv" in source for _, source in METHODS.values())
+    assert all("arXiv" in method.source or "Seer" in method.source for method in METHODS.values())
 
 
 def test_a_schedule_file(tmp_path: Path) -> None:
@@ -225,7 +229,7 @@ def test_parity_with_the_authors_cache(interval: int, shared: Path) -> None:
     assert summary.steps_full + summary.steps_reused == 12
 
 
-@pytest.mark.parametrize("spec", ["N1", "N1-700-50-k2", "skip-taylor:N1-o2"])
+@pytest.mark.parametrize("spec", ["N1", "N1-700-50-k2", "skip-taylor:N1-o2", "delta-dit:N1", "delta-taylor:N1-k2"])
 @pytest.mark.parametrize("num_layers", [5, 6])
 def test_interval_1_is_bit_equal_to_no_cache(spec: str, num_layers: int) -> None:
     model = tiny_dit(num_layers)
@@ -250,7 +254,9 @@ def test_a_cached_call_right_after_a_full_call_is_bit_equal(spec: str) -> None:
     assert (cache_summary(model).steps_full, cache_summary(model).steps_reused) == (1, 1)
 
 
-@pytest.mark.parametrize("spec", ["N2", "N3-700-50", "skip-taylor:N4-o2", "N2-k2"])
+@pytest.mark.parametrize(
+    "spec", ["N2", "N3-700-50", "skip-taylor:N4-o2", "N2-k2", "delta-dit:N3", "delta-taylor:N2-k2"]
+)
 def test_enable_run_disable_restores(spec: str) -> None:
     model = tiny_dit()
     expected, names = run(model, STEPS), list(model.state_dict())
@@ -264,6 +270,31 @@ def test_enable_run_disable_restores(spec: str) -> None:
     assert list(model.state_dict()) == names
     disable_cache(model)
     assert equal(run(model, STEPS), expected)
+
+
+@pytest.mark.parametrize("long_skip", [None, LongSkipConfig(), LongSkipConfig(num_pairs=2)])
+def test_a_delta_is_what_the_units_between_have_added(long_skip: LongSkipConfig | None) -> None:
+    """On a reuse step the first and the last unit run, and the rest adds what it added before, long skips or not."""
+    model = tiny_dit(6, long_skip)
+    latents, labels = inputs()
+    taken: list[torch.Tensor] = []
+    left: list[torch.Tensor] = []
+    model.blocks[5].register_forward_pre_hook(lambda _, given: taken.append(given[0]))
+    model.blocks[0].register_forward_hook(lambda *given: left.append(given[2]))
+    expected = model(latents, torch.tensor(600), labels).sample
+    enable_cache(model, "delta-dit:N2")
+    assert torch.equal(model(latents, torch.tensor(600), labels).sample, expected)
+    model(latents + 0.1, torch.tensor(580), labels)
+    torch.testing.assert_close(taken[2], left[2] + (taken[1] - left[1]))
+    assert not torch.equal(left[2], left[1])
+    assert cache_summary(model).compute_ratio == pytest.approx(12 / 8)
+
+
+def test_a_delta_needs_units_to_leave_out() -> None:
+    with pytest.raises(ValueError, match="between 1 and 2 for 6 units, got 3"):
+        enable_cache(tiny_dit(6, None), "delta-dit:N2-k3")
+    with pytest.raises(ValueError, match="has no units that skipdit knows of"):
+        enable_cache(torch.nn.Linear(2, 2), "delta-dit:N2")
 
 
 def test_what_is_reused_is_the_deep_features_and_the_shallow_blocks_are_fresh() -> None:
@@ -616,7 +647,7 @@ def test_a_failed_enable_leaves_the_cache_that_is_on() -> None:
 # Compiled
 
 
-@pytest.mark.parametrize("spec", ["N2", "skip-taylor:N3-o1-k2"])
+@pytest.mark.parametrize("spec", ["N2", "skip-taylor:N3-o1-k2", "delta-dit:N2"])
 def test_compiled_there_are_two_whole_graphs_and_no_more(spec: str) -> None:
     torch._dynamo.reset()
     graphs = []

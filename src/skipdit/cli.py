@@ -145,6 +145,56 @@ def bench(arguments: Sequence[str]) -> None:
     print(f"written: {options.out}")
 
 
+def analyze(arguments: Sequence[str]) -> None:
+    """Measure how stable a model is, alone or beside another: features, Jacobians, errors under caches, weights.
+
+    Example: skipdit analyze runs/skip/pipeline --compare runs/plain/pipeline --out out/stability
+    """
+    import tyro
+
+    from skipdit.analysis.measure import AnalyzeConfig
+    from skipdit.analysis.report import analyze as run
+    from skipdit.analysis.weights import TrainingLog, find_training_log
+    from skipdit.compare import SampleConfig, check_writable, load_pipeline
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """model, compare: emoji, a pipeline's folder or a checkpoint. A folder of `skipdit train` brings its log.
+        names: what the report calls them. out: folder of the report.
+        """
+
+        model: tyro.conf.Positional[str] = "emoji"
+        compare: str | None = None
+        names: tuple[str, ...] = ()
+        config: Annotated[AnalyzeConfig, tyro.conf.arg(name="")]
+        device: str = "auto"
+        out: Path = Path("out/stability")
+
+    options = _parse("analyze", analyze.__doc__, arguments, Options, Options(config=AnalyzeConfig()))
+    paths = [options.model] if options.compare is None else [options.model, options.compare]
+    names = options.names or tuple(_model_name(path) for path in paths)
+    if len(set(names)) != len(paths) or len(names) != len(paths):
+        raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names A B")
+    check_writable(options.out)
+    pipelines = {
+        name: load_pipeline(SampleConfig(model=path, device=options.device), decodes=False)
+        for name, path in zip(names, paths, strict=True)
+    }
+    logs = {
+        name: TrainingLog.read(log)
+        for name, path in zip(names, paths, strict=True)
+        if (log := find_training_log(path)) is not None
+    }
+    run(pipelines, options.config, options.out, logs)
+    print(f"written: {options.out / 'report.md'}, report.html, report.json, arrays.npz")
+
+
+def _model_name(path: str) -> str:
+    """What a report calls a model: its file's or folder's name, or that of the run it was trained in."""
+    resolved = Path(path).resolve()
+    return resolved.parent.name if resolved.name == "pipeline" else resolved.stem
+
+
 def info(arguments: Sequence[str]) -> None:
     """Show versions, bundled models, presets and cache methods; with a model, its sizes and long skips.
 
@@ -167,8 +217,8 @@ def info(arguments: Sequence[str]) -> None:
     if options.model is None:
         print("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
         print(f"bundled models: {', '.join(BUNDLED)}\npresets: {', '.join(PRESETS)}\ncache specs: {SPEC_FORM}")
-        for name, (order, source) in METHODS.items():
-            print(f"  {name}: Taylor order {order} by default; {source}")
+        for name, method in METHODS.items():
+            print(f"  {name}: Taylor order {method.order} by default; {method.source}")
         return
     model = load_pipeline(
         SampleConfig(model=options.model, num_attention_heads=options.num_attention_heads)
@@ -187,6 +237,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "train": train,
     "convert": convert,
+    "analyze": analyze,
     "bench": bench,
     "info": info,
 }

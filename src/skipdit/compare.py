@@ -183,8 +183,11 @@ class Report:
 # The pipeline that a config names
 
 
-def load_pipeline(config: SampleConfig) -> ClassToImagePipeline:
-    """The bundled pipeline, a pipeline's folder, or one made around a checkpoint; on its device, in its dtype."""
+def load_pipeline(config: SampleConfig, *, decodes: bool = True) -> ClassToImagePipeline:
+    """The bundled pipeline, a pipeline's folder, or one made around a checkpoint; on its device, in its dtype.
+
+    decodes: whether pictures are wanted, for which a model of latents needs an autoencoder.
+    """
     device, dtype, path = resolve_device(config.device), DTYPES[config.dtype], Path(config.model)
     if config.model in BUNDLED:
         with as_file(files("skipdit") / "assets" / BUNDLED[config.model].folder) as folder:
@@ -202,7 +205,7 @@ def load_pipeline(config: SampleConfig) -> ClassToImagePipeline:
         )
     if config.vae is not None:
         pipeline.register_modules(vae=AutoencoderKL.from_pretrained(config.vae, use_safetensors=True, dtype=dtype))
-    if pipeline.vae is None and pipeline.transformer.config.in_channels != 3:
+    if decodes and pipeline.vae is None and pipeline.transformer.config.in_channels != 3:
         raise ValueError(
             f"{config.model} works on latents of {pipeline.transformer.config.in_channels} channels: give --vae FOLDER"
         )

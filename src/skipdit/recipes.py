@@ -1,6 +1,7 @@
 """Named training runs: a recipe returns the whole config, and its docstring holds command, machine and result."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
@@ -37,4 +38,43 @@ def emoji() -> TrainConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], TrainConfig]] = {"emoji": emoji}
+def stability() -> TrainConfig:
+    """The evidence pair's model with long skips: 32x32 emoji in 64 tokens, 12 blocks of width 128.
+
+    `skipdit train stability --out runs/skip`, and its rows: `skipdit train stability-plain`,
+    `skipdit train stability --config.spectral:spectral-config --config.spectral.maximum 1`.
+    """
+    return TrainConfig(
+        data=DataConfig(source="emoji", image_size=32),
+        model=ModelConfig(num_layers=12, num_attention_heads=4, attention_head_dim=32, patch_size=4),
+        objective=Objective(
+            process="flow",
+            prediction_type="sample",
+            timestep_sampling="logit_normal",
+            logit_mean=0.4,
+            logit_std=1.0,
+            min_sigma=0.1,
+        ),
+        max_steps=1600,
+        batch_size=32,
+        learning_rate=8e-4,
+        warmup_steps=200,
+        weight_decay=0.01,
+        ema_decay=0.999,
+    )
+
+
+def stability_plain() -> TrainConfig:
+    """The evidence pair's model without long skips: all else as `stability`, 5.1% fewer parameters.
+
+    `skipdit train stability-plain --out runs/plain`
+    """
+    config = stability()
+    return replace(config, model=replace(config.model, long_skip=None))
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "emoji": emoji,
+    "stability": stability,
+    "stability-plain": stability_plain,
+}

@@ -32,9 +32,12 @@ from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pictures import labelled_grid
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
 
 Precision = Literal["auto", "no", "bf16"]
 RateSchedule = Literal["constant", "cosine"]
+Constraint = Literal["cap", "penalty"]
+Constrained = Literal["long_skips", "blocks"]
 ReleaseDType = Literal["float32", "bfloat16"]
 
 RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,21 +74,53 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpectralConfig:
+    """A constraint on spectral norms. maximum: what they may be. form: a cap that always holds, or a penalty of
+    `penalty_weight` times the squared excess. on: the projections of the long skips, or all layers of all blocks.
+    """
+
+    maximum: float = 1.0
+    form: Constraint = "cap"
+    penalty_weight: float = 0.1
+    on: Constrained = "long_skips"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.maximum < math.inf or self.penalty_weight <= 0:
+            raise ValueError(
+                f"maximum and penalty_weight must be above 0, got {self.maximum} and {self.penalty_weight}"
+            )
+        for name, allowed in (("form", Constraint), ("on", Constrained)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+
+    def modules(self, model: DiT) -> nn.ModuleList:
+        """What is constrained; `ValueError` where the model has no long skips."""
+        if self.on == "blocks":
+            return model.blocks
+        targets = model.long_skip_links.sources
+        if not targets:
+            raise ValueError("a spectral constraint on long skips needs a model with long skips: or set on 'blocks'")
+        return nn.ModuleList(model.blocks[target].get_submodule("long_skip") for target in targets)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole training run.
 
     batch_size: pictures a step over all processes. num_accumulation_steps: forward passes it is split into a process.
     rate_schedule, warmup_steps: linear from 0, then constant or a cosine down to a hundredth of learning_rate.
     gradient_clip: largest norm of the gradient, 0 for none. flip: mirror half of all pictures. ema_decay: of the
-    averaged weights that are sampled and released, with warm-up. label_dropout: share of labels made the null class.
-    precision: auto is bf16 where the hardware computes in it. compile: compile the model. sample_every: steps between
-    grids of num_samples pictures, 0 for none. checkpoint_every: steps between checkpoints, of which the last
-    num_checkpoints stay. release_dtype: of the weights in the finished pipeline.
+    averaged weights that are sampled and released, with warm-up. spectral: a constraint on spectral norms.
+    label_dropout: share of labels made the null class. precision: auto is bf16 where the hardware computes in it.
+    compile: compile the model. sample_every: steps between grids of num_samples pictures, 0 for none. checkpoint_every:
+    steps between checkpoints, of which the last num_checkpoints stay. release_dtype: of the weights in the finished
+    pipeline.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: Objective = field(default_factory=Objective)
+    spectral: SpectralConfig | None = None
     max_steps: int = 10_000
     batch_size: int = 32
     num_accumulation_steps: int = 1
@@ -339,6 +374,9 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
     pictures = open_pictures(config.data)
     torch.manual_seed(config.seed)
     model = config.model.build(pictures, config.objective).to(accelerator.device).train()
+    constrained = config.spectral.modules(model) if config.spectral else None
+    if config.spectral and constrained and config.spectral.form == "cap":
+        cap_spectral_norm(constrained, config.spectral.maximum)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
@@ -372,21 +410,28 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
                 with nullcontext() if last_part else accelerator.no_sync(wrapped):
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
                         part_loss = _loss(wrapped, config.objective, batch) / config.num_accumulation_steps
+                    loss += part_loss.detach()
+                    if config.spectral and constrained and config.spectral.form == "penalty":
+                        penalty = config.spectral.penalty_weight * spectral_penalty(
+                            constrained, config.spectral.maximum
+                        )
+                        part_loss = part_loss + penalty / config.num_accumulation_steps
                     accelerator.backward(part_loss)
-                loss += part_loss.detach()
 
+            done, last = step + 1, step + 1 == config.max_steps
+            logs = done % config.log_every == 0 or done % config.checkpoint_every == 0 or last
+            unit_norms = unit_gradient_norms(model) if logs else []
             limit = config.gradient_clip or torch.finfo(torch.float32).max
             norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), limit))
             optimizer.step()
             optimizer.zero_grad()
             ema.step(model.parameters())
 
-            done, last = step + 1, step + 1 == config.max_steps
             saves = done % config.checkpoint_every == 0 or last
             shows = config.sample_every > 0 and (done % config.sample_every == 0 or last)
-            if done % config.log_every == 0 or saves:
+            if logs:
                 mean_loss = cast(Tensor, accelerator.reduce(loss, reduction="mean"))
-                report(done, mean_loss.item(), float(norm), rate)
+                report(done, mean_loss.item(), float(norm), rate, unit_norms)
             if accelerator.is_main_process and saves:
                 save_checkpoint(out, done, model, ema, optimizer, config)
             if accelerator.is_main_process and shows:
@@ -400,10 +445,21 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
     if accelerator.is_main_process:
         with averaged(ema, model), atomic_folder(out / "pipeline") as draft:
             # not model.to: ModelMixin.to warns of every cast
-            released = cast(DiT, nn.Module.to(copy.deepcopy(model), RELEASE_DTYPES[config.release_dtype]))
+            released = copy.deepcopy(model)
+            fold_spectral_caps(released)
+            nn.Module.to(released, RELEASE_DTYPES[config.release_dtype])
             make_pipeline(released, config, pictures).save_pretrained(draft, max_shard_size=MAX_SHARD_SIZE)
     accelerator.wait_for_everyone()
     return out / "pipeline"
+
+
+def unit_gradient_norms(model: DiT) -> list[float]:
+    """The norm of the gradient of each block's parameters, those of its long skip included."""
+    norms = []
+    for block in model.blocks:
+        gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+    return torch.stack(norms).tolist()
 
 
 def _loss(model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
@@ -499,7 +555,9 @@ class _Reporter:
             self.progress.stop()
             self.log.close()
 
-    def __call__(self, step: int, loss: float, gradient_norm: float, learning_rate: float) -> None:
+    def __call__(
+        self, step: int, loss: float, gradient_norm: float, learning_rate: float, unit_norms: list[float]
+    ) -> None:
         """One line of the log; `RuntimeError` where the loss is no longer a number."""
         if not math.isfinite(loss):
             raise RuntimeError(f"the loss is {loss} at step {step}: lower learning_rate, or set precision 'no'")
@@ -512,7 +570,12 @@ class _Reporter:
                 "gradient_norm": gradient_norm,
             }
             self.log.write(
-                json.dumps(entry | {"learning_rate": learning_rate, "images_per_second": round(speed, 2)}) + "\n"
+                json.dumps(
+                    entry
+                    | {"learning_rate": learning_rate, "images_per_second": round(speed, 2)}
+                    | {"unit_gradient_norms": [round(norm, 6) for norm in unit_norms]}
+                )
+                + "\n"
             )
             self.log.flush()
             self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")

@@ -7,19 +7,31 @@ from pathlib import Path
 
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
-from skipdit.cache.site import DeepFeatures
+from skipdit.cache.site import BlockDelta, DeepFeatures
 
-# name: (default Taylor order, source)
-METHODS: dict[str, tuple[int, str]] = {
-    "skip": (0, "Skip-Cache, arXiv 2411.17616"),
-    "skip-taylor": (1, "Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)"),
+
+@dataclass(frozen=True)
+class Published:
+    """A named method: what it reuses, with which Taylor order by default (0 has no other), and where it is from."""
+
+    site: type[DeepFeatures] | type[BlockDelta]
+    order: int
+    source: str
+
+
+METHODS: dict[str, Published] = {
+    "skip": Published(DeepFeatures, 0, "Skip-Cache, arXiv 2411.17616"),
+    "skip-taylor": Published(DeepFeatures, 1, "Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)"),
+    "delta-dit": Published(BlockDelta, 0, "Delta-DiT, arXiv 2406.01125, on the middle units; works without long skips"),
+    "delta-taylor": Published(BlockDelta, 1, "Delta-DiT's offset with TaylorSeer's prediction"),
 }
 
 SPEC = re.compile(
     r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)"
 )
 SPEC_FORM = (
-    "[skip:|skip-taylor:]N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50"
+    f"[{':|'.join(METHODS)}:]"
+    "N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50"
 )
 
 
@@ -28,13 +40,14 @@ class CacheMethod:
     """When (`schedule`), what (`site`) and how (`predictor`)."""
 
     schedule: IntervalSchedule | ExplicitSchedule
-    site: DeepFeatures = field(default_factory=DeepFeatures)
+    site: DeepFeatures | BlockDelta = field(default_factory=DeepFeatures)
     predictor: TaylorPredictor = field(default_factory=TaylorPredictor)
 
     def __str__(self) -> str:
         order = self.predictor.order
-        name, suffix = ("skip-taylor:", f"-o{order}") if order else ("", "")
-        return f"{name}{self.schedule}-k{self.site.num_shallow_units}{suffix}"
+        name = next(n for n, row in METHODS.items() if row.site is type(self.site) and (row.order > 0) == (order > 0))
+        prefix, suffix = "" if name == "skip" else f"{name}:", f"-o{order}" if order else ""
+        return f"{prefix}{self.schedule}-k{self.site.num_shallow_units}{suffix}"
 
 
 def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
@@ -57,16 +70,16 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     values = {letter: int(value) for letter, value in options}
     if len(values) < len(options):
         raise ValueError(f"each of -k and -o may be given once, got {str(spec)!r}")
-    default_order, _ = METHODS[name]
-    if "o" in values and default_order == 0:
-        raise ValueError(f"a Taylor order needs skip-taylor:, got {str(spec)!r}")
+    published = METHODS[name]
+    if "o" in values and published.order == 0:
+        raise ValueError(f"a Taylor order needs skip-taylor: or delta-taylor:, got {str(spec)!r}")
     window = (
         {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
     )
     return CacheMethod(
         schedule=IntervalSchedule(interval=int(match["interval"]), **window),
-        site=DeepFeatures(values.get("k", 1)),
-        predictor=TaylorPredictor(values.get("o", default_order)),
+        site=published.site(values.get("k", 1)),
+        predictor=TaylorPredictor(values.get("o", published.order)),
     )
 
 

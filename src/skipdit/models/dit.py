@@ -252,12 +252,14 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         *,
         num_shallow_units: int | None = None,
         deep_features: Float[Tensor, "batch tokens dim"] | None = None,
+        delta: bool = False,
         return_dict: bool = True,
     ) -> LongSkipOutput | tuple[Tensor, ...]:
         """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
 
         With `num_shallow_units` = k the output also holds the deep features; given back as `deep_features` on a later
-        call with the same k, only the k shallowest and the k deepest blocks run.
+        call with the same k, only the k shallowest and the k deepest blocks run. With `delta` they are what the other
+        blocks added.
         """
         if any(size % self.patch_size for size in hidden_states.shape[-2:]):
             sizes = tuple(hidden_states.shape[-2:])
@@ -271,7 +273,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         )
         conditioning = self.timestep_embedder(timestep_embedding) + self.class_embedder(class_labels)
 
-        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features)
+        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features, delta)
         for unit, block in enumerate(self.blocks):
             hidden_states = flow.enter(unit, hidden_states)
             if flow.runs(unit):

@@ -132,8 +132,19 @@ class LongSkipLinks:
         """The largest k for which a reuse step still leaves out a unit and every deep unit it runs has its skip."""
         return min(len(self.sources), (self.num_units - 1) // 2)
 
-    def check_num_shallow_units(self, num_shallow_units: int) -> None:
-        """`ValueError` where no reuse step with this k exists, with the allowed range."""
+    def check_num_shallow_units(self, num_shallow_units: int, *, delta: bool = False) -> None:
+        """`ValueError` where no reuse step with this k exists, with the allowed range.
+
+        delta: what the deep units add is reused, not what they put out; that needs no long skips.
+        """
+        if delta and not self.sources:
+            allowed = (self.num_units - 1) // 2
+            if not 1 <= num_shallow_units <= allowed:
+                raise ValueError(
+                    f"num_shallow_units must be between 1 and {allowed} for {self.num_units} units, "
+                    f"got {num_shallow_units}"
+                )
+            return
         if not self.sources:
             raise ValueError(
                 "this model has no long skips, so there are no deep features to reuse behind them: "
@@ -151,7 +162,8 @@ class LongSkipFlow:
     """What one forward call carries along its long skips. Made for the call, gone with it.
 
     A plain call gives `num_shallow_units=None`. A *full* step gives k and afterwards holds `deep_features`, the hidden
-    states that entered unit L-k. A *reuse* step gives k and the deep features of an earlier step.
+    states that entered unit L-k. A *reuse* step gives k and the deep features of an earlier step. With `delta` the deep
+    features are what units k to L-k-1 added to the hidden states, and a reuse step adds that to its own.
 
     Skips are kept by unit index, so a gradient-checkpointed unit that runs twice finds the same skip twice.
     """
@@ -159,13 +171,15 @@ class LongSkipFlow:
     links: LongSkipLinks
     num_shallow_units: int | None = None
     deep_features: Tensor | None = None
+    delta: bool = False
     reuse: bool = field(init=False)
+    shallow_output: Tensor | None = field(init=False, default=None)
     skips: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.reuse = self.deep_features is not None
         if self.num_shallow_units is not None:
-            self.links.check_num_shallow_units(self.num_shallow_units)
+            self.links.check_num_shallow_units(self.num_shallow_units, delta=self.delta)
         elif self.reuse:
             raise ValueError("deep_features need num_shallow_units: the k for which they were stored")
 
@@ -177,11 +191,17 @@ class LongSkipFlow:
 
     def enter(self, unit: int, hidden_states: Tensor) -> Tensor:
         """The hidden states with which `unit` starts, before its fusion; stored or reused on entry to unit L-k."""
-        if self.num_shallow_units is None or unit != self.links.num_units - self.num_shallow_units:
+        if self.num_shallow_units is None:
             return hidden_states
-        if self.deep_features is None:
-            self.deep_features = hidden_states
-        return self.deep_features
+        if self.delta and unit == self.num_shallow_units:
+            self.shallow_output = hidden_states
+        if unit != self.links.num_units - self.num_shallow_units:
+            return hidden_states
+        if self.reuse:
+            assert self.deep_features is not None
+            return self.deep_features if self.shallow_output is None else self.shallow_output + self.deep_features
+        self.deep_features = hidden_states if self.shallow_output is None else hidden_states - self.shallow_output
+        return hidden_states
 
     def leave(self, unit: int, hidden_states: Tensor) -> None:
         """Keeps the output of a source unit for its target."""
@@ -204,6 +224,7 @@ class LongSkipOutput(BaseOutput):
 
 
 class LongSkipModel:
-    """Its forward takes `num_shallow_units` and `deep_features` as in `LongSkipFlow`; it returns a `LongSkipOutput`."""
+    """Its forward takes `num_shallow_units`, `deep_features` and `delta` as in `LongSkipFlow`, and returns a
+    `LongSkipOutput`."""
 
     long_skip_links: LongSkipLinks

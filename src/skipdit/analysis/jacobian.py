@@ -1,0 +1,212 @@
+"""How strongly a unit, a half or the whole model stretches a small change of its input, and what bounds it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from skipdit.analysis.record import record_inputs
+from skipdit.models.dit import DiT, DiTBlock, modulate
+from skipdit.spectral import JacobianNorms, jacobian_norms
+
+GELU_SLOPE = 1.13  # the largest derivative of GELU, 1.1290 in its tanh form
+
+
+@dataclass(frozen=True)
+class UnitInputs:
+    """What each block was given in one call: hidden_states (batch tokens dim), conditioning (batch dim), skip."""
+
+    units: list[tuple[Tensor, Tensor, Tensor | None]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: DiT, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> "UnitInputs":
+        names = [f"blocks.{unit}" for unit in range(len(model.blocks))]
+        with record_inputs(model, names) as recorded:
+            model(latents, timestep, class_labels)
+        return cls([recorded[name][0] for name in names])
+
+
+def unit_function(model: DiT, inputs: UnitInputs, unit: int) -> Callable[[Tensor], Tensor]:
+    """Unit `unit` as a function of the hidden states that enter it; its skip and conditioning are held."""
+    _, conditioning, skip = inputs.units[unit]
+    block = model.blocks[unit]
+    return lambda hidden_states: block(hidden_states, conditioning, skip)
+
+
+def half_function(model: DiT, inputs: UnitInputs, *, second: bool) -> Callable[[Tensor], Tensor]:
+    """The first half, or the second, as a function of the hidden states that enter it.
+
+    The second half's skips come from the first and are held; the middle unit's skip is its input itself and moves
+    with it.
+    """
+    middle = len(model.blocks) // 2
+    units = range(middle, len(model.blocks)) if second else range(middle)
+    sources = model.long_skip_links.sources
+
+    def function(hidden_states: Tensor) -> Tensor:
+        entered = hidden_states
+        for unit in units:
+            _, conditioning, skip = inputs.units[unit]
+            is_middle_pair = unit == middle and sources.get(unit) == middle - 1
+            hidden_states = model.blocks[unit](hidden_states, conditioning, entered if is_middle_pair else skip)
+        return hidden_states
+
+    return function
+
+
+def model_function(model: DiT, timestep: Tensor, class_labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """The whole model's prediction, without a learned variance, as a function of its latents."""
+    channels = model.config.in_channels
+    return lambda latents: model(latents, timestep, class_labels).sample[:, :channels]
+
+
+@dataclass(frozen=True)
+class JacobianProfile:
+    """Norms at one timestep, each the mean over samples: units (num_units,), first_half, second_half, model; errors:
+    the largest relative residual of each; bounds (num_units,): the closed form for the units."""
+
+    units: list[float]
+    bounds: list[float]
+    first_half: float
+    second_half: float
+    model: float
+    errors: dict[str, float]
+
+
+def jacobian_profile(
+    model: DiT,
+    latents: Tensor,
+    timestep: Tensor,
+    class_labels: Tensor,
+    *,
+    tolerance: float = 1e-2,
+    max_iterations: int = 30,
+    advance: Callable[[], object] = lambda: None,
+) -> JacobianProfile:
+    """All norms of a model at latents (batch channels height width) and one timestep; `advance` is told of each."""
+    inputs = UnitInputs.of(model, latents, timestep, class_labels)
+    middle = len(model.blocks) // 2
+
+    def measure(function: Callable[[Tensor], Tensor], point: Tensor) -> JacobianNorms:
+        norms = jacobian_norms(function, point, tolerance=tolerance, max_iterations=max_iterations)
+        advance()
+        return norms
+
+    units = [measure(unit_function(model, inputs, unit), inputs.units[unit][0]) for unit in range(len(model.blocks))]
+    first = measure(half_function(model, inputs, second=False), inputs.units[0][0])
+    second = measure(half_function(model, inputs, second=True), inputs.units[middle][0])
+    whole = measure(model_function(model, timestep, class_labels), latents)
+    return JacobianProfile(
+        units=[norms.value.mean().item() for norms in units],
+        bounds=[
+            unit_bound(cast(DiTBlock, block), *given).mean().item()
+            for block, given in zip(model.blocks, inputs.units, strict=True)
+        ],
+        first_half=first.value.mean().item(),
+        second_half=second.value.mean().item(),
+        model=whole.value.mean().item(),
+        errors={
+            "units": max(norms.error.max().item() for norms in units),
+            "first_half": first.error.max().item(),
+            "second_half": second.error.max().item(),
+            "model": whole.error.max().item(),
+        },
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The closed form
+
+
+@torch.no_grad()
+def unit_bound(block: DiTBlock, hidden_states: Tensor, conditioning: Tensor, skip: Tensor | None = None) -> Tensor:
+    """An upper bound (batch,) on the Jacobian norm of a block with respect to its hidden states (batch tokens dim).
+
+    fusion x (1 + gate x attention x modulation x norm) x (1 + gate x MLP x modulation x norm), each factor a spectral
+    norm of weights or the largest slope at this point. It is local: attention has no bound that holds everywhere.
+    """
+    batch = hidden_states.shape[0]
+    fusion = torch.ones(batch, device=hidden_states.device, dtype=hidden_states.dtype)
+    if block.long_skip is not None:
+        assert skip is not None
+        joined = torch.cat([hidden_states, skip], dim=-1)
+        weight = block.long_skip.proj.weight * block.long_skip.norm.weight
+        fusion = _norm_slope(joined, 1e-6) * torch.linalg.matrix_norm(weight.float(), ord=2)
+        fusion = fusion + 1 if block.long_skip.residual else fusion
+        hidden_states = block.long_skip(hidden_states, skip)
+
+    shift_attn, scale_attn, gate_attn, _, scale_mlp, gate_mlp = block.modulation(F.silu(conditioning)).chunk(6, dim=-1)
+    modulated = modulate(block.norm1(hidden_states), shift_attn, scale_attn)
+    attention = (
+        _largest(gate_attn)
+        * attention_bound(block, modulated)
+        * _largest(1 + scale_attn)
+        * _norm_slope(hidden_states, block.norm1.eps)
+    )
+    hidden_states = hidden_states + gate_attn.unsqueeze(1) * block.attn(modulated)
+    mlp = (
+        _largest(gate_mlp)
+        * GELU_SLOPE
+        * torch.linalg.matrix_norm(block.mlp.fc1.weight, ord=2)
+        * torch.linalg.matrix_norm(block.mlp.fc2.weight, ord=2)
+        * _largest(1 + scale_mlp)
+        * _norm_slope(hidden_states, block.norm2.eps)
+    )
+    return fusion * (1 + attention) * (1 + mlp)
+
+
+def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
+    """A bound (batch,) on the Jacobian norm of softmax attention at these tokens (batch tokens dim).
+
+    A head puts out P V. Through V it moves by at most |P| |W_v|; through P, whose row's Jacobian is diag(p) - p p^T, by
+    the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) / sqrt(head size).
+    """
+    heads = block.attn.num_heads
+    query, key, value = rearrange(block.attn.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=heads)
+    scale = query.shape[-1] ** -0.5
+    weights = torch.softmax(query @ key.mT * scale, dim=-1)
+    mean = weights @ value  # b h n d
+    # rows of V^T (diag(p) - p p^T): p_j (v_j - mean_i); its Frobenius norm is above its spectral norm
+    spread = (
+        weights.square() @ value.square().sum(dim=-1, keepdim=True)
+        - 2 * ((weights.square() @ value) * mean).sum(dim=-1, keepdim=True)
+        + weights.square().sum(dim=-1, keepdim=True) * mean.square().sum(dim=-1, keepdim=True)
+    )
+    slope = spread.clamp(min=0).sqrt().amax(dim=(-2, -1))  # b h
+    norm_query, norm_key, norm_value = rearrange(
+        torch.linalg.matrix_norm(
+            rearrange(block.attn.qkv.weight, "(three h d) i -> three h d i", three=3, h=heads), ord=2
+        ),
+        "three h -> three 1 h",
+    )
+    through_value = torch.linalg.matrix_norm(weights, ord=2) * norm_value
+    through_weights = (
+        slope
+        * scale
+        * (torch.linalg.matrix_norm(key, ord=2) * norm_query + torch.linalg.matrix_norm(query, ord=2) * norm_key)
+    )
+    per_head = through_value + through_weights
+    return per_head.square().sum(dim=1).sqrt() * torch.linalg.matrix_norm(block.attn.proj.weight, ord=2)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """(batch, dim) -> (batch,): the norm of the diagonal matrix."""
+    return values.abs().amax(dim=1)
+
+
+def _norm_slope(hidden_states: Tensor, eps: float) -> Tensor:
+    """The largest slope (batch,) of layer norm over its tokens, 1 / sqrt(variance + eps); RMS norm's is not above."""
+    return (hidden_states.var(dim=-1, correction=0) + eps).rsqrt().amax(dim=-1)
+
+
+def transcribed_bounds(gamma: float, alpha: float, num_layers: int) -> list[float]:
+    """The paper's bound on a decoder layer's Jacobian norm as a third party has it, (1 - alpha) gamma + alpha
+    gamma^(2l - L), for l from L/2 + 1 to L: below gamma, as the theorem says, where gamma < 1, and not where
+    gamma > 1 (docs/stability.md)."""
+    layers = range(num_layers // 2 + 1, num_layers + 1)
+    return [(1 - alpha) * gamma + alpha * gamma ** (2 * layer - num_layers) for layer in layers]

@@ -1,0 +1,220 @@
+"""All measurements of one model, as arrays."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skipdit.analysis.jacobian import JacobianProfile, jacobian_profile
+from skipdit.analysis.surface import perturbation_surface
+from skipdit.analysis.trajectory import (
+    ErrorGrowth,
+    RunSettings,
+    error_growth,
+    sample_run,
+    similarity_over_steps,
+    step_jacobian_norms,
+)
+from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
+from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
+from skipdit.pipelines import ClassToImagePipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """What is measured of each model.
+
+    labels: class numbers, one a picture; by default `num_pictures` spread over the classes. methods: caches whose
+    features and errors are followed; those that a model cannot have are left out and named. jacobian_timesteps: at how
+    many timesteps the norms of units and halves are measured, on two pictures. growth_timesteps: the same for the
+    norms of solver steps. surface_size: points a side, odd. weight_radius, input_radius: largest coefficient of a
+    direction, in norms of what is moved. surface_timesteps: in 0 to 1000. device: cpu, cuda or auto.
+    """
+
+    labels: tuple[int, ...] = ()
+    num_pictures: int = 4
+    steps: int = 50
+    guidance_scale: float = 2.0
+    methods: tuple[str, ...] = ("N2", "delta-dit:N2", "skip-taylor:N4-800-100-o1")
+    jacobian_timesteps: int = 6
+    growth_timesteps: int = 12
+    surface_size: int = 9
+    weight_radius: float = 0.2
+    input_radius: float = 0.2
+    surface_timesteps: tuple[int, ...] = (200, 800)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("num_pictures", 1),
+            ("steps", 3),
+            ("jacobian_timesteps", 1),
+            ("growth_timesteps", 2),
+            ("surface_size", 3),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.steps > 1000:
+            raise ValueError(f"steps must be at most 1000, got {self.steps}")
+        if self.surface_size % 2 == 0:
+            raise ValueError(f"surface_size must be odd, so that the unmoved model is a point, got {self.surface_size}")
+        for name in ("weight_radius", "input_radius"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not self.surface_timesteps or not all(0 < each <= 1000 for each in self.surface_timesteps):
+            raise ValueError(f"surface_timesteps must be one or more above 0 up to 1000, got {self.surface_timesteps}")
+        for method in self.methods:
+            parse_method(method)
+
+    def settings(self, pipeline: ClassToImagePipeline) -> RunSettings:
+        num_classes = pipeline.transformer.config.num_classes
+        spread = tuple(index * num_classes // self.num_pictures for index in range(self.num_pictures))
+        for label in self.labels:
+            if not 0 <= label < num_classes:
+                raise ValueError(f"class labels must be between 0 and {num_classes - 1}, got {label}")
+        return RunSettings(
+            labels=self.labels or spread,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale if pipeline.transformer.config.null_class else 1.0,
+            seed=self.seed,
+        )
+
+    @property
+    def coefficients(self) -> NDArray:
+        """Of the surfaces' directions, in units of the radius."""
+        return np.linspace(-1, 1, self.surface_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Everything about one model; timesteps fall from 1000 to 0, as in sampling.
+
+    similarity (num_units, steps - 1): of a unit's output to that of the step before, at `timesteps[1:]`.
+    similarity_of_steps (steps, steps): of the last unit's outputs. jacobians: by timestep. step_norms (steps,): of the
+    solver's Jacobian. growth: by method; left_out: methods it cannot have, and why. surfaces: by (what is moved,
+    timestep).
+    """
+
+    num_units: int
+    num_parameters: int
+    num_pairs: int
+    timesteps: NDArray
+    similarity: NDArray
+    similarity_of_steps: NDArray
+    jacobians: Mapping[float, JacobianProfile]
+    step_norms: NDArray
+    growth: Mapping[str, ErrorGrowth]
+    left_out: Mapping[str, str]
+    surfaces: Mapping[tuple[str, int], NDArray]
+    long_skips: Mapping[int, LongSkipSpectrum]
+    layer_norms: Mapping[str, Tensor]
+    log: TrainingLog | None = field(default=None)
+
+    def arrays(self) -> dict[str, NDArray]:
+        """Flat names for an NPZ file."""
+        found = {
+            "timesteps": self.timesteps,
+            "similarity": self.similarity,
+            "similarity_of_steps": self.similarity_of_steps,
+            "step_norms": self.step_norms,
+            "jacobian_timesteps": np.array(list(self.jacobians)),
+        }
+        for name in ("units", "bounds", "first_half", "second_half", "model"):
+            found[f"jacobian_{name}"] = np.array([getattr(profile, name) for profile in self.jacobians.values()])
+        for method, growth in self.growth.items():
+            found |= {f"growth/{method}/{name}": tensor.numpy() for name, tensor in vars(growth).items()}
+        found |= {f"surface/{moved}/{timestep}": grid for (moved, timestep), grid in self.surfaces.items()}
+        for target, spectrum in self.long_skips.items():
+            found |= {f"singular_values/{target}/{name}": tensor.numpy() for name, tensor in vars(spectrum).items()}
+        found |= {f"layer_norms/{name}": tensor.numpy() for name, tensor in self.layer_norms.items()}
+        if self.log is not None:
+            found |= {f"training/{name}": tensor.numpy() for name, tensor in vars(self.log).items()}
+        return found
+
+
+def num_parts(config: AnalyzeConfig, num_units: int) -> int:
+    """How often `measure` calls `advance`, at most."""
+    jacobians = config.jacobian_timesteps * (num_units + 3) + config.growth_timesteps
+    return 3 + jacobians + len(config.methods) + 2 * len(config.surface_timesteps) * config.surface_size
+
+
+def measure(
+    pipeline: ClassToImagePipeline,
+    config: AnalyzeConfig,
+    log: TrainingLog | None = None,
+    advance: Callable[[], object] = lambda: None,
+) -> Measured:
+    """Measures one model; `advance` is told of each part.
+
+    Sampling is deterministic and of first order (Euler or DDIM), whatever the pipeline's scheduler, so that a step is a
+    function of the latents alone. The pipeline and its model are left as they were.
+    """
+    model, settings = pipeline.transformer, config.settings(pipeline)
+    objective = objective_of(pipeline.scheduler)
+    first_order = ClassToImagePipeline(model, make_scheduler(objective, SCHEDULERS[objective.process][0]))
+    first_order.set_progress_bar_config(disable=True)
+    labels = torch.tensor(settings.labels, device=model.device)
+
+    timesteps, similarity, pairs = similarity_over_steps(first_order, settings)
+    advance()
+    full = sample_run(first_order, settings)
+    advance()
+    num_steps = len(full.timesteps)
+
+    def step_at(timestep: float) -> int:
+        return int((full.timesteps - timestep).abs().argmin())
+
+    chosen = torch.linspace(0, num_steps - 1, min(config.jacobian_timesteps, num_steps)).round().long().unique()
+    jacobians = {
+        full.timesteps[step].item(): jacobian_profile(
+            model, full.latents[step, :2], full.timesteps[step], labels[:2], advance=advance
+        )
+        for step in chosen.tolist()
+    }
+    step_norms = step_jacobian_norms(
+        first_order, settings, full, num_timesteps=config.growth_timesteps, advance=advance
+    )
+    growth, left_out = {}, {}
+    for spec in config.methods:
+        method: CacheMethod = parse_method(spec)
+        try:
+            method.site.check(model)
+        except ValueError as error:
+            left_out[spec] = str(error)
+        else:
+            growth[spec] = error_growth(first_order, settings, full, step_norms, method)
+        advance()
+    surfaces = {}
+    for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius)):
+        for timestep in config.surface_timesteps:
+            step = step_at(timestep)
+            surfaces[moved, timestep] = perturbation_surface(
+                model,
+                full.latents[step],
+                full.timesteps[step],
+                labels,
+                (radius * config.coefficients).tolist(),
+                moved=moved,  # pyright: ignore[reportArgumentType]
+                seed=config.seed,
+                advance=advance,
+            ).numpy()
+    return Measured(
+        num_units=len(model.blocks),
+        num_parameters=sum(weight.numel() for weight in model.parameters()),
+        num_pairs=len(model.long_skip_links.sources),
+        timesteps=torch.cat([full.timesteps[:1], timesteps]).numpy(),
+        similarity=similarity.numpy(),
+        similarity_of_steps=pairs.numpy(),
+        jacobians=jacobians,
+        step_norms=step_norms.numpy(),
+        growth=growth,
+        left_out=left_out,
+        surfaces=surfaces,
+        long_skips=long_skip_spectra(model),
+        layer_norms=layer_norms(model),
+        log=log,
+    )

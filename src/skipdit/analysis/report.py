@@ -1,0 +1,131 @@
+"""The stability report: figures, and a page that says in plain words what they show."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
+from skipdit.analysis.sections import SECTIONS, Models, Section, holds
+from skipdit.analysis.weights import TrainingLog
+from skipdit.files import atomic_file
+from skipdit.pipelines import ClassToImagePipeline
+from skipdit.plots import check_plots_installed, save_html, save_png
+
+
+def analyze(
+    pipelines: Mapping[str, ClassToImagePipeline],
+    config: AnalyzeConfig,
+    out: Path,
+    logs: Mapping[str, TrainingLog] | None = None,
+) -> Models:
+    """Measures one or two models and writes `report.md`, `report.html`, `report.json`, `arrays.npz` and a PNG a figure
+    into `out`. pipelines: by the name that the report calls them.
+
+    `ValueError` where a label is none of a model's, or the plotting libraries are missing; before anything is measured.
+    """
+    check_plots_installed()
+    for pipeline in pipelines.values():
+        config.settings(pipeline)
+    total = sum(num_parts(config, len(pipeline.transformer.blocks)) for pipeline in pipelines.values())
+    columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=total)
+        models = {}
+        for name, pipeline in pipelines.items():
+            progress.update(task, description=name)
+            models[name] = measure(pipeline, config, (logs or {}).get(name), lambda: progress.advance(task))
+        progress.update(task, completed=total, description="drawing")
+        write_report(models, config, out)
+    return models
+
+
+def write_report(models: Models, config: AnalyzeConfig, out: Path) -> None:
+    """Everything that `analyze` writes, from what was measured."""
+    sections = [section for make in SECTIONS if (section := make(models, config)) is not None]
+    for section in sections:
+        for figure in section.figures:
+            save_png(figure, out)
+    arrays = {
+        f"{model}/{name}": array for model, measured in models.items() for name, array in measured.arrays().items()
+    }
+    with atomic_file(out / "arrays.npz") as draft, draft.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    with atomic_file(out / "report.json") as draft:
+        facts = {name: summarise(measured) for name, measured in models.items()}
+        draft.write_text(json.dumps({"config": asdict(config), "models": facts}, indent=1) + "\n", encoding="utf-8")
+    save_html(
+        f"Stability of {' and '.join(models)}",
+        [
+            (section.heading, f"{section.about} {section.seen}", figure)
+            for section in sections
+            for figure in section.figures
+        ],
+        out / "report.html",
+    )
+    with atomic_file(out / "report.md") as draft:
+        draft.write_text(render_markdown(models, config, sections), encoding="utf-8")
+
+
+def summarise(measured: Measured) -> dict[str, Any]:
+    """The figures that the page states, as JSON."""
+    return {
+        "num_parameters": measured.num_parameters,
+        "num_units": measured.num_units,
+        "num_long_skips": measured.num_pairs,
+        "similarity_of_last_unit": {
+            "mean": float(measured.similarity[-1].mean()),
+            "least": float(measured.similarity[-1].min()),
+        },
+        "jacobian": {
+            f"{timestep:g}": {
+                "model": profile.model,
+                "first_half": profile.first_half,
+                "second_half": profile.second_half,
+                "largest_unit": max(profile.units),
+                "errors": profile.errors,
+            }
+            for timestep, profile in measured.jacobians.items()
+        },
+        "solver_step_norms": measured.step_norms.tolist(),
+        "caches": {
+            method: {
+                "error_at_the_end": growth.measured[-1].item(),
+                "predicted_at_the_end": growth.predicted[-1].item(),
+                "least_feature_similarity": growth.feature_similarity.min().item(),
+                "bound_held": holds(growth.measured, growth.predicted),
+            }
+            for method, growth in measured.growth.items()
+        },
+        "caches_left_out": dict(measured.left_out),
+        "surface_least": {
+            f"{moved} {timestep}": float(grid.min()) for (moved, timestep), grid in measured.surfaces.items()
+        },
+        "long_skip_norms": {
+            str(target): {part: values[0].item() for part, values in vars(spectrum).items()}
+            for target, spectrum in measured.long_skips.items()
+        },
+    }
+
+
+def render_markdown(models: Models, config: AnalyzeConfig, sections: Sequence[Section]) -> str:
+    sizes = [
+        f"| {name} | {measured.num_units} | {measured.num_pairs or 'none'} | {measured.num_parameters / 1e6:.2f} M |"
+        for name, measured in models.items()
+    ]
+    parts = [
+        f"# Stability of {' and '.join(models)}",
+        "| model | units | long skips | parameters |\n|---|---|---|---|\n" + "\n".join(sizes),
+        f"{len(config.labels) or config.num_pictures} pictures, {config.steps} deterministic first-order steps, "
+        f"guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. *Timesteps* "
+        "fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in `arrays.npz` and "
+        "`report.json`; `report.html` holds the same figures to turn and zoom.",
+    ]
+    for section in sections:
+        images = "\n\n".join(f"![{figure.title}]({figure.name}.png)" for figure in section.figures)
+        parts += [f"## {section.heading}", section.about, f"**Seen here.** {section.seen}", images]
+    return "\n\n".join(part for part in parts if part) + "\n"

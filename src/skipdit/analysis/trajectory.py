@@ -1,0 +1,231 @@
+"""Features and errors along a denoising run: how they change over its steps, and what a cache adds."""
+
+import copy
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skipdit.analysis.record import record_inputs, record_outputs
+from skipdit.cache.methods import CacheMethod
+from skipdit.cache.runtime import disable_cache, enable_cache
+from skipdit.diffusion import guide
+from skipdit.models.dit import DiT
+from skipdit.pipelines import ClassToImagePipeline
+from skipdit.spectral import jacobian_norms
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """One sampling run: class numbers, one a picture; steps; guidance; seed of the start noise."""
+
+    labels: tuple[int, ...]
+    num_inference_steps: int = 50
+    guidance_scale: float = 2.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """timesteps (steps,). latents (steps + 1, batch, ...): before each step and at the end, in float32. features: for
+    each step the output (batch tokens dim) of the last unit."""
+
+    timesteps: Tensor
+    latents: Tensor
+    features: Tensor
+
+
+def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Over the channels of each token (... tokens dim), mean over the tokens: (...). In float32."""
+    return F.cosine_similarity(first.float(), second.float(), dim=-1).mean(dim=-1)
+
+
+def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: CacheMethod | None = None) -> Run:
+    """Samples once, with a cache or without, and keeps what the analysis reads."""
+    model, batch = pipeline.transformer, len(settings.labels)
+    last = f"blocks.{len(model.blocks) - 1}"
+    if method is not None:
+        enable_cache(pipeline, method)
+    try:
+        with (
+            record_inputs(model, ["patch_embed"], lambda given: given[0][:batch].detach().float()) as entered,
+            record_outputs(model, [last], lambda output: output.detach().float()) as left,
+        ):
+            final = pipeline(
+                list(settings.labels),
+                guidance_scale=settings.guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                generator=torch.Generator().manual_seed(settings.seed),
+                output_type="latent",
+            ).images
+    finally:
+        if method is not None:
+            disable_cache(pipeline)
+    latents = torch.stack([*entered["patch_embed"], final.float()])
+    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(left[last]))
+
+
+def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """timesteps (steps - 1,); cosine similarity (num_units, steps - 1) of each unit's output to that of the step
+    before; and (steps, steps) of the last unit's outputs of all pairs of steps. Mean over tokens and pictures.
+    """
+    model, names = pipeline.transformer, [f"blocks.{unit}" for unit in range(len(pipeline.transformer.blocks))]
+    previous: dict[str, Tensor] = {}
+    rows: dict[str, list[float]] = {name: [] for name in names}
+    ends: list[Tensor] = []
+
+    def compare(name: str) -> Callable[[Tensor], None]:
+        def keep(output: Tensor) -> None:
+            if name in previous:
+                rows[name].append(cosine_similarity(output, previous[name]).mean().item())
+            previous[name] = output.detach()
+            if name == names[-1]:
+                ends.append(F.normalize(output.detach().float(), dim=-1).flatten(0, 1))
+
+        return keep
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(record_outputs(model, [name], compare(name)))
+        pipeline(
+            list(settings.labels),
+            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps,
+            generator=torch.Generator().manual_seed(settings.seed),
+            output_type="latent",
+        )
+    stacked = torch.stack(ends)
+    pairs = torch.einsum("snd,tnd->st", stacked, stacked) / stacked.shape[1]
+    return pipeline.scheduler.timesteps[1:].float().cpu(), torch.tensor([rows[name] for name in names]), pairs.cpu()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Error growth
+
+
+@dataclass(frozen=True)
+class SolverSteps:
+    """A first-order solver's steps x' = a x + b F(x): the factors of each."""
+
+    a: list[float]
+    b: list[float]
+
+    @classmethod
+    def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "SolverSteps":
+        """Probed with ones and zeros; `ValueError` where a step depends on earlier ones or draws noise."""
+        if getattr(pipeline.scheduler.config, "solver_order", 1) != 1 or "DDPM" in type(pipeline.scheduler).__name__:
+            raise ValueError("error growth needs a deterministic first-order sampler: --scheduler euler or ddim")
+        factors = []
+        for output, sample in ((0.0, 1.0), (1.0, 0.0)):
+            scheduler = copy.deepcopy(pipeline.scheduler)
+            scheduler.set_timesteps(num_inference_steps)
+            shape = (1, pipeline.transformer.config.in_channels, 1, 1)
+            given = torch.full(shape, output), torch.full(shape, sample)
+            steps = [scheduler.step(given[0], timestep, given[1]).prev_sample for timestep in scheduler.timesteps]
+            factors.append([step.flatten()[0].item() for step in steps])
+        return cls(*factors)
+
+
+@dataclass(frozen=True)
+class ErrorGrowth:
+    """All (steps,), after each step, root mean square over pictures of the distance to the full run, relative to the
+    norm of the full run's latents.
+
+    measured: of the cached run. injected: what that step's own reuse added. predicted: e' = L e + injected, with L the
+    measured norm of the step's Jacobian. geometric: (L^t - 1) / (L - 1) x the largest injected error with the largest
+    L, the paper's form. feature_similarity: of the last unit's output to that of the full run, at the step.
+    """
+
+    measured: Tensor
+    injected: Tensor
+    predicted: Tensor
+    geometric: Tensor
+    feature_similarity: Tensor
+
+
+def guided_prediction(model: DiT, settings: RunSettings, timestep: Tensor) -> Callable[[Tensor], Tensor]:
+    """F(x) of a step: the guided prediction, without a learned variance."""
+    channels = model.config.in_channels
+
+    def function(latents: Tensor) -> Tensor:
+        labels = torch.tensor(settings.labels, device=latents.device)[: len(latents)]
+        if settings.guidance_scale <= 1:
+            return model(latents, timestep, labels).sample[:, :channels]
+        labels = torch.cat([labels, torch.full_like(labels, model.null_class_label)])
+        output = model(torch.cat([latents, latents]), timestep, labels).sample[:, :channels]
+        return guide(output, settings.guidance_scale)
+
+    return function
+
+
+def step_jacobian_norms(
+    pipeline: ClassToImagePipeline,
+    settings: RunSettings,
+    full: Run,
+    *,
+    num_timesteps: int,
+    num_pictures: int = 2,
+    advance: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """The norm L (steps,) of the Jacobian of each solver step along the full run: the largest over a few pictures,
+    measured at `num_timesteps` steps spread evenly and, between two of them, the larger."""
+    num_steps = len(full.timesteps)
+    solver = SolverSteps.of(pipeline, num_steps)
+    measured_at = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique().tolist()
+    found = {}
+    for step in measured_at:
+        predict = guided_prediction(pipeline.transformer, settings, full.timesteps[step])
+        a, b = solver.a[step], solver.b[step]
+        norms = jacobian_norms(
+            lambda latents, a=a, b=b, predict=predict: a * latents + b * predict(latents),
+            full.latents[step, :num_pictures],
+            tolerance=1e-2,
+            max_iterations=30,
+        )
+        found[step] = norms.value.max().item()
+        advance()
+    lengths = []
+    for step in range(num_steps):
+        before = max(each for each in measured_at if each <= step)
+        after = min(each for each in measured_at if each >= step)
+        lengths.append(max(found[before], found[after]))
+    return torch.tensor(lengths, dtype=torch.float64)
+
+
+@torch.no_grad()
+def error_growth(
+    pipeline: ClassToImagePipeline,
+    settings: RunSettings,
+    full: Run,
+    step_norms: Tensor,
+    method: CacheMethod,
+) -> ErrorGrowth:
+    """Runs with the cache, then the full model on the cached run's latents, to see what each step adds."""
+    cached = sample_run(pipeline, settings, method)
+    solver = SolverSteps.of(pipeline, len(full.timesteps))
+
+    def size(difference: Tensor) -> float:
+        return difference.double().flatten(1).norm(dim=1).square().mean().sqrt().item()
+
+    measured, injected, predicted = [], [], []
+    bound = 0.0
+    for step, timestep in enumerate(full.timesteps):
+        predict = guided_prediction(pipeline.transformer, settings, timestep)
+        right = solver.a[step] * cached.latents[step] + solver.b[step] * predict(cached.latents[step])
+        injected.append(size(cached.latents[step + 1] - right))
+        measured.append(size(cached.latents[step + 1] - full.latents[step + 1]))
+        bound = step_norms[step].item() * bound + injected[-1]
+        predicted.append(bound)
+    worst, largest = step_norms.max().item(), max(injected)
+    first = next((step for step, error in enumerate(injected) if error > 1e-6 * (1 + largest)), len(injected))
+    geometric, total = [], 0.0
+    for step in range(len(injected)):
+        total = worst * total + largest if step >= first else 0.0
+        geometric.append(total)
+    scale = torch.tensor([size(latents) for latents in full.latents[1:]], dtype=torch.float64)
+    relative = [torch.tensor(each, dtype=torch.float64) / scale for each in (measured, injected, predicted, geometric)]
+    similarity = cosine_similarity(full.features, cached.features).mean(dim=-1)
+    return ErrorGrowth(*relative, feature_similarity=similarity.cpu())

@@ -1,0 +1,284 @@
+"""Figures, declared once and drawn twice: as PNG by matplotlib and as interactive HTML by plotly.
+
+Both libraries are optional (`pip install "skipdit[plots]"`) and imported where they are used.
+"""
+
+import html
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import singledispatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from skipdit.files import atomic_file
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+SEQUENTIAL = "viridis"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """Curves on one pair of axes; series: label -> (x, y). dashed: labels drawn so. NaN leaves a gap."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, tuple[NDArray, NDArray]]
+    log_y: bool = False
+    reverse_x: bool = False
+    dashed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for label, (x, y) in self.series.items():
+            if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
+                raise ValueError(f"x and y of {label!r} must be of one length, got {np.shape(x)} and {np.shape(y)}")
+
+    def styles(self) -> dict[str, tuple[str, bool]]:
+        """Color and dash of each label: few are told apart by hue, many shade from first to last; a dashed one takes
+        the color of the solid one before it."""
+        solid = [label for label in self.series if label not in self.dashed]
+        styles, color = {}, COLORS[0]
+        for label in self.series:
+            if label in solid:
+                index = solid.index(label)
+                color = COLORS[index] if len(solid) <= len(COLORS) else shade(index / (len(solid) - 1))
+            styles[label] = (color, label in self.dashed)
+        return styles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heatmaps:
+    """Matrices (len(y), len(x)) side by side on one colour scale, a panel each."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    color_label: str
+    x: NDArray
+    y: NDArray
+    panels: Mapping[str, NDArray]
+    reverse_x: bool = False
+    log_color: bool = False
+
+    def __post_init__(self) -> None:
+        check_panels(self.panels, self.x, self.y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surfaces:
+    """Surfaces z (len(y), len(x)) side by side in three dimensions, all with the same range of z."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    z_label: str
+    x: NDArray
+    y: NDArray
+    panels: Mapping[str, NDArray]
+
+    def __post_init__(self) -> None:
+        check_panels(self.panels, self.x, self.y)
+
+
+Plot = Lines | Heatmaps | Surfaces
+
+
+def check_panels(panels: Mapping[str, NDArray], x: NDArray, y: NDArray) -> None:
+    for label, panel in panels.items():
+        if np.shape(panel) != (len(y), len(x)):
+            raise ValueError(f"panel {label!r} must have shape {(len(y), len(x))}, got {np.shape(panel)}")
+
+
+def value_range(panels: Mapping[str, NDArray]) -> tuple[float, float]:
+    """The least and the largest finite value of all panels, a little apart where they are equal."""
+    values = np.concatenate([np.ravel(panel)[np.isfinite(np.ravel(panel))] for panel in panels.values()])
+    least, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    return (least, largest) if largest - least > 1e-9 * max(abs(largest), 1e-9) else (least - 1e-3, largest + 1e-3)
+
+
+def check_plots_installed() -> None:
+    """`ValueError`, with what to install, where a plotting library is missing."""
+    missing = [name for name in ("matplotlib", "plotly") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'figures need {" and ".join(missing)}: pip install "skipdit[plots]"')
+
+
+def shade(fraction: float) -> str:
+    """A colour of the sequential scale, short of its pale end."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return to_hex(colormaps[SEQUENTIAL](0.9 * fraction))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# PNG
+
+
+def save_png(plot: Plot, folder: Path) -> Path:
+    """Draws into `folder/{name}.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw(plot)
+    FigureCanvasAgg(figure)
+    path = folder / f"{plot.name}.png"
+    with atomic_file(path) as draft:
+        figure.savefig(draft, dpi=150)
+    return path
+
+
+@singledispatch
+def draw(plot: Any) -> Any:
+    """The matplotlib figure."""
+    raise TypeError(f"not a plot: {plot!r}")
+
+
+@draw.register
+def _(plot: Lines) -> Any:
+    from matplotlib.figure import Figure
+
+    aside = len(plot.series) > 4
+    figure = Figure(figsize=(9.5 if aside else 7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
+    for label, (color, dashed) in plot.styles().items():
+        axes.plot(*plot.series[label], label=label, color=color, linestyle="--" if dashed else "-", linewidth=1.6)
+    if plot.log_y:
+        axes.set_yscale("log")
+    if plot.reverse_x:
+        axes.invert_xaxis()
+    axes.grid(alpha=0.25)
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if aside else {"loc": "best"}
+    axes.legend(fontsize=8, frameon=False, **place)
+    return figure
+
+
+@draw.register
+def _(plot: Heatmaps) -> Any:
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 5 * len(plot.panels), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(plot.panels), squeeze=False, sharey=True)[0]
+    norm = (LogNorm if plot.log_color else Normalize)(*value_range(plot.panels))
+    mesh: Any = None
+    for axes, (label, panel) in zip(panels, plot.panels.items(), strict=True):
+        mesh = axes.pcolormesh(plot.x, plot.y, panel, norm=norm, cmap=SEQUENTIAL, shading="nearest")
+        axes.set(title=label, xlabel=plot.x_label)
+        if plot.reverse_x:
+            axes.invert_xaxis()
+    panels[0].set_ylabel(plot.y_label)
+    figure.colorbar(mesh, ax=list(panels), label=plot.color_label)
+    figure.suptitle(plot.title)
+    return figure
+
+
+@draw.register
+def _(plot: Surfaces) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(plot.panels), 5))
+    x, y = np.meshgrid(plot.x, plot.y)
+    low, high = value_range(plot.panels)
+    for index, (label, panel) in enumerate(plot.panels.items()):
+        axes: Any = figure.add_subplot(1, len(plot.panels), index + 1, projection="3d")
+        axes.plot_surface(x, y, panel, cmap=SEQUENTIAL, vmin=low, vmax=high, linewidth=0.2, edgecolor="#00000030")
+        axes.set(title=label, xlabel=plot.x_label, ylabel=plot.y_label, zlim=(low, high))
+        axes.set_zlabel(plot.z_label, labelpad=9)
+        axes.tick_params(labelsize=8)
+        axes.locator_params(nbins=5)
+    figure.suptitle(plot.title)
+    figure.subplots_adjust(left=0.02, right=0.92, wspace=0.18, top=0.88)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HTML
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}</style></head>
+<body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def save_html(title: str, sections: Sequence[tuple[str, str, Plot]], path: Path) -> None:
+    """One page that needs no network; sections: (heading, text, plot), the heading and text of the one before not said
+    again."""
+    parts, said = [], None
+    for heading, text, plot in sections:
+        if heading != said:
+            parts.append(f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>")
+        figure = interactive(plot)
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=said is None))
+        said = heading
+    with atomic_file(path) as draft:
+        draft.write_text(PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+
+
+@singledispatch
+def interactive(plot: Any) -> Any:
+    """The plotly figure."""
+    raise TypeError(f"not a plot: {plot!r}")
+
+
+@interactive.register
+def _(plot: Lines) -> Any:
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    for label, (color, dashed) in plot.styles().items():
+        x, y = plot.series[label]
+        line = {"color": color, "dash": "dash" if dashed else "solid"}
+        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, mode="lines", line=line))
+    figure.update_layout(title=plot.title, height=480, template="plotly_white")
+    figure.update_xaxes(title=plot.x_label, autorange="reversed" if plot.reverse_x else True)
+    figure.update_yaxes(title=plot.y_label, type="log" if plot.log_y else "linear", exponentformat="power")
+    return figure
+
+
+@interactive.register
+def _(plot: Heatmaps) -> Any:
+    from plotly import graph_objects
+    from plotly.subplots import make_subplots
+
+    shown = {label: np.log10(panel) if plot.log_color else panel for label, panel in plot.panels.items()}
+    low, high = value_range(shown)
+    figure = make_subplots(1, len(shown), subplot_titles=list(shown), shared_yaxes=True)
+    bar = {"title": f"log10 {plot.color_label}" if plot.log_color else plot.color_label}
+    for column, panel in enumerate(shown.values(), start=1):
+        trace = graph_objects.Heatmap(
+            x=plot.x, y=plot.y, z=panel, zmin=low, zmax=high, colorscale=SEQUENTIAL, colorbar=bar, showscale=column == 1
+        )
+        figure.add_trace(trace, row=1, col=column)
+    figure.update_layout(title=plot.title, height=480, template="plotly_white")
+    figure.update_xaxes(title=plot.x_label, autorange="reversed" if plot.reverse_x else True)
+    figure.update_yaxes(title=plot.y_label, col=1)
+    return figure
+
+
+@interactive.register
+def _(plot: Surfaces) -> Any:
+    from plotly import graph_objects
+    from plotly.subplots import make_subplots
+
+    low, high = value_range(plot.panels)
+    kinds = [[{"type": "surface"}] * len(plot.panels)]
+    figure = make_subplots(1, len(plot.panels), specs=kinds, subplot_titles=list(plot.panels))
+    for column, panel in enumerate(plot.panels.values(), start=1):
+        trace = graph_objects.Surface(
+            x=plot.x, y=plot.y, z=panel, cmin=low, cmax=high, colorscale=SEQUENTIAL, showscale=column == 1
+        )
+        figure.add_trace(trace, row=1, col=column)
+    height = {"title": plot.z_label, "range": [low, high]}
+    figure.update_scenes(xaxis={"title": plot.x_label}, yaxis={"title": plot.y_label}, zaxis=height)
+    figure.update_layout(title=plot.title, height=600, template="plotly_white")
+    return figure

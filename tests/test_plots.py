@@ -1,0 +1,94 @@
+"""The two renderers of every kind of figure."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from skipdit.plots import Heatmaps, Lines, Plot, Surfaces, draw, interactive, save_html, save_png
+
+X, Y = np.linspace(-1, 1, 5), np.linspace(0, 3, 4)
+GRID = np.outer(np.cos(Y), X)
+HOLED = np.where(GRID > 0.9, np.nan, GRID)
+LINES = Lines(
+    name="lines",
+    title="Lines <of> time",
+    x_label="step",
+    y_label="norm",
+    series={f"unit {index}": (X, np.exp(X * index)) for index in range(9)} | {"bound": (X, np.full(5, np.nan))},
+    log_y=True,
+    reverse_x=True,
+    dashed=frozenset({"bound"}),
+)
+PANELS = {"one": GRID, "two": 2 * HOLED}
+HEATMAPS = Heatmaps(
+    name="heatmaps", title="Maps", x_label="x", y_label="y", color_label="value", x=X, y=Y, panels=PANELS
+)
+SURFACES = Surfaces(name="surfaces", title="Hills", x_label="x", y_label="y", z_label="z", x=X, y=Y, panels=PANELS)
+ALL = (LINES, HEATMAPS, SURFACES)
+
+
+@pytest.mark.parametrize("plot", ALL, ids=lambda plot: plot.name)
+def test_a_png_shows_its_data(plot: Plot, tmp_path: Path) -> None:
+    path = save_png(plot, tmp_path)
+    assert path == tmp_path / f"{plot.name}.png"
+    with Image.open(path) as picture:
+        assert picture.width > 700
+        first = np.asarray(picture.convert("RGB"))
+    assert len(np.unique(first.reshape(-1, 3), axis=0)) > 20
+    if isinstance(plot, Lines):
+        other = replace(plot, series={label: (x, y[::-1]) for label, (x, y) in plot.series.items()})
+    else:
+        other = replace(plot, panels={label: panel[::-1] for label, panel in plot.panels.items()})
+    with Image.open(save_png(other, tmp_path)) as picture:
+        assert not np.array_equal(first, np.asarray(picture.convert("RGB")))
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_page_stands_alone(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    save_html(
+        "A & B", [("Head", "1 < 2 & <b>", LINES), ("Head", "1 < 2 & <b>", HEATMAPS), ("Hills", "", SURFACES)], path
+    )
+    page = path.read_text(encoding="utf-8")
+    assert "<title>A &amp; B</title>" in page
+    assert page.count("<h2>Head</h2>") == page.count("1 &lt; 2 &amp; &lt;b&gt;") == 1
+    assert page.count('class="plotly-graph-div"') == 3
+    assert len(re.findall(r"plotly\.js v\d", page)) == 1
+    assert not re.search(r"<script[^>]*src=", page)
+
+
+def test_panels_share_one_scale() -> None:
+    low, high = -2.0, np.nanmax(2 * HOLED)
+    for figure in (interactive(HEATMAPS), interactive(SURFACES)):
+        traces = figure.data
+        scales = {(trace.zmin, trace.zmax) if hasattr(trace, "zmin") else (trace.cmin, trace.cmax) for trace in traces}
+        ((found_low, found_high),) = scales
+        assert found_low == pytest.approx(min(np.nanmin(GRID), np.nanmin(2 * HOLED)))
+        assert found_high == pytest.approx(max(high, np.nanmax(GRID)))
+        assert found_low >= low
+    axes = draw(SURFACES).axes
+    assert axes[0].get_zlim() == axes[1].get_zlim()
+
+
+def test_equal_values_and_log_scales_draw(tmp_path: Path) -> None:
+    flat = replace(HEATMAPS, panels={"flat": np.ones((4, 5))}, log_color=True, reverse_x=True)
+    save_png(flat, tmp_path)
+    assert interactive(flat).data[0].zmin < 0 < interactive(flat).data[0].zmax
+
+
+def test_dashed_curves_take_the_colour_of_the_curve_before() -> None:
+    series = dict.fromkeys(("a: measured", "a: bound", "b: measured", "b: bound"), (X, X))
+    styles = replace(LINES, series=series, dashed=frozenset({"a: bound", "b: bound"})).styles()
+    assert styles["a: bound"][0] == styles["a: measured"][0] != styles["b: measured"][0] == styles["b: bound"][0]
+    assert [dashed for _, dashed in styles.values()] == [False, True, False, True]
+
+
+def test_shapes_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"'a' .* got \(5,\) and \(4,\)"):
+        replace(LINES, series={"a": (X, Y)})
+    with pytest.raises(ValueError, match=r"'a' must have shape \(4, 5\), got \(5, 4\)"):
+        replace(SURFACES, panels={"a": GRID.T})
