@@ -376,7 +376,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for wrong, message in (
         (["--labels", "10"], "between 0 and 9, got 10"),
         (["--names", "a", "b"], "names must be 1"),
-        (["--compare", str(tmp_path / "one" / "pipeline")], "give --names A B"),
+        (["--compare", str(tmp_path / "one" / "pipeline")], "give --names"),
         (["--compare", "nowhere"], "no model at nowhere"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -6,19 +6,23 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from PIL import Image
 
 import skipdit.training
+from skipdit.checkpoints import load_model
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES
+from skipdit.spectral import spectral_norm
 from skipdit.training import (
     ModelConfig,
+    SpectralConfig,
     TrainConfig,
     computes_in_bf16,
     learning_rate_at,
@@ -87,6 +91,61 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         for out in (tmp_path / "whole", stopped)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("on", ["long_skips", "blocks"])
+def test_a_spectral_cap_holds_in_the_pipeline_and_resumes(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: Literal["long_skips", "blocks"]
+) -> None:
+    config = dataclasses.replace(config, spectral=SpectralConfig(maximum=0.6, on=on), release_dtype="float32")
+    folder = train(config, tmp_path / "whole", device="cpu")
+    model = load_model(folder)
+    assert [name for name in model.state_dict() if "parametrizations" in name] == []
+    capped = [model.blocks[unit].long_skip.proj for unit in (2, 3)]
+    if on == "blocks":
+        capped += [block.mlp.fc1 for block in model.blocks]
+    norms = [spectral_norm(layer.weight).value for layer in capped]
+    assert 0.59 < max(norms) <= 0.6 * (1 + 1e-3)
+    free = spectral_norm(model.blocks[0].attn.qkv.weight).value
+    assert free <= 0.601 if on == "blocks" else free > 0.7
+
+    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", device="cpu")
+    monkeypatch.undo()
+    resumed = load_model(train(config, tmp_path / "stopped", device="cpu")).state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="spectral"):
+        train(dataclasses.replace(config, spectral=None), tmp_path / "stopped", device="cpu")
+
+
+def test_a_spectral_penalty_lowers_what_it_is_put_on(config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, max_steps=30)
+    penalty = SpectralConfig(maximum=0.3, form="penalty", penalty_weight=10.0)
+    norms = []
+    for name, spectral in (("free", None), ("held", penalty)):
+        model = load_model(train(dataclasses.replace(config, spectral=spectral), tmp_path / name, device="cpu"))
+        norms.append(spectral_norm(model.blocks[3].long_skip.proj.weight).value)
+    assert norms[1] < 0.9 * norms[0]
+
+
+def test_spectral_settings_that_mean_nothing_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    plain = dataclasses.replace(config.model, long_skip=None)
+    config = dataclasses.replace(config, model=plain, spectral=SpectralConfig())
+    with pytest.raises(ValueError, match="needs a model with long skips"):
+        train(config, tmp_path / "run", device="cpu")
+    for options in ({"maximum": 0.0}, {"penalty_weight": -1.0}, {"form": "belt"}, {"on": "heads"}):
+        with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+            SpectralConfig(**options)
+
+
+def test_the_log_holds_the_gradient_norm_of_every_unit(config: TrainConfig, tmp_path: Path) -> None:
+    train(config, tmp_path / "run", device="cpu")
+    for entry in log(tmp_path / "run"):
+        units = entry["unit_gradient_norms"]
+        assert len(units) == 4
+        assert math.hypot(*units) <= entry["gradient_norm"] * (1 + 1e-3)
+    assert min(units) > 0  # at the first step the blocks are the identity and have no gradient
 
 
 def test_it_learns_and_the_pipeline_samples_the_classes(config: TrainConfig, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def bench(arguments: Sequence[str]) -> None:
 
 
 def analyze(arguments: Sequence[str]) -> None:
-    """Measure how stable a model is, alone or beside another: features, Jacobians, errors under caches, weights.
+    """Measure how stable a model is, alone or beside others: features, Jacobians, errors under caches, weights.
 
     Example: skipdit analyze runs/skip/pipeline --compare runs/plain/pipeline --out out/stability
     """
@@ -164,17 +164,17 @@ def analyze(arguments: Sequence[str]) -> None:
         """
 
         model: tyro.conf.Positional[str] = "emoji"
-        compare: str | None = None
+        compare: tuple[str, ...] = ()
         names: tuple[str, ...] = ()
         config: Annotated[AnalyzeConfig, tyro.conf.arg(name="")]
         device: str = "auto"
         out: Path = Path("out/stability")
 
     options = _parse("analyze", analyze.__doc__, arguments, Options, Options(config=AnalyzeConfig()))
-    paths = [options.model] if options.compare is None else [options.model, options.compare]
+    paths = [options.model, *options.compare]
     names = options.names or tuple(_model_name(path) for path in paths)
     if len(set(names)) != len(paths) or len(names) != len(paths):
-        raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names A B")
+        raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names")
     check_writable(options.out)
     pipelines = {
         name: load_pipeline(SampleConfig(model=path, device=options.device), decodes=False)

@@ -41,8 +41,8 @@ def emoji() -> TrainConfig:
 def stability() -> TrainConfig:
     """The evidence pair's model with long skips: 32x32 emoji in 64 tokens, 12 blocks of width 128.
 
-    `skipdit train stability --out runs/skip`, and its rows: `skipdit train stability-plain`,
-    `skipdit train stability --config.spectral:spectral-config --config.spectral.maximum 1`.
+    `skipdit train stability --out runs/skip`; with a spectral cap
+    `skipdit train stability --out runs/cap1 spectral:spectral-config --spectral.maximum 1`.
     """
     return TrainConfig(
         data=DataConfig(source="emoji", image_size=32),

@@ -573,7 +573,7 @@ class _Reporter:
                 json.dumps(
                     entry
                     | {"learning_rate": learning_rate, "images_per_second": round(speed, 2)}
-                    | {"unit_gradient_norms": [round(norm, 6) for norm in unit_norms]}
+                    | {"unit_gradient_norms": [float(f"{norm:.4g}") for norm in unit_norms]}
                 )
                 + "\n"
             )

@@ -126,7 +126,7 @@ class Measured:
         for name in ("units", "bounds", "first_half", "second_half", "model"):
             found[f"jacobian_{name}"] = np.array([getattr(profile, name) for profile in self.jacobians.values()])
         for method, growth in self.growth.items():
-            found |= {f"growth/{method}/{name}": tensor.numpy() for name, tensor in vars(growth).items()}
+            found |= {f"growth/{method}/{name}": tensor.numpy() for name, tensor in growth.arrays().items()}
         found |= {f"surface/{moved}/{timestep}": grid for (moved, timestep), grid in self.surfaces.items()}
         for target, spectrum in self.long_skips.items():
             found |= {f"singular_values/{target}/{name}": tensor.numpy() for name, tensor in vars(spectrum).items()}

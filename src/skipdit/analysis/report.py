@@ -1,6 +1,7 @@
 """The stability report: figures, and a page that says in plain words what they show."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
-from skipdit.analysis.sections import SECTIONS, Models, Section, holds
+from skipdit.analysis.sections import SECTIONS, Models, Section, geometric_mean, holds, norms_of
 from skipdit.analysis.weights import TrainingLog
 from skipdit.files import atomic_file
 from skipdit.pipelines import ClassToImagePipeline
@@ -23,8 +24,8 @@ def analyze(
     out: Path,
     logs: Mapping[str, TrainingLog] | None = None,
 ) -> Models:
-    """Measures one or two models and writes `report.md`, `report.html`, `report.json`, `arrays.npz` and a PNG a figure
-    into `out`. pipelines: by the name that the report calls them.
+    """Measures one model or several and writes `report.md`, `report.html`, `report.json`, `arrays.npz` and a PNG a
+    figure into `out`. pipelines: by the name that the report calls them.
 
     `ValueError` where a label is none of a model's, or the plotting libraries are missing; before anything is measured.
     """
@@ -95,6 +96,7 @@ def summarise(measured: Measured) -> dict[str, Any]:
         "caches": {
             method: {
                 "error_at_the_end": growth.measured[-1].item(),
+                "compute_ratio": growth.compute_ratio,
                 "predicted_at_the_end": growth.predicted[-1].item(),
                 "least_feature_similarity": growth.feature_similarity.min().item(),
                 "bound_held": holds(growth.measured, growth.predicted),
@@ -112,14 +114,40 @@ def summarise(measured: Measured) -> dict[str, Any]:
     }
 
 
+def render_table(models: Models) -> str:
+    """One row a model with what the sections tell at length; higher is better for pushed weights and caches."""
+    methods = list(dict.fromkeys(method for measured in models.values() for method in measured.growth))
+    header = ["model", "units", "long skips", "parameters", "loss", "Jacobian of model", "first half", "second half"]
+    header += ["unit", "weights pushed", *(f"cached `{method}`" for method in methods)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name, measured in models.items():
+        norms = [f"{geometric_mean(norms_of(measured, part)):.3g}" for part in ("model", "first_half", "second_half")]
+        units = geometric_mean([norm for profile in measured.jacobians.values() for norm in profile.units])
+        pushed = min(grid.min() for (moved, _), grid in measured.surfaces.items() if moved == "weights")
+        cells = [name, measured.num_units, measured.num_pairs or "none", f"{measured.num_parameters / 1e6:.2f} M"]
+        cells += ["-" if measured.log is None else f"{measured.log.last_loss:.4f}", *norms, f"{units:.3g}"]
+        cells += [f"{pushed:.4f}", *(cached_cell(measured, method) for method in methods)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def cached_cell(measured: Measured, method: str) -> str:
+    """`"40.1 dB (1.71x)"`, or a dash where the model cannot have the method."""
+    growth = measured.growth.get(method)
+    if growth is None:
+        return "-"
+    error = growth.measured[-1].item()
+    decibel = f"{-20 * math.log10(error):.1f} dB" if error > 0 else "equal"
+    return f"{decibel} ({growth.compute_ratio:.2f}x)"
+
+
 def render_markdown(models: Models, config: AnalyzeConfig, sections: Sequence[Section]) -> str:
-    sizes = [
-        f"| {name} | {measured.num_units} | {measured.num_pairs or 'none'} | {measured.num_parameters / 1e6:.2f} M |"
-        for name, measured in models.items()
-    ]
     parts = [
         f"# Stability of {' and '.join(models)}",
-        "| model | units | long skips | parameters |\n|---|---|---|---|\n" + "\n".join(sizes),
+        render_table(models),
+        "Loss: mean over the last tenth of the run's log. Jacobian norms: geometric mean over timesteps, and over all "
+        "units of a model. Weights pushed: lowest similarity of the last unit's output. Cached: how far the end "
+        "of the cached run is from the full run, signal over error; in brackets the speed that the units run promise.",
         f"{len(config.labels) or config.num_pictures} pictures, {config.steps} deterministic first-order steps, "
         f"guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. *Timesteps* "
         "fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in `arrays.npz` and "

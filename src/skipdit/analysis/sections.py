@@ -36,7 +36,7 @@ def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
     last = {name: (measured.timesteps[1:], measured.similarity[-1]) for name, measured in models.items()}
     first = next(iter(models.values()))
     depth = max(measured.num_units for measured in models.values())
-    panels = {name: padded(measured.similarity, depth) for name, measured in models.items()}
+    panels = {name: padded((1 - measured.similarity).clip(1e-6), depth) for name, measured in models.items()}
     return Section(
         "How much features change from step to step",
         "Each unit's output is compared with its own output one denoising step before: cosine similarity over the "
@@ -61,14 +61,15 @@ def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
             ),
             Heatmaps(
                 name="similarity",
-                title="Similarity of each unit's output to the step before",
+                title="Change of each unit's output since the step before",
                 x_label="timestep",
                 y_label="unit",
-                color_label="cosine similarity",
+                color_label="1 - cosine similarity",
                 x=first.timesteps[1:],
                 y=np.arange(depth),
                 panels=panels,
                 reverse_x=True,
+                log_color=True,
             ),
         ),
     )
@@ -391,8 +392,7 @@ def training_section(models: Models, config: AnalyzeConfig) -> Section | None:
         "Training",
         "From the run's log: the loss of single batches, and the norm of each unit's gradient before clipping.",
         "; ".join(
-            f"{name}: loss {log.loss[-max(len(log.loss) // 10, 1) :].mean():.4f} over the last tenth of "
-            f"{log.steps[-1].item()} steps"
+            f"{name}: loss {log.last_loss:.4f} over the last tenth of {log.steps[-1].item()} steps"
             for name, log in logs.items()
         )
         + ".",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skipdit.analysis.record import record_inputs, record_outputs
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.runtime import disable_cache, enable_cache
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.diffusion import guide
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
@@ -31,11 +31,12 @@ class RunSettings:
 @dataclass(frozen=True)
 class Run:
     """timesteps (steps,). latents (steps + 1, batch, ...): before each step and at the end, in float32. features: for
-    each step the output (batch tokens dim) of the last unit."""
+    each step the output (batch tokens dim) of the last unit. compute_ratio: units of full steps over units run."""
 
     timesteps: Tensor
     latents: Tensor
     features: Tensor
+    compute_ratio: float = 1.0
 
 
 def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
@@ -61,11 +62,12 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
                 generator=torch.Generator().manual_seed(settings.seed),
                 output_type="latent",
             ).images
+            ratio = 1.0 if method is None else cache_summary(pipeline).compute_ratio
     finally:
         if method is not None:
             disable_cache(pipeline)
     latents = torch.stack([*entered["patch_embed"], final.float()])
-    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(left[last]))
+    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(left[last]), ratio)
 
 
 def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +139,7 @@ class ErrorGrowth:
     measured: of the cached run. injected: what that step's own reuse added. predicted: e' = L e + injected, with L the
     measured norm of the step's Jacobian. geometric: (L^t - 1) / (L - 1) x the largest injected error with the largest
     L, the paper's form. feature_similarity: of the last unit's output to that of the full run, at the step.
+    compute_ratio: units of full steps over units run.
     """
 
     measured: Tensor
@@ -144,6 +147,10 @@ class ErrorGrowth:
     predicted: Tensor
     geometric: Tensor
     feature_similarity: Tensor
+    compute_ratio: float
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def guided_prediction(model: DiT, settings: RunSettings, timestep: Tensor) -> Callable[[Tensor], Tensor]:
@@ -228,4 +235,4 @@ def error_growth(
     scale = torch.tensor([size(latents) for latents in full.latents[1:]], dtype=torch.float64)
     relative = [torch.tensor(each, dtype=torch.float64) / scale for each in (measured, injected, predicted, geometric)]
     similarity = cosine_similarity(full.features, cached.features).mean(dim=-1)
-    return ErrorGrowth(*relative, feature_similarity=similarity.cpu())
+    return ErrorGrowth(*relative, feature_similarity=similarity.cpu(), compute_ratio=cached.compute_ratio)

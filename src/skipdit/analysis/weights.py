@@ -53,6 +53,11 @@ class TrainingLog:
     loss: Tensor
     unit_gradient_norms: Tensor
 
+    @property
+    def last_loss(self) -> float:
+        """Mean over the last tenth."""
+        return self.loss[-max(len(self.loss) // 10, 1) :].mean().item()
+
     @classmethod
     def read(cls, path: Path) -> "TrainingLog":
         """`ValueError` where the file is not a log of `skipdit train`."""
