@@ -82,7 +82,7 @@ def padded(rows: NDArray, depth: int) -> NDArray:
 
 def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
     series = {
-        f"{name}, {method}": (measured.timesteps, growth.feature_similarity.numpy())
+        f"{name}, {method}": (measured.timesteps, blank_zeros(1 - growth.feature_similarity.numpy(), 1e-6))
         for name, measured in models.items()
         for method, growth in measured.growth.items()
     }
@@ -95,8 +95,8 @@ def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
     )
     return Section(
         "Features under a cache",
-        "The last unit's output in a cached run beside the full run from the same noise. A flat line near 1 means that "
-        "the cache does no harm; the cached run goes its own way, so errors add up." + left_out,
+        "The last unit's output in a cached run beside the full run from the same noise: what its cosine similarity "
+        "lacks to 1. The lower, the less harm; the cached run goes its own way, so errors add up." + left_out,
         listed(
             models,
             lambda m: (
@@ -109,10 +109,11 @@ def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
         (
             Lines(
                 name="cached_similarity",
-                title="Similarity of the last unit's output, cached against full",
+                title="Difference of the last unit's output, cached against full",
                 x_label="timestep",
-                y_label="cosine similarity",
+                y_label="1 - cosine similarity",
                 series=series,
+                log_y=True,
                 reverse_x=True,
             ),
         ),
@@ -162,8 +163,9 @@ def growth_section(models: Models, config: AnalyzeConfig) -> Section | None:
     )
 
 
-def blank_zeros(values: NDArray) -> NDArray:
-    return np.where(values > 1e-12, values, np.nan)
+def blank_zeros(values: NDArray, least: float = 1e-12) -> NDArray:
+    """With gaps where there is nothing to see on a logarithmic scale."""
+    return np.where(values > least, values, np.nan)
 
 
 def jacobian_section(models: Models, config: AnalyzeConfig) -> Section:
