@@ -216,7 +216,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cache", "N3-100-50", "--steps", "2"], "would never reuse in 2 steps"),
         (["--cache", "N2", "--steps", "1"], "would never reuse in 1 steps"),
         (["--cache", "X2"], "a cache spec is"),
-        (["--cache", "fora:N3"], "cache method must be one of skip, skip-taylor, got 'fora'"),
+        (["--cache", "fora:N3"], "cache method must be one of skip, skip-taylor, delta-dit, delta-taylor, got 'fora'"),
         (["--cache", "N2-k5"], "num_shallow_units must be between 1 and 3 for 8 units with 4 linked pairs, got 5"),
         (["--cache", "missing.json"], "no schedule at missing.json"),
         (["--scheduler", "heun"], "scheduler of a flow model must be one of euler, dpm, got 'heun'"),
@@ -237,7 +237,9 @@ def test_bad_input_ends_in_one_line(
 
 def test_unknown_words_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the command must be one of sample" in fails(capsys, "smaple")
-    assert "the recipe must be one of emoji, got 'emojis'" in fails(capsys, "train", "emojis")
+    assert "the recipe must be one of emoji, stability, stability-plain, got 'emojis'" in fails(
+        capsys, "train", "emojis"
+    )
     assert "no model at nowhere" in fails(capsys, "sample", "--model", "nowhere")
     assert "the benchmark must be models" in fails(capsys, "bench", "all")
     assert "got ('DiT-M/2',)" in fails(capsys, "bench", "models", "--presets", "DiT-M/2", "--out", str(tmp_path))
