@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from skipdit.plots import Heatmaps, Lines, Plot, Surfaces, draw, interactive, save_html, save_png
@@ -80,6 +81,25 @@ def test_equal_values_and_log_scales_draw(tmp_path: Path) -> None:
     assert interactive(flat).data[0].zmin < 0 < interactive(flat).data[0].zmax
 
 
+@pytest.mark.parametrize("panel", [GRID, -np.abs(GRID), np.full((4, 5), np.nan), np.full((4, 5), 1e-4)])
+def test_values_without_a_logarithm_are_gaps(panel: np.ndarray, tmp_path: Path) -> None:
+    plot = replace(HEATMAPS, panels={"a": panel}, log_color=True)
+    save_png(plot, tmp_path)
+    (trace,) = interactive(plot).data
+    assert np.array_equal(np.isnan(trace.z), ~(panel > 0))
+    assert trace.zmin < trace.zmax
+
+
+def test_a_long_legend_stays_on_the_page_beside_wide_axes() -> None:
+    figure = draw(replace(LINES, series={f"unit {index}": (X, np.exp(X)) for index in range(28)}))
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    box = axes.get_legend().get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+    assert axes.get_position().height > 0.6
+
+
 def test_dashed_curves_take_the_colour_of_the_curve_before() -> None:
     series = dict.fromkeys(("a: measured", "a: bound", "b: measured", "b: bound"), (X, X))
     styles = replace(LINES, series=series, dashed=frozenset({"a: bound", "b: bound"})).styles()
@@ -92,3 +112,5 @@ def test_shapes_must_fit() -> None:
         replace(LINES, series={"a": (X, Y)})
     with pytest.raises(ValueError, match=r"'a' must have shape \(4, 5\), got \(5, 4\)"):
         replace(SURFACES, panels={"a": GRID.T})
+    with pytest.raises(ValueError, match=r"at least one panel, got \{\}"):
+        replace(HEATMAPS, panels={})

@@ -18,6 +18,7 @@ from skipdit.files import atomic_file
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
+LEGEND_ROWS = 18  # that fit beside the axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,10 @@ class Lines:
 
 @dataclass(frozen=True, kw_only=True)
 class Heatmaps:
-    """Matrices (len(y), len(x)) side by side on one colour scale, a panel each."""
+    """Matrices (len(y), len(x)) side by side on one colour scale, a panel each.
+
+    log_color: colours by logarithm; values that have none are gaps, as NaN is.
+    """
 
     name: str
     title: str
@@ -68,6 +72,12 @@ class Heatmaps:
 
     def __post_init__(self) -> None:
         check_panels(self.panels, self.x, self.y)
+
+    def shown(self) -> dict[str, NDArray]:
+        """What the colours show: the panels, or their log10."""
+        if not self.log_color:
+            return dict(self.panels)
+        return {label: np.log10(np.where(panel > 0, panel, np.nan)) for label, panel in self.panels.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +101,8 @@ Plot = Lines | Heatmaps | Surfaces
 
 
 def check_panels(panels: Mapping[str, NDArray], x: NDArray, y: NDArray) -> None:
+    if not panels:
+        raise ValueError(f"a plot needs at least one panel, got {panels}")
     for label, panel in panels.items():
         if np.shape(panel) != (len(y), len(x)):
             raise ValueError(f"panel {label!r} must have shape {(len(y), len(x))}, got {np.shape(panel)}")
@@ -145,7 +157,8 @@ def _(plot: Lines) -> Any:
     from matplotlib.figure import Figure
 
     aside = len(plot.series) > 4
-    figure = Figure(figsize=(9.5 if aside else 7.5, 4.2), layout="constrained")
+    num_columns = max(1, -(-len(plot.series) // LEGEND_ROWS))
+    figure = Figure(figsize=(6.3 + 1.6 * (num_columns + 1) if aside else 7.5, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
     for label, (color, dashed) in plot.styles().items():
         axes.plot(*plot.series[label], label=label, color=color, linestyle="--" if dashed else "-", linewidth=1.6)
@@ -155,7 +168,7 @@ def _(plot: Lines) -> Any:
         axes.invert_xaxis()
     axes.grid(alpha=0.25)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if aside else {"loc": "best"}
-    axes.legend(fontsize=8, frameon=False, **place)
+    axes.legend(fontsize=8, frameon=False, ncols=num_columns, **place)
     return figure
 
 
@@ -166,7 +179,8 @@ def _(plot: Heatmaps) -> Any:
 
     figure = Figure(figsize=(1.5 + 5 * len(plot.panels), 4.2), layout="constrained")
     panels = figure.subplots(1, len(plot.panels), squeeze=False, sharey=True)[0]
-    norm = (LogNorm if plot.log_color else Normalize)(*value_range(plot.panels))
+    low, high = value_range(plot.shown())
+    norm = LogNorm(10**low, 10**high) if plot.log_color else Normalize(low, high)
     mesh: Any = None
     for axes, (label, panel) in zip(panels, plot.panels.items(), strict=True):
         mesh = axes.pcolormesh(plot.x, plot.y, panel, norm=norm, cmap=SEQUENTIAL, shading="nearest")
@@ -250,7 +264,7 @@ def _(plot: Heatmaps) -> Any:
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 
-    shown = {label: np.log10(panel) if plot.log_color else panel for label, panel in plot.panels.items()}
+    shown = plot.shown()
     low, high = value_range(shown)
     figure = make_subplots(1, len(shown), subplot_titles=list(shown), shared_yaxes=True)
     bar = {"title": f"log10 {plot.color_label}" if plot.log_color else plot.color_label}
