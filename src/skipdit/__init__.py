@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from skipdit.cache.runtime import enable_cache as enable_cache
     from skipdit.checkpoints import load_model as load_model
     from skipdit.models.dit import DiT as DiT
+    from skipdit.models.families import Family as Family
+    from skipdit.models.families import declare_family as declare_family
+    from skipdit.models.latte import Latte as Latte
     from skipdit.models.long_skip import LongSkipConfig as LongSkipConfig
+    from skipdit.models.surgery import add_long_skips as add_long_skips
+    from skipdit.models.surgery import long_skip_class as long_skip_class
+    from skipdit.models.surgery import remove_long_skips as remove_long_skips
     from skipdit.pipelines import ClassToImagePipeline as ClassToImagePipeline
 
     __version__: str
@@ -19,12 +25,18 @@ if TYPE_CHECKING:
 _MODULES = {
     "ClassToImagePipeline": "skipdit.pipelines",
     "DiT": "skipdit.models.dit",
+    "Family": "skipdit.models.families",
+    "Latte": "skipdit.models.latte",
     "LongSkipConfig": "skipdit.models.long_skip",
+    "add_long_skips": "skipdit.models.surgery",
     "cache_context": "skipdit.cache.runtime",
     "cache_summary": "skipdit.cache.runtime",
+    "declare_family": "skipdit.models.families",
     "disable_cache": "skipdit.cache.runtime",
     "enable_cache": "skipdit.cache.runtime",
     "load_model": "skipdit.checkpoints",
+    "long_skip_class": "skipdit.models.surgery",
+    "remove_long_skips": "skipdit.models.surgery",
 }
 
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.predictor import Stored
 from skipdit.cache.schedule import IntervalSchedule, StepCounter, resolve
+from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel, LongSkipOutput
+from skipdit.models.surgery import close_units, open_units
 
 _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
 
@@ -135,13 +137,15 @@ class CacheSummary:
 
 
 class CacheRuntime:
-    """The cache of one model."""
+    """The cache of one model. opened: whether its units were opened for the cache alone."""
 
-    def __init__(self, model: nn.Module, method: CacheMethod) -> None:
+    def __init__(self, model: nn.Module, method: CacheMethod, *, opened: bool = False) -> None:
         method.site.check(model)
         self.method = method
+        self.opened = opened
         self.model_name = type(model).__name__
         self.num_units = cast(LongSkipModel, model).long_skip_links.num_units
+        self.timestep_scale = cast(LongSkipModel, model).timestep_scale
         self.signature = inspect.signature(model.forward)
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.reset()
@@ -207,7 +211,9 @@ class CacheRuntime:
                 f"a cached call needs one timestep for the whole batch, got {values.tolist()}: "
                 "call skipdit.disable_cache(model), or split the batch"
             )
-        return values.item(), None
+        value = values.item()
+        # 0.7 in float32 is a timestep of 700, not of 699.99999
+        return (value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)), None
 
     def _values(self, known: Tensor) -> list[float]:
         """A scheduler's timesteps as numbers, read once a run, where the schedule must reuse at least once."""
@@ -364,17 +370,30 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     """Makes every later call of the model a full or a reuse step; a cache that is on already is replaced.
 
     target: a pipeline, whose scheduler's timesteps are then known before a run starts, or a model, which reads each
-        timestep from its call. spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
+        timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows, with long skips
+        of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta-dit:`).
+    spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
     pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
     """
     method, model = parse_method(spec), _model_of(target)
-    runtime = CacheRuntime(model, method)
+    opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
+    pipelines = weakref.WeakSet()
     if isinstance(model, CachedModel):
-        runtime.pipelines |= model._skipdit_cache.pipelines
-        disable_cache(model)
-    model.__class__ = _cached_class(type(model))
+        pipelines, opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
+    if opened:
+        open_units(model)
+    try:
+        runtime = CacheRuntime(model, method, opened=opened)
+    except ValueError:
+        if opened and not isinstance(model, CachedModel):
+            close_units(model)
+        raise
+    if isinstance(model, CachedModel):
+        _uncache(model)
+    runtime.pipelines = pipelines
+    cast(Any, model).__class__ = _cached_class(type(model))
     object.__setattr__(model, "_skipdit_cache", runtime)
     if isinstance(target, DiffusionPipeline):
         runtime.pipelines.add(target)
@@ -384,8 +403,15 @@ def disable_cache(target: nn.Module | DiffusionPipeline) -> None:
     """The model as it was; nothing stays stored. Without a cache this does nothing."""
     model = _model_of(target)
     if isinstance(model, CachedModel):
-        model.__class__ = type(model).__bases__[1]
-        object.__delattr__(model, "_skipdit_cache")
+        opened = model._skipdit_cache.opened
+        _uncache(model)
+        if opened:
+            close_units(model)
+
+
+def _uncache(model: CachedModel) -> None:
+    model.__class__ = type(model).__bases__[1]
+    object.__delattr__(model, "_skipdit_cache")
 
 
 def cache_summary(target: nn.Module | DiffusionPipeline) -> CacheSummary:

@@ -22,7 +22,8 @@ class DeepFeatures:
         """`ValueError` where this model has nothing to reuse here."""
         if not isinstance(model, LongSkipModel):
             raise ValueError(
-                f"{type(model).__name__} has no long skips that skipdit knows of, so a skip cache could have no effect"
+                f"{type(model).__name__} has no long skips that skipdit knows of, so a skip cache could have no "
+                "effect: skipdit.declare_family tells where its units are, skipdit.add_long_skips gives it long skips"
             )
         model.long_skip_links.check_num_shallow_units(self.num_shallow_units)
 

@@ -12,15 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipdit.models.long_skip import (
-    LongSkip,
-    LongSkipConfig,
-    LongSkipFlow,
-    LongSkipLinks,
-    LongSkipModel,
-    LongSkipOutput,
-    pair_units,
-)
+from skipdit.models.long_skip import LongSkip, LongSkipConfig, LongSkipFlow, LongSkipModel, LongSkipOutput
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -52,6 +44,11 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(hidden_states), approximate="tanh"))
 
 
+def repeat_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """Each row as often as it takes to have `num_rows`: all frames of a clip share its conditioning."""
+    return rows if rows.shape[0] == num_rows else rows.repeat_interleave(num_rows // rows.shape[0], dim=0)
+
+
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Adaptive layer norm's second half: (b n d) scaled and shifted per sample by (b d)."""
     return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -60,7 +57,8 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """One unit: attention and MLP, each modulated and gated by the conditioning (adaLN-Zero, DiT paper, section 3.2).
 
-    `long_skip` is set by the model on the units that take a skip.
+    `long_skip` is set by the model on the units that take a skip. Each row of the conditioning serves batch / groups
+    rows of the batch.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
@@ -75,14 +73,13 @@ class DiTBlock(nn.Module):
     def forward(
         self,
         hidden_states: Float[Tensor, "batch tokens dim"],
-        conditioning: Float[Tensor, "batch dim"],
+        conditioning: Float[Tensor, "groups dim"],
         skip: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
         if self.long_skip is not None:
             hidden_states = self.long_skip(hidden_states, skip)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(F.silu(conditioning)).chunk(
-            6, dim=-1
-        )
+        modulation = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0])
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
         hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
         transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
@@ -106,21 +103,39 @@ class FinalLayer(nn.Module):
         self.proj = nn.Linear(hidden_size, out_features)
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(conditioning)).chunk(2, dim=-1)
+        shift, scale = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0]).chunk(2, dim=-1)
         return self.proj(modulate(self.norm(hidden_states), shift, scale))
+
+
+def sincos(dim: int, positions: Float[Tensor, " positions"]) -> Float[Tensor, "positions dim"]:
+    """Sines, then cosines, of dim / 2 frequencies between 1 and 1 / 10000."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angles = torch.outer(positions, frequencies)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Float[Tensor, "tokens dim"]:
     """Fixed 2D sine-cosine table (MAE, arXiv 2111.06377): half of the channels for the column, half for the row."""
 
-    def encode(positions: Tensor) -> Tensor:
-        frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-        angles = torch.outer(positions, frequencies)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
     rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
     columns = torch.arange(width, dtype=torch.float64).repeat(height)
-    return torch.cat([encode(columns), encode(rows)], dim=1).float()
+    return torch.cat([sincos(hidden_size // 2, columns), sincos(hidden_size // 2, rows)], dim=1).float()
+
+
+def init_adaln_zero(model: Any) -> None:
+    """Every block starts as the identity and the output as zero (DiT paper, section 3.2)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(model.patch_embed.proj.out_channels, -1))
+    nn.init.zeros_(model.patch_embed.get_parameter("proj.bias"))
+    for embedding in (model.timestep_embedder.linear_1, model.timestep_embedder.linear_2):
+        nn.init.normal_(embedding.weight, std=0.02)
+    modulations = [module.modulation for module in model.modules() if isinstance(module, (DiTBlock, FinalLayer))]
+    for zeroed in (*modulations, model.final_layer.proj):
+        nn.init.zeros_(zeroed.weight)
+        nn.init.zeros_(zeroed.bias)
 
 
 class DiT(ModelMixin, ConfigMixin, LongSkipModel):
@@ -188,12 +203,9 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         self.register_buffer(
             "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
         )
-        self._init_weights()
-
-        self.long_skip_links = LongSkipLinks(num_layers, pair_units(num_layers, long_skip))
-        if long_skip is not None:
-            for target in self.long_skip_links.sources:
-                self.blocks[target].long_skip = LongSkip(hidden_size, long_skip)
+        init_adaln_zero(self)
+        nn.init.normal_(self.class_embedder.weight, std=0.02)
+        self.set_long_skips(hidden_size, long_skip)
 
     @classmethod
     def from_preset(
@@ -222,20 +234,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
             long_skip=long_skip,
         )
 
-    def _init_weights(self) -> None:
-        """adaLN-Zero: every block starts as the identity and the output as zero (DiT paper, section 3.2)."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
-        nn.init.zeros_(self.patch_embed.get_parameter("proj.bias"))
-        for embedding in (self.class_embedder, self.timestep_embedder.linear_1, self.timestep_embedder.linear_2):
-            nn.init.normal_(embedding.weight, std=0.02)
-        modulations = [module.modulation for module in self.modules() if isinstance(module, (DiTBlock, FinalLayer))]
-        for zeroed in (*modulations, self.final_layer.proj):
-            nn.init.zeros_(zeroed.weight)
-            nn.init.zeros_(zeroed.bias)
+    def units(self) -> list[tuple[nn.Module, ...]]:
+        return [(block,) for block in self.blocks]
 
     @property
     def null_class_label(self) -> int:

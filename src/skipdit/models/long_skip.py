@@ -8,7 +8,7 @@ only the k shallowest and the k deepest units.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class LongSkipLinks:
         if not self.sources:
             raise ValueError(
                 "this model has no long skips, so there are no deep features to reuse behind them: "
-                "build it with long_skip=LongSkipConfig()"
+                "build it with long_skip=LongSkipConfig(), or call skipdit.add_long_skips(model)"
             )
         if not 1 <= num_shallow_units <= self.max_num_shallow_units:
             raise ValueError(
@@ -203,6 +203,11 @@ class LongSkipFlow:
         self.deep_features = hidden_states if self.shallow_output is None else hidden_states - self.shallow_output
         return hidden_states
 
+    def is_boundary(self, unit: int) -> bool:
+        """Whether `enter` has something to store or to replace at this unit."""
+        k = self.num_shallow_units
+        return k is not None and (unit == self.links.num_units - k or (self.delta and unit == k))
+
     def leave(self, unit: int, hidden_states: Tensor) -> None:
         """Keeps the output of a source unit for its target."""
         if self.links.num_units - 1 - unit in self.links.sources:
@@ -225,6 +230,25 @@ class LongSkipOutput(BaseOutput):
 
 class LongSkipModel:
     """Its forward takes `num_shallow_units`, `deep_features` and `delta` as in `LongSkipFlow`, and returns a
-    `LongSkipOutput`."""
+    `LongSkipOutput`. The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
+
+    timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000.
+    """
 
     long_skip_links: LongSkipLinks
+    timestep_scale: float = 1.0
+
+    def units(self) -> list[tuple[nn.Module, ...]]:
+        """The blocks of each unit in the order they run; the first fuses the unit's skip."""
+        raise NotImplementedError
+
+    def unit_entries(self) -> list[nn.Module]:
+        return [blocks[0] for blocks in self.units()]
+
+    def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
+        """Gives the target units fresh `LongSkip`s and takes them from all others; `None` leaves none."""
+        entries = self.unit_entries()
+        self.long_skip_links = LongSkipLinks(len(entries), pair_units(len(entries), config))
+        for unit, block in enumerate(entries):
+            is_target = unit in self.long_skip_links.sources
+            cast(Any, block).long_skip = LongSkip(hidden_size, cast(LongSkipConfig, config)) if is_target else None

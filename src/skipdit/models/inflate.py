@@ -1,0 +1,100 @@
+"""Starts a video model from a trained picture model: the pictures' weights go into the blocks that see one frame."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import LatteTransformer3DModel
+from torch import nn
+
+from skipdit.models.dit import DiT, DiTBlock
+from skipdit.models.latte import Latte
+
+
+def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
+    """As many blocks as there are units, from both ends, so that each keeps its long skip. `ValueError` where the
+    picture model is less deep."""
+    blocks = [cast(DiTBlock, block) for block in picture.unit_entries()]
+    if len(blocks) < num_units:
+        raise ValueError(f"the picture model has {len(blocks)} blocks, the video model needs {num_units}")
+    first = num_units // 2
+    return blocks[:first] + blocks[len(blocks) - num_units + first :]
+
+
+def _refuse_other_sizes(picture: DiT, sizes: Mapping[str, int]) -> None:
+    for name, size in sizes.items():
+        if picture.config[name] != size:
+            raise ValueError(f"{name} must be {picture.config[name]} as in the picture model, got {size}")
+
+
+@torch.no_grad()
+def inflate_latte(video: Latte, picture: DiT, rows: Mapping[int, int]) -> None:
+    """Copies a picture model of the same width into the spatial blocks of a class-to-video model.
+
+    rows: the picture model's class for each class of the video model that it knows; the null class is known to both.
+    The video model's fresh temporal blocks are the identity, so that at first each frame is a picture of its own.
+    """
+    names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "out_channels")
+    _refuse_other_sizes(picture, {name: video.config[name] for name in names})
+    for name in ("patch_embed", "timestep_embedder", "final_layer"):
+        video.get_submodule(name).load_state_dict(picture.get_submodule(name).state_dict())
+    entries = video.unit_entries()
+    for entry, block in zip(entries, outermost_blocks(picture, len(entries)), strict=True):
+        entry.load_state_dict(block.state_dict())
+    embedder = cast(nn.Embedding, video.class_embedder)
+    for video_row, picture_row in {video.null_class_label: picture.null_class_label, **rows}.items():
+        embedder.weight[video_row] = picture.class_embedder.weight[picture_row]
+
+
+@torch.no_grad()
+def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
+    """Copies a picture model of the same width into the spatial blocks of a text-to-video model with long skips.
+
+    What modulates a block is here the sum of one function of the timestep, shared by all blocks, and a table of the
+    block's own. They start as the mean over the blocks, and as what a block differs from it on average over timesteps
+    (the re-parametrisation of PixArt, arXiv 2310.00426, section 2.3, there at one timestep). The class is the null
+    class. So the start is near the picture model, not equal to it.
+    """
+    config: Any = video.config
+    dim = picture.config.num_attention_heads * picture.config.attention_head_dim
+    names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels")
+    _refuse_other_sizes(picture, {name: config[name] for name in names} | {"out_channels": config.in_channels})
+    blocks = outermost_blocks(picture, config.num_layers)
+    embedder = video.adaln_single.emb.timestep_embedder
+    embedder.load_state_dict(picture.timestep_embedder.state_dict())
+    embedder.linear_2.get_parameter("bias").add_(picture.class_embedder.weight[picture.null_class_label])
+    video.pos_embed.proj.load_state_dict(picture.patch_embed.proj.state_dict())
+
+    embedded = embedder(picture.timestep_frequencies(torch.arange(0.0, 1000.0, 20.0)))
+    modulations = [block.modulation for block in blocks]
+    shared = video.adaln_single.linear
+    shared.weight.copy_(torch.stack([each.weight for each in modulations]).mean(0))
+    shared.bias.copy_(torch.stack([each.bias for each in modulations]).mean(0))
+    for target, block in zip(video.transformer_blocks, blocks, strict=True):
+        _copy_block(target, block)
+        own = (block.modulation(F.silu(embedded)) - shared(F.silu(embedded))).mean(0)
+        target.get_parameter("scale_shift_table").copy_(own.view(6, dim))
+    last = picture.final_layer
+    video.scale_shift_table.copy_((last.modulation(F.silu(embedded)).view(-1, 2, dim) - embedded[:, None]).mean(0))
+    # the second half of the output channels, a variance that is not learned, stays zero
+    patch = config.patch_size**2
+    for parameter in ("weight", "bias"):
+        theirs = last.proj.get_parameter(parameter).view(patch, config.in_channels, -1)
+        ours = video.proj_out.get_parameter(parameter).view(patch, 2 * config.in_channels, -1)
+        ours.zero_()[:, : config.in_channels] = theirs
+
+
+def _copy_block(target: nn.Module, block: DiTBlock) -> None:
+    qkv = zip(block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3), strict=True)
+    for name, (weight, bias) in zip(("to_q", "to_k", "to_v"), qkv, strict=True):
+        target.get_submodule(f"attn1.{name}").load_state_dict({"weight": weight, "bias": bias})
+    pairs: dict[str, nn.Module] = {
+        "attn1.to_out.0": block.attn.proj,
+        "ff.net.0.proj": block.mlp.fc1,
+        "ff.net.2": block.mlp.fc2,
+    }
+    if block.long_skip is not None:
+        pairs["long_skip"] = block.long_skip
+    for name, module in pairs.items():
+        target.get_submodule(name).load_state_dict(module.state_dict())

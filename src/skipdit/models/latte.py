@@ -1,0 +1,245 @@
+"""Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from skipdit.models.dit import (
+    PRESET_SIZES,
+    DiTBlock,
+    FinalLayer,
+    PatchEmbed,
+    init_adaln_zero,
+    repeat_rows,
+    sincos,
+    sincos_position_embedding,
+)
+from skipdit.models.long_skip import LongSkipConfig, LongSkipFlow, LongSkipModel, LongSkipOutput
+
+LATTE_PRESETS = {
+    f"Latte-{size}/{patch_size}": (*shape, patch_size)
+    for size, shape in PRESET_SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+
+
+class Latte(ModelMixin, ConfigMixin, LongSkipModel):
+    """Class-to-video diffusion transformer: blocks that see one frame take turns with blocks that see one patch over
+    time. A unit is such a (spatial, temporal) pair, and a long skip links pairs.
+
+    Args:
+        sample_size (`int`): height and width of the latents (or pixels) it is trained on; others work too.
+        num_frames (`int`): of the clips it is trained on; shorter ones work too.
+        patch_size (`int`): side of the square patch that becomes one token.
+        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` where
+            the model also predicts a variance.
+        num_layers (`int`): blocks, an even number; two are one unit. num_attention_heads (`int`),
+            attention_head_dim (`int`): their product is the hidden size, which must be divisible by 4.
+        mlp_ratio (`float`): hidden size of the MLP over that of the block.
+        num_classes (`int`, *optional*): `None` is the unconditional model. null_class (`bool`): whether class
+            `num_classes` means "no class", which guidance needs.
+        downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies.
+        long_skip (`LongSkipConfig`, *optional*): `None` is the plain Latte.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+    _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
+    config: Any  # its keys are attributes too, which diffusers does not declare
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        sample_size: int = 32,
+        num_frames: int = 16,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        out_channels: int | None = 8,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_ratio: float = 4.0,
+        num_classes: int | None = None,
+        null_class: bool = True,
+        downscale_freq_shift: float = 0.0,
+        long_skip: LongSkipConfig | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_size = num_attention_heads * attention_head_dim
+        if hidden_size % 4 or hidden_size < 4:
+            raise ValueError(f"the hidden size (heads x head size) must be divisible by 4, got {hidden_size}")
+        for name, size in (("patch_size", patch_size), ("num_frames", num_frames), ("num_classes", num_classes or 1)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if num_layers % 2 or num_layers < 2:
+            raise ValueError(f"num_layers must be even, a spatial and a temporal block a unit, got {num_layers}")
+        if sample_size % patch_size:
+            raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
+        if isinstance(long_skip, dict):
+            long_skip = LongSkipConfig.from_dict(long_skip)
+        out_channels = out_channels or in_channels
+        self.register_to_config(out_channels=out_channels, long_skip=None if long_skip is None else long_skip.to_dict())
+        self.gradient_checkpointing = False
+        self.patch_size = patch_size
+
+        self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
+        self.timestep_embedder = TimestepEmbedding(256, hidden_size)
+        self.class_embedder = None if num_classes is None else nn.Embedding(num_classes + null_class, hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
+        grid_size = sample_size // patch_size
+        self.register_buffer(
+            "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
+        )
+        frames = torch.arange(num_frames, dtype=torch.float64)
+        self.register_buffer("frame_embedding", sincos(hidden_size, frames).float(), persistent=False)
+        init_adaln_zero(self)
+        if self.class_embedder is not None:
+            nn.init.normal_(self.class_embedder.weight, std=0.02)
+        self.set_long_skips(hidden_size, long_skip)
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str,
+        *,
+        sample_size: int = 32,
+        num_frames: int = 16,
+        in_channels: int = 4,
+        out_channels: int | None = 8,
+        num_classes: int | None = None,
+        long_skip: LongSkipConfig | None = None,
+    ) -> "Latte":
+        """A published size with fresh weights: `"Latte-S/2"` ... `"Latte-XL/8"`; `ValueError` on any other name."""
+        if name not in LATTE_PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(LATTE_PRESETS)}, got {name!r}")
+        num_layers, hidden_size, num_attention_heads, patch_size = LATTE_PRESETS[name]
+        return cls(
+            sample_size=sample_size,
+            num_frames=num_frames,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=hidden_size // num_attention_heads,
+            num_classes=num_classes,
+            long_skip=long_skip,
+        )
+
+    def units(self) -> list[tuple[nn.Module, ...]]:
+        return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
+
+    @property
+    def null_class_label(self) -> int:
+        """The label that means "no class"; `ValueError` where the model was built without one."""
+        if self.config.num_classes is None or not self.config.null_class:
+            raise ValueError("this model has no null class: classifier-free guidance needs num_classes and null_class")
+        return self.config.num_classes
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch frames channels height width"],
+        timestep: Float[Tensor, "*batch"] | Int[Tensor, "*batch"],
+        class_labels: Int[Tensor, " batch"] | None = None,
+        *,
+        num_images: int = 0,
+        image_class_labels: Int[Tensor, "batch num_images"] | None = None,
+        num_shallow_units: int | None = None,
+        deep_features: Float[Tensor, "batch_frames tokens dim"] | None = None,
+        delta: bool = False,
+        return_dict: bool = True,
+    ) -> LongSkipOutput | tuple[Tensor, ...]:
+        """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
+
+        The last `num_images` frames are single pictures: they pass by the temporal blocks, and where the model knows
+        classes each has its own, `image_class_labels` (joint training, Latte, section 3.3).
+
+        With `num_shallow_units` = k the output also holds the deep features; given back as `deep_features` on a later
+        call with the same k, only the k shallowest and the k deepest pairs run. With `delta` they are what the other
+        pairs added.
+        """
+        batch, num_all_frames = hidden_states.shape[:2]
+        num_frames = num_all_frames - num_images
+        self._check_input(hidden_states, num_frames)
+        if num_images < 0:
+            raise ValueError(f"num_images must be at least 0, got {num_images}")
+        if image_class_labels is not None and not num_images:
+            raise ValueError("class labels: image_class_labels need num_images")
+        height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
+        dtype = hidden_states.dtype
+        hidden_states = self.patch_embed(rearrange(hidden_states, "b f c h w -> (b f) c h w"))
+        hidden_states = hidden_states + self._position_embedding(height, width).to(dtype)
+
+        timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(batch)).to(dtype)
+        conditioning = self._add_class(self.timestep_embedder(timestep_embedding), class_labels)
+        frame_conditioning = conditioning
+        if num_images:
+            image_conditioning = self._add_class(
+                repeat_rows(self.timestep_embedder(timestep_embedding), batch * num_images),
+                None if image_class_labels is None else image_class_labels.reshape(-1),
+            )
+            videos = repeat_rows(conditioning, batch * num_frames).unflatten(0, (batch, num_frames))
+            images = image_conditioning.unflatten(0, (batch, num_images))
+            frame_conditioning = torch.cat([videos, images], dim=1).flatten(0, 1)
+
+        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features, delta)
+        for unit, (spatial, temporal) in enumerate(self.units()):
+            hidden_states = flow.enter(unit, hidden_states)
+            if flow.runs(unit):
+                hidden_states = self._run(spatial, hidden_states, frame_conditioning, flow.skip(unit))
+                frames = rearrange(hidden_states, "(b f) n d -> b f n d", b=batch)
+                videos = rearrange(frames[:, :num_frames], "b f n d -> (b n) f d")
+                if unit == 0:
+                    videos = videos + self.frame_embedding[:num_frames].to(dtype)
+                videos = self._run(temporal, videos, conditioning)
+                videos = rearrange(videos, "(b n) f d -> b f n d", b=batch)
+                frames = torch.cat([videos, frames[:, num_frames:]], dim=1) if num_images else videos
+                hidden_states = rearrange(frames, "b f n d -> (b f) n d")
+                flow.leave(unit, hidden_states)
+
+        patches = self.final_layer(hidden_states, frame_conditioning)
+        p = self.patch_size
+        sample = rearrange(patches, "(b f) (h w) (p q c) -> b f c (h p) (w q)", b=batch, h=height, w=width, p=p, q=p)
+        output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
+        return output if return_dict else output.to_tuple()
+
+    def _check_input(self, hidden_states: Tensor, num_frames: int) -> None:
+        if any(size % self.patch_size for size in hidden_states.shape[-2:]):
+            sizes = tuple(hidden_states.shape[-2:])
+            raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
+        if not 1 <= num_frames <= self.config.num_frames:
+            raise ValueError(f"a clip must have 1 to {self.config.num_frames} frames, got {num_frames}")
+
+    def _add_class(self, conditioning: Tensor, class_labels: Tensor | None) -> Tensor:
+        if (class_labels is None) != (self.class_embedder is None):
+            wanted = "no" if self.class_embedder is None else "one a clip and one a single picture"
+            raise ValueError(f"class labels: this model takes {wanted}")
+        if self.class_embedder is None or class_labels is None:
+            return conditioning
+        if len(class_labels) != len(conditioning):
+            raise ValueError(f"class labels: {len(conditioning)} are needed, got {len(class_labels)}")
+        return conditioning + self.class_embedder(class_labels)
+
+    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, *args)
+        return block(*args)
+
+    def _position_embedding(self, height: int, width: int) -> Tensor:
+        native = self.config.sample_size // self.config.patch_size
+        if (height, width) == (native, native):
+            return self.position_embedding
+        return sincos_position_embedding(self.position_embedding.shape[1], height, width).to(
+            self.position_embedding.device
+        )

@@ -1,0 +1,394 @@
+"""Gives a transformer long skips, and takes them again.
+
+Our own models fuse skips in their forward. A transformer of diffusers gets them by *class swap*: each of its blocks,
+and the model itself, becomes an instance of a final subclass made from (mixin, its class). The keys of the weights
+stay, the copy of a model is a model of its own, and `torch.compile` sees one plain forward. All models drive the same
+`LongSkipFlow`, so a cache treats them alike.
+"""
+
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from skipdit.models.families import Family, find_family, get_family
+from skipdit.models.long_skip import (
+    LongSkip,
+    LongSkipConfig,
+    LongSkipFlow,
+    LongSkipLinks,
+    LongSkipModel,
+    LongSkipOutput,
+    pair_units,
+)
+
+# weights with long skips go into files of another name, so that the plain class of diffusers refuses the folder instead
+# of leaving them out with a warning
+LONG_SKIP_VARIANT = "long_skip"
+
+
+@dataclass
+class OpenFlow:
+    """The forward call that a model is in; one object that the model shares with its blocks."""
+
+    flow: LongSkipFlow | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands: its unit, whether it is the unit's first block, and where its streams are among its
+    arguments."""
+
+    unit: int
+    is_entry: bool
+    streams: tuple[str, ...]
+    positions: dict[str, int]
+
+
+class UnitBlock(nn.Module):
+    """Mixed in front of a block's class. On the way in it stores or reuses the hidden states and fuses the skip; on a
+    reuse step a block of a unit that does not run hands its streams on."""
+
+    _place: Place
+    _open: OpenFlow
+    long_skip: LongSkip | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        place, flow = self._place, self._open.flow
+        if flow is None:
+            raise RuntimeError(
+                f"this {type(self).__name__} belongs to unit {place.unit} of a model and runs only inside its forward"
+            )
+        call = list(args)
+
+        def get(name: str) -> Tensor:
+            return kwargs[name] if name in kwargs else call[place.positions[name]]
+
+        def put(name: str, value: Tensor) -> None:
+            if name in kwargs:
+                kwargs[name] = value
+            else:
+                call[place.positions[name]] = value
+
+        if place.is_entry:
+            if place.unit > 0 and flow.runs(place.unit - 1):
+                flow.leave(place.unit - 1, get("hidden_states"))
+            if flow.is_boundary(place.unit):
+                lengths = [get(name).shape[1] for name in place.streams]
+                joined = flow.enter(place.unit, torch.cat([get(name) for name in place.streams], dim=1))
+                for name, stream in zip(place.streams, joined.split(lengths, dim=1), strict=True):
+                    put(name, stream)
+        if not flow.runs(place.unit):
+            streams = tuple(get(name) for name in place.streams)
+            return streams[0] if len(place.streams) == 1 else streams
+        if self.long_skip is not None:
+            put("hidden_states", self.long_skip(get("hidden_states"), flow.skip(place.unit)))
+        return super().forward(*call, **kwargs)
+
+
+class RunsUnits(LongSkipModel):
+    """Mixed in front of a transformer's class: opens a `LongSkipFlow` for each forward call."""
+
+    _open: OpenFlow
+    _family: Family
+
+    def forward(
+        self,
+        *args: Any,
+        num_shallow_units: int | None = None,
+        deep_features: Tensor | None = None,
+        delta: bool = False,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> LongSkipOutput | tuple[Tensor, ...]:
+        if self._open.flow is not None:
+            raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
+        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features, delta)
+        self._open.flow = flow
+        try:
+            sample = cast(Any, super()).forward(*args, return_dict=False, **kwargs)[0]
+        finally:
+            self._open.flow = None
+        output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
+        return output if return_dict else output.to_tuple()
+
+    def units(self) -> list[tuple[nn.Module, ...]]:
+        return _units(cast(nn.Module, self), self._family)
+
+    # diffusers hands a block and its arguments to this function; a block that runs again in the backward pass must
+    # find the flow of its own forward call, of which several may be open by then
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        checkpoint, open_flow = self.__dict__["_gradient_checkpointing_func"], self._open
+
+        def in_this_flow(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return checkpoint(_InFlow(open_flow, open_flow.flow, block), *args, **kwargs)
+
+        return in_this_flow
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, value: Callable[..., Any]) -> None:
+        self.__dict__["_gradient_checkpointing_func"] = value
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        max_shard_size: int | str = "10GB",
+        **options: Any,
+    ) -> None:
+        """As in diffusers; with long skips of ours the weights' file says `long_skip`, and `skipdit.load_model` or
+        `long_skip_class(...).from_pretrained` reads it."""
+        model = cast(Any, self)
+        if model.config.get("long_skip") is not None:
+            if options.get("variant") is not None or not safe_serialization:
+                raise ValueError("weights with long skips are saved as safetensors of the variant 'long_skip' only")
+            options["variant"] = LONG_SKIP_VARIANT
+        cast(Any, super()).save_pretrained(
+            save_directory, safe_serialization=safe_serialization, max_shard_size=max_shard_size, **options
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, subfolder: str = "", dtype: torch.dtype = torch.float32
+    ) -> Any:
+        """The model that `save_pretrained` wrote, on the CPU, in eval mode. `ValueError` where the folder holds no long
+        skips, or keys are missing, unknown or misshapen."""
+        return load_long_skip_model(_plain_class(cls), Path(folder) / subfolder, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class _InFlow:
+    """Calls a block inside a given flow."""
+
+    open_flow: OpenFlow
+    flow: LongSkipFlow | None
+    block: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        outer, self.open_flow.flow = self.open_flow.flow, self.flow
+        try:
+            return self.block(*args, **kwargs)
+        finally:
+            self.open_flow.flow = outer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The swap
+
+
+def _subclass(mixin: type, base: type, **namespace: Any) -> type:
+    """A final subclass of the same name, so that a saved config names the model."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), names | namespace)
+
+
+@lru_cache
+def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
+    return _subclass(UnitBlock, base)
+
+
+@lru_cache
+def long_skip_class(base: type[nn.Module]) -> Any:
+    """The class that a transformer of this class becomes with long skips; its `from_pretrained` reads what such a model
+    saved. `ValueError` where skipdit does not know the class's units."""
+    get_family(base)
+    signature = inspect.signature(base.forward)
+    own = [
+        parameter
+        for name, parameter in inspect.signature(RunsUnits.forward).parameters.items()
+        if name in ("num_shallow_units", "deep_features", "delta")
+    ]
+    *theirs, last = signature.parameters.values()
+    positional = [*theirs, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else theirs
+    parameters = [*positional, *own] if positional[-1] is last else [*positional, *own, last]
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return RunsUnits.forward(self, *args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return _subclass(RunsUnits, base, forward=forward)
+
+
+def _plain_class(model_class: type) -> type[nn.Module]:
+    """The class of diffusers below the mixin, also where a cache's class is on top of it."""
+    return next(base.__bases__[1] for base in model_class.__mro__ if base.__bases__[:1] == (RunsUnits,))
+
+
+def _units(model: nn.Module, family: Family) -> list[tuple[nn.Module, ...]]:
+    lists = [cast(Iterable[nn.Module], model.get_submodule(name)) for name in family.block_lists]
+    return list(zip(*lists, strict=True))
+
+
+def _native_links(num_units: int) -> LongSkipLinks:
+    return LongSkipLinks(num_units, pair_units(num_units, LongSkipConfig(middle_pair=False)))
+
+
+def open_units(model: nn.Module) -> None:
+    """Makes a transformer of diffusers run its units under a `LongSkipFlow`, with no new weights and the same output.
+
+    `ValueError` where its family is unknown, or hooks are on its forward (offloading: set it up afterwards).
+    """
+    if isinstance(model, LongSkipModel):
+        return
+    family = get_family(type(model))
+    units = _units(model, family)
+    hooked = _hooked(model, family)
+    if hooked is not None:
+        raise ValueError(
+            f"hooks are on the forward of this {type(hooked).__name__}: call skipdit first, then set up offloading "
+            "or other hooks"
+        )
+    open_flow = OpenFlow()
+    for unit, blocks in enumerate(units):
+        for block in cast(tuple[Any, ...], blocks):
+            names = list(inspect.signature(type(block).forward).parameters)[1:]
+            positions = {name: names.index(name) for name in family.streams}
+            place = Place(unit, block is blocks[0], family.streams, positions)
+            block.__class__ = _block_class(type(block))
+            block._place, block._open, block.long_skip = place, open_flow, None
+    opened = cast(Any, model)
+    opened.__class__ = long_skip_class(type(model))
+    opened._open, opened._family, opened.timestep_scale = open_flow, family, family.timestep_scale
+    opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {})
+
+
+def _hooked(model: nn.Module, family: Family) -> nn.Module | None:
+    """The model, or the first of its blocks, whose forward a hook of diffusers or accelerate has replaced."""
+    blocks = (block for blocks in _units(model, family) for block in blocks)
+    return next((module for module in (model, *blocks) if "forward" in vars(module)), None)
+
+
+def close_units(model: nn.Module) -> None:
+    """Undoes `open_units`; `ValueError` where the model has long skips of ours. Where hooks were set on the open units
+    they stay open, which changes no output."""
+    if not isinstance(model, RunsUnits) or _hooked(model, model._family) is not None:
+        return
+    if any(block.long_skip is not None for block in model.unit_entries()):
+        raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
+    for blocks in model.units():
+        for block in blocks:
+            del block._place, block._open, block.long_skip
+            block.__class__ = type(block).__bases__[1]
+    del model._open, model._family, model.timestep_scale, model.long_skip_links
+    model.__class__ = type(model).__bases__[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Long skips
+
+
+def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> None:
+    """Gives a model fresh long skips, in place, and keeps its weights.
+
+    With `fusion="residual"` (a zero projection added to the hidden states) the output stays bit-equal until it is
+    trained; with the paper's `"replace"` the projections must be trained first, alone (`skipdit train --stage
+    long-skips-only`). The new weights have the dtype and device of the blocks, and are in `model.config.long_skip`.
+
+    `ValueError` where the model has long skips already, as HunyuanDiT has by itself, its units are unknown, or `config`
+    links no pair, or more than there are; the model is then what it was.
+    """
+    _refuse_cached(model)
+    config = config or LongSkipConfig()
+    family = find_family(type(model))
+    if family is not None and family.native_pairs:
+        raise ValueError(
+            f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) right away"
+        )
+    if isinstance(model, LongSkipModel) and model.long_skip_links.sources:
+        raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
+    if isinstance(model, LongSkipModel):
+        num_units = model.long_skip_links.num_units
+    else:
+        num_units = len(_units(model, get_family(type(model))))
+    if not pair_units(num_units, config):
+        raise ValueError(f"there must be a pair to link, got num_pairs {config.num_pairs} for {num_units} units")
+    open_units(model)
+    linked = cast(Any, model)
+    hidden_size = 1
+    for name in family.hidden_size if family else ("num_attention_heads", "attention_head_dim"):
+        hidden_size *= linked.config[name]
+    linked.set_long_skips(hidden_size, config)
+    for block in linked.unit_entries():
+        if block.long_skip is not None:
+            # the model's dtype: a block's first parameter may be one that stays in float32 (Wan)
+            block.long_skip.to(next(block.parameters()).device, linked.dtype).train(model.training)
+    linked.register_to_config(long_skip=config.to_dict())
+
+
+def remove_long_skips(model: nn.Module) -> None:
+    """The model without its long skips, in place; a transformer of diffusers is what it was before `add_long_skips`.
+    `ValueError` where it has none of ours."""
+    if not isinstance(model, LongSkipModel) or not model.long_skip_links.sources:
+        raise ValueError(f"this {type(model).__name__} has no long skips that skipdit added")
+    _refuse_cached(model)
+    linked = cast(Any, model)
+    if isinstance(model, RunsUnits):
+        if model._family.native_pairs:
+            raise ValueError(f"the long skips of {type(model).__name__} are its own")
+        hooked = _hooked(model, model._family)
+        if hooked is not None:
+            raise ValueError(f"hooks are on the forward of this {type(hooked).__name__}: remove them first")
+        for block in cast(list[Any], model.unit_entries()):
+            block.long_skip = None
+        close_units(model)
+        linked._internal_dict = FrozenDict({k: v for k, v in linked.config.items() if k != "long_skip"})
+    else:
+        linked.set_long_skips(0, None)
+        linked.register_to_config(long_skip=None)
+
+
+def _refuse_cached(model: nn.Module) -> None:
+    """The class of a cache stands on the class that would be swapped."""
+    if isinstance(model, RunsUnits) and type(model).__bases__[0] is not RunsUnits:
+        raise ValueError("a cache is enabled on this model: call skipdit.disable_cache(model) first")
+
+
+def load_long_skip_model(
+    model_class: type[nn.Module], folder: Path, *, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """What a converted `model_class` of diffusers saved with `save_pretrained`: on the CPU, in eval mode."""
+    cls = cast(Any, model_class)
+    config = cls.load_config(folder)
+    if config.get("long_skip") is None:
+        raise ValueError(
+            f"{folder} holds a {model_class.__name__} without long skips: load it with "
+            f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
+        )
+    long_skip = LongSkipConfig.from_dict(config.pop("long_skip"))
+    model = cls.from_config(config)
+    add_long_skips(model, long_skip)
+    try:
+        model.load_state_dict(_read_weights(folder))
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    # as in diffusers, half precision leaves in float32 what the class says to keep there
+    kept = set(cls._keep_in_fp32_modules or ()) if dtype.itemsize < torch.float32.itemsize else set()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return model.eval()
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder with long skips, whether in one file or several."""
+    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
+    whole = folder / f"{stem}.{LONG_SKIP_VARIANT}.safetensors"
+    index = folder / f"{stem}.safetensors.index.{LONG_SKIP_VARIANT}.json"
+    if whole.is_file():
+        return load_file(whole)
+    if not index.is_file():
+        raise FileNotFoundError(f"{folder} has neither {whole.name} nor {index.name}")
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return {key: tensor for name in names for key, tensor in load_file(folder / name).items()}
