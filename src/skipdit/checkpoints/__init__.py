@@ -1,0 +1,226 @@
+"""Checkpoints in and out: official releases, diffusers' transformers, our own files and folders.
+
+One module a family holds its key tables and both directions; this one finds out which family a path holds.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import diffusers
+import torch
+from diffusers.utils import CONFIG_NAME
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from skipdit.checkpoints import dit, hunyuan, latte, latte_t2v
+from skipdit.checkpoints.dit import DIFFUSERS_KEYS, OFFICIAL_KEYS, from_diffusers
+from skipdit.checkpoints.keys import Told, Weights, assemble, config_errors, refuse_contradictions, without_weights
+from skipdit.checkpoints.reading import (
+    SAFETENSORS_SUFFIX,
+    Preference,
+    StateDict,
+    read_folder_tensors,
+    read_json,
+    read_state_dict,
+)
+from skipdit.files import atomic_file
+from skipdit.models.families import FAMILIES
+from skipdit.models.long_skip import Fusion
+from skipdit.models.surgery import load_long_skip_model
+
+__all__ = [
+    "DIFFUSERS_KEYS",
+    "OFFICIAL_KEYS",
+    "Preference",
+    "from_diffusers",
+    "from_official",
+    "load_model",
+    "save_official",
+    "to_diffusers",
+    "to_official",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One family's official format. holds: whether a file is of this family. read: the model of such a file."""
+
+    holds: Callable[[StateDict, Told], bool]
+    read: Callable[[StateDict, Told], Weights]
+    from_official: Callable[[StateDict], dict[str, Tensor]]
+    to_official: Callable[[Any], dict[str, Tensor]]
+
+
+# class of the model: its format. The first that holds a file reads it.
+FORMATS = {
+    "HunyuanDiT2DModel": Format(
+        holds=hunyuan.holds,
+        read=hunyuan.read,
+        from_official=hunyuan.from_official,
+        to_official=hunyuan.to_official,
+    ),
+    "LatteTransformer3DModel": Format(
+        holds=latte_t2v.holds,
+        read=latte_t2v.read,
+        from_official=latte_t2v.from_official,
+        to_official=latte_t2v.to_official,
+    ),
+    "Latte": Format(
+        holds=latte.holds,
+        read=latte.read,
+        from_official=latte.from_official,
+        to_official=latte.to_official,
+    ),
+    "DiT": Format(
+        holds=lambda state_dict, told: True,
+        read=dit.read,
+        from_official=dit.from_official,
+        to_official=dit.to_official,
+    ),
+}
+# class in a folder's config.json: what reads it
+OWN_FOLDERS = {
+    "DiT": dit.read_folder,
+    **dict.fromkeys(dit.DIFFUSERS_CLASSES, dit.read_diffusers),
+    "Latte": latte.read_folder,
+}
+ALIASES = {"LatteT2V": "LatteTransformer3DModel"}  # the authors' class: the same options and keys
+UNUSED_KEYS = {"LatteTransformer3DModel": latte_t2v.UNUSED_KEY}
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    prefer: Preference = "ema",
+    num_attention_heads: int | None = None,
+    sample_size: int | None = None,
+    num_frames: int | None = None,
+    fusion: Fusion | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """The model in a file or folder, on the CPU, in eval mode: a `DiT` or `Latte` of ours, or a transformer of
+    diffusers, plain or with long skips.
+
+    A file (`.pt`, `.pth`, `.bin`, `.safetensors`) holds a state dict, or a training checkpoint with `model` and `ema`,
+    under our keys or the official ones: class-to-image (facebookresearch's `DiT-XL-2-256x256.pt`, the authors'
+    `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video (`Latte-skip.pt`, and diffusers' keys), text-to-image
+    (Tencent's `pytorch_model_ema.pt`). A folder is one of `save_pretrained`, or a pipeline with one: of ours, or of a
+    class of diffusers whose units skipdit knows. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+
+    A file tells the sizes, not every option: with our keys the last class is taken for the null class, and 0 for
+    `downscale_freq_shift`. Where that is not so, load a folder, or build the model and call `load_state_dict`.
+
+    Args:
+        path: the file or folder. Pickled objects but tensors, plain containers and `argparse.Namespace` are refused.
+        prefer: which weights of a training checkpoint that holds both; where it holds one, that one.
+        num_attention_heads: needed for a file whose depth and width are not those of a published size.
+        sample_size: needed for a file with our keys; `pos_embed` tells it of an official one.
+        num_frames: needed for a file with our keys of a Latte, and makes it one; `temp_embed` tells it of an official
+            one. Of text-to-video files this and `sample_size` are needed where the size is not the published one.
+        fusion: needed for a file with our keys and long skips; the official ones are `"replace"`.
+        dtype: of the returned model.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: the file is damaged or foreign; keys are unknown, missing or misshapen; an argument is missing, or
+            contradicts the file. The message begins with the path.
+    """
+    source = Path(path)
+    if prefer not in get_args(Preference):
+        raise ValueError(f"prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
+    if not source.exists():
+        raise FileNotFoundError(f"no such file or folder: {source}")
+    told = Told(num_attention_heads=num_attention_heads, sample_size=sample_size, num_frames=num_frames, fusion=fusion)
+    try:
+        if source.is_dir():
+            model = _load_folder(source, dtype)
+        else:
+            state_dict = read_state_dict(source, prefer)
+            model = assemble(_find_format(state_dict, told).read(state_dict, told), dtype)
+        refuse_contradictions(model, told)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if message.startswith(str(source)) else f"{source}: {message}") from error
+    return model
+
+
+def from_official(state_dict: StateDict) -> dict[str, Tensor]:
+    """The same numbers under the keys of our model or diffusers', without what these compute or do not use.
+
+    Raises `ValueError` naming unknown and missing keys, and where a table of positions is not the fixed one. Each
+    family's module says more.
+    """
+    return _find_format(state_dict, Told()).from_official(state_dict)
+
+
+def to_official(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under the official keys of its family; `ValueError` naming what these cannot hold."""
+    name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in FORMATS), None)
+    if name is None:
+        raise ValueError(f"official formats are those of {', '.join(FORMATS)}, got a {type(model).__name__}")
+    return FORMATS[name].to_official(model)
+
+
+def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes `to_official(model)` as a `.safetensors` file, in one step: what was at `path` stays whole until then."""
+    target = Path(path)
+    if target.suffix != SAFETENSORS_SUFFIX:
+        raise ValueError(f"path must end in {SAFETENSORS_SUFFIX}, got {target}")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no such folder: {target.parent}")
+    tensors = {key: tensor.contiguous() for key, tensor in to_official(model).items()}
+    with atomic_file(target) as draft:
+        save_file(tensors, draft, metadata={"format": "pt"})
+
+
+def to_diffusers(model: Any) -> Any:
+    """Our `DiT` as diffusers' (`checkpoints.dit.to_diffusers`), a transformer of diffusers as it is. `ValueError` for
+    a `Latte`, of which diffusers has only the text-to-video model."""
+    names = {base.__name__ for base in type(model).__mro__}
+    if "DiT" in names:
+        return dit.to_diffusers(model)
+    if not names & set(FAMILIES):
+        raise ValueError(f"diffusers has no class-to-video transformer, got a {type(model).__name__}")
+    return model
+
+
+def _find_format(state_dict: StateDict, told: Told) -> Format:
+    return next(found for found in FORMATS.values() if found.holds(state_dict, told))
+
+
+def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
+    if (folder / "model_index.json").exists():
+        folder = folder / "transformer"
+    config = read_json(folder / CONFIG_NAME)
+    class_name = str(config.get("_class_name"))
+    class_name = ALIASES.get(class_name, class_name)
+    has_long_skips = class_name in FAMILIES and config.get("long_skip") is not None
+    if class_name in OWN_FOLDERS and not has_long_skips:
+        return assemble(OWN_FOLDERS[class_name](config, read_folder_tensors(folder)), dtype)
+    if class_name not in FAMILIES:
+        allowed = ", ".join(dict.fromkeys((*OWN_FOLDERS, *FAMILIES)))
+        raise ValueError(f"_class_name in {CONFIG_NAME} must be one of {allowed}, got {class_name!r}")
+    model_class = getattr(diffusers, class_name, None)
+    if model_class is None:
+        raise ValueError(f"{class_name} is no class of diffusers: load it with its own from_pretrained")
+    if has_long_skips:
+        try:
+            with config_errors():
+                return load_long_skip_model(model_class, folder, dtype=dtype)
+        except SafetensorError as error:
+            raise ValueError(f"the weights are not a whole safetensors file: {error}") from error
+    return assemble(_read_family(model_class, config, read_folder_tensors(folder)), dtype)
+
+
+def _read_family(model_class: type[nn.Module], config: Mapping[str, Any], tensors: StateDict) -> Weights:
+    """A plain transformer of diffusers. Options that its class does not know (any more) are left out, as there."""
+    options = {name: config[name] for name in inspect.signature(model_class).parameters if name in config}
+    with without_weights():
+        model = model_class(**options)
+    unused = UNUSED_KEYS.get(model_class.__name__)
+    return Weights(model=model, tensors={key: tensor for key, tensor in tensors.items() if key != unused})

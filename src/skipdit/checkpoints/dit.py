@@ -1,0 +1,313 @@
+"""The class-to-image DiT: official releases (facebookresearch/DiT, Skip-DiT), diffusers' DiT, our own files.
+
+How a key of ours is called elsewhere is data (`OFFICIAL_KEYS`, `DIFFUSERS_KEYS`), read in both directions. What keys
+and shapes tell is taken from them, what they cannot tell is asked for, and whatever is left over is an error.
+"""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor
+
+from skipdit.checkpoints.keys import (
+    SKIP_ROOTS,
+    Need,
+    Told,
+    Weights,
+    assemble,
+    expand,
+    fuse,
+    indices,
+    mlp_ratio,
+    read_long_skip,
+    refuse_keys,
+    refuse_other_table,
+    refuse_tensors,
+    require,
+    roots,
+    shape_of,
+    skip_needs,
+    split,
+    split_heads,
+    with_fusion,
+    without_weights,
+)
+from skipdit.checkpoints.reading import StateDict, list_first
+from skipdit.models.dit import PRESET_SIZES, DiT, DiTBlock, sincos_position_embedding
+
+# facebookresearch/DiT, models.py; Skip-DiT, class-to-image/models.py: skip 0 is the innermost
+OFFICIAL_KEYS = (
+    ("x_embedder.proj.*", "patch_embed.proj.*"),
+    ("t_embedder.mlp.0.*", "timestep_embedder.linear_1.*"),
+    ("t_embedder.mlp.2.*", "timestep_embedder.linear_2.*"),
+    ("y_embedder.embedding_table.weight", "class_embedder.weight"),
+    ("blocks.{unit}.attn.qkv.*", "blocks.{unit}.attn.qkv.*"),
+    ("blocks.{unit}.attn.proj.*", "blocks.{unit}.attn.proj.*"),
+    ("blocks.{unit}.mlp.fc1.*", "blocks.{unit}.mlp.fc1.*"),
+    ("blocks.{unit}.mlp.fc2.*", "blocks.{unit}.mlp.fc2.*"),
+    ("blocks.{unit}.adaLN_modulation.1.*", "blocks.{unit}.modulation.*"),
+    ("skip_norms.{skip}.*", "blocks.{target}.long_skip.norm.*"),
+    ("skip_linears.{skip}.linear.*", "blocks.{target}.long_skip.proj.*"),
+    ("final_layer.adaLN_modulation.1.*", "final_layer.modulation.*"),
+    ("final_layer.linear.*", "final_layer.proj.*"),
+)
+POSITION_KEY = "pos_embed"
+
+# diffusers' blocks each carry a copy of the embedders of timestep and class: many keys of theirs, one of ours. q, k and
+# v are the three parts of our attn.qkv.
+DIFFUSERS_KEYS = (
+    ("pos_embed.proj.*", "patch_embed.proj.*"),
+    ("transformer_blocks.{unit}.norm1.emb.timestep_embedder.linear_1.*", "timestep_embedder.linear_1.*"),
+    ("transformer_blocks.{unit}.norm1.emb.timestep_embedder.linear_2.*", "timestep_embedder.linear_2.*"),
+    ("transformer_blocks.{unit}.norm1.emb.class_embedder.embedding_table.weight", "class_embedder.weight"),
+    ("transformer_blocks.{unit}.norm1.linear.*", "blocks.{unit}.modulation.*"),
+    ("transformer_blocks.{unit}.attn1.to_q.*", "blocks.{unit}.attn.q.*"),
+    ("transformer_blocks.{unit}.attn1.to_k.*", "blocks.{unit}.attn.k.*"),
+    ("transformer_blocks.{unit}.attn1.to_v.*", "blocks.{unit}.attn.v.*"),
+    ("transformer_blocks.{unit}.attn1.to_out.0.*", "blocks.{unit}.attn.proj.*"),
+    ("transformer_blocks.{unit}.ff.net.0.proj.*", "blocks.{unit}.mlp.fc1.*"),
+    ("transformer_blocks.{unit}.ff.net.2.*", "blocks.{unit}.mlp.fc2.*"),
+    ("proj_out_1.*", "final_layer.modulation.*"),
+    ("proj_out_2.*", "final_layer.proj.*"),
+)
+QKV_PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v")}
+# (their option, ours)
+DIFFUSERS_OPTIONS = (
+    ("num_attention_heads", "num_attention_heads"),
+    ("attention_head_dim", "attention_head_dim"),
+    ("in_channels", "in_channels"),
+    ("out_channels", "out_channels"),
+    ("num_layers", "num_layers"),
+    ("sample_size", "sample_size"),
+    ("patch_size", "patch_size"),
+    ("num_embeds_ada_norm", "num_classes"),
+)
+# (their option, the values for which their model is also ours)
+DIFFUSERS_LIMITS = (
+    ("norm_type", ("ada_norm_zero",)),
+    ("activation_fn", ("gelu-approximate",)),
+    ("attention_bias", (True,)),
+    ("norm_elementwise_affine", (False,)),
+    ("upcast_attention", (False,)),
+    ("dropout", (0.0,)),
+    ("norm_eps", (1e-5, 1e-6)),
+)
+# Transformer2DModel is what diffusers called the class when facebook/DiT-XL-2-256 was released.
+DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+DIFFUSERS_SPACING = 1.0
+PUBLISHED_HEADS = {(num_layers, width): heads for num_layers, width, heads in PRESET_SIZES.values()}
+
+
+def read(state_dict: StateDict, told: Told) -> Weights:
+    """A file with the official keys, or with ours."""
+    official_roots, our_roots = (roots(column) for column in zip(*OFFICIAL_KEYS, strict=True))
+    found = roots(state_dict)
+    if found & (official_roots - our_roots):
+        tensors = from_official(state_dict)
+        names = {ours: official for official, ours in _official_table(state_dict).items()}
+        sizes = _read_sizes(tensors, names)
+        grid_size = math.isqrt(state_dict[POSITION_KEY].shape[1])
+        told = dataclasses.replace(told, sample_size=grid_size * sizes["patch_size"], fusion="replace")
+        return _make(options_of_file(sizes, told), tensors, names=names)
+    if found & (our_roots - official_roots):
+        return _make(options_of_file(_read_sizes(state_dict, {}), told), state_dict)
+    raise ValueError(
+        f"holds neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also hold Latte, "
+        "LatteT2V or HunyuanDiT; of other models give the folder)"
+    )
+
+
+def read_folder(config: Mapping[str, Any], tensors: StateDict) -> Weights:
+    """What `DiT.save_pretrained` wrote."""
+    return _make({name: value for name, value in config.items() if not name.startswith("_")}, tensors)
+
+
+def from_official(state_dict: StateDict) -> dict[str, Tensor]:
+    """The same tensors under our keys, without `pos_embed` of shape (1, tokens, dim), which our model computes.
+
+    Raises `ValueError` naming unknown and missing keys; for an odd depth with long skips, which the official model
+    cannot have; and where `pos_embed` is not the fixed sine-cosine table.
+    """
+    table = _official_table(state_dict)
+    refuse_keys({*table, POSITION_KEY}, state_dict)
+    refuse_position_embedding(state_dict[POSITION_KEY], state_dict["x_embedder.proj.bias"].numel())
+    return {ours: state_dict[official] for official, ours in table.items()}
+
+
+def to_official(model: DiT) -> dict[str, Tensor]:
+    """The model's own tensors (no copies) under the official keys, with `pos_embed` of shape (1, tokens, dim).
+
+    DiT-XL/2 at sample_size 32: 348 tensors with long skips, 292 without. Raises `ValueError` naming the option that the
+    official format cannot hold.
+    """
+    config, num_pairs = model.config, len(model.long_skip_links.sources)
+    needs = official_needs(config)
+    if num_pairs:
+        needs += [
+            ("num_layers % 2 with long skips", config["num_layers"] % 2, (0,)),
+            ("long_skip.num_pairs (with middle_pair)", num_pairs, (config["num_layers"] // 2,)),
+            *skip_needs(config["long_skip"]),
+        ]
+    require("the official format", needs)
+    tensors, num_layers = model.state_dict(), config["num_layers"]
+    table = expand(OFFICIAL_KEYS, num_layers, range(num_layers - num_pairs, num_layers))
+    position_embedding = model.position_embedding.unsqueeze(0)
+    return {POSITION_KEY: position_embedding} | {official: tensors[ours] for official, ours in table.items()}
+
+
+def from_diffusers(model: DiTTransformer2DModel) -> DiT:
+    """The same function as our DiT without long skips, in eval mode, with its own copy of the weights.
+
+    A `norm_eps` of 1e-5 (diffusers' default) is set on the returned instance. Our config does not store it: a copy
+    saved and loaded again uses the official 1e-6, a relative difference of 2e-6 in the output of random weights.
+
+    Raises `ValueError` naming the option that our DiT does not have, or the block whose embedders are not block 0's.
+    """
+    spacings = {frequencies.downscale_freq_shift for frequencies in _timestep_frequencies(model)}
+    if len(spacings) != 1:
+        raise ValueError(f"the blocks must share one downscale_freq_shift, got {sorted(spacings)}")
+    weights = read_diffusers(model.config, model.state_dict(), spacings.pop())
+    refuse_position_embedding(model.pos_embed.get_buffer("pos_embed"), model.inner_dim)
+    return assemble(weights, model.dtype)
+
+
+def to_diffusers(model: DiT) -> DiTTransformer2DModel:
+    """The same function as diffusers' DiT, in eval mode, with its own copy of the weights. Takes no long skips.
+
+    diffusers' config cannot store `downscale_freq_shift`. Where it is not 1 (the official models have 0) it is set on
+    the returned instance, which computes the same in this process. A copy saved and loaded again uses 1: with the
+    random weights of the parity case `dit_skip`, less their long skips, the relative L2 difference of its output is
+    0.002 at timestep 15, 0.06 at 450 and 0.15 at 750.
+
+    Raises `ValueError` naming the option that diffusers' model does not have.
+    """
+    config = model.config
+    needs = [
+        ("long_skip (number of linked pairs)", len(model.long_skip_links.sources), (0,)),
+        ("null_class", config["null_class"], (True,)),
+        ("mlp_ratio", config["mlp_ratio"], (4.0,)),
+    ]
+    require("diffusers' DiTTransformer2DModel", needs)
+    options = {theirs: config[ours] for theirs, ours in DIFFUSERS_OPTIONS}
+    with without_weights():
+        converted = DiTTransformer2DModel(**options, norm_eps=_blocks(model)[0].norm2.eps)
+    tensors = split(model.state_dict(), QKV_PARTS)
+    table = expand(DIFFUSERS_KEYS, config["num_layers"])
+    converted.load_state_dict({theirs: tensors[ours].clone() for theirs, ours in table.items()}, assign=True)
+    converted.pos_embed.pos_embed = model.position_embedding.unsqueeze(0).clone()
+    for frequencies in _timestep_frequencies(converted):
+        frequencies.downscale_freq_shift = config["downscale_freq_shift"]
+    return converted.eval()
+
+
+def read_diffusers(config: Mapping[str, Any], state_dict: StateDict, spacing: float = DIFFUSERS_SPACING) -> Weights:
+    """diffusers' DiT as ours. spacing: its `downscale_freq_shift`."""
+    arguments = inspect.signature(DiTTransformer2DModel).parameters
+    options = {name: config.get(name, argument.default) for name, argument in arguments.items()}
+    require("our DiT", [(name, options[name], allowed) for name, allowed in DIFFUSERS_LIMITS])
+    with without_weights():
+        expected = DiTTransformer2DModel(**options).state_dict()
+    refuse_tensors(expected, state_dict)
+    tensors: dict[str, Tensor] = {}
+    for theirs, ours in expand(DIFFUSERS_KEYS, options["num_layers"]).items():
+        if not torch.equal(tensors.setdefault(ours, state_dict[theirs]), state_dict[theirs]):
+            raise ValueError(f"all blocks must carry the same embedders, {theirs} is not that of block 0")
+    our_options = {ours: options[theirs] for theirs, ours in DIFFUSERS_OPTIONS} | {"downscale_freq_shift": spacing}
+    return _make(our_options, fuse(tensors, QKV_PARTS), norm_eps=options["norm_eps"])
+
+
+# --- shared with Latte, whose blocks these are ------------------------------------------------------------------------
+
+
+def official_needs(config: Mapping[str, Any]) -> list[Need]:
+    """What the official format holds of the options without long skips."""
+    return [
+        ("null_class", config["null_class"], (True,)),
+        ("downscale_freq_shift", config["downscale_freq_shift"], (0.0,)),
+        ("out_channels", config["out_channels"], (config["in_channels"], 2 * config["in_channels"])),
+    ]
+
+
+def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
+    """What keys and shapes tell of the arguments that the two models share, with the hidden size."""
+    hidden_size, in_channels, patch_size, _ = shape_of(tensors, "patch_embed.proj.weight", 4, names)
+    mlp_size, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, names)
+    out_features, _ = shape_of(tensors, "final_layer.proj.weight", 2, names)
+    return {
+        "hidden_size": hidden_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "out_channels": max(out_features // patch_size**2, 1),
+        "num_layers": len(indices(tensors, "blocks")),
+        "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
+    }
+
+
+def options_of_file(sizes: Mapping[str, Any], told: Told) -> dict[str, Any]:
+    """The model's arguments from the sizes and what is told beside them; `ValueError` where one is not."""
+    options = dict(sizes)
+    hidden_size = options.pop("hidden_size")
+    heads = split_heads(options["num_layers"], hidden_size, told.num_attention_heads, PUBLISHED_HEADS)
+    if told.sample_size is None:
+        raise ValueError("sample_size must be given: only an official pos_embed or a folder's config.json tells it")
+    long_skip = with_fusion(options["long_skip"], told.fusion)
+    return options | heads | {"sample_size": told.sample_size, "long_skip": long_skip}
+
+
+def refuse_position_embedding(position_embedding: Tensor, hidden_size: int) -> None:
+    """`ValueError` unless (1, tokens, dim) is the fixed table of a square grid, as far as its precision holds it."""
+    shape = tuple(position_embedding.shape)
+    grid_size = math.isqrt(shape[1]) if len(shape) == 3 else 0
+    if shape != (1, grid_size**2, hidden_size) or hidden_size % 4 or not grid_size:
+        raise ValueError(f"{POSITION_KEY} must be (1, a square number, {hidden_size}), got {shape}")
+    refuse_other_table(
+        POSITION_KEY, position_embedding[0], sincos_position_embedding(hidden_size, grid_size, grid_size)
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _make(
+    options: Mapping[str, Any],
+    tensors: StateDict,
+    *,
+    names: Mapping[str, str] | None = None,
+    norm_eps: float = 1e-6,
+) -> Weights:
+    """norm_eps: of the norm before the MLP, 1e-6 in the official models, 1e-5 by default in diffusers'."""
+    with without_weights():
+        model = DiT(**options)
+    for block in _blocks(model):
+        block.norm2.eps = norm_eps
+    return Weights(model=model, tensors=tensors, names=names or {})
+
+
+def _read_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
+    sizes = read_block_sizes(tensors, names)
+    num_embeddings, _ = shape_of(tensors, "class_embedder.weight", 2, names)
+    long_skip = read_long_skip(tensors, "blocks", sizes["num_layers"])
+    return sizes | {"num_classes": num_embeddings - 1, "long_skip": long_skip}
+
+
+def _official_table(keys: Collection[str]) -> dict[str, str]:
+    num_units = len(indices(keys, "blocks"))
+    has_skips = bool(roots(keys) & set(SKIP_ROOTS))
+    if has_skips and num_units % 2:
+        raise ValueError(f"an official model with long skips has an even number of blocks, got {num_units}")
+    return expand(OFFICIAL_KEYS, num_units, range(num_units // 2, num_units) if has_skips else ())
+
+
+def _timestep_frequencies(model: DiTTransformer2DModel) -> list[Timesteps]:
+    """Every block has one."""
+    return [module for module in model.modules() if isinstance(module, Timesteps)]
+
+
+def _blocks(model: DiT) -> list[DiTBlock]:
+    return [block for block in model.blocks if isinstance(block, DiTBlock)]

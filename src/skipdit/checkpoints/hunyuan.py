@@ -1,0 +1,146 @@
+"""HunyuanDiT (arXiv 2405.08748): Tencent's `pytorch_model_ema.pt` <-> diffusers' HunyuanDiT2DModel.
+
+Its long skips are its own: layer i of the first half feeds layer L-1-i, and the two middle layers are not linked.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from diffusers import HunyuanDiT2DModel
+from torch import Tensor
+
+from skipdit.checkpoints.keys import (
+    Told,
+    Weights,
+    expand,
+    fuse,
+    indices,
+    mlp_ratio,
+    refuse,
+    refuse_keys,
+    refuse_tensors,
+    require,
+    roots,
+    shape_of,
+    split,
+    without_weights,
+)
+from skipdit.checkpoints.reading import StateDict
+
+# (Tencent's key, diffusers'), from Tencent/HunyuanDiT, hydit/modules/models.py, and diffusers,
+# hunyuan_transformer_2d.py. Tencent's norm3 is before the cross-attention and norm2 before the MLP; diffusers numbers
+# them in the order in which they run.
+HUNYUAN_KEYS = (
+    ("x_embedder.proj.*", "pos_embed.proj.*"),
+    ("t_embedder.mlp.0.*", "time_extra_emb.timestep_embedder.linear_1.*"),
+    ("t_embedder.mlp.2.*", "time_extra_emb.timestep_embedder.linear_2.*"),
+    ("extra_embedder.0.*", "time_extra_emb.extra_embedder.linear_1.*"),
+    ("extra_embedder.2.*", "time_extra_emb.extra_embedder.linear_2.*"),
+    ("pooler.positional_embedding", "time_extra_emb.pooler.positional_embedding"),
+    ("pooler.q_proj.*", "time_extra_emb.pooler.q_proj.*"),
+    ("pooler.k_proj.*", "time_extra_emb.pooler.k_proj.*"),
+    ("pooler.v_proj.*", "time_extra_emb.pooler.v_proj.*"),
+    ("pooler.c_proj.*", "time_extra_emb.pooler.c_proj.*"),
+    ("mlp_t5.0.*", "text_embedder.linear_1.*"),
+    ("mlp_t5.2.*", "text_embedder.linear_2.*"),
+    ("text_embedding_padding", "text_embedding_padding"),
+    ("blocks.{unit}.norm1.*", "blocks.{unit}.norm1.norm.*"),
+    ("blocks.{unit}.default_modulation.1.*", "blocks.{unit}.norm1.linear.*"),
+    ("blocks.{unit}.attn1.Wqkv.*", "blocks.{unit}.attn1.to_qkv.*"),
+    ("blocks.{unit}.attn1.q_norm.*", "blocks.{unit}.attn1.norm_q.*"),
+    ("blocks.{unit}.attn1.k_norm.*", "blocks.{unit}.attn1.norm_k.*"),
+    ("blocks.{unit}.attn1.out_proj.*", "blocks.{unit}.attn1.to_out.0.*"),
+    ("blocks.{unit}.norm3.*", "blocks.{unit}.norm2.*"),
+    ("blocks.{unit}.attn2.q_proj.*", "blocks.{unit}.attn2.to_q.*"),
+    ("blocks.{unit}.attn2.kv_proj.*", "blocks.{unit}.attn2.to_kv.*"),
+    ("blocks.{unit}.attn2.q_norm.*", "blocks.{unit}.attn2.norm_q.*"),
+    ("blocks.{unit}.attn2.k_norm.*", "blocks.{unit}.attn2.norm_k.*"),
+    ("blocks.{unit}.attn2.out_proj.*", "blocks.{unit}.attn2.to_out.0.*"),
+    ("blocks.{unit}.norm2.*", "blocks.{unit}.norm3.*"),
+    ("blocks.{unit}.mlp.fc1.*", "blocks.{unit}.ff.net.0.proj.*"),
+    ("blocks.{unit}.mlp.fc2.*", "blocks.{unit}.ff.net.2.*"),
+    ("blocks.{target}.skip_norm.*", "blocks.{target}.skip_norm.*"),
+    ("blocks.{target}.skip_linear.*", "blocks.{target}.skip_linear.*"),
+    ("final_layer.adaLN_modulation.1.*", "norm_out.linear.*"),
+    ("final_layer.linear.*", "proj_out.*"),
+)
+STYLE_KEY = ("style_embedder.weight", "time_extra_emb.style_embedder.weight")  # up to version 1.1
+# whole: its parts in diffusers, joined along the first axis
+FUSED_PARTS = {
+    "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn2.to_kv": ("attn2.to_k", "attn2.to_v"),
+}
+# Tencent's rows are (shift, scale), diffusers' (scale, shift)
+SWAPPED_PREFIX = "norm_out.linear."
+# of the published models; no number depends on it
+SAMPLE_SIZE = 128
+
+
+def holds(state_dict: StateDict, told: Told) -> bool:
+    return "mlp_t5" in roots(state_dict)
+
+
+def read(state_dict: StateDict, told: Told) -> Weights:
+    """A file with Tencent's keys; shapes tell all sizes, also of the heads."""
+    with without_weights():
+        model = HunyuanDiT2DModel(**_options_of_file(state_dict, told))
+    refuse_tensors(to_official(model), state_dict)
+    return Weights(model=model, tensors=from_official(state_dict))
+
+
+def from_official(state_dict: StateDict) -> dict[str, Tensor]:
+    """The same numbers under diffusers' keys. `ValueError` naming unknown and missing keys."""
+    table = _table(len(indices(state_dict, "blocks")), state_dict)
+    refuse_keys(table, state_dict)
+    renamed = {theirs: state_dict[official] for official, theirs in table.items()}
+    return split(_swap_halves(renamed), FUSED_PARTS)
+
+
+def to_official(model: HunyuanDiT2DModel) -> dict[str, Tensor]:
+    """The same numbers under Tencent's keys; g/2 of version 1.2: 1,304 tensors. `ValueError` for another activation."""
+    require("the official format", [("activation_fn", model.config["activation_fn"], ("gelu-approximate",))])
+    tensors = fuse(_swap_halves(model.state_dict()), FUSED_PARTS)
+    table = _table(len(model.blocks), tensors)
+    return {official: tensors[theirs] for official, theirs in table.items()}
+
+
+def _table(num_layers: int, keys: Collection[str]) -> dict[str, str]:
+    rows = (*HUNYUAN_KEYS, STYLE_KEY) if set(STYLE_KEY) & set(keys) else HUNYUAN_KEYS
+    return expand(rows, num_layers, range(num_layers // 2 + 1, num_layers))
+
+
+def _swap_halves(state_dict: StateDict) -> dict[str, Tensor]:
+    swapped = dict(state_dict)
+    for key in [key for key in swapped if key.startswith(SWAPPED_PREFIX)]:
+        swapped[key] = torch.cat(swapped[key].chunk(2)[::-1])
+    return swapped
+
+
+def _options_of_file(tensors: StateDict, told: Told) -> dict[str, Any]:
+    hidden_size, in_channels, patch_size, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
+    (head_dim,) = shape_of(tensors, "blocks.0.attn1.q_norm.weight", 1)
+    mlp_size, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)
+    text_length, text_channels = shape_of(tensors, "text_embedding_padding", 2)
+    pooled_length, t5_channels = shape_of(tensors, "pooler.positional_embedding", 2)
+    pooled_channels, _ = shape_of(tensors, "pooler.c_proj.weight", 2)
+    out_features, _ = shape_of(tensors, "final_layer.linear.weight", 2)
+    if hidden_size % head_dim:
+        refuse(misshapen=[f"blocks.0.attn1.q_norm.weight ({head_dim},) must divide the hidden size {hidden_size}"])
+    return {
+        "num_attention_heads": hidden_size // head_dim,
+        "attention_head_dim": head_dim,
+        "in_channels": in_channels,
+        "patch_size": patch_size,
+        "sample_size": SAMPLE_SIZE if told.sample_size is None else told.sample_size,
+        "hidden_size": hidden_size,
+        "num_layers": len(indices(tensors, "blocks")),
+        "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
+        "learn_sigma": out_features == 2 * in_channels * patch_size**2,
+        "cross_attention_dim": text_channels,
+        "cross_attention_dim_t5": t5_channels,
+        "pooled_projection_dim": pooled_channels,
+        "text_len": text_length - (pooled_length - 1),
+        "text_len_t5": pooled_length - 1,
+        "use_style_cond_and_image_meta_size": STYLE_KEY[0] in tensors,
+    }

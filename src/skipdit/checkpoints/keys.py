@@ -1,0 +1,231 @@
+"""From tensors to a model: key tables and what they expand to, sizes from shapes, what is refused, the assembly.
+
+A row of a table is (key of theirs, key of ours). `{unit}` counts blocks, `{skip}` the long skips in their order,
+`{target}` is the block that takes that skip, `*` is weight and bias. Tables are read in both directions.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from skipdit.checkpoints.reading import StateDict, list_first
+from skipdit.models.long_skip import Fusion
+
+Table = tuple[tuple[str, str], ...]
+Need = tuple[str, Any, Collection[Any]]
+SKIP_ROOTS = ("skip_norms", "skip_linears")  # of Skip-DiT's models; the released ones hold all pairs, innermost first
+TABLE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the caller says of a file that keys and shapes may not tell; see `load_model`."""
+
+    num_attention_heads: int | None = None
+    sample_size: int | None = None
+    num_frames: int | None = None
+    fusion: Fusion | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """model: made under `without_weights`. tensors: under its keys. names: what the file calls a key, where not so."""
+
+    model: nn.Module
+    tensors: StateDict
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def config_errors() -> Iterator[None]:
+    """`ValueError` where a constructor cannot use its options."""
+    try:
+        yield
+    except (TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"the config makes no model: {error}") from error
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Parameters made here have no memory, buffers do. Errors as in `config_errors`."""
+    with config_errors(), init_empty_weights(include_buffers=False):
+        yield
+
+
+def assemble(weights: Weights, dtype: torch.dtype) -> Any:
+    """The model in eval mode with its own copy of the weights, so that a mapped file may change or go."""
+    model = weights.model
+    refuse_tensors(model.state_dict(), weights.tensors, weights.names)
+    tensors = {key: tensor.detach().to(dtype, copy=True) for key, tensor in weights.tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    return nn.Module.to(model, next(iter(tensors.values())).device, dtype).eval()
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def expand(table: Iterable[tuple[str, str]], num_units: int, targets: Sequence[int] = ()) -> dict[str, str]:
+    """Every key of theirs and its key of ours, for a model of this depth, whose skip j goes to block `targets[j]`."""
+    keys: dict[str, str] = {}
+    skips = [{"skip": skip, "target": target} for skip, target in enumerate(targets)]
+    units = [{"unit": unit} for unit in range(num_units)]
+    for theirs, ours in table:
+        rows = skips if "{target}" in ours else units if "{unit}" in theirs else [{}]
+        for row in rows:
+            for parameter in ("weight", "bias"):
+                keys[theirs.format(**row).replace("*", parameter)] = ours.format(**row).replace("*", parameter)
+    return keys
+
+
+def roots(keys: Iterable[str]) -> set[str]:
+    return {key.split(".")[0] for key in keys}
+
+
+def indices(keys: Iterable[str], *prefixes: str) -> set[str]:
+    """The numbers that follow one of the prefixes and a point."""
+    parts = (key.split(".", 2) for key in keys)
+    return {part[1] for part in parts if part[0] in prefixes and len(part) == 3 and part[1].isdecimal()}
+
+
+def fuse(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Tensors that `parts_of` calls parts of a whole, joined along the first axis under the name of the whole."""
+    fused = dict(state_dict)
+    for whole, parts in parts_of.items():
+        for key in [key for key in state_dict if f".{parts[0]}." in key]:
+            tensors = [fused.pop(key.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
+            fused[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(tensors)
+    return fused
+
+
+def split(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """The reverse of `fuse`, as views."""
+    divided = dict(state_dict)
+    for whole, parts in parts_of.items():
+        for key in [key for key in state_dict if f".{whole}." in key]:
+            shape = tuple(state_dict[key].shape)
+            if not shape or shape[0] % len(parts):
+                refuse(misshapen=[f"{key} {shape} cannot be divided into {', '.join(parts)}"])
+            for part, tensor in zip(parts, divided.pop(key).chunk(len(parts)), strict=True):
+                divided[key.replace(f".{whole}.", f".{part}.")] = tensor
+    return divided
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def shape_of(tensors: StateDict, key: str, num_dimensions: int, names: Mapping[str, str] | None = None) -> torch.Size:
+    """The shape of a tensor, which must be there and have so many dimensions, none of size 0."""
+    name = (names or {}).get(key, key)
+    if key not in tensors:
+        refuse(missing=[name])
+    size = tensors[key].shape
+    if len(size) != num_dimensions or 0 in size:
+        refuse(misshapen=[f"{name} {tuple(size)} instead of {num_dimensions} dimensions above 0"])
+    return size
+
+
+def mlp_ratio(mlp_size: int, hidden_size: int) -> float:
+    """The ratio with `int(ratio * hidden_size) == mlp_size`, also where the product of the quotient rounds below it."""
+    ratio = mlp_size / hidden_size
+    return ratio if int(ratio * hidden_size) == mlp_size else math.nextafter(ratio, math.inf)
+
+
+def split_heads(num_layers: int, hidden_size: int, told: int | None, published: Mapping[tuple[int, int], int]) -> dict:
+    """The two options of attention; `published` has the number of heads by depth and width."""
+    heads = published.get((num_layers, hidden_size)) if told is None else told
+    if heads is None:
+        raise ValueError(
+            f"num_attention_heads must be given: {num_layers} blocks of width {hidden_size} are no published size"
+        )
+    if heads < 1 or hidden_size % heads:
+        raise ValueError(f"num_attention_heads must divide the hidden size {hidden_size}, got {heads}")
+    return {"num_attention_heads": heads, "attention_head_dim": hidden_size // heads}
+
+
+def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str, Any] | None:
+    """Fields of the `LongSkipConfig` that keys of ours tell, all but the fusion."""
+    norms = [key for key in keys if ".long_skip.norm." in key]
+    num_pairs = len(indices(norms, root))
+    if num_pairs == 0:
+        return None
+    norm = "layer_norm" if any(key.endswith(".bias") for key in norms) else "rms_norm"
+    return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm}
+
+
+def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> dict[str, Any] | None:
+    if long_skip is None:
+        return None
+    if fusion is None:
+        allowed = " or ".join(get_args(Fusion))
+        raise ValueError(f"fusion must be given ({allowed}): only an official file or a folder's config.json tells it")
+    return {**long_skip, "fusion": fusion}
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def require(holder: str, needs: Iterable[Need]) -> None:
+    for name, value, allowed in needs:
+        if value not in allowed:
+            raise ValueError(f"{holder} needs {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
+
+
+def skip_needs(long_skip: Mapping[str, Any]) -> list[Need]:
+    """What the fusion of every official model is."""
+    return [
+        ("long_skip.fusion", long_skip["fusion"], ("replace",)),
+        ("long_skip.norm", long_skip["norm"], ("layer_norm",)),
+    ]
+
+
+def refuse_contradictions(model: Any, told: Told) -> None:
+    """`ValueError` where the model is not what it was told to be."""
+    config = model.config
+    actual = {**config, "fusion": (config.get("long_skip") or {}).get("fusion")}
+    if "video_length" in config:  # diffusers' name for num_frames
+        actual["num_frames"] = config["video_length"]
+    for name, value in vars(told).items():
+        if value is not None and name not in actual:
+            raise ValueError(f"{name} is no option of a {type(model).__name__}, got {value!r}")
+        if value is not None and value != actual[name]:
+            raise ValueError(f"{name} is {actual[name]!r} in this checkpoint, got {value!r}")
+
+
+def refuse_keys(expected: Collection[str], found: Collection[str]) -> None:
+    refuse(missing=sorted(set(expected) - set(found)), unknown=sorted(set(found) - set(expected)))
+
+
+def refuse_tensors(expected: StateDict, found: StateDict, names: Mapping[str, str] | None = None) -> None:
+    """`ValueError` naming, as the file does, the keys that are missing, unknown, misshapen or integer."""
+    names = names or {}
+    refuse_keys({names.get(key, key) for key in expected}, {names.get(key, key) for key in found})
+    misshapen, integer = [], []
+    for key, tensor in found.items():
+        name, shape, wanted = names.get(key, key), tuple(tensor.shape), tuple(expected[key].shape)
+        if shape != wanted:
+            misshapen.append(f"{name} {shape} instead of {wanted}")
+        if not tensor.is_floating_point():
+            integer.append(f"{name} {tensor.dtype}")
+    refuse(misshapen=misshapen, integer=integer)
+
+
+def refuse(**problems: list[str]) -> None:
+    found = [f"{len(keys)} {problem} key(s): {list_first(keys)}" for problem, keys in problems.items() if keys]
+    if found:
+        raise ValueError("; ".join(found))
+
+
+def refuse_other_table(key: str, found: Tensor, table: Tensor) -> None:
+    """`ValueError` unless a tensor is this sine-cosine table, as far as its precision holds it."""
+    if not found.is_floating_point():
+        refuse(integer=[f"{key} {found.dtype}"])
+    tolerance = max(TABLE_TOLERANCE, torch.finfo(found.dtype).eps)
+    difference = (found.float() - table.to(found.device)).abs().max().item()
+    if not difference <= tolerance:
+        raise ValueError(f"{key} must be the sine-cosine table within {tolerance}, is {difference} off")

@@ -1,0 +1,147 @@
+"""The text-to-video Latte: the authors' `Latte-skip.pt` (Skip-DiT, text-to-video) and diffusers' class of the model.
+
+Their LatteT2V is diffusers' LatteTransformer3DModel, key for key, but for the long skips and one buffer.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from diffusers import LatteTransformer3DModel
+from torch import Tensor
+
+from skipdit.checkpoints.keys import (
+    SKIP_ROOTS,
+    Need,
+    Told,
+    Weights,
+    expand,
+    indices,
+    read_long_skip,
+    require,
+    roots,
+    shape_of,
+    skip_needs,
+    split_heads,
+    with_fusion,
+    without_weights,
+)
+from skipdit.checkpoints.reading import StateDict
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips
+
+# models/latte_t2v_skip.py: skip 0 is the innermost; all other keys are the same
+SKIP_KEYS = (
+    ("skip_norms.{skip}.*", "transformer_blocks.{target}.long_skip.norm.*"),
+    ("skip_linears.{skip}.linear.*", "transformer_blocks.{target}.long_skip.proj.*"),
+)
+# (120 tokens, caption channels): what PixArt puts in place of a dropped caption. In Latte it is a buffer that nothing
+# reads: it is left out on the way in, and zeros are written on the way out.
+UNUSED_KEY = "caption_projection.y_embedding"
+UNUSED_ROWS = 120
+# What shapes do not tell and a misfit is named for.
+FIXED_OPTIONS = {
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_single",
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+}
+# (pairs, width) of the published size: what its files do not tell
+PUBLISHED_HEADS = {(28, 1152): 16}
+PUBLISHED_SIZES = {(28, 1152): {"sample_size": 64, "video_length": 16}}
+
+
+def holds(state_dict: StateDict, told: Told) -> bool:
+    return {"adaln_single", "temporal_transformer_blocks"} <= roots(state_dict)
+
+
+def read(state_dict: StateDict, told: Told) -> Weights:
+    """A file with the official keys, with those of diffusers, or with those of a model after `add_long_skips`."""
+    tensors = from_official(state_dict)
+    names = {ours: official for official, ours in _skip_table(state_dict).items()}
+    long_skip = read_long_skip(tensors, "transformer_blocks", len(indices(tensors, "transformer_blocks")))
+    fusion = "replace" if names else told.fusion
+    return make(_options_of_file(tensors, names, told), tensors, with_fusion(long_skip, fusion), names)
+
+
+def from_official(state_dict: StateDict) -> dict[str, Tensor]:
+    """The same tensors under the keys of a LatteTransformer3DModel with long skips, without `y_embedding`. Keys that do
+    not belong to the long skips stay as they are. `ValueError` for an odd number of pairs with long skips."""
+    table = _skip_table(state_dict)
+    return {table.get(key, key): tensor for key, tensor in state_dict.items() if key != UNUSED_KEY}
+
+
+def to_official(model: LatteTransformer3DModel) -> dict[str, Tensor]:
+    """The model's own tensors (no copies) under the official keys, and zeros for `y_embedding` (120, caption channels).
+
+    At the published size 1,024 tensors with long skips, 968 without. Raises `ValueError` naming the option that the
+    official format cannot hold.
+    """
+    config: Mapping[str, Any] = model.config
+    tensors, num_units = model.state_dict(), config["num_layers"]
+    targets = sorted(
+        int(unit) for unit in indices((key for key in tensors if ".long_skip." in key), "transformer_blocks")
+    )
+    needs: list[Need] = [(name, config[name], (value,)) for name, value in FIXED_OPTIONS.items()]
+    if targets:
+        needs += [
+            ("num_layers % 2 with long skips", num_units % 2, (0,)),
+            ("long_skip.num_pairs (with middle_pair)", len(targets), (num_units // 2,)),
+            *skip_needs(config["long_skip"]),
+        ]
+    require("the official format", needs)
+    names = {ours: official for official, ours in expand(SKIP_KEYS, num_units, targets).items()}
+    unused = tensors["caption_projection.linear_1.weight"].new_zeros(UNUSED_ROWS, config["caption_channels"])
+    return {UNUSED_KEY: unused} | {names.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def make(
+    options: Mapping[str, Any],
+    tensors: StateDict,
+    long_skip: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Weights:
+    with without_weights():
+        model = LatteTransformer3DModel(**options)
+        if long_skip is not None:
+            add_long_skips(model, LongSkipConfig.from_dict(long_skip))
+    return Weights(model=model, tensors=tensors, names=names or {})
+
+
+def _skip_table(keys: Collection[str]) -> dict[str, str]:
+    num_units = len(indices(keys, "transformer_blocks"))
+    if not roots(keys) & set(SKIP_ROOTS):
+        return {}
+    if num_units % 2:
+        raise ValueError(f"an official model with long skips has an even number of pairs, got {num_units}")
+    return expand(SKIP_KEYS, num_units, range(num_units // 2, num_units))
+
+
+def _options_of_file(tensors: StateDict, names: Mapping[str, str], told: Told) -> dict[str, Any]:
+    hidden_size, in_channels, patch_size, _ = shape_of(tensors, "pos_embed.proj.weight", 4, names)
+    out_features, _ = shape_of(tensors, "proj_out.weight", 2, names)
+    _, caption_channels = shape_of(tensors, "caption_projection.linear_1.weight", 2, names)
+    _, cross_attention_dim = shape_of(tensors, "transformer_blocks.0.attn2.to_k.weight", 2, names)
+    num_layers = len(indices(tensors, "transformer_blocks"))
+    heads = split_heads(num_layers, hidden_size, told.num_attention_heads, PUBLISHED_HEADS)
+    published = PUBLISHED_SIZES.get((num_layers, hidden_size), {})
+    asked = {"sample_size": told.sample_size, "video_length": told.num_frames}
+    sizes = {name: published.get(name) if value is None else value for name, value in asked.items()}
+    for name, told_as in (("sample_size", "sample_size"), ("video_length", "num_frames")):
+        if sizes[name] is None:
+            raise ValueError(
+                f"{told_as} must be given: {num_layers} pairs of width {hidden_size} are no published size, and only a "
+                "folder's config.json tells it"
+            )
+    return {
+        **heads,
+        **sizes,
+        **FIXED_OPTIONS,
+        "in_channels": in_channels,
+        "out_channels": max(out_features // patch_size**2, 1),
+        "patch_size": patch_size,
+        "num_layers": num_layers,
+        "cross_attention_dim": cross_attention_dim,
+        "caption_channels": caption_channels,
+    }
