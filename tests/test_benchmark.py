@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from skipdit import benchmark
-from skipdit.benchmark import ModelBenchConfig, Row, Step, Subject
+from skipdit.benchmark import ModelBenchConfig, models
+from skipdit.benchmark.measure import Subject, flops_of, run_speedup
+from skipdit.benchmark.models import Row, Step
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 
@@ -49,10 +50,10 @@ def rows() -> dict[Step, Row]:
 def test_flops_agree_with_a_count_by_hand(num_shallow_units: int) -> None:
     sizes = {"num_layers": 6, "num_attention_heads": 2, "attention_head_dim": 24, "patch_size": 2, "sample_size": 16}
     model = DiT(**sizes, long_skip=LongSkipConfig()).eval()
-    subject = Subject("float32", model, torch.randn(3, 4, 16, 16), torch.tensor([0, 1, 2]))
-    counted = {(kind, k): benchmark.flops_of(call) for kind, k, call in subject.calls([num_shallow_units])}
+    subject = Subject(model, {"hidden_states": torch.randn(3, 4, 16, 16), "class_labels": torch.tensor([0, 1, 2])})
+    counted = {(kind, k): flops_of(call) for kind, k, call in subject.calls([num_shallow_units])}
     plain = dataclasses.replace(subject, model=DiT(**sizes).eval())
-    counted |= {(kind, k): benchmark.flops_of(call) for kind, k, call in plain.calls([num_shallow_units])}
+    counted |= {(kind, k): flops_of(call) for kind, k, call in plain.calls([num_shallow_units])}
 
     def by_hand(blocks: int, skips: int) -> int:
         return hand_count(batch=3, tokens=64, dim=48, patch=2, channels=(4, 8), blocks=blocks, skips=skips)
@@ -68,15 +69,15 @@ def test_flops_agree_with_a_count_by_hand(num_shallow_units: int) -> None:
 
 
 def test_a_cached_run_is_counted_as_the_authors_count() -> None:
-    assert len(benchmark.FULL_STEPS) == 50
-    assert sum(benchmark.FULL_STEPS) == 26
-    assert benchmark.run_speedup(baseline=1.0, full=1.0, reuse=0.0) == pytest.approx(50 / 26)
-    assert benchmark.run_speedup(baseline=2.0, full=2.0, reuse=2.0) == 1.0
+    assert len(models.FULL_STEPS) == 50
+    assert sum(models.FULL_STEPS) == 26
+    assert run_speedup(models.FULL_STEPS, baseline=1.0, full=1.0, reuse=0.0) == pytest.approx(50 / 26)
+    assert run_speedup(models.FULL_STEPS, baseline=2.0, full=2.0, reuse=2.0) == 1.0
 
 
 def test_ratios_hold_within_a_repetition(rows: dict[Step, Row]) -> None:
     full = rows[Step("DiT-XL/2", "eager", "float32", "full", 4)]
-    ratios = benchmark.ratios_of(full, rows)
+    ratios = models.ratios_of(full, rows)
     speedup, bound = 50 * 10 / (26 * 10 + 24 * 4), 50 * 100 / (26 * 100 + 24 * 25)
     assert ratios == pytest.approx(
         {
@@ -93,28 +94,26 @@ def test_ratios_hold_within_a_repetition(rows: dict[Step, Row]) -> None:
 
 def test_speed_over_float32(rows: dict[Step, Row]) -> None:
     reuse = rows[Step("DiT-XL/2", "eager", "bfloat16", "reuse", 4)]
-    assert benchmark.speed_over_float32(reuse, rows) == 2.0
-    assert benchmark.speed_over_float32(row("full", 4, 1, 1.0, dtype="bfloat16"), {}) is None
+    assert models.speed_over_float32(reuse, rows) == 2.0
+    assert models.speed_over_float32(row("full", 4, 1, 1.0, dtype="bfloat16"), {}) is None
 
 
 def test_the_verdict_follows_the_numbers(rows: dict[Step, Row]) -> None:
     full = Step("DiT-XL/2", "eager", "float32", "full", 4)
-    ratios = {full: benchmark.ratios_of(rows[full], rows)}
-    speeds = {step: benchmark.speed_over_float32(row, rows) for step, row in rows.items()}
-    achieved, bfloat16, overhead = benchmark.verdict(speeds, ratios)
+    ratios = {full: models.ratios_of(rows[full], rows)}
+    speeds = {step: models.speed_over_float32(row, rows) for step, row in rows.items()}
+    achieved, bfloat16, overhead = models.verdict(speeds, ratios)
     assert "reached by none; missed by DiT-XL/2 eager float32 full k=4 (0.899)" in achieved
     assert "reached by DiT-XL/2 eager bfloat16 reuse k=4 (2.000); missed by none" in bfloat16
     assert "1.000 to 1.000 times" in overhead
     ratios[full]["achieved"] = 0.95
-    assert "reached by DiT-XL/2 eager float32 full k=4 (0.950); missed by none" in next(
-        benchmark.verdict(speeds, ratios)
-    )
+    assert "reached by DiT-XL/2 eager float32 full k=4 (0.950); missed by none" in next(models.verdict(speeds, ratios))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("long_skip", [None, LongSkipConfig()])
 def test_no_layer_is_left_at_zero(long_skip: LongSkipConfig | None) -> None:
-    subject = benchmark.make_subject(ModelBenchConfig(**TINY), "DiT-S/8", "bfloat16", long_skip)
+    subject = models.make_subject(ModelBenchConfig(**TINY), "DiT-S/8", "bfloat16", long_skip)
     assert all(weight.any() for weight in subject.model.parameters())
     assert {weight.dtype for weight in subject.model.parameters()} == {torch.bfloat16}
     sample = subject.call(999)()
@@ -126,7 +125,7 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/skipdit", "bench", "models", "--out", "my folder"])
     config = ModelBenchConfig(**TINY, modes=("eager",), seed=3)
     num_threads = torch.get_num_threads()
-    rows = benchmark.bench_models(config, tmp_path)
+    rows = models.bench_models(config, tmp_path)
     assert torch.get_num_threads() == num_threads
 
     assert [row.step for row in rows] == [
@@ -157,9 +156,9 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_failed_run_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "class_to_image_cpu.md").write_text("old", encoding="utf-8")
-    monkeypatch.setattr(benchmark, "FULL_STEPS", ())  # no run of no steps has a speedup
+    monkeypatch.setattr(models, "FULL_STEPS", ())  # no run of no steps has a speedup
     with pytest.raises(ZeroDivisionError):
-        benchmark.bench_models(ModelBenchConfig(**TINY, modes=("eager",), dtypes=("float32",)), tmp_path)
+        models.bench_models(ModelBenchConfig(**TINY, modes=("eager",), dtypes=("float32",)), tmp_path)
     assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
 
 
@@ -167,13 +166,13 @@ def test_a_missing_compiler_is_named() -> None:
     import torch._inductor.config as inductor
 
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
-        benchmark.check_compiler("cpu")
+        models.check_compiler("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'cuda' needs an NVIDIA GPU"):
-        benchmark.bench_models(ModelBenchConfig(device="cuda"), tmp_path)
+        models.bench_models(ModelBenchConfig(device="cuda"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -216,6 +215,6 @@ def test_compiled_steps_are_whole_graphs(tmp_path: Path) -> None:
 
     config = ModelBenchConfig(**TINY, dtypes=("float32",), modes=("compiled", "eager"), num_shallow_units=(1, 4))
     counters.clear()
-    rows = benchmark.bench_models(config, tmp_path)
+    rows = models.bench_models(config, tmp_path)
     assert counters["stats"]["unique_graphs"] == len(KINDS) + 1  # one is the check for a compiler
     assert [row.step.mode for row in rows] == ["eager"] * len(KINDS) + ["compiled"] * len(KINDS)

@@ -16,7 +16,7 @@ from tiny import tiny_dit
 import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
-from skipdit.compare import SampleConfig, load_pipeline, sample_and_compare
+from skipdit.compare import SampleConfig, load, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(folder: Path, tmp_path: Path) -> SampleConfig:
-    return SampleConfig(model=str(folder), num_images=5, steps=12, cache="N3-900-0", out=tmp_path / "out")
+    return SampleConfig(model=str(folder), num_samples=5, steps=12, cache="N3-900-0", out=tmp_path / "out")
 
 
 def test_the_report_holds_what_was_measured(config: SampleConfig) -> None:
@@ -78,7 +78,7 @@ def test_distances_are_those_of_the_pictures(config: SampleConfig) -> None:
     from skimage.metrics import peak_signal_noise_ratio
 
     report = sample_and_compare(config)
-    pipeline = load_pipeline(config)
+    pipeline = load(config).sampler.pipeline
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     options = {"latents": noise, "guidance_scale": config.guidance_scale, "output_type": "np"}
@@ -127,14 +127,14 @@ def test_ancestral_noise_is_not_the_start_noise(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(module, "randn_tensor", record)
     sample_and_compare(
-        SampleConfig(model=str(tmp_path / "m"), num_images=1, steps=4, cache="none", out=tmp_path / "out")
+        SampleConfig(model=str(tmp_path / "m"), num_samples=1, steps=4, cache="none", out=tmp_path / "out")
     )
     assert len(drawn) > 4
     assert len({tuple(noise.flatten()[:4].tolist()) for noise in drawn[-4:]}) == 4
 
 
 def test_labels_by_name_and_number(config: SampleConfig) -> None:
-    report = sample_and_compare(dataclasses.replace(config, labels=("dog", "1"), num_images=3, cache="none", steps=1))
+    report = sample_and_compare(dataclasses.replace(config, labels=("dog", "1"), num_samples=3, cache="none", steps=1))
     assert report.labels == ["dog", "bee", "dog"]
 
 
@@ -145,20 +145,20 @@ def test_bfloat16(config: SampleConfig) -> None:
 
 def test_the_bundled_model(tmp_path: Path) -> None:
     """It is small, it loads offline, its showcase labels exist, and its cache is far closer than fewer steps."""
-    from skipdit.compare import BUNDLED
+    from skipdit.loading import BUNDLED
 
     folder = Path(skipdit.__file__).parent / "assets" / BUNDLED["emoji"].folder
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     assert sum(sizes) < 30e6
     assert max(sizes) < 15e6
-    report = sample_and_compare(SampleConfig(num_images=2, steps=25, fewer_steps=13, out=tmp_path))
+    report = sample_and_compare(SampleConfig(num_samples=2, steps=25, fewer_steps=13, out=tmp_path))
     assert report.labels == list(BUNDLED["emoji"].labels[:2])
     _, cached, fewer = report.rows
     assert cached.psnr_db is not None
     assert fewer.psnr_db is not None
     assert cached.compute_ratio > 1.5
     assert cached.psnr_db > fewer.psnr_db + 5
-    pipeline = load_pipeline(SampleConfig())
+    pipeline = load(SampleConfig()).sampler.pipeline
     assert len(pipeline.get_label_ids(BUNDLED["emoji"].labels)) == 16
     assert pipeline.transformer.config.num_layers == 24
 
@@ -168,7 +168,7 @@ def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path
 
     tiny_dit().save_pretrained(tmp_path / "model")
     tiny_dit(out_channels=4).save_pretrained(tmp_path / "unsaid")
-    config = dataclasses.replace(config, model=str(tmp_path / "unsaid"), cache="none", steps=2, num_images=2)
+    config = dataclasses.replace(config, model=str(tmp_path / "unsaid"), cache="none", steps=2, num_samples=2)
     with pytest.raises(ValueError, match="does not say what its model predicts"):
         sample_and_compare(config)
     config = dataclasses.replace(config, model=str(tmp_path / "model"), scheduler="ddpm")
@@ -211,7 +211,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--labels", "cta"], "unknown label 'cta'; of the 4 labels, near are: cat"),
         (["--labels", "4"], "label numbers go from 0 to 3, got 4"),
-        (["--labels", "ant", "bee", "cat"], "num_images must be at least the number of labels, 3, got 2"),
+        (["--labels", "ant", "bee", "cat"], "num_samples must be at least the number of labels, 3, got 2"),
         (["--cache", "N1"], "would never reuse"),
         (["--cache", "N3-100-50", "--steps", "2"], "would never reuse in 2 steps"),
         (["--cache", "N2", "--steps", "1"], "would never reuse in 1 steps"),
@@ -221,7 +221,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cache", "missing.json"], "no schedule at missing.json"),
         (["--scheduler", "heun"], "scheduler of a flow model must be one of euler, dpm, got 'heun'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
-        (["--num-images", "0"], "num_images must be at least 1, got 0"),
+        (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--device", "abacus"], "device 'abacus' is not to be had here"),
         (["--out", "/dev/null/out"], "/dev/null/out"),
     ],
@@ -230,7 +230,7 @@ def test_bad_input_ends_in_one_line(
     options: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    line = fails(capsys, "sample", "--model", str(folder), "--out", str(out), "--num-images", "2", *options)
+    line = fails(capsys, "sample", "--model", str(folder), "--out", str(out), "--num-samples", "2", *options)
     assert message in line
     assert not out.exists() or not list(out.iterdir())
 

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -20,9 +21,9 @@ Config = TypeVar("Config")
 
 
 def sample(arguments: Sequence[str]) -> None:
-    """Sample pictures in full, cached, and with fewer steps at the same wall time; grids and a report go into --out.
+    """Sample in full, cached, and with fewer steps at the same wall time; pictures, clips and a report go into --out.
 
-    Example: skipdit sample --labels cat-face heart --cache N3 --out out/cats
+    Example: skipdit sample --task text-to-image --prompt "a cat with a rocket" --out out/cats
     """
     from skipdit.compare import SampleConfig, sample_and_compare
 
@@ -72,7 +73,7 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """Convert a checkpoint between the official keys, our own folder and diffusers' DiTTransformer2DModel.
+    """Convert a checkpoint between the official keys, our own folder and that of a transformer of diffusers.
 
     Example: skipdit convert DiT-XL-2-skip.pt --to skipdit --out DiT-XL-2-skip
     """
@@ -84,9 +85,9 @@ def convert(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder).
-        out: what is written. prefer: which weights of a training checkpoint.
-        num_attention_heads, sample_size, fusion: what a file of bare weights does not tell.
+        """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder;
+        the same where the class of the model is diffusers'). out: what is written. prefer: which weights of a training
+        checkpoint. num_attention_heads, sample_size, num_frames, fusion: what a file of bare weights does not tell.
         """
 
         model: tyro.conf.Positional[Path]
@@ -95,6 +96,7 @@ def convert(arguments: Sequence[str]) -> None:
         prefer: Literal["ema", "model"] = "ema"
         num_attention_heads: int | None = None
         sample_size: int | None = None
+        num_frames: int | None = None
         fusion: Fusion | None = None
 
     options = _parse("convert", convert.__doc__, arguments, Options)
@@ -105,6 +107,7 @@ def convert(arguments: Sequence[str]) -> None:
         prefer=options.prefer,
         num_attention_heads=options.num_attention_heads,
         sample_size=options.sample_size,
+        num_frames=options.num_frames,
         fusion=options.fusion,
     )
     if options.to == "official":
@@ -120,28 +123,42 @@ def bench(arguments: Sequence[str]) -> None:
     """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow.
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
+    Example: skipdit bench video --presets Latte-S/2 --out benchmarks
     """
     import tyro
 
-    from skipdit.benchmark import ModelBenchConfig, bench_models
+    from skipdit.benchmark import ModelBenchConfig, VideoBenchConfig, bench_models, bench_videos
     from skipdit.compare import check_writable
 
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: skipdit bench models [OPTIONS]\n\n{bench.__doc__}")
-        return
-    if not arguments or arguments[0] != "models":
-        raise ValueError(f"the benchmark must be models, got {arguments[0] if arguments else 'none'!r}")
-
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class ModelOptions:
         """out: folder of the .md and .json."""
 
         config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]
         out: Path = Path("benchmarks")
 
-    options = _parse("bench models", bench.__doc__, arguments[1:], Options, Options(config=ModelBenchConfig()))
+    @dataclass(frozen=True, kw_only=True)
+    class VideoOptions:
+        """out: folder of the .md and .json."""
+
+        config: Annotated[VideoBenchConfig, tyro.conf.arg(name="")]
+        out: Path = Path("benchmarks")
+
+    names = ("models", "video")
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: skipdit bench {{{','.join(names)}}} [OPTIONS]\n\n{bench.__doc__}")
+        return
+    if not arguments or arguments[0] not in names:
+        raise ValueError(f"the benchmark must be {' or '.join(names)}, got {arguments[0] if arguments else 'none'!r}")
+    name, *rest = arguments
+    if name == "models":
+        options = _parse("bench models", bench.__doc__, rest, ModelOptions, ModelOptions(config=ModelBenchConfig()))
+        run = partial(bench_models, options.config)
+    else:
+        options = _parse("bench video", bench.__doc__, rest, VideoOptions, VideoOptions(config=VideoBenchConfig()))
+        run = partial(bench_videos, options.config)
     check_writable(options.out)
-    bench_models(options.config, options.out)
+    run(options.out)
     print(f"written: {options.out}")
 
 
@@ -155,7 +172,8 @@ def analyze(arguments: Sequence[str]) -> None:
     from skipdit.analysis.measure import AnalyzeConfig
     from skipdit.analysis.report import analyze as run
     from skipdit.analysis.weights import TrainingLog, find_training_log
-    from skipdit.compare import SampleConfig, check_writable, load_pipeline
+    from skipdit.compare import check_writable
+    from skipdit.loading import load_source
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -177,7 +195,7 @@ def analyze(arguments: Sequence[str]) -> None:
         raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names")
     check_writable(options.out)
     pipelines = {
-        name: load_pipeline(SampleConfig(model=path, device=options.device), decodes=False)
+        name: load_source(path, task="class-to-image", device=options.device, decodes=False).sampler.pipeline
         for name, path in zip(names, paths, strict=True)
     }
     logs = {
@@ -203,12 +221,16 @@ def info(arguments: Sequence[str]) -> None:
     import tyro
 
     from skipdit.cache.methods import METHODS, SPEC_FORM
-    from skipdit.compare import BUNDLED, SampleConfig, load_pipeline, versions
+    from skipdit.compare import versions
+    from skipdit.loading import BUNDLED, load_source
     from skipdit.models.dit import PRESETS
+    from skipdit.models.families import FAMILIES
+    from skipdit.models.latte import LATTE_PRESETS
+    from skipdit.models.surgery import open_units
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: emoji, a pipeline's folder or a checkpoint."""
+        """model: a bundled model, a pipeline's folder or a checkpoint."""
 
         model: tyro.conf.Positional[str | None] = None
         num_attention_heads: int | None = None
@@ -216,21 +238,27 @@ def info(arguments: Sequence[str]) -> None:
     options = _parse("info", info.__doc__, arguments, Options)
     if options.model is None:
         print("versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()))
-        print(f"bundled models: {', '.join(BUNDLED)}\npresets: {', '.join(PRESETS)}\ncache specs: {SPEC_FORM}")
+        print("bundled models: " + ", ".join(f"{name} ({model.task})" for name, model in BUNDLED.items()))
+        print(f"presets: {', '.join((*PRESETS, *LATTE_PRESETS))}")
+        print(f"families of diffusers: {', '.join(FAMILIES)}\ncache specs: {SPEC_FORM}")
         for name, method in METHODS.items():
             print(f"  {name}: Taylor order {method.order} by default; {method.source}")
         return
-    model = load_pipeline(
-        SampleConfig(model=options.model, num_attention_heads=options.num_attention_heads)
-    ).transformer
-    config, links = model.config, model.long_skip_links
-    heads, width = config.num_attention_heads, config.num_attention_heads * config.attention_head_dim
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{type(model).__name__}: {config.num_layers} blocks of width {width}, {heads} heads, ", end="")
-    print(f"patch {config.patch_size}, {num_parameters:,} parameters")
-    print(f"input: {config.in_channels} x {config.sample_size} x {config.sample_size}, {config.num_classes} classes")
+    model = load_source(options.model, num_attention_heads=options.num_attention_heads, decodes=False)
+    transformer = model.sampler.pipeline.transformer
+    open_units(transformer)
+    config, links = transformer.config, transformer.long_skip_links
+    width = config.num_attention_heads * config.attention_head_dim
+    num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    print(f"{type(transformer).__name__} ({model.sampler.task}): {links.num_units} units of width {width}, ", end="")
+    print(f"{config.num_attention_heads} heads, patch {config.patch_size}, {num_parameters:,} parameters")
+    frames = [config[name] for name in ("num_frames", "video_length") if name in config]
+    sizes = (*frames, config.in_channels, config.sample_size, config.sample_size)
+    classes = f", {config.num_classes} classes" if config.get("num_classes") else ""
+    print(f"input: {' x '.join(map(str, sizes))}{classes}")
     pairs = ", ".join(f"{source} -> {target}" for target, source in links.sources.items())
-    print(f"long skips: {pairs or 'none'}" + (f" ({config.long_skip['fusion']})" if pairs else ""))
+    fusion = config["long_skip"]["fusion"] if config.get("long_skip") else "its own"
+    print(f"long skips: {pairs or 'none'}" + (f" ({fusion})" if pairs else ""))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -1,6 +1,6 @@
 """Samples in full, cached, and with fewer steps at the cached run's wall time, and reports times and distances."""
 
-import dataclasses
+import itertools
 import json
 import math
 import platform
@@ -11,73 +11,39 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor
 
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import CacheSummary, cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import resolve
-from skipdit.checkpoints import load_model
-from skipdit.diffusion import Objective, make_scheduler, objective_of
 from skipdit.files import atomic_file
+from skipdit.loading import DTypeName, Source, TaskName, load_source
 from skipdit.metrics.paired import psnr_db, ssim
-from skipdit.models.dit import DiT
-from skipdit.pictures import labelled_grid
-from skipdit.pipelines import ClassToImagePipeline
-from skipdit.training import resolve_device
+from skipdit.pictures import labelled_grid, to_pictures
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.tasks import Sampler
+from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bundled:
-    """A model that comes with the package: its folder among the assets, and classes that it draws well."""
-
-    folder: str
-    labels: tuple[str, ...]
-
-
-BUNDLED = {
-    "emoji": Bundled(
-        folder="class_to_image",
-        labels=(
-            "face-smiling",
-            "heart",
-            "time",
-            "cat-face",
-            "person",
-            "warning",
-            "face-tongue",
-            "keycap",
-            "face-affection",
-            "family",
-            "zodiac",
-            "face-concerned",
-            "person-role",
-            "av-symbol",
-            "face-hand",
-            "religion",
-        ),
-    )
-}
 NUM_COMPARED = 6  # pictures a row of comparison.png
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DType = Literal["float32", "bfloat16", "float16"]
+NUM_SAMPLES = {"class-to-image": 16, "class-to-video": 4, "text-to-image": 16, "text-to-video": 4}
+CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames a second, and how often a pixel stands for itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """What `skipdit sample` does.
 
-    model: `emoji` (bundled), the folder of a pipeline, or a checkpoint (official or own; latents need --vae).
+    task: class-to-image, class-to-video, text-to-image or text-to-video; by default that of the model.
+    model: `emoji`, `emoji-clips`, `emoji-text` or `emoji-text-clips` (bundled, one a task), the folder of a pipeline,
+    or a checkpoint (official or own; latents need --vae). By default the bundled model of the task.
     labels: class names or numbers, repeated in turn; by default some that the bundled model draws well, else spread
-    over all classes. num_images: pictures.
+    over all classes. prompt: texts, repeated in turn, for the text tasks. num_samples: pictures or clips.
     guidance_scale: classifier-free guidance, none at 1. guidance_channels: guide only the first few channels; the
     official DiT sampler guides 3 of its 4.
     steps: of the sampler. cache: a spec such as N3, skip-taylor:N3-o1, the path of a schedule.json, or none.
@@ -87,9 +53,11 @@ class SampleConfig:
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
     """
 
-    model: str = "emoji"
+    task: TaskName | None = None
+    model: str | None = None
     labels: tuple[str, ...] = ()
-    num_images: int = 16
+    prompt: tuple[str, ...] = ()
+    num_samples: int | None = None
     steps: int = 50
     guidance_scale: float = 2.0
     guidance_channels: int | None = None
@@ -98,26 +66,29 @@ class SampleConfig:
     scheduler: str | None = None
     vae: Path | None = None
     num_attention_heads: int | None = None
-    dtype: DType = "float32"
+    dtype: DTypeName = "float32"
     device: str = "auto"
     compile: bool = False
     seed: int = 0
     out: Path = Path("out/sample")
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_samples", "steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.steps > 1000:
             raise ValueError(f"steps must be at most 1000, got {self.steps}")
-        if self.dtype not in get_args(DType):
-            raise ValueError(f"dtype must be one of {', '.join(get_args(DType))}, got {self.dtype!r}")
+        for name, allowed in (("dtype", get_args(DTypeName)), ("task", (*get_args(TaskName), None))):
+            if getattr(self, name) not in allowed:
+                names = ", ".join(value for value in allowed if value)
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One run. `speedup` by wall time against the full run, `compute_ratio` as the units run promise; distances to
-    the full run's pictures, mean over them: `None` for the full run itself, and PSNR also where all are equal."""
+    the full run's pictures or frames, mean over them: `None` for the full run itself, and PSNR also where all are
+    equal."""
 
     name: str
     steps: int
@@ -141,7 +112,8 @@ class Row:
         summary: CacheSummary | None = None,
         reference_steps: int | None = None,
     ) -> "Row":
-        psnr = psnr_db(run.pictures, reference.pictures).mean().item()
+        frames, reference_frames = run.frames, reference.frames
+        psnr = psnr_db(frames, reference_frames).mean().item()
         return cls(
             name=name,
             steps=steps,
@@ -151,7 +123,7 @@ class Row:
             speedup=reference.seconds / run.seconds,
             compute_ratio=(reference_steps or steps) / steps if summary is None else summary.compute_ratio,
             psnr_db=psnr if math.isfinite(psnr) else None,
-            ssim=None if run is reference else ssim(run.pictures, reference.pictures).mean().item(),
+            ssim=None if run is reference else ssim(frames, reference_frames).mean().item(),
             bytes_held=0 if summary is None else summary.peak_bytes_held,
         )
 
@@ -180,73 +152,46 @@ class Report:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The pipeline that a config names
+# What a config names
 
 
-def load_pipeline(config: SampleConfig, *, decodes: bool = True) -> ClassToImagePipeline:
-    """The bundled pipeline, a pipeline's folder, or one made around a checkpoint; on its device, in its dtype.
-
-    decodes: whether pictures are wanted, for which a model of latents needs an autoencoder.
-    """
-    device, dtype, path = resolve_device(config.device), DTYPES[config.dtype], Path(config.model)
-    if config.model in BUNDLED:
-        with as_file(files("skipdit") / "assets" / BUNDLED[config.model].folder) as folder:
-            pipeline = _from_folder(folder, dtype)
-    elif (path / "model_index.json").is_file():
-        pipeline = _from_folder(path, dtype)
-    elif path.exists():
-        model = load_model(path, num_attention_heads=config.num_attention_heads, dtype=dtype)
-        if not learns_variance(model):
-            raise ValueError(f"{path} does not say what its model predicts: give the folder of its pipeline")
-        pipeline = ClassToImagePipeline(model, make_scheduler(Objective(learned_variance=True), "ddim"))
-    else:
-        raise FileNotFoundError(
-            f"no model at {config.model}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint"
-        )
-    if config.vae is not None:
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(config.vae, use_safetensors=True, dtype=dtype))
-    if decodes and pipeline.vae is None and pipeline.transformer.config.in_channels != 3:
-        raise ValueError(
-            f"{config.model} works on latents of {pipeline.transformer.config.in_channels} channels: give --vae FOLDER"
-        )
-    if config.scheduler is not None:
-        learned_variance = learns_variance(pipeline.transformer)
-        objective = dataclasses.replace(objective_of(pipeline.scheduler), learned_variance=learned_variance)
-        pipeline.scheduler = make_scheduler(objective, config.scheduler)
-    return pipeline.to(device)
+def load(config: SampleConfig) -> Source:
+    """The model that a config names; see `skipdit.loading.load_source`."""
+    return load_source(
+        config.model,
+        task=config.task,
+        device=config.device,
+        dtype=config.dtype,
+        scheduler=config.scheduler,
+        vae=config.vae,
+        num_attention_heads=config.num_attention_heads,
+    )
 
 
-def learns_variance(model: DiT) -> bool:
-    """Whether half of the output is the variance, as in the official models: those predict epsilon on a ddpm
-    process.
-    """
-    return model.config.out_channels == 2 * model.config.in_channels
+def choose_wanted(source: Source, config: SampleConfig) -> tuple[list[Any], list[str]]:
+    """What is sampled, class numbers or prompts, and captions, one a sample."""
+    task, count = source.sampler.task, config.num_samples or NUM_SAMPLES[source.sampler.task]
+    takes, other = ("labels", "prompt") if task.startswith("class") else ("prompt", "labels")
+    if getattr(config, other):
+        raise ValueError(f"a {task} model takes --{takes}, not --{other}")
+    asked = getattr(config, takes)
+    if len(asked) > count:
+        raise ValueError(f"num_samples must be at least the number of {takes}, {len(asked)}, got {count}")
+    if takes == "labels":
+        return choose_labels(source.sampler.pipeline, asked or source.showcase, count)
+    if not (asked or source.showcase):
+        raise ValueError(f"a {task} model needs --prompt")
+    prompts = list(itertools.islice(itertools.cycle(asked or source.showcase), count))
+    return prompts, prompts
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> ClassToImagePipeline:
-    """A saved pipeline; `ValueError` naming the folder where something in it is missing, foreign or broken.
-
-    `load_model` reads the transformer, since diffusers only warns of missing and unknown weights.
-    """
-    transformer = load_model(folder, dtype=dtype)
-    disable_progress_bar()
-    try:
-        return ClassToImagePipeline.from_pretrained(folder, transformer=transformer, use_safetensors=True, dtype=dtype)
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a class-to-image pipeline: {str(error).splitlines()[0]}") from error
-    finally:
-        enable_progress_bar()
-
-
-def choose_labels(pipeline: ClassToImagePipeline, config: SampleConfig) -> tuple[list[int], list[str]]:
-    """Class numbers and captions, one a picture. `ValueError` on an unknown label, or more labels than pictures."""
+def choose_labels(
+    pipeline: ClassToImagePipeline | ClassToVideoPipeline, wanted: Sequence[str], count: int
+) -> tuple[list[int], list[str]]:
+    """Class numbers and captions, one a sample; without wishes spread over all classes. `ValueError` on an unknown
+    label."""
     numbers, num_classes = pipeline.labels, pipeline.transformer.config.num_classes
     names = {number: name for name, number in numbers.items()}
-    wanted = config.labels or (BUNDLED[config.model].labels if config.model in BUNDLED else ())
-    if len(config.labels) > config.num_images:
-        raise ValueError(
-            f"num_images must be at least the number of labels, {len(config.labels)}, got {config.num_images}"
-        )
     if wanted:
         chosen = []
         for label in wanted:
@@ -255,9 +200,9 @@ def choose_labels(pipeline: ClassToImagePipeline, config: SampleConfig) -> tuple
                 raise ValueError(f"label numbers go from 0 to {num_classes - 1}, got {label}")
             chosen.append(int(label) if is_number else pipeline.get_label_ids([label])[0])
     else:
-        count = min(config.num_images, num_classes)
-        chosen = [index * num_classes // count for index in range(count)]
-    labels = [chosen[index % len(chosen)] for index in range(config.num_images)]
+        spread = min(count, num_classes)
+        chosen = [index * num_classes // spread for index in range(spread)]
+    labels = list(itertools.islice(itertools.cycle(chosen), count))
     return labels, [names.get(label, str(label)) for label in labels]
 
 
@@ -267,31 +212,36 @@ def choose_labels(pipeline: ClassToImagePipeline, config: SampleConfig) -> tuple
 
 @dataclass(frozen=True)
 class Sampled:
-    """Pictures (b c h w) in [0, 1] on the CPU, and the seconds they took."""
+    """Pictures (b c h w) or clips (b f c h w) in [0, 1] on the CPU, and the seconds they took."""
 
-    pictures: Tensor
+    samples: Tensor
     seconds: float
 
+    @property
+    def frames(self) -> Tensor:
+        """All pictures, one by one (n c h w)."""
+        return self.samples.flatten(0, -4)
 
-class Sampler:
-    """Samples one pipeline from the same seed and labels, again and again: the start noise is the same at any number of
+
+class TimedSampler:
+    """Samples one pipeline from the same seed and wishes, again and again: the start noise is the same at any number of
     steps, and what an ancestral scheduler draws follows it."""
 
-    def __init__(self, pipeline: ClassToImagePipeline, config: SampleConfig, labels: list[int]) -> None:
-        self.pipeline, self.config, self.labels = pipeline, config, labels
+    def __init__(self, sampler: Sampler, config: SampleConfig, wanted: list[Any]) -> None:
+        self.sampler, self.config, self.wanted = sampler, config, wanted
+        self.pipeline = sampler.pipeline
 
     def __call__(self, description: str, num_steps: int) -> Sampled:
         self.pipeline.set_progress_bar_config(desc=f"{description:>10}")
         started = time.perf_counter()
-        images = self.pipeline(
-            self.labels,
+        samples = self.sampler.sample(
+            self.wanted,
             guidance_scale=self.config.guidance_scale,
             guidance_channels=self.config.guidance_channels,
             num_inference_steps=num_steps,
             generator=torch.Generator().manual_seed(self.config.seed),
-            output_type="pt",
-        ).images
-        return Sampled(images.float().cpu(), time.perf_counter() - started)
+        )
+        return Sampled(samples.cpu(), time.perf_counter() - started)
 
     def cached(self, method: CacheMethod, description: str = "cached") -> tuple[Sampled, CacheSummary]:
         enable_cache(self.pipeline, method)
@@ -312,18 +262,20 @@ class Sampler:
 
 
 def sample_and_compare(config: SampleConfig) -> Report:
-    """Writes `full.png`, `cached.png`, `fewer_steps.png`, `comparison.png` and `report.json` into `config.out`.
+    """Writes `full.png`, `cached.png`, `fewer_steps.png`, `comparison.png` and `report.json` into `config.out`; of
+    clips the pictures show some frames, and beside each is an `.mp4` and a `.gif`.
 
-    `ValueError` on a label, scheduler or cache that is not to be had, or a cache that would never reuse; `OSError`
-    where `out` cannot be written. All of it before anything is sampled.
+    `ValueError` on a label, prompt, scheduler or cache that is not to be had, or a cache that would never reuse;
+    `OSError` where `out` cannot be written. All of it before anything is sampled.
     """
     method = None if config.cache == "none" else parse_method(config.cache)
     check_writable(config.out)
-    pipeline = load_pipeline(config)
-    labels, captions = choose_labels(pipeline, config)
+    source = load(config)
+    pipeline = source.sampler.pipeline
+    wanted, captions = choose_wanted(source, config)
     if method is not None:
         check_method(pipeline, method, config.steps)
-    sampler = Sampler(pipeline, config, labels)
+    sampler = TimedSampler(source.sampler, config, wanted)
     sampler.warm_up(method)
 
     full = sampler("full", config.steps)
@@ -338,33 +290,49 @@ def sample_and_compare(config: SampleConfig) -> Report:
         sampled |= {"cached": cached, "fewer_steps": fewer}
 
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    settings["task"] = source.sampler.task
     report = Report(
         tuple(rows), settings, captions, peak_memory_bytes(pipeline.device), machine(pipeline.device), versions()
     )
-    save_pictures(config.out, sampled, captions)
+    save_samples(config.out, {name: run.samples for name, run in sampled.items()}, captions)
     with atomic_file(config.out / "report.json") as draft:
         draft.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
 
 
-def save_pictures(folder: Path, sampled: Mapping[str, Sampled], captions: Sequence[str]) -> None:
-    """A labelled grid a run, and `comparison.png`: the first pictures of each run, one run a row. Grids of an earlier
-    call that this one does not make go."""
+def save_samples(folder: Path, runs: Mapping[str, Tensor], captions: Sequence[str]) -> None:
+    """A labelled grid a run and, of several runs, the first samples of each in `comparison.png`; of clips also the
+    videos. Files of an earlier call that this one does not make go."""
     for name in ("full", "cached", "fewer_steps", "comparison"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    rows = {
-        name: VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(run.pictures))
-        for name, run in sampled.items()
-    }
-    for name, pictures in rows.items():
-        with atomic_file(folder / f"{name}.png") as draft:
-            labelled_grid(pictures, captions).save(draft)
-    if len(rows) > 1:
-        shown = captions[:NUM_COMPARED]
-        pictures = [picture for row in rows.values() for picture in row[:NUM_COMPARED]]
-        names = [f"{name.replace('_', ' ')}: {caption}" for name in rows for caption in shown]
-        with atomic_file(folder / "comparison.png") as draft:
-            labelled_grid(pictures, names, num_columns=len(shown)).save(draft)
+        for suffix in ("png", "mp4", "gif"):
+            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+    shown, names = captions[:NUM_COMPARED], [name.replace("_", " ") for name in runs]
+    first = {name: samples[:NUM_COMPARED] for name, samples in zip(names, runs.values(), strict=True)}
+    is_video = next(iter(runs.values())).ndim == 5
+    for name, samples in runs.items():
+        grid = frame_grid(samples, captions) if is_video else labelled_grid(to_pictures(samples), captions)
+        save_picture(folder / f"{name}.png", grid)
+        if is_video:
+            save_clips(folder / name, side_by_side({name.replace("_", " "): samples}, captions, scale=CLIP_SCALE))
+    if len(runs) > 1:
+        headings = [f"{name}: {caption}" for name in names for caption in shown]
+        if is_video:
+            save_picture(folder / "comparison.png", frame_grid(torch.cat(list(first.values())), headings))
+            save_clips(folder / "comparison", side_by_side(first, shown, scale=CLIP_SCALE))
+        else:
+            pictures = to_pictures(torch.cat(list(first.values())))
+            save_picture(folder / "comparison.png", labelled_grid(pictures, headings, num_columns=len(shown)))
+
+
+def save_picture(path: Path, picture: Image.Image) -> None:
+    with atomic_file(path) as draft:
+        picture.save(draft)
+
+
+def save_clips(path: Path, frames: np.ndarray) -> None:
+    """`path`.mp4 and `path`.gif of frames (f h w 3), bytes."""
+    write_mp4(path.with_suffix(".mp4"), frames, CLIP_FPS)
+    write_gif(path.with_suffix(".gif"), frames, CLIP_FPS)
 
 
 def check_writable(folder: Path) -> None:
@@ -374,9 +342,10 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-def check_method(pipeline: ClassToImagePipeline, method: CacheMethod, num_steps: int) -> None:
+def check_method(pipeline: Any, method: CacheMethod, num_steps: int) -> None:
     """`ValueError` where this model has not what the method reuses, or no step of such a run would reuse."""
-    method.site.check(pipeline.transformer)
+    enable_cache(pipeline, method)
+    disable_cache(pipeline)
     pipeline.scheduler.set_timesteps(num_steps)
     if all(resolve(method.schedule, pipeline.scheduler.timesteps.tolist())):
         raise ValueError(f"cache {method} would never reuse in {num_steps} steps of this sampler")

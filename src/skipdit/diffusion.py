@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -22,8 +22,9 @@ Process = Literal["ddpm", "flow"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 TimestepSampling = Literal["uniform", "logit_normal"]
 
-Images = Float[Tensor, "batch channels height width"]
-ModelOutput = Float[Tensor, "batch out_channels height width"]
+# pictures (batch channels height width) or clips (batch frames channels height width)
+Images = Float[Tensor, "batch *frames channels height width"]
+ModelOutput = Float[Tensor, "batch *frames out_channels height width"]
 PerSample = Float[Tensor, " batch"]
 Timesteps = Float[Tensor, " batch"] | Int[Tensor, " batch"]
 
@@ -102,30 +103,35 @@ def ddpm_tables() -> DDPMTables:
     )
 
 
-def _at(table: Tensor, timesteps: Timesteps) -> Float[Tensor, "batch 1 1 1"]:
-    return table.float().to(timesteps.device)[timesteps.long()][:, None, None, None]
+def _at(table: Tensor, timesteps: Timesteps, ndim: int) -> Float[Tensor, "batch *ones"]:
+    """An entry a sample, to be broadcast over a tensor of `ndim` dimensions."""
+    return _per_sample(table.float().to(timesteps.device)[timesteps.long()], ndim)
+
+
+def _per_sample(values: Shaped[Tensor, " batch"], ndim: int) -> Shaped[Tensor, "batch *ones"]:
+    return values.reshape(-1, *[1] * (ndim - 1))
 
 
 def signal_and_noise_levels(
-    objective: Objective, timesteps: Timesteps
-) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
-    """The factors of x_0 and of the noise in x_t."""
+    objective: Objective, timesteps: Timesteps, ndim: int = 4
+) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
+    """The factors of x_0 and of the noise in x_t, which has `ndim` dimensions."""
     if objective.process == "flow":
-        sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS)[:, None, None, None]
+        sigma = _per_sample(timesteps.float() / NUM_TRAIN_TIMESTEPS, ndim)
         return 1 - sigma, sigma
-    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps)
+    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps, ndim)
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
 def add_noise(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
     """x_t, the noisy input of the model."""
-    signal, sigma = signal_and_noise_levels(objective, timesteps)
+    signal, sigma = signal_and_noise_levels(objective, timesteps, x_start.ndim)
     return signal * x_start + sigma * noise
 
 
 def prediction_target(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
     """What the model should put out for x_t."""
-    signal, sigma = signal_and_noise_levels(objective, timesteps)
+    signal, sigma = signal_and_noise_levels(objective, timesteps, x_start.ndim)
     if objective.prediction_type == "epsilon":
         return noise
     if objective.prediction_type == "v_prediction":
@@ -173,15 +179,15 @@ def training_loss(
     """
     noisy = add_noise(objective, x_start, noise, timesteps)
     prediction = predict(noisy, timesteps).float()
-    channels = x_start.shape[1]
+    channels = x_start.shape[-3]
     expected = 2 * channels if objective.learned_variance else channels
-    if prediction.shape[1] != expected:
+    if prediction.shape[-3] != expected:
         raise ValueError(
             f"with learned_variance={objective.learned_variance} the model must put out {expected} channels "
-            f"for inputs of {channels}, got {prediction.shape[1]}"
+            f"for inputs of {channels}, got {prediction.shape[-3]}"
         )
-    error = prediction[:, :channels] - prediction_target(objective, x_start, noise, timesteps)
-    mse = error.square().mean(dim=(1, 2, 3))
+    error = prediction.narrow(-3, 0, channels) - prediction_target(objective, x_start, noise, timesteps)
+    mse = error.square().flatten(1).mean(dim=1)
     if objective.learned_variance:
         bound = variational_bound(prediction, x_start, noisy, timesteps)
         return LossTerms(loss=mse + bound, mse=mse, variational_bound=bound)
@@ -193,21 +199,23 @@ def training_loss(
 
 def predicted_x_start(epsilon: Images, noisy: Images, timesteps: Timesteps) -> Images:
     """x_0 from an epsilon prediction (arXiv 2006.11239, eq. 15 solved for x_0)."""
-    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps)
+    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps, noisy.ndim)
     return (noisy - (1 - alphas_cumprod).sqrt() * epsilon) / alphas_cumprod.sqrt()
 
 
 def posterior_mean(x_start: Images, noisy: Images, timesteps: Timesteps) -> Images:
     """Mean of q(x_{t-1} | x_t, x_0) (arXiv 2006.11239, eq. 7)."""
     tables = ddpm_tables()
-    return _at(tables.posterior_mean_x0, timesteps) * x_start + _at(tables.posterior_mean_xt, timesteps) * noisy
+    x_start_factor = _at(tables.posterior_mean_x0, timesteps, noisy.ndim)
+    return x_start_factor * x_start + _at(tables.posterior_mean_xt, timesteps, noisy.ndim) * noisy
 
 
 def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Images:
     """Log variance between that of the posterior (-1) and beta (+1) (arXiv 2102.09672, eq. 15)."""
-    tables = ddpm_tables()
+    tables, ndim = ddpm_tables(), variance_channels.ndim
     fraction = (variance_channels + 1) / 2
-    return fraction * _at(tables.log_betas, timesteps) + (1 - fraction) * _at(tables.posterior_log_variance, timesteps)
+    lowest = _at(tables.posterior_log_variance, timesteps, ndim)
+    return fraction * _at(tables.log_betas, timesteps, ndim) + (1 - fraction) * lowest
 
 
 def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
@@ -216,11 +224,11 @@ def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, t
     KL divergence of the model's step from the posterior; at timestep 0 the likelihood of 8-bit pixels
     (arXiv 2102.09672, section 3.1).
     """
-    epsilon, variance_channels = prediction.chunk(2, dim=1)
+    epsilon, variance_channels = prediction.chunk(2, dim=-3)
     model_mean = posterior_mean(predicted_x_start(epsilon.detach(), noisy, timesteps), noisy, timesteps)
     model_log_variance = learned_log_variance(variance_channels, timesteps)
     true_mean = posterior_mean(x_start, noisy, timesteps)
-    true_log_variance = _at(ddpm_tables().posterior_log_variance, timesteps)
+    true_log_variance = _at(ddpm_tables().posterior_log_variance, timesteps, noisy.ndim)
     divergence = 0.5 * (
         model_log_variance
         - true_log_variance
@@ -229,8 +237,8 @@ def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, t
         + (true_mean - model_mean).square() * (-model_log_variance).exp()
     )
     likelihood = discretized_gaussian_log_likelihood(x_start, model_mean, 0.5 * model_log_variance)
-    bound = torch.where((timesteps == 0)[:, None, None, None], -likelihood, divergence)
-    return bound.mean(dim=(1, 2, 3)) / math.log(2)
+    bound = torch.where(_per_sample(timesteps == 0, noisy.ndim), -likelihood, divergence)
+    return bound.flatten(1).mean(dim=1) / math.log(2)
 
 
 def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_std: Images) -> Images:
@@ -254,10 +262,10 @@ def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_std: Images
 
 
 def guide(
-    output: Float[Tensor, "twice channels height width"], guidance_scale: float, num_channels: int | None = None
+    output: Float[Tensor, "twice *frames channels height width"], guidance_scale: float, num_channels: int | None = None
 ) -> Images:
     """Classifier-free guidance (arXiv 2207.12598): [conditional, unconditional] predictions
-    (2b c h w) become (b c h w).
+    (2b ... c h w) become (b ... c h w).
 
     num_channels (`int`, *optional*): guide the first few channels only, the others stay conditional; `None` guides all.
         The official DiT sampler guides the first three of its four latent channels.
@@ -266,7 +274,8 @@ def guide(
     guided = unconditional + guidance_scale * (conditional - unconditional)
     if num_channels is None:
         return guided
-    return torch.cat([guided[:, :num_channels], conditional[:, num_channels:]], dim=1)
+    unguided = conditional.narrow(-3, num_channels, conditional.shape[-3] - num_channels)
+    return torch.cat([guided.narrow(-3, 0, num_channels), unguided], dim=-3)
 
 
 SCHEDULERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddim", "dpm", "ddpm"), "flow": ("euler", "dpm")}

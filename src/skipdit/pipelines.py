@@ -1,28 +1,35 @@
-"""A diffusers pipeline for class-to-image models, in pixels or behind an autoencoder."""
+"""diffusers pipelines for class-to-image and class-to-video models, in pixels or behind an autoencoder.
+
+Text-to-image and text-to-video models are sampled by diffusers' own `HunyuanDiTPipeline` and `LattePipeline`.
+"""
 
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from skipdit.cache.runtime import cache_context
 from skipdit.diffusion import guide
 from skipdit.models.dit import DiT
+from skipdit.models.latte import Latte
 
 _run_numbers = itertools.count()
 
 
-class ClassToImagePipeline(DiffusionPipeline):
-    """Samples images of given classes.
+class ClassPipeline(DiffusionPipeline):
+    """What both pipelines share: names of classes, the denoising loop, decoding. Abstract.
 
     Args:
-        transformer (`DiT`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
+        transformer (`DiT` or `Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
             `skipdit.diffusion.make_scheduler`.
         vae (`AutoencoderKL`, *optional*): `None` where the transformer works on pixels in [-1, 1].
         id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
@@ -35,7 +42,7 @@ class ClassToImagePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: DiT,
+        transformer: DiT | Latte,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         id2label: dict[str, str] | None = None,
@@ -60,6 +67,78 @@ class ClassToImagePipeline(DiffusionPipeline):
                 near = difflib.get_close_matches(name, labels, n=5, cutoff=0.5) or list(labels)[:5]
                 raise ValueError(f"unknown label {name!r}; of the {len(labels)} labels, near are: {', '.join(near)}")
         return [labels[name] for name in names]
+
+    def _denoise(
+        self,
+        class_labels: Sequence[int] | None,
+        shape: tuple[int, ...],
+        *,
+        guidance_scale: float,
+        guidance_channels: int | None,
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Latents of `shape`, (b c h w) or (b f c h w), as they end."""
+        model, device = self.transformer, self._execution_device
+        guided = guidance_scale > 1 and class_labels is not None
+        labels = None
+        if class_labels is not None:
+            labels = self._label_tensor(class_labels).to(device)
+            if guided:
+                labels = torch.cat([labels, torch.full_like(labels, model.null_class_label)])
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device)
+        elif latents.shape != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        noise_source = {"generator": generator} if takes_generator else {}
+        learned_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+        num_channels = model.config.in_channels
+
+        with cache_context(f"run {next(_run_numbers)}"):
+            try:
+                self.scheduler.set_timesteps(num_inference_steps, device=device)
+                sample = latents.to(device) * self.scheduler.init_noise_sigma
+                for timestep in self.progress_bar(self.scheduler.timesteps):
+                    inputs = torch.cat([sample, sample]) if guided else sample
+                    inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
+                    output = model(inputs, timestep, class_labels=labels).sample.float()
+                    if guided:
+                        output = guide(output, guidance_scale, guidance_channels or num_channels)
+                    if not learned_variance:
+                        output = output.narrow(-3, 0, num_channels)
+                    # schedulers know pictures (b c h w): each frame is one
+                    pictures = sample.flatten(0, -4)
+                    step = self.scheduler.step(output.flatten(0, -4), timestep, pictures, **noise_source)
+                    sample = step.prev_sample.view(shape)
+            finally:
+                self.maybe_free_model_hooks()
+        return sample
+
+    def _label_tensor(self, class_labels: Sequence[int]) -> Tensor:
+        num_classes = self.transformer.config.num_classes
+        for label in class_labels:
+            if not 0 <= label < (num_classes or 0):
+                raise ValueError(f"class labels must be between 0 and {(num_classes or 0) - 1}, got {label}")
+        return torch.tensor(list(class_labels))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Pictures (b c h w) in [-1, 1], where the transformer made latents of them."""
+        if self.vae is None:
+            return latents.float()
+        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+
+
+class ClassToImagePipeline(ClassPipeline):
+    """Samples images of given classes.
+
+    Args:
+        transformer (`DiT`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
+            `skipdit.diffusion.make_scheduler`.
+        vae (`AutoencoderKL`, *optional*): `None` where the transformer works on pixels in [-1, 1].
+        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
+    """
 
     @torch.no_grad()
     def __call__(
@@ -87,50 +166,91 @@ class ClassToImagePipeline(DiffusionPipeline):
             height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
             output_type: `"pil"`, `"np"` (b h w c in [0, 1]), `"pt"` (b c h w in [0, 1]) or `"latent"` (as they end).
         """
-        model, device = self.transformer, self._execution_device
-        labels = self._label_tensor(class_labels).to(device)
-        guided = guidance_scale > 1
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, model.null_class_label)])
-        size = model.config.sample_size
-        shape = (len(class_labels), model.config.in_channels, height or size, width or size)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device)
-        elif latents.shape != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        noise_source = {"generator": generator} if takes_generator else {}
-        learned_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-
-        with cache_context(f"run {next(_run_numbers)}"):
-            try:
-                self.scheduler.set_timesteps(num_inference_steps, device=device)
-                sample = latents.to(device) * self.scheduler.init_noise_sigma
-                for timestep in self.progress_bar(self.scheduler.timesteps):
-                    inputs = torch.cat([sample, sample]) if guided else sample
-                    inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
-                    output = model(inputs, timestep, class_labels=labels).sample.float()
-                    if guided:
-                        output = guide(output, guidance_scale, guidance_channels or model.config.in_channels)
-                    if not learned_variance:
-                        output = output[:, : model.config.in_channels]
-                    sample = self.scheduler.step(output, timestep, sample, **noise_source).prev_sample
-            finally:
-                self.maybe_free_model_hooks()
-
-        images = self._decode(sample, output_type)
+        config = self.transformer.config
+        shape = (len(class_labels), config.in_channels, height or config.sample_size, width or config.sample_size)
+        images: Any = self._denoise(
+            class_labels,
+            shape,
+            guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+        )
+        if output_type != "latent":
+            images = self.image_processor.postprocess(self._decode(images), output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _label_tensor(self, class_labels: Sequence[int]) -> Tensor:
-        num_classes = self.transformer.config.num_classes
-        for label in class_labels:
-            if not 0 <= label < num_classes:
-                raise ValueError(f"class labels must be between 0 and {num_classes - 1}, got {label}")
-        return torch.tensor(list(class_labels))
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        if output_type == "latent":
-            return latents
-        if self.vae is not None:
-            latents = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        return self.image_processor.postprocess(latents.float(), output_type=output_type)
+@dataclass
+class VideoPipelineOutput(BaseOutput):
+    """frames: of each clip a list of PIL images, an array (b f h w c) or a tensor (b f c h w) in [0, 1], or latents."""
+
+    frames: Any
+
+
+class ClassToVideoPipeline(ClassPipeline):
+    """Samples clips, of given classes or without. The frames of a clip go through the autoencoder one by one.
+
+    Args:
+        transformer (`Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
+            `skipdit.diffusion.make_scheduler`.
+        vae (`AutoencoderKL`, *optional*): `None` where the transformer works on pixels in [-1, 1].
+        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | None = None,
+        *,
+        num_videos: int | None = None,
+        num_frames: int | None = None,
+        guidance_scale: float = 7.0,
+        guidance_channels: int | None = None,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Samples one clip a class label: a `VideoPipelineOutput`, without `return_dict` the tuple `(frames,)`.
+
+        Args:
+            class_labels: class numbers, one a clip; `None` for an unconditional model, which makes `num_videos`.
+            num_frames: of each clip; by default, and at most, as many as the transformer was trained on.
+            guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional branch runs.
+            guidance_channels: guide the first few channels only; by default all but the learned variance.
+            latents (`Tensor` of shape `(batch, frames, channels, height, width)`, *optional*): start noise.
+            height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
+            output_type: `"pil"`, `"np"` (b f h w c in [0, 1]), `"pt"` (b f c h w in [0, 1]) or `"latent"`.
+        """
+        config = self.transformer.config
+        if (class_labels is None) != (config.num_classes is None):
+            wanted = "num_videos, and no class_labels" if config.num_classes is None else "class_labels"
+            raise ValueError(f"this model needs {wanted}")
+        if class_labels is not None and num_videos not in (None, len(class_labels)):
+            raise ValueError(f"num_videos must be the number of class labels, {len(class_labels)}, got {num_videos}")
+        batch = num_videos or 1 if class_labels is None else len(class_labels)
+        frames = num_frames or config.num_frames
+        size = config.sample_size
+        latents = self._denoise(
+            class_labels,
+            (batch, frames, config.in_channels, height or size, width or size),
+            guidance_scale=guidance_scale,
+            guidance_channels=guidance_channels,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            latents=latents,
+        )
+        videos: Any = latents
+        if output_type != "latent":
+            clips = (self._decode(clip) for clip in latents)
+            videos = [self.image_processor.postprocess(clip, output_type=output_type) for clip in clips]
+            if output_type == "pt":
+                videos = torch.stack(videos)
+            elif output_type == "np":
+                videos = np.stack(videos)
+        return VideoPipelineOutput(frames=videos) if return_dict else (videos,)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
-from skipdit.training import ModelConfig, TrainConfig
+from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.training import TrainConfig
 
 
 def emoji() -> TrainConfig:
@@ -73,8 +75,87 @@ def stability_plain() -> TrainConfig:
     return replace(config, model=replace(config.model, long_skip=None))
 
 
+# x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with
+PIXELS = Objective(
+    process="flow",
+    prediction_type="sample",
+    timestep_sampling="logit_normal",
+    logit_mean=0.8,
+    logit_std=0.8,
+    min_sigma=0.1,
+)
+
+
+def emoji_clips() -> TrainConfig:
+    """The bundled class-to-video model: 8 frames of 64x64 pixels, 8 spatial/temporal pairs of width 176, inflated from
+    the bundled class-to-image model, trained on clips and 2 single pictures beside each.
+
+    `skipdit train emoji-clips --out runs/emoji-clips`
+    """
+    return TrainConfig(
+        data=ClipConfig(num_frames=8, frame_interval=2, num_pictures=2),
+        model=VideoModelConfig(
+            num_layers=16, num_attention_heads=4, attention_head_dim=44, patch_size=8, inflate="emoji"
+        ),
+        objective=PIXELS,
+        max_steps=900,
+        batch_size=4,
+        learning_rate=5e-4,
+        warmup_steps=50,
+        weight_decay=0.01,
+        ema_decay=0.995,
+        num_samples=6,
+        release_dtype="bfloat16",
+    )
+
+
+def emoji_text() -> TrainConfig:
+    """The bundled text-to-image model: a HunyuanDiT of 10 blocks of width 176 on 64x64 emoji and their names.
+
+    `skipdit train emoji-text --out runs/emoji-text` (needs `pip install "skipdit[text]"`)
+    """
+    return TrainConfig(
+        data=DataConfig(source="emoji", image_size=64),
+        model=TextToImageModelConfig(num_layers=10, num_attention_heads=4, attention_head_dim=44, patch_size=8),
+        objective=PIXELS,
+        max_steps=2500,
+        batch_size=32,
+        learning_rate=1e-3,
+        warmup_steps=200,
+        weight_decay=0.01,
+        ema_decay=0.999,
+        release_dtype="bfloat16",
+    )
+
+
+def emoji_text_clips() -> TrainConfig:
+    """The bundled text-to-video model: diffusers' Latte, 6 pairs of width 176 with long skips, inflated from the
+    bundled class-to-image model, on 8 frames of 64x64 pixels and their names.
+
+    `skipdit train emoji-text-clips --out runs/emoji-text-clips` (needs `pip install "skipdit[text]"`)
+    """
+    return TrainConfig(
+        data=ClipConfig(num_frames=8, frame_interval=2),
+        model=TextToVideoModelConfig(
+            num_layers=6, num_attention_heads=4, attention_head_dim=44, patch_size=8, inflate="emoji"
+        ),
+        objective=PIXELS,
+        max_steps=900,
+        batch_size=4,
+        learning_rate=5e-4,
+        warmup_steps=50,
+        weight_decay=0.01,
+        ema_decay=0.995,
+        num_samples=6,
+        release_dtype="bfloat16",
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "emoji": emoji,
+    "emoji-clips": emoji_clips,
+    "emoji-text": emoji_text,
+    "emoji-text-clips": emoji_text_clips,
     "stability": stability,
     "stability-plain": stability_plain,
 }

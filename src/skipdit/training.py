@@ -10,67 +10,52 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast, get_args
 
 import torch
+import tyro
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from skipdit.data import DataConfig, LabelledPictures, ShuffledForever, open_pictures
-from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, sample_timesteps, training_loss
+from skipdit.checkpoints import load_model
+from skipdit.clips import ClipConfig
+from skipdit.data import DataConfig, ShuffledForever
+from skipdit.diffusion import Objective, sample_timesteps, training_loss
 from skipdit.files import atomic_file, atomic_folder
-from skipdit.models.dit import DiT
-from skipdit.models.long_skip import LongSkipConfig
-from skipdit.pictures import labelled_grid
-from skipdit.pipelines import ClassToImagePipeline
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
+from skipdit.tasks import (
+    ModelConfig,
+    Sampler,
+    TextToImageModelConfig,
+    TextToVideoModelConfig,
+    Trainee,
+    VideoModelConfig,
+    make_task_scheduler,
+    open_items,
+)
+from skipdit.videos import frame_grid
 
 Precision = Literal["auto", "no", "bf16"]
 RateSchedule = Literal["constant", "cosine"]
 Constraint = Literal["cap", "penalty"]
 Constrained = Literal["long_skips", "blocks"]
 ReleaseDType = Literal["float32", "bfloat16"]
+Stage = Literal["full", "long-skips-only"]
+AnyModelConfig = ModelConfig | VideoModelConfig | TextToImageModelConfig | TextToVideoModelConfig
 
 RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_SIZE = "14MB"  # a file
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The sizes of a DiT; classes and pixels come from the data."""
-
-    num_layers: int = 12
-    num_attention_heads: int = 6
-    attention_head_dim: int = 64
-    patch_size: int = 8
-    long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def build(self, pictures: LabelledPictures, objective: Objective) -> DiT:
-        return DiT(
-            sample_size=pictures.size,
-            patch_size=self.patch_size,
-            in_channels=3,
-            out_channels=6 if objective.learned_variance else 3,
-            num_layers=self.num_layers,
-            num_attention_heads=self.num_attention_heads,
-            attention_head_dim=self.attention_head_dim,
-            num_classes=len(pictures.label_names),
-            long_skip=self.long_skip,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,21 +78,28 @@ class SpectralConfig:
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
 
-    def modules(self, model: DiT) -> nn.ModuleList:
-        """What is constrained; `ValueError` where the model has no long skips."""
+    def modules(self, model: LongSkipModel) -> nn.ModuleList:
+        """What is constrained; `ValueError` where the model has no long skips of ours."""
         if self.on == "blocks":
-            return model.blocks
-        targets = model.long_skip_links.sources
-        if not targets:
+            return nn.ModuleList(block for blocks in model.units() for block in blocks)
+        long_skips = long_skips_of(model)
+        if not long_skips:
             raise ValueError("a spectral constraint on long skips needs a model with long skips: or set on 'blocks'")
-        return nn.ModuleList(model.blocks[target].get_submodule("long_skip") for target in targets)
+        return nn.ModuleList(long_skips)
+
+
+def long_skips_of(model: LongSkipModel) -> list[nn.Module]:
+    """The `LongSkip` of each target unit, innermost pair first."""
+    return [block.get_submodule("long_skip") for block in model.unit_entries() if block.long_skip is not None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole training run.
 
-    batch_size: pictures a step over all processes. num_accumulation_steps: forward passes it is split into a process.
+    start_from: a model to go on from, a folder or a checkpoint; it gets the long skips that `model` asks for where it
+    has none. stage: train everything, or the long skips alone, as the first stage of a conversion. batch_size: pictures
+    or clips a step over all processes. num_accumulation_steps: forward passes it is split into a process.
     rate_schedule, warmup_steps: linear from 0, then constant or a cosine down to a hundredth of learning_rate.
     gradient_clip: largest norm of the gradient, 0 for none. flip: mirror half of all pictures. ema_decay: of the
     averaged weights that are sampled and released, with warm-up. spectral: a constraint on spectral norms.
@@ -117,10 +109,12 @@ class TrainConfig:
     pipeline.
     """
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    data: tyro.conf.AvoidSubcommands[DataConfig | ClipConfig] = field(default_factory=DataConfig)
+    model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
     objective: Objective = field(default_factory=Objective)
     spectral: SpectralConfig | None = None
+    start_from: str | None = None
+    stage: Stage = "full"
     max_steps: int = 10_000
     batch_size: int = 32
     num_accumulation_steps: int = 1
@@ -162,6 +156,7 @@ class TrainConfig:
             ("precision", Precision),
             ("rate_schedule", RateSchedule),
             ("release_dtype", ReleaseDType),
+            ("stage", Stage),
         ):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
@@ -172,6 +167,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "gradient_clip", "sample_every", "num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
+            raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for name in ("label_dropout", "ema_decay"):
@@ -228,33 +225,36 @@ def step_generator(config: TrainConfig, rank: int, step: int) -> torch.Generator
 
 @dataclass(frozen=True)
 class Batch:
-    """x_start (b c h w) in [-1, 1], noise of its shape, timesteps (b), class_labels (b), some the null class."""
+    """x_start (b c h w) or (b f c h w) in [-1, 1], noise of its shape, timesteps (b), labels (b) or (b n): classes or
+    captions, some of them null."""
 
     x_start: Tensor
     noise: Tensor
     timesteps: Tensor
-    class_labels: Tensor
+    labels: Tensor
 
 
 def prepare_batch(
-    pictures: Tensor,
+    pixels: Tensor,
     labels: Tensor,
     config: TrainConfig,
-    null_label: int,
+    task: Trainee,
     generator: torch.Generator,
     device: torch.device,
 ) -> Batch:
-    """Draws what one step adds to its pictures, on the CPU, so that every device sees the same numbers."""
-    size = len(pictures)
+    """Draws what one step adds to its pictures or clips, on the CPU, so that every device sees the same numbers."""
+    size = len(pixels)
     if config.flip:
         flipped = torch.rand(size, generator=generator) < 0.5
-        pictures = torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
+        pixels = torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
+    if task.num_variants > 1:
+        labels = labels * task.num_variants + torch.randint(task.num_variants, (size,), generator=generator)
     dropped = torch.rand(size, generator=generator) < config.label_dropout
     batch = Batch(
-        x_start=pictures,
-        noise=torch.randn(pictures.shape, generator=generator),
+        x_start=pixels,
+        noise=torch.randn(pixels.shape, generator=generator),
         timesteps=sample_timesteps(config.objective, size, generator),
-        class_labels=torch.where(dropped, null_label, labels),
+        labels=torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), task.null_label, labels),
     )
     return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(batch).items()})
 
@@ -268,8 +268,9 @@ def save_checkpoint(
 ) -> None:
     """Writes `checkpoint-{step}` whole or not at all, then deletes all but the last few."""
     names = [name for name, _ in model.named_parameters()]
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     moments = {
-        f"{names[index]}.{key}": value
+        f"{trained[index]}.{key}": value
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
@@ -327,7 +328,7 @@ def load_checkpoint(
     ema.optimization_step = ema_step
     by_index = {
         index: {key.removeprefix(f"{name}."): value for key, value in moments.items() if key.rpartition(".")[0] == name}
-        for index, name in enumerate(parameters)
+        for index, name in enumerate(name for name, parameter in parameters.items() if parameter.requires_grad)
     }
     optimizer.load_state_dict(optimizer.state_dict() | {"state": {i: entry for i, entry in by_index.items() if entry}})
     return step
@@ -371,16 +372,21 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
             f"batch_size must be divisible by processes x accumulation steps = {num_parts}, got {config.batch_size}"
         )
 
-    pictures = open_pictures(config.data)
+    items = open_items(config.data)
     torch.manual_seed(config.seed)
-    model = config.model.build(pictures, config.objective).to(accelerator.device).train()
-    constrained = config.spectral.modules(model) if config.spectral else None
+    start = None if config.start_from is None else load_model(config.start_from)
+    task = config.model.build(items, config.objective, start)
+    model = task.model.to(accelerator.device).train()
+    units = cast(LongSkipModel, model)
+    if config.stage == "long-skips-only":
+        freeze_all_but_long_skips(model)
+    constrained = config.spectral.modules(units) if config.spectral else None
     if config.spectral and constrained and config.spectral.form == "cap":
         cap_spectral_norm(constrained, config.spectral.maximum)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=config.adam_betas,
         weight_decay=config.weight_decay,
@@ -391,7 +397,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
     if config.compile:
         model.compile()
     wrapped = accelerator.prepare_model(model)
-    batches = iter(_loader(pictures, config, accelerator, first_step))
+    batches = iter(_loader(task.data, config, accelerator, first_step))
 
     with _Reporter(accelerator, config, out, first_step) as report:
         for step in range(first_step, config.max_steps):
@@ -402,14 +408,12 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
             generator = step_generator(config, accelerator.process_index, step)
             loss = torch.zeros((), device=accelerator.device)
             for part in range(config.num_accumulation_steps):
-                part_pictures, labels = next(batches)
-                batch = prepare_batch(
-                    part_pictures, labels, config, model.null_class_label, generator, accelerator.device
-                )
+                pixels, labels = next(batches)
+                batch = prepare_batch(pixels, labels, config, task, generator, accelerator.device)
                 last_part = part == config.num_accumulation_steps - 1
                 with nullcontext() if last_part else accelerator.no_sync(wrapped):
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-                        part_loss = _loss(wrapped, config.objective, batch) / config.num_accumulation_steps
+                        part_loss = _loss(task, wrapped, config.objective, batch) / config.num_accumulation_steps
                     loss += part_loss.detach()
                     if config.spectral and constrained and config.spectral.form == "penalty":
                         penalty = config.spectral.penalty_weight * spectral_penalty(
@@ -420,7 +424,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
 
             done, last = step + 1, step + 1 == config.max_steps
             logs = done % config.log_every == 0 or done % config.checkpoint_every == 0 or last
-            unit_norms = unit_gradient_norms(model) if logs else []
+            unit_norms = unit_gradient_norms(units) if logs else []
             limit = config.gradient_clip or torch.finfo(torch.float32).max
             norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), limit))
             optimizer.step()
@@ -436,9 +440,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
                 save_checkpoint(out, done, model, ema, optimizer, config)
             if accelerator.is_main_process and shows:
                 with averaged(ema, model):
-                    save_samples(
-                        out / "samples" / f"step-{done:07d}.png", make_pipeline(model, config, pictures), config
-                    )
+                    save_samples(out / "samples" / f"step-{done:07d}.png", task, config)
             if saves or shows:
                 accelerator.wait_for_everyone()
 
@@ -448,34 +450,52 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
             released = copy.deepcopy(model)
             fold_spectral_caps(released)
             nn.Module.to(released, RELEASE_DTYPES[config.release_dtype])
-            make_pipeline(released, config, pictures).save_pretrained(draft, max_shard_size=MAX_SHARD_SIZE)
+            sampler = task.sampler(released, make_task_scheduler(config.objective))
+            sampler.pipeline.save_pretrained(draft, max_shard_size=MAX_SHARD_SIZE)
     accelerator.wait_for_everyone()
     return out / "pipeline"
 
 
-def unit_gradient_norms(model: DiT) -> list[float]:
-    """The norm of the gradient of each block's parameters, those of its long skip included."""
+def freeze_all_but_long_skips(model: nn.Module) -> None:
+    """Leaves only the long skips to train; `ValueError` where the model has none of ours."""
+    long_skips = long_skips_of(cast(LongSkipModel, model))
+    if not long_skips:
+        raise ValueError(
+            "the stage long-skips-only needs a model with long skips that skipdit added: set model.long_skip"
+        )
+    model.requires_grad_(False)
+    for long_skip in long_skips:
+        long_skip.requires_grad_(True)
+
+
+def unit_gradient_norms(model: LongSkipModel) -> list[float]:
+    """The norm of the gradient of each unit's parameters, those of its long skip included."""
     norms = []
-    for block in model.blocks:
-        gradients = [parameter.grad for parameter in block.parameters() if parameter.grad is not None]
+    for blocks in model.units():
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms.append(nn.utils.get_total_norm(gradients))
     return torch.stack(norms).tolist()
 
 
-def _loss(model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+def _loss(task: Trainee, model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return model(noisy, timesteps, class_labels=batch.class_labels).sample
+        return task.predict(model, noisy, timesteps, batch.labels)
 
     return training_loss(predict, objective, batch.x_start, batch.noise, batch.timesteps).loss.mean()
 
 
-def _loader(pictures: LabelledPictures, config: TrainConfig, accelerator: Accelerator, first_step: int) -> DataLoader:
+def _loader(data: Dataset, config: TrainConfig, accelerator: Accelerator, first_step: int) -> DataLoader:
     """Endless batches of one process, from where `first_step` begins."""
     sampler = ShuffledForever(
-        len(pictures), config.seed, first_step * config.batch_size, accelerator.process_index, accelerator.num_processes
+        len(cast(Sized, data)),
+        config.seed,
+        first_step * config.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     size = config.batch_size // accelerator.num_processes // config.num_accumulation_steps
-    return DataLoader(pictures, batch_size=size, sampler=sampler, num_workers=config.num_workers)
+    return DataLoader(data, batch_size=size, sampler=sampler, num_workers=config.num_workers)
 
 
 @contextmanager
@@ -491,28 +511,20 @@ def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def make_pipeline(model: DiT, config: TrainConfig, pictures: LabelledPictures) -> ClassToImagePipeline:
-    """The pipeline that samples what this config trains."""
-    scheduler = make_scheduler(config.objective, SCHEDULERS[config.objective.process][0])
-    pipeline = ClassToImagePipeline(
-        model, scheduler, id2label={str(label): name for label, name in enumerate(pictures.label_names)}
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def save_samples(path: Path, pipeline: ClassToImagePipeline, config: TrainConfig) -> None:
-    """A labelled grid, of classes spread over the list, from the run's seed."""
-    names = list(pipeline.labels)
-    chosen = [names[index * len(names) // config.num_samples] for index in range(config.num_samples)]
-    images = pipeline(
-        pipeline.get_label_ids(chosen),
+def save_samples(path: Path, task: Trainee, config: TrainConfig) -> None:
+    """A labelled grid, of things spread over the data, from the run's seed; of clips some frames each."""
+    sampler: Sampler = task.sampler(task.model, make_task_scheduler(config.objective))
+    sampler.pipeline.set_progress_bar_config(disable=True)
+    wanted, captions = task.showcase(config.num_samples)
+    samples = sampler.sample(
+        wanted,
         guidance_scale=config.sample_guidance_scale,
         num_inference_steps=config.sample_steps,
         generator=torch.Generator().manual_seed(config.seed),
-    ).images
+    ).cpu()
+    grid = frame_grid(samples, captions) if samples.ndim == 5 else labelled_grid(to_pictures(samples), captions)
     with atomic_file(path) as draft:
-        labelled_grid(images, chosen).save(draft)
+        grid.save(draft)
 
 
 class _Reporter:

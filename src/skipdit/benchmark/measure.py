@@ -1,0 +1,287 @@
+"""What every benchmark does alike: it makes a model's calls, counts and times them, and renders what came out.
+
+Weights are random. Steps are timed in turn, and a ratio is the median of those within a repetition: machines drift.
+"""
+
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipdit.cache.methods import CacheMethod
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.cache.schedule import IntervalSchedule
+from skipdit.cache.site import DeepFeatures
+from skipdit.files import atomic_file
+from skipdit.models.long_skip import LongSkipModel
+
+DType = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
+Kind = Literal["plain", "uncached", "full", "reuse"]
+Call = Callable[[], Tensor]
+Advance = Callable[..., object]
+Ratios = dict[str, float]
+
+ACHIEVED_TARGET = 0.95  # of the speedup that the FLOPs of a cached run allow
+FULL_AND_REUSE = IntervalSchedule(interval=2)
+SYNCHRONIZE: dict[Device, Callable[[], None]] = {"cpu": torch.cpu.synchronize, "cuda": torch.cuda.synchronize}
+CPUINFO, STATUS, CLEAR_REFS = (Path("/proc", name) for name in ("cpuinfo", "self/status", "self/clear_refs"))  # Linux
+
+
+def check_choice(name: str, chosen: Sequence, allowed: Sequence) -> None:
+    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
+        raise ValueError(f"{name} must be one or more of {', '.join(map(str, allowed))}, each once, got {chosen!r}")
+
+
+def check_positive(config: object, *names: str) -> None:
+    """`ValueError` where one of these fields is below 1; `None` passes."""
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def check_device(device: Device) -> None:
+    check_choice("device", (device,), get_args(Device))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device 'cuda' needs an NVIDIA GPU and a PyTorch that sees it, got none")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is called
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, plain or with long skips, and the arguments of its forward beside the timestep."""
+
+    model: nn.Module
+    arguments: Mapping[str, Tensor]
+
+    def call(self, timestep: float) -> Call:
+        """One forward, whose inputs are made now."""
+        hidden_states = self.arguments["hidden_states"]
+        timesteps = torch.full(hidden_states.shape[:1], timestep, dtype=torch.float32, device=hidden_states.device)
+        return lambda: self.model(timestep=timesteps, **self.arguments).sample
+
+    def calls(self, shallow_units: Sequence[int]) -> Iterator[tuple[Kind, int | None, Call]]:
+        """What is timed, in turn. Make each call once, before the next is asked for: the cache is on meanwhile."""
+        first, second = self.call(999), self.call(979)
+        if not isinstance(self.model, LongSkipModel) or not self.model.long_skip_links.sources:
+            yield "plain", None, first
+            return
+        for k in shallow_units:
+            enable_cache(self.model, CacheMethod(schedule=FULL_AND_REUSE, site=DeepFeatures(k)))
+            yield "full", k, first
+            yield "reuse", k, second
+            summary = cache_summary(self.model)
+            assert (summary.steps_full, summary.steps_reused) == (1, 1), str(summary)
+            disable_cache(self.model)
+        yield "uncached", None, first  # last: if a model's first call is slow, that shall not flatter the cache
+
+
+def fill_zeros(model: nn.Module) -> None:
+    """Layers that start as zero get random weights, else the cost of zeros would be measured."""
+    for weight in model.parameters():
+        if not weight.any():
+            nn.init.normal_(weight, std=0.02)
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """Of all weights of some models; a weight that they share counts once."""
+    weights = {id(weight): weight.nbytes for model in models for weight in model.parameters()}
+    return sum(weights.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a call costs
+
+
+def flops_of(call: Call) -> int:
+    """FLOPs of one call; a multiply-add counts two. In unfused attention, as the counter misses a CPU's fused one."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def time_call(call: Call, device: Device) -> tuple[float, int | None]:
+    """Seconds of one call, and the most bytes that the process held during it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR_REFS.exists():
+        CLEAR_REFS.write_text("5")  # resets VmHWM, proc(5)
+    SYNCHRONIZE[device]()
+    started = time.perf_counter()
+    call()
+    SYNCHRONIZE[device]()
+    return time.perf_counter() - started, peak_bytes(device)
+
+
+def peak_bytes(device: Device) -> int | None:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * int(STATUS.read_text().partition("VmHWM:")[2].split()[0]) if CLEAR_REFS.exists() else None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Of one call in every round: seconds, and the most bytes that the process held, `None` where it does not tell."""
+
+    seconds: tuple[float, ...]
+    peak_bytes: tuple[int | None, ...]
+
+    def peak(self, *, num_warmup: int = 0, others: int) -> int | None:
+        """The most bytes after the warm-up, less the `others`."""
+        peaks = [peak for peak in self.peak_bytes[num_warmup:] if peak is not None]
+        return max(peaks) - others if peaks else None
+
+
+def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: Device) -> list[Timed]:
+    """Makes all calls in turn, round for round; an entry a call."""
+    rounds = [[time_call(call, device) for call in calls()] for _ in range(num_rounds)]
+    return [Timed(*zip(*timed, strict=True)) for timed in zip(*rounds, strict=True)]
+
+
+@contextmanager
+def threads(num_threads: int | None) -> Iterator[None]:
+    """Inside, PyTorch computes with so many threads of the CPU; `None` leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def progress_bar(num_calls: int) -> Iterator[Advance]:
+    """Gives `advance(description=...)`, to be told of each call."""
+    with Progress() as progress:
+        yield partial(progress.update, progress.add_task("", total=num_calls), advance=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ratios
+
+
+class Measured(Protocol):
+    """FLOPs of a call, and its seconds in every repetition."""
+
+    @property
+    def flops(self) -> int: ...
+
+    @property
+    def seconds(self) -> tuple[float, ...]: ...
+
+
+def median_ratio(first: Measured, second: Measured) -> float:
+    """Seconds of the first over the second's."""
+    return median(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
+
+
+def run_speedup(full_steps: Sequence[bool], *, baseline: float, full: float, reuse: float) -> float:
+    """Cost of a run whose every step costs `baseline` over that of the cached run; in seconds or in FLOPs."""
+    return len(full_steps) * baseline / sum(full if is_full else reuse for is_full in full_steps)
+
+
+def step_ratios(full: Measured, reuse: Measured) -> Ratios:
+    """step_ratio: seconds of the full step over a reuse step. step_bound: the same in FLOPs."""
+    return {"step_ratio": median_ratio(full, reuse), "step_bound": full.flops / reuse.flops}
+
+
+def run_ratios(
+    full_steps: Sequence[bool], *, plain: Measured, uncached: Measured, full: Measured, reuse: Measured
+) -> Ratios:
+    """run_speedup, over_plain: seconds of a whole run, added up from steps, of the uncached and of the plain model over
+    the cached one. run_bound: the speedup in FLOPs. achieved: the speedup over its bound."""
+    rounds = list(zip(plain.seconds, uncached.seconds, full.seconds, reuse.seconds, strict=True))
+    speedup = median(run_speedup(full_steps, baseline=u, full=f, reuse=r) for _, u, f, r in rounds)
+    bound = run_speedup(full_steps, baseline=uncached.flops, full=full.flops, reuse=reuse.flops)
+    return {
+        "run_speedup": speedup,
+        "run_bound": bound,
+        "achieved": speedup / bound,
+        "over_plain": median(run_speedup(full_steps, baseline=p, full=f, reuse=r) for p, _, f, r in rounds),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def describe_environment(device: Device, seed: int) -> dict[str, str]:
+    """What the numbers depend on beside the config."""
+    names = re.findall(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
+    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "skipdit"))
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "cpu": f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else "not used",
+        "versions": f"python {platform.python_version()}, {packages}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": str(seed),
+    }
+
+
+def write_report(out: Path, name: str, *, json_text: str, markdown: str) -> None:
+    """`{name}.json` and `{name}.md` in `out`, which is made where there is none."""
+    for suffix, text in (("json", json_text), ("md", markdown)):
+        with atomic_file(out / f"{name}.{suffix}") as draft:
+            draft.write_text(text, encoding="utf-8")
+
+
+def header(environment: Mapping[str, str]) -> list[str]:
+    """Command and machine, as parts of a Markdown report."""
+    lines = (f"- {name}: {text}" for name, text in environment.items() if name != "command")
+    return [f"`{environment['command']}`", "\n".join(lines)]
+
+
+def cost_record(row: Measured) -> dict[str, object]:
+    """Cells of a table of steps: how long a step takes, in all repetitions."""
+    return {
+        "ms": f"{1e3 * median(row.seconds):.1f}",
+        "min to max": f"{1e3 * min(row.seconds):.1f} to {1e3 * max(row.seconds):.1f}",
+    }
+
+
+def flops_record(row: Measured) -> dict[str, object]:
+    """Cells of a table of steps: how much a step computes, and how fast."""
+    return {"GFLOP": f"{row.flops / 1e9:.2f}", "GFLOP/s": f"{row.flops / 1e9 / median(row.seconds):.0f}"}
+
+
+def mebibytes(num_bytes: int | None) -> str:
+    return "" if num_bytes is None else f"{num_bytes / 2**20:.0f}"
+
+
+def table(records: Sequence[Mapping[str, object]]) -> str:
+    """A Markdown table of records with the same keys."""
+    lines = [list(records[0]), ["---"] * len(records[0]), *(map(str, record.values()) for record in records)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def judge(what: str, values: Mapping[Any, float], target: float) -> str:
+    """A sentence that names what reaches the target and what does not."""
+    if not values:
+        return f"{what}: not measured."
+    reached, missed = (
+        ", ".join(f"{step} ({value:.3f})" for step, value in values.items() if (value >= target) is wanted)
+        for wanted in (True, False)
+    )
+    return f"{what}, target {target:g}: reached by {reached or 'none'}; missed by {missed or 'none'}."

@@ -1,0 +1,272 @@
+"""What class-to-image models cost: seconds, FLOPs and memory of full and reuse steps, beside the uncached and the
+plain model."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from skipdit.benchmark.measure import (
+    ACHIEVED_TARGET,
+    Advance,
+    Call,
+    Device,
+    DType,
+    Kind,
+    Ratios,
+    Subject,
+    check_choice,
+    check_device,
+    check_positive,
+    cost_record,
+    describe_environment,
+    fill_zeros,
+    flops_of,
+    flops_record,
+    header,
+    judge,
+    mebibytes,
+    median_ratio,
+    progress_bar,
+    run_ratios,
+    step_ratios,
+    table,
+    threads,
+    time_rounds,
+    weight_bytes,
+    write_report,
+)
+from skipdit.cache.schedule import IntervalSchedule, resolve
+from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.long_skip import LongSkipConfig
+
+Mode = Literal["eager", "compiled"]
+
+BFLOAT16_TARGETS = {"DiT-XL/2": 1.8}  # speed over float32
+BATCH_SIZES: dict[Device, dict[str, int]] = {  # by the size in a preset's name
+    "cpu": {"S": 8, "B": 4, "L": 2, "XL": 2},
+    "cuda": {"S": 128, "B": 64, "L": 32, "XL": 32},
+}
+SCHEDULE = IntervalSchedule(interval=2, start_timestep=1000, stop_timestep=20)  # the authors', arXiv 2411.17616
+FULL_STEPS = resolve(SCHEDULE, torch.linspace(999, 0, 50).round().tolist())
+NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")  # Inductor's and Triton's words
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBenchConfig:
+    """Which models are measured, and how often.
+
+    presets: each is measured as the plain model and with long skips. num_shallow_units: the values of k.
+    batch_sizes: one a preset; by default 8 for S, 4 for B, 2 for L and XL on a CPU, and 128, 64, 32, 32 on a GPU.
+    num_threads: of the CPU; by default PyTorch's choice. num_warmup: repetitions before those that count, at least 1.
+    """
+
+    presets: tuple[str, ...] = ("DiT-S/2", "DiT-XL/2")
+    dtypes: tuple[DType, ...] = ("float32", "bfloat16")
+    modes: tuple[Mode, ...] = ("eager", "compiled")
+    num_shallow_units: tuple[int, ...] = (1, 4)
+    batch_sizes: tuple[int, ...] = ()
+    device: Device = "cpu"
+    num_threads: int | None = None
+    num_repetitions: int = 5
+    num_warmup: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("presets", self.presets, tuple(PRESETS))
+        check_choice("dtypes", self.dtypes, get_args(DType))
+        check_choice("modes", self.modes, get_args(Mode))
+        check_choice("device", (self.device,), get_args(Device))
+        num_layers = min(PRESETS[preset][0] for preset in self.presets)
+        check_choice("num_shallow_units", self.num_shallow_units, range(1, (num_layers + 1) // 2))
+        if self.batch_sizes and (len(self.batch_sizes) != len(self.presets) or min(self.batch_sizes) < 1):
+            raise ValueError(f"batch_sizes must be {len(self.presets)} numbers above 0 or none, got {self.batch_sizes}")
+        check_positive(self, "num_threads", "num_repetitions", "num_warmup")
+
+    def batch_size(self, preset: str) -> int:
+        default = BATCH_SIZES[self.device][preset.removeprefix("DiT-").partition("/")[0]]
+        return self.batch_sizes[self.presets.index(preset)] if self.batch_sizes else default
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is timed: a forward of the plain model or of the uncached long-skip model, or a step of the cached one."""
+
+    preset: str
+    mode: Mode
+    dtype: DType
+    kind: Kind
+    num_shallow_units: int | None = None
+
+    def __str__(self) -> str:
+        k = f" k={self.num_shallow_units}" if self.num_shallow_units else ""
+        return f"{self.preset} {self.mode} {self.dtype} {self.kind}{k}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a step costs.
+
+    flops: of the batch; a multiply-add counts two. seconds: of every repetition. first_seconds: with the compilation.
+    peak_bytes: the most that the process held in a call, resident on a CPU, allocated on a GPU, less the weights of the
+    preset's other models; `None` where the system does not tell.
+    """
+
+    step: Step
+    batch_size: int
+    flops: int
+    seconds: tuple[float, ...]
+    first_seconds: float
+    peak_bytes: int | None
+
+
+def ratios_of(full: Row, rows: Mapping[Step, Row]) -> Ratios:
+    """The cached model of a full step beside its uncached and its plain self: `step_ratios`, `run_ratios`, and as
+    overhead the seconds of the full step over the uncached forward."""
+    plain, uncached = (rows[replace(full.step, kind=kind, num_shallow_units=None)] for kind in ("plain", "uncached"))
+    reuse = rows[replace(full.step, kind="reuse")]
+    run = run_ratios(FULL_STEPS, plain=plain, uncached=uncached, full=full, reuse=reuse)
+    return step_ratios(full, reuse) | run | {"overhead": median_ratio(full, uncached)}
+
+
+def speed_over_float32(row: Row, rows: Mapping[Step, Row]) -> float | None:
+    """Seconds of the same step in float32 over this one's; `None` where that was not measured."""
+    base = rows.get(replace(row.step, dtype="float32"))
+    return None if base is None else median_ratio(base, row)
+
+
+def make_subject(config: ModelBenchConfig, preset: str, dtype: DType, long_skip: LongSkipConfig | None) -> Subject:
+    """Random weights and inputs."""
+    torch.manual_seed(config.seed)
+    model = DiT.from_preset(preset, long_skip=long_skip).eval()
+    fill_zeros(model)
+    shape = (config.batch_size(preset), *(model.config[name] for name in ("in_channels", "sample_size", "sample_size")))
+    class_labels = torch.randint(model.config["num_classes"], shape[:1]).to(config.device)
+    hidden_states = torch.randn(shape).to(config.device, getattr(torch, dtype))
+    nn.Module.to(model, config.device, hidden_states.dtype)  # diffusers' own warns at every cast
+    return Subject(model, {"hidden_states": hidden_states, "class_labels": class_labels})
+
+
+def check_compiler(device: Device) -> None:
+    """`ValueError` where PyTorch finds no compiler to compile with; other failures pass."""
+    try:
+        torch.compile(torch.neg, fullgraph=True)(torch.ones(8, device=device))
+    except RuntimeError as error:
+        missing = NO_COMPILER.search(str(error))
+        if missing is None:
+            raise
+        remedy = "install one such as g++ or name it in CXX, or measure mode 'eager' alone"
+        raise ValueError(f"mode 'compiled' needs a C++ compiler ({missing[0]}): {remedy}") from error
+
+
+@torch.no_grad()
+def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> list[Row]:
+    """The rows of one preset, in every mode and dtype; `advance(description=...)` is told of each call."""
+    skips = (None, LongSkipConfig())
+    subjects: list[tuple[DType, Subject]] = [
+        (dtype, make_subject(config, preset, dtype, skip)) for dtype in config.dtypes for skip in skips
+    ]
+    total_bytes = weight_bytes(*(subject.model for _, subject in subjects))
+
+    def calls(mode: Mode) -> Iterator[tuple[Step, Subject, Call]]:
+        for dtype, subject in subjects:
+            for kind, k, call in subject.calls(config.num_shallow_units):
+                step = Step(preset, mode, dtype, kind, k)
+                advance(description=str(step))
+                yield step, subject, call
+
+    counted = [(step, flops_of(call), total_bytes - weight_bytes(each.model)) for step, each, call in calls("eager")]
+    size, num_warmup, rows = config.batch_size(preset), config.num_warmup, []
+    for mode in sorted(config.modes, reverse=True):  # eager first, for what is compiled stays so
+        if mode == "compiled":
+            torch.compiler.reset()
+            for _, subject in subjects:
+                subject.model.compile(fullgraph=True)
+        num_rounds = num_warmup + config.num_repetitions
+        with torch._dynamo.config.patch(cache_size_limit=64):  # a graph for each step; torch 2.6 has only this name
+            timed = time_rounds(lambda mode=mode: (call for _, _, call in calls(mode)), num_rounds, config.device)
+        for (step, flops, others), each in zip(counted, timed, strict=True):
+            peak = each.peak(num_warmup=num_warmup, others=others)
+            rows.append(Row(replace(step, mode=mode), size, flops, each.seconds[num_warmup:], each.seconds[0], peak))
+    return rows
+
+
+def bench_models(config: ModelBenchConfig, out: Path) -> list[Row]:
+    """Measures every model of the config, and writes `class_to_image_{device}.json` and `.md` into `out`.
+
+    `ValueError` where the device or the compiler that the config asks for is missing, before anything is measured.
+    """
+    check_device(config.device)
+    with threads(config.num_threads):
+        if "compiled" in config.modes:
+            check_compiler(config.device)
+        environment = describe_environment(config.device, config.seed)
+        num_steps = len(config.dtypes) * (2 + 2 * len(config.num_shallow_units))
+        num_rounds = 1 + len(config.modes) * (config.num_warmup + config.num_repetitions)
+        with progress_bar(len(config.presets) * num_rounds * num_steps) as advance:
+            rows = [row for preset in config.presets for row in bench_preset(config, preset, advance)]
+
+    by_step = {row.step: row for row in rows}
+    ratios = {row.step: ratios_of(row, by_step) for row in rows if row.step.kind == "full"}
+    write_report(
+        out,
+        f"class_to_image_{config.device}",
+        json_text=render_json(environment, config, by_step, ratios),
+        markdown=render_markdown(environment, by_step, ratios),
+    )
+    return rows
+
+
+def render_json(
+    environment: Mapping[str, str], config: ModelBenchConfig, rows: Mapping[Step, Row], ratios: Mapping[Step, Ratios]
+) -> str:
+    report = {
+        "environment": environment,
+        "config": asdict(config),
+        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows.values()],
+        "ratios": [{"step": asdict(step), **values} for step, values in ratios.items()],
+    }
+    return json.dumps(report, indent=1) + "\n"
+
+
+def render_markdown(environment: Mapping[str, str], rows: Mapping[Step, Row], ratios: Mapping[Step, Ratios]) -> str:
+    """Command and machine, what steps cost, the ratios, and in words what reaches its target."""
+    speeds = {step: speed_over_float32(row, rows) for step, row in rows.items()}
+    parts = [
+        *header(environment),
+        table([row_record(row, speeds[step]) for step, row in rows.items()]),
+        f"A run has {len(FULL_STEPS)} steps with {SCHEDULE}, {sum(FULL_STEPS)} of them full; its time is added up from "
+        "the steps above. A bound is the same ratio in FLOPs.",
+        table([{"step": step} | {name: f"{x:.3f}" for name, x in values.items()} for step, values in ratios.items()]),
+        *verdict(speeds, ratios),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def row_record(row: Row, speed: float | None) -> dict[str, object]:
+    return {
+        "step": row.step,
+        "batch": row.batch_size,
+        **cost_record(row),
+        "over float32": "" if speed is None else f"{speed:.2f}",
+        **flops_record(row),
+        "first call s": f"{row.first_seconds:.1f}",
+        "peak MiB": mebibytes(row.peak_bytes),
+    }
+
+
+def verdict(speeds: Mapping[Step, float | None], ratios: Mapping[Step, Ratios]) -> Iterator[str]:
+    """In words, what reaches its target and what does not."""
+    achieved = {step: values["achieved"] for step, values in ratios.items()}
+    yield judge("Run speedup over its bound", achieved, ACHIEVED_TARGET)
+    for preset, target in BFLOAT16_TARGETS.items():
+        own = {step: x for step, x in speeds.items() if x and (step.preset, step.dtype) == (preset, "bfloat16")}
+        yield judge(f"Speed of bfloat16 over float32 of {preset}", own, target)
+    overheads = [values["overhead"] for values in ratios.values()]
+    yield f"A full step with the cache takes {min(overheads):.3f} to {max(overheads):.3f} times the uncached forward."

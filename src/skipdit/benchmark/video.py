@@ -1,0 +1,276 @@
+"""What video models cost with all, a few and no long skips: full and reuse steps, whole cached runs, and memory."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+
+from skipdit.benchmark.measure import (
+    ACHIEVED_TARGET,
+    Advance,
+    Call,
+    Ratios,
+    Subject,
+    check_device,
+    cost_record,
+    describe_environment,
+    flops_of,
+    flops_record,
+    header,
+    judge,
+    mebibytes,
+    median_ratio,
+    progress_bar,
+    run_ratios,
+    step_ratios,
+    table,
+    threads,
+    time_rounds,
+    weight_bytes,
+    write_report,
+)
+from skipdit.benchmark.video_models import (
+    Size,
+    Task,
+    VideoBenchConfig,
+    VideoStep,
+    feature_bytes,
+    make_subjects,
+    num_outputs,
+)
+from skipdit.cache.methods import parse_method
+from skipdit.cache.runtime import cache_summary
+from skipdit.cache.schedule import resolve
+from skipdit.diffusion import Objective, make_scheduler
+
+# the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM
+SCHEDULES: dict[Task, tuple[str, ...]] = {
+    "class-to-video": ("N2-900-50", "N3-900-50"),
+    "text-to-video": ("N2-700-50", "N3-700-50"),
+}
+NUM_INFERENCE_STEPS = 50
+
+
+@dataclass(frozen=True)
+class VideoRow:
+    """What a step costs.
+
+    flops: of the batch; a multiply-add counts two. seconds: of every repetition. bytes_held: by the cache after a reuse
+    step, one context; features_held: how many tensors of hidden states that is. output_bytes: what keeping the outputs
+    of all num_outputs attentions and MLPs would take. peak_bytes: the most that the process held in a call, resident on
+    a CPU, allocated on a GPU, less the weights that only the other models of this size have; `None` where the system
+    does not tell.
+    """
+
+    step: VideoStep
+    num_frames: int
+    batch_size: int
+    flops: int
+    seconds: tuple[float, ...]
+    bytes_held: int
+    features_held: int
+    num_outputs: int
+    output_bytes: int
+    peak_bytes: int | None
+
+
+@torch.no_grad()
+def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[VideoRow]:
+    """The rows of one model; `advance(description=...)` is told of each call. Counting FLOPs calls everything once: the
+    warm-up."""
+    subjects = make_subjects(config, size)
+    plain = subjects[0][1].model
+    total_bytes, a_feature = weight_bytes(*(each.model for _, each in subjects)), feature_bytes(config, size, plain)
+    outputs = num_outputs(plain)
+
+    def calls() -> Iterator[tuple[VideoStep, Subject, Call]]:
+        for uncached, subject in subjects:
+            for kind, k, call in subject.calls(config.num_shallow_units):
+                step = replace(uncached, kind=uncached.kind if k is None else kind, num_shallow_units=k)
+                advance(description=str(step))
+                yield step, subject, call
+
+    counted = []
+    for step, subject, call in calls():
+        flops = flops_of(call)
+        held = cache_summary(subject.model).bytes_held if step.kind == "reuse" else 0
+        counted.append((step, flops, held, total_bytes - weight_bytes(subject.model)))
+    timed = time_rounds(lambda: (call for _, _, call in calls()), config.num_repetitions, config.device)
+    rows = []
+    for (step, flops, held, others), each in zip(counted, timed, strict=True):
+        features, rest = divmod(held, a_feature)
+        assert rest == 0, f"{held} bytes held, {a_feature} a tensor of hidden states"
+        peak = each.peak(others=others)
+        memory = (held, features, outputs, outputs * a_feature, peak)
+        rows.append(VideoRow(step, size.num_frames, config.batch_size, flops, each.seconds, *memory))
+    return rows
+
+
+def full_steps(spec: str) -> tuple[bool, ...]:
+    """For each step of a run with DDIM, whether the schedule has it full."""
+    scheduler = cast(Any, make_scheduler(Objective(learned_variance=True), "ddim"))
+    scheduler.set_timesteps(NUM_INFERENCE_STEPS)
+    return resolve(parse_method(spec).schedule, scheduler.timesteps.tolist())
+
+
+@dataclass(frozen=True)
+class CachedRun:
+    """A run with a schedule, added up from full and reuse steps, of which `num_full` are full: its `run_ratios`."""
+
+    schedule: str
+    num_full: int
+    ratios: Ratios
+
+
+@dataclass(frozen=True)
+class CachedStep:
+    """A full step with k, its ratios to its reuse step and to the models without a cache, and the runs."""
+
+    step: VideoStep
+    ratios: Ratios
+    runs: tuple[CachedRun, ...]
+
+
+def cached_steps(task: Task, rows: Mapping[VideoStep, VideoRow]) -> list[CachedStep]:
+    """Of the rows of one model. Its ratios: `step_ratios`; as overhead the seconds of the full step over the uncached
+    forward; as skips_over_plain those of the uncached forward over the plain model's."""
+    schedules = {spec: full_steps(spec) for spec in SCHEDULES[task]}
+    cached = []
+    for full in (row for row in rows.values() if row.step.kind == "full"):
+        reuse = rows[replace(full.step, kind="reuse")]
+        uncached = rows[replace(full.step, kind="uncached", num_shallow_units=None)]
+        plain = rows[VideoStep(full.step.model, 0, "plain")]
+        runs = (
+            CachedRun(spec, sum(steps), run_ratios(steps, plain=plain, uncached=uncached, full=full, reuse=reuse))
+            for spec, steps in schedules.items()
+        )
+        overheads = {"overhead": median_ratio(full, uncached), "skips_over_plain": median_ratio(uncached, plain)}
+        cached.append(CachedStep(full.step, step_ratios(full, reuse) | overheads, tuple(runs)))
+    return cached
+
+
+def swap_ratios(rows: Mapping[VideoStep, VideoRow]) -> dict[str, Ratios]:
+    """By model with opened units, the seconds of its forward over the plain one's, and those of the plain one, measured
+    once more, over itself."""
+    ratios = {}
+    for step, opened in rows.items():
+        if step.kind == "opened":
+            plain, again = rows[replace(step, kind="plain")], rows[replace(step, kind="plain again")]
+            ratios[step.model] = {"opened": median_ratio(opened, plain), "plain_again": median_ratio(again, plain)}
+    return ratios
+
+
+def bench_videos(config: VideoBenchConfig, out: Path) -> list[VideoRow]:
+    """Measures every model of the config, and writes `video_{device}.json` and `.md` into `out`.
+
+    `ValueError` where the device that the config asks for is missing, before anything is measured.
+    """
+    check_device(config.device)
+    rows, cached = {}, []
+    with threads(config.num_threads):
+        environment = describe_environment(config.device, config.seed)
+        linked = len(config.num_pairs) * (1 + 2 * len(config.num_shallow_units))
+        num_steps = sum(linked + (3 if size.task == "text-to-video" else 1) for size in config.sizes())
+        with progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
+            for size in config.sizes():
+                own = {row.step: row for row in bench_size(config, size, advance)}
+                rows |= own
+                cached += cached_steps(size.task, own)
+    write_report(
+        out,
+        f"video_{config.device}",
+        json_text=render_json(environment, config, rows, cached),
+        markdown=render_markdown(environment, rows, cached),
+    )
+    return list(rows.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def render_json(
+    environment: Mapping[str, str],
+    config: VideoBenchConfig,
+    rows: Mapping[VideoStep, VideoRow],
+    cached: Sequence[CachedStep],
+) -> str:
+    report = {
+        "environment": environment,
+        "config": asdict(config),
+        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows.values()],
+        "ratios": [asdict(each) for each in cached],
+        "class_swap": swap_ratios(rows),
+    }
+    return json.dumps(report, indent=1) + "\n"
+
+
+def render_markdown(
+    environment: Mapping[str, str], rows: Mapping[VideoStep, VideoRow], cached: Sequence[CachedStep]
+) -> str:
+    """Command and machine, what steps and runs cost, what the cache holds, and in words what reaches its target."""
+    reuse = {each.step: rows[replace(each.step, kind="reuse")] for each in cached}
+    parts = [
+        *header(environment),
+        table([row_record(row, rows[VideoStep(row.step.model, 0, "plain")]) for row in rows.values()]),
+        "A full step beside its reuse step (step_ratio; step_bound is the same ratio in FLOPs), the uncached forward "
+        "(overhead), and the uncached forward beside that of the plain model (skips_over_plain).",
+        table([step_record(each, rows[each.step], reuse[each.step]) for each in cached]),
+        f"A run has {NUM_INFERENCE_STEPS} steps of DDIM; its time is added up from the steps above. A bound is the "
+        "same ratio in FLOPs.",
+        table([run_record(each.step, run) for each in cached for run in each.runs]),
+        "What the cache holds in a context after a reuse step, beside the outputs of all attentions and MLPs.",
+        table([memory_record(row) for row in reuse.values()]),
+        *verdict(cached, rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def row_record(row: VideoRow, plain: VideoRow) -> dict[str, object]:
+    return {
+        "step": row.step,
+        "batch": row.batch_size,
+        "frames": row.num_frames,
+        **cost_record(row),
+        "over plain": f"{median_ratio(row, plain):.3f}",
+        **flops_record(row),
+        "peak MiB": mebibytes(row.peak_bytes),
+    }
+
+
+def step_record(cached: CachedStep, full: VideoRow, reuse: VideoRow) -> dict[str, object]:
+    seconds = {"full s": f"{median(full.seconds):.3f}", "reuse s": f"{median(reuse.seconds):.3f}"}
+    return {"step": cached.step, **seconds, **{name: f"{x:.3f}" for name, x in cached.ratios.items()}}
+
+
+def run_record(step: VideoStep, run: CachedRun) -> dict[str, object]:
+    ratios = {name: f"{x:.3f}" for name, x in run.ratios.items()}
+    return {"step": step, "schedule": run.schedule, "full steps": run.num_full, **ratios}
+
+
+def memory_record(row: VideoRow) -> dict[str, object]:
+    return {
+        "step": row.step,
+        "held MiB": f"{row.bytes_held / 2**20:.2f}",
+        "tensors": row.features_held,
+        "all outputs MiB": f"{row.output_bytes / 2**20:.2f}",
+        "outputs": row.num_outputs,
+        "outputs over held": f"{row.output_bytes / row.bytes_held:.1f}",
+    }
+
+
+def verdict(cached: Sequence[CachedStep], rows: Mapping[VideoStep, VideoRow]) -> Iterator[str]:
+    """In words, what reaches its target and what does not, and what the class swap costs."""
+    achieved = {f"{each.step} {run.schedule}": run.ratios["achieved"] for each in cached for run in each.runs}
+    yield judge("Run speedup over its bound", achieved, ACHIEVED_TARGET)
+    overheads = [each.ratios["overhead"] for each in cached]
+    yield f"A full step with the cache takes {min(overheads):.3f} to {max(overheads):.3f} times the uncached forward."
+    for model, ratios in swap_ratios(rows).items():
+        yield (
+            f"{model} with its units opened takes {ratios['opened']:.3f} times the plain forward, which takes "
+            f"{ratios['plain_again']:.3f} times itself when measured again."
+        )

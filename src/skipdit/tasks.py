@@ -1,0 +1,587 @@
+"""The four tasks: which model a run trains, how a batch reaches it, and how a pipeline makes pictures or clips.
+
+Class-to-image and class-to-video are our DiT and Latte. Text-to-image and text-to-video are the classes of diffusers,
+HunyuanDiT2DModel and LatteTransformer3DModel, conditioned on the sentence encoder of `skipdit.text`; they are sampled
+by diffusers' own pipelines, in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel, SchedulerMixin
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from skipdit.clips import ClipConfig, LabelledClips, open_clips
+from skipdit.data import DataConfig, LabelledPictures, open_pictures
+from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
+from skipdit.models.dit import DiT
+from skipdit.models.inflate import inflate_latte, inflate_text_latte
+from skipdit.models.latte import Latte
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips, open_units
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder, quiet
+
+if TYPE_CHECKING:
+    from diffusers import HunyuanDiTPipeline, LattePipeline
+
+Items = LabelledPictures | LabelledClips
+# tokens of a prompt, the two special ones included; the longest caption of the emoji has 18
+MAX_PROMPT_TOKENS = 24
+# diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
+LATENT_SCALE = 8
+
+
+def open_items(config: DataConfig | ClipConfig) -> Items:
+    """The pictures or clips that a config names."""
+    return open_clips(config) if isinstance(config, ClipConfig) else open_pictures(config)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Makes pictures or clips from what a person asks for: class names or prompts. Abstract.
+
+    pipeline: a diffusers pipeline.
+    """
+
+    task: ClassVar[str]
+    pipeline: Any
+
+    def sample(
+        self,
+        wanted: Sequence[Any],
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        generator: torch.Generator,
+        guidance_channels: int | None = None,
+    ) -> Tensor:
+        """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ClassToImageSampler(Sampler):
+    task: ClassVar[str] = "class-to-image"
+    pipeline: ClassToImagePipeline
+
+    def sample(self, wanted: Sequence[int], **options: Any) -> Tensor:
+        return self.pipeline(wanted, output_type="pt", **options).images.float()
+
+
+@dataclass(frozen=True)
+class ClassToVideoSampler(Sampler):
+    task: ClassVar[str] = "class-to-video"
+    pipeline: ClassToVideoPipeline
+
+    def sample(self, wanted: Sequence[int], **options: Any) -> Tensor:
+        return self.pipeline(wanted, output_type="pt", **options).frames.float()
+
+
+def _pixels(sample: Tensor) -> Tensor:
+    return (sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def refuse_guidance_channels(guidance_channels: int | None) -> None:
+    """Only our own pipelines guide some channels alone."""
+    if guidance_channels is not None:
+        raise ValueError(f"guidance_channels is for class-conditional models, got {guidance_channels}")
+
+
+@dataclass(frozen=True)
+class TextToImageSampler(Sampler):
+    """The pooled sentence takes the place of HunyuanDiT's CLIP tokens, the token states that of its T5 tokens."""
+
+    task: ClassVar[str] = "text-to-image"
+    pipeline: "HunyuanDiTPipeline"
+
+    def sample(
+        self,
+        wanted: Sequence[str],
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        generator: torch.Generator,
+        guidance_channels: int | None = None,
+    ) -> Tensor:
+        refuse_guidance_channels(guidance_channels)
+        pipeline: Any = self.pipeline
+        model = pipeline.transformer
+        states = load_encoder().encode([*wanted, ""], model.config.text_len_t5).to(model.device, model.dtype)
+        prompts = states[torch.arange(len(wanted))]
+        nothing = states[torch.full((len(wanted),), len(wanted))]
+        size = model.config.sample_size * LATENT_SCALE
+        output = pipeline(
+            prompt_embeds=prompts.pooled[:, None],
+            prompt_embeds_2=prompts.tokens,
+            prompt_attention_mask=torch.ones_like(prompts.mask[:, :1]),
+            prompt_attention_mask_2=prompts.mask,
+            negative_prompt_embeds=nothing.pooled[:, None],
+            negative_prompt_embeds_2=nothing.tokens,
+            negative_prompt_attention_mask=torch.ones_like(nothing.mask[:, :1]),
+            negative_prompt_attention_mask_2=nothing.mask,
+            height=size,
+            width=size,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            use_resolution_binning=False,
+            output_type="latent",
+        )
+        return _pixels(output.images)
+
+
+@dataclass(frozen=True)
+class TextToVideoSampler(Sampler):
+    task: ClassVar[str] = "text-to-video"
+    pipeline: "LattePipeline"
+
+    def sample(
+        self,
+        wanted: Sequence[str],
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        generator: torch.Generator,
+        guidance_channels: int | None = None,
+    ) -> Tensor:
+        refuse_guidance_channels(guidance_channels)
+        pipeline: Any = self.pipeline
+        model = pipeline.transformer
+        states = load_encoder().encode([*wanted, ""], MAX_PROMPT_TOKENS).to(model.device, model.dtype)
+        size = model.config.sample_size * LATENT_SCALE
+        output = pipeline(
+            prompt_embeds=states.tokens[:-1],
+            negative_prompt=None,
+            negative_prompt_embeds=states.tokens[-1:].expand(len(wanted), -1, -1),
+            video_length=model.config.video_length,
+            height=size,
+            width=size,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            output_type="latent",
+        )
+        return _pixels(output.frames.transpose(1, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model in training, and how a batch reaches it. Abstract.
+
+    items: pictures or clips. data: what a step draws from, pixels and a number. num_variants: how many numbers, from
+    the item's own number times this, stand for an item; a step draws one. null_label: the number that means "nothing
+    said", which guidance needs.
+    """
+
+    model: nn.Module
+    items: Any
+
+    @property
+    def data(self) -> Dataset[Any]:
+        return self.items
+
+    @property
+    def num_variants(self) -> int:
+        return 1
+
+    @property
+    def null_label(self) -> int:
+        raise NotImplementedError
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        """The prediction for pixels (b c h w) or (b f c h w), by `model`, which is `self.model` or wraps it."""
+        raise NotImplementedError
+
+    def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> Sampler:
+        """What samples the trained model."""
+        raise NotImplementedError
+
+    def showcase(self, count: int) -> tuple[list[Any], list[str]]:
+        """What to ask for, spread over the classes, and captions."""
+        chosen = _spread(len(self.items.label_names), count)
+        return chosen, [self.items.label_names[label] for label in chosen]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    return [index * length // count for index in range(count)]
+
+
+def _label_names(items: Items) -> dict[str, str]:
+    return {str(label): name for label, name in enumerate(items.label_names)}
+
+
+def _with_long_skips(model: nn.Module, config: LongSkipConfig | None) -> nn.Module:
+    if config is not None and not cast(Any, model).config.get("long_skip"):
+        add_long_skips(model, config)
+    return model
+
+
+@dataclass(frozen=True)
+class ClassToImage(Trainee):
+    """A DiT on pictures with classes."""
+
+    items: LabelledPictures
+
+    @property
+    def null_label(self) -> int:
+        return cast(DiT, self.model).null_class_label
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        return model(noisy, timesteps, class_labels=labels).sample
+
+    def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToImageSampler:
+        return ClassToImageSampler(ClassToImagePipeline(cast(DiT, model), scheduler, id2label=_label_names(self.items)))
+
+
+@dataclass(frozen=True)
+class ClassToVideo(Trainee):
+    """A Latte on clips with classes, and on single pictures with theirs (joint training, arXiv 2401.03048, 3.3)."""
+
+    items: LabelledClips
+
+    @property
+    def null_label(self) -> int:
+        return cast(Latte, self.model).null_class_label
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        if labels.ndim == 1:
+            return model(noisy, timesteps, class_labels=labels).sample
+        pictures = {"num_images": labels.shape[1] - 1, "image_class_labels": labels[:, 1:]}
+        return model(noisy, timesteps, class_labels=labels[:, 0], **pictures).sample
+
+    def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToVideoSampler:
+        return ClassToVideoSampler(
+            ClassToVideoPipeline(cast(Latte, model), scheduler, id2label=_label_names(self.items))
+        )
+
+
+class Numbered(Dataset[tuple[Tensor, int]]):
+    """Items with their number instead of their class."""
+
+    def __init__(self, items: Items) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.items[index][0], index
+
+
+@dataclass(frozen=True)
+class Captioned(Trainee):
+    """What both text tasks share: the states of every caption, computed once; the last is that of the empty prompt.
+    Abstract."""
+
+    items: Items
+
+    @property
+    def data(self) -> Numbered:
+        return Numbered(self.items)
+
+    @property
+    def num_variants(self) -> int:
+        return len(self.items.captions[0])
+
+    @property
+    def null_label(self) -> int:
+        return len(self.items) * self.num_variants
+
+    @cached_property
+    def states(self) -> PromptStates:
+        captions = [caption for variants in self.items.captions for caption in variants]
+        return load_encoder().encode([*captions, ""], MAX_PROMPT_TOKENS)
+
+    def showcase(self, count: int) -> tuple[list[str], list[str]]:
+        chosen = [self.items.captions[index][0] for index in _spread(len(self.items), count)]
+        return chosen, chosen
+
+
+@dataclass(frozen=True)
+class TextToImage(Captioned):
+    """A HunyuanDiT on pictures with captions."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        states = self.states[labels.cpu()].to(noisy.device, torch.float32)
+        own = cast(Any, self.model)
+        grid = own.config.sample_size // own.config.patch_size
+        base = 512 // LATENT_SCALE // own.config.patch_size  # as HunyuanDiTPipeline computes it for a square picture
+        rotary = get_2d_rotary_pos_embed(
+            own.inner_dim // own.num_heads,
+            ((0, 0), (base, base)),
+            (grid, grid),
+            device=noisy.device,
+            output_type="pt",
+        )
+        output = model(
+            noisy,
+            timesteps.to(noisy.dtype),
+            encoder_hidden_states=states.pooled[:, None],
+            text_embedding_mask=torch.ones_like(states.mask[:, :1]),
+            encoder_hidden_states_t5=states.tokens,
+            text_embedding_mask_t5=states.mask,
+            image_rotary_emb=rotary,
+        )
+        return output.sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
+
+    def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToImageSampler:
+        return text_to_image_sampler(cast(Any, model), scheduler)
+
+
+@dataclass(frozen=True)
+class TextToVideo(Captioned):
+    """diffusers' Latte on clips with captions."""
+
+    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        states = self.states[labels.cpu()].to(noisy.device, torch.float32)
+        output = model(noisy.transpose(1, 2), timestep=timesteps, encoder_hidden_states=states.tokens)
+        return output.sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
+
+    def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToVideoSampler:
+        return text_to_video_sampler(cast(Any, model), scheduler)
+
+
+def text_to_image_sampler(transformer: HunyuanDiT2DModel, scheduler: SchedulerMixin) -> TextToImageSampler:
+    """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
+    check_text_installed()
+    with quiet():
+        from diffusers import HunyuanDiTPipeline
+    pipeline = HunyuanDiTPipeline(
+        vae=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        transformer=transformer,
+        scheduler=cast(Any, scheduler),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    return TextToImageSampler(pipeline)
+
+
+def text_to_video_sampler(transformer: LatteTransformer3DModel, scheduler: SchedulerMixin) -> TextToVideoSampler:
+    """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
+    check_text_installed()
+    with quiet():
+        from diffusers import LattePipeline
+    pipeline = LattePipeline(
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        vae=None,  # pyright: ignore[reportArgumentType]
+        transformer=transformer,
+        scheduler=cast(Any, scheduler),
+    )
+    return TextToVideoSampler(pipeline)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run builds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What all four models have. Abstract: `build` gives a fresh model, or `start`, with the long skips that the config
+    asks for where it has none."""
+
+    num_layers: int = 12
+    num_attention_heads: int = 6
+    attention_head_dim: int = 64
+    patch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Sizes):
+    """The sizes of a DiT; classes and pixels come from the data."""
+
+    long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
+
+    def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
+        if not isinstance(items, LabelledPictures):
+            raise ValueError("a class-to-image model trains on pictures: give it a DataConfig")
+        if start is None:
+            start = DiT(
+                sample_size=items.size,
+                patch_size=self.patch_size,
+                in_channels=3,
+                out_channels=6 if objective.learned_variance else 3,
+                num_layers=self.num_layers,
+                num_attention_heads=self.num_attention_heads,
+                attention_head_dim=self.attention_head_dim,
+                num_classes=len(items.label_names),
+                long_skip=self.long_skip,
+            )
+        return ClassToImage(_with_long_skips(start, self.long_skip), items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoModelConfig(Sizes):
+    """The sizes of a Latte; classes, frames and pixels come from the data. num_layers: two are a pair.
+
+    inflate: start from the spatial weights of this class-to-image model, `emoji` or the folder of a pipeline: of its
+    outermost blocks as many as there are pairs. Blocks over time start as the identity, so at first each frame is a
+    picture of its own.
+    """
+
+    long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
+    inflate: str | None = None
+
+    def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
+        if not isinstance(items, LabelledClips):
+            raise ValueError("a class-to-video model trains on clips: give it a ClipConfig")
+        if start is None:
+            start = Latte(
+                sample_size=items.size,
+                num_frames=items.num_frames,
+                patch_size=self.patch_size,
+                in_channels=3,
+                out_channels=6 if objective.learned_variance else 3,
+                num_layers=self.num_layers,
+                num_attention_heads=self.num_attention_heads,
+                attention_head_dim=self.attention_head_dim,
+                num_classes=len(items.label_names),
+                long_skip=self.long_skip,
+            )
+            if self.inflate is not None:
+                pictures = load_pictures_pipeline(self.inflate)
+                labels = pictures.labels
+                rows = {row: labels[name] for row, name in enumerate(items.label_names) if name in labels}
+                inflate_latte(start, pictures.transformer, rows)
+        return ClassToVideo(_with_long_skips(start, self.long_skip), items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToImageModelConfig(Sizes):
+    """The sizes of a HunyuanDiT, which has long skips of its own: all pairs but the two middle blocks."""
+
+    mlp_ratio: float = 4.0
+
+    def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
+        if not isinstance(items, LabelledPictures):
+            raise ValueError("a text-to-image model trains on pictures: give it a DataConfig")
+        if start is None:
+            start = HunyuanDiT2DModel(
+                num_attention_heads=self.num_attention_heads,
+                attention_head_dim=self.attention_head_dim,
+                in_channels=3,
+                patch_size=self.patch_size,
+                sample_size=items.size,
+                hidden_size=self.num_attention_heads * self.attention_head_dim,
+                num_layers=self.num_layers,
+                mlp_ratio=self.mlp_ratio,
+                cross_attention_dim=WIDTH,
+                cross_attention_dim_t5=WIDTH,
+                pooled_projection_dim=WIDTH,
+                text_len=1,
+                text_len_t5=MAX_PROMPT_TOKENS,
+                use_style_cond_and_image_meta_size=False,
+            )
+            init_hunyuan(start)
+        open_units(start)
+        return TextToImage(start, items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToVideoModelConfig(Sizes):
+    """The sizes of diffusers' LatteTransformer3DModel with long skips. num_layers: its (spatial, temporal) pairs.
+
+    inflate: start from the weights of this class-to-image model, as for class-to-video; text and time start unheard.
+    """
+
+    long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
+    inflate: str | None = None
+
+    def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
+        if not isinstance(items, LabelledClips) or items.num_pictures:
+            raise ValueError("a text-to-video model trains on clips: give it a ClipConfig without num_pictures")
+        if start is None:
+            start = LatteTransformer3DModel(
+                num_attention_heads=self.num_attention_heads,
+                attention_head_dim=self.attention_head_dim,
+                in_channels=3,
+                out_channels=6,
+                num_layers=self.num_layers,
+                cross_attention_dim=self.num_attention_heads * self.attention_head_dim,
+                attention_bias=True,
+                sample_size=items.size,
+                patch_size=self.patch_size,
+                activation_fn="gelu-approximate",
+                num_embeds_ada_norm=1000,
+                norm_type="ada_norm_single",
+                norm_elementwise_affine=False,
+                norm_eps=1e-6,
+                caption_channels=WIDTH,
+                video_length=items.num_frames,
+            )
+            init_latte_t2v(start)
+            _with_long_skips(start, self.long_skip)
+            if self.inflate is not None:
+                inflate_text_latte(start, load_pictures_pipeline(self.inflate).transformer)
+        return TextToVideo(_with_long_skips(start, self.long_skip), items)
+
+
+def init_linears(model: nn.Module) -> None:
+    """Xavier, zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def init_hunyuan(model: HunyuanDiT2DModel) -> None:
+    """As HunyuanDiT starts (arXiv 2405.08748, released code): what modulates and the output at zero."""
+    init_linears(model)
+    for block in model.blocks:
+        for zeroed in (block.get_submodule("norm1.linear"), block.get_submodule("attn2.to_out.0")):
+            nn.init.zeros_(zeroed.get_parameter("weight"))
+            nn.init.zeros_(zeroed.get_parameter("bias"))
+    nn.init.normal_(model.text_embedding_padding, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+
+
+def init_latte_t2v(model: LatteTransformer3DModel) -> None:
+    """As PixArt starts (arXiv 2310.00426, released code), and blocks over time as the identity."""
+    init_linears(model)
+    for spatial, temporal in zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True):
+        nn.init.zeros_(spatial.get_parameter("attn2.to_out.0.weight"))
+        for name in ("attn1.to_out.0.weight", "ff.net.2.weight"):
+            nn.init.zeros_(temporal.get_parameter(name))
+    nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+
+
+def load_pictures_pipeline(name: str) -> ClassToImagePipeline:
+    """The bundled class-to-image pipeline (`emoji`) or that of a folder."""
+    if name == "emoji":
+        with as_file(files("skipdit") / "assets" / "class_to_image") as folder:
+            return ClassToImagePipeline.from_pretrained(folder)
+    if not (Path(name) / "model_index.json").is_file():
+        raise FileNotFoundError(f"no pipeline at {name}: give emoji or the folder of a class-to-image pipeline")
+    return ClassToImagePipeline.from_pretrained(name)
+
+
+def make_task_scheduler(objective: Objective) -> SchedulerMixin:
+    """The first scheduler of the objective's process."""
+    return make_scheduler(objective, SCHEDULERS[objective.process][0])

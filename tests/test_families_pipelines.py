@@ -1,0 +1,220 @@
+"""A cache under the pipelines of diffusers: runs in a row, of other sizes, with guidance in one call or in two, give
+what a fresh process gives."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+from tiny import TINY_FAMILIES
+from torch import Tensor, nn
+
+from skipdit.cache.runtime import CacheSummary, cache_summary, enable_cache
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips
+
+pytest.importorskip("transformers")  # which these pipelines import
+
+SPEC = "N2"
+# batch size and number of steps of a first run, which must not matter to a second one
+FIRST, SECOND = (3, 5), (2, 6)
+
+
+def noise(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def embeddings(batch: int, masks: bool = False, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    """Prompt embeddings, and negative ones, under the names that a pipeline gives them."""
+    given = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        for prefix in ("", "negative_"):
+            given[prefix + name] = noise(100 + number + 10 * len(prefix), batch, *shape)
+            if masks:
+                mask = (prefix + name).replace("embeds", "attention_mask")
+                given[mask] = torch.ones(batch, shape[0])
+    return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A pipeline over a tiny transformer.
+
+    make: the pipeline. options: of its call, for a batch size. channels: of the sample that the scheduler takes.
+    """
+
+    family: str
+    make: Callable[[nn.Module], Any]
+    options: Callable[[int], dict[str, Any]]
+    config: dict[str, Any]
+    channels: int = 4
+    separate: bool = False
+
+    def transformer(self) -> nn.Module:
+        family = TINY_FAMILIES[self.family]
+        model = family.build(**self.config)
+        if not family.native:
+            add_long_skips(model, LongSkipConfig())
+            for key, parameter in model.named_parameters():
+                if "long_skip" in key:
+                    nn.init.normal_(parameter, std=0.1)
+        return model
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4).eval()
+
+
+CASES: dict[str, Case] = {
+    "LattePipeline": Case(
+        family="LatteTransformer3DModel",
+        make=lambda model: diffusers.LattePipeline(None, None, None, model, DDIMScheduler()),
+        options=lambda batch: {
+            "height": 64, "width": 64, "video_length": 3, "guidance_scale": 3.0, "output_type": "latent",
+            "negative_prompt": None, "clean_caption": False, "latents": noise(5, batch, 4, 3, 8, 8),
+        } | embeddings(batch, prompt_embeds=(5, 12)),
+        config={},
+    ),
+    "HunyuanDiTPipeline": Case(
+        family="HunyuanDiT2DModel",
+        make=lambda model: diffusers.HunyuanDiTPipeline(
+            None, None, None, model, DDIMScheduler(), None, None, requires_safety_checker=False
+        ),
+        options=lambda batch: {
+            "height": 64, "width": 64, "use_resolution_binning": False, "guidance_scale": 3.0,
+            "original_size": (64, 64), "output_type": "latent", "latents": noise(5, batch, 4, 8, 8),
+        } | embeddings(batch, masks=True, prompt_embeds=(4, 16), prompt_embeds_2=(6, 24)),
+        config={},
+    ),
+    "DiTPipeline": Case(
+        family="DiTTransformer2DModel",
+        make=lambda model: diffusers.DiTPipeline(model, tiny_vae(), DDIMScheduler(clip_sample=False)),
+        options=lambda batch: {
+            "class_labels": list(range(batch)), "generator": torch.Generator().manual_seed(0), "output_type": "pt",
+        },
+        config={"num_embeds_ada_norm": 1000},  # which the pipeline takes for granted
+    ),
+    "PixArtAlphaPipeline": Case(
+        family="PixArtTransformer2DModel",
+        make=lambda model: diffusers.PixArtAlphaPipeline(None, None, None, model, DDIMScheduler()),
+        options=lambda batch: {
+            "height": 64, "width": 64, "use_resolution_binning": False, "guidance_scale": 3.0, "output_type": "latent",
+            "negative_prompt": None, "latents": noise(5, batch, 4, 8, 8),
+        } | embeddings(batch, masks=True, prompt_embeds=(5, 12)),
+        config={},
+    ),
+    "FluxPipeline": Case(
+        family="FluxTransformer2DModel",
+        make=lambda model: diffusers.FluxPipeline(
+            FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, model
+        ),
+        options=lambda batch: {
+            "height": 64, "width": 64, "true_cfg_scale": 3.0, "output_type": "latent",
+            "latents": noise(5, batch, 16, 4),
+        } | embeddings(batch, prompt_embeds=(5, 12), pooled_prompt_embeds=(10,)),
+        config={},
+        separate=True,
+    ),
+}  # fmt: skip
+
+
+def sample(pipeline: Any, case: Case, batch: int, num_steps: int) -> Tensor:
+    out = pipeline(num_inference_steps=num_steps, return_dict=False, **case.options(batch))[0]
+    return torch.as_tensor(out)
+
+
+@torch.no_grad()
+def sample_separately(model: nn.Module, case: Case, batch: int, num_steps: int) -> Tensor:
+    """The other form of guidance than the pipeline's: two calls a step, or for Flux one of both halves."""
+    family = TINY_FAMILIES[case.family]
+    scheduler = FlowMatchEulerDiscreteScheduler() if case.family == "FluxTransformer2DModel" else DDIMScheduler()
+    scheduler.set_timesteps(num_steps)
+    latents = noise(6, batch, *family.latents)
+    arguments = {key: value for key, value in family.arguments(batch=2 * batch).items() if key != "hidden_states"}
+    ids = ("txt_ids", "img_ids", "image_rotary_emb")
+    halves = [
+        {key: value if key in ids else value[half] for key, value in arguments.items()}
+        for half in (slice(batch), slice(batch, None))
+    ]
+    for time in scheduler.timesteps:
+        given = {"timestep": time.expand(batch).float() / family.timestep_scale}
+        if case.separate:
+            both = arguments | {"timestep": given["timestep"].repeat(2)}
+            out, null = model(torch.cat([latents] * 2), return_dict=False, **both)[0].chunk(2)
+        else:
+            out, null = (model(latents, return_dict=False, **(half | given))[0] for half in halves)
+        guided = (null + 3 * (out - null))[:, :4] if latents.ndim > 3 else null + 3 * (out - null)
+        latents = scheduler.step(guided, time, latents).prev_sample
+    return latents
+
+
+def both_forms(name: str, *settings: tuple[int, int]) -> tuple[dict[str, Tensor], list[CacheSummary]]:
+    """What the last of some runs in a row gives, by the pipeline and by the other form of guidance, and what the cache
+    did in each run."""
+    case, summaries, last = CASES[name], [], {}
+    pipeline = case.make(case.transformer())
+    pipeline.set_progress_bar_config(disable=True)
+    enable_cache(pipeline, SPEC)
+    for setting in settings:
+        last[f"{name}.pipeline"] = sample(pipeline, case, *setting)
+        summaries.append(cache_summary(pipeline))
+    model = case.transformer()
+    enable_cache(model, SPEC)
+    for setting in settings:
+        last[f"{name}.loop"] = sample_separately(model, case, *setting)
+        summaries.append(cache_summary(model))
+    return last, summaries
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """The second setting alone, of every pipeline, in another process."""
+    path = tmp_path_factory.mktemp("fresh") / "fresh.safetensors"
+    command = [sys.executable, __file__, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    assert result.returncode == 0, result.stderr
+    return load_file(path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_run_of_another_size_equals_a_fresh_process(name: str, fresh: dict[str, Tensor]) -> None:
+    results, summaries = both_forms(name, FIRST, SECOND)
+    assert len(results) == 2
+    for key, result in results.items():
+        assert result.isfinite().all()
+        assert torch.equal(result, fresh[key]), key
+    branches = [2, 2, 1, 1] if CASES[name].separate else [1, 1, 2, 2]
+    for summary, (_, num_steps), calls in zip(summaries, (FIRST, SECOND) * 2, branches, strict=True):
+        assert (summary.steps_full, summary.steps_reused) == (calls * ((num_steps + 1) // 2), calls * (num_steps // 2))
+    assert [summary.bytes_held for summary in summaries[:2]] == [0, 0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interval_1_under_a_pipeline_is_bit_equal_and_reuse_is_not(name: str) -> None:
+    case = CASES[name]
+    pipeline = case.make(case.transformer())
+    pipeline.set_progress_bar_config(disable=True)
+    plain = sample(pipeline, case, *SECOND)
+    enable_cache(pipeline, "N1")
+    assert torch.equal(sample(pipeline, case, *SECOND), plain)
+    enable_cache(pipeline, SPEC)
+    assert not torch.equal(sample(pipeline, case, *SECOND), plain)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    torch.set_num_threads(1)
+    results = {}
+    for case_name in CASES:
+        results |= both_forms(case_name, SECOND)[0]
+    save_file({key: value.contiguous() for key, value in results.items()}, parser.parse_args().path)
