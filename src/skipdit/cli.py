@@ -120,15 +120,26 @@ def convert(arguments: Sequence[str]) -> None:
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow.
+    """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow; or what a trained
+    model loses and gains when it is converted in two stages.
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
     Example: skipdit bench video --presets Latte-S/2 --out benchmarks
+    Example: skipdit bench conversion --out benchmarks
     """
     import tyro
 
-    from skipdit.benchmark import ModelBenchConfig, VideoBenchConfig, bench_models, bench_videos
+    from skipdit.benchmark import (
+        ConversionBenchConfig,
+        ModelBenchConfig,
+        VideoBenchConfig,
+        bench_conversion,
+        bench_models,
+        bench_videos,
+    )
+    from skipdit.benchmark.conversion import STARTS
     from skipdit.compare import check_writable
+    from skipdit.recipes import RECIPES
 
     @dataclass(frozen=True, kw_only=True)
     class ModelOptions:
@@ -144,19 +155,34 @@ def bench(arguments: Sequence[str]) -> None:
         config: Annotated[VideoBenchConfig, tyro.conf.arg(name="")]
         out: Path = Path("benchmarks")
 
-    names = ("models", "video")
+    @dataclass(frozen=True, kw_only=True)
+    class ConversionOptions:
+        """runs: folder of the four trainings (recipes convert-*), which go on where they are not finished. out: folder
+        of the .md, .json and .png."""
+
+        config: Annotated[ConversionBenchConfig, tyro.conf.arg(name="")]
+        runs: Path = Path("runs")
+        out: Path = Path("benchmarks")
+
+    names = ("models", "video", "conversion")
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: skipdit bench {{{','.join(names)}}} [OPTIONS]\n\n{bench.__doc__}")
         return
     if not arguments or arguments[0] not in names:
-        raise ValueError(f"the benchmark must be {' or '.join(names)}, got {arguments[0] if arguments else 'none'!r}")
+        allowed = f"{', '.join(names[:-1])} or {names[-1]}"
+        raise ValueError(f"the benchmark must be {allowed}, got {arguments[0] if arguments else 'none'!r}")
     name, *rest = arguments
     if name == "models":
         options = _parse("bench models", bench.__doc__, rest, ModelOptions, ModelOptions(config=ModelBenchConfig()))
         run = partial(bench_models, options.config)
-    else:
+    elif name == "video":
         options = _parse("bench video", bench.__doc__, rest, VideoOptions, VideoOptions(config=VideoBenchConfig()))
         run = partial(bench_videos, options.config)
+    else:
+        defaults = ConversionOptions(config=ConversionBenchConfig())
+        options = _parse("bench conversion", bench.__doc__, rest, ConversionOptions, defaults)
+        stages = {name: RECIPES[name]() for name in STARTS}
+        run = partial(bench_conversion, options.config, stages, options.runs)
     check_writable(options.out)
     run(options.out)
     print(f"written: {options.out}")

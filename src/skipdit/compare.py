@@ -73,7 +73,7 @@ class SampleConfig:
     out: Path = Path("out/sample")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "steps"):
+        for name in ("num_samples", "steps", "fewer_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.steps > 1000:
@@ -187,10 +187,14 @@ def choose_wanted(source: Source, config: SampleConfig) -> tuple[list[Any], list
 
 def choose_labels(
     pipeline: ClassToImagePipeline | ClassToVideoPipeline, wanted: Sequence[str], count: int
-) -> tuple[list[int], list[str]]:
-    """Class numbers and captions, one a sample; without wishes spread over all classes. `ValueError` on an unknown
-    label."""
+) -> tuple[list[int] | list[None], list[str]]:
+    """Class numbers and captions, one a sample; without wishes spread over all classes; None where the model knows no
+    classes. `ValueError` on an unknown label."""
     numbers, num_classes = pipeline.labels, pipeline.transformer.config.num_classes
+    if num_classes is None:
+        if wanted:
+            raise ValueError(f"this model knows no classes, got label {wanted[0]!r}")
+        return [None] * count, [f"clip {number + 1}" for number in range(count)]
     names = {number: name for name, number in numbers.items()}
     if wanted:
         chosen = []

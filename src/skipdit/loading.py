@@ -17,6 +17,7 @@ from torch import nn
 
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import Objective, make_scheduler, objective_of
+from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.tasks import (
@@ -137,9 +138,17 @@ def load_source(
     if task is not None and sampler.task != task:
         raise ValueError(f"{model} is a {sampler.task} model, not {task}")
     pipeline = sampler.pipeline
-    if vae is not None:
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(vae, use_safetensors=True, dtype=DTYPES[dtype]))
     num_channels = pipeline.transformer.config.in_channels
+    if vae is not None:
+        if sampler.task.startswith("text"):
+            raise ValueError(f"--vae is for class-conditional models, got {vae} for a {sampler.task} model")
+        if not vae.is_dir():
+            raise FileNotFoundError(f"no folder of an AutoencoderKL at {vae}")
+        decoder = AutoencoderKL.from_pretrained(vae, use_safetensors=True, dtype=DTYPES[dtype])
+        if decoder.config["latent_channels"] != num_channels:
+            latents = decoder.config["latent_channels"]
+            raise ValueError(f"{vae} decodes latents of {latents} channels, {model} makes {num_channels}")
+        pipeline.register_modules(vae=decoder)
     if decodes and pipeline.vae is None and num_channels != 3:
         raise ValueError(f"{model} works on latents of {num_channels} channels: give --vae FOLDER")
     if scheduler is not None:
@@ -160,7 +169,7 @@ def _open(model: str, dtype: torch.dtype, num_attention_heads: int | None) -> tu
     if not path.exists():
         raise FileNotFoundError(f"no model at {model}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint")
     transformer: Any = load_model(path, num_attention_heads=num_attention_heads, dtype=dtype)
-    if transformer.config["_class_name"] not in ("DiT", "Latte") or not learns_variance(transformer):
+    if not isinstance(transformer, (DiT, Latte)) or not learns_variance(transformer):
         raise ValueError(f"{path} does not say what its model predicts: give the folder of its pipeline")
     scheduler = make_scheduler(Objective(learned_variance=True), "ddim")
     if isinstance(transformer, Latte):

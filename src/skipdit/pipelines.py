@@ -5,6 +5,7 @@ Text-to-image and text-to-video models are sampled by diffusers' own `HunyuanDiT
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -81,6 +82,9 @@ class ClassPipeline(DiffusionPipeline):
     ) -> Tensor:
         """Latents of `shape`, (b c h w) or (b f c h w), as they end."""
         model, device = self.transformer, self._execution_device
+        num_channels = model.config.in_channels
+        if guidance_channels is not None and not 1 <= guidance_channels <= num_channels:
+            raise ValueError(f"guidance_channels must be between 1 and {num_channels}, got {guidance_channels}")
         guided = guidance_scale > 1 and class_labels is not None
         labels = None
         if class_labels is not None:
@@ -92,9 +96,10 @@ class ClassPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        if isinstance(generator, list):  # the scheduler asks for one a frame
+            generator = [each for each in generator for _ in range(math.prod(shape[1:-3]))]
         noise_source = {"generator": generator} if takes_generator else {}
         learned_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-        num_channels = model.config.in_channels
 
         with cache_context(f"run {next(_run_numbers)}"):
             try:
@@ -115,6 +120,13 @@ class ClassPipeline(DiffusionPipeline):
             finally:
                 self.maybe_free_model_hooks()
         return sample
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        native, patch_size = self.transformer.config.sample_size, self.transformer.config.patch_size
+        size = (native if height is None else height, native if width is None else width)
+        if min(size) < patch_size or any(side % patch_size for side in size):
+            raise ValueError(f"height and width must be divisible by patch_size {patch_size}, got {size}")
+        return size
 
     def _label_tensor(self, class_labels: Sequence[int]) -> Tensor:
         num_classes = self.transformer.config.num_classes
@@ -167,7 +179,7 @@ class ClassToImagePipeline(ClassPipeline):
             output_type: `"pil"`, `"np"` (b h w c in [0, 1]), `"pt"` (b c h w in [0, 1]) or `"latent"` (as they end).
         """
         config = self.transformer.config
-        shape = (len(class_labels), config.in_channels, height or config.sample_size, width or config.sample_size)
+        shape = (len(class_labels), config.in_channels, *self._size(height, width))
         images: Any = self._denoise(
             class_labels,
             shape,
@@ -233,12 +245,13 @@ class ClassToVideoPipeline(ClassPipeline):
             raise ValueError(f"this model needs {wanted}")
         if class_labels is not None and num_videos not in (None, len(class_labels)):
             raise ValueError(f"num_videos must be the number of class labels, {len(class_labels)}, got {num_videos}")
-        batch = num_videos or 1 if class_labels is None else len(class_labels)
-        frames = num_frames or config.num_frames
-        size = config.sample_size
+        batch = (1 if num_videos is None else num_videos) if class_labels is None else len(class_labels)
+        if batch < 1:
+            raise ValueError(f"there must be at least 1 clip to sample, got {batch}")
+        frames = config.num_frames if num_frames is None else num_frames
         latents = self._denoise(
             class_labels,
-            (batch, frames, config.in_channels, height or size, width or size),
+            (batch, frames, config.in_channels, *self._size(height, width)),
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
             num_inference_steps=num_inference_steps,

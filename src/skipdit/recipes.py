@@ -6,6 +6,7 @@ from dataclasses import replace
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
+from skipdit.models.long_skip import LongSkipConfig
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
 from skipdit.training import TrainConfig
 
@@ -151,7 +152,75 @@ def emoji_text_clips() -> TrainConfig:
     )
 
 
+def convert_plain() -> TrainConfig:
+    """What is converted: a plain DiT on 32x32 emoji in 16 tokens, 12 blocks of width 128.
+
+    `skipdit train convert-plain --out runs/convert-plain`
+    """
+    return TrainConfig(
+        data=DataConfig(source="emoji", image_size=32),
+        model=ModelConfig(num_layers=12, num_attention_heads=4, attention_head_dim=32, patch_size=8, long_skip=None),
+        objective=PIXELS,
+        max_steps=1500,
+        batch_size=32,
+        learning_rate=8e-4,
+        warmup_steps=200,
+        weight_decay=0.01,
+        ema_decay=0.999,
+    )
+
+
+def convert_stage_one() -> TrainConfig:
+    """Stage one of the conversion: fresh long skips of the paper's fusion, and nothing but them is trained.
+
+    `skipdit train convert-stage-one --out runs/convert-stage-one` (after `convert-plain`, or with `--start-from`)
+    """
+    plain = convert_plain()
+    return replace(
+        plain,
+        model=replace(plain.model, long_skip=LongSkipConfig(fusion="replace")),
+        start_from="runs/convert-plain/pipeline",
+        stage="long-skips-only",
+        max_steps=500,
+        learning_rate=3e-3,
+        warmup_steps=50,
+    )
+
+
+def convert_stage_two() -> TrainConfig:
+    """Stage two of the conversion: the model of stage one, all of it trained, at half the rate of the plain model.
+
+    `skipdit train convert-stage-two --out runs/convert-stage-two` (after `convert-stage-one`, or with `--start-from`)
+    """
+    return replace(
+        convert_stage_one(),
+        start_from="runs/convert-stage-one/pipeline",
+        stage="full",
+        max_steps=800,
+        learning_rate=4e-4,
+    )
+
+
+def convert_control() -> TrainConfig:
+    """What the conversion is compared with: the plain model trained on, without long skips, at the rate of stage two
+    and for as many steps as both stages have.
+
+    `skipdit train convert-control --out runs/convert-control` (after `convert-plain`, or with `--start-from`)
+    """
+    first, second = convert_stage_one(), convert_stage_two()
+    return replace(
+        second,
+        model=convert_plain().model,
+        start_from=first.start_from,
+        max_steps=first.max_steps + second.max_steps,
+    )
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
+    "convert-control": convert_control,
+    "convert-plain": convert_plain,
+    "convert-stage-one": convert_stage_one,
+    "convert-stage-two": convert_stage_two,
     "emoji": emoji,
     "emoji-clips": emoji_clips,
     "emoji-text": emoji_text,

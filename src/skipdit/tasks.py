@@ -5,6 +5,7 @@ HunyuanDiT2DModel and LatteTransformer3DModel, conditioned on the sentence encod
 by diffusers' own pipelines, in pixels.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ from skipdit.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.models.dit import DiT
-from skipdit.models.inflate import inflate_latte, inflate_text_latte
+from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, open_units
@@ -66,6 +67,13 @@ class Sampler:
         """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts."""
         raise NotImplementedError
 
+    def save(self, folder: Path, max_shard_size: str) -> None:
+        """Writes the parts that there are; of diffusers' text pipelines its own saving complains of those that are
+        not."""
+        self.pipeline.save_config(folder)
+        self.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
+        self.pipeline.scheduler.save_pretrained(folder / "scheduler")
+
 
 @dataclass(frozen=True)
 class ClassToImageSampler(Sampler):
@@ -81,8 +89,9 @@ class ClassToVideoSampler(Sampler):
     task: ClassVar[str] = "class-to-video"
     pipeline: ClassToVideoPipeline
 
-    def sample(self, wanted: Sequence[int], **options: Any) -> Tensor:
-        return self.pipeline(wanted, output_type="pt", **options).frames.float()
+    def sample(self, wanted: Sequence[int] | Sequence[None], **options: Any) -> Tensor:
+        labels = None if None in wanted else wanted  # the unconditional model has None for each clip
+        return self.pipeline(labels, num_videos=len(wanted), output_type="pt", **options).frames.float()
 
 
 def _pixels(sample: Tensor) -> Tensor:
@@ -220,6 +229,18 @@ def _spread(length: int, count: int) -> list[int]:
 
 def _label_names(items: Items) -> dict[str, str]:
     return {str(label): name for label, name in enumerate(items.label_names)}
+
+
+def _check_start(start: nn.Module | None, model_class: type[nn.Module], items: Items) -> None:
+    """`ValueError` where the model to go on from is of another class, of latents, or knows too few classes."""
+    if start is None:
+        return
+    config = cast(Any, start).config
+    if not isinstance(start, model_class) or config.in_channels != 3:
+        wanted = f"a {model_class.__name__} of 3 channels"
+        raise ValueError(f"start_from must be {wanted}, got a {type(start).__name__} of {config.in_channels}")
+    if (config.get("num_classes") or math.inf) < len(items.label_names):
+        raise ValueError(f"start_from knows {config.num_classes} classes, the data has {len(items.label_names)}")
 
 
 def _with_long_skips(model: nn.Module, config: LongSkipConfig | None) -> nn.Module:
@@ -418,6 +439,7 @@ class ModelConfig(Sizes):
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledPictures):
             raise ValueError("a class-to-image model trains on pictures: give it a DataConfig")
+        _check_start(start, DiT, items)
         if start is None:
             start = DiT(
                 sample_size=items.size,
@@ -448,6 +470,7 @@ class VideoModelConfig(Sizes):
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledClips):
             raise ValueError("a class-to-video model trains on clips: give it a ClipConfig")
+        _check_start(start, Latte, items)
         if start is None:
             start = Latte(
                 sample_size=items.size,
@@ -478,6 +501,8 @@ class TextToImageModelConfig(Sizes):
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledPictures):
             raise ValueError("a text-to-image model trains on pictures: give it a DataConfig")
+        check_text_installed()
+        _check_start(start, HunyuanDiT2DModel, items)
         if start is None:
             start = HunyuanDiT2DModel(
                 num_attention_heads=self.num_attention_heads,
@@ -513,6 +538,8 @@ class TextToVideoModelConfig(Sizes):
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledClips) or items.num_pictures:
             raise ValueError("a text-to-video model trains on clips: give it a ClipConfig without num_pictures")
+        check_text_installed()
+        _check_start(start, LatteTransformer3DModel, items)
         if start is None:
             start = LatteTransformer3DModel(
                 num_attention_heads=self.num_attention_heads,
@@ -536,40 +563,8 @@ class TextToVideoModelConfig(Sizes):
             _with_long_skips(start, self.long_skip)
             if self.inflate is not None:
                 inflate_text_latte(start, load_pictures_pipeline(self.inflate).transformer)
+        open_units(start)
         return TextToVideo(_with_long_skips(start, self.long_skip), items)
-
-
-def init_linears(model: nn.Module) -> None:
-    """Xavier, zero biases."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def init_hunyuan(model: HunyuanDiT2DModel) -> None:
-    """As HunyuanDiT starts (arXiv 2405.08748, released code): what modulates and the output at zero."""
-    init_linears(model)
-    for block in model.blocks:
-        for zeroed in (block.get_submodule("norm1.linear"), block.get_submodule("attn2.to_out.0")):
-            nn.init.zeros_(zeroed.get_parameter("weight"))
-            nn.init.zeros_(zeroed.get_parameter("bias"))
-    nn.init.normal_(model.text_embedding_padding, std=0.02)
-    nn.init.zeros_(model.proj_out.weight)
-    nn.init.zeros_(model.proj_out.bias)
-
-
-def init_latte_t2v(model: LatteTransformer3DModel) -> None:
-    """As PixArt starts (arXiv 2310.00426, released code), and blocks over time as the identity."""
-    init_linears(model)
-    for spatial, temporal in zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True):
-        nn.init.zeros_(spatial.get_parameter("attn2.to_out.0.weight"))
-        for name in ("attn1.to_out.0.weight", "ff.net.2.weight"):
-            nn.init.zeros_(temporal.get_parameter(name))
-    nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
-    nn.init.zeros_(model.proj_out.weight)
-    nn.init.zeros_(model.proj_out.bias)
 
 
 def load_pictures_pipeline(name: str) -> ClassToImagePipeline:

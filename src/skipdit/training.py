@@ -451,7 +451,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
             fold_spectral_caps(released)
             nn.Module.to(released, RELEASE_DTYPES[config.release_dtype])
             sampler = task.sampler(released, make_task_scheduler(config.objective))
-            sampler.pipeline.save_pretrained(draft, max_shard_size=MAX_SHARD_SIZE)
+            sampler.save(draft, MAX_SHARD_SIZE)
     accelerator.wait_for_everyone()
     return out / "pipeline"
 

@@ -1,7 +1,15 @@
-"""What full and reuse steps cost, as rows beside a baseline of the same run."""
+"""What full and reuse steps cost, as rows beside a baseline of the same run; what a conversion does to a model."""
 
+from skipdit.benchmark.conversion import ConversionBenchConfig, bench_conversion
 from skipdit.benchmark.models import ModelBenchConfig, bench_models
 from skipdit.benchmark.video import bench_videos
 from skipdit.benchmark.video_models import VideoBenchConfig
 
-__all__ = ["ModelBenchConfig", "VideoBenchConfig", "bench_models", "bench_videos"]
+__all__ = [
+    "ConversionBenchConfig",
+    "ModelBenchConfig",
+    "VideoBenchConfig",
+    "bench_conversion",
+    "bench_models",
+    "bench_videos",
+]

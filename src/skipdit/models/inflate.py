@@ -1,31 +1,88 @@
-"""Starts a video model from a trained picture model: the pictures' weights go into the blocks that see one frame."""
+"""How models start: those of diffusers with fresh weights as their authors set them, and video models from a trained
+picture model, whose weights go into the blocks that see one frame.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from diffusers import LatteTransformer3DModel
+from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel
 from torch import nn
 
 from skipdit.models.dit import DiT, DiTBlock
 from skipdit.models.latte import Latte
+from skipdit.models.long_skip import LongSkip
+
+
+def init_linears(model: nn.Module) -> None:
+    """Xavier, zero biases."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def init_hunyuan(model: HunyuanDiT2DModel) -> None:
+    """As HunyuanDiT starts (arXiv 2405.08748, released code): what modulates and the output at zero."""
+    init_linears(model)
+    for block in model.blocks:
+        for zeroed in (block.get_submodule("norm1.linear"), block.get_submodule("attn2.to_out.0")):
+            nn.init.zeros_(zeroed.get_parameter("weight"))
+            nn.init.zeros_(zeroed.get_parameter("bias"))
+    nn.init.normal_(model.text_embedding_padding, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+
+
+def init_latte_t2v(model: LatteTransformer3DModel) -> None:
+    """As PixArt starts (arXiv 2310.00426, released code), and blocks over time as the identity."""
+    init_linears(model)
+    for spatial, temporal in zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True):
+        nn.init.zeros_(spatial.get_parameter("attn2.to_out.0.weight"))
+        for name in ("attn1.to_out.0.weight", "ff.net.2.weight"):
+            nn.init.zeros_(temporal.get_parameter(name))
+    nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A video model from a picture model
 
 
 def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
-    """As many blocks as there are units, from both ends, so that each keeps its long skip. `ValueError` where the
-    picture model is less deep."""
+    """As many blocks as there are units, from both ends, so that each keeps its long skip; one in the middle, which has
+    none, is of the first half. `ValueError` where the picture model is less deep."""
     blocks = [cast(DiTBlock, block) for block in picture.unit_entries()]
     if len(blocks) < num_units:
         raise ValueError(f"the picture model has {len(blocks)} blocks, the video model needs {num_units}")
-    first = num_units // 2
+    first = (num_units + 1) // 2
     return blocks[:first] + blocks[len(blocks) - num_units + first :]
 
 
-def _refuse_other_sizes(picture: DiT, sizes: Mapping[str, int]) -> None:
+def _refuse_other_sizes(picture: DiT, sizes: Mapping[str, float]) -> None:
     for name, size in sizes.items():
         if picture.config[name] != size:
             raise ValueError(f"{name} must be {picture.config[name]} as in the picture model, got {size}")
+
+
+def _match_blocks(entries: Sequence[nn.Module], picture: DiT) -> list[tuple[nn.Module, DiTBlock]]:
+    """Each unit's spatial block and the picture model's block for it. `ValueError` where one has a long skip of another
+    kind than the other."""
+    matched = list(zip(entries, outermost_blocks(picture, len(entries)), strict=True))
+    for unit, (entry, block) in enumerate(matched):
+        ours, theirs = (_kind_of_skip(getattr(each, "long_skip", None)) for each in (entry, block))
+        if ours != theirs:
+            raise ValueError(f"unit {unit} has {ours}, its block in the picture model {theirs}")
+    return matched
+
+
+def _kind_of_skip(long_skip: LongSkip | None) -> str:
+    if long_skip is None:
+        return "no long skip"
+    return f"a long skip ({'residual' if long_skip.residual else 'replace'}, {type(long_skip.norm).__name__})"
 
 
 @torch.no_grad()
@@ -33,14 +90,15 @@ def inflate_latte(video: Latte, picture: DiT, rows: Mapping[int, int]) -> None:
     """Copies a picture model of the same width into the spatial blocks of a class-to-video model.
 
     rows: the picture model's class for each class of the video model that it knows; the null class is known to both.
-    The video model's fresh temporal blocks are the identity, so that at first each frame is a picture of its own.
+    The video model's fresh temporal blocks are the identity, so that at first each frame is a picture of its own. A
+    single picture is predicted as by the picture model; the frames of a clip but for the fixed embedding of their time.
     """
-    names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels", "out_channels")
-    _refuse_other_sizes(picture, {name: video.config[name] for name in names})
+    names = ("num_attention_heads", "attention_head_dim", "mlp_ratio", "patch_size", "in_channels", "out_channels")
+    _refuse_other_sizes(picture, {name: video.config[name] for name in (*names, "downscale_freq_shift")})
+    matched = _match_blocks(video.unit_entries(), picture)
     for name in ("patch_embed", "timestep_embedder", "final_layer"):
         video.get_submodule(name).load_state_dict(picture.get_submodule(name).state_dict())
-    entries = video.unit_entries()
-    for entry, block in zip(entries, outermost_blocks(picture, len(entries)), strict=True):
+    for entry, block in matched:
         entry.load_state_dict(block.state_dict())
     embedder = cast(nn.Embedding, video.class_embedder)
     for video_row, picture_row in {video.null_class_label: picture.null_class_label, **rows}.items():
@@ -59,19 +117,20 @@ def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
     config: Any = video.config
     dim = picture.config.num_attention_heads * picture.config.attention_head_dim
     names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels")
-    _refuse_other_sizes(picture, {name: config[name] for name in names} | {"out_channels": config.in_channels})
-    blocks = outermost_blocks(picture, config.num_layers)
+    theirs = {"out_channels": config.in_channels, "mlp_ratio": 4.0, "downscale_freq_shift": 0.0}  # as diffusers has it
+    _refuse_other_sizes(picture, {name: config[name] for name in names} | theirs)
+    matched = _match_blocks(list(video.transformer_blocks), picture)
     embedder = video.adaln_single.emb.timestep_embedder
     embedder.load_state_dict(picture.timestep_embedder.state_dict())
     embedder.linear_2.get_parameter("bias").add_(picture.class_embedder.weight[picture.null_class_label])
     video.pos_embed.proj.load_state_dict(picture.patch_embed.proj.state_dict())
 
     embedded = embedder(picture.timestep_frequencies(torch.arange(0.0, 1000.0, 20.0)))
-    modulations = [block.modulation for block in blocks]
+    modulations = [block.modulation for _, block in matched]
     shared = video.adaln_single.linear
     shared.weight.copy_(torch.stack([each.weight for each in modulations]).mean(0))
     shared.bias.copy_(torch.stack([each.bias for each in modulations]).mean(0))
-    for target, block in zip(video.transformer_blocks, blocks, strict=True):
+    for target, block in matched:
         _copy_block(target, block)
         own = (block.modulation(F.silu(embedded)) - shared(F.silu(embedded))).mean(0)
         target.get_parameter("scale_shift_table").copy_(own.view(6, dim))
@@ -80,9 +139,8 @@ def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
     # the second half of the output channels, a variance that is not learned, stays zero
     patch = config.patch_size**2
     for parameter in ("weight", "bias"):
-        theirs = last.proj.get_parameter(parameter).view(patch, config.in_channels, -1)
-        ours = video.proj_out.get_parameter(parameter).view(patch, 2 * config.in_channels, -1)
-        ours.zero_()[:, : config.in_channels] = theirs
+        target = video.proj_out.get_parameter(parameter).view(patch, 2 * config.in_channels, -1)
+        target.zero_()[:, : config.in_channels] = last.proj.get_parameter(parameter).view(patch, config.in_channels, -1)
 
 
 def _copy_block(target: nn.Module, block: DiTBlock) -> None:

@@ -84,9 +84,10 @@ class UnitBlock(nn.Module):
             if place.unit > 0 and flow.runs(place.unit - 1):
                 flow.leave(place.unit - 1, get("hidden_states"))
             if flow.is_boundary(place.unit):
-                lengths = [get(name).shape[1] for name in place.streams]
-                joined = flow.enter(place.unit, torch.cat([get(name) for name in place.streams], dim=1))
-                for name, stream in zip(place.streams, joined.split(lengths, dim=1), strict=True):
+                entered = [get(name) for name in place.streams]
+                joined = flow.enter(place.unit, entered[0] if len(entered) == 1 else torch.cat(entered, dim=1))
+                streams = joined.split([stream.shape[1] for stream in entered], dim=1)
+                for name, stream in zip(place.streams, streams, strict=True):
                     put(name, stream)
         if not flow.runs(place.unit):
             streams = tuple(get(name) for name in place.streams)
