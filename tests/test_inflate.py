@@ -254,17 +254,31 @@ def test_the_weights_of_text_video_are_those_of_the_picture_model(learned: DiT) 
             assert torch.equal(value, before[name]), name
 
 
+def test_the_start_is_exact_where_the_picture_model_does_not_hear_the_timestep(learned: DiT) -> None:
+    """The tables hold the mean over timesteps of what blocks and output differ by; one frame: no embedding of time."""
+    picture = copy.deepcopy(learned)
+    with torch.no_grad():
+        picture.timestep_embedder.linear_2.weight.zero_()
+        picture.timestep_embedder.linear_2.bias.normal_()
+    video = fresh_text_video(6).eval()
+    inflate_text_latte(video, picture)
+    frames, timesteps = torch.randn(2, 1, 3, 8, 8), torch.tensor([200.0, 800.0])
+    with torch.no_grad():
+        output = video(frames.transpose(1, 2), timestep=timesteps, encoder_hidden_states=torch.ones(2, 5, 12)).sample
+        expected = picture(frames[:, 0], timesteps, torch.tensor([4, 4])).sample
+    torch.testing.assert_close(output[:, :3, 0], expected, rtol=1e-4, atol=1e-4)
+    assert not output[:, 3:].any()
+    assert expected.std() > 0.1
+
+
 def test_modulation_is_exact_where_a_block_adds_the_same_at_every_timestep(learned: DiT) -> None:
     """Blocks whose modulations differ by biases alone: then one shared function and a table of each block's own hold
-    them all, and the whole prediction is the picture model's (num_frames 1: no embedding of time)."""
+    them all, and every block sees what it sees in the picture model."""
     picture = copy.deepcopy(learned)
     with torch.no_grad():
         for index, block in enumerate(picture.blocks):
             block.modulation.weight.copy_(picture.blocks[0].modulation.weight)
             block.modulation.bias.add_(0.05 * index)
-        picture.final_layer.modulation.weight.zero_()
-        embedded = picture.timestep_embedder(picture.timestep_frequencies(torch.tensor([500.0])))
-        assert embedded.abs().max() > 0
     video = fresh_text_video(6).eval()
     inflate_text_latte(video, picture)
     captured: list[Tensor] = []

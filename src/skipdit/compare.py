@@ -176,7 +176,8 @@ def choose_wanted(source: Source, config: SampleConfig) -> tuple[list[Any], list
         raise ValueError(f"a {task} model takes --{takes}, not --{other}")
     asked = getattr(config, takes)
     if len(asked) > count:
-        raise ValueError(f"num_samples must be at least the number of {takes}, {len(asked)}, got {count}")
+        things = "labels" if takes == "labels" else "prompts"
+        raise ValueError(f"num_samples must be at least the number of {things}, {len(asked)}, got {count}")
     if takes == "labels":
         return choose_labels(source.sampler.pipeline, asked or source.showcase, count)
     if not (asked or source.showcase):

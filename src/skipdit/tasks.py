@@ -90,7 +90,7 @@ class ClassToVideoSampler(Sampler):
     pipeline: ClassToVideoPipeline
 
     def sample(self, wanted: Sequence[int] | Sequence[None], **options: Any) -> Tensor:
-        labels = None if None in wanted else wanted  # the unconditional model has None for each clip
+        labels = [label for label in wanted if label is not None] or None  # None for each: the unconditional model
         return self.pipeline(labels, num_videos=len(wanted), output_type="pt", **options).frames.float()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import tyro
@@ -384,7 +384,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
     if config.spectral and constrained and config.spectral.form == "cap":
         cap_spectral_norm(constrained, config.spectral.maximum)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        cast(Any, model).enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,

@@ -50,7 +50,7 @@ VANILLA, BEFORE, RESIDUAL, FIRST, SECOND, TRAINED_ON = (
 )
 SHOWN = (VANILLA, BEFORE, FIRST, SECOND, TRAINED_ON)
 METHODS = ("", "delta-dit:")  # the paper's cache, which needs long skips, and one that needs none
-FEWER = "fewer steps"
+FEWER = "fewer"
 PICTURE_SCALE = 4
 LOSS_BATCH_SIZE = 128
 CHANCE_DB = 5.0  # by which cached runs of two trainings differ whose rounding alone does: benchmarks/stability_cpu.md
@@ -296,7 +296,7 @@ def run_rows(
         advance(description=f"{name} {fewer} steps")
         pictures = sample(task, trained, config, fewer)
         counts = {"steps_full": fewer, "compute_ratio": num_steps / fewer}
-        rows.append(compare(name, FEWER, pictures, reference, num_steps=fewer, **counts))
+        rows.append(compare(name, f"{FEWER} than N{interval}", pictures, reference, num_steps=fewer, **counts))
     return rows, reference
 
 
@@ -413,8 +413,10 @@ def render_markdown(
         "over pictures.",
         table([model_record(row) for row in losses]),
         f"Each run beside the full run of the same model, {config.num_steps} steps from the same noise, guidance "
-        f"{config.guidance_scale:g}: mean and standard deviation over {config.num_samples} pictures. N2, N3: the "
-        "paper's cache, which needs long skips. Compute: the units of the full run over those of this one.",
+        f"{config.guidance_scale:g}: mean and standard deviation over {config.num_samples} pictures. A bare N is the "
+        "paper's cache, which needs long skips; fewer than N is a run without a cache of so few steps that it computes "
+        "no less. Compute: the units of the full run over those of this one. Before stage one the replacing model "
+        "makes noise, which says nothing of a cache.",
         table([run_record(row) for row in rows]),
         *verdict(config, losses, rows),
         "![Samples of the full runs](conversion.png)",
@@ -456,16 +458,16 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
         "was trained on for as many steps."
     )
     psnr = {(row.model, row.run): math.inf if row.psnr_db is None else row.psnr_db for row in rows}
-    own, others = (
-        {f"N{n}": psnr[SECOND, f"N{n}"] - psnr[model, f"{METHODS[1]}N{n}"] for n in config.intervals}
-        for model in (SECOND, TRAINED_ON)
+    delta, fewer, control = (
+        {f"N{n}": psnr[SECOND, f"N{n}"] - psnr[model, f"{run}N{n}"] for n in config.intervals}
+        for model, run in ((SECOND, METHODS[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, METHODS[1]))
     )
-    settled = [f"{x:+.1f}" for x in (*own.values(), *others.values()) if abs(x) > CHANCE_DB]
+    beyond = [name for name, difference in control.items() if abs(difference) > CHANCE_DB]
     yield (
-        f"At equal compute the paper's cache on the converted model lies {list_decibels(own)} from delta-dit on the "
-        f"same model and {list_decibels(others)} from delta-dit on the control; each is one training, and two that "
-        f"differed by rounding alone lay up to {CHANCE_DB:g} dB apart (stability_cpu.md), so "
-        f"{'only ' + ', '.join(settled) + ' dB' if settled else 'no difference'} would stand out of chance."
+        f"At equal compute the paper's cache on the converted model lies {list_decibels(delta)} from delta-dit and "
+        f"{list_decibels(fewer)} from fewer steps on the same model, and {list_decibels(control)} from delta-dit on "
+        f"the control; of that last, {', '.join(beyond) or 'nothing'} is beyond the {CHANCE_DB:g} dB by which two "
+        "trainings that differed by rounding alone lay apart (stability_cpu.md)."
     )
 
 

@@ -375,8 +375,8 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
-    pairs, a window that is empty; at the first step of a run whose pipeline hands on its scheduler's timesteps as they are
-    (ours, DiT, Latte, PixArt), a schedule that reuses in none of its steps.
+    pairs, a window that is empty; at the first step of a run whose pipeline hands on its scheduler's timesteps as they
+    are (ours, DiT, Latte, PixArt), a schedule that reuses in none of its steps.
     """
     method, model = parse_method(spec), _model_of(target)
     opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None

@@ -216,7 +216,11 @@ class LongSkipFlow:
     def skip(self, unit: int) -> Tensor | None:
         """The skip that `unit` takes, `None` where it has none."""
         source = self.links.sources.get(unit)
-        return None if source is None else self.skips[source]
+        if source is None:
+            return None
+        if source not in self.skips:
+            raise ValueError(f"unit {unit} takes the skip of unit {source}, but unit {source + 1} was left out")
+        return self.skips[source]
 
 
 @dataclass
