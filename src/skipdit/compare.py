@@ -27,7 +27,7 @@ from skipdit.loading import DTypeName, Source, TaskName, load_source
 from skipdit.metrics.paired import psnr_db, ssim
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.tasks import Sampler
+from skipdit.samplers import Sampler
 from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures a row of comparison.png

@@ -20,7 +20,7 @@ from skipdit.diffusion import Objective, make_scheduler, objective_of
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.tasks import (
+from skipdit.samplers import (
     ClassToImageSampler,
     ClassToVideoSampler,
     Sampler,

@@ -156,6 +156,10 @@ def convert_plain() -> TrainConfig:
     """What is converted: a plain DiT on 32x32 emoji in 16 tokens, 12 blocks of width 128.
 
     `skipdit train convert-plain --out runs/convert-plain`
+
+    One core (AMD EPYC, AVX2, float32), torch 2.13.0: loss 0.157, seven minutes. This and the losses below are those of
+    `benchmarks/conversion_cpu.md`, which `skipdit bench conversion` makes: the averaged weights on the same 512
+    pictures of the training data.
     """
     return TrainConfig(
         data=DataConfig(source="emoji", image_size=32),
@@ -174,6 +178,8 @@ def convert_stage_one() -> TrainConfig:
     """Stage one of the conversion: fresh long skips of the paper's fusion, and nothing but them is trained.
 
     `skipdit train convert-stage-one --out runs/convert-stage-one` (after `convert-plain`, or with `--start-from`)
+
+    Loss 1.474 with fresh long skips, 0.188 after 500 steps. In the log, a rate of 1e-3 ends 0.008 higher.
     """
     plain = convert_plain()
     return replace(
@@ -191,6 +197,8 @@ def convert_stage_two() -> TrainConfig:
     """Stage two of the conversion: the model of stage one, all of it trained, at half the rate of the plain model.
 
     `skipdit train convert-stage-two --out runs/convert-stage-two` (after `convert-stage-one`, or with `--start-from`)
+
+    Loss 0.159: not quite the 0.157 of the plain model it comes from. Cached with N2: 33.6 dB from its full run.
     """
     return replace(
         convert_stage_one(),
@@ -206,6 +214,8 @@ def convert_control() -> TrainConfig:
     and for as many steps as both stages have.
 
     `skipdit train convert-control --out runs/convert-control` (after `convert-plain`, or with `--start-from`)
+
+    Loss 0.142. Cached with delta-dit:N2: 38.0 dB from its full run.
     """
     first, second = convert_stage_one(), convert_stage_two()
     return replace(

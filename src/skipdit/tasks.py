@@ -1,21 +1,21 @@
-"""The four tasks: which model a run trains, how a batch reaches it, and how a pipeline makes pictures or clips.
+"""The four tasks in training: which model a run builds, and how a batch reaches it.
 
 Class-to-image and class-to-video are our DiT and Latte. Text-to-image and text-to-video are the classes of diffusers,
-HunyuanDiT2DModel and LatteTransformer3DModel, conditioned on the sentence encoder of `skipdit.text`; they are sampled
-by diffusers' own pipelines, in pixels.
+HunyuanDiT2DModel and LatteTransformer3DModel, conditioned on the sentence encoder of `skipdit.text`.
 """
 
 import math
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel, SchedulerMixin
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
+from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -28,157 +28,25 @@ from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, open_units
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder, quiet
-
-if TYPE_CHECKING:
-    from diffusers import HunyuanDiTPipeline, LattePipeline
+from skipdit.samplers import (
+    LATENT_SCALE,
+    MAX_PROMPT_TOKENS,
+    ClassToImageSampler,
+    ClassToVideoSampler,
+    Sampler,
+    TextToImageSampler,
+    TextToVideoSampler,
+    text_to_image_sampler,
+    text_to_video_sampler,
+)
+from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder
 
 Items = LabelledPictures | LabelledClips
-# tokens of a prompt, the two special ones included; the longest caption of the emoji has 18
-MAX_PROMPT_TOKENS = 24
-# diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
-LATENT_SCALE = 8
 
 
 def open_items(config: DataConfig | ClipConfig) -> Items:
     """The pictures or clips that a config names."""
     return open_clips(config) if isinstance(config, ClipConfig) else open_pictures(config)
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Makes pictures or clips from what a person asks for: class names or prompts. Abstract.
-
-    pipeline: a diffusers pipeline.
-    """
-
-    task: ClassVar[str]
-    pipeline: Any
-
-    def sample(
-        self,
-        wanted: Sequence[Any],
-        *,
-        guidance_scale: float,
-        num_inference_steps: int,
-        generator: torch.Generator,
-        guidance_channels: int | None = None,
-    ) -> Tensor:
-        """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts."""
-        raise NotImplementedError
-
-    def save(self, folder: Path, max_shard_size: str) -> None:
-        """Writes the parts that there are; of diffusers' text pipelines its own saving complains of those that are
-        not."""
-        self.pipeline.save_config(folder)
-        self.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
-        self.pipeline.scheduler.save_pretrained(folder / "scheduler")
-
-
-@dataclass(frozen=True)
-class ClassToImageSampler(Sampler):
-    task: ClassVar[str] = "class-to-image"
-    pipeline: ClassToImagePipeline
-
-    def sample(self, wanted: Sequence[int], **options: Any) -> Tensor:
-        return self.pipeline(wanted, output_type="pt", **options).images.float()
-
-
-@dataclass(frozen=True)
-class ClassToVideoSampler(Sampler):
-    task: ClassVar[str] = "class-to-video"
-    pipeline: ClassToVideoPipeline
-
-    def sample(self, wanted: Sequence[int] | Sequence[None], **options: Any) -> Tensor:
-        labels = [label for label in wanted if label is not None] or None  # None for each: the unconditional model
-        return self.pipeline(labels, num_videos=len(wanted), output_type="pt", **options).frames.float()
-
-
-def _pixels(sample: Tensor) -> Tensor:
-    return (sample.float() / 2 + 0.5).clamp(0, 1)
-
-
-def refuse_guidance_channels(guidance_channels: int | None) -> None:
-    """Only our own pipelines guide some channels alone."""
-    if guidance_channels is not None:
-        raise ValueError(f"guidance_channels is for class-conditional models, got {guidance_channels}")
-
-
-@dataclass(frozen=True)
-class TextToImageSampler(Sampler):
-    """The pooled sentence takes the place of HunyuanDiT's CLIP tokens, the token states that of its T5 tokens."""
-
-    task: ClassVar[str] = "text-to-image"
-    pipeline: "HunyuanDiTPipeline"
-
-    def sample(
-        self,
-        wanted: Sequence[str],
-        *,
-        guidance_scale: float,
-        num_inference_steps: int,
-        generator: torch.Generator,
-        guidance_channels: int | None = None,
-    ) -> Tensor:
-        refuse_guidance_channels(guidance_channels)
-        pipeline: Any = self.pipeline
-        model = pipeline.transformer
-        states = load_encoder().encode([*wanted, ""], model.config.text_len_t5).to(model.device, model.dtype)
-        prompts = states[torch.arange(len(wanted))]
-        nothing = states[torch.full((len(wanted),), len(wanted))]
-        size = model.config.sample_size * LATENT_SCALE
-        output = pipeline(
-            prompt_embeds=prompts.pooled[:, None],
-            prompt_embeds_2=prompts.tokens,
-            prompt_attention_mask=torch.ones_like(prompts.mask[:, :1]),
-            prompt_attention_mask_2=prompts.mask,
-            negative_prompt_embeds=nothing.pooled[:, None],
-            negative_prompt_embeds_2=nothing.tokens,
-            negative_prompt_attention_mask=torch.ones_like(nothing.mask[:, :1]),
-            negative_prompt_attention_mask_2=nothing.mask,
-            height=size,
-            width=size,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            use_resolution_binning=False,
-            output_type="latent",
-        )
-        return _pixels(output.images)
-
-
-@dataclass(frozen=True)
-class TextToVideoSampler(Sampler):
-    task: ClassVar[str] = "text-to-video"
-    pipeline: "LattePipeline"
-
-    def sample(
-        self,
-        wanted: Sequence[str],
-        *,
-        guidance_scale: float,
-        num_inference_steps: int,
-        generator: torch.Generator,
-        guidance_channels: int | None = None,
-    ) -> Tensor:
-        refuse_guidance_channels(guidance_channels)
-        pipeline: Any = self.pipeline
-        model = pipeline.transformer
-        states = load_encoder().encode([*wanted, ""], MAX_PROMPT_TOKENS).to(model.device, model.dtype)
-        size = model.config.sample_size * LATENT_SCALE
-        output = pipeline(
-            prompt_embeds=states.tokens[:-1],
-            negative_prompt=None,
-            negative_prompt_embeds=states.tokens[-1:].expand(len(wanted), -1, -1),
-            video_length=model.config.video_length,
-            height=size,
-            width=size,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            output_type="latent",
-        )
-        return _pixels(output.frames.transpose(1, 2))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,39 +242,6 @@ class TextToVideo(Captioned):
         return text_to_video_sampler(cast(Any, model), scheduler)
 
 
-def text_to_image_sampler(transformer: HunyuanDiT2DModel, scheduler: SchedulerMixin) -> TextToImageSampler:
-    """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
-    check_text_installed()
-    with quiet():
-        from diffusers import HunyuanDiTPipeline
-    pipeline = HunyuanDiTPipeline(
-        vae=None,  # pyright: ignore[reportArgumentType]
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        transformer=transformer,
-        scheduler=cast(Any, scheduler),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
-        requires_safety_checker=False,
-    )
-    return TextToImageSampler(pipeline)
-
-
-def text_to_video_sampler(transformer: LatteTransformer3DModel, scheduler: SchedulerMixin) -> TextToVideoSampler:
-    """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
-    check_text_installed()
-    with quiet():
-        from diffusers import LattePipeline
-    pipeline = LattePipeline(
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        vae=None,  # pyright: ignore[reportArgumentType]
-        transformer=transformer,
-        scheduler=cast(Any, scheduler),
-    )
-    return TextToVideoSampler(pipeline)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run builds
 
@@ -569,12 +404,15 @@ class TextToVideoModelConfig(Sizes):
 
 def load_pictures_pipeline(name: str) -> ClassToImagePipeline:
     """The bundled class-to-image pipeline (`emoji`) or that of a folder."""
-    if name == "emoji":
-        with as_file(files("skipdit") / "assets" / "class_to_image") as folder:
+    asset = files("skipdit") / "assets" / "class_to_image"
+    disable_progress_bar()
+    try:
+        with as_file(asset) if name == "emoji" else nullcontext(Path(name)) as folder:
+            if not (folder / "model_index.json").is_file():
+                raise FileNotFoundError(f"no pipeline at {name}: give emoji or the folder of a class-to-image pipeline")
             return ClassToImagePipeline.from_pretrained(folder)
-    if not (Path(name) / "model_index.json").is_file():
-        raise FileNotFoundError(f"no pipeline at {name}: give emoji or the folder of a class-to-image pipeline")
-    return ClassToImagePipeline.from_pretrained(name)
+    finally:
+        enable_progress_bar()
 
 
 def make_task_scheduler(objective: Objective) -> SchedulerMixin:

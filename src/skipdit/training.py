@@ -33,10 +33,10 @@ from skipdit.diffusion import Objective, sample_timesteps, training_loss
 from skipdit.files import atomic_file, atomic_folder
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.pictures import labelled_grid, to_pictures
+from skipdit.samplers import Sampler
 from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
 from skipdit.tasks import (
     ModelConfig,
-    Sampler,
     TextToImageModelConfig,
     TextToVideoModelConfig,
     Trainee,
