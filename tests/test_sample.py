@@ -176,6 +176,30 @@ def test_the_bundled_model(tmp_path: Path) -> None:
     assert pipeline.transformer.config.num_layers == 24
 
 
+def test_all_bundled_weights_together_are_small() -> None:
+    files = [path for path in (Path(skipdit.__file__).parent / "assets").rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) < 15e6
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") < 80e6
+
+
+@pytest.mark.parametrize("name", ["emoji-clips", "emoji-text", "emoji-text-clips"])
+def test_the_other_bundled_models_sample_offline(name: str, tmp_path: Path) -> None:
+    from skipdit.loading import BUNDLED
+
+    if BUNDLED[name].task.startswith("text") and find_weights() is None:
+        pytest.skip("needs the extra text")
+    report = sample_and_compare(
+        SampleConfig(task=BUNDLED[name].task, num_samples=1, steps=12, cache="N2-900-100", fewer_steps=8, out=tmp_path)
+    )
+    _, cached, fewer = report.rows
+    assert report.labels == list(BUNDLED[name].showcase[:1])
+    assert cached.steps_reused >= 4
+    assert cached.psnr_db is not None
+    assert fewer.psnr_db is not None
+    assert cached.psnr_db > fewer.psnr_db
+    assert (tmp_path / "comparison.mp4").is_file() == name.endswith("clips")
+
+
 def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 

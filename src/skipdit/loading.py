@@ -70,7 +70,7 @@ BUNDLED = {
     "emoji-clips": Bundled(
         folder="class_to_video",
         task="class-to-video",
-        showcase=("face-smiling", "cat-face", "heart", "face-tongue"),
+        showcase=("time", "person", "family", "heart"),
     ),
     "emoji-text": Bundled(
         folder="text_to_image",
@@ -97,7 +97,7 @@ BUNDLED = {
     "emoji-text-clips": Bundled(
         folder="text_to_video",
         task="text-to-video",
-        showcase=("grinning face", "red heart", "cat face", "face with tears of joy"),
+        showcase=("grinning face", "person frowning", "family", "face with tears of joy"),
     ),
 }
 
