@@ -210,6 +210,19 @@ def test_interval_1_under_a_pipeline_is_bit_equal_and_reuse_is_not(name: str) ->
     assert not torch.equal(sample(pipeline, case, *SECOND), plain)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_would_never_reuse_is_refused(name: str) -> None:
+    case = CASES[name]
+    pipeline = case.make(case.transformer())
+    pipeline.set_progress_bar_config(disable=True)
+    enable_cache(pipeline, "N3-100-50")  # of 4 steps the first three are above the window, the fourth is full
+    with pytest.raises(ValueError, match="would never reuse in 4 steps"):
+        sample(pipeline, case, 1, 4)
+    enable_cache(pipeline, SPEC)
+    sample(pipeline, case, 1, 4)
+    assert cache_summary(pipeline).steps_reused > 0
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("path")

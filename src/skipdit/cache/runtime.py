@@ -213,7 +213,12 @@ class CacheRuntime:
             )
         value = values.item()
         # 0.7 in float32 is a timestep of 700, not of 699.99999
-        return (value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)), None
+        value = value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)
+        for pipeline in list(self.pipelines):  # some of diffusers hand on a copy of their timesteps
+            known = pipeline.scheduler.timesteps
+            if id(known) not in self.timesteps and any(abs(entry - value) < 0.01 for entry in known.tolist()):
+                self._values(known)
+        return value, None
 
     def _values(self, known: Tensor) -> list[float]:
         """A scheduler's timesteps as numbers, read once a run, where the schedule must reuse at least once."""
@@ -375,8 +380,7 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
-    pairs, a window that is empty; at the first step of a run whose pipeline hands on its scheduler's timesteps as they
-    are (ours, DiT, Latte, PixArt), a schedule that reuses in none of its steps.
+    pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
     """
     method, model = parse_method(spec), _model_of(target)
     opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
