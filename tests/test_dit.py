@@ -138,3 +138,14 @@ def test_bfloat16_is_close_to_float32() -> None:
     half = model.to(torch.bfloat16)(latents.to(torch.bfloat16), torch.tensor(400), labels).sample
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).norm() / exact.norm() < 0.03
+
+
+@pytest.mark.parametrize("long_skip", [None, LongSkipConfig()], ids=["plain", "long_skips"])
+def test_compiled_it_is_whole_and_bit_equal(long_skip: LongSkipConfig | None) -> None:
+    torch._dynamo.reset()
+    model = tiny_dit(4, long_skip)
+    latents, labels = inputs()
+    expected = model(latents, torch.tensor(500), labels).sample
+    model.compile(fullgraph=True, backend="eager")
+    assert torch.equal(model(latents, torch.tensor(500), labels).sample, expected)
+    torch._dynamo.reset()

@@ -287,7 +287,8 @@ def test_gradient_checkpointing_gives_equal_gradients_even_of_two_forwards_at_on
         assert torch.equal(parameter.grad, other.grad), name
 
 
-def test_compiled_it_is_one_whole_graph() -> None:
+@pytest.mark.parametrize("long_skip", [None, LongSkipConfig()], ids=["plain", "long_skips"])
+def test_compiled_it_is_one_whole_graph(long_skip: LongSkipConfig | None) -> None:
     torch._dynamo.reset()
     graphs = []
 
@@ -295,7 +296,7 @@ def test_compiled_it_is_one_whole_graph() -> None:
         graphs.append(graph)
         return graph.forward
 
-    model = tiny_latte(2)
+    model = tiny_latte(2, long_skip)
     latents, options = joint()
     expected = model(latents, **options).sample
     model.compile(fullgraph=True, backend=counting)
