@@ -10,6 +10,16 @@ from skipdit.models.long_skip import LongSkipConfig
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
 from skipdit.training import TrainConfig
 
+# x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with
+PIXELS = Objective(
+    process="flow",
+    prediction_type="sample",
+    timestep_sampling="logit_normal",
+    logit_mean=0.8,
+    logit_std=0.8,
+    min_sigma=0.1,
+)
+
 
 def emoji() -> TrainConfig:
     """The bundled class-to-image model: 64x64 emoji in pixels, 24 blocks of width 176, 64 tokens.
@@ -23,14 +33,7 @@ def emoji() -> TrainConfig:
     return TrainConfig(
         data=DataConfig(source="emoji", image_size=64),
         model=ModelConfig(num_layers=24, num_attention_heads=4, attention_head_dim=44, patch_size=8),
-        objective=Objective(
-            process="flow",
-            prediction_type="sample",
-            timestep_sampling="logit_normal",
-            logit_mean=0.8,
-            logit_std=0.8,
-            min_sigma=0.1,
-        ),
+        objective=PIXELS,
         max_steps=7000,
         batch_size=32,
         learning_rate=8e-4,
@@ -74,17 +77,6 @@ def stability_plain() -> TrainConfig:
     """
     config = stability()
     return replace(config, model=replace(config.model, long_skip=None))
-
-
-# x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with
-PIXELS = Objective(
-    process="flow",
-    prediction_type="sample",
-    timestep_sampling="logit_normal",
-    logit_mean=0.8,
-    logit_std=0.8,
-    min_sigma=0.1,
-)
 
 
 def emoji_clips() -> TrainConfig:

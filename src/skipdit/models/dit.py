@@ -122,6 +122,23 @@ def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Floa
     return torch.cat([sincos(hidden_size // 2, columns), sincos(hidden_size // 2, rows)], dim=1).float()
 
 
+def position_embedding_of(model: Any, height: int, width: int) -> Float[Tensor, "tokens dim"]:
+    """The model's own table, or that of another grid of patches, on the model's device."""
+    native = model.config.sample_size // model.config.patch_size
+    if (height, width) == (native, native):
+        return model.position_embedding
+    return sincos_position_embedding(model.position_embedding.shape[1], height, width).to(
+        model.position_embedding.device
+    )
+
+
+def run_block(model: Any, block: nn.Module, *args: Tensor | None) -> Tensor:
+    """The block, which runs again in the backward pass where gradient checkpointing is on."""
+    if model.gradient_checkpointing and torch.is_grad_enabled():
+        return model._gradient_checkpointing_func(block, *args)
+    return block(*args)
+
+
 def init_adaln_zero(model: Any) -> None:
     """Every block starts as the identity and the output as zero (DiT paper, section 3.2)."""
     for module in model.modules():
@@ -265,7 +282,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
             sizes = tuple(hidden_states.shape[-2:])
             raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
         height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
-        hidden_states = self.patch_embed(hidden_states) + self._position_embedding(height, width).to(
+        hidden_states = self.patch_embed(hidden_states) + position_embedding_of(self, height, width).to(
             hidden_states.dtype
         )
         timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(hidden_states.shape[0])).to(
@@ -277,7 +294,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         for unit, block in enumerate(self.blocks):
             hidden_states = flow.enter(unit, hidden_states)
             if flow.runs(unit):
-                hidden_states = self._run(block, hidden_states, conditioning, flow.skip(unit))
+                hidden_states = run_block(self, block, hidden_states, conditioning, flow.skip(unit))
                 flow.leave(unit, hidden_states)
 
         patches = self.final_layer(hidden_states, conditioning)
@@ -285,16 +302,3 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
         output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
         return output if return_dict else output.to_tuple()
-
-    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)
-
-    def _position_embedding(self, height: int, width: int) -> Tensor:
-        native = self.config.sample_size // self.config.patch_size
-        if (height, width) == (native, native):
-            return self.position_embedding
-        return sincos_position_embedding(self.position_embedding.shape[1], height, width).to(
-            self.position_embedding.device
-        )

@@ -17,7 +17,9 @@ from skipdit.models.dit import (
     FinalLayer,
     PatchEmbed,
     init_adaln_zero,
+    position_embedding_of,
     repeat_rows,
+    run_block,
     sincos,
     sincos_position_embedding,
 )
@@ -179,7 +181,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
         dtype = hidden_states.dtype
         hidden_states = self.patch_embed(rearrange(hidden_states, "b f c h w -> (b f) c h w"))
-        hidden_states = hidden_states + self._position_embedding(height, width).to(dtype)
+        hidden_states = hidden_states + position_embedding_of(self, height, width).to(dtype)
 
         timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(batch)).to(dtype)
         conditioning = self._add_class(self.timestep_embedder(timestep_embedding), class_labels)
@@ -197,12 +199,12 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         for unit, (spatial, temporal) in enumerate(self.units()):
             hidden_states = flow.enter(unit, hidden_states)
             if flow.runs(unit):
-                hidden_states = self._run(spatial, hidden_states, frame_conditioning, flow.skip(unit))
+                hidden_states = run_block(self, spatial, hidden_states, frame_conditioning, flow.skip(unit))
                 frames = rearrange(hidden_states, "(b f) n d -> b f n d", b=batch)
                 videos = rearrange(frames[:, :num_frames], "b f n d -> (b n) f d")
                 if unit == 0:
                     videos = videos + self.frame_embedding[:num_frames].to(dtype)
-                videos = self._run(temporal, videos, conditioning)
+                videos = run_block(self, temporal, videos, conditioning)
                 videos = rearrange(videos, "(b n) f d -> b f n d", b=batch)
                 frames = torch.cat([videos, frames[:, num_frames:]], dim=1) if num_images else videos
                 hidden_states = rearrange(frames, "b f n d -> (b f) n d")
@@ -230,16 +232,3 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         if len(class_labels) != len(conditioning):
             raise ValueError(f"class labels: {len(conditioning)} are needed, got {len(class_labels)}")
         return conditioning + self.class_embedder(class_labels)
-
-    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *args)
-        return block(*args)
-
-    def _position_embedding(self, height: int, width: int) -> Tensor:
-        native = self.config.sample_size // self.config.patch_size
-        if (height, width) == (native, native):
-            return self.position_embedding
-        return sincos_position_embedding(self.position_embedding.shape[1], height, width).to(
-            self.position_embedding.device
-        )
