@@ -50,7 +50,7 @@ CONFIG = AnalyzeConfig(
     growth_timesteps=2,
     surface_size=3,
     surface_timesteps=(500,),
-    methods=("N2", "delta-dit:N2"),
+    methods=("N2", "delta:N2"),
 )
 SKIPS = {
     "plain": None,
@@ -328,12 +328,12 @@ def test_a_report_on_two_models(tmp_path: Path) -> None:
     assert "violated 0 times" in page
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["models"]["skip"]["num_long_skips"] == 2
-    assert list(report["models"]["plain"]["caches"]) == ["delta-dit:N2"]
+    assert list(report["models"]["plain"]["caches"]) == ["delta:N2"]
     with np.load(tmp_path / "arrays.npz", allow_pickle=False) as arrays:
         assert arrays["skip/similarity"].shape == (5, 5)
         assert np.array_equal(arrays["plain/similarity"], models["plain"].similarity)
         assert arrays["plain/jacobian_units"].shape == (2, 6)
-        assert arrays["plain/growth/delta-dit:N2/measured"].shape == (6,)
+        assert arrays["plain/growth/delta:N2/measured"].shape == (6,)
         assert all(np.isfinite(array).all() for array in arrays.values())
     assert "plotly" in (tmp_path / "report.html").read_text(encoding="utf-8")
     with Image.open(tmp_path / "similarity.png") as picture:

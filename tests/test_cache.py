@@ -17,8 +17,8 @@ from tiny import inputs, tiny_dit, tiny_pipeline
 from skipdit.cache.methods import METHODS, CacheMethod, parse_method
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.runtime import cache_context, cache_summary, disable_cache, enable_cache
-from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, StepCounter, resolve
-from skipdit.cache.site import BlockDelta, DeepFeatures
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
+from skipdit.cache.site import DeepFeatures, UnitRange
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.long_skip import LongSkipConfig
@@ -116,9 +116,9 @@ def test_taylor_follows_what_it_can_and_holds_what_it_must(order: int, coefficie
     predictor, stored = TaylorPredictor(order), ()
     line = torch.tensor(coefficients[0]), torch.tensor(coefficients[1])
     for step in range(0, 12, 3):
-        stored = predictor.update(stored, line[0] + line[1] * step, 3)
+        stored = predictor.update(stored, {"value": line[0] + line[1] * step}, 3)
     assert len(stored) == order + 1
-    ahead = predictor.predict(stored, 2)
+    ahead = predictor.predict(stored, 2)["value"]
     expected = line[0] + line[1] * (9 + (2 if order else 0))
     torch.testing.assert_close(ahead, expected, atol=1e-4, rtol=0)
 
@@ -126,14 +126,14 @@ def test_taylor_follows_what_it_can_and_holds_what_it_must(order: int, coefficie
 def test_second_derivative_by_hand() -> None:
     stored = ()
     for value in (1.0, 4.0, 9.0):
-        stored = TaylorPredictor(2).update(stored, torch.tensor(value), 1)
-    assert [float(s) for s in stored] == [9.0, 5.0, 2.0]
-    assert float(TaylorPredictor(2).predict(stored, 2)) == 9 + 5 * 2 + 2 * 4 / 2
+        stored = TaylorPredictor(2).update(stored, {"value": torch.tensor(value)}, 1)
+    assert [float(derivative["value"]) for derivative in stored] == [9.0, 5.0, 2.0]
+    assert float(TaylorPredictor(2).predict(stored, 2)["value"]) == 9 + 5 * 2 + 2 * 4 / 2
 
 
 def test_hold_returns_the_stored_tensor_itself() -> None:
     value = torch.randn(3)
-    assert TaylorPredictor(0).predict((value,), 5) is value
+    assert TaylorPredictor(0).predict(({"value": value},), 5)["value"] is value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,8 +151,8 @@ def test_hold_returns_the_stored_tensor_itself() -> None:
         ("skip-taylor:N4", CacheMethod(schedule=IntervalSchedule(interval=4), predictor=TaylorPredictor(1))),
         ("skip-taylor:N4-o2-k3", CacheMethod(schedule=IntervalSchedule(interval=4), site=DeepFeatures(3),
                                              predictor=TaylorPredictor(2))),
-        ("delta-dit:N2-k2", CacheMethod(schedule=IntervalSchedule(interval=2), site=BlockDelta(2))),
-        ("delta-taylor:N3-o2", CacheMethod(schedule=IntervalSchedule(interval=3), site=BlockDelta(),
+        ("delta:N2-k2", CacheMethod(schedule=IntervalSchedule(interval=2), site=UnitRange(2))),
+        ("delta-taylor:N3-o2", CacheMethod(schedule=IntervalSchedule(interval=3), site=UnitRange(),
                                            predictor=TaylorPredictor(2))),
     ],
 )  # fmt: skip
@@ -164,7 +164,7 @@ def test_specs_mean_what_they_say(spec: str, method: CacheMethod) -> None:
 @pytest.mark.parametrize(
     "spec",
     ["", "2", "N", "N0", "n2", "N2-700", "N2-50-700", "N2-0-0", "N2-k", "N2-k0-", "N2-k1-k2", "N2-o1", "other:N2",
-     "delta-dit:N2-o1",
+     "delta:N2-o1",
      "skip-taylor:N2-o9", "N2 ", "N-2", "N2-700-50-50"],
 )  # fmt: skip
 def test_bad_specs_are_refused_in_one_line(spec: str) -> None:
@@ -229,7 +229,7 @@ def test_parity_with_the_authors_cache(interval: int, shared: Path) -> None:
     assert summary.steps_full + summary.steps_reused == 12
 
 
-@pytest.mark.parametrize("spec", ["N1", "N1-700-50-k2", "skip-taylor:N1-o2", "delta-dit:N1", "delta-taylor:N1-k2"])
+@pytest.mark.parametrize("spec", ["N1", "N1-700-50-k2", "skip-taylor:N1-o2", "delta:N1", "delta-taylor:N1-k2"])
 @pytest.mark.parametrize("num_layers", [5, 6])
 def test_interval_1_is_bit_equal_to_no_cache(spec: str, num_layers: int) -> None:
     model = tiny_dit(num_layers)
@@ -255,7 +255,7 @@ def test_a_cached_call_right_after_a_full_call_is_bit_equal(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["N2", "N3-700-50", "skip-taylor:N4-o2", "N2-k2", "delta-dit:N3", "delta-taylor:N2-k2"]
+    "spec", ["N2", "N3-700-50", "skip-taylor:N4-o2", "N2-k2", "delta:N3", "delta-taylor:N2-k2"]
 )
 def test_enable_run_disable_restores(spec: str) -> None:
     model = tiny_dit()
@@ -282,7 +282,7 @@ def test_a_delta_is_what_the_units_between_have_added(long_skip: LongSkipConfig 
     model.blocks[5].register_forward_pre_hook(lambda _, given: taken.append(given[0]))
     model.blocks[0].register_forward_hook(lambda *given: left.append(given[2]))
     expected = model(latents, torch.tensor(600), labels).sample
-    enable_cache(model, "delta-dit:N2")
+    enable_cache(model, "delta:N2")
     assert torch.equal(model(latents, torch.tensor(600), labels).sample, expected)
     model(latents + 0.1, torch.tensor(580), labels)
     torch.testing.assert_close(taken[2], left[2] + (taken[1] - left[1]))
@@ -292,9 +292,9 @@ def test_a_delta_is_what_the_units_between_have_added(long_skip: LongSkipConfig 
 
 def test_a_delta_needs_units_to_leave_out() -> None:
     with pytest.raises(ValueError, match="between 1 and 2 for 6 units, got 3"):
-        enable_cache(tiny_dit(6, None), "delta-dit:N2-k3")
+        enable_cache(tiny_dit(6, None), "delta:N2-k3")
     with pytest.raises(ValueError, match="has no units that skipdit knows of"):
-        enable_cache(torch.nn.Linear(2, 2), "delta-dit:N2")
+        enable_cache(torch.nn.Linear(2, 2), "delta:N2")
 
 
 def test_what_is_reused_is_the_deep_features_and_the_shallow_blocks_are_fresh() -> None:
@@ -647,7 +647,7 @@ def test_a_failed_enable_leaves_the_cache_that_is_on() -> None:
 # Compiled
 
 
-@pytest.mark.parametrize("spec", ["N2", "skip-taylor:N3-o1-k2", "delta-dit:N2"])
+@pytest.mark.parametrize("spec", ["N2", "skip-taylor:N3-o1-k2", "delta:N2"])
 def test_compiled_there_are_two_whole_graphs_and_no_more(spec: str) -> None:
     torch._dynamo.reset()
     graphs = []
@@ -678,4 +678,3 @@ def test_the_counter_follows_partial_links() -> None:
     enable_cache(model, "N2-k2")
     run(model, STEPS)
     assert cache_summary(model).compute_ratio == pytest.approx(20 / (10 + 10 * 4 / 8))
-    assert StepCounter(IntervalSchedule(interval=2)).peek(500)

@@ -268,8 +268,8 @@ def test_a_fresh_residual_skip_changes_no_bit_and_a_replacing_one_does(bench: Be
     assert vanilla.flops == bench.models[TRAINED_ON].flops < residual.flops
     # a residual skip that adds zeros leaves the middle units alone, too
     by_run = {(row.model, row.run): row for row in bench.rows}
-    same = dataclasses.replace(by_run[RESIDUAL, "delta-dit:N2"], model=VANILLA)
-    assert same == by_run[VANILLA, "delta-dit:N2"]
+    same = dataclasses.replace(by_run[RESIDUAL, "delta:N2"], model=VANILLA)
+    assert same == by_run[VANILLA, "delta:N2"]
 
 
 def test_the_loss_is_that_of_training(bench: Bench) -> None:
@@ -291,8 +291,8 @@ def test_runs_of_one_interval_compute_alike(bench: Bench) -> None:
     for model in bench.models:
         runs = [row for row in bench.rows if row.model == model]
         linked = bench.models[model].long_skips != "none"
-        expected = ["N2"] * linked + ["delta-dit:N2", "fewer than N2"]
-        expected += ["N3"] * linked + ["delta-dit:N3", "fewer than N3"]
+        expected = ["N2"] * linked + ["delta:N2", "fewer than N2"]
+        expected += ["N3"] * linked + ["delta:N3", "fewer than N3"]
         assert [row.run for row in runs] == expected
         for caches, fewer in ((runs[: 1 + linked], runs[1 + linked]), (runs[2 + linked : -1], runs[-1])):
             (ratio,) = {row.compute_ratio for row in caches}
@@ -338,15 +338,15 @@ def test_finished_runs_are_not_trained_again(bench: Bench) -> None:
 def test_the_verdict_follows_the_numbers(after: float, cached: float, loss: str, chance: str) -> None:
     losses = {VANILLA: 0.42, BEFORE: 2.0, RESIDUAL: 0.42, FIRST: 0.6, SECOND: after, TRAINED_ON: 0.4}
     models = [ModelRow(name, "", 1, 1, 1, loss, 0.0, 0.0) for name, loss in losses.items()]
-    psnr = {(SECOND, "N2"): cached, (SECOND, "delta-dit:N2"): 25.0, (SECOND, "fewer than N2"): 30.0}
-    psnr[TRAINED_ON, "delta-dit:N2"] = 29.0
+    psnr = {(SECOND, "N2"): cached, (SECOND, "delta:N2"): 25.0, (SECOND, "fewer than N2"): 30.0}
+    psnr[TRAINED_ON, "delta:N2"] = 29.0
     rows = [RunRow(*key, 6, 3, 1.5, value, 1.0, 0.9, 0.1) for key, value in psnr.items()]
     config = dataclasses.replace(CONFIG, intervals=(2,))
     first, second = conversion.verdict(config, models, rows)
     assert "from 0.4200 to 2.0000" in first
     assert f"stage one brings it to 0.6000 and stage two to {after:.4f}, {loss}" in first
-    assert f"lies {cached - 25:+.1f} dB (N2) from delta-dit and {cached - 30:+.1f} dB (N2) from fewer steps" in second
-    assert f"on the same model, and {cached - 29:+.1f} dB (N2) from delta-dit on the control" in second
+    assert f"lies {cached - 25:+.1f} dB (N2) from delta and {cached - 30:+.1f} dB (N2) from fewer steps" in second
+    assert f"on the same model, and {cached - 29:+.1f} dB (N2) from delta on the control" in second
     assert chance in second
 
 

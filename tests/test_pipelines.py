@@ -180,7 +180,7 @@ def test_a_cache_counts_the_steps_of_clips() -> None:
     enable_cache(pipeline, "N2")
     cached = sample(pipeline, 4, 7, steps=7)
     summary = cache_summary(pipeline)
-    assert (summary.model, summary.num_units, summary.num_shallow_units) == ("Latte", 6, 1)
+    assert (summary.model, summary.num_units, summary.reused) == ("Latte", 6, ("what units 1 to 4 put out",))
     assert (summary.steps_full, summary.steps_reused) == (4, 3)
     assert summary.compute_ratio == pytest.approx(7 * 6 / (4 * 6 + 3 * 2))
     assert summary.peak_bytes_held == 2 * 2 * 3 * 16 * 16 * 4  # guidance, clips, frames, tokens, width, float32

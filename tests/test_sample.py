@@ -483,7 +483,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cache", "N3-100-50", "--steps", "2"], "would never reuse in 2 steps"),
         (["--cache", "N2", "--steps", "1"], "would never reuse in 1 steps"),
         (["--cache", "X2"], "a cache spec is"),
-        (["--cache", "fora:N3"], "cache method must be one of skip, skip-taylor, delta-dit, delta-taylor, got 'fora'"),
+        (["--cache", "fora:N3"], "cache method must be one of skip, skip-taylor, delta, delta-taylor, got 'fora'"),
         (["--cache", "N2-k5"], "num_shallow_units must be between 1 and 3 for 8 units with 4 linked pairs, got 5"),
         (["--cache", "missing.json"], "no schedule at missing.json"),
         (["--scheduler", "heun"], "scheduler of a flow model must be one of euler, dpm, got 'heun'"),

@@ -56,7 +56,7 @@ def build(name: str, long_skips: bool, num_units: int = 6) -> nn.Module:
 
 
 def spec_of(name: str, long_skips: bool) -> str:
-    return "N2" if long_skips or TINY_FAMILIES[name].native else "delta-dit:N2"
+    return "N2" if long_skips or TINY_FAMILIES[name].native else "delta:N2"
 
 
 @torch.no_grad()
@@ -364,7 +364,7 @@ def test_a_model_that_gets_no_long_skips_stays_what_it_was(num_pairs: int) -> No
 def test_under_a_cache_long_skips_are_neither_given_nor_taken() -> None:
     family = TINY_FAMILIES["DiTTransformer2DModel"]
     plain, linked = family.build(), build("DiTTransformer2DModel", True)
-    enable_cache(plain, "delta-dit:N2")
+    enable_cache(plain, "delta:N2")
     enable_cache(linked, "N2")
     for change, model in ((add_long_skips, plain), (remove_long_skips, linked)):
         with pytest.raises(ValueError, match=r"call skipdit\.disable_cache"):

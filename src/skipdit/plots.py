@@ -19,6 +19,8 @@ from skipdit.files import atomic_file
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
 LEGEND_ROWS = 18  # that fit beside the axes
+MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}  # and plotly's name
+GREY = "#666666"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,34 @@ class Surfaces:
         check_panels(self.panels, self.x, self.y)
 
 
-Plot = Lines | Heatmaps | Surfaces
+@dataclass(frozen=True, kw_only=True)
+class Tradeoffs:
+    """What one quantity costs in another: measured settings, marked, a line through those of each label; series:
+    label -> (x, y), one setting or more. emphasized: labels drawn thick. dashed: what the others are held against,
+    grey."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, tuple[NDArray, NDArray]]
+    emphasized: frozenset[str] = frozenset()
+    dashed: frozenset[str] = frozenset()
+
+    def styles(self) -> dict[str, tuple[str, str]]:
+        """Color and marker of each label: colors are for those that are not dashed, the emphasized ones first."""
+        colored = sorted((label for label in self.series if label not in self.dashed), key=self._is_plain)
+        markers, dashed = list(MARKERS), [label for label in self.series if label in self.dashed]
+        styles = {label: (GREY, markers[index % len(markers)]) for index, label in enumerate(dashed)}
+        for index, label in enumerate(colored):
+            styles[label] = (COLORS[index % len(COLORS)], markers[index % len(markers)])
+        return styles
+
+    def _is_plain(self, label: str) -> bool:
+        return label not in self.emphasized
+
+
+Plot = Lines | Heatmaps | Surfaces | Tradeoffs
 
 
 def check_panels(panels: Mapping[str, NDArray], x: NDArray, y: NDArray) -> None:
@@ -169,6 +198,24 @@ def _(plot: Lines) -> Any:
     axes.grid(alpha=0.25)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if aside else {"loc": "best"}
     axes.legend(fontsize=8, frameon=False, ncols=num_columns, **place)
+    return figure
+
+
+@draw.register
+def _(plot: Tradeoffs) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
+    styles = plot.styles()
+    for label, (x, y) in plot.series.items():
+        thick = label in plot.emphasized
+        axes.plot(
+            x, y, label=label, color=styles[label][0], marker=styles[label][1], markersize=6 if thick else 4.5,
+            linestyle="--" if label in plot.dashed else "-", linewidth=2.8 if thick else 1.2, zorder=3 if thick else 2,
+        )  # fmt: skip
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -256,6 +303,23 @@ def _(plot: Lines) -> Any:
     figure.update_layout(title=plot.title, height=480, template="plotly_white")
     figure.update_xaxes(title=plot.x_label, autorange="reversed" if plot.reverse_x else True)
     figure.update_yaxes(title=plot.y_label, type="log" if plot.log_y else "linear", exponentformat="power")
+    return figure
+
+
+@interactive.register
+def _(plot: Tradeoffs) -> Any:
+    from plotly import graph_objects
+
+    figure, styles = graph_objects.Figure(), plot.styles()
+    for label, (x, y) in plot.series.items():
+        color, marker = styles[label]
+        width = 4 if label in plot.emphasized else 1.5
+        line = {"color": color, "dash": "dash" if label in plot.dashed else "solid", "width": width}
+        symbol = {"symbol": MARKERS[marker], "size": 8}
+        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, mode="lines+markers", line=line, marker=symbol))
+    figure.update_layout(title=plot.title, height=560, template="plotly_white")
+    figure.update_xaxes(title=plot.x_label)
+    figure.update_yaxes(title=plot.y_label)
     return figure
 
 

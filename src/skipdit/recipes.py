@@ -219,7 +219,7 @@ def convert_control() -> TrainConfig:
 
     `skipdit train convert-control --out runs/convert-control` (after `convert-plain`, or with `--start-from`)
 
-    Loss 0.142. Cached with delta-dit:N2: 38.0 dB from its full run.
+    Loss 0.142. Cached with delta:N2: 38.0 dB from its full run.
     """
     first, second = convert_stage_one(), convert_stage_two()
     return replace(

@@ -39,7 +39,7 @@ class AnalyzeConfig:
     num_pictures: int = 4
     steps: int = 50
     guidance_scale: float = 2.0
-    methods: tuple[str, ...] = ("N2", "delta-dit:N2", "skip-taylor:N4-800-100-o1")
+    methods: tuple[str, ...] = ("N2", "delta:N2", "skip-taylor:N4-800-100-o1")
     jacobian_timesteps: int = 6
     growth_timesteps: int = 12
     surface_size: int = 9

@@ -49,7 +49,7 @@ VANILLA, BEFORE, RESIDUAL, FIRST, SECOND, TRAINED_ON = (
     "control",
 )
 SHOWN = (VANILLA, BEFORE, FIRST, SECOND, TRAINED_ON)
-METHODS = ("", "delta-dit:")  # the paper's cache, which needs long skips, and one that needs none
+METHODS = ("", "delta:")  # the paper's cache, which needs long skips, and one that needs none
 FEWER = "fewer"
 PICTURE_SCALE = 4
 LOSS_BATCH_SIZE = 128
@@ -464,8 +464,8 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
     )
     beyond = [name for name, difference in control.items() if abs(difference) > CHANCE_DB]
     yield (
-        f"At equal compute the paper's cache on the converted model lies {list_decibels(delta)} from delta-dit and "
-        f"{list_decibels(fewer)} from fewer steps on the same model, and {list_decibels(control)} from delta-dit on "
+        f"At equal compute the paper's cache on the converted model lies {list_decibels(delta)} from delta and "
+        f"{list_decibels(fewer)} from fewer steps on the same model, and {list_decibels(control)} from delta on "
         f"the control; of that last, {', '.join(beyond) or 'nothing'} is beyond the {CHANCE_DB:g} dB by which two "
         "trainings that differed by rounding alone lay apart (stability_cpu.md)."
     )

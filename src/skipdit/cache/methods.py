@@ -2,52 +2,276 @@
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from skipdit.cache.predictor import TaylorPredictor
-from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
-from skipdit.cache.site import BlockDelta, DeepFeatures
-
-
-@dataclass(frozen=True)
-class Published:
-    """A named method: what it reuses, with which Taylor order by default (0 has no other), and where it is from."""
-
-    site: type[DeepFeatures] | type[BlockDelta]
-    order: int
-    source: str
-
-
-METHODS: dict[str, Published] = {
-    "skip": Published(DeepFeatures, 0, "Skip-Cache, arXiv 2411.17616"),
-    "skip-taylor": Published(DeepFeatures, 1, "Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)"),
-    "delta-dit": Published(BlockDelta, 0, "Delta-DiT, arXiv 2406.01125, on the middle units; works without long skips"),
-    "delta-taylor": Published(BlockDelta, 1, "Delta-DiT's offset with TaylorSeer's prediction"),
-}
-
-SPEC = re.compile(
-    r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)"
+from skipdit.cache.schedule import (
+    AutoSchedule,
+    ExplicitSchedule,
+    IntervalSchedule,
+    ProbeSchedule,
+    RateSchedule,
+    Schedule,
 )
-SPEC_FORM = (
-    f"[{':|'.join(METHODS)}:]"
-    "N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50"
-)
+from skipdit.cache.site import BranchOutputs, DeepFeatures, Inner, Probe, Site, Stack, UnitRange
+from skipdit.models.flow import BranchKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeFor:
+    """What a calibrated schedule was measured on. weights: see `skipdit.cache.calibrate.fingerprint`."""
+
+    model: str
+    num_units: int
+    weights: str
+    scheduler: str
+    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMethod:
-    """When (`schedule`), what (`site`) and how (`predictor`)."""
+    """When (`schedule`), what (`site`) and how (`predictor`).
 
-    schedule: IntervalSchedule | ExplicitSchedule
-    site: DeepFeatures | BlockDelta = field(default_factory=DeepFeatures)
+    probe: what an adaptive schedule looks at before it decides. others: more choices that hold at the same time for
+    other parts of the model. made_for: where the schedule was calibrated. spec: what it was written as.
+    """
+
+    schedule: Schedule
+    site: Site = field(default_factory=DeepFeatures)
     predictor: TaylorPredictor = field(default_factory=TaylorPredictor)
+    probe: Probe | None = None
+    others: tuple["CacheMethod", ...] = ()
+    made_for: MadeFor | None = field(default=None, compare=False)
+    spec: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.schedule.is_adaptive and self.others:
+            raise ValueError("an adaptive schedule decides for the whole step: it goes with no other choice")
+        if self.probe is not None and not self.schedule.is_adaptive:
+            raise ValueError(f"a probe is for an adaptive schedule, got {self.schedule}")
+
+    @property
+    def parts(self) -> "tuple[CacheMethod, ...]":
+        return (self, *self.others)
+
+    @property
+    def may_stay_full(self) -> bool:
+        return all(part.schedule.may_stay_full for part in self.parts)
 
     def __str__(self) -> str:
+        if self.spec:
+            return self.spec
         order = self.predictor.order
-        name = next(n for n, row in METHODS.items() if row.site is type(self.site) and (row.order > 0) == (order > 0))
+        name = next((name for name, row in METHODS.items() if row.is_like(self)), type(self.site).__name__)
         prefix, suffix = "" if name == "skip" else f"{name}:", f"-o{order}" if order else ""
-        return f"{prefix}{self.schedule}-k{self.site.num_shallow_units}{suffix}"
+        return f"{prefix}{self.schedule}{self.site.options}{suffix}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a spec says behind the name. shallow_units: each -k, or none."""
+
+    schedule: IntervalSchedule
+    shallow_units: tuple[int, ...] = ()
+    order: int = 0
+
+    @property
+    def k(self) -> int:
+        return self.shallow_units[0] if self.shallow_units else 1
+
+    def part(
+        self, site: Site, *, stretch: int = 1, start: float | None = None, stop: float | None = None
+    ) -> CacheMethod:
+        """A choice with `stretch` times the interval, and another window where one is given."""
+        schedule = IntervalSchedule(
+            interval=self.schedule.interval * stretch,
+            start_timestep=self.schedule.start_timestep if start is None else start,
+            stop_timestep=self.schedule.stop_timestep if stop is None else stop,
+        )
+        return CacheMethod(schedule=schedule, site=site, predictor=TaylorPredictor(self.order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A named method. source: where it is from, and where this differs. order: its Taylor order by default, 0 has no
+    other. parts: its choices, for an interval; adaptive: its choice, for a threshold; `None` where it has no such spec.
+    site: what a schedule.json of this name reuses; takes_k: whether it has -k.
+    """
+
+    source: str
+    order: int = 0
+    parts: Callable[[Options], tuple[CacheMethod, ...]] | None = None
+    adaptive: Callable[[float], CacheMethod] | None = None
+    site: Callable[[tuple[int, ...]], Site] | None = None
+    takes_k: bool = True
+
+    def is_like(self, method: CacheMethod) -> bool:
+        """Whether a method of one part has this row's site and kind of predictor."""
+        if self.site is None or method.others or method.probe is not None:
+            return False
+        options = re.findall(r"\d+", method.site.options)
+        here = self.site(tuple(map(int, options)))
+        return here == method.site and (self.order > 0) == (method.predictor.order > 0)
+
+    @property
+    def form(self) -> str:
+        order = "[-o{Taylor order}]" if self.order else ""
+        k = "[-k{shallow units}]" if self.takes_k else ""
+        return (
+            f"N{{interval}}[-{{start}}-{{stop}}]{k}{order}"
+            if self.parts
+            else "{threshold}"
+            if self.adaptive
+            else "json"
+        )
+
+
+EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
+ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
+NEVER_AGAIN = 10**6  # an interval that no run outlasts
+FIRST_ADDED, FIRST_INPUT = Probe(), Probe(inputs=True)
+
+
+def _deep(ks: tuple[int, ...]) -> Site:
+    return DeepFeatures(*ks[:1], others=ks[1:])
+
+
+def _offset(ks: tuple[int, ...]) -> Site:
+    return UnitRange(*ks[:1])
+
+
+def _branches(ks: tuple[int, ...]) -> Site:
+    return BranchOutputs(EVERY)
+
+
+def _one(site: Callable[[tuple[int, ...]], Site]) -> Callable[[Options], tuple[CacheMethod, ...]]:
+    return lambda options: (options.part(site(options.shallow_units[:1])),)
+
+
+def _skip_branch(options: Options) -> tuple[CacheMethod, ...]:
+    shallow = BranchOutputs((*ATTENTION, "cross_attention"), options.k)
+    every_second = IntervalSchedule(
+        interval=2, start_timestep=options.schedule.start_timestep, stop_timestep=options.schedule.stop_timestep
+    )
+    return (
+        options.part(DeepFeatures(options.k)),
+        CacheMethod(schedule=every_second, site=shallow, predictor=TaylorPredictor(options.order)),
+    )
+
+
+def _delta_dit(options: Options) -> tuple[CacheMethod, ...]:
+    middle = 500.0
+    return (
+        options.part(UnitRange(options.k, at="first"), stop=max(middle, options.schedule.stop_timestep)),
+        options.part(UnitRange(options.k, at="last"), start=min(middle, options.schedule.start_timestep)),
+    )
+
+
+def _pab(options: Options) -> tuple[CacheMethod, ...]:
+    return (
+        options.part(BranchOutputs(("attention",))),
+        options.part(BranchOutputs(("temporal_attention",), optional=True), stretch=2),
+        options.part(BranchOutputs(("cross_attention",), optional=True), stretch=3),
+    )
+
+
+def _tgate(options: Options) -> tuple[CacheMethod, ...]:
+    gate = options.schedule.stop_timestep
+    if gate == 0:
+        raise ValueError("tgate needs the timestep of its gate: tgate:N{interval}-{start}-{gate}, as tgate:N5-900-600")
+    held = IntervalSchedule(interval=NEVER_AGAIN, start_timestep=gate)
+    cross = CacheMethod(schedule=held, site=BranchOutputs(("cross_attention",)))
+    return (cross, options.part(BranchOutputs(ATTENTION)))
+
+
+METHODS: dict[str, Published] = {
+    "skip": Published(source="Skip-Cache, arXiv 2411.17616", parts=_one(_deep), site=_deep),
+    "skip-taylor": Published(
+        source="Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1, parts=_one(_deep), site=_deep
+    ),
+    "skip-branch": Published(
+        source="Skip-Cache (arXiv 2411.17616); in the shallow units attention runs at every second step",
+        parts=_skip_branch,
+    ),
+    "delta": Published(
+        source="Delta-DiT's offset (arXiv 2406.01125), of the units in the middle at all steps",
+        parts=_one(_offset),
+        site=_offset,
+    ),
+    "delta-taylor": Published(
+        source="Delta-DiT's offset (arXiv 2406.01125) of the units in the middle, with TaylorSeer's prediction",
+        order=1,
+        parts=_one(_offset),
+        site=_offset,
+    ),
+    "delta-dit": Published(
+        source="Delta-DiT, arXiv 2406.01125: of the last units down to timestep 500, of the first ones below",
+        parts=_delta_dit,
+    ),
+    "faster-diffusion": Published(
+        source="Faster Diffusion, arXiv 2312.09608: the first half of the units is reused; no noise is injected",
+        parts=lambda options: (options.part(UnitRange(None, at="last", delta=False)),),
+        takes_k=False,
+    ),
+    "fora": Published(source="FORA, arXiv 2407.01425", parts=_one(_branches), site=_branches, takes_k=False),
+    "taylorseer": Published(
+        source="TaylorSeer, arXiv 2503.06923", order=1, parts=_one(_branches), site=_branches, takes_k=False
+    ),
+    "pab": Published(
+        source="Pyramid Attention Broadcast, arXiv 2408.12588: attention every N, over time 2N, cross 3N; no MLPs",
+        parts=_pab,
+        takes_k=False,
+    ),
+    "tgate": Published(
+        source="T-GATE, arXiv 2404.02747: cross-attention is held below the gate, attention every N above it; guidance "
+        "is the pipeline's and goes on",
+        parts=_tgate,
+        takes_k=False,
+    ),
+    "smoothcache": Published(
+        source="SmoothCache, arXiv 2411.10510: branches by kind, from a calibrated schedule (skipdit calibrate)"
+    ),
+    "fbcache": Published(
+        source="First-Block-Cache, ParaAttention (github.com/chengzeyi/ParaAttention), after arXiv 2411.19108",
+        adaptive=lambda threshold: CacheMethod(
+            schedule=ProbeSchedule(threshold=threshold), site=Stack(), probe=FIRST_ADDED
+        ),
+        takes_k=False,
+    ),
+    "teacache": Published(
+        source="TeaCache, arXiv 2411.19108, without a fitted polynomial; the first unit runs too",
+        adaptive=lambda threshold: CacheMethod(
+            schedule=ProbeSchedule(threshold=threshold, accumulate=True), site=Stack(), probe=FIRST_INPUT
+        ),
+        takes_k=False,
+    ),
+    "adacache": Published(
+        source="AdaCache, arXiv 2411.02397, its codebook as a rate; no motion regularisation",
+        adaptive=lambda threshold: CacheMethod(schedule=RateSchedule(threshold=threshold), site=BranchOutputs(EVERY)),
+        takes_k=False,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Specs
+
+SPEC = re.compile(
+    r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)"
+)
+THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)")
+AUTO = re.compile(r"auto(?::(?P<speedup>\d+(?:\.\d+)?))?(?:-k(?P<k>\d+))?(?:-o(?P<order>\d+))?")
+SPEC_FORM = (
+    "[{method}:]N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50, "
+    "{method}:{threshold}, or auto[:{speedup}]"
+)
 
 
 def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
@@ -58,46 +282,108 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     """
     if isinstance(spec, CacheMethod):
         return spec
+    if not isinstance(spec, (str, Path)):
+        raise TypeError(f"a cache is a spec, a schedule's path or a CacheMethod, got {type(spec).__name__}")
     if str(spec).endswith(".json"):
         return load_schedule(Path(spec))
-    match = SPEC.fullmatch(str(spec))
+    text = str(spec)
+    if match := AUTO.fullmatch(text):
+        return _auto(**match.groupdict())
+    match = SPEC.fullmatch(text) or THRESHOLD.fullmatch(text)
     if match is None:
-        raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {str(spec)!r}")
+        raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {text!r}")
     name = match["name"] or "skip"
     if name not in METHODS:
-        raise ValueError(f"cache method must be one of {', '.join(METHODS)}, got {name!r}")
-    options = re.findall(r"-([ko])(\d+)", match["options"])
-    values = {letter: int(value) for letter, value in options}
-    if len(values) < len(options):
-        raise ValueError(f"each of -k and -o may be given once, got {str(spec)!r}")
-    published = METHODS[name]
-    if "o" in values and published.order == 0:
-        raise ValueError(f"a Taylor order needs skip-taylor: or delta-taylor:, got {str(spec)!r}")
+        raise ValueError(f"cache method must be one of {', '.join((*METHODS, 'auto'))}, got {name!r}")
+    row = METHODS[name]
+    if match.re is THRESHOLD:
+        if row.adaptive is None:
+            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {text!r}")
+        method = row.adaptive(float(match["value"]))
+    else:
+        if row.parts is None:
+            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {text!r}")
+        method = _together(row.parts(_options(row, match, text)))
+    return method if row.site is not None else replace(method, spec=text)
+
+
+def _options(row: Published, match: re.Match[str], text: str) -> Options:
+    given = re.findall(r"-([ko])(\d+)", match["options"])
+    values = {letter: int(value) for letter, value in given}
+    if len(values) < len(given):
+        raise ValueError(f"each of -k and -o may be given once, got {text!r}")
+    if "o" in values and row.order == 0:
+        with_order = ", ".join(f"{name}:" for name, other in METHODS.items() if other.order)
+        raise ValueError(f"a Taylor order needs one of {with_order}, got {text!r}")
+    if "k" in values and not row.takes_k:
+        raise ValueError(f"{match['name']} has no shallow units, got {text!r}")
     window = (
         {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
     )
-    return CacheMethod(
+    return Options(
         schedule=IntervalSchedule(interval=int(match["interval"]), **window),
-        site=published.site(values.get("k", 1)),
-        predictor=TaylorPredictor(values.get("o", published.order)),
+        shallow_units=(values["k"],) if "k" in values else (),
+        order=values.get("o", row.order),
     )
 
 
+def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
+    schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
+    spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
+    return CacheMethod(
+        schedule=schedule, site=Inner(int(k or 1)), predictor=TaylorPredictor(int(order or 1)), spec=spec
+    )
+
+
+def _together(parts: tuple[CacheMethod, ...]) -> CacheMethod:
+    first, *others = parts
+    return replace(first, others=tuple(others))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules as files
+
+
 def load_schedule(path: Path) -> CacheMethod:
-    """An explicit schedule: `{"full_steps": [0, 2], "num_inference_steps": 4, "num_shallow_units": 1, "order": 1}`."""
+    """An explicit schedule, written by hand or by `skipdit calibrate`.
+
+    `{"full_steps": [0, 2], "num_inference_steps": 4}` and, where wanted, `method` (a row of `METHODS`, by default
+    skip), `num_shallow_units` (a number, or a list of those that `variants` counts in), `order`, `timesteps`,
+    `variants`, and `made_for`; or instead of `full_steps` and `method`: `parts`, a list of
+    `{"kinds": [...], "full_steps": [...]}`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no schedule at {path}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return CacheMethod(
-            schedule=ExplicitSchedule(
-                full_steps=tuple(int(step) for step in fields["full_steps"]),
-                num_inference_steps=int(fields["num_inference_steps"]),
-            ),
-            site=DeepFeatures(int(fields.get("num_shallow_units", 1))),
-            predictor=TaylorPredictor(int(fields.get("order", 0))),
-        )
+        parts = tuple(_read_parts(fields))
+        made_for = None if fields.get("made_for") is None else MadeFor(**fields["made_for"])
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not a schedule: it needs full_steps and num_inference_steps ({error!r})"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a schedule: {error}") from error
+    return replace(_together(parts), made_for=made_for, spec=f"{path.name} ({parts[0].schedule} steps full)")
+
+
+def _read_parts(fields: Mapping[str, Any]) -> Iterator[CacheMethod]:
+    order = int(fields.get("order", 0))
+    for part in fields.get("parts", [fields]):
+        schedule = ExplicitSchedule(
+            full_steps=tuple(int(step) for step in part["full_steps"]),
+            num_inference_steps=int(fields["num_inference_steps"]),
+            timesteps=tuple(float(timestep) for timestep in fields.get("timesteps") or ()),
+            variants=tuple(part.get("variants") or ()),
+        )
+        if "parts" in fields:
+            site: Site = BranchOutputs(tuple(part["kinds"]))
+        else:
+            name = fields.get("method", "skip")
+            make = METHODS[name].site if name in METHODS else None
+            if make is None:
+                with_site = ", ".join(name for name, row in METHODS.items() if row.site is not None)
+                raise ValueError(f"method must be one of {with_site}, got {name!r}")
+            given = fields.get("num_shallow_units", 1)
+            site = make(tuple(given) if isinstance(given, list) else (int(given),))
+        yield CacheMethod(schedule=schedule, site=site, predictor=TaylorPredictor(order))

@@ -1,19 +1,21 @@
-"""HOW a stored value becomes today's: held as it is, or extrapolated."""
+"""HOW stored values become today's: held as they are, or extrapolated."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-Stored = tuple[Tensor, ...]
+Values = Mapping[str, Tensor]
+Derivatives = tuple[Values, ...]
 
 
 @dataclass(frozen=True)
 class TaylorPredictor:
     """Taylor expansion of order m in the step count, from differences of full steps (TaylorSeer, arXiv 2503.06923).
 
-    Order 0 holds the stored value. `stored[i]` is the i-th derivative, so m + 1 tensors are held; as long as fewer
-    full steps were seen the order is lower.
+    Order 0 holds the stored values. `stored[i]` are the i-th derivatives, so m + 1 tensors are held of each; as long as
+    fewer full steps were seen the order is lower.
     """
 
     order: int = 0
@@ -22,16 +24,22 @@ class TaylorPredictor:
         if not 0 <= self.order <= 4:
             raise ValueError(f"the Taylor order must be between 0 (hold) and 4, got {self.order}")
 
-    def update(self, stored: Stored, value: Tensor, distance: int) -> Stored:
+    def update(self, stored: Derivatives, values: Values, distance: int) -> Derivatives:
         """Derivatives at a new full step, `distance` steps after the one in `stored` (empty on the first)."""
-        derivatives = [value]
+        derivatives = [values]
         for previous in stored[: self.order]:
-            derivatives.append((derivatives[-1] - previous) / distance)
+            last = derivatives[-1]
+            derivatives.append({key: (value - previous[key]) / distance for key, value in last.items()})
         return tuple(derivatives)
 
-    def predict(self, stored: Stored, distance: int) -> Tensor:
-        """The value `distance` steps after the last full one."""
-        value = stored[0]
-        for order, derivative in enumerate(stored[1:], start=1):
-            value = value + derivative * (distance**order / math.factorial(order))
-        return value
+    def predict(self, stored: Derivatives, distance: int) -> Values:
+        """The values `distance` steps after the last full one."""
+        if len(stored) == 1:
+            return stored[0]
+        factors = [distance**order / math.factorial(order) for order in range(1, len(stored))]
+        predicted = {}
+        for key, value in stored[0].items():
+            for factor, derivative in zip(factors, stored[1:], strict=True):
+                value = value.add(derivative[key], alpha=factor)
+            predicted[key] = value
+        return predicted

@@ -6,13 +6,14 @@ decision is thus made outside whatever `model.compile()` compiled: a step runs o
 State belongs to a run, never to the model: a `Trajectory` a context and a stream of calls, kept until the run ends.
 """
 
+import dataclasses
 import inspect
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.predictor import Stored
-from skipdit.cache.schedule import IntervalSchedule, StepCounter, resolve
+from skipdit.cache.predictor import Values
+from skipdit.cache.schedule import Decision, resolve
+from skipdit.cache.site import step_cost
+from skipdit.cache.state import CacheSummary, Counts, PartState, Run, Trajectory
 from skipdit.models.families import find_family
+from skipdit.models.flow import Portion, Step, Units
 from skipdit.models.long_skip import LongSkipModel, LongSkipOutput
 from skipdit.models.surgery import close_units, open_units
 
@@ -50,111 +55,50 @@ def cache_context(name: str) -> Iterator[None]:
         _context.reset(token)
 
 
-@dataclass(eq=False)
-class Trajectory:
-    """What one stream of calls has stored, and the count that decides its next step.
-
-    latents: of the last call. conditioning: labels or text states, which tell a guidance branch from another.
-    """
-
-    counter: StepCounter
-    latents: weakref.ref[Tensor]
-    conditioning: tuple[Tensor, ...]
-    layout: tuple
-    stored: Stored = ()
-    steps_since_full: int = 0
-    num_full: int = 0
-    num_reused: int = 0
-
-    @property
-    def bytes_held(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
-
-
-@dataclass
-class Run:
-    """The trajectories of one context, one a guidance branch, and which of them have made the step at `timestep`."""
-
-    origin: Tensor | None
-    timestep: float
-    trajectories: list[Trajectory] = field(default_factory=list)
-    stepped: list[Trajectory] = field(default_factory=list)
-    last_call: int = 0
-
-    def find(self, latents: Tensor, conditioning: tuple[Tensor, ...]) -> Trajectory | None:
-        """The trajectory that a call continues: the last one if it is given the very same tensors again, else one that
-        has not made this step and has the same conditioning; identical tensors before equal ones."""
-        if (
-            self.stepped
-            and self.stepped[-1].latents() is latents
-            and _same(self.stepped[-1].conditioning, conditioning)
-        ):
-            return self.stepped.pop()
-        waiting = [each for each in self.trajectories if not any(each is other for other in self.stepped)]
-        for matches in (_same, _equal):
-            for trajectory in waiting:
-                if matches(trajectory.conditioning, conditioning):
-                    return trajectory
-        return None
-
-
-def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
-
-
-def _equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    return len(first) == len(second) and all(
-        a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )
-
-
 @dataclass(frozen=True)
-class CacheSummary:
-    """What the cache did in the current run, or in the last one that has ended.
+class Part:
+    """One choice of a method on one model: the portion of each variant, and what its adaptive schedule looks at."""
 
-    `compute_ratio`: units of all steps in full over units run. `bytes_held`: now. `peak_bytes_held`: since enabled.
-    """
+    method: CacheMethod
+    portions: tuple[Portion, ...]
+    probe: tuple[Portion, ...]
 
-    method: str
-    model: str
-    num_units: int
-    num_shallow_units: int
-    steps_full: int
-    steps_reused: int
-    compute_ratio: float
-    bytes_held: int
-    peak_bytes_held: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.method} on {self.model} ({self.num_units} units, {2 * self.num_shallow_units} on a reuse step): "
-            f"{self.steps_full} full, {self.steps_reused} reused, compute ratio {self.compute_ratio:.3f}, "
-            f"{self.peak_bytes_held / 2**20:.2f} MiB held at most"
-        )
+def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
+    """The choices of a method that this model has a site for; `ValueError` where it has not, or where two of them would
+    reuse the same."""
+    parts = []
+    for each in method.parts:
+        portions = each.site.portions(model)
+        if portions:
+            schedule = each.schedule.for_cost(step_cost(model, portions[:1]))
+            probe = each.probe.portions(model) if each.probe is not None else ()
+            parts.append(Part(dataclasses.replace(each, schedule=schedule, others=()), portions, probe))
+    if not parts:
+        raise ValueError(f"{type(model).__name__} has nothing that {method} could reuse")
+    return parts
 
 
 class CacheRuntime:
     """The cache of one model. opened: whether its units were opened for the cache alone."""
 
     def __init__(self, model: nn.Module, method: CacheMethod, *, opened: bool = False) -> None:
-        method.site.check(model)
         self.method = method
+        self.parts = parts_on(method, model)
         self.opened = opened
         self.model_name = type(model).__name__
         self.num_units = cast(LongSkipModel, model).long_skip_links.num_units
         self.timestep_scale = cast(LongSkipModel, model).timestep_scale
         self.signature = inspect.signature(model.forward)
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.steps: dict[tuple[Decision, ...], tuple[Step, float]] = {}
         self.reset()
 
     def reset(self) -> None:
         self.runs: dict[tuple[str, ...], Run] = {}
         self.timesteps: dict[int, tuple[Tensor, list[float]]] = {}
         self.num_calls = 0
-        self.ended_at, self.ended_counts = 0, (0, 0)
+        self.ended_at, self.ended_counts = 0, Counts()
         self.peak_bytes_held = 0
 
     def __deepcopy__(self, memo: dict) -> "CacheRuntime":
@@ -168,35 +112,113 @@ class CacheRuntime:
     # ------------------------------------------------------------------------------------------------------------------
     # One call
 
-    def call(self, model: nn.Module, call: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, model: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         return_dict = kwargs.pop("return_dict", True)
         arguments = self.signature.bind(*args, **kwargs).arguments
-        timestep, origin = self._locate(arguments["timestep"])
-        trajectory = self._trajectory(arguments, timestep, origin)
+        timestep, origin, coming = self._locate(arguments["timestep"])
+        trajectory = self._trajectory(arguments, timestep, origin, coming)
+        compiled = model._compiled_call_impl is not None
 
-        if trajectory.counter.peek(timestep):
-            sample, value = self.method.site.full(call, args, kwargs)
-            # a buffer of its own: a CUDA graph overwrites its outputs on the next replay
-            value = value.detach().clone()
-            trajectory.stored = self.method.predictor.update(trajectory.stored, value, trajectory.steps_since_full)
-            trajectory.steps_since_full = 1
-            trajectory.num_full += 1
-        else:
-            value = self.method.predictor.predict(trajectory.stored, trajectory.steps_since_full)
-            sample = self.method.site.reuse(call, args, kwargs, value)
-            trajectory.steps_since_full += 1
-            trajectory.num_reused += 1
+        def forward(step: Step, given: Values | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+            if compiled:
+                torch.compiler.cudagraph_mark_step_begin()
+            output = call(*args, **kwargs, step=step, stored=given)
+            stored = {key: value.detach() for key, value in (output.stored or {}).items()}
+            if not compiled:
+                return output.sample, stored
+            # buffers of their own: a CUDA graph overwrites its outputs on the next replay
+            return output.sample.clone(), {key: value.clone() for key, value in stored.items()}
 
+        sample = self.make_step(model, forward, trajectory, timestep)
+        is_last = coming is not None and len(coming) == 1
+        if is_last and self.method.schedule.is_adaptive and not trajectory.num_reused and not self.method.may_stay_full:
+            raise ValueError(
+                f"cache {self.method} has not reused once in {trajectory.num_full} steps: raise its threshold"
+            )
         self.peak_bytes_held = max(self.peak_bytes_held, self.bytes_held)
-        trajectory.counter.advance(timestep)
-        if not trajectory.counter.stored:
-            trajectory.stored = ()
         return LongSkipOutput(sample=sample) if return_dict else (sample,)
 
-    def _locate(self, timestep: Tensor) -> tuple[float, Tensor | None]:
-        """The timestep's value, and the list of a watched scheduler that it is an entry of.
+    def make_step(
+        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
+    ) -> Tensor:
+        """Runs one step, in full or not, and counts it."""
+        if self.parts[0].probe:
+            return self._probed_step(model, forward, trajectory, timestep)
+        decisions = tuple(state.decide(timestep) for state in trajectory.states)
+        step, cost = self._step_for(model, decisions)
+        given = None
+        if step.reuse:
+            given = {}
+            for part, state, decision in zip(self.parts, trajectory.states, decisions, strict=True):
+                if decision is not None:
+                    values = _owned(state.stored, part.portions[decision])
+                    given |= part.method.predictor.predict(values, state.steps_since_full)
+        sample, stored = forward(step, given)
+        for part, state, decision in zip(self.parts, trajectory.states, decisions, strict=True):
+            if decision is None:
+                _keep(part, state, stored, timestep)
+            self._count(state, timestep, full=decision is None)
+        trajectory.num_full += not step.reuse
+        trajectory.num_reused += bool(step.reuse)
+        trajectory.cost += cost
+        return sample
+
+    def _step_for(self, model: nn.Module, decisions: tuple[Decision, ...]) -> tuple[Step, float]:
+        """What parts store that are full, and take that reuse; a part some of whose units are left out for another
+        stores nothing. The same object for the same decisions, so that a compiled model sees few."""
+        if decisions not in self.steps:
+            pairs = list(zip(self.parts, decisions, strict=True))
+            reuse = tuple(part.portions[decision] for part, decision in pairs if decision is not None)
+            left_out = {unit for unit in range(self.num_units) if any(each.leaves_out(unit) for each in reuse)}
+            fresh = [portion for part, decision in pairs if decision is None for portion in part.portions]
+            store = tuple(portion for portion in fresh if not left_out & set(portion.covered))
+            self.steps[decisions] = Step(store=store, reuse=reuse), step_cost(model, reuse)
+        return self.steps[decisions]
+
+    def _probed_step(
+        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
+    ) -> Tensor:
+        """A step that reuses unless what it sees on the way has changed too much; then the units that it left out run,
+        behind those that have run."""
+        (part,), (state,) = self.parts, trajectory.states
+        (portion,), probe = part.portions, part.probe
+        assert isinstance(portion, Units)
+        head = Units(start=0, stop=portion.start)
+        full, cost = True, 1.0
+        if not state.stored:
+            sample, stored = forward(Step(store=(portion, *probe)))
+        else:
+            reuse = Step(store=(head, *probe), reuse=(portion,))
+            sample, seen = forward(reuse, part.method.predictor.predict(state.stored, state.steps_since_full))
+            accepted = state.walker.accepts(relative_change(_of(seen, probe), state.probe))
+            full = not accepted
+            if accepted:
+                stored, cost = seen, step_cost(model, (portion,))
+            else:
+                sample, stored = forward(Step(store=(portion,), reuse=(head,)), _of(seen, (head,)))
+                stored |= seen
+        if full:
+            state.stored = part.method.predictor.update(state.stored, _of(stored, (portion,)), state.steps_since_full)
+        if full or part.method.schedule.follows_each_step:
+            state.probe = _of(stored, probe)
+        self._count(state, timestep, full=full)
+        trajectory.num_full += full
+        trajectory.num_reused += not full
+        trajectory.cost += cost
+        return sample
+
+    @staticmethod
+    def _count(state: PartState, timestep: float, *, full: bool) -> None:
+        state.steps_since_full = 1 if full else state.steps_since_full + 1
+        if not state.walker.stores(timestep):
+            state.stored = ()
+        state.walker.advance(timestep, full=full)
+
+    def _locate(self, timestep: Tensor) -> tuple[float, Tensor | None, list[float] | None]:
+        """The timestep's value, the list of a watched scheduler that it is an entry of, and from it on the timesteps of
+        a watched scheduler that has it.
 
         A pipeline hands on a view of its scheduler's `timesteps`: then the value is known without asking the device.
         """
@@ -204,7 +226,8 @@ class CacheRuntime:
             known = pipeline.scheduler.timesteps
             one_entry = timestep.numel() == 1 or max(timestep.stride()) == 0
             if one_entry and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
-                return self._values(known)[timestep.storage_offset() - known.storage_offset()], known
+                coming = self._values(known)[timestep.storage_offset() - known.storage_offset() :]
+                return coming[0], known, coming
         values = timestep.unique()
         if values.numel() != 1:
             raise ValueError(
@@ -215,27 +238,37 @@ class CacheRuntime:
         # 0.7 in float32 is a timestep of 700, not of 699.99999
         value = value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)
         for pipeline in list(self.pipelines):  # some of diffusers hand on a copy of their timesteps
-            known = pipeline.scheduler.timesteps
-            if id(known) not in self.timesteps and any(abs(entry - value) < 0.01 for entry in known.tolist()):
-                self._values(known)
-        return value, None
+            known = self._values(pipeline.scheduler.timesteps)
+            for index, entry in enumerate(known):
+                if abs(entry - value) < 0.01:
+                    return value, None, known[index:]
+        return value, None, None
 
     def _values(self, known: Tensor) -> list[float]:
-        """A scheduler's timesteps as numbers, read once a run, where the schedule must reuse at least once."""
+        """A scheduler's timesteps as numbers, read once a run."""
         entry = self.timesteps.get(id(known))
         if entry is None:
-            values = known.tolist()
-            self._check_reuses(values)
-            self.timesteps = {id(known): (known, values)} | dict(itertools.islice(self.timesteps.items(), 7))
-            return values
+            entry = known, known.tolist()
+            self.timesteps = {id(known): entry} | dict(itertools.islice(self.timesteps.items(), 7))
         return entry[1]
 
     def _check_reuses(self, timesteps: list[float]) -> None:
-        control = isinstance(self.method.schedule, IntervalSchedule) and self.method.schedule.interval == 1
-        if all(resolve(self.method.schedule, timesteps)) and not control:
+        """`ValueError` where a run of these timesteps would never reuse."""
+        if self.method.may_stay_full or self.method.schedule.is_adaptive:
+            return
+        if all(all(resolve(part.method.schedule, timesteps)) for part in self.parts):
             raise ValueError(f"cache {self.method} would never reuse in {len(timesteps)} steps")
 
-    def _trajectory(self, arguments: dict[str, Any], timestep: float, origin: Tensor | None) -> Trajectory:
+    def _check_reused(self, trajectory: Trajectory) -> None:
+        """`ValueError` at the last step of a run in which an adaptive schedule has never reused."""
+        if self.method.schedule.is_adaptive and not self.method.may_stay_full and not trajectory.num_reused:
+            raise ValueError(
+                f"cache {self.method} has not reused once in {trajectory.num_full} steps: raise its threshold"
+            )
+
+    def _trajectory(
+        self, arguments: dict[str, Any], timestep: float, origin: Tensor | None, coming: list[float] | None
+    ) -> Trajectory:
         """The trajectory that this call continues, or a new one.
 
         A new run starts where the scheduler has new timesteps or the timestep rises. Within it, calls with other labels
@@ -245,6 +278,8 @@ class CacheRuntime:
         path = _context.get()
         run = self.runs.pop(path, None)
         if run is None or run.origin is not origin or timestep > run.timestep:
+            if coming is not None:
+                self._check_reuses(coming)
             run = Run(origin=origin, timestep=timestep)
         self.runs[path] = run  # the last called stands last
         if len(self.runs) > MAX_RUNS:
@@ -265,7 +300,8 @@ class CacheRuntime:
         if trajectory is None or trajectory.layout != layout:
             if trajectory is not None:
                 run.trajectories.remove(trajectory)
-            trajectory = Trajectory(StepCounter(self.method.schedule), weakref.ref(latents), conditioning, layout)
+            states = [PartState(part.method.schedule.walk()) for part in self.parts]
+            trajectory = Trajectory(states, weakref.ref(latents), conditioning, layout)
             run.trajectories.append(trajectory)
         trajectory.latents, trajectory.conditioning = weakref.ref(latents), conditioning
         run.stepped.append(trajectory)
@@ -285,7 +321,7 @@ class CacheRuntime:
         path = _context.get()
         ended = [key for key in self.runs if (key[: len(path)] == path if path else not key)]
         if ended:
-            self.ended_at, self.ended_counts = self.num_calls, _counts(self.runs[key] for key in ended)
+            self.ended_at, self.ended_counts = self.num_calls, Counts.of(self.runs[key] for key in ended)
         for key in ended:
             del self.runs[key]
         self.timesteps.clear()
@@ -296,26 +332,43 @@ class CacheRuntime:
 
     def summary(self) -> CacheSummary:
         current = [run for run in self.runs.values() if run.last_call > self.ended_at]
-        full, reused = _counts(current) if current else self.ended_counts
-        shallow = self.method.site.num_shallow_units
-        cost = full + reused * 2 * shallow / self.num_units
+        counts = Counts.of(current) if current else self.ended_counts
         return CacheSummary(
             method=str(self.method),
             model=self.model_name,
             num_units=self.num_units,
-            num_shallow_units=shallow,
-            steps_full=full,
-            steps_reused=reused,
-            compute_ratio=(full + reused) / cost if cost else 1.0,
+            reused=tuple(str(portion) for part in self.parts for portion in part.portions),
+            steps_full=counts.full,
+            steps_reused=counts.reused,
+            compute_ratio=(counts.full + counts.reused) / counts.cost if counts.cost else 1.0,
             bytes_held=self.bytes_held,
             peak_bytes_held=self.peak_bytes_held,
         )
 
 
-def _counts(runs: Iterable[Run]) -> tuple[int, int]:
-    """Full and reused steps of some runs."""
-    trajectories = [trajectory for run in runs for trajectory in run.trajectories]
-    return sum(t.num_full for t in trajectories), sum(t.num_reused for t in trajectories)
+def _of(values: Values, portions: tuple[Portion, ...]) -> dict[str, Tensor]:
+    return {key: value for key, value in values.items() if any(portion.owns(key) for portion in portions)}
+
+
+def _owned(stored: tuple[Values, ...], portion: Portion) -> tuple[dict[str, Tensor], ...]:
+    return tuple(_of(values, (portion,)) for values in stored)
+
+
+def _keep(part: Part, state: PartState, stored: Values, timestep: float) -> None:
+    """What a full step of this part has stored becomes its own."""
+    values = _of(stored, part.portions)
+    if not values or not state.walker.stores(timestep):
+        state.stored = ()
+        return
+    if state.stored and part.method.schedule.is_adaptive:
+        state.walker.observe(relative_change(values, state.stored[0]), state.steps_since_full)
+    state.stored = part.method.predictor.update(state.stored, values, state.steps_since_full)
+
+
+def relative_change(values: Values, before: Values) -> float:
+    """L1 distance of two sets of tensors over the L1 norm of the second; waits for the device."""
+    distance = sum((values[key] - before[key]).abs().float().sum() for key in values)
+    return float(distance / sum(before[key].abs().float().sum() for key in values))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,6 +379,7 @@ class CachedModel(nn.Module):
     """Mixed in front of a model's class while its cache is on; `_cached_class` makes the final subclass."""
 
     _skipdit_cache: CacheRuntime
+    is_cache_enabled = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._skipdit_cache.call(self, super().__call__, args, kwargs)
@@ -353,6 +407,8 @@ def _model_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
                 f"{type(target).__name__} has no transformer to cache, only {', '.join(target.components)}"
             )
         return target.transformer
+    if isinstance(target, torch.nn.parallel.DistributedDataParallel):
+        return target.module
     if type(target).__module__.startswith("torch._dynamo"):
         raise ValueError(
             "torch.compile(model) would compile the cache's decision: call model.compile(fullgraph=True) instead"
@@ -376,7 +432,7 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
 
     target: a pipeline, whose scheduler's timesteps are then known before a run starts, or a model, which reads each
         timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows, with long skips
-        of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta-dit:`).
+        of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
     spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
@@ -391,6 +447,9 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
         open_units(model)
     try:
         runtime = CacheRuntime(model, method, opened=opened)
+        if method.made_for is not None:
+            scheduler = type(target.scheduler).__name__ if isinstance(target, DiffusionPipeline) else None
+            check_made_for(method.made_for, model, scheduler)
     except ValueError:
         if opened and not isinstance(model, CachedModel):
             close_units(model)

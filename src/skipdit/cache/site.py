@@ -1,59 +1,186 @@
-"""WHAT is reused. A site runs the model in full and hands out what it stores, or runs only what must be fresh."""
+"""WHAT is reused. A site says which portion of the units' work a step stores, and which it leaves out."""
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
+from skipdit.models.flow import Branches, BranchKind, Portion, Units
 from skipdit.models.long_skip import LongSkipModel
 
-Call = Callable[..., Any]
+
+@runtime_checkable
+class Site(Protocol):
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+        """What this model can reuse here, one a variant of a reuse step, which a schedule chooses by its place; a full
+        step stores all. `ValueError` where the model has nothing to reuse here; none where that is no matter."""
+        ...
+
+    @property
+    def options(self) -> str:
+        """Its part of a spec."""
+        ...
 
 
 @dataclass(frozen=True)
 class DeepFeatures:
     """The hidden states that enter the deep units, behind the long skips (arXiv 2411.17616): on a reuse step the
-    `num_shallow_units` first and last units run."""
+    `num_shallow_units` first and last units run. others: more such numbers, of which a schedule may choose."""
 
     num_shallow_units: int = 1
+    others: tuple[int, ...] = ()
 
-    def check(self, model: nn.Module) -> None:
-        """`ValueError` where this model has nothing to reuse here."""
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
         if not isinstance(model, LongSkipModel):
             raise ValueError(
                 f"{type(model).__name__} has no long skips that skipdit knows of, so a skip cache could have no "
                 "effect: skipdit.declare_family tells where its units are, skipdit.add_long_skips gives it long skips"
             )
-        model.long_skip_links.check_num_shallow_units(self.num_shallow_units)
+        links = model.long_skip_links
+        for k in (self.num_shallow_units, *self.others):
+            links.check_num_shallow_units(k)
+        return tuple(Units(start=k, stop=links.num_units - k) for k in (self.num_shallow_units, *self.others))
 
-    def full(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The model's sample and what to store."""
-        output = call(*args, **kwargs, num_shallow_units=self.num_shallow_units)
-        return output.sample, output.deep_features
-
-    def reuse(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], stored: Tensor) -> Tensor:
-        return call(*args, **kwargs, num_shallow_units=self.num_shallow_units, deep_features=stored).sample
+    @property
+    def options(self) -> str:
+        return "".join(f"-k{k}" for k in (self.num_shallow_units, *self.others))
 
 
 @dataclass(frozen=True)
-class BlockDelta:
-    """What the units between the `num_shallow_units` first and last ones added to the hidden states (the offset of
-    Delta-DiT, arXiv 2406.01125); needs no long skips, and keeps them fresh where there are any."""
+class UnitRange:
+    """Units between the first and the last few that still run: as what they add to the hidden states, `delta` (the
+    offset of Delta-DiT, arXiv 2406.01125), or as what leaves them. Needs no long skips; those into units that run come
+    from the store where their source does not run.
+
+    Of 2 `num_shallow_units` units that run, half are first and half last, or all are `at` one end; `None` is half of
+    all units (Faster Diffusion, arXiv 2312.09608).
+    """
+
+    num_shallow_units: int | None = 1
+    at: str = "both"
+    delta: bool = True
+
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+        num_units = known_units(model)
+        if self.num_shallow_units is None:
+            num_first, num_last = (num_units // 2, 0) if self.at == "first" else (0, num_units - num_units // 2)
+        else:
+            allowed = (num_units - 1) // 2
+            if not 1 <= self.num_shallow_units <= allowed:
+                raise ValueError(
+                    f"num_shallow_units must be between 1 and {allowed} for {num_units} units, "
+                    f"got {self.num_shallow_units}"
+                )
+            k = self.num_shallow_units
+            num_first, num_last = {"both": (k, k), "first": (2 * k, 0), "last": (0, 2 * k)}[self.at]
+        return (Units(start=num_first, stop=num_units - num_last, delta=self.delta),)
+
+    @property
+    def options(self) -> str:
+        return f"-k{self.num_shallow_units}" if self.num_shallow_units else ""
+
+
+@dataclass(frozen=True)
+class Inner:
+    """`DeepFeatures` where the model has long skips, else what the units in the middle add."""
 
     num_shallow_units: int = 1
 
-    def check(self, model: nn.Module) -> None:
-        """`ValueError` where this model has nothing to reuse here."""
-        if not isinstance(model, LongSkipModel):
-            raise ValueError(f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused")
-        model.long_skip_links.check_num_shallow_units(self.num_shallow_units, delta=True)
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+        known_units(model)
+        linked = bool(cast(LongSkipModel, model).long_skip_links.sources)
+        return (DeepFeatures if linked else UnitRange)(self.num_shallow_units).portions(model)
 
-    def full(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """The model's sample and what to store."""
-        output = call(*args, **kwargs, num_shallow_units=self.num_shallow_units, delta=True)
-        return output.sample, output.deep_features
+    @property
+    def options(self) -> str:
+        return f"-k{self.num_shallow_units}"
 
-    def reuse(self, call: Call, args: Sequence[Any], kwargs: Mapping[str, Any], stored: Tensor) -> Tensor:
-        output = call(*args, **kwargs, num_shallow_units=self.num_shallow_units, deep_features=stored, delta=True)
-        return output.sample
+
+@dataclass(frozen=True)
+class Stack:
+    """What all units behind the first have added (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs on
+    every step, and adaptive schedules look at it."""
+
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+        num_units = known_units(model)
+        if num_units < 2:
+            raise ValueError(f"there must be a unit behind the first, got {num_units}")
+        return (Units(start=1, stop=num_units, delta=True),)
+
+    @property
+    def options(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class BranchOutputs:
+    """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the
+    `num_shallow_units` first and last ones. optional: a model may have none of them."""
+
+    kinds: tuple[BranchKind, ...]
+    num_shallow_units: int | None = None
+    optional: bool = False
+
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+        num_units = known_units(model)
+        units = range(num_units)
+        if self.num_shallow_units is not None:
+            units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
+        found = {kind for kind, unit, _ in cast(LongSkipModel, model).branches() if unit in units}
+        kinds = tuple(kind for kind in self.kinds if kind in found)
+        if not kinds and self.optional:
+            return ()
+        if not kinds:
+            raise ValueError(
+                f"{type(model).__name__} has no {' or '.join(self.kinds)} that skipdit knows of, only "
+                f"{', '.join(sorted(found)) or 'no branches'}: nothing could be reused"
+            )
+        return (Branches(kinds=kinds, units=tuple(units)),)
+
+    @property
+    def options(self) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What an adaptive schedule looks at: what the first unit has added, or, with `inputs`, what enters its attention
+    (behind the modulation by the timestep)."""
+
+    inputs: bool = False
+
+    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+        if not self.inputs:
+            return (Units(start=0, stop=1, delta=True),)
+        return (Branches(kinds=("attention",), units=(0,), inputs=True),)
+
+
+def step_cost(model: nn.Module, reuse: tuple[Portion, ...]) -> float:
+    """The share of a full step's work that a step does which reuses these portions. All units count alike; within one
+    its branches and its long skip count by their weights, which is by their FLOPs but for the attention's own products.
+    """
+    num_units = known_units(model)
+    linked = cast(LongSkipModel, model)
+    weights = [sum(weight.numel() for weight in _long_skip_weights(entry)) for entry in linked.unit_entries()]
+    saved = [0] * num_units
+    for kind, unit, module in linked.branches():
+        size = sum(weight.numel() for weight in module.parameters())
+        weights[unit] += size
+        if any(portion.has_branch(kind, unit) for portion in reuse):
+            saved[unit] += size
+    costs = [
+        0.0 if any(portion.leaves_out(unit) for portion in reuse) else 1 - saved[unit] / max(weights[unit], 1)
+        for unit in range(num_units)
+    ]
+    return sum(costs) / num_units
+
+
+def _long_skip_weights(block: Any) -> list[Tensor]:
+    return [] if block.long_skip is None else list(block.long_skip.parameters())
+
+
+def known_units(model: nn.Module) -> int:
+    """How many units a model has; `ValueError` where skipdit does not know them."""
+    if not isinstance(model, LongSkipModel):
+        raise ValueError(f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused")
+    return model.long_skip_links.num_units

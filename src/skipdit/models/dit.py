@@ -1,7 +1,7 @@
 """Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipdit.models.long_skip import LongSkip, LongSkipConfig, LongSkipFlow, LongSkipModel, LongSkipOutput
+from skipdit.models.flow import PLAIN, BlockFlow, LongSkipFlow, Step, kind_in
+from skipdit.models.long_skip import LongSkip, LongSkipConfig, LongSkipModel, LongSkipOutput
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -75,15 +76,34 @@ class DiTBlock(nn.Module):
         hidden_states: Float[Tensor, "batch tokens dim"],
         conditioning: Float[Tensor, "groups dim"],
         skip: Float[Tensor, "batch tokens dim"] | None = None,
+        flow: BlockFlow | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
+        """flow: given where outputs of branches are stored or reused."""
         if self.long_skip is not None:
             hidden_states = self.long_skip(hidden_states, skip)
         modulation = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0])
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
-        hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
-        transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
-        return hidden_states + gate_mlp.unsqueeze(1) * transformed
+
+        def to_attention() -> Tensor:
+            return modulate(self.norm1(hidden_states), shift_attn, scale_attn)
+
+        attended = self.attn(to_attention()) if flow is None else flow.branch("attention", to_attention, self.attn)
+        attended_states = hidden_states + gate_attn.unsqueeze(1) * attended
+
+        def to_mlp() -> Tensor:
+            return modulate(self.norm2(attended_states), shift_mlp, scale_mlp)
+
+        transformed = self.mlp(to_mlp()) if flow is None else flow.branch("mlp", to_mlp, self.mlp)
+        return attended_states + gate_mlp.unsqueeze(1) * transformed
+
+
+def branches_of(model: LongSkipModel) -> list[tuple[str, int, nn.Module]]:
+    """As `LongSkipModel.branches`, where all blocks are `DiTBlock`s."""
+    branches: list[tuple[str, int, nn.Module]] = []
+    for unit, blocks in enumerate(model.units()):
+        for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
+            branches += [(kind_in("attention", number), unit, block.attn), ("mlp", unit, block.mlp)]
+    return branches
 
 
 class PatchEmbed(nn.Module):
@@ -132,7 +152,7 @@ def position_embedding_of(model: Any, height: int, width: int) -> Float[Tensor, 
     )
 
 
-def run_block(model: Any, block: nn.Module, *args: Tensor | None) -> Tensor:
+def run_block(model: Any, block: nn.Module, *args: Tensor | BlockFlow | None) -> Tensor:
     """The block, which runs again in the backward pass where gradient checkpointing is on."""
     if model.gradient_checkpointing and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(block, *args)
@@ -254,6 +274,9 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return [(block,) for block in self.blocks]
 
+    def branches(self) -> list[tuple[str, int, nn.Module]]:
+        return branches_of(self)
+
     @property
     def null_class_label(self) -> int:
         """The label that means "no class"; `ValueError` where the model was built without one."""
@@ -267,16 +290,14 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         timestep: Float[Tensor, "*batch"] | Int[Tensor, "*batch"],
         class_labels: Int[Tensor, " batch"],
         *,
-        num_shallow_units: int | None = None,
-        deep_features: Float[Tensor, "batch tokens dim"] | None = None,
-        delta: bool = False,
+        step: Step = PLAIN,
+        stored: Mapping[str, Tensor] | None = None,
         return_dict: bool = True,
     ) -> LongSkipOutput | tuple[Tensor, ...]:
         """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
 
-        With `num_shallow_units` = k the output also holds the deep features; given back as `deep_features` on a later
-        call with the same k, only the k shallowest and the k deepest blocks run. With `delta` they are what the other
-        blocks added.
+        What `step` says is stored in the output, or taken from `stored`, what an earlier call stored; each tensor has
+        the shape (batch, tokens, dim).
         """
         if any(size % self.patch_size for size in hidden_states.shape[-2:]):
             sizes = tuple(hidden_states.shape[-2:])
@@ -290,15 +311,17 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         )
         conditioning = self.timestep_embedder(timestep_embedding) + self.class_embedder(class_labels)
 
-        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features, delta)
+        flow = LongSkipFlow(self.long_skip_links, step, stored)
         for unit, block in enumerate(self.blocks):
-            hidden_states = flow.enter(unit, hidden_states)
+            (hidden_states,) = flow.enter(unit, hidden_states)
             if flow.runs(unit):
-                hidden_states = run_block(self, block, hidden_states, conditioning, flow.skip(unit))
+                place = (BlockFlow(flow, unit, 0),) if flow.has_branches else ()
+                hidden_states = run_block(self, block, hidden_states, conditioning, flow.skip(unit), *place)
                 flow.leave(unit, hidden_states)
+        (hidden_states,) = flow.enter(len(self.blocks), hidden_states)
 
         patches = self.final_layer(hidden_states, conditioning)
         p = self.patch_size
         sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
-        output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
+        output = LongSkipOutput(sample=sample, stored=flow.stored or None)
         return output if return_dict else output.to_tuple()

@@ -1,8 +1,11 @@
 """Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
+
+from skipdit.models.flow import BranchKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +19,8 @@ class Family:
     native_pairs: the blocks fuse skips of their own, which the model's forward hands them: all pairs but the two middle
         units (HunyuanDiT, arXiv 2405.08748).
     timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000.
+    branches: of each kind the attributes of a block, where it has them; the attention of a unit's second block is over
+        time. Their outputs can be reused: a tensor, or a tuple of one a stream.
     """
 
     block_lists: tuple[str, ...] = ("transformer_blocks",)
@@ -23,6 +28,9 @@ class Family:
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     native_pairs: bool = False
     timestep_scale: float = 1.0
+    branches: Mapping[BranchKind, tuple[str, ...]] = field(
+        default_factory=lambda: {"attention": ("attn1",), "cross_attention": ("attn2",), "mlp": ("ff",)}
+    )
 
     def __post_init__(self) -> None:
         if not self.block_lists:
@@ -31,15 +39,24 @@ class Family:
             raise ValueError(f"streams must hold 'hidden_states', got {', '.join(self.streams) or 'none'}")
 
 
+JOINT_BRANCHES: Mapping[BranchKind, tuple[str, ...]] = {"attention": ("attn", "attn2"), "mlp": ("ff", "ff_context")}
+WAN_BRANCHES: Mapping[BranchKind, tuple[str, ...]] = {
+    "attention": ("attn1",),
+    "cross_attention": ("attn2",),
+    "mlp": ("ffn",),
+}
+
 # class name: its units. SD3 and Flux carry text and image tokens side by side; of Flux the double-stream blocks are
 # the units, the single-stream blocks behind them always run.
 FAMILIES: dict[str, Family] = {
     "DiTTransformer2DModel": Family(),
     "LatteTransformer3DModel": Family(block_lists=("transformer_blocks", "temporal_transformer_blocks")),
     "PixArtTransformer2DModel": Family(),
-    "SD3Transformer2DModel": Family(streams=("encoder_hidden_states", "hidden_states")),
-    "FluxTransformer2DModel": Family(streams=("encoder_hidden_states", "hidden_states"), timestep_scale=1000.0),
-    "WanTransformer3DModel": Family(block_lists=("blocks",)),
+    "SD3Transformer2DModel": Family(streams=("encoder_hidden_states", "hidden_states"), branches=JOINT_BRANCHES),
+    "FluxTransformer2DModel": Family(
+        streams=("encoder_hidden_states", "hidden_states"), timestep_scale=1000.0, branches=JOINT_BRANCHES
+    ),
+    "WanTransformer3DModel": Family(block_lists=("blocks",), branches=WAN_BRANCHES),
     "HunyuanDiT2DModel": Family(block_lists=("blocks",), native_pairs=True),
 }
 

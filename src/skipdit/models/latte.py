@@ -1,6 +1,6 @@
 """Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from skipdit.models.dit import (
     DiTBlock,
     FinalLayer,
     PatchEmbed,
+    branches_of,
     init_adaln_zero,
     position_embedding_of,
     repeat_rows,
@@ -23,7 +24,8 @@ from skipdit.models.dit import (
     sincos,
     sincos_position_embedding,
 )
-from skipdit.models.long_skip import LongSkipConfig, LongSkipFlow, LongSkipModel, LongSkipOutput
+from skipdit.models.flow import PLAIN, BlockFlow, LongSkipFlow, Step
+from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, LongSkipOutput
 
 LATTE_PRESETS = {
     f"Latte-{size}/{patch_size}": (*shape, patch_size)
@@ -142,6 +144,9 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
 
+    def branches(self) -> list[tuple[str, int, nn.Module]]:
+        return branches_of(self)
+
     @property
     def null_class_label(self) -> int:
         """The label that means "no class"; `ValueError` where the model was built without one."""
@@ -157,9 +162,8 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         *,
         num_images: int = 0,
         image_class_labels: Int[Tensor, "batch num_images"] | None = None,
-        num_shallow_units: int | None = None,
-        deep_features: Float[Tensor, "batch_frames tokens dim"] | None = None,
-        delta: bool = False,
+        step: Step = PLAIN,
+        stored: Mapping[str, Tensor] | None = None,
         return_dict: bool = True,
     ) -> LongSkipOutput | tuple[Tensor, ...]:
         """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
@@ -167,9 +171,8 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         The last `num_images` frames are single pictures: they pass by the temporal blocks, and where the model knows
         classes each has its own, `image_class_labels` (joint training, Latte, section 3.3).
 
-        With `num_shallow_units` = k the output also holds the deep features; given back as `deep_features` on a later
-        call with the same k, only the k shallowest and the k deepest pairs run. With `delta` they are what the other
-        pairs added.
+        What `step` says is stored in the output, or taken from `stored`, what an earlier call stored; tensors of units
+        have the shape (batch x frames, tokens, dim).
         """
         batch, num_all_frames = hidden_states.shape[:2]
         num_frames = num_all_frames - num_images
@@ -195,25 +198,28 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             images = image_conditioning.unflatten(0, (batch, num_images))
             frame_conditioning = torch.cat([videos, images], dim=1).flatten(0, 1)
 
-        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features, delta)
+        flow = LongSkipFlow(self.long_skip_links, step, stored)
         for unit, (spatial, temporal) in enumerate(self.units()):
-            hidden_states = flow.enter(unit, hidden_states)
+            (hidden_states,) = flow.enter(unit, hidden_states)
             if flow.runs(unit):
-                hidden_states = run_block(self, spatial, hidden_states, frame_conditioning, flow.skip(unit))
+                place = (BlockFlow(flow, unit, 0),) if flow.has_branches else ()
+                hidden_states = run_block(self, spatial, hidden_states, frame_conditioning, flow.skip(unit), *place)
                 frames = rearrange(hidden_states, "(b f) n d -> b f n d", b=batch)
                 videos = rearrange(frames[:, :num_frames], "b f n d -> (b n) f d")
                 if unit == 0:
                     videos = videos + self.frame_embedding[:num_frames].to(dtype)
-                videos = run_block(self, temporal, videos, conditioning)
+                place = (None, BlockFlow(flow, unit, 1)) if flow.has_branches else ()
+                videos = run_block(self, temporal, videos, conditioning, *place)
                 videos = rearrange(videos, "(b n) f d -> b f n d", b=batch)
                 frames = torch.cat([videos, frames[:, num_frames:]], dim=1) if num_images else videos
                 hidden_states = rearrange(frames, "b f n d -> (b f) n d")
                 flow.leave(unit, hidden_states)
+        (hidden_states,) = flow.enter(self.long_skip_links.num_units, hidden_states)
 
         patches = self.final_layer(hidden_states, frame_conditioning)
         p = self.patch_size
         sample = rearrange(patches, "(b f) (h w) (p q c) -> b f c (h p) (w q)", b=batch, h=height, w=width, p=p, q=p)
-        output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
+        output = LongSkipOutput(sample=sample, stored=flow.stored or None)
         return output if return_dict else output.to_tuple()
 
     def _check_input(self, hidden_states: Tensor, num_frames: int) -> None:

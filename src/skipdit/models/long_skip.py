@@ -7,7 +7,8 @@ only the k shallowest and the k deepest units.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -158,89 +159,23 @@ class LongSkipLinks:
 
 
 @dataclass
-class LongSkipFlow:
-    """What one forward call carries along its long skips. Made for the call, gone with it.
-
-    A plain call gives `num_shallow_units=None`. A *full* step gives k and afterwards holds `deep_features`, the hidden
-    states that entered unit L-k. A *reuse* step gives k and the deep features of an earlier step. With `delta` the deep
-    features are what units k to L-k-1 added to the hidden states, and a reuse step adds that to its own.
-
-    Skips are kept by unit index, so a gradient-checkpointed unit that runs twice finds the same skip twice.
-    """
-
-    links: LongSkipLinks
-    num_shallow_units: int | None = None
-    deep_features: Tensor | None = None
-    delta: bool = False
-    reuse: bool = field(init=False)
-    shallow_output: Tensor | None = field(init=False, default=None)
-    skips: dict[int, Tensor] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.reuse = self.deep_features is not None
-        if self.num_shallow_units is not None:
-            self.links.check_num_shallow_units(self.num_shallow_units, delta=self.delta)
-        elif self.reuse:
-            raise ValueError("deep_features need num_shallow_units: the k for which they were stored")
-
-    def runs(self, unit: int) -> bool:
-        """Whether this unit runs: on a reuse step only the k shallowest and the k deepest do."""
-        if self.num_shallow_units is None or not self.reuse:
-            return True
-        return min(unit, self.links.num_units - 1 - unit) < self.num_shallow_units
-
-    def enter(self, unit: int, hidden_states: Tensor) -> Tensor:
-        """The hidden states with which `unit` starts, before its fusion; stored or reused on entry to unit L-k."""
-        if self.num_shallow_units is None:
-            return hidden_states
-        if self.delta and unit == self.num_shallow_units:
-            self.shallow_output = hidden_states
-        if unit != self.links.num_units - self.num_shallow_units:
-            return hidden_states
-        if self.reuse:
-            assert self.deep_features is not None
-            return self.deep_features if self.shallow_output is None else self.shallow_output + self.deep_features
-        self.deep_features = hidden_states if self.shallow_output is None else hidden_states - self.shallow_output
-        return hidden_states
-
-    def is_boundary(self, unit: int) -> bool:
-        """Whether `enter` has something to store or to replace at this unit."""
-        k = self.num_shallow_units
-        return k is not None and (unit == self.links.num_units - k or (self.delta and unit == k))
-
-    def leave(self, unit: int, hidden_states: Tensor) -> None:
-        """Keeps the output of a source unit for its target."""
-        if self.links.num_units - 1 - unit in self.links.sources:
-            self.skips[unit] = hidden_states
-
-    def skip(self, unit: int) -> Tensor | None:
-        """The skip that `unit` takes, `None` where it has none."""
-        source = self.links.sources.get(unit)
-        if source is None:
-            return None
-        if source not in self.skips:
-            raise ValueError(f"unit {unit} takes the skip of unit {source}, but unit {source + 1} was left out")
-        return self.skips[source]
-
-
-@dataclass
 class LongSkipOutput(BaseOutput):
-    """sample (`Tensor`): the prediction. deep_features (`Tensor` of shape `(batch, tokens, dim)`, *optional*): the
-    hidden states that entered unit L-k, where k was given."""
+    """sample (`Tensor`): the prediction. stored (`dict` of tensors, *optional*): what `step.store` asked for."""
 
     sample: Tensor
-    deep_features: Tensor | None = None
+    stored: dict[str, Tensor] | None = None
 
 
 class LongSkipModel:
-    """Its forward takes `num_shallow_units`, `deep_features` and `delta` as in `LongSkipFlow`, and returns a
-    `LongSkipOutput`. The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
+    """Its forward takes `step` and `stored` as in `skipdit.models.flow.LongSkipFlow`, and returns a `LongSkipOutput`.
+    The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
 
     timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000.
     """
 
     long_skip_links: LongSkipLinks
     timestep_scale: float = 1.0
+    is_cache_enabled: bool = False
 
     def units(self) -> list[tuple[nn.Module, ...]]:
         """The blocks of each unit in the order they run; the first fuses the unit's skip."""
@@ -249,6 +184,11 @@ class LongSkipModel:
     def unit_entries(self) -> list[nn.Module]:
         return [blocks[0] for blocks in self.units()]
 
+    def branches(self) -> list[tuple[str, int, nn.Module]]:
+        """Kind, unit and module of every branch: attention (in the second block of a unit over time), cross-attention
+        and MLP; two of a kind where the streams have one each."""
+        raise NotImplementedError
+
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
         """Gives the target units fresh `LongSkip`s and takes them from all others; `None` leaves none."""
         entries = self.unit_entries()
@@ -256,3 +196,24 @@ class LongSkipModel:
         for unit, block in enumerate(entries):
             is_target = unit in self.long_skip_links.sources
             cast(Any, block).long_skip = LongSkip(hidden_size, cast(LongSkipConfig, config)) if is_target else None
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The verbs of diffusers' CacheMixin
+
+    def enable_cache(self, spec: Any) -> None:
+        """As `skipdit.enable_cache(model, spec)`."""
+        import skipdit
+
+        skipdit.enable_cache(cast(nn.Module, self), spec)
+
+    def disable_cache(self) -> None:
+        """As `skipdit.disable_cache(model)`."""
+        import skipdit
+
+        skipdit.disable_cache(cast(nn.Module, self))
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """As `skipdit.cache_context(name)`."""
+        import skipdit
+
+        return skipdit.cache_context(name)

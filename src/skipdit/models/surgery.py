@@ -9,7 +9,7 @@ stay, the copy of a model is a model of its own, and `torch.compile` sees one pl
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,14 +18,15 @@ from typing import Any, cast
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from skipdit.models.families import Family, find_family, get_family
+from skipdit.models.flow import PLAIN, LongSkipFlow, Step, kind_in
 from skipdit.models.long_skip import (
     LongSkip,
     LongSkipConfig,
-    LongSkipFlow,
     LongSkipLinks,
     LongSkipModel,
     LongSkipOutput,
@@ -39,25 +40,29 @@ LONG_SKIP_VARIANT = "long_skip"
 
 @dataclass
 class OpenFlow:
-    """The forward call that a model is in; one object that the model shares with its blocks."""
+    """The forward call that a model is in; one object that the model shares with its blocks. num_tokens: of a picture
+    or frame, as the last unit's first block saw it."""
 
     flow: LongSkipFlow | None = None
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block stands: its unit, whether it is the unit's first block, and where its streams are among its
-    arguments."""
+    """Where a block stands: its unit, whether it is the unit's first block or the model's last, and where its streams
+    are among its arguments. over_time: the block sees one patch over time, (b n) f d, not (b f) n d."""
 
     unit: int
     is_entry: bool
+    is_exit: bool
+    over_time: bool
     streams: tuple[str, ...]
     positions: dict[str, int]
 
 
 class UnitBlock(nn.Module):
-    """Mixed in front of a block's class. On the way in it stores or reuses the hidden states and fuses the skip; on a
-    reuse step a block of a unit that does not run hands its streams on."""
+    """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
+    step a block of a unit that does not run hands its streams on."""
 
     _place: Place
     _open: OpenFlow
@@ -81,20 +86,70 @@ class UnitBlock(nn.Module):
                 call[place.positions[name]] = value
 
         if place.is_entry:
+            self._open.num_tokens = get("hidden_states").shape[1]
             if place.unit > 0 and flow.runs(place.unit - 1):
                 flow.leave(place.unit - 1, get("hidden_states"))
             if flow.is_boundary(place.unit):
-                entered = [get(name) for name in place.streams]
-                joined = flow.enter(place.unit, entered[0] if len(entered) == 1 else torch.cat(entered, dim=1))
-                streams = joined.split([stream.shape[1] for stream in entered], dim=1)
-                for name, stream in zip(place.streams, streams, strict=True):
+                for name, stream in zip(
+                    place.streams, flow.enter(place.unit, *(get(name) for name in place.streams)), strict=True
+                ):
                     put(name, stream)
-        if not flow.runs(place.unit):
+        if flow.runs(place.unit):
+            if self.long_skip is not None:
+                put("hidden_states", self.long_skip(get("hidden_states"), flow.skip(place.unit)))
+            output = super().forward(*call, **kwargs)
+        else:
+            if place.is_entry:
+                # a model that hands skips on by itself takes what leaves this unit for one (HunyuanDiT)
+                skip = flow.given_skip(place.unit)
+                if skip is not None:
+                    put("hidden_states", skip)
             streams = tuple(get(name) for name in place.streams)
-            return streams[0] if len(place.streams) == 1 else streams
-        if self.long_skip is not None:
-            put("hidden_states", self.long_skip(get("hidden_states"), flow.skip(place.unit)))
-        return super().forward(*call, **kwargs)
+            output = streams[0] if len(streams) == 1 else streams
+        if place.is_exit and flow.is_boundary(place.unit + 1):
+            return _exit(flow, place, output, self._open.num_tokens)
+        return output
+
+
+def _exit(flow: LongSkipFlow, place: Place, output: Any, num_tokens: int) -> Any:
+    """What leaves the last unit, stored or replaced."""
+    if place.over_time:
+        num_frames = output.shape[1]
+        output = rearrange(output, "(b n) f d -> (b f) n d", n=num_tokens)
+        (output,) = flow.enter(place.unit + 1, output)
+        return rearrange(output, "(b f) n d -> (b n) f d", f=num_frames)
+    if len(place.streams) == 1:
+        return flow.enter(place.unit + 1, output)[0]
+    return flow.enter(place.unit + 1, *output)
+
+
+@dataclass(frozen=True)
+class BranchPlace:
+    """Of a branch: its kind, its unit, and its name there."""
+
+    kind: str
+    unit: int
+    name: str
+
+
+class UnitBranch(nn.Module):
+    """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
+
+    _place: BranchPlace
+    _open: OpenFlow
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        place, flow = self._place, self._open.flow
+        if flow is None or not flow.has_branches:
+            return super().forward(*args, **kwargs)
+        run = super().forward
+        return flow.branch(
+            place.kind,
+            place.unit,
+            place.name,
+            lambda: args[0] if args else kwargs["hidden_states"],
+            lambda _: run(*args, **kwargs),
+        )
 
 
 class RunsUnits(LongSkipModel):
@@ -106,25 +161,41 @@ class RunsUnits(LongSkipModel):
     def forward(
         self,
         *args: Any,
-        num_shallow_units: int | None = None,
-        deep_features: Tensor | None = None,
-        delta: bool = False,
+        step: Step = PLAIN,
+        stored: Mapping[str, Tensor] | None = None,
         return_dict: bool = True,
         **kwargs: Any,
     ) -> LongSkipOutput | tuple[Tensor, ...]:
         if self._open.flow is not None:
             raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
-        flow = LongSkipFlow(self.long_skip_links, num_shallow_units, deep_features, delta)
+        flow = LongSkipFlow(self.long_skip_links, step, stored)
         self._open.flow = flow
         try:
             sample = cast(Any, super()).forward(*args, return_dict=False, **kwargs)[0]
         finally:
             self._open.flow = None
-        output = LongSkipOutput(sample=sample, deep_features=flow.deep_features)
+        output = LongSkipOutput(sample=sample, stored=flow.stored or None)
         return output if return_dict else output.to_tuple()
 
     def units(self) -> list[tuple[nn.Module, ...]]:
         return _units(cast(nn.Module, self), self._family)
+
+    def branches(self) -> list[tuple[str, int, nn.Module]]:
+        return [(place.kind, place.unit, module) for place, module in _branches(self.units(), self._family)]
+
+    def enable_cache(self, spec: Any) -> None:
+        """As `skipdit.enable_cache(model, spec)`; a config of diffusers goes to the model's own caches."""
+        theirs = getattr(super(LongSkipModel, self), "enable_cache", None)
+        if theirs is not None and type(spec).__module__.startswith("diffusers."):
+            theirs(spec)
+        else:
+            super().enable_cache(spec)
+
+    def cache_context(self, name: str) -> Any:
+        """That of the model's own class where it has one, which its pipeline enters for each guidance branch; else as
+        `skipdit.cache_context(name)`."""
+        theirs = getattr(super(LongSkipModel, self), "cache_context", None)
+        return super().cache_context(name) if theirs is None else theirs(name)
 
     # diffusers hands a block and its arguments to this function; a block that runs again in the backward pass must
     # find the flow of its own forward call, of which several may be open by then
@@ -201,6 +272,11 @@ def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
 
 
 @lru_cache
+def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
+    return _subclass(UnitBranch, base)
+
+
+@lru_cache
 def long_skip_class(base: type[nn.Module]) -> Any:
     """The class that a transformer of this class becomes with long skips; its `from_pretrained` reads what such a model
     saved. `ValueError` where skipdit does not know the class's units."""
@@ -209,7 +285,7 @@ def long_skip_class(base: type[nn.Module]) -> Any:
     own = [
         parameter
         for name, parameter in inspect.signature(RunsUnits.forward).parameters.items()
-        if name in ("num_shallow_units", "deep_features", "delta")
+        if name in ("step", "stored")
     ]
     *theirs, last = signature.parameters.values()
     positional = [*theirs, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else theirs
@@ -232,6 +308,20 @@ def _units(model: nn.Module, family: Family) -> list[tuple[nn.Module, ...]]:
     return list(zip(*lists, strict=True))
 
 
+def _branches(units: list[tuple[nn.Module, ...]], family: Family) -> list[tuple[BranchPlace, Any]]:
+    """Every attention and MLP of the blocks, and its place."""
+    found = []
+    for unit, blocks in enumerate(units):
+        for number, block in enumerate(blocks):
+            children = dict(block.named_children())
+            for kind, names in family.branches.items():
+                for name in names:
+                    if name in children:
+                        place = BranchPlace(kind_in(kind, number), unit, f"{number}.{name}")
+                        found.append((place, children[name]))
+    return found
+
+
 def _native_links(num_units: int) -> LongSkipLinks:
     return LongSkipLinks(num_units, pair_units(num_units, LongSkipConfig(middle_pair=False)))
 
@@ -252,11 +342,15 @@ def open_units(model: nn.Module) -> None:
             "or other hooks"
         )
     open_flow = OpenFlow()
+    for place, branch in _branches(units, family):
+        branch.__class__ = _branch_class(type(branch))
+        branch._place, branch._open = place, open_flow
     for unit, blocks in enumerate(units):
         for block in cast(tuple[Any, ...], blocks):
             names = list(inspect.signature(type(block).forward).parameters)[1:]
             positions = {name: names.index(name) for name in family.streams}
-            place = Place(unit, block is blocks[0], family.streams, positions)
+            is_exit = unit == len(units) - 1 and block is blocks[-1]
+            place = Place(unit, block is blocks[0], is_exit, block is not blocks[0], family.streams, positions)
             block.__class__ = _block_class(type(block))
             block._place, block._open, block.long_skip = place, open_flow, None
     opened = cast(Any, model)
@@ -267,8 +361,10 @@ def open_units(model: nn.Module) -> None:
 
 def _hooked(model: nn.Module, family: Family) -> nn.Module | None:
     """The model, or the first of its blocks, whose forward a hook of diffusers or accelerate has replaced."""
-    blocks = (block for blocks in _units(model, family) for block in blocks)
-    return next((module for module in (model, *blocks) if "forward" in vars(module)), None)
+    units = _units(model, family)
+    blocks = (block for blocks in units for block in blocks)
+    branches = (branch for _, branch in _branches(units, family))
+    return next((module for module in (model, *blocks, *branches) if "forward" in vars(module)), None)
 
 
 def close_units(model: nn.Module) -> None:
@@ -278,6 +374,9 @@ def close_units(model: nn.Module) -> None:
         return
     if any(block.long_skip is not None for block in model.unit_entries()):
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
+    for _, _, branch in cast(list[tuple[str, int, Any]], model.branches()):
+        del branch._place, branch._open
+        branch.__class__ = type(branch).__bases__[1]
     for blocks in model.units():
         for block in blocks:
             del block._place, block._open, block.long_skip

@@ -1,0 +1,49 @@
+"""Which model a schedule was made for, and whether it is used on another."""
+
+import hashlib
+import warnings
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from skipdit.cache.methods import MadeFor
+from skipdit.models.long_skip import LongSkipModel
+
+NUM_SAMPLED = 64  # entries of each weight
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell weights from others: from names, shapes and evenly spaced entries of all of them,
+    so that it takes a moment whatever the size. The same on every device, and another in another dtype."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(_sampled(weight).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    step = max(len(flat) // NUM_SAMPLED, 1)
+    return flat[::step][:NUM_SAMPLED].to("cpu", torch.float32)
+
+
+def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -> None:
+    """`ValueError` where a schedule was calibrated on another kind of model; a warning where only the weights or the
+    scheduler differ, for which it may be less good."""
+    name, num_units = type(model).__name__, cast(LongSkipModel, model).long_skip_links.num_units
+    if (name, num_units) != (made_for.model, made_for.num_units):
+        raise ValueError(
+            f"this schedule was calibrated on a {made_for.model} of {made_for.num_units} units, not on a {name} of "
+            f"{num_units}: run skipdit calibrate on this model"
+        )
+    differs = []
+    if fingerprint(model) != made_for.weights:
+        differs.append("other weights")
+    if scheduler is not None and scheduler != made_for.scheduler:
+        differs.append(f"{made_for.scheduler} instead of {scheduler}")
+    if differs:
+        warnings.warn(
+            f"this schedule was calibrated with {' and '.join(differs)}: it may be less good here", stacklevel=3
+        )

@@ -1,0 +1,277 @@
+"""What flows through one forward call beside the hidden states: the long skips, and what a step stores or takes back.
+
+A step that reuses leaves out a *portion* of the units' work and takes its result from an earlier step that stored it:
+whole units, as the hidden states that leave them or as what they add, or outputs of branches inside the units.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from skipdit.models.long_skip import LongSkipLinks
+
+BranchKind = Literal["attention", "temporal_attention", "cross_attention", "mlp"]
+Stored = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portion:
+    """A part of the units' work that a step stores or reuses; of `Units` or `Branches`. Abstract."""
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The first unit that is left out and the first behind; `None` where all units run."""
+        return None
+
+    @property
+    def adds(self) -> bool:
+        """Whether what is stored is added to the hidden states of today."""
+        return False
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """The units that must run to store it."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        """What the keys of its stored tensors begin with, where there are `bounds`."""
+        raise NotImplementedError
+
+    def leaves_out(self, unit: int) -> bool:
+        return False
+
+    def has_branch(self, kind: str, unit: int) -> bool:
+        return False
+
+    def has_input(self, kind: str, unit: int) -> bool:
+        return False
+
+    def owns(self, key: str) -> bool:
+        """Whether a stored tensor belongs to it."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units(Portion):
+    """Units `start` to `stop` - 1: the hidden states that leave them, or with `delta` what they added, and the skips
+    that they hand to units that still run."""
+
+    start: int
+    stop: int
+    delta: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"units must be a range of at least one, got {self.start} to {self.stop}")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.start, self.stop
+
+    @property
+    def adds(self) -> bool:
+        return self.delta
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        return tuple(range(self.start, self.stop))
+
+    def __str__(self) -> str:
+        return f"what units {self.start} to {self.stop - 1} {'add' if self.delta else 'put out'}"
+
+    @property
+    def key(self) -> str:
+        return f"{'added by' if self.delta else 'behind'} {self.start}:{self.stop} "
+
+    def leaves_out(self, unit: int) -> bool:
+        return self.start <= unit < self.stop
+
+    def owns(self, key: str) -> bool:
+        return key.startswith(self.key)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches(Portion):
+    """Outputs of the branches of some `kinds` in some `units`; or, with `inputs`, what enters them (a probe: that can
+    be stored, not reused)."""
+
+    kinds: tuple[BranchKind, ...]
+    units: tuple[int, ...]
+    inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.kinds or not set(self.kinds) <= set(get_args(BranchKind)):
+            raise ValueError(f"kinds must be of {', '.join(get_args(BranchKind))}, got {self.kinds}")
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        return self.units
+
+    def __str__(self) -> str:
+        return f"{' and '.join(self.kinds)} in {len(self.units)} units"
+
+    def has_branch(self, kind: str, unit: int) -> bool:
+        return not self.inputs and kind in self.kinds and unit in self.units
+
+    def has_input(self, kind: str, unit: int) -> bool:
+        return self.inputs and kind in self.kinds and unit in self.units
+
+    def owns(self, key: str) -> bool:
+        name, _, place = key.partition(" ")
+        prefix = "input_of_" if self.inputs else ""
+        if name.removeprefix(prefix) not in self.kinds or not name.startswith(prefix):
+            return False
+        return int(place.split(".")[0]) in self.units
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one forward call stores, and what it takes from an earlier one."""
+
+    store: tuple[Portion, ...] = ()
+    reuse: tuple[Portion, ...] = ()
+
+
+PLAIN = Step()
+
+
+def kind_in(kind: BranchKind, block: int) -> BranchKind:
+    """The second block of a unit attends over time (Latte)."""
+    return "temporal_attention" if kind == "attention" and block == 1 else kind
+
+
+@dataclass
+class LongSkipFlow:
+    """What one forward call carries along its long skips. Made for the call, gone with it.
+
+    given: what earlier calls stored, at least all that `step.reuse` owns. stored: what this call stores.
+
+    Skips are kept by unit index, so a gradient-checkpointed unit that runs twice finds the same skip twice.
+    """
+
+    links: LongSkipLinks
+    step: Step = PLAIN
+    given: Stored | None = None
+    stored: dict[str, Tensor] = field(init=False, default_factory=dict)
+    skips: dict[int, Tensor] = field(init=False, default_factory=dict)
+    entered: dict[int, tuple[Any, ...]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.step.reuse and self.given is None:
+            raise ValueError("a step that reuses needs what an earlier step stored: give stored=")
+        if self.given is not None and not self.step.reuse:
+            raise ValueError("what an earlier step stored was given, but the step says not what of it to reuse")
+        for portion in (*self.step.store, *self.step.reuse):
+            if portion.bounds is not None and portion.bounds[1] > self.links.num_units:
+                raise ValueError(f"there are {self.links.num_units} units, got {portion}")
+
+    @property
+    def has_branches(self) -> bool:
+        return any(portion.bounds is None for portion in (*self.step.store, *self.step.reuse))
+
+    def runs(self, unit: int) -> bool:
+        return not any(portion.leaves_out(unit) for portion in self.step.reuse)
+
+    def is_boundary(self, unit: int) -> bool:
+        """Whether `enter` has something to store or to replace at this unit."""
+        return any(
+            portion.bounds is not None and unit in portion.bounds for portion in (*self.step.store, *self.step.reuse)
+        )
+
+    def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
+        """The streams with which `unit` starts, before its fusion; with the number of units: those that leave the last
+        one."""
+        for portion in self.step.reuse:
+            if portion.bounds is not None and portion.bounds[1] == unit:
+                streams = self._take(portion, streams)
+        for portion in (*self.step.store, *self.step.reuse):
+            if portion.adds and portion.bounds is not None and portion.bounds[0] == unit:
+                self.entered[unit] = streams
+        for portion in self.step.store:
+            if portion.bounds is not None and portion.bounds[1] == unit:
+                before = self.entered[portion.bounds[0]] if portion.adds else ()
+                for index, stream in enumerate(streams):
+                    if stream is not None:  # the text stream may end within the last unit (SD3)
+                        self.stored[f"{portion.key}{index}"] = stream - before[index] if portion.adds else stream
+        return streams
+
+    def _take(self, portion: Portion, streams: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self.given is not None
+        assert portion.bounds is not None
+        taken = []
+        for index, stream in enumerate(streams):
+            value = self.given.get(f"{portion.key}{index}")
+            if value is None:
+                taken.append(stream)
+            else:
+                taken.append(self.entered[portion.bounds[0]][index] + value if portion.adds else value)
+        return tuple(taken)
+
+    def leave(self, unit: int, hidden_states: Tensor) -> None:
+        """Keeps the output of a source unit for its target, in this call and, where the unit may be left out while its
+        target runs, for later ones."""
+        target = self.links.num_units - 1 - unit
+        if target not in self.links.sources:
+            return
+        self.skips[unit] = hidden_states
+        for portion in self.step.store:
+            if portion.leaves_out(unit) and not portion.leaves_out(target):
+                self.stored[f"{portion.key}skip {unit}"] = hidden_states
+
+    def given_skip(self, unit: int) -> Tensor | None:
+        """The output of a unit that is left out while the target of its skip runs."""
+        for portion in self.step.reuse:
+            if portion.leaves_out(unit) and not portion.leaves_out(self.links.num_units - 1 - unit):
+                return None if self.given is None else self.given.get(f"{portion.key}skip {unit}")
+        return None
+
+    def skip(self, unit: int) -> Tensor | None:
+        """The skip that `unit` takes, `None` where it has none."""
+        source = self.links.sources.get(unit)
+        if source is None:
+            return None
+        skip = self.skips[source] if source in self.skips else self.given_skip(source)
+        if skip is None:
+            raise ValueError(f"unit {unit} takes the skip of unit {source}, which was left out and is not stored")
+        return skip
+
+    def branch(self, kind: str, unit: int, place: str, make_input: Callable[[], Any], run: Callable[[Any], Any]) -> Any:
+        """The output of one branch, a tensor or a tuple of them; stored, or reused without running it. place: names the
+        branch within its unit."""
+        key = f"{kind} {unit}.{place}"
+        if any(portion.has_branch(kind, unit) for portion in self.step.reuse):
+            assert self.given is not None
+            if key in self.given:
+                return self.given[key]
+            outputs = []
+            while f"{key}.{len(outputs)}" in self.given:
+                outputs.append(self.given[f"{key}.{len(outputs)}"])
+            if not outputs:
+                raise ValueError(f"the output of {kind} in unit {unit} was not stored")
+            return tuple(outputs)
+        entering = make_input()
+        if any(portion.has_input(kind, unit) for portion in self.step.store):
+            self.stored[f"input_of_{key}"] = entering
+        output = run(entering)
+        if any(portion.has_branch(kind, unit) for portion in self.step.store):
+            if isinstance(output, Tensor):
+                self.stored[key] = output
+            else:
+                for index, each in enumerate(output):
+                    self.stored[f"{key}.{index}"] = each
+        return output
+
+
+@dataclass(frozen=True)
+class BlockFlow:
+    """The flow as one block of a unit sees it."""
+
+    flow: LongSkipFlow
+    unit: int
+    block: int
+
+    def branch(self, kind: BranchKind, make_input: Callable[[], Tensor], run: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.flow.branch(kind_in(kind, self.block), self.unit, str(self.block), make_input, run)
