@@ -254,9 +254,7 @@ def test_a_cached_call_right_after_a_full_call_is_bit_equal(spec: str) -> None:
     assert (cache_summary(model).steps_full, cache_summary(model).steps_reused) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    "spec", ["N2", "N3-700-50", "skip-taylor:N4-o2", "N2-k2", "delta:N3", "delta-taylor:N2-k2"]
-)
+@pytest.mark.parametrize("spec", ["N2", "N3-700-50", "skip-taylor:N4-o2", "N2-k2", "delta:N3", "delta-taylor:N2-k2"])
 def test_enable_run_disable_restores(spec: str) -> None:
     model = tiny_dit()
     expected, names = run(model, STEPS), list(model.state_dict())

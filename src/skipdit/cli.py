@@ -188,6 +188,45 @@ def bench(arguments: Sequence[str]) -> None:
     print(f"written: {options.out}")
 
 
+def calibrate(arguments: Sequence[str]) -> None:
+    """Measure what reuse costs a model at every step, and write the best cache schedules, for `sample --cache FILE`.
+
+    Example: skipdit calibrate emoji --speedups 1.8 2.5 --out out/schedules
+    """
+    import tyro
+
+    from skipdit.calibration import CalibrateConfig
+    from skipdit.calibration import calibrate as run
+    from skipdit.compare import check_writable
+    from skipdit.loading import load_source
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads: as of `skipdit
+        sample`. out: folder of the schedules and the report."""
+
+        model: tyro.conf.Positional[str] = "emoji"
+        config: Annotated[CalibrateConfig, tyro.conf.arg(name="")]
+        scheduler: str | None = None
+        vae: Path | None = None
+        num_attention_heads: int | None = None
+        device: str = "auto"
+        out: Path = Path("out/schedules")
+
+    options = _parse("calibrate", calibrate.__doc__, arguments, Options, Options(config=CalibrateConfig()))
+    check_writable(options.out)
+    source = load_source(
+        options.model,
+        device=options.device,
+        scheduler=options.scheduler,
+        vae=options.vae,
+        num_attention_heads=options.num_attention_heads,
+    )
+    run(source, options.config, options.out)
+    print((options.out / "report.md").read_text(encoding="utf-8"))
+    print(f"written: {options.out}; use one: skipdit sample --model {options.model} --cache {options.out}/NAME.json")
+
+
 def analyze(arguments: Sequence[str]) -> None:
     """Measure how stable a model is, alone or beside others: features, Jacobians, errors under caches, weights.
 
@@ -268,7 +307,7 @@ def info(arguments: Sequence[str]) -> None:
         print(f"presets: {', '.join((*PRESETS, *LATTE_PRESETS))}")
         print(f"families of diffusers: {', '.join(FAMILIES)}\ncache specs: {SPEC_FORM}")
         for name, method in METHODS.items():
-            print(f"  {name}: Taylor order {method.order} by default; {method.source}")
+            print(f"  {name}:{method.form}: {method.source}")
         return
     model = load_source(options.model, num_attention_heads=options.num_attention_heads, decodes=False)
     transformer = model.sampler.pipeline.transformer
@@ -292,6 +331,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "convert": convert,
     "analyze": analyze,
+    "calibrate": calibrate,
     "bench": bench,
     "info": info,
 }

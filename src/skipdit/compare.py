@@ -46,7 +46,8 @@ class SampleConfig:
     over all classes. prompt: texts, repeated in turn, for the text tasks. num_samples: pictures or clips.
     guidance_scale: classifier-free guidance, none at 1. guidance_channels: guide only the first few channels; the
     official DiT sampler guides 3 of its 4.
-    steps: of the sampler. cache: a spec such as N3, skip-taylor:N3-o1, the path of a schedule.json, or none.
+    steps: of the sampler. cache: auto, a spec such as N3 or skip-taylor:N3-o1, the path of a schedule.json, calibrated
+    (or calibrated:2x: a schedule that came with the model), or none.
     fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
     vae: folder of an AutoencoderKL for models of latents. num_attention_heads: where a checkpoint cannot tell.
@@ -62,7 +63,7 @@ class SampleConfig:
     guidance_scale: float = 2.0
     guidance_channels: int | None = None
     fewer_steps: int | None = None
-    cache: str = "skip-taylor:N4-800-100-o1"
+    cache: str = "auto"
     scheduler: str | None = None
     vae: Path | None = None
     num_attention_heads: int | None = None
@@ -273,9 +274,11 @@ def sample_and_compare(config: SampleConfig) -> Report:
     `ValueError` on a label, prompt, scheduler or cache that is not to be had, or a cache that would never reuse;
     `OSError` where `out` cannot be written. All of it before anything is sampled.
     """
-    method = None if config.cache == "none" else parse_method(config.cache)
+    if config.cache.partition(":")[0] not in ("none", "calibrated"):
+        parse_method(config.cache)
     check_writable(config.out)
     source = load(config)
+    method = source.cache(config.cache)
     pipeline = source.sampler.pipeline
     wanted, captions = choose_wanted(source, config)
     if method is not None:
@@ -351,8 +354,11 @@ def check_method(pipeline: Any, method: CacheMethod, num_steps: int) -> None:
     """`ValueError` where this model has not what the method reuses, or no step of such a run would reuse."""
     enable_cache(pipeline, method)
     disable_cache(pipeline)
+    if any(part.schedule.is_adaptive or part.schedule.may_stay_full for part in method.parts):
+        return
     pipeline.scheduler.set_timesteps(num_steps)
-    if all(resolve(method.schedule, pipeline.scheduler.timesteps.tolist())):
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    if all(all(resolve(part.schedule, timesteps)) for part in method.parts):
         raise ValueError(f"cache {method} would never reuse in {num_steps} steps of this sampler")
 
 

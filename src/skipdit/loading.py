@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import diffusers
 import torch
@@ -15,6 +15,7 @@ from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
 from safetensors import SafetensorError
 from torch import nn
 
+from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import Objective, make_scheduler, objective_of
 from skipdit.models.dit import DiT
@@ -104,10 +105,27 @@ BUNDLED = {
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample with, and what is wanted of it where nothing is asked for."""
+    """A model to sample with, what is wanted of it where nothing is asked for, and the calibrated schedules that came
+    with it, by name."""
 
     sampler: Sampler
     showcase: tuple[str, ...] = ()
+    schedules: Mapping[str, CacheMethod] = field(default_factory=dict)
+
+    def cache(self, spec: str) -> CacheMethod | None:
+        """As `parse_method`; `calibrated` or `calibrated:{name}` is a schedule that came with the model, `none` no
+        cache. `ValueError` where there is no such schedule."""
+        if spec == "none":
+            return None
+        kind, _, name = spec.partition(":")
+        if kind != "calibrated":
+            return parse_method(spec)
+        if not self.schedules:
+            raise ValueError("no calibrated schedules came with this model: run skipdit calibrate, or use --cache auto")
+        name = name or (DEFAULT_SCHEDULE if DEFAULT_SCHEDULE in self.schedules else next(iter(self.schedules)))
+        if name not in self.schedules:
+            raise ValueError(f"the calibrated schedules of this model are {', '.join(self.schedules)}, got {name!r}")
+        return self.schedules[name]
 
 
 def load_source(
@@ -134,7 +152,8 @@ def load_source(
         raise ValueError(f"task must be one of {', '.join(get_args(TaskName))}, got {task!r}")
     if model is None:
         model = next(name for name, bundled in BUNDLED.items() if bundled.task == (task or "class-to-image"))
-    sampler, showcase = _open(model, DTYPES[dtype], num_attention_heads)
+    source = _open(model, DTYPES[dtype], num_attention_heads)
+    sampler = source.sampler
     if task is not None and sampler.task != task:
         raise ValueError(f"{model} is a {sampler.task} model, not {task}")
     pipeline = sampler.pipeline
@@ -156,16 +175,20 @@ def load_source(
         objective = dataclasses.replace(objective_of(pipeline.scheduler), learned_variance=learned)
         pipeline.scheduler = make_scheduler(objective, scheduler)
     pipeline.to(resolve_device(device))
-    return Source(sampler, showcase)
+    return source
 
 
-def _open(model: str, dtype: torch.dtype, num_attention_heads: int | None) -> tuple[Sampler, tuple[str, ...]]:
+SCHEDULES = "schedules"  # folder in that of a pipeline
+DEFAULT_SCHEDULE = "1.8x"
+
+
+def _open(model: str, dtype: torch.dtype, num_attention_heads: int | None) -> Source:
     path = Path(model)
     if model in BUNDLED:
         with as_file(files("skipdit") / "assets" / BUNDLED[model].folder) as folder:
-            return _from_folder(folder, dtype), BUNDLED[model].showcase
+            return Source(_from_folder(folder, dtype), BUNDLED[model].showcase, _read_schedules(folder))
     if (path / "model_index.json").is_file():
-        return _from_folder(path, dtype), ()
+        return Source(_from_folder(path, dtype), (), _read_schedules(path))
     if not path.exists():
         raise FileNotFoundError(f"no model at {model}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint")
     transformer: Any = load_model(path, num_attention_heads=num_attention_heads, dtype=dtype)
@@ -173,8 +196,14 @@ def _open(model: str, dtype: torch.dtype, num_attention_heads: int | None) -> tu
         raise ValueError(f"{path} does not say what its model predicts: give the folder of its pipeline")
     scheduler = make_scheduler(Objective(learned_variance=True), "ddim")
     if isinstance(transformer, Latte):
-        return ClassToVideoSampler(ClassToVideoPipeline(transformer, scheduler)), ()
-    return ClassToImageSampler(ClassToImagePipeline(transformer, scheduler)), ()
+        return Source(ClassToVideoSampler(ClassToVideoPipeline(transformer, scheduler)))
+    return Source(ClassToImageSampler(ClassToImagePipeline(transformer, scheduler)))
+
+
+def _read_schedules(folder: Path) -> dict[str, CacheMethod]:
+    """By file name, the gentlest first."""
+    methods = {path.stem: parse_method(path) for path in (folder / SCHEDULES).glob("*.json")}
+    return dict(sorted(methods.items(), key=lambda item: -len(cast(Any, item[1].schedule).full_steps)))
 
 
 def learns_variance(model: nn.Module) -> bool:

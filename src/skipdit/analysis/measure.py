@@ -20,6 +20,7 @@ from skipdit.analysis.trajectory import (
 )
 from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
 from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.runtime import parts_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.pipelines import ClassToImagePipeline
 
@@ -182,7 +183,7 @@ def measure(
     for spec in config.methods:
         method: CacheMethod = parse_method(spec)
         try:
-            method.site.check(model)
+            parts_on(method, model)
         except ValueError as error:
             left_out[spec] = str(error)
         else:

@@ -17,7 +17,7 @@ from skipdit.cache.schedule import (
     Schedule,
 )
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Inner, Probe, Site, Stack, UnitRange
-from skipdit.models.flow import BranchKind
+from skipdit.models.long_skip import BranchKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ def _deep(ks: tuple[int, ...]) -> Site:
 
 
 def _offset(ks: tuple[int, ...]) -> Site:
-    return UnitRange(*ks[:1])
+    return UnitRange(ks[0]) if ks else UnitRange()
 
 
 def _branches(ks: tuple[int, ...]) -> Site:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.predictor import Values
-from skipdit.cache.schedule import Decision, resolve
+from skipdit.cache.schedule import AdaptiveSchedule, Decision, resolve
 from skipdit.cache.site import step_cost
 from skipdit.cache.state import CacheSummary, Counts, PartState, Run, Trajectory
 from skipdit.models.families import find_family
@@ -65,8 +65,7 @@ class Part:
 
 
 def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
-    """The choices of a method that this model has a site for; `ValueError` where it has not, or where two of them would
-    reuse the same."""
+    """The choices of a method that this model has a site for; `ValueError` where it has none."""
     parts = []
     for each in method.parts:
         portions = each.site.portions(model)
@@ -77,6 +76,31 @@ def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
     if not parts:
         raise ValueError(f"{type(model).__name__} has nothing that {method} could reuse")
     return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbedSteps:
+    """How a part steps that looks at the first units before it decides. reuse: runs these, the `head`, and reuses the
+    others; rest: takes the head's result from there and runs the others."""
+
+    head: Units
+    full: Step
+    reuse: Step
+    rest: Step
+    reuse_cost: float
+
+    @classmethod
+    def of(cls, part: Part, model: nn.Module) -> "ProbedSteps":
+        (portion,) = part.portions
+        assert isinstance(portion, Units)
+        head = Units(start=0, stop=portion.start)
+        return cls(
+            head=head,
+            full=Step(store=(portion, *part.probe)),
+            reuse=Step(store=(head, *part.probe), reuse=(portion,)),
+            rest=Step(store=(portion,), reuse=(head,)),
+            reuse_cost=step_cost(model, (portion,)),
+        )
 
 
 class CacheRuntime:
@@ -92,6 +116,7 @@ class CacheRuntime:
         self.signature = inspect.signature(model.forward)
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.steps: dict[tuple[Decision, ...], tuple[Step, float]] = {}
+        self.probed = ProbedSteps.of(self.parts[0], model) if self.parts[0].probe else None
         self.reset()
 
     def reset(self) -> None:
@@ -132,11 +157,8 @@ class CacheRuntime:
             return output.sample.clone(), {key: value.clone() for key, value in stored.items()}
 
         sample = self.make_step(model, forward, trajectory, timestep)
-        is_last = coming is not None and len(coming) == 1
-        if is_last and self.method.schedule.is_adaptive and not trajectory.num_reused and not self.method.may_stay_full:
-            raise ValueError(
-                f"cache {self.method} has not reused once in {trajectory.num_full} steps: raise its threshold"
-            )
+        if coming is not None and len(coming) == 1:
+            self._check_reused(trajectory)
         self.peak_bytes_held = max(self.peak_bytes_held, self.bytes_held)
         return LongSkipOutput(sample=sample) if return_dict else (sample,)
 
@@ -144,9 +166,9 @@ class CacheRuntime:
         self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
     ) -> Tensor:
         """Runs one step, in full or not, and counts it."""
-        if self.parts[0].probe:
-            return self._probed_step(model, forward, trajectory, timestep)
-        decisions = tuple(state.decide(timestep) for state in trajectory.states)
+        if self.probed is not None:
+            return self._probed_step(self.probed, forward, trajectory, timestep)
+        decisions = self._decisions(trajectory, timestep)
         step, cost = self._step_for(model, decisions)
         given = None
         if step.reuse:
@@ -165,6 +187,19 @@ class CacheRuntime:
         trajectory.cost += cost
         return sample
 
+    def _decisions(self, trajectory: Trajectory, timestep: float) -> tuple[Decision, ...]:
+        """Of each part; one does not reuse where a later one leaves out some of its units."""
+        decisions: list[Decision] = []
+        left_out: set[int] = set()
+        for part, state in reversed(list(zip(self.parts, trajectory.states, strict=True))):
+            decision = state.decide(timestep)
+            if decision is not None and part.portions[decision].bounds is not None:
+                units = set(part.portions[decision].covered)
+                decision = None if units & left_out else decision
+                left_out |= units
+            decisions.append(decision)
+        return tuple(reversed(decisions))
+
     def _step_for(self, model: nn.Module, decisions: tuple[Decision, ...]) -> tuple[Step, float]:
         """What parts store that are full, and take that reuse; a part some of whose units are left out for another
         stores nothing. The same object for the same decisions, so that a compiled model sees few."""
@@ -178,31 +213,28 @@ class CacheRuntime:
         return self.steps[decisions]
 
     def _probed_step(
-        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
+        self, steps: ProbedSteps, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
     ) -> Tensor:
         """A step that reuses unless what it sees on the way has changed too much; then the units that it left out run,
         behind those that have run."""
         (part,), (state,) = self.parts, trajectory.states
-        (portion,), probe = part.portions, part.probe
-        assert isinstance(portion, Units)
-        head = Units(start=0, stop=portion.start)
         full, cost = True, 1.0
         if not state.stored:
-            sample, stored = forward(Step(store=(portion, *probe)))
+            sample, stored = forward(steps.full)
         else:
-            reuse = Step(store=(head, *probe), reuse=(portion,))
-            sample, seen = forward(reuse, part.method.predictor.predict(state.stored, state.steps_since_full))
-            accepted = state.walker.accepts(relative_change(_of(seen, probe), state.probe))
-            full = not accepted
-            if accepted:
-                stored, cost = seen, step_cost(model, (portion,))
+            given = part.method.predictor.predict(state.stored, state.steps_since_full)
+            sample, stored = forward(steps.reuse, given)
+            full = not state.walker.accepts(relative_change(_of(stored, part.probe), state.probe))
+            if full:
+                sample, behind = forward(steps.rest, _of(stored, (steps.head,)))
+                stored |= behind
             else:
-                sample, stored = forward(Step(store=(portion,), reuse=(head,)), _of(seen, (head,)))
-                stored |= seen
+                cost = steps.reuse_cost
         if full:
-            state.stored = part.method.predictor.update(state.stored, _of(stored, (portion,)), state.steps_since_full)
-        if full or part.method.schedule.follows_each_step:
-            state.probe = _of(stored, probe)
+            values = _of(stored, part.portions)
+            state.stored = part.method.predictor.update(state.stored, values, state.steps_since_full)
+        if full or cast(AdaptiveSchedule, part.method.schedule).follows_each_step:
+            state.probe = _of(stored, part.probe)
         self._count(state, timestep, full=full)
         trajectory.num_full += full
         trajectory.num_reused += not full
@@ -366,9 +398,10 @@ def _keep(part: Part, state: PartState, stored: Values, timestep: float) -> None
 
 
 def relative_change(values: Values, before: Values) -> float:
-    """L1 distance of two sets of tensors over the L1 norm of the second; waits for the device."""
+    """L1 distance of two sets of values over the L1 norm of the second, 0 where equal. Waits for the device."""
     distance = sum((values[key] - before[key]).abs().float().sum() for key in values)
-    return float(distance / sum(before[key].abs().float().sum() for key in values))
+    norm = sum(before[key].abs().float().sum() for key in values)
+    return 0.0 if distance == 0 else float(distance / norm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

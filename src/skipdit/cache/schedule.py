@@ -357,9 +357,10 @@ class RateWalker:
 
     def observe(self, change: float, distance: int) -> None:
         """The stored value has changed by `change` in `distance` steps."""
-        rate = change / distance
-        fitting = self.schedule.max_reused if rate == 0 else math.ceil(self.schedule.threshold / rate) - 1
-        self.left = min(max(fitting, 0), self.schedule.max_reused) if self.schedule.threshold > 0 else 0
+        rate, schedule, self.left = change / distance, self.schedule, 0
+        if schedule.threshold > 0 and not math.isnan(rate):
+            fitting = schedule.threshold / rate if rate else math.inf
+            self.left = max(math.ceil(min(fitting, schedule.max_reused + 1)) - 1, 0)
 
     def stores(self, timestep: float) -> bool:
         return True

@@ -5,8 +5,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
-from skipdit.models.flow import Branches, BranchKind, Portion, Units
-from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.flow import Branches, Portion, Units
+from skipdit.models.long_skip import BranchKind, LongSkipModel
 
 
 @runtime_checkable
@@ -127,7 +127,7 @@ class BranchOutputs:
         if self.num_shallow_units is not None:
             units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
         found = {kind for kind, unit, _ in cast(LongSkipModel, model).branches() if unit in units}
-        kinds = tuple(kind for kind in self.kinds if kind in found)
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in found)
         if not kinds and self.optional:
             return ()
         if not kinds:
@@ -151,7 +151,7 @@ class Probe:
 
     def portions(self, model: nn.Module) -> tuple[Portion, ...]:
         if not self.inputs:
-            return (Units(start=0, stop=1, delta=True),)
+            return (Units(start=0, stop=1, delta=True, skips=False),)
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
 
 

@@ -28,9 +28,8 @@ class PartState:
         return self.walker.decide(timestep) if self.stored else None
 
     @property
-    def bytes_held(self) -> int:
-        tensors = [tensor for values in (*self.stored, self.probe) for tensor in values.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def tensors(self) -> list[Tensor]:
+        return [tensor for values in (*self.stored, self.probe) for tensor in values.values()]
 
 
 @dataclass(eq=False)
@@ -51,7 +50,9 @@ class Trajectory:
 
     @property
     def bytes_held(self) -> int:
-        return sum(state.bytes_held for state in self.states)
+        """Of the memory behind what is stored: a view counts as all that it keeps, what is stored twice counts once."""
+        storages = [tensor.untyped_storage() for state in self.states for tensor in state.tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from skipdit.models.flow import PLAIN, BlockFlow, LongSkipFlow, Step, kind_in
-from skipdit.models.long_skip import LongSkip, LongSkipConfig, LongSkipModel, LongSkipOutput
+from skipdit.models.long_skip import BranchKind, LongSkip, LongSkipConfig, LongSkipModel, LongSkipOutput
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -97,9 +97,9 @@ class DiTBlock(nn.Module):
         return attended_states + gate_mlp.unsqueeze(1) * transformed
 
 
-def branches_of(model: LongSkipModel) -> list[tuple[str, int, nn.Module]]:
+def branches_of(model: LongSkipModel) -> list[tuple[BranchKind, int, nn.Module]]:
     """As `LongSkipModel.branches`, where all blocks are `DiTBlock`s."""
-    branches: list[tuple[str, int, nn.Module]] = []
+    branches: list[tuple[BranchKind, int, nn.Module]] = []
     for unit, blocks in enumerate(model.units()):
         for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
             branches += [(kind_in("attention", number), unit, block.attn), ("mlp", unit, block.mlp)]
@@ -274,7 +274,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return [(block,) for block in self.blocks]
 
-    def branches(self) -> list[tuple[str, int, nn.Module]]:
+    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
         return branches_of(self)
 
     @property

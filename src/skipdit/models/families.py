@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from skipdit.models.flow import BranchKind
+from skipdit.models.long_skip import BranchKind
 
 
 @dataclass(frozen=True, kw_only=True)

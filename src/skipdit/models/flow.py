@@ -6,19 +6,22 @@ whole units, as the hidden states that leave them or as what they add, or output
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
-from skipdit.models.long_skip import LongSkipLinks
+from skipdit.models.long_skip import BranchKind, LongSkipLinks
 
-BranchKind = Literal["attention", "temporal_attention", "cross_attention", "mlp"]
 Stored = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Portion:
-    """A part of the units' work that a step stores or reuses; of `Units` or `Branches`. Abstract."""
+    """A part of the units' work that a step stores or reuses; of `Units` or `Branches`. Abstract.
+
+    What a forward call asks of it must not read a number: numbers that change from call to call `torch.compile` takes
+    for symbols, and then fails or compiles anew; strings and booleans it knows.
+    """
 
     @property
     def bounds(self) -> tuple[int, int] | None:
@@ -43,6 +46,10 @@ class Portion:
     def leaves_out(self, unit: int) -> bool:
         return False
 
+    def hands_on(self, unit: int, target: int) -> bool:
+        """Whether the skip from `unit` to `target` is part of it: where it leaves out the first, not the second."""
+        return False
+
     def has_branch(self, kind: str, unit: int) -> bool:
         return False
 
@@ -56,20 +63,24 @@ class Portion:
 
 @dataclass(frozen=True, kw_only=True)
 class Units(Portion):
-    """Units `start` to `stop` - 1: the hidden states that leave them, or with `delta` what they added, and the skips
-    that they hand to units that still run."""
+    """Units `start` to `stop` - 1: the hidden states that leave them, or with `delta` what they added, and, `skips`,
+    the skips that they hand to units that still run (a probe, which is not reused, needs none)."""
 
     start: int
     stop: int
     delta: bool = False
+    skips: bool = True
+    span: str = field(init=False, repr=False, compare=False)  # read inside of a graph
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
             raise ValueError(f"units must be a range of at least one, got {self.start} to {self.stop}")
+        object.__setattr__(self, "span", f"{self.start}:{self.stop}")
 
     @property
     def bounds(self) -> tuple[int, int]:
-        return self.start, self.stop
+        start, stop = self.span.split(":")
+        return int(start), int(stop)
 
     @property
     def adds(self) -> bool:
@@ -84,10 +95,14 @@ class Units(Portion):
 
     @property
     def key(self) -> str:
-        return f"{'added by' if self.delta else 'behind'} {self.start}:{self.stop} "
+        return f"{'added by' if self.delta else 'behind'} {self.span} "
 
     def leaves_out(self, unit: int) -> bool:
-        return self.start <= unit < self.stop
+        start, stop = self.bounds
+        return start <= unit < stop
+
+    def hands_on(self, unit: int, target: int) -> bool:
+        return self.skips and self.leaves_out(unit) and not self.leaves_out(target)
 
     def owns(self, key: str) -> bool:
         return key.startswith(self.key)
@@ -101,10 +116,12 @@ class Branches(Portion):
     kinds: tuple[BranchKind, ...]
     units: tuple[int, ...]
     inputs: bool = False
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # of the units, read inside of a graph
 
     def __post_init__(self) -> None:
         if not self.kinds or not set(self.kinds) <= set(get_args(BranchKind)):
             raise ValueError(f"kinds must be of {', '.join(get_args(BranchKind))}, got {self.kinds}")
+        object.__setattr__(self, "names", tuple(str(unit) for unit in self.units))
 
     @property
     def covered(self) -> tuple[int, ...]:
@@ -114,17 +131,17 @@ class Branches(Portion):
         return f"{' and '.join(self.kinds)} in {len(self.units)} units"
 
     def has_branch(self, kind: str, unit: int) -> bool:
-        return not self.inputs and kind in self.kinds and unit in self.units
+        return not self.inputs and kind in self.kinds and str(unit) in self.names
 
     def has_input(self, kind: str, unit: int) -> bool:
-        return self.inputs and kind in self.kinds and unit in self.units
+        return self.inputs and kind in self.kinds and str(unit) in self.names
 
     def owns(self, key: str) -> bool:
         name, _, place = key.partition(" ")
         prefix = "input_of_" if self.inputs else ""
         if name.removeprefix(prefix) not in self.kinds or not name.startswith(prefix):
             return False
-        return int(place.split(".")[0]) in self.units
+        return place.split(".")[0] in self.names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,13 +235,13 @@ class LongSkipFlow:
             return
         self.skips[unit] = hidden_states
         for portion in self.step.store:
-            if portion.leaves_out(unit) and not portion.leaves_out(target):
+            if portion.hands_on(unit, target):
                 self.stored[f"{portion.key}skip {unit}"] = hidden_states
 
     def given_skip(self, unit: int) -> Tensor | None:
         """The output of a unit that is left out while the target of its skip runs."""
         for portion in self.step.reuse:
-            if portion.leaves_out(unit) and not portion.leaves_out(self.links.num_units - 1 - unit):
+            if portion.hands_on(unit, self.links.num_units - 1 - unit):
                 return None if self.given is None else self.given.get(f"{portion.key}skip {unit}")
         return None
 

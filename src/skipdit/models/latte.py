@@ -25,7 +25,7 @@ from skipdit.models.dit import (
     sincos_position_embedding,
 )
 from skipdit.models.flow import PLAIN, BlockFlow, LongSkipFlow, Step
-from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, LongSkipOutput
+from skipdit.models.long_skip import BranchKind, LongSkipConfig, LongSkipModel, LongSkipOutput
 
 LATTE_PRESETS = {
     f"Latte-{size}/{patch_size}": (*shape, patch_size)
@@ -144,7 +144,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
 
-    def branches(self) -> list[tuple[str, int, nn.Module]]:
+    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
         return branches_of(self)
 
     @property

@@ -18,6 +18,7 @@ from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
+BranchKind = Literal["attention", "temporal_attention", "cross_attention", "mlp"]
 Norm = Literal["layer_norm", "rms_norm"]
 Init = Literal["default", "xavier", "zero"]
 Fusion = Literal["replace", "residual"]
@@ -184,7 +185,7 @@ class LongSkipModel:
     def unit_entries(self) -> list[nn.Module]:
         return [blocks[0] for blocks in self.units()]
 
-    def branches(self) -> list[tuple[str, int, nn.Module]]:
+    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
         """Kind, unit and module of every branch: attention (in the second block of a unit over time), cross-attention
         and MLP; two of a kind where the streams have one each."""
         raise NotImplementedError

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from skipdit.models.families import Family, find_family, get_family
 from skipdit.models.flow import PLAIN, LongSkipFlow, Step, kind_in
 from skipdit.models.long_skip import (
+    BranchKind,
     LongSkip,
     LongSkipConfig,
     LongSkipLinks,
@@ -127,7 +128,7 @@ def _exit(flow: LongSkipFlow, place: Place, output: Any, num_tokens: int) -> Any
 class BranchPlace:
     """Of a branch: its kind, its unit, and its name there."""
 
-    kind: str
+    kind: BranchKind
     unit: int
     name: str
 
@@ -180,7 +181,7 @@ class RunsUnits(LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return _units(cast(nn.Module, self), self._family)
 
-    def branches(self) -> list[tuple[str, int, nn.Module]]:
+    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
         return [(place.kind, place.unit, module) for place, module in _branches(self.units(), self._family)]
 
     def enable_cache(self, spec: Any) -> None:

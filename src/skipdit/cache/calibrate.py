@@ -1,0 +1,310 @@
+"""Measures what reuse costs at every step, and finds the schedule that costs least.
+
+One sampling pass in full tries, at each step, what every possible reuse would have given: by age (steps since the last
+full one), spacing (steps between the last two full ones, which Taylor prediction depends on) and variant. How much an
+error at a step shows in the end is measured by reusing at single steps. `plan` does the rest.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from skipdit.cache.methods import EVERY, CacheMethod
+from skipdit.cache.plan import PlannedSchedule, ReuseErrors
+from skipdit.cache.predictor import Derivatives, TaylorPredictor, Values
+from skipdit.cache.runtime import (
+    CachedModel,
+    CacheRuntime,
+    cache_summary,
+    disable_cache,
+    enable_cache,
+    relative_change,
+)
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
+from skipdit.cache.site import BranchOutputs, Site, step_cost
+from skipdit.cache.state import Trajectory
+from skipdit.models.flow import Branches, Portion, Step
+from skipdit.models.long_skip import BranchKind
+
+Sample = Callable[[], Tensor]
+AnyRuntime = TypeVar("AnyRuntime", bound=CacheRuntime)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """What is tried at each step. orders: of Taylor predictions. max_age, max_spacing: in steps. Of the sensitivity:
+    num_probed steps, spread over the run and denser at both ends."""
+
+    orders: tuple[int, ...] = (1, 2)
+    max_age: int = 6
+    max_spacing: int = 6
+    num_probed: int = 12
+
+    def __post_init__(self) -> None:
+        for name in ("max_age", "max_spacing", "num_probed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.orders or len(set(self.orders)) < len(self.orders):
+            raise ValueError(f"orders must be one or more, each once, got {self.orders}")
+        for order in self.orders:
+            TaylorPredictor(order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What calibration has seen of one site of one model.
+
+    errors: for each Taylor order (variants, steps, spacings, ages), see `ReuseErrors`. sensitivity: of each step.
+    reuse_costs: of each variant, in full steps. timesteps: of the run. reference: what the run samples in full, in
+    [0, 1].
+    """
+
+    site: Site
+    errors: dict[int, np.ndarray]
+    sensitivity: Float[np.ndarray, " steps"]
+    reuse_costs: tuple[float, ...]
+    num_units: int
+    timesteps: tuple[float, ...]
+    reference: Tensor
+
+    def reuse_errors(self, order: int) -> ReuseErrors:
+        return ReuseErrors(
+            errors=self.errors[order],
+            sensitivity=self.sensitivity,
+            reuse_costs=self.reuse_costs,
+            num_units=self.num_units,
+        )
+
+    def method(self, planned: PlannedSchedule, order: int) -> CacheMethod:
+        """What `enable_cache` takes."""
+        schedule = ExplicitSchedule(
+            full_steps=planned.full_steps,
+            num_inference_steps=len(self.timesteps),
+            timesteps=self.timesteps,
+            variants=planned.variants,
+        )
+        return CacheMethod(schedule=schedule, site=self.site, predictor=TaylorPredictor(order))
+
+
+class Recorder(CacheRuntime):
+    """Runs every step in full, tries every reuse, and keeps how far off it is."""
+
+    def __init__(self, model: nn.Module, site: Site, trials: Trials, advance: Callable[[], object]) -> None:
+        super().__init__(model, CacheMethod(schedule=IntervalSchedule(interval=1), site=site))
+        self.trials, self.advance = trials, advance
+        self.portions = self.parts[0].portions
+        self.history: dict[int, deque[dict[str, Tensor]]] = {}
+        # of each order: (variant, step, spacing, age) -> sum of mean squared errors, and how many were summed up
+        self.errors: dict[int, dict[tuple[int, int, int, int], list[float]]] = {order: {} for order in trials.orders}
+        self.seen: list[float] = []
+
+    def make_step(
+        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
+    ) -> Tensor:
+        sample, stored = forward(Step(store=self.portions))
+        history = self.history.setdefault(
+            id(trajectory), deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
+        )
+        step = trajectory.num_full
+        if step == len(self.seen):
+            self.seen.append(timestep)
+        for variant, portion in enumerate(self.portions):
+            for order in self.trials.orders:
+                for spacing, age, derivatives in self._reuses(history, portion, order, step):
+                    given = TaylorPredictor(order).predict(derivatives, age)
+                    reused, _ = forward(Step(reuse=(portion,)), given)
+                    error = (reused.float() - sample.float()).square().mean().item()
+                    self.errors[order].setdefault((variant, step, spacing, age), []).append(error)
+        history.appendleft(stored)
+        trajectory.num_full += 1
+        trajectory.cost += 1
+        self.advance()
+        return sample
+
+    def _reuses(
+        self, history: deque[dict[str, Tensor]], portion: Portion, order: int, step: int
+    ) -> Iterator[tuple[int, int, Derivatives]]:
+        """Spacing, age and derivatives of every reuse that could be at this step."""
+
+        def values(age: int) -> Values:
+            return {key: value for key, value in history[age - 1].items() if portion.owns(key)}
+
+        for age in range(1, min(self.trials.max_age, step) + 1):
+            first = step - age  # of the full steps that are then known
+            if first == 0 or order == 0:
+                for spacing in range(1, 2 if first == 0 else min(self.trials.max_spacing, first) + 1):
+                    if spacing == 1:
+                        yield spacing, age, (values(age),)
+                continue
+            for spacing in range(1, min(self.trials.max_spacing, first) + 1):
+                derivatives: Derivatives = ()
+                for back in range(min(order, first // spacing), -1, -1):
+                    derivatives = TaylorPredictor(order).update(derivatives, values(age + back * spacing), spacing)
+                yield spacing, age, derivatives
+
+    def array(self, order: int) -> Float[np.ndarray, "variants steps spacings ages"]:
+        trials, steps = self.trials, len(self.seen)
+        found = np.full((len(self.portions), steps, trials.max_spacing, trials.max_age), np.nan)
+        for (variant, step, spacing, age), errors in self.errors[order].items():
+            found[variant, step, spacing - 1, age - 1] = float(np.mean(errors))
+        if order == 0:  # the spacing does not matter
+            found[:] = found[:, :, :1]
+        return found
+
+
+@contextmanager
+def replaced(pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module], AnyRuntime]) -> Iterator[AnyRuntime]:
+    """Inside, the pipeline's transformer runs under a recorder, in place of a cache that never reuses."""
+    enable_cache(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=site))
+    model = cast(CachedModel, pipeline.transformer)
+    try:
+        recorder = make(model)
+        recorder.pipelines, recorder.opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
+        object.__setattr__(model, "_skipdit_cache", recorder)
+        yield recorder
+    finally:
+        disable_cache(pipeline)
+
+
+def probed_steps(num_steps: int, num_probed: int) -> list[int]:
+    """Steps 1 to the last, `num_probed` of them at most, denser at both ends."""
+    places = (1 - np.cos(np.linspace(0, np.pi, num_probed))) / 2
+    return sorted({1 + round(float(place) * (num_steps - 2)) for place in places})
+
+
+def measure(
+    pipeline: DiffusionPipeline,
+    sample: Sample,
+    site: Site,
+    trials: Trials,
+    *,
+    advance: Callable[[], object] = lambda: None,
+) -> Measured:
+    """What reuse at this site costs in this pipeline.
+
+    sample: runs the pipeline once, on the same seeds each time, and gives pictures or frames in [0, 1]. advance: called
+    once a step of each such run; there are 1 + `trials.num_probed` runs.
+
+    `ValueError` where the model has not the site, or a run has fewer than 3 steps.
+    """
+    with replaced(pipeline, site, lambda model: Recorder(model, site, trials, advance)) as recorder:
+        reference = sample()
+        costs = tuple(step_cost(pipeline.transformer, (portion,)) for portion in recorder.portions)
+    num_steps = len(recorder.seen)
+    if num_steps < 3:
+        raise ValueError(f"calibration needs a run of at least 3 steps, got {num_steps}")
+    timesteps = tuple(recorder.seen)
+    errors = {order: recorder.array(order) for order in trials.orders}
+    order = trials.orders[0]
+    probed = probed_steps(num_steps, trials.num_probed)
+    shown = []
+    for step in probed:
+        full = tuple(each for each in range(num_steps) if each != step)
+        alone = ExplicitSchedule(full_steps=full, num_inference_steps=num_steps)
+        enable_cache(pipeline, CacheMethod(schedule=alone, site=site, predictor=TaylorPredictor(order)))
+        sampled = sample()
+        assert cache_summary(pipeline).steps_reused >= 1
+        disable_cache(pipeline)
+        final = (sampled - reference).square().mean().item()
+        shown.append(max(final, 1e-12) / max(errors[order][0, step, 0, 0], 1e-20))
+        advance()
+    sensitivity = np.exp(np.interp(np.arange(num_steps), probed, np.log(shown)))
+    return Measured(
+        site=site,
+        errors=errors,
+        sensitivity=sensitivity,
+        reuse_costs=costs,
+        num_units=recorder.num_units,
+        timesteps=timesteps,
+        reference=reference,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SmoothCache: by kind of branch, from how its outputs change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes:
+    """How outputs of branches change. relative: for each kind (steps, ages), the L1 distance of a step's outputs from
+    those `age` (from 1) steps before over the norm of those; NaN before the first step. shares: of each kind in a full
+    step's work. reference: what the run samples in full, in [0, 1]."""
+
+    relative: dict[BranchKind, np.ndarray]
+    shares: dict[BranchKind, float]
+    timesteps: tuple[float, ...]
+    reference: Tensor
+
+    def compute_ratio(self, method: CacheMethod) -> float:
+        saved = sum(
+            self.shares[cast(BranchOutputs, part.site).kinds[0]]
+            * (len(self.timesteps) - len(cast(ExplicitSchedule, part.schedule).full_steps))
+            for part in method.parts
+        )
+        return len(self.timesteps) / (len(self.timesteps) - saved)
+
+
+class ChangeRecorder(CacheRuntime):
+    """Runs every step in full and keeps how far the branches' outputs are from those of earlier steps."""
+
+    def __init__(self, model: nn.Module, max_age: int) -> None:
+        super().__init__(model, CacheMethod(schedule=IntervalSchedule(interval=1), site=BranchOutputs(EVERY)))
+        portion = cast(Branches, self.parts[0].portions[0])
+        self.kinds: dict[BranchKind, Branches] = {
+            kind: Branches(kinds=(kind,), units=portion.units) for kind in portion.kinds
+        }
+        self.history: dict[int, deque[dict[str, Tensor]]] = {}
+        self.max_age = max_age
+        self.changes: dict[tuple[BranchKind, int, int], list[float]] = {}
+        self.seen: list[float] = []
+
+    def make_step(
+        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
+    ) -> Tensor:
+        sample, stored = forward(Step(store=self.parts[0].portions))
+        history = self.history.setdefault(id(trajectory), deque(maxlen=self.max_age))
+        step = trajectory.num_full
+        if step == len(self.seen):
+            self.seen.append(timestep)
+        for age, before in enumerate(history, start=1):
+            for kind, portion in self.kinds.items():
+                values = {key: value for key, value in stored.items() if portion.owns(key)}
+                self.changes.setdefault((kind, step, age), []).append(relative_change(values, before))
+        history.appendleft(stored)
+        trajectory.num_full += 1
+        trajectory.cost += 1
+        return sample
+
+
+def smooth_errors(pipeline: DiffusionPipeline, sample: Sample, *, max_age: int) -> Changes:
+    """One pass of SmoothCache's calibration (arXiv 2411.10510). sample: as in `measure`."""
+    with replaced(pipeline, BranchOutputs(EVERY), lambda model: ChangeRecorder(model, max_age)) as recorder:
+        reference = sample()
+        shares = {kind: 1 - step_cost(pipeline.transformer, (portion,)) for kind, portion in recorder.kinds.items()}
+    relative = {kind: np.full((len(recorder.seen), max_age), np.nan) for kind in recorder.kinds}
+    for (kind, step, age), changes in recorder.changes.items():
+        relative[kind][step, age - 1] = float(np.mean(changes))
+    return Changes(relative=relative, shares=shares, timesteps=tuple(recorder.seen), reference=reference)
+
+
+def smooth_schedule(changes: Changes, threshold: float) -> CacheMethod:
+    """A branch reuses as long as its outputs are nearer than `threshold` to those it holds."""
+    parts = []
+    for kind, relative in changes.relative.items():
+        full = [0]
+        for step in range(1, len(relative)):
+            age = step - full[-1]
+            if age > relative.shape[1] or not relative[step, age - 1] < threshold:
+                full.append(step)
+        schedule = ExplicitSchedule(
+            full_steps=tuple(full), num_inference_steps=len(relative), timesteps=changes.timesteps
+        )
+        parts.append(CacheMethod(schedule=schedule, site=BranchOutputs((kind,))))
+    return replace(parts[0], others=tuple(parts[1:]))

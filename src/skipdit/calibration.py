@@ -1,0 +1,441 @@
+"""`skipdit calibrate`: measures a model, writes the best schedules, and what they give beside what they must beat."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from skipdit.cache.calibrate import Measured, Trials, measure, smooth_errors, smooth_schedule
+from skipdit.cache.fingerprint import fingerprint
+from skipdit.cache.methods import METHODS, CacheMethod, MadeFor, parse_method
+from skipdit.cache.plan import choose, plan
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.cache.site import BranchOutputs
+from skipdit.compare import SampleConfig, choose_wanted, versions
+from skipdit.files import atomic_file
+from skipdit.loading import Source
+from skipdit.metrics.paired import psnr_db
+from skipdit.plots import Tradeoffs, save_png
+
+COHERENCES = (0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """What `skipdit calibrate` does.
+
+    method: a row of the cache methods with one site (`skip-taylor`, `delta-taylor`, `taylorseer`, ...), or
+    `smoothcache`. shallow_units: the numbers of fresh units at each end among which a schedule may choose. speedups: by
+    compute; a schedule each. psnr_db: or the least predicted PSNR; a schedule each. labels, prompt: as of `skipdit
+    sample`. num_samples: pictures or clips of the pass. seed: of the pass; held_out_seed: of what the report measures.
+    trials: what is tried. refine: how many exchanges of single steps are tried on each schedule afterwards, each a
+    cached run. rivals: fixed specs that the report shows beside.
+    """
+
+    method: str = "skip-taylor"
+    shallow_units: tuple[int, ...] = (1,)
+    speedups: tuple[float, ...] = (1.5, 1.8, 2.0, 2.5, 3.0)
+    psnr_db: tuple[float, ...] = ()
+    labels: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
+    num_samples: int = 8
+    steps: int = 50
+    guidance_scale: float = 2.0
+    seed: int = 0
+    held_out_seed: int = 1000
+    trials: Trials = Trials()  # noqa: RUF009 (frozen)
+    refine: int = 0
+    rivals: tuple[str, ...] = (
+        "skip-taylor:N2",
+        "skip-taylor:N3",
+        "skip-taylor:N4",
+        "skip-taylor:N5",
+        "skip-taylor:N4-800-100",
+        "auto:1.5",
+        "auto:1.8",
+        "auto:2",
+        "auto:2.5",
+        "auto:3",
+    )
+
+    def __post_init__(self) -> None:
+        with_site = [name for name, row in METHODS.items() if row.site is not None]
+        if self.method not in (*with_site, "smoothcache"):
+            raise ValueError(f"method must be one of {', '.join((*with_site, 'smoothcache'))}, got {self.method!r}")
+        if not self.speedups and not self.psnr_db:
+            raise ValueError("give at least one of speedups and psnr_db")
+        if any(not speedup > 1 for speedup in self.speedups):
+            raise ValueError(f"speedups must be above 1, got {self.speedups}")
+        for name in ("num_samples", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.refine < 0:
+            raise ValueError(f"refine must be at least 0, got {self.refine}")
+        if self.seed == self.held_out_seed:
+            raise ValueError(f"held_out_seed must differ from seed, got {self.seed} for both")
+        for spec in self.rivals:
+            parse_method(spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run on the held-out seed. group: calibrated, fixed interval, auto, or fewer steps. compute_ratio: work of the
+    full run over the work done. PSNR to the full run in dB, mean and standard deviation over pictures or frames."""
+
+    group: str
+    name: str
+    steps_full: int
+    compute_ratio: float
+    psnr_db: float
+    psnr_std: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Runs the pipeline of a source on one seed, again and again."""
+
+    source: Source
+    config: CalibrateConfig
+    wanted: list[Any]
+    advance: Callable[[], object]
+
+    def __call__(self, seed: int | None = None, steps: int | None = None) -> Tensor:
+        config = self.config
+        samples = self.source.sampler.sample(
+            self.wanted,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.steps if steps is None else steps,
+            generator=torch.Generator().manual_seed(config.seed if seed is None else seed),
+        )
+        self.advance()
+        return samples.cpu()
+
+    def cached(self, method: CacheMethod, seed: int | None = None) -> tuple[Tensor, Any]:
+        pipeline = self.source.sampler.pipeline
+        enable_cache(pipeline, method)
+        try:
+            return self(seed), cache_summary(pipeline)
+        finally:
+            disable_cache(pipeline)
+
+
+def mean_psnr(samples: Tensor, reference: Tensor) -> tuple[float, float]:
+    values = psnr_db(samples.flatten(0, -4), reference.flatten(0, -4))
+    finite = values[values.isfinite()]
+    if not len(finite):
+        return math.inf, 0.0
+    return finite.mean().item(), finite.std(correction=0).item()
+
+
+@contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[], object]]:
+    with Progress() as bar:
+        yield partial(bar.advance, bar.add_task(description, total=total))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A schedule: what was asked for, what was predicted, and what the calibration seeds gave."""
+
+    name: str
+    method: CacheMethod
+    compute_ratio: float
+    predicted_psnr_db: float
+    measured_psnr_db: float
+
+
+def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampling) -> list[Found]:
+    """For each target the best of the planned schedules, of all Taylor orders and both ways in which errors may add up,
+    by what the calibration seeds give."""
+    fronts = {
+        (order, coherence): plan(measured.reuse_errors(order), coherence=coherence)
+        for order in config.trials.orders
+        for coherence in COHERENCES
+    }
+    targets = [(f"{speedup:g}x", {"speedup": speedup}) for speedup in config.speedups]
+    targets += [(f"{decibel:g}dB", {"psnr_db": decibel}) for decibel in config.psnr_db]
+    found = []
+    for name, target in targets:
+        candidates: dict[tuple, Found] = {}
+        for (order, _), front in fronts.items():
+            planned = choose(front, **target)
+            method = measured.method(planned, order)
+            if planned.cost == 1 or (order, planned.variants) in candidates:
+                continue
+            candidates[order, planned.variants] = measured_on_seeds(name, method, planned.psnr_db, measured, sampling)
+        if not candidates:
+            raise ValueError(f"nothing can be reused for {name}: ask for less")
+        best = max(candidates.values(), key=lambda each: each.measured_psnr_db)
+        found.append(refine(best, config.refine, measured, sampling, config.seed))
+    return found
+
+
+def measured_on_seeds(
+    name: str, method: CacheMethod, predicted: float, measured: Measured, sampling: Sampling
+) -> Found:
+    samples, summary = sampling.cached(method)
+    return Found(
+        name=name,
+        method=method,
+        compute_ratio=summary.compute_ratio,
+        predicted_psnr_db=predicted,
+        measured_psnr_db=mean_psnr(samples, measured.reference)[0],
+    )
+
+
+def refine(found: Found, num_trials: int, measured: Measured, sampling: Sampling, seed: int) -> Found:
+    """Moves one full step at a time to a place near by, and keeps what the calibration seeds like better."""
+    generator = np.random.default_rng(seed)
+    tried = {explicit(found.method).full_steps}
+    for _ in range(num_trials):
+        schedule = explicit(found.method)
+        movable = [step for step in schedule.full_steps if step > 0]
+        moved = int(generator.choice(movable))
+        offset = int(generator.choice([-2, -1, 1, 2]))
+        steps = tuple(sorted({*schedule.full_steps} - {moved} | {moved + offset}))
+        fits = 0 < moved + offset < schedule.num_inference_steps and len(steps) == len(schedule.full_steps)
+        if not fits or steps in tried:
+            continue
+        tried.add(steps)
+        variants = list(schedule.variants)
+        variants[moved], variants[moved + offset] = variants[moved + offset], None
+        changed = ExplicitSchedule(
+            full_steps=steps,
+            num_inference_steps=schedule.num_inference_steps,
+            timesteps=schedule.timesteps,
+            variants=tuple(variants),
+        )
+        method = CacheMethod(schedule=changed, site=found.method.site, predictor=found.method.predictor)
+        other = measured_on_seeds(found.name, method, found.predicted_psnr_db, measured, sampling)
+        found = max(found, other, key=lambda each: each.measured_psnr_db)
+    return found
+
+
+def explicit(method: CacheMethod) -> ExplicitSchedule:
+    return cast(ExplicitSchedule, method.schedule)
+
+
+def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[str, Any]:
+    """As JSON: what `skipdit.cache.methods.load_schedule` reads, and where it is from."""
+    schedule = explicit(found.method)
+    common = {
+        "num_inference_steps": schedule.num_inference_steps,
+        "timesteps": schedule.timesteps,
+        "made_for": asdict(made_for),
+        "seeds": [config.seed],
+        "num_samples": config.num_samples,
+        "compute_ratio": round(found.compute_ratio, 4),
+        "predicted_psnr_db": round(found.predicted_psnr_db, 2),
+        "measured_psnr_db": round(found.measured_psnr_db, 2),
+        "versions": versions(),
+    }
+    if config.method == "smoothcache":
+        parts = [
+            {"kinds": cast(BranchOutputs, part.site).kinds, "full_steps": explicit(part).full_steps}
+            for part in found.method.parts
+        ]
+        return {"method": "smoothcache", "parts": parts} | common
+    return {
+        "method": config.method,
+        "num_shallow_units": list(config.shallow_units),
+        "order": found.method.predictor.order,
+        "full_steps": schedule.full_steps,
+        "variants": schedule.variants,
+    } | common
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
+    """Writes `{speedup}x.json` for each target, `report.md`, `report.json` and `pareto.png` into `out`.
+
+    `ValueError` where the model lacks the site, a target is out of reach, or a label or prompt is unknown.
+    """
+    options = SampleConfig(labels=config.labels, prompt=config.prompt, num_samples=config.num_samples)
+    wanted, _ = choose_wanted(source, options)
+    pipeline = source.sampler.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    made_for = MadeFor(
+        model=type(pipeline.transformer).__name__,
+        num_units=num_units_of(pipeline),
+        weights=fingerprint(pipeline.transformer),
+        scheduler=type(pipeline.scheduler).__name__,
+        guidance_scale=config.guidance_scale,
+    )
+    num_runs = 1 + config.trials.num_probed
+    with progress("measuring", config.steps + num_runs * 2 if config.method != "smoothcache" else None) as advance:
+        sampling = Sampling(source, config, wanted, advance)
+        if config.method == "smoothcache":
+            found = find_smooth(config, sampling)
+        else:
+            row = METHODS[config.method]
+            assert row.site is not None
+            measured = measure(pipeline, sampling, row.site(config.shallow_units), config.trials, advance=advance)
+            found = find_schedules(measured, config, sampling)
+    for each in found:
+        with atomic_file(out / f"{each.name}.json") as draft:
+            draft.write_text(json.dumps(to_fields(each, config, made_for), indent=1) + "\n", encoding="utf-8")
+    with progress("checking", len(found) + 2 * len(config.rivals) + 1) as advance:
+        rows = held_out(found, Sampling(source, config, wanted, advance))
+    write_report(rows, found, config, made_for, out)
+    return rows
+
+
+def num_units_of(pipeline: Any) -> int:
+    enable_cache(pipeline, "auto")
+    try:
+        return cache_summary(pipeline).num_units
+    finally:
+        disable_cache(pipeline)
+
+
+def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
+    """SmoothCache's rule for each target speedup: the threshold by bisection."""
+    pipeline = sampling.source.sampler.pipeline
+    seen = smooth_errors(pipeline, sampling, max_age=config.trials.max_age)
+    found = []
+    for speedup in config.speedups:
+        method, low, high = None, 0.0, 10.0
+        for _ in range(30):
+            threshold = (low + high) / 2
+            method = smooth_schedule(seen, threshold)
+            low, high = (threshold, high) if seen.compute_ratio(method) < speedup else (low, threshold)
+        assert method is not None
+        samples, summary = sampling.cached(method)
+        measured = mean_psnr(samples, seen.reference)[0]
+        found.append(
+            Found(
+                name=f"{speedup:g}x",
+                method=method,
+                compute_ratio=summary.compute_ratio,
+                predicted_psnr_db=math.nan,
+                measured_psnr_db=measured,
+            )
+        )
+    return found
+
+
+def held_out(found: Sequence[Found], sampling: Sampling) -> list[Row]:
+    """What schedules and rivals give on a seed that no schedule has seen."""
+    config, rows = sampling.config, []
+    seed = config.held_out_seed
+    reference = sampling(seed)
+
+    def add(group: str, name: str, method: CacheMethod) -> None:
+        samples, summary = sampling.cached(method, seed)
+        mean, std = mean_psnr(samples, reference)
+        row = Row(
+            group=group,
+            name=name,
+            steps_full=summary.steps_full,
+            compute_ratio=summary.compute_ratio,
+            psnr_db=mean,
+            psnr_std=std,
+        )
+        rows.append(row)
+
+    for each in found:
+        add(f"calibrated {config.method}", each.name, each.method)
+    for spec in config.rivals:
+        try:
+            add("auto" if spec.startswith("auto") else "fixed interval", spec, parse_method(spec))
+        except ValueError:  # this model has not the site
+            continue
+    for steps in sorted({max(1, math.ceil(config.steps / row.compute_ratio)) for row in rows}, reverse=True):
+        mean, std = mean_psnr(sampling(seed, steps), reference)
+        rows.append(
+            Row(
+                group="fewer steps",
+                name=f"{steps} steps",
+                steps_full=steps,
+                compute_ratio=config.steps / steps,
+                psnr_db=mean,
+                psnr_std=std,
+            )
+        )
+    return rows
+
+
+def at_compute(rows: Sequence[Row], compute_ratio: float) -> float | None:
+    """The PSNR of a group at this compute ratio, linear between its rows; `None` outside of them."""
+    points = sorted((row.compute_ratio, row.psnr_db) for row in rows)
+    if not points or not points[0][0] <= compute_ratio <= points[-1][0]:
+        return None
+    return float(np.interp(compute_ratio, [ratio for ratio, _ in points], [psnr for _, psnr in points]))
+
+
+def write_report(
+    rows: Sequence[Row], found: Sequence[Found], config: CalibrateConfig, made_for: MadeFor, out: Path
+) -> None:
+    groups: Mapping[str, list[Row]] = {row.group: [] for row in rows}
+    for row in rows:
+        groups[row.group].append(row)
+    lines = [
+        f"`skipdit calibrate`, method {config.method}, {made_for.model} of {made_for.num_units} units, weights "
+        f"{made_for.weights}, {made_for.scheduler}, {config.steps} steps, guidance {config.guidance_scale:g}, "
+        f"{config.num_samples} samples; schedules found on seed {config.seed}, rows measured on seed "
+        f"{config.held_out_seed}. PSNR to the full run. " + ", ".join(f"{k} {v}" for k, v in versions().items()),
+        "",
+        "| schedule | order | full steps | compute | predicted dB | on the calibration seed dB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {each.name} | {each.method.predictor.order} | {each.method.schedule} | {each.compute_ratio:.2f} | "
+        f"{each.predicted_psnr_db:.1f} | {each.measured_psnr_db:.1f} |"
+        for each in found
+    ]
+    lines += ["", "| group | run | full steps | compute | PSNR dB |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row.group} | {row.name} | {row.steps_full} | {row.compute_ratio:.2f} | {row.psnr_db:.1f} "
+        f"± {row.psnr_std:.1f} |"
+        for row in rows
+    ]
+    lines.append("")
+    others = {group: members for group, members in groups.items() if not group.startswith("calibrated")}
+    for each in (row for row in rows if row.group.startswith("calibrated")):
+        gains = [
+            f"{each.psnr_db - there:+.1f} dB over {group}"
+            for group, members in others.items()
+            if (there := at_compute(members, each.compute_ratio)) is not None
+        ]
+        lines.append(
+            f"- {each.name}, compute {each.compute_ratio:.2f}: {'; '.join(gains) or 'no rival at this compute'}."
+        )
+    with atomic_file(out / "report.md") as draft:
+        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_file(out / "report.json") as draft:
+        fields = {"rows": [asdict(row) for row in rows], "config": asdict(config), "made_for": asdict(made_for)}
+        draft.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    series = {
+        group: (
+            np.array([row.compute_ratio for row in sorted(members, key=lambda each: each.compute_ratio)]),
+            np.array([row.psnr_db for row in sorted(members, key=lambda each: each.compute_ratio)]),
+        )
+        for group, members in groups.items()
+    }
+    plot = Tradeoffs(
+        name="pareto",
+        title=f"{made_for.model}, {config.steps} steps, held-out seed",
+        x_label="compute ratio",
+        y_label="PSNR to the full run, dB",
+        series=series,
+        emphasized=frozenset(group for group in groups if group.startswith("calibrated")),
+        dashed=frozenset({"fewer steps"}),
+    )
+    save_png(plot, out)

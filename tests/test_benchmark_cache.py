@@ -1,0 +1,529 @@
+"""The benchmark of caches on trained models' pipelines, at tiny size; its verdict on rows made by hand."""
+
+import copy
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+from tiny import tiny_dit, tiny_latte
+from torch import Tensor, nn
+
+from skipdit.benchmark import cache as bench
+from skipdit.benchmark.cache import CacheBenchConfig, Cost, Tally, bench_caches, report_name
+from skipdit.benchmark.cache_methods import METHODS, Counts, SpecCache, method_of
+from skipdit.benchmark.cache_report import (
+    AXES,
+    TARGET_DB,
+    Group,
+    Row,
+    Spread,
+    best_at,
+    front,
+    psnr_at,
+    standing,
+    verdict,
+)
+from skipdit.cache.methods import parse_method
+from skipdit.cache.runtime import cache_summary
+from skipdit.diffusion import Objective, make_scheduler
+from skipdit.loading import Source, load_source
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.plots import COLORS, GREY, Tradeoffs, draw, interactive, save_png
+from skipdit.samplers import ClassToImageSampler, Sampler
+
+FLOW = Objective(process="flow", prediction_type="sample")
+SIZES = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3}
+SMALL: dict[str, Any] = {"num_seeds": 3, "batch_size": 2, "num_steps": 6, "fewer_steps": (4, 2), "num_threads": 1}
+SPECS = ("N2", "skip-taylor:N3-o1", "N2-k9")
+Report = dict[str, Any]
+
+
+class Network(nn.Module):
+    """In the place of EfficientNet-Lite0."""
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        return [pictures, pictures[..., ::2, ::2]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of an image model with ten classes and names for them."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("runs") / "tiny-model" / "pipeline"
+    names = {str(label): f"class {label}" for label in range(10)}
+    ClassToImagePipeline(tiny_dit(**SIZES), make_scheduler(FLOW, "euler"), id2label=names).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def sampler(folder: Path) -> Sampler:
+    return load_source(str(folder), device="cpu").sampler
+
+
+def config(folder: Path, **options: Any) -> CacheBenchConfig:
+    return CacheBenchConfig(**SMALL | {"model": str(folder), "specs": SPECS} | options)
+
+
+def rows_of(config: CacheBenchConfig, rivals: bench.Rivals = bench.no_rivals) -> list[Row]:
+    source = load_source(config.model, device="cpu")
+    plans = bench.make_plans(config, source, rivals(source))
+    return bench.measure(config, *plans, bench.make_batches(config, source))
+
+
+@pytest.fixture(scope="module")
+def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "check_metrics_installed", lambda: None)
+        patch.setattr(bench, "load_feature_network", Network)
+        bench_caches(config(folder), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> Report:
+    return json.loads((out / "cache_quality_tiny_model.json").read_text(encoding="utf-8"))
+
+
+def find(report: Report, setting: str, group: str | None = None) -> dict[str, Any]:
+    (row,) = (row for row in report["rows"] if row["setting"] == setting and group in (None, row["group"]))
+    return row
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole benchmark
+
+
+def test_every_run_is_a_row(report: Report) -> None:
+    assert [(row["group"], row["setting"]) for row in report["rows"]] == [
+        ("control", "once more"),
+        ("fewer steps", "4 steps"),
+        ("fewer steps", "2 steps"),
+        ("second order", "6 steps"),
+        ("second order", "4 steps"),
+        ("second order", "2 steps"),
+        ("ours", "skip-taylor:N3-o1"),
+        ("others", "N2"),
+        ("others", "N2-k9"),
+    ]
+    measured = [row for row in report["rows"] if row["refused"] is None]
+    assert all(len(row["speedups"]) == 2 and row["speedup"] > 0 for row in measured)
+    assert all(row["perceptual"]["mean"] >= 0 and row["ssim"]["mean"] <= 1 + 1e-6 for row in measured)
+    assert all((row["own_psnr_db"] is not None) == (row["group"] == "second order") for row in measured[4:])
+    assert report["config"]["num_seeds"] == 3
+    assert report["environment"]["seed"] == "0"
+
+
+def test_the_control_is_equal_to_the_bit(report: Report) -> None:
+    control = find(report, "once more")
+    assert control["psnr_db"] is None
+    assert control["ssim"]["mean"] == pytest.approx(1, abs=1e-6)
+    assert control["perceptual"] == {"mean": 0, "deviation": 0}
+    assert control["flop_ratio"] == 1
+    assert find(report, "6 steps")["own_psnr_db"] is None
+
+
+def test_what_a_cache_did_is_counted(report: Report) -> None:
+    for setting, full in (("N2", 3), ("skip-taylor:N3-o1", 2)):
+        row = find(report, setting)
+        assert (row["steps_full"], row["steps_reused"]) == (full, 6 - full)
+        assert row["bytes_held"] > 0
+        units = 6 * 6 / (full * 6 + (6 - full) * 2)
+        assert 1.1 < row["flop_ratio"] < units  # embedding and output are no part of a unit
+        assert row["psnr_db"]["mean"] < 100
+    assert find(report, "4 steps", "fewer steps")["flop_ratio"] == pytest.approx(6 / 4)
+    assert find(report, "2 steps", "second order")["flop_ratio"] == pytest.approx(6 / 2)
+
+
+def test_a_refused_cache_is_a_row_with_the_reason(report: Report, out: Path) -> None:
+    row = find(report, "N2-k9")
+    assert "num_shallow_units" in row["refused"]
+    assert (row["psnr_db"], row["flop_ratio"], row["speedups"], row["speedup"]) == (None, None, [], None)
+    text = (out / "cache_quality_tiny_model.md").read_text(encoding="utf-8")
+    assert f"Refused by this model:\n\n- skip, `N2-k9`: {row['refused']}\n" in text
+
+
+def test_files(report: Report, out: Path) -> None:
+    stem = "cache_quality_tiny_model"
+    assert sorted(path.name for path in out.iterdir()) == [f"{stem}.json", f"{stem}.md", f"{stem}.png"]
+    text = (out / f"{stem}.md").read_text(encoding="utf-8")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(report["rows"]) - 1
+    assert "| others | skip | N2 | 3 + 3 |" in text
+    assert "| control | no cache | once more | 6 + 0 |" in text
+    assert all(sentence in text for sentence in report["verdict"])
+    assert len(report["verdict"]) == 3
+    assert f"]({stem}.png)" in text
+    with Image.open(out / f"{stem}.png") as picture:
+        assert picture.width > 1000
+
+
+def test_a_missing_package_is_named_before_anything_is_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("skipdit.metrics.perceptual.WEIGHTS_PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match="perceptual distance needs"):
+        bench_caches(config(folder), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_clips_are_measured_by_frames(tmp_path: Path) -> None:
+    pipeline = ClassToVideoPipeline(tiny_latte(**SIZES, num_classes=None), make_scheduler(FLOW, "euler"))
+    pipeline.save_pretrained(tmp_path / "clips")
+    rows = rows_of(config(tmp_path / "clips", specs=("N2",), perceptual=False, num_seeds=2, fewer_steps=(3,)))
+    assert [row.setting for row in rows] == ["6 steps", "once more", "3 steps", "3 steps", "N2"]
+    assert rows[1].psnr_db is None
+    assert all(row.psnr_db and row.perceptual is None for row in rows[2:])
+
+
+def test_a_second_order_sampler_has_no_other(folder: Path, sampler: Sampler) -> None:
+    sampler.pipeline.scheduler = make_scheduler(FLOW, "dpm")
+    baselines, plans = bench.make_plans(config(folder), Source(sampler), ())
+    assert {plan.group for plan in (*baselines, *plans)} == {"control", "fewer steps", "ours", "others"}
+
+
+def test_a_schedule_for_other_steps_is_refused_and_a_missing_one_is_an_error(folder: Path, tmp_path: Path) -> None:
+    schedule = tmp_path / "schedule.json"
+    schedule.write_text(json.dumps({"full_steps": [0, 2], "num_inference_steps": 4}), encoding="utf-8")
+    short = config(folder, specs=(str(schedule),), perceptual=False, num_seeds=1, fewer_steps=())
+    refused = rows_of(short)[-1]
+    assert (refused.method, refused.group) == ("calibrated", "ours")
+    assert "4 steps" in str(refused.refused)
+    fitting = rows_of(dataclasses.replace(short, num_steps=4))[-1]
+    assert (fitting.steps_full, fitting.steps_reused, fitting.refused) == (2, 2, None)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        rows_of(dataclasses.replace(short, specs=("nowhere.json",)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Caches of other libraries
+
+
+@dataclass
+class Rival:
+    """Doubles what its own pipeline computes first; it counts nothing."""
+
+    name: str
+    setting: str
+    sampler: Sampler | None
+    ours: bool = False
+    fails_at: str = ""
+    is_on: bool = False
+
+    def enable(self, pipeline: Any) -> None:
+        if self.fails_at == "enable":
+            raise ValueError("not for\nthis model")
+        self.is_on = True
+        if self.fails_at == "run":
+            self.handle = pipeline.transformer.register_forward_pre_hook(self.fail)
+        else:
+            self.handle = pipeline.transformer.blocks[0].register_forward_hook(lambda *arguments: arguments[-1] * 2)
+
+    def fail(self, *arguments: Any) -> None:
+        raise ValueError("not for this model")
+
+    def disable(self, pipeline: Any) -> None:
+        self.handle.remove()
+        self.is_on = False
+
+    def counts(self, pipeline: Any) -> Counts | None:
+        assert self.is_on
+        return None
+
+
+def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
+    made: list[Rival] = []
+
+    def rivals(source: Source) -> Sequence[Rival]:
+        other = ClassToImageSampler(copy.deepcopy(source.sampler.pipeline))
+        with torch.no_grad():
+            other.pipeline.transformer.blocks[2].attn.proj.weight.mul_(1.01)
+        made.extend(
+            [
+                Rival("other", "at 1", other),
+                Rival("other", "at 2", other, fails_at="enable"),
+                Rival("plain", "at 3", None, fails_at="run"),
+            ]
+        )
+        return made
+
+    rows = rows_of(config(folder, specs=(), perceptual=False, fewer_steps=()), rivals)
+    assert [(row.method, row.setting) for row in rows] == [
+        ("second order", "6 steps"),
+        ("no cache", "the pipeline of other"),
+        ("no cache", "once more"),
+        ("other", "at 1"),
+        ("other", "at 2"),
+        ("plain", "at 3"),
+    ]
+    own, once_more, first, second, third = rows[1:]
+    assert own.psnr_db is not None  # its pipeline is another
+    assert once_more.psnr_db is None
+    assert first.psnr_db is not None
+    assert (first.steps_full, first.steps_reused, first.bytes_held, first.flop_ratio) == (None, None, None, 1)
+    assert second.refused == third.refused == "not for this model"
+    assert not any(each.is_on for each in made)
+
+
+def test_an_error_of_a_run_without_a_cache_is_an_error(folder: Path, sampler: Sampler) -> None:
+    settings = config(folder, perceptual=False)
+    baselines, plans = bench.make_plans(settings, Source(sampler), ())
+    batches = [bench.Batch([99], [0])]
+    with pytest.raises(ValueError, match="class labels must be between 0 and 9"):
+        bench.measure(settings, baselines, plans, batches)
+
+
+def test_a_failed_run_leaves_the_pipeline_as_it_was(folder: Path, sampler: Sampler) -> None:
+    pipeline = sampler.pipeline
+    scheduler, model_class = pipeline.scheduler, type(pipeline.transformer)
+    plan = bench.Plan("m", "N2", "others", sampler, 6, "dpm", SpecCache("m", "N2", False))
+    with pytest.raises(ValueError, match="class labels"):
+        bench.run(plan, config(folder), bench.Batch([99], [0]))
+    with pytest.raises(ValueError, match="class labels"):
+        bench.count_flops(dataclasses.replace(plan, scheduler=None), config(folder), bench.Batch([99], [0]))
+    assert pipeline.scheduler is scheduler
+    assert "step" not in vars(scheduler)
+    assert type(pipeline.transformer) is model_class
+    with pytest.raises(ValueError, match="no cache is enabled"):
+        cache_summary(pipeline)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Its parts
+
+
+def test_a_sample_depends_on_its_own_seed_alone(folder: Path, sampler: Sampler) -> None:
+    plan = bench.Plan("", "", "control", sampler, 3)
+    together = bench.sample(plan, config(folder), bench.Batch([1, 2, 3], [5, 6, 7]))
+    for index, (label, seed) in enumerate(zip([1, 2, 3], [5, 6, 7], strict=True)):
+        alone = bench.sample(plan, config(folder), bench.Batch([label], [seed]))
+        torch.testing.assert_close(together[index], alone[0], rtol=0, atol=1e-4)
+    assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_wanted_is_spread_over_the_classes(folder: Path, sampler: Sampler) -> None:
+    source = Source(sampler)
+    assert bench.choose_wanted(source, (), 5) == [0, 2, 4, 6, 8]
+    assert bench.choose_wanted(source, (), 12) == [*range(10), 0, 1]
+    assert bench.choose_wanted(Source(sampler, ("class 4", "class 2")), (), 3) == [4, 2, 4]
+    assert bench.choose_wanted(Source(sampler, ("class 4",)), ("class 7",), 2) == [7, 7]
+    with pytest.raises(ValueError, match="unknown label 'clas'"):
+        bench.choose_wanted(source, ("clas",), 1)
+    batches = bench.make_batches(config(folder, seed=3, num_seeds=5), source)
+    assert [batch.seeds for batch in batches] == [[3, 4], [5, 6], [7]]
+
+
+@dataclass(frozen=True)
+class TextSampler(Sampler):
+    task = "text-to-image"
+
+
+def test_a_text_model_needs_prompts() -> None:
+    source = Source(TextSampler(None))
+    assert bench.choose_wanted(source, ("a", "b"), 3) == ["a", "b", "a"]
+    with pytest.raises(ValueError, match="text-to-image model needs wanted"):
+        bench.choose_wanted(source, (), 3)
+
+
+def test_flops_of_other_decisions() -> None:
+    cost = Cost(flops=520, steps=(4, 6), slopes=(100.0, 20.0), tells_reuse=True)
+    assert cost.at(4, 6) == 520
+    assert cost.at(7, 3) == pytest.approx(520 + 300 - 60)
+    never = dataclasses.replace(cost, flops=1000, steps=(10, 0), tells_reuse=False)
+    assert never.at(10, 0) == 1000
+    assert never.at(6, 4) is None
+
+
+def test_flops_are_those_of_the_kinds_of_step(folder: Path, sampler: Sampler) -> None:
+    settings, batch = config(folder), bench.Batch([1, 2], [0, 1])
+
+    def cost(spec: str) -> Cost:
+        plan = bench.Plan("m", spec, "others", sampler, 6, cache=SpecCache("m", spec, False))
+        return bench.count_flops(plan, settings, batch)
+
+    uncached = bench.count_flops(bench.Plan("", "", "control", sampler, 6), settings, batch)
+    assert uncached.at(3, 0) == pytest.approx(uncached.flops / 2)
+    every_second, every_third = cost("N2"), cost("N3")
+    assert (every_second.steps, every_third.steps) == ((3, 3), (2, 4))
+    assert every_second.slopes[0] == pytest.approx(uncached.flops / 6)
+    assert every_second.at(2, 4) == pytest.approx(every_third.flops)
+
+
+def test_batches_of_an_adaptive_cache_are_averaged() -> None:
+    tally = Tally(cost=Cost(100, (5, 5), (16.0, 4.0), True), counts=[Counts(6, 4, 10), Counts(8, 2, 30)])
+    pictures = torch.rand(2, 3, 16, 16)
+    for _ in range(2):
+        tally.add(bench.Run(pictures, 1.0, None), bench.Run(pictures, 2.0, None), None, None)
+    tally.psnr[0] = torch.tensor([40.0, math.inf])
+    plan = bench.Plan("m", "s", "others", TextSampler(None), 10, cache=SpecCache("m", "s", False))
+    uncached = Cost(160, (10, 0), (16.0, 0.0), False)
+    row = tally.row(plan, uncached, uncached)
+    assert (row.steps_full, row.steps_reused, row.bytes_held, row.speedup) == (7, 3, 30, 2)
+    assert row.flop_ratio == pytest.approx(160 / (100 + 2 * 16 - 2 * 4))
+    assert row.psnr_db is not None
+    assert row.psnr_db.mean == pytest.approx((40 + 100 * 3) / 4)  # equal pictures count 100 dB beside others
+
+
+def test_a_method_has_one_line() -> None:
+    assert method_of("N2") == ("skip", False)
+    assert method_of("N17-500-20") == ("skip", False)
+    assert method_of("skip-taylor:N2-o1") == ("skip-taylor", True)
+    assert method_of("skip-taylor:N3-800-100-o1") == ("skip-taylor, window", True)
+    assert method_of("fbcache:0.7") == ("fbcache", False)
+    assert method_of("unheard-of:N2") == ("unheard-of", False)
+    assert method_of("auto") == method_of("auto:1.8") == method_of("auto-k2") == ("auto", True)
+    assert method_of("some/schedule.json") == ("calibrated", True)
+    specs = [spec for method in METHODS.values() for spec in method.specs]
+    assert CacheBenchConfig().specs == tuple(specs)
+    assert len(set(specs)) == len(specs)
+    for spec in specs:
+        parse_method(spec)
+
+
+def test_report_names(tmp_path: Path) -> None:
+    assert report_name("emoji") == "cache_quality"
+    assert report_name("emoji-text-clips") == "cache_quality_emoji_text_clips"
+    assert report_name(str(tmp_path / "some-run" / "pipeline")) == "cache_quality_some_run"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_seeds", 0), ("batch_size", 0), ("num_steps", 1), ("num_steps", 1001), ("specs", ("N2", "N2")),
+     ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)), ("device", "tpu"), ("num_threads", 0)],
+)  # fmt: skip
+def test_a_bad_value_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field) as raised:
+        CacheBenchConfig(**{field: value})
+    assert str(value) in str(raised.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The verdict
+
+
+def row(method: str, group: Group, ratio: float, psnr: float, *, flops: float | None = None, own: float = 0) -> Row:
+    return Row(
+        method=method,
+        setting=f"{ratio}",
+        group=group,
+        num_steps=50,
+        speedups=(ratio - 0.1, ratio, ratio + 0.2),
+        flop_ratio=flops,
+        psnr_db=Spread(psnr, 1.0),
+        own_psnr_db=Spread(own, 1.0) if own else None,
+    )
+
+
+ROWS = [
+    dataclasses.replace(row("no cache", "control", 1.0, 0.0, flops=1.0), setting="once more", psnr_db=None),
+    row("a", "ours", 1.0, 50.0, flops=1.5),
+    row("a", "ours", 4.0, 30.0, flops=4.0),
+    row("b", "ours", 1.9, 60.0, flops=1.9),
+    row("c", "others", 1.0, 40.0, flops=2.0),
+    row("c", "others", 2.0, 33.0, flops=4.0),
+    row("d", "others", 1.5, 32.0),
+    row("d", "others", 2.5, 34.5),
+    row("fewer steps", "fewer steps", 1.5, 39.0, flops=1.5),
+    row("fewer steps", "fewer steps", 3.0, 31.0, flops=3.0),
+    row("second order", "second order", 1.0, 30.0, flops=1.0),
+    row("second order", "second order", 4.0, 20.0, flops=4.0, own=30.0),
+    row("second order", "second order", 1.6, 29.0, flops=1.6, own=45.0),
+    Row(method="e", setting="refused", group="others", num_steps=50, refused="no"),
+]
+
+
+def test_psnr_at_a_ratio() -> None:
+    points = [(4.0, 30.0), (1.0, 50.0)]
+    assert psnr_at(points, 2) == pytest.approx(40)  # half way between 1 and 4
+    assert psnr_at(points, 1) == 50
+    assert psnr_at(points, 4) == 30
+    assert psnr_at(points, 4.01) is None
+    assert psnr_at(points, 0.9) is None
+    assert psnr_at([], 2) is None
+    assert psnr_at([(1.5, 20.0), (2.5, 25.0)], 2) == 25  # the faster one is better too
+    assert psnr_at([*points, (2.0, 10.0)], 2) == 30
+    assert front([*points, (2.0, 10.0), (3.0, 30.0)]) == [(1.0, 50.0), (4.0, 30.0)]
+    assert best_at({"a": points, "b": [(2.0, 41.0)], "c": [(1.0, 90.0)]}, 2) == ("b", 41.0)
+    assert best_at({}, 2) is None
+
+
+def test_the_verdict_is_at_equal_speedup() -> None:
+    times, flops = (standing(ROWS, axis) for axis in AXES)
+    assert times.ours == ("a", pytest.approx(40))
+    fewer = 39 - 8 * math.log(2 / 1.5) / math.log(3 / 1.5)
+    second = 29 - 9 * math.log(2 / 1.6) / math.log(4 / 1.6)
+    own = 45 - 15 * math.log(2 / 1.6) / math.log(4 / 1.6)
+    assert list(times.gains_db.values()) == pytest.approx([40 - 34.5, 40 - fewer, 40 - second, 40 - own])
+    assert times.rivals["the best other cache"] == ("d", 34.5)
+    assert flops.rivals["the best other cache"] == ("c", 40.0)
+    first, second, noise = verdict(ROWS)
+    assert first.startswith("At 2x in wall-clock time the best of ours is a, 40.00 dB: +5.50 dB over the best other")
+    assert "(d, 34.50 dB)" in first
+    assert (
+        f"Target +{TARGET_DB:g} dB: reached over fewer second-order steps; missed over the best other cache, " in first
+    )
+    assert second.startswith("At 2x in FLOPs")
+    assert "median 1.000, 0.900 to 1.200" in noise
+
+
+def test_a_verdict_says_what_was_not_measured() -> None:
+    ours = [each for each in ROWS if each.group == "ours"]
+    (times, _) = verdict(ours)
+    assert "the best other cache has no settings on both sides" in times
+    assert times.endswith("reached over none; missed over none.")
+    (times, _, _) = verdict([each for each in ROWS if each.group != "ours"])
+    assert times == "At 2x in wall-clock time none of ours has settings on both sides."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The figure
+
+
+def tradeoffs(num_others: int = 1) -> Tradeoffs:
+    x = np.array([1.0, 2.0, 3.0])
+    series = {"steps": (x, 30 - x), "ours": (x, 40 - x)} | {
+        f"other {index}": (x[: 1 + index % 3], 36 - index - x[: 1 + index % 3]) for index in range(num_others)
+    }
+    return Tradeoffs(
+        name="tradeoffs",
+        title="A <b> & c",
+        x_label="speedup",
+        y_label="PSNR",
+        series=series,
+        emphasized=frozenset({"ours"}),
+        dashed=frozenset({"steps"}),
+    )
+
+
+def test_lines_can_be_told_apart() -> None:
+    styles = tradeoffs(20).styles()
+    assert len(set(styles.values())) == len(styles)
+    assert styles["ours"][0] == COLORS[0]
+    assert styles["steps"][0] == GREY
+
+
+def test_both_figures_show_every_setting(tmp_path: Path) -> None:
+    plot = tradeoffs(2)
+    with Image.open(save_png(plot, tmp_path)) as picture:
+        assert picture.width > 1000
+    figure = draw(plot)
+    FigureCanvasAgg(figure)
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    page = {trace.name: trace for trace in interactive(plot).data}
+    assert list(drawn) == list(page) == list(plot.series)
+    for label, (x, y) in plot.series.items():
+        assert np.array_equal(drawn[label].get_xdata(), x)
+        assert np.array_equal(page[label].y, y)
+        assert page[label].mode == "lines+markers"
+        assert page[label].line.color == drawn[label].get_color()
+    assert drawn["ours"].get_linewidth() > drawn["other 0"].get_linewidth()
+    assert (drawn["steps"].get_linestyle(), drawn["ours"].get_linestyle()) == ("--", "-")

@@ -1,0 +1,238 @@
+"""Calibration: what is recorded is what reuse gives, schedules are files, the command writes what it says."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import randomize, tiny_dit
+
+from skipdit.cache.calibrate import Trials, measure, probed_steps, smooth_errors, smooth_schedule
+from skipdit.cache.fingerprint import fingerprint
+from skipdit.cache.methods import parse_method
+from skipdit.cache.plan import choose, plan
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
+from skipdit.calibration import CalibrateConfig, Row, at_compute, calibrate
+from skipdit.cli import main
+from skipdit.diffusion import Objective, make_scheduler
+from skipdit.loading import Source, load_source
+from skipdit.pipelines import ClassToImagePipeline
+from skipdit.samplers import ClassToImageSampler
+
+NUM_STEPS = 7
+
+
+@pytest.fixture
+def pipeline() -> ClassToImagePipeline:
+    torch.manual_seed(0)
+    model = tiny_dit(6, in_channels=3, out_channels=3, sample_size=16)
+    pipeline = ClassToImagePipeline(
+        model, make_scheduler(Objective(process="flow", prediction_type="flow_prediction"), "euler")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline: ClassToImagePipeline, num_steps: int = NUM_STEPS) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        [1, 2], num_inference_steps=num_steps, generator=generator, guidance_scale=2.0, output_type="pt"
+    ).images
+
+
+def outputs_of(pipeline: ClassToImagePipeline) -> list[torch.Tensor]:
+    """What the model gives at each step of a run."""
+    outputs: list[torch.Tensor] = []
+    handle = pipeline.transformer.register_forward_hook(lambda _, __, output: outputs.append(output.sample))
+    sample(pipeline)
+    handle.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("site", [DeepFeatures(1, others=(2,)), UnitRange(1), BranchOutputs(("attention", "mlp"))])
+@pytest.mark.parametrize(("order", "full", "step", "spacing", "age"), [
+    (0, (0, 1, 2, 3, 6), 5, 1, 2),
+    (1, (0, 1, 2, 4, 6), 5, 2, 1),
+    (1, (0, 3, 4, 5, 6), 2, 1, 2),
+    (2, (0, 1, 2, 3, 5, 6), 4, 1, 1),
+])  # fmt: skip
+def test_a_recorded_error_is_that_of_the_reuse(
+    pipeline: ClassToImagePipeline, site: object, order: int, full: tuple[int, ...], step: int, spacing: int, age: int
+) -> None:
+    """The first reuse of a run has the inputs of the full run, so its error is the recorded one."""
+    measured = measure(
+        pipeline, lambda: sample(pipeline), site, Trials(orders=(order,), max_age=3, max_spacing=3, num_probed=2)
+    )
+    assert torch.equal(measured.reference, sample(pipeline))
+    expected = outputs_of(pipeline)
+    first = min(set(range(NUM_STEPS)) - set(full))
+    schedule = ExplicitSchedule(full_steps=full, num_inference_steps=NUM_STEPS)
+    from skipdit.cache.methods import CacheMethod
+    from skipdit.cache.predictor import TaylorPredictor
+
+    enable_cache(pipeline, CacheMethod(schedule=schedule, site=site, predictor=TaylorPredictor(order)))
+    actual = outputs_of(pipeline)
+    disable_cache(pipeline)
+    error = (actual[first] - expected[first]).square().mean().item()
+    assert error > 0
+    age_there = first - max(each for each in full if each < first)
+    before = [each for each in full if each < first]
+    spacing_there = before[-1] - before[-2] if len(before) > 1 else 1
+    recorded = measured.errors[order][0, first, spacing_there - 1, age_there - 1]
+    assert recorded == pytest.approx(error, rel=1e-4)
+
+
+def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline) -> None:
+    trials = Trials(orders=(0, 1, 2), max_age=3, max_spacing=2, num_probed=3)
+    measured = measure(pipeline, lambda: sample(pipeline), DeepFeatures(1, others=(2,)), trials)
+    for order in trials.orders:
+        front = plan(measured.reuse_errors(order))
+        assert front[0].cost == 1
+        assert front[-1].cost < 0.7
+        chosen = choose(front, speedup=1.3)
+        method = measured.method(chosen, order)
+        enable_cache(pipeline, method)
+        sample(pipeline)
+        summary = cache_summary(pipeline)
+        disable_cache(pipeline)
+        assert summary.steps_full == len(chosen.full_steps)
+        assert 1 / summary.compute_ratio == pytest.approx(chosen.cost, abs=1e-6)
+    assert measured.reuse_costs == pytest.approx((2 / 6, 4 / 6))
+    assert np.all(measured.sensitivity > 0)
+
+
+def test_probed_steps_are_denser_at_the_ends() -> None:
+    steps = probed_steps(50, 12)
+    gaps = np.diff(steps)
+    assert (steps[0], steps[-1]) == (1, 49)
+    assert gaps[0] < gaps[len(gaps) // 2] > gaps[-1]
+    assert probed_steps(3, 12) == [1, 2]
+
+
+def test_smoothcache_reuses_where_outputs_hardly_change(pipeline: ClassToImagePipeline) -> None:
+    changes = smooth_errors(pipeline, lambda: sample(pipeline), max_age=3)
+    assert torch.equal(changes.reference, sample(pipeline))
+    assert set(changes.relative) == {"attention", "mlp"}
+    never = smooth_schedule(changes, 0.0)
+    assert all(part.schedule.full_steps == tuple(range(NUM_STEPS)) for part in never.parts)
+    always = smooth_schedule(changes, 1e9)
+    assert all(part.schedule.full_steps == (0, 4) for part in always.parts)
+    enable_cache(pipeline, always)
+    sample(pipeline)
+    summary = cache_summary(pipeline)
+    disable_cache(pipeline)
+    assert (summary.steps_full, summary.steps_reused) == (2, 5)
+    assert summary.compute_ratio == pytest.approx(changes.compute_ratio(always))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_writes_schedules_that_are_checked_when_used(
+    pipeline: ClassToImagePipeline, tmp_path: Path
+) -> None:
+    config = CalibrateConfig(
+        speedups=(1.3, 1.6),
+        steps=NUM_STEPS,
+        num_samples=2,
+        trials=Trials(orders=(1,), max_age=3, max_spacing=2, num_probed=2),
+        rivals=("N2", "auto:1.3", "tgate:N2-900-500"),
+        refine=2,
+    )
+    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "1.3x.json", "1.6x.json", "report.md", "report.json", "pareto.png"
+    }  # fmt: skip
+    assert [row.group for row in rows[:3]] == ["calibrated skip-taylor"] * 2 + ["fixed interval"]
+    assert rows[0].compute_ratio >= 1.3
+    fields = json.loads((tmp_path / "1.3x.json").read_text())
+    assert (fields["made_for"]["model"], fields["made_for"]["num_units"]) == ("DiT", 6)
+    assert fields["made_for"]["weights"] == fingerprint(pipeline.transformer)
+
+    enable_cache(pipeline, tmp_path / "1.3x.json")
+    cached = sample(pipeline)
+    assert cache_summary(pipeline).steps_reused > 0
+    for num_steps in (2 * NUM_STEPS, NUM_STEPS - 2):  # it maps
+        sample(pipeline, num_steps)
+        assert 1 <= cache_summary(pipeline).steps_reused < num_steps
+    assert torch.equal(sample(pipeline), cached)
+    disable_cache(pipeline)
+
+    randomize(pipeline.transformer)
+    with pytest.warns(UserWarning, match="calibrated with other weights"):
+        enable_cache(pipeline, tmp_path / "1.3x.json")
+    other = tiny_dit(8)
+    with pytest.raises(ValueError, match="a DiT of 6 units, not on a DiT of 8: run skipdit calibrate"):
+        enable_cache(other, tmp_path / "1.3x.json")
+    assert not other.is_cache_enabled
+
+
+@pytest.mark.parametrize("method", ["smoothcache", "delta", "taylorseer"])
+def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
+    config = CalibrateConfig(
+        method=method,
+        speedups=(1.2,),
+        steps=NUM_STEPS,
+        num_samples=2,
+        trials=Trials(orders=(0,), max_age=2, max_spacing=2, num_probed=2),
+        rivals=(),
+    )
+    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    assert rows[0].compute_ratio >= 1.15
+    parsed = parse_method(tmp_path / "1.2x.json")
+    enable_cache(pipeline, parsed)
+    sample(pipeline)
+    assert cache_summary(pipeline).compute_ratio == pytest.approx(rows[0].compute_ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "fbcache"}, "method must be one of skip, .*, smoothcache, got 'fbcache'"),
+        ({"speedups": ()}, "at least one of speedups and psnr_db"),
+        ({"speedups": (1.0,)}, "above 1"),
+        ({"seed": 3, "held_out_seed": 3}, "held_out_seed must differ"),
+        ({"refine": -1}, "refine must be at least 0"),
+        ({"rivals": ("N0",)}, "interval must be at least 1"),
+    ],
+)
+def test_bad_configs_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CalibrateConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{"max_age": 0}, {"orders": ()}, {"orders": (1, 1)}, {"orders": (7,)}])
+def test_bad_trials_are_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Trials(**options)
+
+
+def test_between_rows_the_rival_is_linear() -> None:
+    rows = [
+        Row(group="g", name=str(x), steps_full=1, compute_ratio=x, psnr_db=y, psnr_std=0.0)
+        for x, y in ((2.0, 30.0), (1.0, 50.0))
+    ]
+    assert at_compute(rows, 1.5) == 40.0
+    assert at_compute(rows, 2.1) is None
+
+
+def test_out_of_reach_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["calibrate", "--speedups", "0.5", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "speedups must be above 1" in capsys.readouterr().err
+
+
+def test_bundled_models_bring_their_schedules() -> None:
+    source = load_source("emoji")
+    assert {"1.5x", "1.8x", "2x", "2.5x", "3x"} <= set(source.schedules)
+    method = source.cache("calibrated")
+    assert method == source.schedules["1.8x"]
+    enable_cache(source.sampler.pipeline, method)  # made for these weights: no warning
+    with pytest.raises(ValueError, match=r"calibrated schedules of this model are .*, got '9x'"):
+        source.cache("calibrated:9x")
+    assert source.cache("none") is None
