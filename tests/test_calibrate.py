@@ -1,6 +1,7 @@
 """Calibration: what is recorded is what reuse gives, schedules are files, the command writes what it says."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +226,22 @@ def test_out_of_reach_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: 
         main(["calibrate", "--speedups", "0.5", "--out", str(tmp_path)])
     assert stopped.value.code == 2
     assert "speedups must be above 1" in capsys.readouterr().err
+
+
+def test_a_target_out_of_reach_is_left_out_and_named(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
+    config = CalibrateConfig(
+        speedups=(1.3, 9.0),
+        num_samples=2,
+        steps=NUM_STEPS,
+        trials=Trials(orders=(1,), max_age=3, max_spacing=2, num_probed=2),
+        rivals=(),
+    )
+    source = Source(ClassToImageSampler(pipeline))
+    calibrate(source, config, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json") if path.name != "report.json"] == ["1.3x.json"]
+    assert "Out of reach: 9x." in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"no target is within reach: speedup must be between 1 and 1\.\d+, got 9"):
+        calibrate(source, replace(config, speedups=(9.0,)), tmp_path)
 
 
 def test_bundled_models_bring_their_schedules() -> None:

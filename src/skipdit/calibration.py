@@ -86,6 +86,12 @@ class CalibrateConfig:
         for spec in self.rivals:
             parse_method(spec)
 
+    @property
+    def targets(self) -> dict[str, dict[str, float]]:
+        """What `choose` is asked for, by the name of the schedule."""
+        speedups = {f"{speedup:g}x": {"speedup": speedup} for speedup in self.speedups}
+        return speedups | {f"{decibel:g}dB": {"psnr_db": decibel} for decibel in self.psnr_db}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -160,27 +166,30 @@ class Found:
 
 def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampling) -> list[Found]:
     """For each target the best of the planned schedules, of all Taylor orders and both ways in which errors may add up,
-    by what the calibration seeds give."""
+    by what the calibration seeds give. None for a target out of reach; `ValueError` if all are."""
     fronts = {
         (order, coherence): plan(measured.reuse_errors(order), coherence=coherence)
         for order in config.trials.orders
         for coherence in COHERENCES
     }
-    targets = [(f"{speedup:g}x", {"speedup": speedup}) for speedup in config.speedups]
-    targets += [(f"{decibel:g}dB", {"psnr_db": decibel}) for decibel in config.psnr_db]
-    found = []
-    for name, target in targets:
+    found, reason = [], "nothing can be reused so well"
+    for name, target in config.targets.items():
         candidates: dict[tuple, Found] = {}
         for (order, _), front in fronts.items():
-            planned = choose(front, **target)
+            try:
+                planned = choose(front, **target)
+            except ValueError as error:
+                reason = str(error)
+                continue
             method = measured.method(planned, order)
             if planned.cost == 1 or (order, planned.variants) in candidates:
                 continue
             candidates[order, planned.variants] = measured_on_seeds(name, method, planned.psnr_db, measured, sampling)
-        if not candidates:
-            raise ValueError(f"nothing can be reused for {name}: ask for less")
-        best = max(candidates.values(), key=lambda each: each.measured_psnr_db)
-        found.append(refine(best, config.refine, measured, sampling, config.seed))
+        if candidates:
+            best = max(candidates.values(), key=lambda each: each.measured_psnr_db)
+            found.append(refine(best, config.refine, measured, sampling, config.seed))
+    if not found:
+        raise ValueError(f"no target is within reach: {reason}")
     return found
 
 
@@ -400,6 +409,8 @@ def write_report(
         f"{each.predicted_psnr_db:.1f} | {each.measured_psnr_db:.1f} |"
         for each in found
     ]
+    if missed := [name for name in config.targets if name not in {each.name for each in found}]:
+        lines += ["", f"Out of reach: {', '.join(missed)}."]
     lines += ["", "| group | run | full steps | compute | PSNR dB |", "| --- | --- | --- | --- | --- |"]
     lines += [
         f"| {row.group} | {row.name} | {row.steps_full} | {row.compute_ratio:.2f} | {row.psnr_db:.1f} "

@@ -121,23 +121,32 @@ def convert(arguments: Sequence[str]) -> None:
 
 def bench(arguments: Sequence[str]) -> None:
     """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow; or what a trained
-    model loses and gains when it is converted in two stages.
+    model loses and gains when it is converted in two stages; what caches do to a model's pictures and save; and what
+    torch.compile makes of them.
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
     Example: skipdit bench video --presets Latte-S/2 --out benchmarks
     Example: skipdit bench conversion --out benchmarks
+    Example: skipdit bench cache --model emoji --out benchmarks
+    Example: skipdit bench compile --out benchmarks
     """
     import tyro
 
     from skipdit.benchmark import (
+        CacheBenchConfig,
+        CompileBenchConfig,
         ConversionBenchConfig,
         ModelBenchConfig,
         VideoBenchConfig,
+        bench_caches,
+        bench_compile,
         bench_conversion,
         bench_models,
         bench_videos,
     )
+    from skipdit.benchmark.cache_methods import no_rivals
     from skipdit.benchmark.conversion import STARTS
+    from skipdit.benchmark.rivals import rivals_of
     from skipdit.compare import check_writable
     from skipdit.recipes import RECIPES
 
@@ -164,7 +173,23 @@ def bench(arguments: Sequence[str]) -> None:
         runs: Path = Path("runs")
         out: Path = Path("benchmarks")
 
-    names = ("models", "video", "conversion")
+    @dataclass(frozen=True, kw_only=True)
+    class CacheOptions:
+        """rivals: whether caches of diffusers and cache-dit run too, where they can. out: folder of the .md, .json and
+        .png."""
+
+        config: Annotated[CacheBenchConfig, tyro.conf.arg(name="")]
+        rivals: bool = True
+        out: Path = Path("benchmarks")
+
+    @dataclass(frozen=True, kw_only=True)
+    class CompileOptions:
+        """out: folder of the .md and .json."""
+
+        config: Annotated[CompileBenchConfig, tyro.conf.arg(name="")]
+        out: Path = Path("benchmarks")
+
+    names = ("models", "video", "conversion", "cache", "compile")
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: skipdit bench {{{','.join(names)}}} [OPTIONS]\n\n{bench.__doc__}")
         return
@@ -178,6 +203,14 @@ def bench(arguments: Sequence[str]) -> None:
     elif name == "video":
         options = _parse("bench video", bench.__doc__, rest, VideoOptions, VideoOptions(config=VideoBenchConfig()))
         run = partial(bench_videos, options.config)
+    elif name == "cache":
+        options = _parse("bench cache", bench.__doc__, rest, CacheOptions, CacheOptions(config=CacheBenchConfig()))
+        rivals = partial(rivals_of, num_inference_steps=options.config.num_steps) if options.rivals else no_rivals
+        run = partial(bench_caches, options.config, rivals=rivals)
+    elif name == "compile":
+        defaults = CompileOptions(config=CompileBenchConfig())
+        options = _parse("bench compile", bench.__doc__, rest, CompileOptions, defaults)
+        run = partial(bench_compile, options.config)
     else:
         defaults = ConversionOptions(config=ConversionBenchConfig())
         options = _parse("bench conversion", bench.__doc__, rest, ConversionOptions, defaults)

@@ -287,8 +287,12 @@ def smooth_errors(pipeline: DiffusionPipeline, sample: Sample, *, max_age: int) 
     """One pass of SmoothCache's calibration (arXiv 2411.10510). sample: as in `measure`."""
     with replaced(pipeline, BranchOutputs(EVERY), lambda model: ChangeRecorder(model, max_age)) as recorder:
         reference = sample()
-        shares = {kind: 1 - step_cost(pipeline.transformer, (portion,)) for kind, portion in recorder.kinds.items()}
-    relative = {kind: np.full((len(recorder.seen), max_age), np.nan) for kind in recorder.kinds}
+        shares: dict[BranchKind, float] = {
+            kind: 1 - step_cost(pipeline.transformer, (portion,)) for kind, portion in recorder.kinds.items()
+        }
+    relative: dict[BranchKind, np.ndarray] = {
+        kind: np.full((len(recorder.seen), max_age), np.nan) for kind in recorder.kinds
+    }
     for (kind, step, age), changes in recorder.changes.items():
         relative[kind][step, age - 1] = float(np.mean(changes))
     return Changes(relative=relative, shares=shares, timesteps=tuple(recorder.seen), reference=reference)

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.predictor import Values
+from skipdit.cache.ranks import agreed
 from skipdit.cache.schedule import AdaptiveSchedule, Decision, resolve
 from skipdit.cache.site import step_cost
 from skipdit.cache.state import CacheSummary, Counts, PartState, Run, Trajectory
@@ -39,6 +40,8 @@ _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", defa
 MAX_STREAMS = 16
 # of more contexts than this the least recently called are dropped
 MAX_RUNS = 64
+# of one forward torch.compile makes 8 graphs by default; here each kind of step has one for each kind of shapes
+MAX_GRAPHS = 64
 
 
 @contextmanager
@@ -149,7 +152,8 @@ class CacheRuntime:
         def forward(step: Step, given: Values | None = None) -> tuple[Tensor, dict[str, Tensor]]:
             if compiled:
                 torch.compiler.cudagraph_mark_step_begin()
-            output = call(*args, **kwargs, step=step, stored=given)
+            with _more_graphs() if compiled else nullcontext():
+                output = call(*args, **kwargs, step=step, stored=given)
             stored = {key: value.detach() for key, value in (output.stored or {}).items()}
             if not compiled:
                 return output.sample, stored
@@ -167,7 +171,7 @@ class CacheRuntime:
     ) -> Tensor:
         """Runs one step, in full or not, and counts it."""
         if self.probed is not None:
-            return self._probed_step(self.probed, forward, trajectory, timestep)
+            return self._probed_step(self.probed, model, forward, trajectory, timestep)
         decisions = self._decisions(trajectory, timestep)
         step, cost = self._step_for(model, decisions)
         given = None
@@ -180,7 +184,7 @@ class CacheRuntime:
         sample, stored = forward(step, given)
         for part, state, decision in zip(self.parts, trajectory.states, decisions, strict=True):
             if decision is None:
-                _keep(part, state, stored, timestep)
+                _keep(part, state, stored, timestep, model)
             self._count(state, timestep, full=decision is None)
         trajectory.num_full += not step.reuse
         trajectory.num_reused += bool(step.reuse)
@@ -213,7 +217,12 @@ class CacheRuntime:
         return self.steps[decisions]
 
     def _probed_step(
-        self, steps: ProbedSteps, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
+        self,
+        steps: ProbedSteps,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        trajectory: Trajectory,
+        timestep: float,
     ) -> Tensor:
         """A step that reuses unless what it sees on the way has changed too much; then the units that it left out run,
         behind those that have run."""
@@ -224,7 +233,8 @@ class CacheRuntime:
         else:
             given = part.method.predictor.predict(state.stored, state.steps_since_full)
             sample, stored = forward(steps.reuse, given)
-            full = not state.walker.accepts(relative_change(_of(stored, part.probe), state.probe))
+            change = agreed(relative_change(_of(stored, part.probe), state.probe), model)
+            full = not state.walker.accepts(change)
             if full:
                 sample, behind = forward(steps.rest, _of(stored, (steps.head,)))
                 stored |= behind
@@ -378,6 +388,17 @@ class CacheRuntime:
         )
 
 
+@contextmanager
+def _more_graphs() -> Iterator[None]:
+    config: Any = torch._dynamo.config
+    before = config.cache_size_limit  # torch 2.6 has only this name
+    config.cache_size_limit = max(before, MAX_GRAPHS)
+    try:
+        yield
+    finally:
+        config.cache_size_limit = before
+
+
 def _of(values: Values, portions: tuple[Portion, ...]) -> dict[str, Tensor]:
     return {key: value for key, value in values.items() if any(portion.owns(key) for portion in portions)}
 
@@ -386,14 +407,15 @@ def _owned(stored: tuple[Values, ...], portion: Portion) -> tuple[dict[str, Tens
     return tuple(_of(values, (portion,)) for values in stored)
 
 
-def _keep(part: Part, state: PartState, stored: Values, timestep: float) -> None:
+def _keep(part: Part, state: PartState, stored: Values, timestep: float, model: nn.Module) -> None:
     """What a full step of this part has stored becomes its own."""
     values = _of(stored, part.portions)
     if not values or not state.walker.stores(timestep):
         state.stored = ()
         return
     if state.stored and part.method.schedule.is_adaptive:
-        state.walker.observe(relative_change(values, state.stored[0]), state.steps_since_full)
+        change = agreed(relative_change(values, state.stored[0]), model)
+        state.walker.observe(change, state.steps_since_full)
     state.stored = part.method.predictor.update(state.stored, values, state.steps_since_full)
 
 
@@ -507,8 +529,19 @@ def disable_cache(target: nn.Module | DiffusionPipeline) -> None:
 
 
 def _uncache(model: CachedModel) -> None:
-    model.__class__ = type(model).__bases__[1]
+    cast(Any, model).__class__ = _plain_class(type(model))
     object.__delattr__(model, "_skipdit_cache")
+
+
+@lru_cache
+def _plain_class(model_class: type) -> type:
+    """The class without the cache's, also where `fully_shard` has put one on top of it since."""
+    first, *others = model_class.__bases__
+    if first is CachedModel:
+        return others[0]
+    bases = (_plain_class(base) if issubclass(base, CachedModel) else base for base in model_class.__bases__)
+    namespace = {name: value for name, value in vars(model_class).items() if name not in ("__dict__", "__weakref__")}
+    return type(model_class.__name__, tuple(bases), namespace)
 
 
 def cache_summary(target: nn.Module | DiffusionPipeline) -> CacheSummary:

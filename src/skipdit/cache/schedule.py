@@ -196,8 +196,8 @@ class ExplicitWalker:
 
 # By timestep, how dense full steps want to be: what calibrated schedules of the bundled class-to-image model have in
 # common (`skipdit calibrate emoji`; `benchmarks/calibration.md` has it on models that it was not learned from).
-AUTO_TIMESTEPS = (0.0, 50.0, 100.0, 200.0, 400.0, 600.0, 800.0, 900.0, 1000.0)
-AUTO_DENSITY = (2.0, 2.0, 1.0, 0.5, 0.4, 0.5, 1.0, 2.0, 4.0)
+AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
+AUTO_DENSITY = (2.0, 2.0, 2.0, 1.0, 0.5, 0.4, 0.4, 0.5, 0.8, 1.5, 2.0, 4.0)
 
 
 @dataclass(frozen=True, kw_only=True)

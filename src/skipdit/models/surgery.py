@@ -369,9 +369,16 @@ def _hooked(model: nn.Module, family: Family) -> nn.Module | None:
 
 
 def close_units(model: nn.Module) -> None:
-    """Undoes `open_units`; `ValueError` where the model has long skips of ours. Where hooks were set on the open units
-    they stay open, which changes no output."""
+    """Undoes `open_units`; `ValueError` where the model has long skips of ours. Where hooks were set on the open units,
+    or `fully_shard` has put its classes on top, they stay open, which changes no output."""
     if not isinstance(model, RunsUnits) or _hooked(model, model._family) is not None:
+        return
+    modules = (
+        model,
+        *(block for blocks in model.units() for block in blocks),
+        *(each for *_, each in model.branches()),
+    )
+    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock, UnitBranch) for module in modules):
         return
     if any(block.long_skip is not None for block in model.unit_entries()):
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")

@@ -1,0 +1,482 @@
+"""What `torch.compile` makes of a model under every cache, ours and others: graphs, breaks, seconds; and what a cache
+adds to the units that a reuse step runs.
+
+Each cache is measured by itself, in a fresh compiler, and its compiled runs take turns with uncached ones.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from skipdit.benchmark.cache_methods import Counts, Runnable
+from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, GraphRow, StepRow, Timing, write_compile_report
+from skipdit.benchmark.measure import (
+    Advance,
+    check_positive,
+    describe_environment,
+    progress_bar,
+    threads,
+)
+from skipdit.benchmark.models import check_compiler
+from skipdit.benchmark.rivals import rivals_of
+from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
+from skipdit.cache.site import BranchOutputs, DeepFeatures
+from skipdit.loading import Source, load_source
+from skipdit.models.dit import DiT, position_embedding_of
+from skipdit.samplers import ClassToImageSampler, Sampler
+
+MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
+SPECS = (
+    "N3",
+    "skip-taylor:N3-o1",
+    MIXED,
+    "auto:1.8",
+    "skip-branch:N3",
+    "delta:N3",
+    "delta-taylor:N3-o1",
+    "delta-dit:N3",
+    "faster-diffusion:N2",
+    "fora:N3",
+    "taylorseer:N3-o1",
+    "pab:N2",
+    "tgate:N2-900-600",
+    BY_KIND,
+    "fbcache:0.1",
+    "teacache:0.1",
+    "adacache:0.05",
+)
+RIVALS = (
+    "diffusers-PAB:N2-950--1",
+    "diffusers-FirstBlockCache:0.1",
+    "diffusers-MagCache:0.06-K3",
+    "diffusers-TaylorSeer:N3-o1",
+    "diffusers-FasterCache:N2-null5",
+    "cache-dit:F1B0-0.1",
+    "cache-dit:F1B0-N3",
+)
+TIMED = (
+    "N3",
+    "skip-taylor:N3-o1",
+    "fora:N3",
+    "fbcache:0.1",
+    "diffusers-FirstBlockCache:0.1",
+    "diffusers-TaylorSeer:N3-o1",
+    "cache-dit:F1B0-N3",
+)
+CLASS_TO_IMAGE = "the benchmark of compilation runs a class-to-image DiT with long skips"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileBenchConfig:
+    """Which caches are compiled.
+
+    model: `emoji`, or the folder of a class-to-image pipeline with long skips. specs: of our caches; rivals: settings
+    of other libraries'. timed: which of both are also timed, compiled by Inductor. num_steps: of a run, of batch_size
+    pictures with guidance. step_batch_sizes: of the single steps that are timed, without guidance. num_runs: that are
+    timed of each; num_repetitions: of a single step. num_threads: of the CPU; by default PyTorch's choice.
+    """
+
+    model: str = "emoji"
+    specs: tuple[str, ...] = SPECS
+    rivals: tuple[str, ...] = RIVALS
+    timed: tuple[str, ...] = TIMED
+    num_steps: int = 20
+    batch_size: int = 4
+    step_batch_sizes: tuple[int, ...] = (1, 8)
+    num_runs: int = 5
+    num_repetitions: int = 50
+    guidance_scale: float = 2.0
+    num_threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "num_runs", "num_repetitions", "num_threads")
+        if not 4 <= self.num_steps <= 1000:
+            raise ValueError(f"num_steps must be 4 to 1000, got {self.num_steps}")
+        if not self.step_batch_sizes or min(self.step_batch_sizes) < 1:
+            raise ValueError(f"step_batch_sizes must be one or more above 0, got {self.step_batch_sizes}")
+        settings = (*self.specs, *self.rivals)
+        for name in self.timed:
+            if name not in settings:
+                raise ValueError(f"timed must be of specs and rivals, got {name!r}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is compiled
+
+
+def own_method(spec: str, num_steps: int) -> CacheMethod:
+    """Of a spec, or a schedule as calibration writes them: one chooses between numbers of shallow units, one between
+    kinds of branches (SmoothCache)."""
+
+    def every(interval: int, variants: tuple[int, ...] = (0,)) -> ExplicitSchedule:
+        full = tuple(range(0, num_steps, interval))
+        chosen = (None if step in full else variants[step % len(variants)] for step in range(num_steps))
+        return ExplicitSchedule(full_steps=full, num_inference_steps=num_steps, variants=tuple(chosen))
+
+    if spec == MIXED:
+        return CacheMethod(schedule=every(4, (0, 1)), site=DeepFeatures(1, others=(2,)), spec=spec)
+    if spec == BY_KIND:
+        mlp = CacheMethod(schedule=every(3), site=BranchOutputs(("mlp",)))
+        return CacheMethod(schedule=every(2), site=BranchOutputs(("attention",)), others=(mlp,), spec=spec)
+    return parse_method(spec)
+
+
+@dataclass(frozen=True)
+class OwnCache:
+    """A cache of `skipdit.enable_cache`, as the benchmark runs it."""
+
+    method: CacheMethod
+    sampler: Sampler
+    name: str = "skipdit"
+    ours: bool = True
+
+    @property
+    def setting(self) -> str:
+        return str(self.method)
+
+    def enable(self, pipeline: Any) -> None:
+        enable_cache(pipeline, self.method)
+
+    def disable(self, pipeline: Any) -> None:
+        disable_cache(pipeline)
+
+    def counts(self, pipeline: Any) -> Counts:
+        summary = cache_summary(pipeline)
+        return Counts(summary.steps_full, summary.steps_reused)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A pipeline with a cache or none. library: whose cache, or whose model."""
+
+    library: str
+    setting: str
+    pipeline: Any
+    cache: Runnable | None = None
+
+
+def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
+    """The model without a cache and with ours, the same in diffusers' blocks without a cache and with others."""
+    sampler = source.sampler
+    pipeline = sampler.pipeline
+    subjects = [Subject("skipdit", "no cache", pipeline)]
+    for spec in config.specs:
+        subjects.append(Subject("skipdit", spec, pipeline, OwnCache(own_method(spec, config.num_steps), sampler)))
+    rivals = {rival.setting: rival for rival in rivals_of(source, config.num_steps)}
+    for setting in config.rivals:
+        if setting not in rivals:
+            names = {name.partition(":")[0] for name in rivals}
+            if setting.partition(":")[0] in names:  # a package that is missing has its first setting alone
+                continue
+            raise ValueError(f"a rival is one of {', '.join(rivals)}, got {setting!r}")
+        rival = rivals[setting]
+        if not any(subject.library == "diffusers" for subject in subjects):
+            subjects.append(Subject("diffusers", "no cache", rival.sampler.pipeline))
+        library = "cache-dit" if setting.startswith("cache-dit") else "diffusers"
+        subjects.append(Subject(library, setting.removeprefix("diffusers-"), rival.sampler.pipeline, rival))
+    return subjects
+
+
+def sample(subject: Subject, config: CompileBenchConfig, seed: int) -> Tensor:
+    labels = [index % subject.pipeline.transformer.config.num_classes for index in range(config.batch_size)]
+    return subject.pipeline(
+        labels,
+        num_inference_steps=config.num_steps,
+        guidance_scale=config.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).images
+
+
+@contextmanager
+def cached(subject: Subject) -> Iterator[None]:
+    """Inside, the subject's cache is on."""
+    if subject.cache is None:
+        yield
+        return
+    try:
+        subject.cache.enable(subject.pipeline)
+        yield
+    finally:
+        subject.cache.disable(subject.pipeline)
+
+
+@contextmanager
+def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
+    """Inside, the model is compiled anew. Forward hooks, by which the benchmark counts steps, are off."""
+    hooks = {module: dict(module._forward_hooks) for module in model.modules() if module._forward_hooks}
+    for module in hooks:
+        module._forward_hooks.clear()
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile(**options)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        for module, taken in hooks.items():
+            module._forward_hooks.update(taken)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+class CountingBackend:
+    """Compiles nothing and counts."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+        self.num_graphs += 1
+        return graph.forward
+
+
+def count_graphs(subject: Subject, config: CompileBenchConfig) -> GraphRow:
+    """Runs in full and reuse steps; the counts do not depend on what would compile the graphs."""
+    try:
+        with cached(subject):
+            expected = sample(subject, config, config.seed)
+            counts = None if subject.cache is None else subject.cache.counts(subject.pipeline)
+    except ValueError as error:
+        return GraphRow(library=subject.library, setting=subject.setting, refused=" ".join(str(error).split()))
+    steps = (config.num_steps, 0) if counts is None else (counts.steps_full, counts.steps_reused)
+    row = GraphRow(library=subject.library, setting=subject.setting, steps=steps)
+    try:
+        return with_counts(row, subject, config, expected, fullgraph=True)
+    except Exception as failure:  # what the compiler raises has no public class in common
+        if not type(failure).__module__.startswith("torch._dynamo"):
+            raise
+        row = replace(row, fullgraph_error=in_few_words(failure))
+    return with_counts(row, subject, config, expected, fullgraph=False)
+
+
+def with_counts(
+    row: GraphRow, subject: Subject, config: CompileBenchConfig, expected: Tensor, *, fullgraph: bool
+) -> GraphRow:
+    backend = CountingBackend()
+    with cached(subject), compiled(subject.pipeline.transformer, fullgraph=fullgraph, backend=backend):
+        equal = torch.equal(sample(subject, config, config.seed), expected)
+        graphs, breaks = backend.num_graphs, sum(counters["graph_break"].values())
+        sample(subject, config, config.seed + 1)
+        return replace(
+            row,
+            graphs=graphs,
+            breaks=breaks,
+            recompiled=backend.num_graphs - graphs,
+            limit_hit=any("limit exceeded" in reason for reason in counters["unimplemented"]),
+            equal=equal,
+        )
+
+
+def in_few_words(failure: BaseException) -> str:
+    """Why a model does not compile as a whole."""
+    text = str(failure).strip()
+    if type(failure).__name__ == "FailOnRecompileLimitHit":
+        return "more graphs than PyTorch allows for one function"
+    disabled = re.search(r"<function ([\w.]+) at \S+> since it was wrapped with|function `<function ([\w.]+) at", text)
+    if "torch.compiler.disable" in text and disabled:
+        return f"`{disabled[1] or disabled[2]}` is barred from compilation (`torch.compiler.disable`)"
+    if "marked as skipped" in text and (skipped := re.search(r"the function `(\w+)` in file \S+?/(\w+)\.py", text)):
+        return f"calls `{skipped[1]}` of `{skipped[2]}`, which PyTorch does not compile"
+    first = text.splitlines()[0] if text else type(failure).__name__
+    return first.removesuffix(" not supported for non-export cases") + " in the graph" * ("Logger" in first)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Seconds
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool) -> Timing:
+    """The cached runs are timed in a row of their own, between two rows of uncached ones: a cache of others changes the
+    model when it is switched, so that it would be compiled again."""
+    plain = Subject(subject.library, "no cache", subject.pipeline)
+
+    def times(each: Subject) -> tuple[float, list[float]]:
+        with cached(each):
+            first = seconds_of(lambda: sample(each, config, config.seed))
+            return first, [seconds_of(lambda: sample(each, config, config.seed)) for _ in range(config.num_runs)]
+
+    def both() -> tuple[list[float], float, list[float]]:
+        _, before = times(plain)
+        first, made = times(subject)
+        _, after = times(plain)
+        return [(a + b) / 2 for a, b in zip(before, after, strict=True)], first, made
+
+    if compile_it:
+        with torch._dynamo.config.patch(cache_size_limit=64), compiled(subject.pipeline.transformer):
+            uncached, first, made = both()
+    else:
+        uncached, first, made = both()
+    mode = "compiled" if compile_it else "eager"
+    return Timing(subject.library, subject.setting, mode, tuple(uncached), tuple(made), first if compile_it else None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Single steps
+
+
+@torch.no_grad()
+def bare_reuse_step(model: DiT, inputs: Mapping[str, Tensor], deep_features: Tensor, k: int) -> Tensor:
+    """The modules that a reuse step runs, called directly: the k first and last units, embeddings, the final layer."""
+    latents = inputs["hidden_states"]
+    height, width = (size // model.patch_size for size in latents.shape[-2:])
+    hidden_states = model.patch_embed(latents) + position_embedding_of(model, height, width)
+    conditioning = condition(model, inputs)
+    skips: list[Tensor] = []
+    for block in model.blocks[:k]:
+        hidden_states = block(hidden_states, conditioning)
+        skips.append(hidden_states)
+    hidden_states = deep_features
+    for block in model.blocks[-k:]:
+        skip = skips.pop()
+        hidden_states = block(hidden_states, conditioning, skip if cast(Any, block).long_skip is not None else None)
+    patches, p = model.final_layer(hidden_states, conditioning), model.patch_size
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+
+def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
+    timestep = inputs["timestep"].reshape(-1).expand(inputs["hidden_states"].shape[0])
+    embedding = model.timestep_frequencies(timestep).to(inputs["hidden_states"].dtype)
+    return model.timestep_embedder(embedding) + model.class_embedder(inputs["class_labels"])
+
+
+@torch.no_grad()
+def conditioning_alone(model: DiT, inputs: Mapping[str, Tensor]) -> None:
+    """All that a step computes of timestep and class alone: their embeddings and every modulation by them."""
+    conditioning = condition(model, inputs)
+    for module in (*model.blocks, model.final_layer):
+        cast(Any, module).modulation(F.silu(conditioning))
+
+
+def step_inputs(model: DiT, batch_size: int, timestep: float) -> dict[str, Tensor]:
+    shape = (batch_size, *(model.config[name] for name in ("in_channels", "sample_size", "sample_size")))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(shape, generator=generator),
+        "timestep": torch.tensor(timestep),
+        "class_labels": torch.zeros(batch_size, dtype=torch.long),
+    }
+
+
+@torch.no_grad()
+def time_overhead(model: DiT, config: CompileBenchConfig, batch_size: int, *, compile_it: bool) -> StepRow:
+    """The outputs of both are equal to the bit where nothing is compiled."""
+    bare: Any = torch.compile(bare_reuse_step, fullgraph=True) if compile_it else bare_reuse_step
+    enable_cache(model, CacheMethod(schedule=IntervalSchedule(interval=10**6), site=DeepFeatures(1)))
+    try:
+        inputs = step_inputs(model, batch_size, 999.0)
+        model(**inputs)
+        (run,) = cast(Any, model)._skipdit_cache.runs.values()
+        ((deep_features,),) = (state.stored[0].values() for state in run.trajectories[0].states)
+        seconds, base_seconds, outputs = [], [], []
+        calls = [
+            (seconds, lambda: outputs.append(model(**inputs).sample)),
+            (base_seconds, lambda: outputs.append(bare(model, inputs, deep_features, 1))),
+        ]
+        for repetition in range(config.num_repetitions + 2):
+            inputs["timestep"] = torch.tensor(998.0 - 900.0 * repetition / (config.num_repetitions + 2))
+            for kept, call in calls if repetition % 2 else calls[::-1]:
+                kept.append(seconds_of(call))
+            assert compile_it or torch.equal(*outputs[-2:]), "the bare units are not those of the reuse step"
+        assert cache_summary(model).steps_reused == config.num_repetitions + 2
+    finally:
+        disable_cache(model)
+    mode = "compiled" if compile_it else "eager"
+    return StepRow(OVERHEAD, mode, batch_size, tuple(seconds[2:]), tuple(base_seconds[2:]))
+
+
+@torch.no_grad()
+def time_conditioning(model: DiT, config: CompileBenchConfig, batch_size: int) -> StepRow:
+    inputs = step_inputs(model, batch_size, 500.0)
+    rounds = []
+    for _ in range(config.num_repetitions + 2):
+        alone = seconds_of(lambda: conditioning_alone(model, inputs))
+        rounds.append((alone, seconds_of(lambda: model(**inputs))))
+    seconds, base_seconds = zip(*rounds[2:], strict=True)
+    return StepRow(CONDITIONING, "eager", batch_size, seconds, base_seconds)
+
+
+def time_steps(model: DiT, config: CompileBenchConfig, *, has_compiler: bool) -> list[StepRow]:
+    rows = [time_overhead(model, config, size, compile_it=False) for size in config.step_batch_sizes]
+    if has_compiler:
+        for size in config.step_batch_sizes:
+            with compiled(model, fullgraph=True):
+                rows.append(time_overhead(model, config, size, compile_it=True))
+    return rows + [time_conditioning(model, config, size) for size in config.step_batch_sizes]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def bench_compile(config: CompileBenchConfig, out: Path) -> None:
+    """Writes `compile.md` and `compile.json` into `out`. Without a C++ compiler nothing compiled is timed.
+
+    `ValueError` where the model is no class-to-image DiT with long skips; a cache that it refuses is a row with the
+    reason.
+    """
+    with threads(config.num_threads):
+        environment = describe_environment("cpu", config.seed)
+        source = load_source(config.model, device="cpu")
+        model = source.sampler.pipeline.transformer
+        if not (isinstance(source.sampler, ClassToImageSampler) and isinstance(model, DiT)):
+            raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")
+        if not model.long_skip_links.sources:
+            raise ValueError(f"{CLASS_TO_IMAGE}, got one without")
+        try:
+            check_compiler("cpu")
+            no_compiler = None
+        except ValueError as error:
+            no_compiler = str(error)
+        subjects = make_subjects(config, source)
+        timed = [subject for subject in subjects if subject.cache is not None and subject.cache.setting in config.timed]
+        modes = (False,) if no_compiler else (False, True)
+        with progress_bar(len(subjects) + len(timed) * len(modes) + 1) as advance:
+            graphs, timings = measure(config, subjects, timed, modes, advance)
+            advance(description="single steps")
+            steps = time_steps(model, config, has_compiler=no_compiler is None)
+    write_compile_report(out, environment, asdict(config), graphs, timings, steps, no_compiler)
+
+
+def measure(
+    config: CompileBenchConfig,
+    subjects: Sequence[Subject],
+    timed: Sequence[Subject],
+    modes: Sequence[bool],
+    advance: Advance,
+) -> tuple[list[GraphRow], list[Timing]]:
+    for subject in subjects:
+        subject.pipeline.set_progress_bar_config(disable=True)
+    graphs, timings = [], []
+    for subject in subjects:
+        advance(description=f"graphs of {subject.setting}")
+        graphs.append(count_graphs(subject, config))
+    refused = {row.setting for row in graphs if row.refused}
+    for subject in timed:
+        for compile_it in modes:
+            advance(description=f"seconds of {subject.setting}")
+            if subject.setting not in refused:
+                timings.append(time_runs(subject, config, compile_it=compile_it))
+    return graphs, timings

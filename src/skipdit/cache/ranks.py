@@ -1,0 +1,34 @@
+"""Ranks that hold shards of one model must step alike: each gathers the weights of a unit only while all run it."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def agreed(change: float, model: nn.Module) -> float:
+    """The largest change on all ranks that share the weights of this model (FSDP2, tensor parallel), so that all of
+    them decide alike; the change itself where each rank has all weights, as under DDP."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return change
+    for device_type, group in _shard_groups(model):
+        largest = torch.tensor(math.inf if math.isnan(change) else change, dtype=torch.float64, device=device_type)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        change = largest.item()
+    return change
+
+
+def _shard_groups(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup]]":
+    """The groups of ranks over which a weight is sharded now, in the same order on all of them."""
+    from torch.distributed.tensor import DTensor
+
+    groups = {}
+    for weight in model.parameters():
+        if isinstance(weight, DTensor):
+            mesh = weight.device_mesh
+            for dim, placement in enumerate(weight.placements):
+                if not placement.is_replicate():
+                    group = mesh.get_group(dim)
+                    groups[group.group_name] = mesh.device_type, group
+    return list(groups.values())
