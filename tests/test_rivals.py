@@ -191,11 +191,11 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
 
 def test_the_benchmark_runs_a_rival(ours: ClassToImagePipeline) -> None:
     rival = rivals_of(Source(ClassToImageSampler(ours)), NUM_STEPS)[0]
-    assert (rival.setting, rival.ours) == ("diffusers-PAB:N2-800-100", False)
+    assert (rival.setting, rival.ours) == ("diffusers-PAB:N2-950--1", False)
     pipeline = rival.sampler.pipeline
     rival.enable(pipeline)
     sample(pipeline)
-    assert rival.counts(pipeline) == Counts(14, 6)
+    assert rival.counts(pipeline) == Counts(10, 10)
     rival.disable(pipeline)
 
 

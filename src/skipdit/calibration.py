@@ -298,8 +298,10 @@ def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
             measured = measure(pipeline, sampling, row.site(config.shallow_units), config.trials, advance=advance)
             found = find_schedules(measured, config, sampling)
     for each in found:
+        fields = to_fields(each, config, made_for)
         with atomic_file(out / f"{each.name}.json") as draft:
-            draft.write_text(json.dumps(to_fields(each, config, made_for), indent=1) + "\n", encoding="utf-8")
+            lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
+            draft.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     with progress("checking", len(found) + 2 * len(config.rivals) + 1) as advance:
         rows = held_out(found, Sampling(source, config, wanted, advance))
     write_report(rows, found, config, made_for, out)

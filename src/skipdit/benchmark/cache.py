@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.benchmark.cache_methods import METHODS, Counts, Rivals, Runnable, SpecCache, method_of, no_rivals
+from skipdit.benchmark.cache_methods import (
+    METHODS,
+    Counts,
+    Rivals,
+    Runnable,
+    no_rivals,
+    schedules_in,
+    spec_cache,
+)
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, Spread, write_cache_report
 from skipdit.benchmark.measure import (
     SYNCHRONIZE,
@@ -53,7 +61,8 @@ class CacheBenchConfig:
     """What is measured of a trained model.
 
     model: `emoji`, `emoji-clips`, `emoji-text` or `emoji-text-clips`, or the folder of a pipeline. specs: of the
-    caches, or paths of schedules. wanted: class names or prompts, repeated in turn; by default the model's showcase,
+    caches, or paths of schedules; `calibrated:{name}` is one that came with the model. schedules: a folder of more, as
+    `skipdit calibrate` writes it. wanted: class names or prompts, repeated in turn; by default the model's showcase,
     else spread over its classes. num_seeds: samples, each with a seed of its own, from `seed` on; sampled batch_size
     at a time. num_steps: of the uncached run and of the cached ones. fewer_steps: of the rivals without a cache.
     perceptual: also the LPIPS-like distance, which needs `pip install ".[metrics]"`. num_threads: of the CPU; by
@@ -62,12 +71,13 @@ class CacheBenchConfig:
 
     model: str = "emoji"
     specs: tuple[str, ...] = tuple(spec for method in METHODS.values() for spec in method.specs)
+    schedules: Path | None = None
     wanted: tuple[str, ...] = ()
     num_seeds: int = 64
     batch_size: int = 8
     num_steps: int = 50
     guidance_scale: float = 2.0
-    fewer_steps: tuple[int, ...] = (40, 33, 28, 25, 20, 17, 14, 12)
+    fewer_steps: tuple[int, ...] = (33, 28, 25, 20, 17, 14)
     perceptual: bool = True
     device: Device = "cpu"
     num_threads: int | None = None
@@ -120,7 +130,8 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
         options: dict[str, Any] = {"method": "second order", "group": "second order", "scheduler": SECOND_ORDER}
         baselines.append(Plan(setting=f"{steps} steps", sampler=own, num_steps=steps, **options))
         plans += [Plan(setting=f"{n} steps", sampler=own, num_steps=n, **options) for n in config.fewer_steps]
-    caches: list[Runnable] = [SpecCache(name, spec, ours) for spec in config.specs for name, ours in [method_of(spec)]]
+    specs = (*config.specs, *(schedules_in(config.schedules) if config.schedules is not None else ()))
+    caches: list[Runnable] = [spec_cache(spec, source) for spec in specs]
     for cache in (*caches, *rivals):
         sampler = cache.sampler or own
         if all(sampler is not each.sampler for each in baselines):

@@ -3,8 +3,11 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
+from skipdit.cache.methods import METHODS as PUBLISHED
+from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.loading import Source
 from skipdit.samplers import Sampler
@@ -27,19 +30,20 @@ def intervals(form: str, *numbers: int) -> tuple[str, ...]:
 
 
 METHODS: dict[str, Method] = {
-    "skip-taylor": Method(ours=True, specs=intervals("skip-taylor:N{}-o1", 2, 3, 4, 6)),
-    "skip-taylor, window": Method(ours=True, specs=intervals("skip-taylor:N{}-800-100-o1", 3, 6, 8)),
-    "auto": Method(ours=True, specs=("auto:1.3", "auto:1.8", "auto:2.5", "auto:3.5")),
-    "calibrated": Method(ours=True),
-    "skip": Method(ours=False, specs=intervals("N{}", 2, 3, 4)),
+    "skip-taylor": Method(ours=True, specs=intervals("skip-taylor:N{}-o1", 2, 3, 4)),
+    "skip-taylor, window": Method(ours=True, specs=intervals("skip-taylor:N{}-800-100-o1", 4, 8)),
+    "skip-branch": Method(ours=True, specs=intervals("skip-branch:N{}", 2)),
+    "auto": Method(ours=True, specs=("auto:1.5", "auto:2", "auto:2.5")),
+    "calibrated": Method(ours=True, specs=("calibrated:1.5x", "calibrated:2x", "calibrated:2.5x", "calibrated:3x")),
+    "skip": Method(ours=False, specs=intervals("N{}", 2, 3)),
     "delta-dit": Method(ours=False, specs=intervals("delta-dit:N{}", 2, 3)),
     "delta": Method(ours=False, specs=intervals("delta:N{}", 2, 3)),
-    "delta-taylor": Method(ours=False, specs=intervals("delta-taylor:N{}-o1", 2, 3, 4)),
+    "delta-taylor": Method(ours=False, specs=intervals("delta-taylor:N{}-o1", 2, 3)),
     "fora": Method(ours=False, specs=intervals("fora:N{}", 2, 3)),
     "taylorseer": Method(ours=False, specs=intervals("taylorseer:N{}-o1", 2, 3, 4)),
     "pab": Method(ours=False, specs=intervals("pab:N{}", 2, 8)),
     "faster-diffusion": Method(ours=False, specs=intervals("faster-diffusion:N{}", 2, 8)),
-    "tgate": Method(ours=False, specs=intervals("tgate:N{}-900-600", 2, 5)),
+    "tgate": Method(ours=False, specs=intervals("tgate:N{}-900-600", 5)),
     "fbcache": Method(ours=False, specs=("fbcache:0.05", "fbcache:0.1", "fbcache:0.2")),
     "teacache": Method(ours=False, specs=("teacache:0.05", "teacache:0.1", "teacache:0.2")),
     "adacache": Method(ours=False, specs=("adacache:0.03", "adacache:0.05", "adacache:0.1")),
@@ -47,12 +51,26 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(spec: str) -> tuple[str, bool]:
-    """The line of a spec and whether it is ours: by the table, else by its name."""
+    """The line of a spec and whether it is ours: by the table, of a schedule by what it reuses, else by its name."""
     name = next((name for name, method in METHODS.items() if spec in method.specs), None)
+    if name is None and spec.endswith(".json"):
+        return _method_of_schedule(spec)
     if name is None:
         named = NAME.match(spec)
-        name = "calibrated" if spec.endswith(".json") else named[0] if named else "skip"
+        name = named[0] if named else "skip"
     return name, name in METHODS and METHODS[name].ours
+
+
+def _method_of_schedule(path: str) -> tuple[str, bool]:
+    method = parse_method(path)
+    name = next((name for name, row in PUBLISHED.items() if row.is_like(method)), "smoothcache")
+    ours = name.startswith("skip")
+    return ("calibrated" if ours else name if name == "smoothcache" else f"{name}, calibrated"), ours
+
+
+def schedules_in(folder: Path) -> tuple[str, ...]:
+    """The paths of the schedules that `skipdit calibrate` has left in a folder and in those below."""
+    return tuple(str(path) for path in sorted(folder.rglob("*.json")) if path.name != "report.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -98,15 +116,23 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True)
 class SpecCache:
-    """A cache of `skipdit.enable_cache`."""
+    """A cache of `skipdit.enable_cache`. source: has the schedules that a `calibrated` setting means."""
 
     name: str
-    setting: str
+    spec: str
     ours: bool
+    source: Source
     sampler: Sampler | None = None
 
+    @property
+    def setting(self) -> str:
+        """The spec; of a schedule its name and that of its folder."""
+        return "/".join(Path(self.spec).with_suffix("").parts[-2:]) if self.spec.endswith(".json") else self.spec
+
     def enable(self, pipeline: Any) -> None:
-        enable_cache(pipeline, self.setting)
+        method = self.source.cache(self.spec)
+        assert method is not None, "no cache is a control, not a cache"
+        enable_cache(pipeline, method)
 
     def disable(self, pipeline: Any) -> None:
         disable_cache(pipeline)
@@ -114,6 +140,11 @@ class SpecCache:
     def counts(self, pipeline: Any) -> Counts:
         summary = cache_summary(pipeline)
         return Counts(summary.steps_full, summary.steps_reused, summary.peak_bytes_held)
+
+
+def spec_cache(spec: str, source: Source) -> SpecCache:
+    name, ours = method_of(spec)
+    return SpecCache(name, spec, ours, source)
 
 
 Rivals = Callable[[Source], Sequence[Runnable]]

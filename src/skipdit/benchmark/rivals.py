@@ -70,7 +70,6 @@ RIVALS: dict[str, Rival] = {
         name="diffusers PAB",
         source="Pyramid Attention Broadcast, arXiv 2408.12588",
         settings=(
-            AttentionBroadcast(skip_range=2),
             AttentionBroadcast(skip_range=2, timesteps=ALL_BUT_THE_START),
             AttentionBroadcast(skip_range=4, timesteps=ALL_BUT_THE_START),
         ),
@@ -78,24 +77,21 @@ RIVALS: dict[str, Rival] = {
     "fbcache": Rival(
         name="diffusers FirstBlockCache",
         source="First Block Cache of ParaAttention, after TeaCache, arXiv 2411.19108",
-        settings=tuple(FirstBlock(threshold=threshold) for threshold in (0.07, 0.1, 0.15, 0.25, 0.4)),
+        settings=tuple(FirstBlock(threshold=threshold) for threshold in (0.07, 0.15, 0.25)),
     ),
     "taylorseer": Rival(
         name="diffusers TaylorSeer",
         source="TaylorSeer, arXiv 2503.06923",
         settings=(
-            *(TaylorSeer(interval=interval) for interval in (2, 3, 4, 6)),
-            TaylorSeer(interval=3, order=2),
-            *(TaylorSeer(interval=interval, whole=True) for interval in (2, 3, 5)),
+            *(TaylorSeer(interval=interval) for interval in (2, 3)),
+            *(TaylorSeer(interval=interval, whole=True) for interval in (2, 3)),
         ),
     ),
     "magcache": Rival(
         name="diffusers MagCache",
         source="MagCache, github.com/Zehong-Ma/MagCache",
         settings=(
-            Magnitude(threshold=0.015),
             Magnitude(threshold=0.03),
-            Magnitude(threshold=0.06),
             Magnitude(threshold=0.12, max_skip_steps=4),
             Magnitude(threshold=0.24, max_skip_steps=5, retention_ratio=0.1),
         ),
@@ -103,19 +99,18 @@ RIVALS: dict[str, Rival] = {
     "fastercache": Rival(
         name="diffusers FasterCache",
         source="FasterCache, arXiv 2410.19355",
-        settings=(Faster(null_range=2), Faster(), Faster(null_range=10)),
+        settings=(Faster(), Faster(null_range=10)),
     ),
     "cache-dit": Rival(
         name="cache-dit",
         source="cache-dit 1.5, DBCache",
         package=CACHE_DIT,
         settings=(
-            *(DualBlock(threshold=threshold) for threshold in (0.07, 0.1, 0.15, 0.25)),
-            *(DualBlock(front=8, threshold=threshold) for threshold in (0.08, 0.15)),
-            *(DualBlock(front=4, back=3, threshold=threshold) for threshold in (0.12, 0.2)),
-            *(DualBlock(interval=interval) for interval in (2, 3, 5)),
-            *(DualBlock(interval=interval, order=1) for interval in (2, 3, 5)),
-            *(DualBlock(front=2, back=1, interval=interval, order=1) for interval in (2, 3, 5)),
+            *(DualBlock(threshold=threshold) for threshold in (0.1, 0.25)),
+            *(DualBlock(front=8, threshold=threshold) for threshold in (0.15,)),
+            *(DualBlock(front=4, back=3, threshold=threshold) for threshold in (0.2,)),
+            *(DualBlock(interval=interval, order=1) for interval in (2, 3)),
+            *(DualBlock(front=2, back=1, interval=interval, order=1) for interval in (2, 3)),
         ),
     ),
 }

@@ -1,0 +1,269 @@
+"""A cache in several processes: two gloo ranks, each with data of its own, give what one process gives for that data.
+
+Run as a script, with a rank, a folder and the name of a wrapper, this file is one of the ranks.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny import TINY_FAMILIES, TinyFamily, randomize, tiny_dit
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+
+STEPS = list(range(950, -1, -75))
+PIXART = "PixArtTransformer2DModel"
+STATIC = ("N2", "skip-taylor:N3-900-50-o1", "delta:N2", "fora:N3", "skip-branch:N4")
+# with which two ranks, each by itself, take other steps in full
+ADAPTIVE = {
+    "DiT": ("fbcache:0.6", "teacache:0.6", "adacache:0.6"),
+    PIXART: ("fbcache:0.1", "teacache:0.4", "adacache:0.2"),
+}
+
+
+def build(name: str) -> Any:
+    if name == "DiT":
+        torch.manual_seed(0)
+        return tiny_dit(5)
+    model = TINY_FAMILIES[name].build(5)
+    add_long_skips(model, LongSkipConfig())
+    return randomize(model)
+
+
+@dataclass
+class Loop:
+    """What one rank saw. full: the steps that were."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    full: list[int] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def run(call: nn.Module, cached: nn.Module, family: TinyFamily, rank: int) -> Loop:
+    """A loop over data of this rank's own, which moves the more the higher the rank."""
+    arguments = family.arguments(batch=1 + rank, seed=rank)
+    latents = arguments.pop("hidden_states")
+    loop, num_full = Loop(), 0
+    for number, timestep in enumerate(STEPS):
+        arguments["timestep"] = torch.full((1 + rank,), float(timestep))
+        out = call(latents, **arguments, return_dict=False)[0]
+        latents = latents + (0.2 + rank) / (number + 1) * out[:, : latents.shape[1]].tanh()
+        loop.outputs.append(out)
+        loop.summary = asdict(cache_summary(cached))
+        loop.full += [number] * (loop.summary["steps_full"] > num_full)
+        num_full = loop.summary["steps_full"]
+    return loop
+
+
+def alone(name: str, spec: str | CacheMethod, rank: int) -> Loop:
+    model = build(name)
+    enable_cache(model, spec)
+    return run(model, model, TINY_FAMILIES[name], rank)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A rank
+
+
+def shard(model: Any) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for blocks in model.units():
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(weight, DTensor) for weight in model.parameters())
+
+
+def ranks_ddp(rank: int) -> Iterator[tuple[str, Any]]:
+    """DistributedDataParallel sends its buffers in each forward, so the ranks must call it equally often."""
+    model = build("DiT")
+    wrapped = DistributedDataParallel(model)
+    for spec in (*STATIC, *ADAPTIVE["DiT"]):
+        enable_cache(wrapped, spec)
+        yield f"DiT {spec}", run(wrapped, wrapped, TINY_FAMILIES["DiT"], rank)
+        assert cache_summary(wrapped) == cache_summary(model)
+    disable_cache(wrapped)
+    assert not model.is_cache_enabled
+
+
+def ranks_fsdp(rank: int) -> Iterator[tuple[str, Any]]:
+    """A cache before `fully_shard`, which puts its class on top, and after it."""
+    for name in ("DiT", PIXART):
+        family = TINY_FAMILIES[name]
+        for early in (True, False):
+            model = build(name)
+            when = "early" if early else "late"
+            if early:
+                enable_cache(model, "N1")
+            shard(model)
+            for spec in (*STATIC, *ADAPTIVE[name]):
+                enable_cache(model, spec)
+                yield f"{name} {spec} {when}", run(model, model, family, rank)
+            disable_cache(model)
+            assert not model.is_cache_enabled
+            disable_cache(model)
+            with torch.no_grad():
+                yield f"{name} plain {when}", model(**family.arguments(), return_dict=False)[0]
+
+
+def ranks_fsdp_opened(rank: int) -> Iterator[tuple[str, Any]]:
+    """Units that were opened for the cache alone stay open below the classes of `fully_shard`."""
+    family = TINY_FAMILIES[PIXART]
+    model = family.build(5)
+    enable_cache(model, "delta:N2")
+    shard(model)
+    loop = run(model, model, family, rank)
+    yield "loop", loop
+    disable_cache(model)
+    with torch.no_grad():
+        yield "plain", model(**family.arguments(), return_dict=False)[0]
+    enable_cache(model, "delta:N2")
+    again = run(model, model, family, rank)
+    assert all(torch.equal(a, b) for a, b in zip(loop.outputs, again.outputs, strict=True))
+
+
+RANKS = {"ddp": ranks_ddp, "fsdp": ranks_fsdp, "fsdp_opened": ranks_fsdp_opened}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rank", type=int)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    rank, folder = arguments.rank, arguments.folder
+    torch.set_num_threads(1)
+    # ranks that do not step alike wait for each other
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    results: dict[str, Any] = {}
+    for kind, ranks in RANKS.items():
+        for name, result in ranks(rank):
+            results[f"{kind} {name}"] = asdict(result) if isinstance(result, Loop) else result
+        dist.barrier()
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tests
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes has seen."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(folder)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parent,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        texts = [process.communicate(timeout=200) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], texts
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def check_alike(loop: dict[str, Any], expected: Loop) -> None:
+    assert loop["full"] == expected.full
+    ignored = {"model", "method"}
+    counts = {name: value for name, value in loop["summary"].items() if name not in ignored}
+    assert counts == {name: value for name, value in expected.summary.items() if name not in ignored}
+    for out, wanted in zip(loop["outputs"], expected.outputs, strict=True):
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [*STATIC, *ADAPTIVE["DiT"]])
+def test_under_ddp_each_rank_steps_as_it_would_alone(spec: str, ranks: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        expected = alone("DiT", spec, rank)
+        assert 0 < len(expected.full) < len(STEPS)
+        check_alike(ranks[rank][f"ddp DiT {spec}"], expected)
+    if spec in ADAPTIVE["DiT"]:
+        assert ranks[0][f"ddp DiT {spec}"]["full"] != ranks[1][f"ddp DiT {spec}"]["full"]
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("spec", STATIC)
+def test_under_fsdp_a_static_schedule_gives_what_one_process_gives(
+    name: str, spec: str, when: str, ranks: list[dict[str, Any]]
+) -> None:
+    for rank in range(2):
+        expected = alone(name, spec, rank)
+        assert 0 < len(expected.full) < len(STEPS)
+        check_alike(ranks[rank][f"fsdp {name} {spec} {when}"], expected)
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize(("name", "spec"), [(name, spec) for name, specs in ADAPTIVE.items() for spec in specs])
+def test_under_fsdp_ranks_decide_alike(name: str, spec: str, when: str, ranks: list[dict[str, Any]]) -> None:
+    """Each unit's weights are gathered from all ranks, so they run it together: where one has changed too much all do.
+    The outputs are those of one process that takes its full steps from a list."""
+    loops = [ranks[rank][f"fsdp {name} {spec} {when}"] for rank in range(2)]
+    full = loops[0]["full"]
+    assert loops[1]["full"] == full
+    assert 1 < len(full) < len(STEPS)
+    # left alone they would part, which is what makes this a test
+    alone_full = [alone(name, spec, rank).full for rank in range(2)]
+    assert alone_full[0] != alone_full[1]
+    assert len(full) >= min(map(len, alone_full))
+    schedule = ExplicitSchedule(full_steps=tuple(full), num_inference_steps=len(STEPS))
+    listed = CacheMethod(schedule=schedule, site=parse_method(spec).site)
+    for rank, loop in enumerate(loops):
+        expected = alone(name, listed, rank)
+        assert loop["full"] == expected.full
+        assert loop["summary"]["compute_ratio"] == pytest.approx(expected.summary["compute_ratio"])
+        for out, wanted in zip(loop["outputs"], expected.outputs, strict=True):
+            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("when", ["early", "late"])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_sharded_model_goes_on_without_its_cache(name: str, when: str, ranks: list[dict[str, Any]]) -> None:
+    with torch.no_grad():
+        expected = build(name)(**TINY_FAMILIES[name].arguments(), return_dict=False)[0]
+    for rank in range(2):
+        torch.testing.assert_close(ranks[rank][f"fsdp {name} plain {when}"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_units_opened_before_sharding_stay_open(ranks: list[dict[str, Any]]) -> None:
+    family = TINY_FAMILIES[PIXART]
+    with torch.no_grad():
+        plain = family.build(5)(**family.arguments(), return_dict=False)[0]
+    for rank in range(2):
+        model = family.build(5)
+        enable_cache(model, "delta:N2")
+        check_alike(ranks[rank]["fsdp_opened loop"], run(model, model, family, rank))
+        torch.testing.assert_close(ranks[rank]["fsdp_opened plain"], plain, atol=1e-5, rtol=1e-5)
+
+
+if __name__ == "__main__":
+    main()
