@@ -349,7 +349,7 @@ def test_the_cost_of_reused_branches_is_what_stands_around_them() -> None:
     full, reused = loop.decisions.count("F"), loop.decisions.count("R")
     assert calls == [len(STEPS)] * 6
     assert len(branch_calls) == 12 * full
-    # by weights: of a unit of width 32 the attention has 4 w^2 + 4 w, the MLP 8 w^2 + 5 w, a skip 2 w^2 + w and its norm
+    # by weights, of width w: attention has 4 w^2 + 4 w, the MLP 8 w^2 + 5 w, a skip 2 w^2 + w and 4 w in its norm
     width = 32
     branches, skip = 12 * width**2 + 9 * width, 2 * width**2 + width + 4 * width
     share = (0 + skip / (branches + skip)) / 2  # three units with a skip, three without

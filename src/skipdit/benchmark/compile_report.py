@@ -113,11 +113,12 @@ def render_markdown(
         *header(environment),
         "## Graphs",
         f"The model `{settings['model']}` makes {settings['batch_size']} pictures in {settings['num_steps']} steps, "
-        "compiled by `model.compile()`; caches of other libraries run on the same weights in the blocks of diffusers. `graphs` "
-        "are compiled in the first run, `new` in a second one of other pictures; fewer is better, and 1 is the model "
-        "without a cache. `breaks` are places at which the compiler has to stop and Python goes on. `whole` is "
-        "whether `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of a "
-        "run without it. `gave up`: a function needed more than 8 graphs, and from then on runs uncompiled.",
+        "compiled by `model.compile()`; caches of other libraries run on the same weights in the blocks of diffusers. "
+        "`graphs` are compiled in the first run, `new` in a second one of other pictures; fewer is better, and the "
+        "model without a cache has 1. `breaks` are places at which the compiler has to stop and Python goes on. "
+        "`whole`: `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of "
+        "runs without it. `gave up`: a function needed more than 8 graphs, PyTorch's limit, and from then on runs "
+        "uncompiled. With a cache of skipdit that limit is 64.",
         table([graph_record(row) for row in graphs]),
     ]
     reasons = [f"- {row.setting}: {row.fullgraph_error}" for row in graphs if row.fullgraph_error]
@@ -189,10 +190,14 @@ def step_record(row: StepRow) -> dict[str, object]:
 
 def verdict(graphs: Sequence[GraphRow], steps: Sequence[StepRow]) -> Iterator[str]:
     """In words, what holds."""
-    ours = [row for row in graphs if row.library == "skipdit" and row.steps is not None]
+    ran = [row for row in graphs if row.steps is not None]
+    ours = [row for row in ran if row.library == "skipdit"]
     whole = [row for row in ours if not (row.fullgraph_error or row.breaks or row.recompiled)]
-    counts = f"{min(row.graphs for row in ours)} to {max(row.graphs for row in ours)}"
-    yield f"Of skipdit {len(whole)} of {len(ours)} rows compile whole, in {counts} graphs, and never anew."
+    counts = sorted(row.graphs for row in whole)
+    span = f", in {counts[0]} to {counts[-1]} graphs, and never anew" if counts else ""
+    yield f"Of skipdit {len(whole)} of {len(ours)} rows compile whole{span}."
+    differ = ", ".join(row.setting for row in ran if not row.equal) or "none"
+    yield f"Rows whose pictures differ from those without compilation: {differ}."
     overheads = [row for row in steps if row.what == OVERHEAD]
     over = [f"{row.mode} batch {row.batch_size} ({row.ratio:.3f})" for row in overheads if row.ratio > OVERHEAD_TARGET]
     yield f"Overhead of a reuse step, target at most {OVERHEAD_TARGET:g}: missed by {', '.join(over) or 'none'}."

@@ -439,7 +439,7 @@ def bench_compile(config: CompileBenchConfig, out: Path) -> None:
     """
     with threads(config.num_threads):
         environment = describe_environment("cpu", config.seed)
-        source = load_source(config.model, device="cpu")
+        source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer
         if not (isinstance(source.sampler, ClassToImageSampler) and isinstance(model, DiT)):
             raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")

@@ -43,8 +43,8 @@ class Trials:
     num_probed steps, spread over the run and denser at both ends."""
 
     orders: tuple[int, ...] = (1, 2)
-    max_age: int = 6
-    max_spacing: int = 6
+    max_age: int = 9
+    max_spacing: int = 5
     num_probed: int = 12
 
     def __post_init__(self) -> None:

@@ -117,7 +117,8 @@ class CacheRuntime:
         self.model_name = type(model).__name__
         self.num_units = cast(LongSkipModel, model).long_skip_links.num_units
         self.timestep_scale = cast(LongSkipModel, model).timestep_scale
-        self.signature = inspect.signature(model.forward)
+        # of the class: what a hook leaves on the instance may have the signature of an unbound function
+        self.signature = inspect.signature(MethodType(type(model).forward, model))
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.steps: dict[tuple[Decision, ...], tuple[Step, float]] = {}
         self.probed = ProbedSteps.of(self.parts[0], model) if self.parts[0].probe else None
@@ -280,11 +281,15 @@ class CacheRuntime:
         value = values.item()
         # 0.7 in float32 is a timestep of 700, not of 699.99999
         value = value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)
-        for pipeline in list(self.pipelines):  # some of diffusers hand on a copy of their timesteps
-            known = self._values(pipeline.scheduler.timesteps)
-            for index, entry in enumerate(known):
-                if abs(entry - value) < 0.01:
-                    return value, None, known[index:]
+        # some of diffusers hand on a copy of their timesteps, in the dtype of the latents; the latest list has it
+        lists = {id(known): known for known in (pipeline.scheduler.timesteps for pipeline in list(self.pipelines))}
+        for known in lists.values():
+            self._values(known)
+        tolerance = 0.01 + (value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0)
+        for known, entries in (entry for key, entry in self.timesteps.items() if key in lists):
+            index = min(range(len(entries)), key=lambda each: abs(entries[each] - value), default=None)
+            if index is not None and abs(entries[index] - value) < tolerance:
+                return value, known, entries[index:]
         return value, None, None
 
     def _values(self, known: Tensor) -> list[float]:
@@ -499,6 +504,8 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     pipelines = weakref.WeakSet()
     if isinstance(model, CachedModel):
         pipelines, opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
+    if isinstance(model, LongSkipModel) and model.is_cache_enabled and not isinstance(model, CachedModel):
+        raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
     if opened:
         open_units(model)
     try:

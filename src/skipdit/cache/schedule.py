@@ -197,7 +197,7 @@ class ExplicitWalker:
 # By timestep, how dense full steps want to be: what calibrated schedules of the bundled class-to-image model have in
 # common (`skipdit calibrate emoji`; `benchmarks/calibration.md` has it on models that it was not learned from).
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSITY = (2.0, 2.0, 2.0, 1.0, 0.5, 0.4, 0.4, 0.5, 0.8, 1.5, 2.0, 4.0)
+AUTO_DENSITY = (1.6, 3.6, 1.48, 0.21, 0.37, 0.32, 0.44, 0.63, 0.75, 1.63, 2.66, 5.38)
 
 
 @dataclass(frozen=True, kw_only=True)

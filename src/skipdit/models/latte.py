@@ -91,7 +91,11 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         if isinstance(long_skip, dict):
             long_skip = LongSkipConfig.from_dict(long_skip)
         out_channels = out_channels or in_channels
-        self.register_to_config(out_channels=out_channels, long_skip=None if long_skip is None else long_skip.to_dict())
+        self.register_to_config(
+            out_channels=out_channels,
+            long_skip=None if long_skip is None else long_skip.to_dict(),
+            _use_default_values=[],  # `from_config` would leave them so, and add_long_skips changes one
+        )
         self.gradient_checkpointing = False
         self.patch_size = patch_size
 

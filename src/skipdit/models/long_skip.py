@@ -213,8 +213,8 @@ class LongSkipModel:
 
         skipdit.disable_cache(cast(nn.Module, self))
 
-    def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """As `skipdit.cache_context(name)`."""
+    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
+        """As `skipdit.cache_context(name)`. where: the place in the loop, which pipelines of diffusers may tell."""
         import skipdit
 
         return skipdit.cache_context(name)

@@ -187,16 +187,30 @@ class RunsUnits(LongSkipModel):
     def enable_cache(self, spec: Any) -> None:
         """As `skipdit.enable_cache(model, spec)`; a config of diffusers goes to the model's own caches."""
         theirs = getattr(super(LongSkipModel, self), "enable_cache", None)
-        if theirs is not None and type(spec).__module__.startswith("diffusers."):
-            theirs(spec)
-        else:
+        if theirs is None or not type(spec).__module__.startswith("diffusers."):
             super().enable_cache(spec)
+        elif self.is_cache_enabled:
+            raise ValueError("a cache is enabled on this model: call model.disable_cache() first")
+        else:
+            theirs(spec)
 
-    def cache_context(self, name: str) -> Any:
+    @property
+    def is_cache_enabled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of diffusers is; the class of a cache of ours says so itself."""
+        return bool(getattr(super(LongSkipModel, self), "is_cache_enabled", False))
+
+    def disable_cache(self) -> None:
+        """As `skipdit.disable_cache(model)`; a cache of diffusers goes too."""
+        theirs = cast(Any, super(LongSkipModel, self))
+        if getattr(theirs, "is_cache_enabled", False):
+            theirs.disable_cache()
+        super().disable_cache()
+
+    def cache_context(self, name: str, **where: Any) -> Any:
         """That of the model's own class where it has one, which its pipeline enters for each guidance branch; else as
         `skipdit.cache_context(name)`."""
         theirs = getattr(super(LongSkipModel, self), "cache_context", None)
-        return super().cache_context(name) if theirs is None else theirs(name)
+        return super().cache_context(name) if theirs is None else theirs(name, **where)
 
     # diffusers hands a block and its arguments to this function; a block that runs again in the backward pass must
     # find the flow of its own forward call, of which several may be open by then

@@ -1,0 +1,243 @@
+"""Under torch.compile every method runs a few whole graphs, decided outside of them, and never compiles anew."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY_FAMILIES
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+
+from skipdit.cache.methods import METHODS
+from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips
+
+NUM_STEPS = 8
+
+
+def timesteps(num_steps: int = NUM_STEPS) -> list[float]:
+    return torch.linspace(950, 75, num_steps).tolist()
+
+
+def schedule(**fields: Any) -> dict[str, Any]:
+    """As calibration writes them: mapped by their timesteps to runs of any number of steps."""
+    return {"num_inference_steps": NUM_STEPS, "timesteps": timesteps()} | fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """graphs: one for each kind of step. other: the same method with other steps full, which makes the same kinds of
+    steps."""
+
+    spec: str | dict[str, Any]
+    other: str | dict[str, Any]
+    graphs: int
+    model: str = "DiT"
+    num_units: int = 3
+
+
+def by_kind(attention: list[int], mlp: list[int]) -> dict[str, Any]:
+    parts = {"attention": attention, "mlp": mlp}
+    return schedule(parts=[{"kinds": [kind], "full_steps": steps} for kind, steps in parts.items()])
+
+
+TABLE: dict[str, Row] = {
+    "skip": Row(spec="N2", other="N3-900-100", graphs=2),
+    "skip-taylor": Row(spec="skip-taylor:N2-o2", other="skip-taylor:N3-o1", graphs=2),
+    # deep features and shallow attention: both full, both reused, and each alone
+    "skip-branch": Row(spec="skip-branch:N3", other="skip-branch:N5", graphs=4),
+    "delta": Row(spec="delta:N2", other="delta:N3", graphs=2),
+    "delta-taylor": Row(spec="delta-taylor:N2", other="delta-taylor:N3-o2", graphs=2),
+    # full, the first units alone, the last units alone
+    "delta-dit": Row(spec="delta-dit:N2", other="delta-dit:N3", graphs=3),
+    "faster-diffusion": Row(spec="faster-diffusion:N2", other="faster-diffusion:N3", graphs=2),
+    "fora": Row(spec="fora:N2", other="fora:N3", graphs=2),
+    "taylorseer": Row(spec="taylorseer:N3-o2", other="taylorseer:N2", graphs=2),
+    # attention and cross-attention: both full, both reused, attention alone full
+    "pab": Row(spec="pab:N2", other="pab:N3", graphs=3, model="PixArtTransformer2DModel"),
+    # below the gate cross-attention alone is reused, above it attention alone
+    "tgate": Row(spec="tgate:N2-900-400", other="tgate:N3-900-400", graphs=3, model="PixArtTransformer2DModel"),
+    "smoothcache": Row(spec=by_kind([0, 3, 5], [0, 2, 5]), other=by_kind([0, 4, 6], [0, 2, 6]), graphs=4),
+    # full; the first units; the first units again, behind which the rest runs where they have changed too much
+    "fbcache": Row(spec="fbcache:0.5", other="fbcache:0.45", graphs=3),
+    "teacache": Row(spec="teacache:0.2", other="teacache:0.15", graphs=3),
+    "adacache": Row(spec="adacache:0.5", other="adacache:0.4", graphs=2),
+    "auto": Row(spec="auto:1.3", other="auto:1.2", graphs=2),
+    "json": Row(spec=schedule(full_steps=[0, 3, 5]), other=schedule(full_steps=[0, 4], order=1), graphs=2),
+    # full, and one for each number of shallow units
+    "mixed json": Row(
+        spec=schedule(full_steps=[0, 3], num_shallow_units=[1, 2], variants=[None, 0, 1, None, 1, 1, 0, 0]),
+        other=schedule(full_steps=[0, 4, 6], num_shallow_units=[1, 2], variants=[None, 1, 1, 0, None, 0, None, 1]),
+        graphs=3,
+        num_units=5,
+    ),
+}
+SAME_GRAPHS = {"skip-taylor:N3-o2": "N3", "taylorseer:N3-o2": "fora:N3", "delta-taylor:N3-o2": "delta:N3"}
+
+
+def build(row: Row) -> Any:
+    model = TINY_FAMILIES[row.model].build(row.num_units)
+    if row.model == "DiT":
+        add_long_skips(model, LongSkipConfig())
+        for key, parameter in model.named_parameters():
+            if "long_skip" in key:
+                nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def enable(model: nn.Module, spec: str | dict[str, Any], folder: Path) -> None:
+    if not isinstance(spec, str):
+        path = folder / "schedule.json"
+        path.write_text(json.dumps(spec), encoding="utf-8")
+        spec = str(path)
+    enable_cache(model, spec)
+
+
+@torch.no_grad()
+def run(model: nn.Module, row: Row, num_steps: int = NUM_STEPS, batch: int = 2) -> list[Tensor]:
+    """A loop whose input depends on the last output."""
+    arguments, outputs = TINY_FAMILIES[row.model].arguments(batch=batch), []
+    for timestep in timesteps(num_steps):
+        arguments["timestep"] = torch.full((batch,), timestep)
+        outputs.append(model(**arguments, return_dict=False)[0])
+        arguments["hidden_states"] = arguments["hidden_states"] + 0.1 * outputs[-1][:, :4].tanh()
+    return outputs
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+def test_the_table_is_complete() -> None:
+    assert set(TABLE) == {*METHODS, "auto", "json", "mixed json"}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_whole_graphs_one_for_each_kind_of_step_and_never_anew(name: str, tmp_path: Path) -> None:
+    row, counter = TABLE[name], CompileCounter()
+    model = build(row)
+    enable(model, row.spec, tmp_path)
+    expected = run(model, row)
+    summary = cache_summary(model)
+    assert summary.steps_full > 1 or name in ("skip-branch", "pab")
+    assert summary.steps_reused > 0
+
+    model.compile(fullgraph=True, backend=counter)
+    assert equal(run(model, row), expected)
+    assert counter.frame_count == row.graphs
+    assert equal(run(model, row), expected)
+    run(model, row, num_steps=13)
+    enable(model, row.other, tmp_path)
+    run(model, row)
+    assert counter.frame_count == row.graphs
+    assert sum(counters["graph_break"].values()) == 0
+
+
+@pytest.mark.parametrize("name", ["fora", "skip-branch"])
+def test_batch_sizes_seen_before_do_not_compile_anew(name: str, tmp_path: Path) -> None:
+    """The second size makes graphs for any size, as of a model without a cache; size 1 has its own. With four kinds of
+    steps these are twelve of one function, more than the eight that PyTorch allows by default."""
+    row, counter = TABLE[name], CompileCounter()
+    model = build(row)
+    enable(model, row.spec, tmp_path)
+    model.compile(fullgraph=True, backend=counter)
+    seen = []
+    for batch in (2, 3, 1):
+        run(model, row, batch=batch)
+        seen.append(counter.frame_count)
+    assert seen == [row.graphs, 2 * row.graphs, 3 * row.graphs]
+    for batch in (3, 2, 5, 1):
+        run(model, row, batch=batch)
+    assert counter.frame_count == seen[-1]
+    assert torch._dynamo.config.cache_size_limit == 8
+
+
+@pytest.mark.parametrize(("taylor", "hold"), SAME_GRAPHS.items())
+def test_prediction_is_outside_of_the_graph(taylor: str, hold: str, tmp_path: Path) -> None:
+    row, counter = TABLE["skip"], CompileCounter()
+    model = build(row)
+    enable_cache(model, hold)
+    model.compile(fullgraph=True, backend=counter)
+    held = run(model, row)
+    enable_cache(model, taylor)
+    assert not torch.equal(run(model, row)[-1], held[-1])
+    assert counter.frame_count == 2
+
+
+def test_an_uncached_run_takes_one_graph_more(tmp_path: Path) -> None:
+    row, counter = TABLE["skip"], CompileCounter()
+    model = build(row)
+    expected = run(model, row)
+    enable_cache(model, "N2")
+    model.compile(fullgraph=True, backend=counter)
+    run(model, row)
+    disable_cache(model)
+    assert equal(run(model, row), expected)
+    assert counter.frame_count == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+class Replayed:
+    """Compiles to functions whose outputs lie in the same memory at every call, as those of a CUDA graph do: a call of
+    any of them spoils what all calls before have put out."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., list[Any]]:
+        static: list[Any] = []
+
+        def replay(*inputs: Any) -> list[Any]:
+            outputs = graph(*[each.clone() if isinstance(each, Tensor) else each for each in inputs])
+            for buffer in self.buffers:
+                buffer.fill_(torch.nan)
+            if not static:
+                static.extend(output.clone() if isinstance(output, Tensor) else output for output in outputs)
+                self.buffers += [each for each in static if isinstance(each, Tensor)]
+            for buffer, output in zip(static, outputs, strict=True):
+                if isinstance(buffer, Tensor):
+                    buffer.copy_(output)
+            return list(static)
+
+        return replay
+
+
+def test_replayed_outputs_are_spoilt_by_the_next_call() -> None:
+    """So the test below would see a tensor that was kept as it came out of the graph."""
+    row = TABLE["skip"]
+    model = build(row)
+    expected = run(model, row)
+    model.compile(fullgraph=True, backend=Replayed())
+    outputs = run(model, row)
+    assert torch.equal(outputs[-1], expected[-1])
+    assert torch.equal(outputs[0], outputs[-1])
+
+
+@pytest.mark.parametrize("name", ["skip-taylor", "skip-branch", "taylorseer", "fbcache", "adacache"])
+def test_a_cache_keeps_nothing_that_the_next_replay_overwrites(name: str, tmp_path: Path) -> None:
+    row = TABLE[name]
+    model = build(row)
+    enable(model, row.spec, tmp_path)
+    expected = run(model, row)
+    model.compile(fullgraph=True, backend=Replayed())
+    for _ in range(2):
+        assert equal(run(model, row), expected)
