@@ -55,14 +55,14 @@ TABLE: dict[str, Row] = {
     "delta": Row(spec="delta:N2", other="delta:N3", graphs=2),
     "delta-taylor": Row(spec="delta-taylor:N2", other="delta-taylor:N3-o2", graphs=2),
     # full, the first units alone, the last units alone
-    "delta-dit": Row(spec="delta-dit:N2", other="delta-dit:N3", graphs=3),
+    "delta-dit": Row(spec="delta-dit:N2", other="delta-dit:N3", graphs=3, num_units=5),
     "faster-diffusion": Row(spec="faster-diffusion:N2", other="faster-diffusion:N3", graphs=2),
     "fora": Row(spec="fora:N2", other="fora:N3", graphs=2),
     "taylorseer": Row(spec="taylorseer:N3-o2", other="taylorseer:N2", graphs=2),
     # attention and cross-attention: both full, both reused, attention alone full
     "pab": Row(spec="pab:N2", other="pab:N3", graphs=3, model="PixArtTransformer2DModel"),
-    # below the gate cross-attention alone is reused, above it attention alone
-    "tgate": Row(spec="tgate:N2-900-400", other="tgate:N3-900-400", graphs=3, model="PixArtTransformer2DModel"),
+    # above the gate attention alone is reused, below it cross-attention alone, on the way both
+    "tgate": Row(spec="tgate:N2-900-400", other="tgate:N3-900-400", graphs=4, model="PixArtTransformer2DModel"),
     "smoothcache": Row(spec=by_kind([0, 3, 5], [0, 2, 5]), other=by_kind([0, 4, 6], [0, 2, 6]), graphs=4),
     # full; the first units; the first units again, behind which the rest runs where they have changed too much
     "fbcache": Row(spec="fbcache:0.5", other="fbcache:0.45", graphs=3),

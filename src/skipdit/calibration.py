@@ -322,12 +322,12 @@ def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
     seen = smooth_errors(pipeline, sampling, max_age=config.trials.max_age)
     found = []
     for speedup in config.speedups:
-        method, low, high = None, 0.0, 10.0
+        low, high = 0.0, 10.0
         for _ in range(30):
             threshold = (low + high) / 2
-            method = smooth_schedule(seen, threshold)
-            low, high = (threshold, high) if seen.compute_ratio(method) < speedup else (low, threshold)
-        assert method is not None
+            reached = seen.compute_ratio(smooth_schedule(seen, threshold)) >= speedup
+            low, high = (low, threshold) if reached else (threshold, high)
+        method = smooth_schedule(seen, high)
         samples, summary = sampling.cached(method)
         measured = mean_psnr(samples, seen.reference)[0]
         found.append(

@@ -136,7 +136,8 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
         sampler = cache.sampler or own
         if all(sampler is not each.sampler for each in baselines):
             baselines.append(Plan("no cache", f"the pipeline of {cache.name}", "control", sampler, steps))
-        group: Group = "ours" if cache.ours else "others"
+        others: Group = "others, calibrated" if cache.name.endswith(", calibrated") else "others"
+        group = "ours" if cache.ours else others
         plans.append(Plan(cache.name, cache.setting, group, sampler, steps, cache=cache))
     return baselines, plans
 
@@ -423,8 +424,9 @@ def bench_caches(config: CacheBenchConfig, out: Path, rivals: Rivals = no_rivals
         environment = describe_environment(config.device, config.seed)
         source = load_source(config.model, device=config.device)
         batches = make_batches(config, source)
+        settings = asdict(config) | {"schedules": config.schedules and str(config.schedules)}
         rows = measure(config, *make_plans(config, source, rivals(source)), batches)
-    write_cache_report(out, report_name(config.model), environment=environment, settings=asdict(config), rows=rows)
+    write_cache_report(out, report_name(config.model), environment=environment, settings=settings, rows=rows)
 
 
 def report_name(model: str) -> str:

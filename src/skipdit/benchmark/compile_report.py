@@ -112,21 +112,24 @@ def render_markdown(
     parts = [
         *header(environment),
         "## Graphs",
-        f"The model `{settings['model']}` makes {settings['batch_size']} pictures in {settings['num_steps']} steps, "
-        "compiled by `model.compile()`; caches of other libraries run on the same weights in the blocks of diffusers. "
-        "`graphs` are compiled in the first run, `new` in a second one of other pictures; fewer is better, and the "
-        "model without a cache has 1. `breaks` are places at which the compiler has to stop and Python goes on. "
-        "`whole`: `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of "
-        "runs without it. `gave up`: a function needed more than 8 graphs, PyTorch's limit, and from then on runs "
-        "uncompiled. With a cache of skipdit that limit is 64.",
+        f"The model `{settings['model']}` makes {settings['batch_size']} pictures at a time in {settings['num_steps']} "
+        "steps, compiled by `model.compile()`. Caches of other libraries run on the same weights in the blocks of "
+        "diffusers.",
+        "- graphs: compiled in the first run; the model without a cache has 1\n"
+        "- new: compiled in a second run, of other pictures\n"
+        "- breaks: places at which the compiler has to stop and Python goes on\n"
+        "- whole: `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of runs "
+        "without it\n"
+        "- gave up: a function needed more than 8 graphs, PyTorch's limit, and from then on runs uncompiled; with a "
+        "cache of skipdit the limit is 64",
         table([graph_record(row) for row in graphs]),
     ]
-    reasons = [f"- {row.setting}: {row.fullgraph_error}" for row in graphs if row.fullgraph_error]
+    reasons = [f"- {row.library} {row.setting}: {row.fullgraph_error}" for row in graphs if row.fullgraph_error]
     if reasons:
         parts += ["Why `fullgraph=True` fails:", "\n".join(reasons)]
-    refused = [f"- {row.setting}: {row.refused}" for row in graphs if row.refused]
+    refused = [f"- {row.library} {row.setting}: {row.refused}" for row in graphs if row.refused]
     if refused:
-        parts += ["What this model cannot have:", "\n".join(refused)]
+        parts += ["What is refused here:", "\n".join(refused)]
     if timings:
         parts += [
             "## Seconds of a run",
@@ -137,10 +140,11 @@ def render_markdown(
         ]
     parts += [
         "## Single steps",
-        f"Medians of {settings['num_repetitions']}, in turn; the ratio is the median of the ratios in a round. A "
-        "reuse step with k 1 beside the units that it runs, called one by one without a cache: its target is at most "
-        f"{OVERHEAD_TARGET:g}. And what a full step computes of timestep and class alone, which could be computed once "
-        "a run: that ratio is the most that could be saved.",
+        f"Medians of {settings['num_repetitions']}, in turn; the ratio is the median of the ratios in a round.",
+        f"- {OVERHEAD}: the cached model on a step that reuses with k 1, beside the modules that this step runs, called "
+        f"one by one without a cache; the target is at most {OVERHEAD_TARGET:g}\n"
+        f"- {CONDITIONING}: what depends on timestep and class alone (embeddings, and each block's modulation by them) "
+        "could be computed once a run, before its steps; the ratio is the most that this could save",
         table([step_record(row) for row in steps]),
         *verdict(graphs, steps),
     ]
@@ -200,4 +204,7 @@ def verdict(graphs: Sequence[GraphRow], steps: Sequence[StepRow]) -> Iterator[st
     yield f"Rows whose pictures differ from those without compilation: {differ}."
     overheads = [row for row in steps if row.what == OVERHEAD]
     over = [f"{row.mode} batch {row.batch_size} ({row.ratio:.3f})" for row in overheads if row.ratio > OVERHEAD_TARGET]
+    shares = sorted(row.ratio for row in steps if row.what == CONDITIONING)
+    if shares:
+        yield f"Conditioning computed once a run would save at most {shares[0]:.1%} to {shares[-1]:.1%} of a full step."
     yield f"Overhead of a reuse step, target at most {OVERHEAD_TARGET:g}: missed by {', '.join(over) or 'none'}."

@@ -4,6 +4,7 @@ adds to the units that a reuse step runs.
 Each cache is measured by itself, in a fresh compiler, and its compiled runs take turns with uncached ones.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from skipdit.benchmark import rivals
 from skipdit.benchmark.cache_methods import Counts, Runnable
 from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, GraphRow, StepRow, Timing, write_compile_report
 from skipdit.benchmark.measure import (
@@ -28,7 +30,17 @@ from skipdit.benchmark.measure import (
     threads,
 )
 from skipdit.benchmark.models import check_compiler
-from skipdit.benchmark.rivals import rivals_of
+from skipdit.benchmark.rival_model import as_diffusers
+from skipdit.benchmark.rival_techniques import (
+    AttentionBroadcast,
+    DualBlock,
+    Faster,
+    FirstBlock,
+    Magnitude,
+    TaylorSeer,
+    Technique,
+)
+from skipdit.benchmark.rivals import RivalCache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
@@ -53,25 +65,29 @@ SPECS = (
     "pab:N2",
     "tgate:N2-900-600",
     BY_KIND,
-    "fbcache:0.1",
+    "fbcache:0.3",
     "teacache:0.1",
     "adacache:0.05",
 )
-RIVALS = (
-    "diffusers-PAB:N2-950--1",
-    "diffusers-FirstBlockCache:0.1",
-    "diffusers-MagCache:0.06-K3",
-    "diffusers-TaylorSeer:N3-o1",
-    "diffusers-FasterCache:N2-null5",
-    "cache-dit:F1B0-0.1",
-    "cache-dit:F1B0-N3",
-)
+# settings that reuse in as few steps as here, each of a row of `skipdit.benchmark.rivals.RIVALS`
+RIVALS: dict[str, tuple[str, Technique]] = {
+    f"{rivals.RIVALS[name].name.replace(' ', '-')}:{technique}": (name, technique)
+    for name, technique in (
+        ("pab", AttentionBroadcast(skip_range=2, timesteps=rivals.ALL_BUT_THE_START)),
+        ("fbcache", FirstBlock(threshold=0.25)),
+        ("magcache", Magnitude(threshold=0.06)),
+        ("taylorseer", TaylorSeer(interval=3)),
+        ("fastercache", Faster()),
+        ("cache-dit", DualBlock(threshold=0.25)),
+        ("cache-dit", DualBlock(interval=3)),
+    )
+}
 TIMED = (
     "N3",
     "skip-taylor:N3-o1",
     "fora:N3",
-    "fbcache:0.1",
-    "diffusers-FirstBlockCache:0.1",
+    "fbcache:0.3",
+    "diffusers-FirstBlockCache:0.25",
     "diffusers-TaylorSeer:N3-o1",
     "cache-dit:F1B0-N3",
 )
@@ -90,10 +106,10 @@ class CompileBenchConfig:
 
     model: str = "emoji"
     specs: tuple[str, ...] = SPECS
-    rivals: tuple[str, ...] = RIVALS
+    rivals: tuple[str, ...] = tuple(RIVALS)
     timed: tuple[str, ...] = TIMED
     num_steps: int = 20
-    batch_size: int = 4
+    batch_size: int = 2
     step_batch_sizes: tuple[int, ...] = (1, 8)
     num_runs: int = 5
     num_repetitions: int = 50
@@ -107,10 +123,12 @@ class CompileBenchConfig:
             raise ValueError(f"num_steps must be 4 to 1000, got {self.num_steps}")
         if not self.step_batch_sizes or min(self.step_batch_sizes) < 1:
             raise ValueError(f"step_batch_sizes must be one or more above 0, got {self.step_batch_sizes}")
-        settings = (*self.specs, *self.rivals)
-        for name in self.timed:
-            if name not in settings:
-                raise ValueError(f"timed must be of specs and rivals, got {name!r}")
+        for name, chosen, allowed in (
+            ("rivals", self.rivals, tuple(RIVALS)),
+            ("timed", self.timed, (*self.specs, *self.rivals)),
+        ):
+            if unknown := sorted(set(chosen) - set(allowed)):
+                raise ValueError(f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,14 +156,11 @@ def own_method(spec: str, num_steps: int) -> CacheMethod:
 class OwnCache:
     """A cache of `skipdit.enable_cache`, as the benchmark runs it."""
 
+    setting: str
     method: CacheMethod
     sampler: Sampler
     name: str = "skipdit"
     ours: bool = True
-
-    @property
-    def setting(self) -> str:
-        return str(self.method)
 
     def enable(self, pipeline: Any) -> None:
         enable_cache(pipeline, self.method)
@@ -174,19 +189,17 @@ def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
     pipeline = sampler.pipeline
     subjects = [Subject("skipdit", "no cache", pipeline)]
     for spec in config.specs:
-        subjects.append(Subject("skipdit", spec, pipeline, OwnCache(own_method(spec, config.num_steps), sampler)))
-    rivals = {rival.setting: rival for rival in rivals_of(source, config.num_steps)}
+        subjects.append(Subject("skipdit", spec, pipeline, OwnCache(spec, own_method(spec, config.num_steps), sampler)))
+    if config.rivals:
+        others = ClassToImageSampler(as_diffusers(pipeline))
+        subjects.append(Subject("diffusers", "no cache", others.pipeline))
     for setting in config.rivals:
-        if setting not in rivals:
-            names = {name.partition(":")[0] for name in rivals}
-            if setting.partition(":")[0] in names:  # a package that is missing has its first setting alone
-                continue
-            raise ValueError(f"a rival is one of {', '.join(rivals)}, got {setting!r}")
-        rival = rivals[setting]
-        if not any(subject.library == "diffusers" for subject in subjects):
-            subjects.append(Subject("diffusers", "no cache", rival.sampler.pipeline))
-        library = "cache-dit" if setting.startswith("cache-dit") else "diffusers"
-        subjects.append(Subject(library, setting.removeprefix("diffusers-"), rival.sampler.pipeline, rival))
+        name, technique = RIVALS[setting]
+        rival = RivalCache(rivals.RIVALS[name], technique, others, config.num_steps)
+        library = "cache-dit" if name == "cache-dit" else "diffusers"
+        subjects.append(
+            Subject(library, setting.removeprefix(f"{library}-").removeprefix(f"{library}:"), others.pipeline, rival)
+        )
     return subjects
 
 
@@ -216,7 +229,11 @@ def cached(subject: Subject) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
-    """Inside, the model is compiled anew. Forward hooks, by which the benchmark counts steps, are off."""
+    """Inside, the model is compiled anew. Forward hooks, by which the benchmark counts steps, are off, and so are the
+    compiler's warnings of its limit, which is a column of the report."""
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     hooks = {module: dict(module._forward_hooks) for module in model.modules() if module._forward_hooks}
     for module in hooks:
         module._forward_hooks.clear()
@@ -228,6 +245,7 @@ def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
     finally:
         model._compiled_call_impl = None
         torch._dynamo.reset()
+        logger.setLevel(level)
         for module, taken in hooks.items():
             module._forward_hooks.update(taken)
 
@@ -473,10 +491,10 @@ def measure(
     for subject in subjects:
         advance(description=f"graphs of {subject.setting}")
         graphs.append(count_graphs(subject, config))
-    refused = {row.setting for row in graphs if row.refused}
+    refused = {(row.library, row.setting) for row in graphs if row.refused}
     for subject in timed:
         for compile_it in modes:
             advance(description=f"seconds of {subject.setting}")
-            if subject.setting not in refused:
+            if (subject.library, subject.setting) not in refused:
                 timings.append(time_runs(subject, config, compile_it=compile_it))
     return graphs, timings

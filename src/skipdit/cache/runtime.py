@@ -272,7 +272,7 @@ class CacheRuntime:
             if one_entry and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
                 coming = self._values(known)[timestep.storage_offset() - known.storage_offset() :]
                 return coming[0], known, coming
-        values = timestep.unique()
+        values = timestep if timestep.numel() == 1 else timestep.unique()
         if values.numel() != 1:
             raise ValueError(
                 f"a cached call needs one timestep for the whole batch, got {values.tolist()}: "

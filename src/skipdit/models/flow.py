@@ -146,10 +146,24 @@ class Branches(Portion):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What one forward call stores, and what it takes from an earlier one."""
+    """What one forward call stores, and what it takes from an earlier one.
+
+    left_out: the units that it does not run. boundaries: those before which it stores or takes something. Both by name,
+    as a `Portion` asks for.
+    """
 
     store: tuple[Portion, ...] = ()
     reuse: tuple[Portion, ...] = ()
+    left_out: frozenset[str] = field(init=False, repr=False, compare=False)
+    boundaries: frozenset[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        reused = [portion.bounds for portion in self.reuse if portion.bounds is not None]
+        stored = [portion.bounds for portion in self.store if portion.bounds is not None]
+        left_out = frozenset(str(unit) for bounds in reused for unit in range(*bounds))
+        object.__setattr__(self, "left_out", left_out)
+        boundaries = frozenset(str(unit) for bounds in (*reused, *stored) for unit in bounds)
+        object.__setattr__(self, "boundaries", boundaries)
 
 
 PLAIN = Step()
@@ -190,17 +204,17 @@ class LongSkipFlow:
         return any(portion.bounds is None for portion in (*self.step.store, *self.step.reuse))
 
     def runs(self, unit: int) -> bool:
-        return not any(portion.leaves_out(unit) for portion in self.step.reuse)
+        return str(unit) not in self.step.left_out
 
     def is_boundary(self, unit: int) -> bool:
         """Whether `enter` has something to store or to replace at this unit."""
-        return any(
-            portion.bounds is not None and unit in portion.bounds for portion in (*self.step.store, *self.step.reuse)
-        )
+        return str(unit) in self.step.boundaries
 
     def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
         """The streams with which `unit` starts, before its fusion; with the number of units: those that leave the last
         one."""
+        if not self.is_boundary(unit):
+            return streams
         for portion in self.step.reuse:
             if portion.bounds is not None and portion.bounds[1] == unit:
                 streams = self._take(portion, streams)
