@@ -77,7 +77,7 @@ class CacheBenchConfig:
     batch_size: int = 8
     num_steps: int = 50
     guidance_scale: float = 2.0
-    fewer_steps: tuple[int, ...] = (33, 28, 25, 20, 17, 14)
+    fewer_steps: tuple[int, ...] = (33, 25, 20, 15)
     perceptual: bool = True
     device: Device = "cpu"
     num_threads: int | None = None

@@ -41,12 +41,12 @@ METHODS: dict[str, Method] = {
     "delta-taylor": Method(ours=False, specs=intervals("delta-taylor:N{}-o1", 2, 3)),
     "fora": Method(ours=False, specs=intervals("fora:N{}", 2, 3)),
     "taylorseer": Method(ours=False, specs=intervals("taylorseer:N{}-o1", 2, 3, 4)),
-    "pab": Method(ours=False, specs=intervals("pab:N{}", 2, 8)),
+    "pab": Method(ours=False, specs=intervals("pab:N{}", 8)),
     "faster-diffusion": Method(ours=False, specs=intervals("faster-diffusion:N{}", 2, 8)),
     "tgate": Method(ours=False, specs=intervals("tgate:N{}-900-600", 5)),
-    "fbcache": Method(ours=False, specs=("fbcache:0.05", "fbcache:0.1", "fbcache:0.2")),
-    "teacache": Method(ours=False, specs=("teacache:0.05", "teacache:0.1", "teacache:0.2")),
-    "adacache": Method(ours=False, specs=("adacache:0.03", "adacache:0.05", "adacache:0.1")),
+    "fbcache": Method(ours=False, specs=("fbcache:0.1", "fbcache:0.2")),
+    "teacache": Method(ours=False, specs=("teacache:0.1", "teacache:0.2")),
+    "adacache": Method(ours=False, specs=("adacache:0.05", "adacache:0.1")),
 }
 
 

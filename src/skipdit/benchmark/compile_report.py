@@ -118,8 +118,8 @@ def render_markdown(
         "- graphs: compiled in the first run; the model without a cache has 1\n"
         "- new: compiled in a second run, of other pictures\n"
         "- breaks: places at which the compiler has to stop and Python goes on\n"
-        "- whole: `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of runs "
-        "without it\n"
+        "- whole: `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of "
+        "runs without it\n"
         "- gave up: a function needed more than 8 graphs, PyTorch's limit, and from then on runs uncompiled; with a "
         "cache of skipdit the limit is 64",
         table([graph_record(row) for row in graphs]),
@@ -141,8 +141,8 @@ def render_markdown(
     parts += [
         "## Single steps",
         f"Medians of {settings['num_repetitions']}, in turn; the ratio is the median of the ratios in a round.",
-        f"- {OVERHEAD}: the cached model on a step that reuses with k 1, beside the modules that this step runs, called "
-        f"one by one without a cache; the target is at most {OVERHEAD_TARGET:g}\n"
+        f"- {OVERHEAD}: the cached model on a step that reuses with k 1, beside the modules that this step runs, "
+        f"called one by one without a cache; the target is at most {OVERHEAD_TARGET:g}\n"
         f"- {CONDITIONING}: what depends on timestep and class alone (embeddings, and each block's modulation by them) "
         "could be computed once a run, before its steps; the ratio is the most that this could save",
         table([step_record(row) for row in steps]),
@@ -156,7 +156,8 @@ def render_markdown(
 def graph_record(row: GraphRow) -> dict[str, object]:
     names: dict[str, object] = {"cache of": row.library, "setting": row.setting}
     if row.refused or row.steps is None:
-        return names | dict.fromkeys(("full + reuse steps", "graphs", "new", "breaks", "whole", "gave up"), "")
+        empty = dict.fromkeys(("graphs", "new", "breaks", "whole", "gave up"), "")
+        return {**names, "full + reuse steps": "refused", **empty}
     return names | {
         "full + reuse steps": f"{row.steps[0]} + {row.steps[1]}",
         "graphs": row.graphs,

@@ -190,16 +190,16 @@ def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
     subjects = [Subject("skipdit", "no cache", pipeline)]
     for spec in config.specs:
         subjects.append(Subject("skipdit", spec, pipeline, OwnCache(spec, own_method(spec, config.num_steps), sampler)))
-    if config.rivals:
-        others = ClassToImageSampler(as_diffusers(pipeline))
-        subjects.append(Subject("diffusers", "no cache", others.pipeline))
+    if not config.rivals:
+        return subjects
+    others = ClassToImageSampler(as_diffusers(pipeline))
+    subjects.append(Subject("diffusers", "no cache", others.pipeline))
     for setting in config.rivals:
         name, technique = RIVALS[setting]
-        rival = RivalCache(rivals.RIVALS[name], technique, others, config.num_steps)
         library = "cache-dit" if name == "cache-dit" else "diffusers"
-        subjects.append(
-            Subject(library, setting.removeprefix(f"{library}-").removeprefix(f"{library}:"), others.pipeline, rival)
-        )
+        short = setting.removeprefix(f"{library}-").removeprefix(f"{library}:")
+        rival = RivalCache(rivals.RIVALS[name], technique, others, config.num_steps)
+        subjects.append(Subject(library, short, others.pipeline, rival))
     return subjects
 
 

@@ -106,9 +106,8 @@ RIVALS: dict[str, Rival] = {
         source="cache-dit 1.5, DBCache",
         package=CACHE_DIT,
         settings=(
-            *(DualBlock(threshold=threshold) for threshold in (0.1, 0.25)),
-            *(DualBlock(front=8, threshold=threshold) for threshold in (0.15,)),
-            *(DualBlock(front=4, back=3, threshold=threshold) for threshold in (0.2,)),
+            DualBlock(threshold=0.25),
+            DualBlock(front=4, back=3, threshold=0.2),
             *(DualBlock(interval=interval, order=1) for interval in (2, 3)),
             *(DualBlock(front=2, back=1, interval=interval, order=1) for interval in (2, 3)),
         ),

@@ -494,7 +494,7 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     target: a pipeline, whose scheduler's timesteps are then known before a run starts, or a model, which reads each
         timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows, with long skips
         of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
-    spec: `"N2-700-50"`, `"skip-taylor:N4-o1"`, a `CacheMethod`, or a schedule.json's path.
+    spec: `"auto"`, `"N2-700-50"`, any other of `skipdit.cache.methods`, a `CacheMethod`, or a schedule.json's path.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
     pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
