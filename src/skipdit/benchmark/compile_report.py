@@ -117,7 +117,8 @@ def render_markdown(
         "diffusers.",
         "- graphs: compiled in the first run; the model without a cache has 1\n"
         "- new: compiled in a second run, of other pictures\n"
-        "- breaks: places at which the compiler has to stop and Python goes on\n"
+        "- breaks: places at which the compiler has to stop and Python goes on; few graphs beside breaks mean that "
+        "most of the model runs uncompiled\n"
         "- whole: `fullgraph=True` works, which promises that there are none; where it does not, the numbers are of "
         "runs without it\n"
         "- gave up: a function needed more than 8 graphs, PyTorch's limit, and from then on runs uncompiled; with a "
