@@ -22,13 +22,14 @@ from skipdit.compare import SampleConfig, choose_wanted
 from skipdit.loading import load_source
 
 SPEEDUPS = (1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0)
-ORDER = 1
+ORDER = 2
 COHERENCE = 1.0
 
 
 def losses(measured: Measured, densities: np.ndarray, front: tuple) -> list[float]:
     """By how many dB a rule of these densities falls behind the best schedule of equal compute, for each speedup."""
     schedules.AUTO_DENSITY = tuple(np.exp(densities))
+    schedules.auto_scale.cache_clear()
     errors, found = measured.reuse_errors(ORDER), []
     for speedup in SPEEDUPS:
         rule = AutoSchedule(speedup=speedup).for_cost(measured.reuse_costs[0])

@@ -95,7 +95,7 @@ def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline
         assert front[0].cost == 1
         assert front[-1].cost < 0.7
         chosen = choose(front, speedup=1.3)
-        method = measured.method(chosen, order)
+        method = measured.method(chosen.full_steps, chosen.variants, order)
         enable_cache(pipeline, method)
         sample(pipeline)
         summary = cache_summary(pipeline)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skipdit.cache.plan import PlannedSchedule, ReuseErrors, choose, plan, predict_error
+from skipdit.cache.schedule import AutoSchedule, resolve
 
 Variants = tuple[int | None, ...]
 
@@ -228,3 +229,43 @@ def test_bad_schedules_are_refused(
 def test_a_coherence_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="coherence"):
         plan(random_errors((1, 4, 1, 2), 0, (0.5,), 2), coherence=-0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rule of `auto`
+
+
+def auto_full_steps(speedup: float, reuse_cost: float, num_steps: int) -> list[int]:
+    timesteps = [1000 * (1 - step / num_steps) for step in range(num_steps)]
+    full = resolve(AutoSchedule(speedup=speedup).for_cost(reuse_cost), timesteps)
+    return [step for step, is_full in enumerate(full) if is_full]
+
+
+@pytest.mark.parametrize("reuse_cost", [0.0, 1 / 12, 0.25])
+@pytest.mark.parametrize("speedup", [1.2, 1.5, 1.8, 2.0, 2.5, 3.0])
+def test_auto_saves_what_is_asked_for_and_no_more(speedup: float, reuse_cost: float) -> None:
+    num_full = len(auto_full_steps(speedup, reuse_cost, 50))
+
+    def ratio(full: int) -> float:
+        return 50 / (full + reuse_cost * (50 - full))
+
+    assert ratio(num_full) >= speedup - 1e-9
+    assert ratio(num_full + 2) < speedup  # steps come into a schedule one or two at a time
+
+
+@pytest.mark.parametrize("num_steps", [40, 50, 100, 250])
+def test_auto_is_dense_at_both_ends_at_any_number_of_steps(num_steps: int) -> None:
+    full = auto_full_steps(1.8, 1 / 12, num_steps)
+    gaps = np.diff(full)
+    middle = gaps[len(gaps) // 2 :]
+    assert full[:3] == [0, 1, 2]
+    assert full[-1] == num_steps - 1
+    assert gaps[0] == gaps[-1] == 1
+    assert max(gaps) == max(middle) >= 3
+    assert num_steps / (len(full) + (num_steps - len(full)) / 12) == pytest.approx(1.8, rel=0.15)
+
+
+def test_auto_out_of_reach_and_a_run_without_reuse() -> None:
+    with pytest.raises(ValueError, match=r"a speedup of 4 is out of reach: a reuse step costs 0.25 of a full one"):
+        AutoSchedule(speedup=4).for_cost(0.25)
+    assert auto_full_steps(1.0, 0.25, 50) == list(range(50))

@@ -19,7 +19,7 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import METHODS, CacheMethod, MadeFor, parse_method
 from skipdit.cache.plan import choose, plan
 from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
-from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, resolve
 from skipdit.cache.site import BranchOutputs
 from skipdit.compare import SampleConfig, choose_wanted, versions
 from skipdit.files import atomic_file
@@ -166,7 +166,8 @@ class Found:
 
 def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampling) -> list[Found]:
     """For each target the best of the planned schedules, of all Taylor orders and both ways in which errors may add up,
-    by what the calibration seeds give. None for a target out of reach; `ValueError` if all are."""
+    and of the rule of `auto`, by what the calibration seeds give. None for a target out of reach; `ValueError` if all
+    are."""
     fronts = {
         (order, coherence): plan(measured.reuse_errors(order), coherence=coherence)
         for order in config.trials.orders
@@ -181,16 +182,39 @@ def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampli
             except ValueError as error:
                 reason = str(error)
                 continue
-            method = measured.method(planned, order)
+            method = measured.method(planned.full_steps, planned.variants, order)
             if planned.cost == 1 or (order, planned.variants) in candidates:
                 continue
             candidates[order, planned.variants] = measured_on_seeds(name, method, planned.psnr_db, measured, sampling)
+        for order in config.trials.orders if "speedup" in target else ():
+            full = by_rule(measured, target["speedup"])
+            variants = tuple(None if is_full else 0 for is_full in full)
+            if full and (order, variants) not in candidates:
+                method = measured.method(full_steps_of(full), variants, order)
+                candidates[order, variants] = measured_on_seeds(name, method, math.nan, measured, sampling)
         if candidates:
             best = max(candidates.values(), key=lambda each: each.measured_psnr_db)
             found.append(refine(best, config.refine, measured, sampling, config.seed))
     if not found:
         raise ValueError(f"no target is within reach: {reason}")
     return found
+
+
+def by_rule(measured: Measured, speedup: float) -> tuple[bool, ...]:
+    """Which steps the rule of `auto` makes in full to save so much; none where it cannot."""
+    cost = measured.reuse_costs[0]
+    for asked in np.linspace(speedup, 1.2 * speedup, 21):
+        try:
+            full = resolve(AutoSchedule(speedup=float(asked)).for_cost(cost), measured.timesteps)
+        except ValueError:
+            break
+        if len(full) >= speedup * (sum(full) + cost * (len(full) - sum(full))) and not all(full):
+            return full
+    return ()
+
+
+def full_steps_of(full: Sequence[bool]) -> tuple[int, ...]:
+    return tuple(step for step, is_full in enumerate(full) if is_full)
 
 
 def measured_on_seeds(
@@ -248,7 +272,7 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
         "seeds": [config.seed],
         "num_samples": config.num_samples,
         "compute_ratio": round(found.compute_ratio, 4),
-        "predicted_psnr_db": round(found.predicted_psnr_db, 2),
+        "predicted_psnr_db": None if math.isnan(found.predicted_psnr_db) else round(found.predicted_psnr_db, 2),
         "measured_psnr_db": round(found.measured_psnr_db, 2),
         "versions": versions(),
     }
@@ -408,7 +432,8 @@ def write_report(
     ]
     lines += [
         f"| {each.name} | {each.method.predictor.order} | {each.method.schedule} | {each.compute_ratio:.2f} | "
-        f"{each.predicted_psnr_db:.1f} | {each.measured_psnr_db:.1f} |"
+        f"{'' if math.isnan(each.predicted_psnr_db) else f'{each.predicted_psnr_db:.1f}'} | "
+        f"{each.measured_psnr_db:.1f} |"
         for each in found
     ]
     if missed := [name for name in config.targets if name not in {each.name for each in found}]:

@@ -354,7 +354,7 @@ def check_method(pipeline: Any, method: CacheMethod, num_steps: int) -> None:
     """`ValueError` where this model has not what the method reuses, or no step of such a run would reuse."""
     enable_cache(pipeline, method)
     disable_cache(pipeline)
-    if any(part.schedule.is_adaptive or part.schedule.may_stay_full for part in method.parts):
+    if any(part.schedule.is_adaptive for part in method.parts):
         return
     pipeline.scheduler.set_timesteps(num_steps)
     timesteps = pipeline.scheduler.timesteps.tolist()

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from skipdit.cache.methods import EVERY, CacheMethod
-from skipdit.cache.plan import PlannedSchedule, ReuseErrors
+from skipdit.cache.plan import ReuseErrors
 from skipdit.cache.predictor import Derivatives, TaylorPredictor, Values
 from skipdit.cache.runtime import (
     CachedModel,
@@ -82,13 +82,13 @@ class Measured:
             num_units=self.num_units,
         )
 
-    def method(self, planned: PlannedSchedule, order: int) -> CacheMethod:
+    def method(self, full_steps: tuple[int, ...], variants: tuple[int | None, ...], order: int) -> CacheMethod:
         """What `enable_cache` takes."""
         schedule = ExplicitSchedule(
-            full_steps=planned.full_steps,
+            full_steps=full_steps,
             num_inference_steps=len(self.timesteps),
             timesteps=self.timesteps,
-            variants=planned.variants,
+            variants=variants,
         )
         return CacheMethod(schedule=schedule, site=self.site, predictor=TaylorPredictor(order))
 

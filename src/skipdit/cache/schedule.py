@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 # None: the step is full; a number: it reuses, in this variant of the site (the first is 0)
@@ -197,14 +198,17 @@ class ExplicitWalker:
 # By timestep, how dense full steps want to be: what calibrated schedules of the bundled class-to-image model have in
 # common (`skipdit calibrate emoji`; `benchmarks/calibration.md` has it on models that it was not learned from).
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSITY = (1.6, 3.6, 1.48, 0.21, 0.37, 0.32, 0.44, 0.63, 0.75, 1.63, 2.66, 5.38)
+AUTO_DENSITY = (7.24, 1.14, 1.51, 0.13, 0.38, 0.24, 0.43, 0.38, 0.94, 1.43, 2.14, 13.73)
+
+
+NOMINAL_STEPS = 50  # of the run on which a speedup is aimed at
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSchedule(StaticSchedule):
-    """Full at the start and at the end, sparse in the middle: as dense as to save compute by `speedup` on a run whose
-    timesteps are spread evenly, whatever their number. Each step adds the density there to an account; a full step
-    takes 1 from it."""
+    """Full at the start and at the end, sparse in the middle, with distances that grow evenly: a step is full once the
+    densities of the steps since the last full one add up to 1. As dense as to save compute by at least `speedup` on a
+    run of 50 steps whose timesteps are spread evenly; by about as much on others."""
 
     speedup: float = 1.8
     reuse_cost: float = 0.0
@@ -221,22 +225,29 @@ class AutoSchedule(StaticSchedule):
             )
         return replace(self, reuse_cost=reuse_cost)
 
-    def scale(self) -> float:
-        """By what the densities are to be multiplied; a step has no more than 1."""
-        wanted = (1 / self.speedup - self.reuse_cost) / (1 - self.reuse_cost)
-        grid = [density_at(5.0 + 10 * index) for index in range(100)]
-        low, high = 0.0, 1e3
-        for _ in range(60):
-            middle = (low + high) / 2
-            mean = sum(min(1.0, middle * density) for density in grid) / len(grid)
-            low, high = (middle, high) if mean < wanted else (low, middle)
-        return high
-
     def walk(self) -> "AutoWalker":
-        return AutoWalker(self.scale())
+        return AutoWalker(auto_scale(self.speedup, self.reuse_cost))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
+
+
+@lru_cache
+def auto_scale(speedup: float, reuse_cost: float) -> float:
+    """By what the densities are to be multiplied; the first step is full in any case."""
+    wanted = (NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost)
+    timesteps = [1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS)]
+    densities = [density_at(timestep) for timestep in timesteps]
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        walker, full = AutoWalker(middle), 0
+        for step, timestep in enumerate(timesteps):
+            is_full = step == 0 or walker.due(densities[step])
+            full += is_full
+            walker.advance(timestep, full=is_full)
+        low, high = (middle, high) if full <= max(wanted, 1) + 1e-9 else (low, middle)
+    return low
 
 
 def density_at(timestep: float) -> float:
@@ -250,20 +261,19 @@ def density_at(timestep: float) -> float:
 @dataclass
 class AutoWalker:
     scale: float
-    account: float = 0.0
+    account: float = 0.0  # of the steps since the last full one
 
     def decide(self, timestep: float) -> Decision:
-        return None if self.account + self._density(timestep) >= 1 - 1e-9 else 0
+        return None if self.due(density_at(timestep)) else 0
 
-    def _density(self, timestep: float) -> float:
-        return min(1.0, self.scale * density_at(timestep))
+    def due(self, density: float) -> bool:
+        return self.account + self.scale * density >= 1 - 1e-9
 
     def stores(self, timestep: float) -> bool:
         return True
 
     def advance(self, timestep: float, *, full: bool) -> None:
-        self.account = self.account + self._density(timestep) - (1 if full else 0)
-        self.account = max(self.account, 0.0)  # the first step is full in any case
+        self.account = 0.0 if full else self.account + self.scale * density_at(timestep)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
