@@ -21,7 +21,7 @@ from skipdit.calibration import CalibrateConfig, Sampling, progress
 from skipdit.compare import SampleConfig, choose_wanted
 from skipdit.loading import load_source
 
-SPEEDUPS = (1.4, 1.6, 1.8, 2.0, 2.25, 2.5, 3.0)
+SPEEDUPS = (1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.8, 3.0)
 ORDER = 2
 COHERENCE = 1.0
 

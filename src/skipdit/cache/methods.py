@@ -135,6 +135,7 @@ class Published:
 
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
+AUTO_ORDER = 2
 NEVER_AGAIN = 10**6  # an interval that no run outlasts
 FIRST_ADDED, FIRST_INPUT = Probe(), Probe(inputs=True)
 
@@ -331,7 +332,7 @@ def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
     return CacheMethod(
-        schedule=schedule, site=Inner(int(k or 1)), predictor=TaylorPredictor(int(order or 1)), spec=spec
+        schedule=schedule, site=Inner(int(k or 1)), predictor=TaylorPredictor(int(order or AUTO_ORDER)), spec=spec
     )
 
 

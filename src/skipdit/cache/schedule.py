@@ -195,10 +195,10 @@ class ExplicitWalker:
         self.passed = self._passed(timestep)
 
 
-# By timestep, how dense full steps want to be: what calibrated schedules of the bundled class-to-image model have in
-# common (`skipdit calibrate emoji`; `benchmarks/calibration.md` has it on models that it was not learned from).
+# By timestep, how dense full steps want to be: learned from the bundled class-to-image model alone, by
+# `benchmarks/learn_auto.py`; `benchmarks/calibration.md` has it on models that it was not learned from.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSITY = (7.24, 1.14, 1.51, 0.13, 0.38, 0.24, 0.43, 0.38, 0.94, 1.43, 2.14, 13.73)
+AUTO_DENSITY = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
 
 
 NOMINAL_STEPS = 50  # of the run on which a speedup is aimed at
