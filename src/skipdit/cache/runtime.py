@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -119,6 +119,7 @@ class CacheRuntime:
         self.timestep_scale = cast(LongSkipModel, model).timestep_scale
         # of the class: what a hook leaves on the instance may have the signature of an unbound function
         self.signature = inspect.signature(MethodType(type(model).forward, model))
+        self.argument_names = tuple(self.signature.parameters)
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.steps: dict[tuple[Decision, ...], tuple[Step, float]] = {}
         self.probed = ProbedSteps.of(self.parts[0], model) if self.parts[0].probe else None
@@ -146,26 +147,28 @@ class CacheRuntime:
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         return_dict = kwargs.pop("return_dict", True)
-        arguments = self.signature.bind(*args, **kwargs).arguments
+        arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
+        if not arguments.keys() >= {"hidden_states", "timestep"}:
+            self.signature.bind(*args, **kwargs)  # raises
         timestep, origin, coming = self._locate(arguments["timestep"])
         trajectory = self._trajectory(arguments, timestep, origin, coming)
         compiled = model._compiled_call_impl is not None
 
         def forward(step: Step, given: Values | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-            if compiled:
-                torch.compiler.cudagraph_mark_step_begin()
-            with _more_graphs() if compiled else nullcontext():
-                output = call(*args, **kwargs, step=step, stored=given)
-            stored = {key: value.detach() for key, value in (output.stored or {}).items()}
             if not compiled:
-                return output.sample, stored
+                output = call(*args, **kwargs, step=step, stored=given)
+                return output.sample, {key: value.detach() for key, value in (output.stored or {}).items()}
+            torch.compiler.cudagraph_mark_step_begin()
+            with nullcontext() if step in trajectory.compiled else _more_graphs():
+                output = call(*args, **kwargs, step=step, stored=given)
+            trajectory.compiled.add(step)
+            stored = {key: value.detach() for key, value in (output.stored or {}).items()}
             # buffers of their own: a CUDA graph overwrites its outputs on the next replay
             return output.sample.clone(), {key: value.clone() for key, value in stored.items()}
 
         sample = self.make_step(model, forward, trajectory, timestep)
         if coming is not None and len(coming) == 1:
             self._check_reused(trajectory)
-        self.peak_bytes_held = max(self.peak_bytes_held, self.bytes_held)
         return LongSkipOutput(sample=sample) if return_dict else (sample,)
 
     def make_step(
@@ -181,13 +184,17 @@ class CacheRuntime:
             given = {}
             for part, state, decision in zip(self.parts, trajectory.states, decisions, strict=True):
                 if decision is not None:
-                    values = _owned(state.stored, part.portions[decision])
+                    values = state.stored
+                    if len(part.portions) > 1:
+                        values = tuple(_of(each, (part.portions[decision],)) for each in values)
                     given |= part.method.predictor.predict(values, state.steps_since_full)
         sample, stored = forward(step, given)
         for part, state, decision in zip(self.parts, trajectory.states, decisions, strict=True):
             if decision is None:
                 _keep(part, state, stored, timestep, model)
             self._count(state, timestep, full=decision is None)
+        if step.store:
+            self.peak_bytes_held = max(self.peak_bytes_held, self.bytes_held)
         trajectory.num_full += not step.reuse
         trajectory.num_reused += bool(step.reuse)
         trajectory.cost += cost
@@ -195,6 +202,8 @@ class CacheRuntime:
 
     def _decisions(self, trajectory: Trajectory, timestep: float) -> tuple[Decision, ...]:
         """Of each part; one does not reuse where a later one leaves out some of its units."""
+        if len(self.parts) == 1:
+            return (trajectory.states[0].decide(timestep),)
         decisions: list[Decision] = []
         left_out: set[int] = set()
         for part, state in reversed(list(zip(self.parts, trajectory.states, strict=True))):
@@ -248,6 +257,7 @@ class CacheRuntime:
         if full or cast(AdaptiveSchedule, part.method.schedule).follows_each_step:
             state.probe = _of(stored, part.probe)
         self._count(state, timestep, full=full)
+        self.peak_bytes_held = max(self.peak_bytes_held, self.bytes_held)
         trajectory.num_full += full
         trajectory.num_reused += not full
         trajectory.cost += cost
@@ -266,8 +276,8 @@ class CacheRuntime:
 
         A pipeline hands on a view of its scheduler's `timesteps`: then the value is known without asking the device.
         """
-        for pipeline in list(self.pipelines):
-            known = pipeline.scheduler.timesteps
+        lists = [pipeline.scheduler.timesteps for pipeline in self.pipelines]
+        for known in lists:
             one_entry = timestep.numel() == 1 or max(timestep.stride()) == 0
             if one_entry and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
                 coming = self._values(known)[timestep.storage_offset() - known.storage_offset() :]
@@ -281,12 +291,15 @@ class CacheRuntime:
         value = values.item()
         # 0.7 in float32 is a timestep of 700, not of 699.99999
         value = value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)
+        if not lists:
+            return value, None, None
         # some of diffusers hand on a copy of their timesteps, in the dtype of the latents; the latest list has it
-        lists = {id(known): known for known in (pipeline.scheduler.timesteps for pipeline in list(self.pipelines))}
-        for known in lists.values():
+        for known in lists:
             self._values(known)
         tolerance = 0.01 + (value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0)
-        for known, entries in (entry for key, entry in self.timesteps.items() if key in lists):
+        for known, entries in self.timesteps.values():
+            if all(known is not each for each in lists):
+                continue
             index = min(range(len(entries)), key=lambda each: abs(entries[each] - value), default=None)
             if index is not None and abs(entries[index] - value) < tolerance:
                 return value, known, entries[index:]
@@ -315,7 +328,7 @@ class CacheRuntime:
             )
 
     def _trajectory(
-        self, arguments: dict[str, Any], timestep: float, origin: Tensor | None, coming: list[float] | None
+        self, arguments: Mapping[str, Any], timestep: float, origin: Tensor | None, coming: list[float] | None
     ) -> Trajectory:
         """The trajectory that this call continues, or a new one.
 
@@ -407,10 +420,6 @@ def _more_graphs() -> Iterator[None]:
 
 def _of(values: Values, portions: tuple[Portion, ...]) -> dict[str, Tensor]:
     return {key: value for key, value in values.items() if any(portion.owns(key) for portion in portions)}
-
-
-def _owned(stored: tuple[Values, ...], portion: Portion) -> tuple[dict[str, Tensor], ...]:
-    return tuple(_of(values, (portion,)) for values in stored)
 
 
 def _keep(part: Part, state: PartState, stored: Values, timestep: float, model: nn.Module) -> None:

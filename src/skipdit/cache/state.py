@@ -10,6 +10,7 @@ from torch import Tensor
 
 from skipdit.cache.predictor import Derivatives, Values
 from skipdit.cache.schedule import Decision
+from skipdit.models.flow import Step
 
 
 @dataclass(eq=False)
@@ -36,14 +37,15 @@ class PartState:
 class Trajectory:
     """One stream of calls: the states of the method's parts, and its counts.
 
-    latents: of the last call. conditioning: labels or text states, which tell a guidance branch from another. cost: of
-    its steps, in full steps.
+    latents: of the last call. conditioning: labels or text states, which tell a guidance branch from another. compiled:
+    the steps whose graphs have been called with its shapes. cost: of its steps, in full steps.
     """
 
     states: list[PartState]
     latents: weakref.ref[Tensor]
     conditioning: tuple[Tensor, ...]
     layout: tuple
+    compiled: set[Step] = field(default_factory=set)
     num_full: int = 0
     num_reused: int = 0
     cost: float = 0.0
