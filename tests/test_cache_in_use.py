@@ -638,3 +638,15 @@ def test_a_model_without_long_skips_is_cached_in_half_precision_too() -> None:
     assert {out.dtype for out in outputs} == {torch.bfloat16}
     assert counts(model) == (3, 3)
     assert cache_summary(model).bytes_held == 2 * 16 * 32 * 2
+
+
+@torch.no_grad()
+def test_named_arguments_continue_a_run_in_any_order() -> None:
+    model = randomize(TINY_FAMILIES["HunyuanDiT2DModel"].build(4))
+    enable_cache(model, "N4")
+    arguments = TINY_FAMILIES["HunyuanDiT2DModel"].arguments()
+    for number, timestep in enumerate((900.0, 800.0, 700.0, 600.0)):
+        step = arguments | TINY_FAMILIES["HunyuanDiT2DModel"].arguments(timestep)
+        names = list(step) if number % 2 else list(reversed(step))
+        model(**{name: step[name] for name in names}, return_dict=False)
+    assert counts(model) == (1, 3)

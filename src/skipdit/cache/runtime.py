@@ -353,8 +353,8 @@ class CacheRuntime:
         latents = arguments["hidden_states"]
         conditioning = tuple(
             value
-            for name, value in arguments.items()
-            if isinstance(value, Tensor) and name not in ("hidden_states", "timestep")
+            for name in self.argument_names
+            if isinstance(value := arguments.get(name), Tensor) and name not in ("hidden_states", "timestep")
         )
         layout = (latents.shape, latents.dtype, latents.device)
         trajectory = run.find(latents, conditioning)
