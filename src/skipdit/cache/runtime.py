@@ -158,12 +158,16 @@ class CacheRuntime:
             if not compiled:
                 output = call(*args, **kwargs, step=step, stored=given)
                 return output.sample, {key: value.detach() for key, value in (output.stored or {}).items()}
-            torch.compiler.cudagraph_mark_step_begin()
+            replays = _may_replay(arguments["hidden_states"])
+            if replays:
+                torch.compiler.cudagraph_mark_step_begin()
             with nullcontext() if step in trajectory.compiled else _more_graphs():
                 output = call(*args, **kwargs, step=step, stored=given)
             trajectory.compiled.add(step)
             stored = {key: value.detach() for key, value in (output.stored or {}).items()}
-            # buffers of their own: a CUDA graph overwrites its outputs on the next replay
+            if not replays:
+                return output.sample, stored
+            # buffers of their own: the graph overwrites its outputs on the next replay
             return output.sample.clone(), {key: value.clone() for key, value in stored.items()}
 
         sample = self.make_step(model, forward, trajectory, timestep)
@@ -405,6 +409,11 @@ class CacheRuntime:
             bytes_held=self.bytes_held,
             peak_bytes_held=self.peak_bytes_held,
         )
+
+
+def _may_replay(latents: Tensor) -> bool:
+    """Whether what is compiled for these may have become a CUDA graph."""
+    return latents.is_cuda
 
 
 @contextmanager
