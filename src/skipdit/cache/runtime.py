@@ -306,7 +306,7 @@ class CacheRuntime:
                 continue
             index = min(range(len(entries)), key=lambda each: abs(entries[each] - value), default=None)
             if index is not None and abs(entries[index] - value) < tolerance:
-                return value, known, entries[index:]
+                return entries[index], known, entries[index:]  # not rounded to the latents' dtype
         return value, None, None
 
     def _values(self, known: Tensor) -> list[float]:
