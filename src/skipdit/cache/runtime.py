@@ -257,7 +257,8 @@ class CacheRuntime:
                 cost = steps.reuse_cost
         if full:
             values = _of(stored, part.portions)
-            state.stored = part.method.predictor.update(state.stored, values, state.steps_since_full)
+            # a unit without the block that is looked at stores nothing
+            state.stored = part.method.predictor.update(state.stored, values, state.steps_since_full) if values else ()
         if full or cast(AdaptiveSchedule, part.method.schedule).follows_each_step:
             state.probe = _of(stored, part.probe)
         self._count(state, timestep, full=full)
