@@ -669,6 +669,12 @@ def test_compiled_there_are_two_whole_graphs_and_no_more(spec: str) -> None:
 def test_a_compiled_wrapper_is_refused_with_the_way_out() -> None:
     with pytest.raises(ValueError, match=r"model\.compile\(fullgraph=True\)"):
         enable_cache(torch.compile(tiny_dit(), backend="eager"), "N2")
+    pipeline = tiny_pipeline()
+    enable_cache(pipeline, "N2")
+    pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+    for change in (disable_cache, cache_summary):
+        with pytest.raises(ValueError, match=r"model\.compile\(fullgraph=True\)"):
+            change(pipeline)
 
 
 def test_the_counter_follows_partial_links() -> None:

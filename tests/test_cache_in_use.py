@@ -309,6 +309,29 @@ def from_picture(pipeline: Any, options: dict[str, Any], strength: float, num_st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_steps", [20, 28])
+def test_timesteps_that_the_pipeline_rounds_are_those_of_the_schedule(
+    num_steps: int, dtype: torch.dtype, flux_pipelines: tuple[Any, Any, dict[str, Any]]
+) -> None:
+    pipeline, _, options = flux_pipelines
+    pipeline.to(dtype)
+    options = {name: value.to(dtype) if isinstance(value, Tensor) else value for name, value in options.items()}
+    options["latents"] = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(3)).to(dtype)
+    options["num_inference_steps"] = num_steps
+    pipeline(**options)
+    full = tuple(range(0, num_steps, 3))
+    timesteps = tuple(pipeline.scheduler.timesteps.tolist())
+    schedule = ExplicitSchedule(full_steps=full, num_inference_steps=num_steps, timesteps=timesteps)
+    enable_cache(pipeline, CacheMethod(schedule=schedule))
+    units: list[int] = []
+    pipeline.transformer.transformer_blocks[2].attn.register_forward_hook(lambda *_: units.append(1))
+    ran = []
+    pipeline.transformer.register_forward_hook(lambda *_: ran.append(len(units)))
+    pipeline(**options)
+    assert tuple(step for step, (a, b) in enumerate(zip([0, *ran], ran, strict=False)) if b > a) == full
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_image_to_image_after_a_broken_run_of_the_same_prompt(
     dtype: torch.dtype, flux_pipelines: tuple[Any, Any, dict[str, Any]]
 ) -> None:
@@ -355,6 +378,21 @@ def latte_pipeline() -> tuple[Any, dict[str, Any]]:
     options = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "latents": latents, "video_length": 3}
     options |= {"negative_prompt": None, "clean_caption": False, "guidance_scale": 3.0}
     return pipeline, options | {"height": 64, "width": 64, "output_type": "latent", "return_dict": False}
+
+
+def test_a_pipeline_that_leaves_out_the_block_that_is_looked_at_samples_in_full() -> None:
+    pytest.importorskip("transformers")
+    pipeline, options = latte_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    options |= {"num_inference_steps": 6, "enable_temporal_attentions": False}
+    units: list[int] = []
+    pipeline.transformer.transformer_blocks[2].attn1.register_forward_hook(lambda *_: units.append(1))
+    pipeline(**options)
+    in_full = len(units)
+    enable_cache(pipeline, "fbcache:0.3")
+    with pytest.raises(ValueError, match="has not reused once in 6 steps"):
+        pipeline(**options)
+    assert len(units) == 2 * in_full
 
 
 @pytest.mark.parametrize("make", [wan_pipeline, latte_pipeline])

@@ -16,7 +16,7 @@ from diffusers import DiTTransformer2DModel, LatteTransformer3DModel, WanTransfo
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
-from tiny import TINY_FAMILIES, in_dtype
+from tiny import TINY_FAMILIES, in_dtype, tiny_dit
 from torch import Tensor, nn
 
 from skipdit.cache.runtime import CachedModel, cache_summary, disable_cache, enable_cache
@@ -374,6 +374,14 @@ def test_under_a_cache_long_skips_are_neither_given_nor_taken() -> None:
         change(model)
     assert type(plain) is long_skip_class(DiTTransformer2DModel)
     assert type(linked) is DiTTransformer2DModel
+
+
+def test_under_a_cache_a_model_of_ours_keeps_its_long_skips() -> None:
+    model = tiny_dit()
+    enable_cache(model, "N2")
+    with pytest.raises(ValueError, match=r"call skipdit\.disable_cache"):
+        remove_long_skips(model)
+    assert model.long_skip_links.sources
 
 
 def test_a_cached_model_saves_and_its_class_loads(tmp_path: Path) -> None:

@@ -486,7 +486,7 @@ def _model_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
             raise ValueError(
                 f"{type(target).__name__} has no transformer to cache, only {', '.join(target.components)}"
             )
-        return target.transformer
+        return _model_of(target.transformer)
     if isinstance(target, torch.nn.parallel.DistributedDataParallel):
         return target.module
     if type(target).__module__.startswith("torch._dynamo"):
