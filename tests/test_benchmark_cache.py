@@ -32,8 +32,8 @@ from skipdit.benchmark.cache_report import (
     standing,
     verdict,
 )
+from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
-from skipdit.cache.runtime import cache_summary
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source, load_source
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline

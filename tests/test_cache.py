@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny import inputs, tiny_dit, tiny_pipeline
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import METHODS, CacheMethod, parse_method
 from skipdit.cache.predictor import TaylorPredictor
-from skipdit.cache.runtime import cache_context, cache_summary, disable_cache, enable_cache
+from skipdit.cache.runtime import cache_context
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import DeepFeatures, UnitRange
 from skipdit.checkpoints import load_model

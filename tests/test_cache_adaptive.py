@@ -12,7 +12,8 @@ from einops import rearrange
 from tiny import tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
-from skipdit.cache.runtime import cache_summary, enable_cache, relative_change
+from skipdit.cache.enable import cache_summary, enable_cache
+from skipdit.cache.runtime import relative_change
 from skipdit.cache.schedule import ProbeSchedule, RateSchedule
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig

@@ -13,8 +13,8 @@ import torch
 from tiny import TINY_FAMILIES, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import METHODS, CacheMethod
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import IntervalSchedule, resolve
 from skipdit.cache.site import UnitRange
 from skipdit.models.long_skip import LongSkipConfig

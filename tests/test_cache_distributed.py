@@ -22,8 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips

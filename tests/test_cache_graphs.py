@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import METHODS
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 

@@ -17,8 +17,8 @@ from diffusers.hooks import apply_group_offloading
 from tiny import TINY_FAMILIES, randomize, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
+from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.runtime import CachedModel, cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, long_skip_class

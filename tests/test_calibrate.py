@@ -10,10 +10,10 @@ import torch
 from tiny import randomize, tiny_dit
 
 from skipdit.cache.calibrate import Trials, measure, probed_steps, smooth_errors, smooth_schedule
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
 from skipdit.cache.plan import choose, plan
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
 from skipdit.calibration import CalibrateConfig, Row, at_compute, calibrate
@@ -200,6 +200,9 @@ def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, 
         ({"seed": 3, "held_out_seed": 3}, "held_out_seed must differ"),
         ({"refine": -1}, "refine must be at least 0"),
         ({"rivals": ("N0",)}, "interval must be at least 1"),
+        ({"method": "fora", "shallow_units": (2,)}, r"shallow_units of fora must be left out, as all units run"),
+        ({"method": "smoothcache", "shallow_units": (1, 3)}, r"shallow_units of smoothcache must be left out"),
+        ({"method": "delta-taylor", "shallow_units": (1, 3)}, r"of delta-taylor must be one number, got \(1, 3\)"),
     ],
 )
 def test_bad_configs_are_refused(options: dict, message: str) -> None:
@@ -243,6 +246,71 @@ def test_a_target_out_of_reach_is_left_out_and_named(pipeline: ClassToImagePipel
     assert "Out of reach: 9x." in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match=r"no target is within reach: speedup must be between 1 and 1\.\d+, got 9"):
         calibrate(source, replace(config, speedups=(9.0,)), tmp_path)
+
+
+def test_a_target_out_of_reach_of_smoothcache_is_left_out_too(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
+    config = CalibrateConfig(
+        method="smoothcache",
+        speedups=(1.2, 50.0),
+        num_samples=1,
+        steps=NUM_STEPS,
+        trials=Trials(max_age=2, max_spacing=1, num_probed=2),
+        rivals=(),
+    )
+    source = Source(ClassToImageSampler(pipeline))
+    calibrate(source, config, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.json") if path.name != "report.json"] == ["1.2x.json"]
+    assert "Out of reach: 50x." in (tmp_path / "report.md").read_text()
+    with pytest.raises(ValueError, match=r"no target is within reach: all branches reused give \d\.\d\dx"):
+        calibrate(source, replace(config, speedups=(50.0,)), tmp_path)
+
+
+def test_a_schedule_with_the_first_step_alone_in_full_is_not_refined(
+    pipeline: ClassToImagePipeline, tmp_path: Path
+) -> None:
+    config = CalibrateConfig(
+        speedups=(2.3,),
+        num_samples=1,
+        steps=NUM_STEPS,
+        trials=Trials(orders=(1,), max_age=6, max_spacing=1, num_probed=2),
+        refine=3,
+        rivals=(),
+    )
+    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    assert rows[0].steps_full == 1
+
+
+def test_a_model_of_three_units_calibrates_where_auto_has_no_speedup(tmp_path: Path) -> None:
+    pipeline = ClassToImagePipeline(
+        tiny_dit(3, in_channels=3, out_channels=3, sample_size=16),
+        make_scheduler(Objective(process="flow", prediction_type="flow_prediction"), "euler"),
+    )
+    with pytest.raises(ValueError, match=r"a speedup of 1\.8 is out of reach"):
+        enable_cache(pipeline, "auto")
+    config = CalibrateConfig(
+        method="fora",
+        speedups=(1.2,),
+        num_samples=1,
+        steps=NUM_STEPS,
+        trials=Trials(orders=(0,), max_age=2, max_spacing=1, num_probed=2),
+        rivals=(),
+    )
+    calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    assert json.loads((tmp_path / "1.2x.json").read_text())["made_for"]["num_units"] == 3
+
+
+def test_a_measurement_that_is_stopped_leaves_no_cache(pipeline: ClassToImagePipeline) -> None:
+    runs: list[int] = []
+
+    def stopped() -> torch.Tensor:
+        runs.append(1)
+        if len(runs) == 2:  # the first that reuses
+            raise KeyboardInterrupt
+        return sample(pipeline)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(pipeline, stopped, DeepFeatures(1), Trials(orders=(1,), max_age=2, max_spacing=1, num_probed=2))
+    assert not pipeline.transformer.is_cache_enabled
 
 
 @pytest.mark.parametrize("name", BUNDLED)

@@ -150,7 +150,7 @@ def test_the_authors_timesteps_and_posterior(shared: Path) -> None:
 def test_ddim_with_guidance_equals_the_authors(case: str, shared: Path) -> None:
     """The final latents are as large as 386, where float32 resolves 3e-5: the reference itself differs from exact
     arithmetic (the same run in float64) by 2e-4. So the bound is 2e-6 of the largest latent."""
-    from skipdit.cache.runtime import enable_cache
+    from skipdit.cache.enable import enable_cache
 
     cases = load_file(shared / "parity" / "dit_skip_cases.safetensors")
     model = load_model(shared / "parity" / "dit_skip.safetensors", num_attention_heads=2)

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_FAMILIES
 from torch import Tensor, nn
 
-from skipdit.cache.runtime import CacheSummary, cache_summary, enable_cache
+from skipdit.cache.enable import cache_summary, enable_cache
+from skipdit.cache.state import CacheSummary
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 

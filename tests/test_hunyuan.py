@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, HunyuanDiT2DControlNetModel,
 from tiny import SMALL, TINY_FAMILIES, randomize
 from torch import Tensor, nn
 
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 
 HUNYUAN = TINY_FAMILIES["HunyuanDiT2DModel"]
 

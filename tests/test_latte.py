@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from tiny import tiny_latte
 from torch import Tensor
 
+from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.runtime import cache_summary, enable_cache
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.models.flow import Step

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import tiny_dit, tiny_latte
 from torch import Tensor
 
-from skipdit.cache.runtime import cache_summary, enable_cache
+from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 

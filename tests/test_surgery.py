@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import TINY_FAMILIES, in_dtype, tiny_dit
 from torch import Tensor, nn
 
-from skipdit.cache.runtime import CachedModel, cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
 from skipdit.models.families import FAMILIES, Family, declare_family
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import RunsUnits, add_long_skips, long_skip_class, open_units, remove_long_skips

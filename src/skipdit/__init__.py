@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipdit.cache.enable import cache_summary as cache_summary
+    from skipdit.cache.enable import disable_cache as disable_cache
+    from skipdit.cache.enable import enable_cache as enable_cache
     from skipdit.cache.runtime import cache_context as cache_context
-    from skipdit.cache.runtime import cache_summary as cache_summary
-    from skipdit.cache.runtime import disable_cache as disable_cache
-    from skipdit.cache.runtime import enable_cache as enable_cache
     from skipdit.checkpoints import load_model as load_model
     from skipdit.models.dit import DiT as DiT
     from skipdit.models.families import Family as Family
@@ -30,10 +30,10 @@ _MODULES = {
     "LongSkipConfig": "skipdit.models.long_skip",
     "add_long_skips": "skipdit.models.surgery",
     "cache_context": "skipdit.cache.runtime",
-    "cache_summary": "skipdit.cache.runtime",
+    "cache_summary": "skipdit.cache.enable",
     "declare_family": "skipdit.models.families",
-    "disable_cache": "skipdit.cache.runtime",
-    "enable_cache": "skipdit.cache.runtime",
+    "disable_cache": "skipdit.cache.enable",
+    "enable_cache": "skipdit.cache.enable",
     "load_model": "skipdit.checkpoints",
     "long_skip_class": "skipdit.models.surgery",
     "remove_long_skips": "skipdit.models.surgery",

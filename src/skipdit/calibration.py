@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,12 +16,12 @@ from rich.progress import Progress
 from torch import Tensor
 
 from skipdit.cache.calibrate import Measured, Trials, measure, smooth_errors, smooth_schedule
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
-from skipdit.cache.methods import METHODS, CacheMethod, MadeFor, parse_method
+from skipdit.cache.methods import EVERY, METHODS, CacheMethod, MadeFor, parse_method
 from skipdit.cache.plan import choose, plan
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
-from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, resolve
-from skipdit.cache.site import BranchOutputs
+from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, resolve
+from skipdit.cache.site import BranchOutputs, Site
 from skipdit.compare import SampleConfig, choose_wanted, versions
 from skipdit.files import atomic_file
 from skipdit.loading import Source
@@ -83,8 +84,19 @@ class CalibrateConfig:
             raise ValueError(f"refine must be at least 0, got {self.refine}")
         if self.seed == self.held_out_seed:
             raise ValueError(f"held_out_seed must differ from seed, got {self.seed} for both")
+        known = tuple(map(int, re.findall(r"\d+", self.site.options)))
+        if self.shallow_units not in (known, type(self).shallow_units):
+            raise ValueError(
+                f"shallow_units of {self.method} must be "
+                f"{'one number' if known else 'left out, as all units run'}, got {self.shallow_units}"
+            )
         for spec in self.rivals:
             parse_method(spec)
+
+    @property
+    def site(self) -> Site:
+        make = METHODS[self.method].site
+        return BranchOutputs(EVERY) if make is None else make(self.shallow_units)
 
     @property
     def targets(self) -> dict[str, dict[str, float]]:
@@ -237,6 +249,8 @@ def refine(found: Found, num_trials: int, measured: Measured, sampling: Sampling
     for _ in range(num_trials):
         schedule = explicit(found.method)
         movable = [step for step in schedule.full_steps if step > 0]
+        if not movable:
+            break
         moved = int(generator.choice(movable))
         offset = int(generator.choice([-2, -1, 1, 2]))
         steps = tuple(sorted({*schedule.full_steps} - {moved} | {moved + offset}))
@@ -306,7 +320,7 @@ def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
     pipeline.set_progress_bar_config(disable=True)
     made_for = MadeFor(
         model=type(pipeline.transformer).__name__,
-        num_units=num_units_of(pipeline),
+        num_units=num_units_of(pipeline, config.site),
         weights=fingerprint(pipeline.transformer),
         scheduler=type(pipeline.scheduler).__name__,
         guidance_scale=config.guidance_scale,
@@ -317,9 +331,7 @@ def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
         if config.method == "smoothcache":
             found = find_smooth(config, sampling)
         else:
-            row = METHODS[config.method]
-            assert row.site is not None
-            measured = measure(pipeline, sampling, row.site(config.shallow_units), config.trials, advance=advance)
+            measured = measure(pipeline, sampling, config.site, config.trials, advance=advance)
             found = find_schedules(measured, config, sampling)
     for each in found:
         fields = to_fields(each, config, made_for)
@@ -332,8 +344,8 @@ def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
     return rows
 
 
-def num_units_of(pipeline: Any) -> int:
-    enable_cache(pipeline, "auto")
+def num_units_of(pipeline: Any, site: Site) -> int:
+    enable_cache(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=site))
     try:
         return cache_summary(pipeline).num_units
     finally:
@@ -341,10 +353,11 @@ def num_units_of(pipeline: Any) -> int:
 
 
 def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
-    """SmoothCache's rule for each target speedup: the threshold by bisection."""
+    """SmoothCache's rule for each target speedup: the threshold by bisection. None for a target out of reach;
+    `ValueError` if all are."""
     pipeline = sampling.source.sampler.pipeline
     seen = smooth_errors(pipeline, sampling, max_age=config.trials.max_age)
-    found = []
+    found, most = [], 1.0
     for speedup in config.speedups:
         low, high = 0.0, 10.0
         for _ in range(30):
@@ -352,6 +365,9 @@ def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
             reached = seen.compute_ratio(smooth_schedule(seen, threshold)) >= speedup
             low, high = (low, threshold) if reached else (threshold, high)
         method = smooth_schedule(seen, high)
+        most = max(most, seen.compute_ratio(method))
+        if seen.compute_ratio(method) < speedup:
+            continue
         samples, summary = sampling.cached(method)
         measured = mean_psnr(samples, seen.reference)[0]
         found.append(
@@ -363,6 +379,8 @@ def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
                 measured_psnr_db=measured,
             )
         )
+    if not found:
+        raise ValueError(f"no target is within reach: all branches reused give {most:.2f}x")
     return found
 
 

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.runtime import CacheSummary, cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import resolve
+from skipdit.cache.state import CacheSummary
 from skipdit.files import atomic_file
 from skipdit.loading import DTypeName, Source, TaskName, load_source
 from skipdit.metrics.paired import psnr_db, ssim

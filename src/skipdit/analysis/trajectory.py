@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skipdit.analysis.record import record_inputs, record_outputs
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.diffusion import guide
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline

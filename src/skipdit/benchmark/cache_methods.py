@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.loading import Source
 from skipdit.samplers import Sampler
 

@@ -41,8 +41,8 @@ from skipdit.benchmark.rival_techniques import (
     Technique,
 )
 from skipdit.benchmark.rivals import RivalCache
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
 from skipdit.loading import Source, load_source

@@ -27,7 +27,8 @@ from skipdit.benchmark.measure import (
     threads,
     write_report,
 )
-from skipdit.cache.runtime import CacheSummary, cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.state import CacheSummary
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
 from skipdit.files import atomic_file

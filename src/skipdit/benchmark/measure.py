@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.runtime import cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.files import atomic_file

@@ -42,8 +42,8 @@ from skipdit.benchmark.video_models import (
     make_subjects,
     num_outputs,
 )
+from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
-from skipdit.cache.runtime import cache_summary
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import Objective, make_scheduler
 

@@ -16,17 +16,11 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.plan import ReuseErrors
 from skipdit.cache.predictor import Derivatives, TaylorPredictor, Values
-from skipdit.cache.runtime import (
-    CachedModel,
-    CacheRuntime,
-    cache_summary,
-    disable_cache,
-    enable_cache,
-    relative_change,
-)
+from skipdit.cache.runtime import CacheRuntime, relative_change
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, Site, step_cost
 from skipdit.cache.state import Trajectory
@@ -209,9 +203,11 @@ def measure(
         full = tuple(each for each in range(num_steps) if each != step)
         alone = ExplicitSchedule(full_steps=full, num_inference_steps=num_steps)
         enable_cache(pipeline, CacheMethod(schedule=alone, site=site, predictor=TaylorPredictor(order)))
-        sampled = sample()
-        assert cache_summary(pipeline).steps_reused >= 1
-        disable_cache(pipeline)
+        try:
+            sampled = sample()
+            assert cache_summary(pipeline).steps_reused >= 1
+        finally:
+            disable_cache(pipeline)
         final = (sampled - reference).square().mean().item()
         shown.append(max(final, 1e-12) / max(errors[order][0, step, 0, 0], 1e-20))
         advance()

@@ -15,9 +15,12 @@ NUM_SAMPLED = 64  # entries of each weight
 
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that tell weights from others: from names, shapes and evenly spaced entries of all of them,
-    so that it takes a moment whatever the size. The same on every device, and another in another dtype."""
+    so that it takes a moment whatever the size. The same on every device, and another in another dtype. `ValueError`
+    where weights are on the meta device, as offloading leaves them there."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
+        if weight.is_meta:
+            raise ValueError(f"{name} is on the meta device: take the fingerprint before offloading")
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(_sampled(weight).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -31,7 +34,7 @@ def _sampled(weight: Tensor) -> Tensor:
 
 def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -> None:
     """`ValueError` where a schedule was calibrated on another kind of model; a warning where only the weights or the
-    scheduler differ, for which it may be less good."""
+    scheduler differ, for which it may be less good. Weights that are offloaded are not compared."""
     name, num_units = type(model).__name__, cast(LongSkipModel, model).long_skip_links.num_units
     if (name, num_units) != (made_for.model, made_for.num_units):
         raise ValueError(
@@ -39,8 +42,10 @@ def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -
             f"{num_units}: run skipdit calibrate on this model"
         )
     differs = []
-    if fingerprint(model) != made_for.weights:
-        differs.append("other weights")
+    weights = list(model.parameters())
+    if not any(weight.is_meta for weight in weights) and fingerprint(model) != made_for.weights:
+        dtype = weights[0].dtype
+        differs.append("other weights" if dtype == torch.float32 else f"other weights, or these before {dtype}")
     if scheduler is not None and scheduler != made_for.scheduler:
         differs.append(f"{made_for.scheduler} instead of {scheduler}")
     if differs:

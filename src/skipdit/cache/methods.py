@@ -50,8 +50,10 @@ class CacheMethod:
     def __post_init__(self) -> None:
         if self.schedule.is_adaptive and self.others:
             raise ValueError("an adaptive schedule decides for the whole step: it goes with no other choice")
-        if self.probe is not None and not self.schedule.is_adaptive:
-            raise ValueError(f"a probe is for an adaptive schedule, got {self.schedule}")
+        if (self.probe is not None) != isinstance(self.schedule, ProbeSchedule):
+            raise ValueError(
+                f"a ProbeSchedule and a probe go together, got {type(self.schedule).__name__} and probe {self.probe}"
+            )
 
     @property
     def parts(self) -> "tuple[CacheMethod, ...]":

@@ -1,7 +1,6 @@
-"""Switches a cache on and off, and runs each call of the model as a full or a reuse step.
+"""Runs each call of a cached model as a full or a reuse step.
 
-`enable_cache` swaps the model's class for a final subclass whose `__call__` decides and then calls the model. The
-decision is thus made outside whatever `model.compile()` compiled: a step runs one of two whole graphs.
+The decision is made outside whatever `model.compile()` compiled: a step runs one of two whole graphs.
 
 State belongs to a run, never to the model: a `Trajectory` a context and a stream of calls, kept until the run ends.
 """
@@ -9,36 +8,35 @@ State belongs to a run, never to the model: a `Trajectory` a context and a strea
 import dataclasses
 import inspect
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from skipdit.cache.fingerprint import check_made_for
-from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Values
 from skipdit.cache.ranks import agreed
-from skipdit.cache.schedule import AdaptiveSchedule, Decision, resolve
+from skipdit.cache.schedule import AdaptiveSchedule, Decision, ExplicitSchedule, resolve
 from skipdit.cache.site import step_cost
-from skipdit.cache.state import CacheSummary, Counts, PartState, Run, Trajectory
-from skipdit.models.families import find_family
+from skipdit.cache.state import CacheSummary, Conditions, Counts, PartState, Place, Run, Trajectory
 from skipdit.models.flow import Portion, Step, Units
 from skipdit.models.long_skip import LongSkipModel, LongSkipOutput
-from skipdit.models.surgery import close_units, open_units
 
 _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
+_branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
 
-# more calls than this at one timestep are not guidance branches but a loop that the cache misunderstands
+# more calls than this at one timestep are not guidance branches but a loop that the cache misunderstands; nor is more
+# of one run kept
 MAX_STREAMS = 16
+# so many runs of one step each, one after the other, are not runs but timesteps that rise
+MAX_SINGLE_STEPS = 4
 # of more contexts than this the least recently called are dropped
 MAX_RUNS = 64
 # of one forward torch.compile makes 8 graphs by default; here each kind of step has one for each kind of shapes
@@ -52,11 +50,22 @@ def cache_context(name: str) -> Iterator[None]:
     Needed only where one model serves runs that take turns at different timesteps; a pipeline of ours enters one by
     itself, and guidance branches that are called one after the other at the same timestep are told apart without it.
     """
-    token = _context.set((*_context.get(), name))
+    with _entered(_context, name):
+        yield
+
+
+def branch_context(name: str) -> AbstractContextManager[None]:
+    """Calls inside are a branch of the current run, apart from its others, and end with it."""
+    return _entered(_branch, name)
+
+
+@contextmanager
+def _entered(names: ContextVar[tuple[str, ...]], name: str) -> Iterator[None]:
+    token = names.set((*names.get(), name))
     try:
         yield
     finally:
-        _context.reset(token)
+        names.reset(token)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,12 @@ def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
         if portions:
             schedule = each.schedule.for_cost(step_cost(model, portions[:1]))
             probe = each.probe.portions(model) if each.probe is not None else ()
+            num_variants = schedule.num_variants if isinstance(schedule, ExplicitSchedule) else 1
+            if num_variants > len(portions):
+                raise ValueError(
+                    f"variants of a schedule must be below {len(portions)}, the number of its num_shallow_units, got "
+                    f"{num_variants - 1}"
+                )
             parts.append(Part(dataclasses.replace(each, schedule=schedule, others=()), portions, probe))
     if not parts:
         raise ValueError(f"{type(model).__name__} has nothing that {method} could reuse")
@@ -95,8 +110,12 @@ class ProbedSteps:
 
     @classmethod
     def of(cls, part: Part, model: nn.Module) -> "ProbedSteps":
-        (portion,) = part.portions
-        assert isinstance(portion, Units)
+        portion, *others = part.portions
+        if others or not isinstance(portion, Units) or portion.start == 0:
+            raise ValueError(
+                "a probe is seen in the first units, before the decision, so what is reused must be units behind them "
+                f"(Stack, DeepFeatures of one number of units, UnitRange), got {', '.join(map(str, part.portions))}"
+            )
         head = Units(start=0, stop=portion.start)
         return cls(
             head=head,
@@ -120,15 +139,21 @@ class CacheRuntime:
         # of the class: what a hook leaves on the instance may have the signature of an unbound function
         self.signature = inspect.signature(MethodType(type(model).forward, model))
         self.argument_names = tuple(self.signature.parameters)
+        self.defaults = {
+            name: parameter.default
+            for name, parameter in self.signature.parameters.items()
+            if name not in ("hidden_states", "timestep", "return_dict", "step", "stored")
+        }
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.steps: dict[tuple[Decision, ...], tuple[Step, float]] = {}
         self.probed = ProbedSteps.of(self.parts[0], model) if self.parts[0].probe else None
         self.reset()
 
     def reset(self) -> None:
-        self.runs: dict[tuple[str, ...], Run] = {}
+        # by context, and by branch where the model's own `cache_context` names it
+        self.runs: dict[tuple[tuple[str, ...], tuple[str, ...]], Run] = {}
         self.timesteps: dict[int, tuple[Tensor, list[float]]] = {}
-        self.num_calls = 0
+        self.num_calls, self.num_single_steps = 0, 0
         self.ended_at, self.ended_counts = 0, Counts()
         self.peak_bytes_held = 0
 
@@ -136,7 +161,7 @@ class CacheRuntime:
         """A copied model caches in the same way and shares no state."""
         copy = object.__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy.pipelines = weakref.WeakSet()
+        copy.pipelines = weakref.WeakSet(memo[id(each)] for each in self.pipelines if id(each) in memo)
         copy.reset()
         return copy
 
@@ -150,8 +175,8 @@ class CacheRuntime:
         arguments = dict(zip(self.argument_names, args, strict=False)) | kwargs
         if not arguments.keys() >= {"hidden_states", "timestep"}:
             self.signature.bind(*args, **kwargs)  # raises
-        timestep, origin, coming = self._locate(arguments["timestep"])
-        trajectory = self._trajectory(arguments, timestep, origin, coming)
+        place = self._locate(arguments["timestep"])
+        trajectory = self._trajectory(arguments, place)
         compiled = model._compiled_call_impl is not None
 
         def forward(step: Step, given: Values | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -170,9 +195,9 @@ class CacheRuntime:
             # buffers of their own: the graph overwrites its outputs on the next replay
             return output.sample.clone(), {key: value.clone() for key, value in stored.items()}
 
-        sample = self.make_step(model, forward, trajectory, timestep)
-        if coming is not None and len(coming) == 1:
-            self._check_reused(trajectory)
+        sample = self.make_step(model, forward, trajectory, place.timestep)
+        if place.coming is not None and len(place.coming) == 1:
+            self._check_reused()
         return LongSkipOutput(sample=sample) if return_dict else (sample,)
 
     def make_step(
@@ -275,18 +300,19 @@ class CacheRuntime:
             state.stored = ()
         state.walker.advance(timestep, full=full)
 
-    def _locate(self, timestep: Tensor) -> tuple[float, Tensor | None, list[float] | None]:
-        """The timestep's value, the list of a watched scheduler that it is an entry of, and from it on the timesteps of
-        a watched scheduler that has it.
+    def _locate(self, timestep: Tensor) -> Place:
+        """The value of a call's timestep, and its place in the list of a watched scheduler.
 
         A pipeline hands on a view of its scheduler's `timesteps`: then the value is known without asking the device.
         """
-        lists = [pipeline.scheduler.timesteps for pipeline in self.pipelines]
+        schedulers = [pipeline.scheduler for pipeline in self.pipelines]
+        lists = [scheduler.timesteps for scheduler in schedulers]
         for known in lists:
             one_entry = timestep.numel() == 1 or max(timestep.stride()) == 0
             if one_entry and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
-                coming = self._values(known)[timestep.storage_offset() - known.storage_offset() :]
-                return coming[0], known, coming
+                index = timestep.storage_offset() - known.storage_offset()
+                coming = self._values(known)[index:]
+                return Place(coming[0], known, coming, index)
         values = timestep if timestep.numel() == 1 else timestep.unique()
         if values.numel() != 1:
             raise ValueError(
@@ -296,9 +322,11 @@ class CacheRuntime:
         value = values.item()
         # 0.7 in float32 is a timestep of 700, not of 699.99999
         value = value if self.timestep_scale == 1 else round(value * self.timestep_scale, 3)
+        # some of diffusers hand on a copy of their timesteps, in the dtype of the latents; the latest list has it. A
+        # scheduler that has not been set up lists every timestep that there is
+        lists = [each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None]
         if not lists:
-            return value, None, None
-        # some of diffusers hand on a copy of their timesteps, in the dtype of the latents; the latest list has it
+            return Place(value)
         for known in lists:
             self._values(known)
         tolerance = 0.01 + (value * torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0)
@@ -307,8 +335,8 @@ class CacheRuntime:
                 continue
             index = min(range(len(entries)), key=lambda each: abs(entries[each] - value), default=None)
             if index is not None and abs(entries[index] - value) < tolerance:
-                return entries[index], known, entries[index:]  # not rounded to the latents' dtype
-        return value, None, None
+                return Place(entries[index], known, entries[index:])  # not rounded to the latents' dtype
+        return Place(value)
 
     def _values(self, known: Tensor) -> list[float]:
         """A scheduler's timesteps as numbers, read once a run."""
@@ -325,69 +353,92 @@ class CacheRuntime:
         if all(all(resolve(part.method.schedule, timesteps)) for part in self.parts):
             raise ValueError(f"cache {self.method} would never reuse in {len(timesteps)} steps")
 
-    def _check_reused(self, trajectory: Trajectory) -> None:
+    def _check_reused(self) -> None:
         """`ValueError` at the last step of a run in which an adaptive schedule has never reused."""
-        if self.method.schedule.is_adaptive and not self.method.may_stay_full and not trajectory.num_reused:
-            raise ValueError(
-                f"cache {self.method} has not reused once in {trajectory.num_full} steps: raise its threshold"
-            )
+        counts = self.counts
+        if self.method.schedule.is_adaptive and not self.method.may_stay_full and not counts.reused:
+            raise ValueError(f"cache {self.method} has not reused once in {counts.full} steps: raise its threshold")
 
-    def _trajectory(
-        self, arguments: Mapping[str, Any], timestep: float, origin: Tensor | None, coming: list[float] | None
-    ) -> Trajectory:
+    def _trajectory(self, arguments: Mapping[str, Any], place: Place) -> Trajectory:
         """The trajectory that this call continues, or a new one.
 
         A new run starts where the scheduler has new timesteps or the timestep rises. Within it, calls with other labels
         or text states are another trajectory (a guidance branch), and so is a second call at the same timestep with
         other latents (a run in lockstep).
         """
-        path = _context.get()
-        run = self.runs.pop(path, None)
-        if run is None or run.origin is not origin or timestep > run.timestep:
-            if coming is not None:
-                self._check_reuses(coming)
-            run = Run(origin=origin, timestep=timestep)
-        self.runs[path] = run  # the last called stands last
+        key = _context.get(), _branch.get()
+        run = self.runs.pop(key, None)
+        if run is None or not run.goes_on(place):
+            if place.coming is not None:
+                self._check_reuses(place.coming)
+            self._watch_rising(run, place)
+            self._drop_broken(key[0], place)
+            run = Run(place)
+        else:
+            run.moves_to(place)
+        self.runs[key] = run  # the last called stands last
         if len(self.runs) > MAX_RUNS:
             del self.runs[next(iter(self.runs))]
         self.num_calls += 1
         run.last_call = self.num_calls
-        if timestep < run.timestep:
-            run.timestep, run.stepped = timestep, []
 
         latents = arguments["hidden_states"]
-        conditioning = tuple(
-            value
-            for name in self.argument_names
-            if isinstance(value := arguments.get(name), Tensor) and name not in ("hidden_states", "timestep")
+        given = [(name, arguments.get(name, default)) for name, default in self.defaults.items()]
+        conditions = Conditions(
+            tuple(value for _, value in given if isinstance(value, Tensor)),
+            tuple((name, value) for name, value in given if _is_choice(value)),
         )
         layout = (latents.shape, latents.dtype, latents.device)
-        trajectory = run.find(latents, conditioning)
-        if trajectory is None or trajectory.layout != layout:
-            if trajectory is not None:
-                run.trajectories.remove(trajectory)
+        trajectory = run.find(latents, layout, conditions)
+        if trajectory is None:
+            if len(run.trajectories) == MAX_STREAMS:
+                if run.dropped == Counts():
+                    warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=4)
+                run.drop_oldest()
             states = [PartState(part.method.schedule.walk()) for part in self.parts]
-            trajectory = Trajectory(states, weakref.ref(latents), conditioning, layout)
+            trajectory = Trajectory(states, layout, weakref.ref(latents), conditions, conditions.versions)
             run.trajectories.append(trajectory)
-        trajectory.latents, trajectory.conditioning = weakref.ref(latents), conditioning
+        trajectory.latents, trajectory.conditions = weakref.ref(latents), conditions
+        trajectory.versions = conditions.versions
         run.stepped.append(trajectory)
         if len(run.stepped) > MAX_STREAMS:
             raise RuntimeError(
-                f"more than {MAX_STREAMS} different calls at timestep {timestep:g}: "
+                f"more than {MAX_STREAMS} different calls at timestep {place.timestep:g}: "
                 "name the runs that take turns with skipdit.cache_context"
             )
         return trajectory
+
+    def _drop_broken(self, path: tuple[str, ...], place: Place) -> None:
+        """Branches of this context's run before, which has not come to its end: of other timesteps of a scheduler."""
+        for key, run in list(self.runs.items()):
+            lists = run.place.timesteps, place.timesteps
+            if key[0] == path and lists[0] is not lists[1] and all(each is not None for each in lists):
+                del self.runs[key]
+
+    def _watch_rising(self, before: Run | None, place: Place) -> None:
+        """Warns where every call begins a run, as in an inversion by hand."""
+        rises = before is not None and before.place.timestep < place.timestep and place.index is None
+        single = before is not None and before.counts.full + before.counts.reused <= len(before.stepped)
+        self.num_single_steps = self.num_single_steps + 1 if rises and single else 0
+        if self.num_single_steps == MAX_SINGLE_STEPS:
+            warnings.warn(
+                "timesteps rise from call to call, so each is taken for the first step of a run, in full: a run that "
+                "adds noise (inversion) reuses only in a pipeline, or under its scheduler: "
+                "skipdit.enable_cache(pipeline, ...)",
+                stacklevel=5,
+            )
 
     # ------------------------------------------------------------------------------------------------------------------
     # The end of a run, and what is said about it
 
     def end_runs(self) -> None:
-        """Drops what the runs of the current context hold; their counts stay for the summary. Outside of any context
-        these are the calls outside of any context."""
+        """Drops what the runs of the current context hold, all branches; their counts stay for the summary. Outside of
+        any context these are the calls outside of any context."""
         path = _context.get()
-        ended = [key for key in self.runs if (key[: len(path)] == path if path else not key)]
+        ended = [key for key in list(self.runs) if (key[0][: len(path)] == path if path else not key[0])]
         if ended:
-            self.ended_at, self.ended_counts = self.num_calls, Counts.of(self.runs[key] for key in ended)
+            self.ended_at = self.num_calls
+            self.ended_counts = sum((self.runs[key].counts for key in ended), Counts())
         for key in ended:
             del self.runs[key]
         self.timesteps.clear()
@@ -396,9 +447,14 @@ class CacheRuntime:
     def bytes_held(self) -> int:
         return sum(trajectory.bytes_held for run in list(self.runs.values()) for trajectory in run.trajectories)
 
+    @property
+    def counts(self) -> Counts:
+        """Of the current runs, or of those that have ended last."""
+        current = [run.counts for run in list(self.runs.values()) if run.last_call > self.ended_at]
+        return sum(current, Counts()) if current else self.ended_counts
+
     def summary(self) -> CacheSummary:
-        current = [run for run in self.runs.values() if run.last_call > self.ended_at]
-        counts = Counts.of(current) if current else self.ended_counts
+        counts = self.counts
         return CacheSummary(
             method=str(self.method),
             model=self.model_name,
@@ -410,6 +466,13 @@ class CacheRuntime:
             bytes_held=self.bytes_held,
             peak_bytes_held=self.peak_bytes_held,
         )
+
+
+def _is_choice(value: Any) -> bool:
+    """Whether an argument says what a model does, as SD3's `skip_layers`; a number with a fraction is a strength."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_choice(each) for each in value)
+    return value is None or isinstance(value, (bool, int, str))
 
 
 def _may_replay(latents: Tensor) -> bool:
@@ -449,128 +512,3 @@ def relative_change(values: Values, before: Values) -> float:
     distance = sum((values[key] - before[key]).abs().float().sum() for key in values)
     norm = sum(before[key].abs().float().sum() for key in values)
     return 0.0 if distance == 0 else float(distance / norm)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# On and off
-
-
-class CachedModel(nn.Module):
-    """Mixed in front of a model's class while its cache is on; `_cached_class` makes the final subclass."""
-
-    _skipdit_cache: CacheRuntime
-    is_cache_enabled = True
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._skipdit_cache.call(self, super().__call__, args, kwargs)
-
-    def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers' pipelines call this at the end of a run."""
-        self._skipdit_cache.end_runs()
-
-
-@lru_cache
-def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
-    """The cached subclass, of the same name, so that a saved config names the model."""
-    namespace = {
-        "__module__": model_class.__module__,
-        "__qualname__": model_class.__qualname__,
-        "__doc__": model_class.__doc__,
-    }
-    return type(model_class.__name__, (CachedModel, model_class), namespace)
-
-
-def _model_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
-    if isinstance(target, DiffusionPipeline):
-        if "transformer" not in target.components:
-            raise ValueError(
-                f"{type(target).__name__} has no transformer to cache, only {', '.join(target.components)}"
-            )
-        return _model_of(target.transformer)
-    if isinstance(target, torch.nn.parallel.DistributedDataParallel):
-        return target.module
-    if type(target).__module__.startswith("torch._dynamo"):
-        raise ValueError(
-            "torch.compile(model) would compile the cache's decision: call model.compile(fullgraph=True) instead"
-        )
-    if not isinstance(target, nn.Module):
-        raise TypeError(f"a cache needs a model or a pipeline, got {type(target).__name__}")
-    return target
-
-
-def _runtime_of(target: nn.Module | DiffusionPipeline) -> CacheRuntime:
-    model = _model_of(target)
-    if not isinstance(model, CachedModel):
-        raise ValueError(
-            f"no cache is enabled on this {type(model).__name__}: call skipdit.enable_cache(target, 'N2') first"
-        )
-    return model._skipdit_cache
-
-
-def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | CacheMethod) -> None:
-    """Makes every later call of the model a full or a reuse step; a cache that is on already is replaced.
-
-    target: a pipeline, whose scheduler's timesteps are then known before a run starts, or a model, which reads each
-        timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows, with long skips
-        of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
-    spec: `"auto"`, `"N2-700-50"`, any other of `skipdit.cache.methods`, a `CacheMethod`, or a schedule.json's path.
-
-    Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
-    pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
-    """
-    method, model = parse_method(spec), _model_of(target)
-    opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
-    pipelines = weakref.WeakSet()
-    if isinstance(model, CachedModel):
-        pipelines, opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
-    if isinstance(model, LongSkipModel) and model.is_cache_enabled and not isinstance(model, CachedModel):
-        raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
-    if opened:
-        open_units(model)
-    try:
-        runtime = CacheRuntime(model, method, opened=opened)
-        if method.made_for is not None:
-            scheduler = type(target.scheduler).__name__ if isinstance(target, DiffusionPipeline) else None
-            check_made_for(method.made_for, model, scheduler)
-    except ValueError:
-        if opened and not isinstance(model, CachedModel):
-            close_units(model)
-        raise
-    if isinstance(model, CachedModel):
-        _uncache(model)
-    runtime.pipelines = pipelines
-    cast(Any, model).__class__ = _cached_class(type(model))
-    object.__setattr__(model, "_skipdit_cache", runtime)
-    if isinstance(target, DiffusionPipeline):
-        runtime.pipelines.add(target)
-
-
-def disable_cache(target: nn.Module | DiffusionPipeline) -> None:
-    """The model as it was; nothing stays stored. Without a cache this does nothing."""
-    model = _model_of(target)
-    if isinstance(model, CachedModel):
-        opened = model._skipdit_cache.opened
-        _uncache(model)
-        if opened:
-            close_units(model)
-
-
-def _uncache(model: CachedModel) -> None:
-    cast(Any, model).__class__ = _plain_class(type(model))
-    object.__delattr__(model, "_skipdit_cache")
-
-
-@lru_cache
-def _plain_class(model_class: type) -> type:
-    """The class without the cache's, also where `fully_shard` has put one on top of it since."""
-    first, *others = model_class.__bases__
-    if first is CachedModel:
-        return others[0]
-    bases = (_plain_class(base) if issubclass(base, CachedModel) else base for base in model_class.__bases__)
-    namespace = {name: value for name, value in vars(model_class).items() if name not in ("__dict__", "__weakref__")}
-    return type(model_class.__name__, tuple(bases), namespace)
-
-
-def cache_summary(target: nn.Module | DiffusionPipeline) -> CacheSummary:
-    """What the cache did in the current run, or in the last one; `ValueError` without a cache."""
-    return _runtime_of(target).summary()

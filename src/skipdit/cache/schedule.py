@@ -34,8 +34,8 @@ class Schedule(Protocol):
 
     def walk(self) -> Any: ...
 
-    def check(self, num_inference_steps: int) -> None:
-        """`ValueError` where the schedule was made for another number of steps."""
+    def check(self, timesteps: Sequence[float]) -> None:
+        """`ValueError` where the schedule was not made for such a run."""
         ...
 
     def for_cost(self, reuse_cost: float) -> "Schedule":
@@ -59,7 +59,7 @@ class StaticSchedule:
     is_adaptive = False
     may_stay_full = False
 
-    def check(self, num_inference_steps: int) -> None:
+    def check(self, timesteps: Sequence[float]) -> None:
         pass
 
     def for_cost(self, reuse_cost: float) -> Any:
@@ -142,16 +142,25 @@ class ExplicitSchedule(StaticSchedule):
             or any((variant is None) != (step in steps) for step, variant in enumerate(self.variants))
         ):
             raise ValueError(f"variants must be {count}, none for full steps and one for others, got {self.variants}")
+        if any(variant is not None and (type(variant) is not int or variant < 0) for variant in self.variants):
+            raise ValueError(f"variants must be whole numbers from 0, got {self.variants}")
 
     def walk(self) -> "ExplicitWalker":
         return ExplicitWalker(self)
 
-    def check(self, num_inference_steps: int) -> None:
-        if not self.timesteps and num_inference_steps != self.num_inference_steps:
+    def check(self, timesteps: Sequence[float]) -> None:
+        if not self.timesteps and len(timesteps) != self.num_inference_steps:
             raise ValueError(
-                f"this schedule was made for {self.num_inference_steps} steps, got a run of {num_inference_steps}; "
+                f"this schedule was made for {self.num_inference_steps} steps, got a run of {len(timesteps)}; "
                 "one that lists its timesteps (skipdit calibrate) fits other runs too"
             )
+        if self.timesteps and timesteps[-1] > timesteps[0]:
+            raise ValueError("this schedule was made for timesteps that fall, got a run in which they rise")
+
+    @property
+    def num_variants(self) -> int:
+        """How many variants its site must have."""
+        return 1 + max((variant for variant in self.variants if variant is not None), default=0)
 
     def position(self, timestep: float) -> int:
         """The number of its steps before the first at or below `timestep`."""
@@ -219,9 +228,11 @@ class AutoSchedule(StaticSchedule):
             raise ValueError(f"the speedup must be at least 1, got {self.speedup:g}")
 
     def for_cost(self, reuse_cost: float) -> "AutoSchedule":
-        if self.speedup * reuse_cost >= 1:
+        most = NOMINAL_STEPS / (1 + reuse_cost * (NOMINAL_STEPS - 1))  # one full step
+        if self.speedup > most:
             raise ValueError(
-                f"a speedup of {self.speedup:g} is out of reach: a reuse step costs {reuse_cost:.2f} of a full one"
+                f"a speedup of {self.speedup:g} is out of reach: a reuse step costs {reuse_cost:.2f} of a full one, so "
+                f"at most {most:.1f} is possible"
             )
         return replace(self, reuse_cost=reuse_cost)
 
@@ -383,11 +394,11 @@ class RateWalker:
 def resolve(schedule: Schedule, timesteps: Sequence[float]) -> tuple[bool, ...]:
     """For each of a run's timesteps, in sampling order, whether it is full.
 
-    `ValueError` where the schedule was made for another number of steps, or decides by what it sees.
+    `ValueError` where the schedule was not made for such a run, or decides by what it sees.
     """
     if schedule.is_adaptive:
         raise ValueError(f"{type(schedule).__name__} decides while the model runs")
-    schedule.check(len(timesteps))
+    schedule.check(timesteps)
     walker, stored, full = schedule.walk(), False, []
     for timestep in timesteps:
         is_full = not stored or walker.decide(timestep) is None

@@ -1,7 +1,6 @@
 """What a cache keeps of a run: which call continues which stream of calls, and what each stream has stored."""
 
 import weakref
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,22 +32,66 @@ class PartState:
         return [tensor for values in (*self.stored, self.probe) for tensor in values.values()]
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What tells a guidance branch from another: labels and text states, and arguments that are no tensors (SD3's
+    `skip_layers`)."""
+
+    tensors: tuple[Tensor, ...]
+    options: tuple[Any, ...]
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """They grow where a tensor is filled anew in place; those of inference mode do not count."""
+        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
+
+    def are(self, other: "Conditions") -> bool:
+        """Whether they are the very same tensors."""
+        return self._fit(other) and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+
+    def equal(self, other: "Conditions") -> bool:
+        return self._fit(other) and all(
+            a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+            for a, b in zip(self.tensors, other.tensors, strict=True)
+        )
+
+    def _fit(self, other: "Conditions") -> bool:
+        return self.options == other.options and len(self.tensors) == len(other.tensors)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of steps. cost: in full steps."""
+
+    full: int = 0
+    reused: int = 0
+    cost: float = 0.0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(self.full + other.full, self.reused + other.reused, self.cost + other.cost)
+
+
 @dataclass(eq=False)
 class Trajectory:
     """One stream of calls: the states of the method's parts, and its counts.
 
-    latents: of the last call. conditioning: labels or text states, which tell a guidance branch from another. compiled:
-    the steps whose graphs have been called with its shapes. cost: of its steps, in full steps.
+    layout: shape, dtype and device of its latents. latents, conditions, versions: of the last call. compiled: the steps
+    whose graphs have been called with its shapes. cost: of its steps, in full steps.
     """
 
     states: list[PartState]
-    latents: weakref.ref[Tensor]
-    conditioning: tuple[Tensor, ...]
     layout: tuple
+    latents: weakref.ref[Tensor]
+    conditions: Conditions
+    versions: tuple[int, ...]
     compiled: set[Step] = field(default_factory=set)
     num_full: int = 0
     num_reused: int = 0
     cost: float = 0.0
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.num_full, self.num_reused, self.cost)
 
     @property
     def bytes_held(self) -> int:
@@ -57,59 +100,86 @@ class Trajectory:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a call stands in its run. timesteps: the list of a watched scheduler that has its `timestep`. coming: that
+    list from there on. index: its place in the list, where the call was handed a view of it."""
+
+    timestep: float
+    timesteps: Tensor | None = None
+    coming: list[float] | None = None
+    index: int | None = None
+
+
 @dataclass
 class Run:
-    """The trajectories of one context, one a guidance branch, and which of them have made the step at `timestep`."""
+    """The trajectories of one context, one a guidance branch, and which of them have made the step at `place`. dropped:
+    the counts of those that it keeps no more."""
 
-    origin: Tensor | None
-    timestep: float
+    place: Place
     trajectories: list[Trajectory] = field(default_factory=list)
     stepped: list[Trajectory] = field(default_factory=list)
+    dropped: Counts = Counts()
     last_call: int = 0
 
-    def find(self, latents: Tensor, conditioning: tuple[Tensor, ...]) -> Trajectory | None:
+    @property
+    def counts(self) -> Counts:
+        return sum((each.counts for each in self.trajectories), self.dropped)
+
+    def goes_on(self, place: Place) -> bool:
+        """Whether a call belongs to this run: it is of the same list of timesteps, and not behind the run. A value that
+        a list happens to have, or has not, tells nothing."""
+        known = self.place
+        if place.timesteps is not known.timesteps:
+            both_by_value = place.index is None and known.index is None
+            if not both_by_value or (place.timesteps is not None and known.timesteps is not None):
+                return False
+        if place.index is not None and known.index is not None:
+            return place.index >= known.index
+        return place.timestep <= known.timestep
+
+    def moves_to(self, place: Place) -> None:
+        known = self.place
+        if place.timesteps is not known.timesteps:
+            place = Place(place.timestep)
+        if place.index is not None and known.index is not None:
+            moves = place.index > known.index
+        else:
+            moves = place.timestep < known.timestep
+        if moves:
+            self.stepped = []
+        self.place = place
+
+    def find(self, latents: Tensor, layout: tuple, conditions: Conditions) -> Trajectory | None:
         """The trajectory that a call continues: the last one if it is given the very same tensors again, else one that
-        has not made this step and has the same conditioning; identical tensors before equal ones."""
-        if (
-            self.stepped
-            and self.stepped[-1].latents() is latents
-            and _same(self.stepped[-1].conditioning, conditioning)
-        ):
-            return self.stepped.pop()
-        waiting = [each for each in self.trajectories if not any(each is other for other in self.stepped)]
-        for matches in (_same, _equal):
+        has not made this step and has the same conditions; identical tensors before equal ones."""
+        if self.stepped:
+            last = self.stepped[-1]
+            if (
+                last.latents() is latents
+                and last.layout == layout
+                and last.conditions.are(conditions)
+                and last.versions == conditions.versions
+            ):
+                return self.stepped.pop()
+        waiting = [
+            each
+            for each in self.trajectories
+            if each.layout == layout and not any(each is other for other in self.stepped)
+        ]
+        for matches in (conditions.are, conditions.equal):
             for trajectory in waiting:
-                if matches(trajectory.conditioning, conditioning):
+                if matches(trajectory.conditions):
                     return trajectory
         return None
 
-
-def _same(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
-
-
-def _equal(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    return len(first) == len(second) and all(
-        a.shape == b.shape and a.device == b.device and torch.equal(a, b) for a, b in zip(first, second, strict=True)
-    )
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Of some runs together. cost: in full steps."""
-
-    full: int = 0
-    reused: int = 0
-    cost: float = 0.0
-
-    @classmethod
-    def of(cls, runs: Iterable[Run]) -> "Counts":
-        trajectories = [trajectory for run in runs for trajectory in run.trajectories]
-        return cls(
-            sum(t.num_full for t in trajectories),
-            sum(t.num_reused for t in trajectories),
-            sum(t.cost for t in trajectories),
-        )
+    def drop_oldest(self) -> None:
+        """Of the trajectories that have not made this step; its counts stay."""
+        for trajectory in self.trajectories:
+            if not any(trajectory is other for other in self.stepped):
+                self.trajectories.remove(trajectory)
+                self.dropped += trajectory.counts
+                return
 
 
 @dataclass(frozen=True)

@@ -206,12 +206,6 @@ class RunsUnits(LongSkipModel):
             theirs.disable_cache()
         super().disable_cache()
 
-    def cache_context(self, name: str, **where: Any) -> Any:
-        """That of the model's own class where it has one, which its pipeline enters for each guidance branch; else as
-        `skipdit.cache_context(name)`."""
-        theirs = getattr(super(LongSkipModel, self), "cache_context", None)
-        return super().cache_context(name) if theirs is None else theirs(name, **where)
-
     # diffusers hands a block and its arguments to this function; a block that runs again in the backward pass must
     # find the flow of its own forward call, of which several may be open by then
     @property
@@ -253,6 +247,17 @@ class RunsUnits(LongSkipModel):
         """The model that `save_pretrained` wrote, on the CPU, in eval mode. `ValueError` where the folder holds no long
         skips, or keys are missing, unknown or misshapen."""
         return load_long_skip_model(_plain_class(cls), Path(folder) / subfolder, dtype=dtype)
+
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Any:
+        """As in diffusers; with long skips where the config has `long_skip`."""
+        plain = cast(Any, _plain_class(cls))
+        fields = dict(config if isinstance(config, Mapping) else plain.load_config(config))
+        long_skip = fields.pop("long_skip", None)
+        model, unused = plain.from_config(fields, return_unused_kwargs=True, **options)
+        if long_skip is not None:
+            add_long_skips(model, LongSkipConfig.from_dict(long_skip))
+        return (model, unused) if return_unused_kwargs else model
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,198 @@
+"""Switching a cache on: what is refused, what is left behind where it is, and what copies and new models become."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import DDIMScheduler
+from diffusers.training_utils import EMAModel
+from tiny import TINY_FAMILIES, inputs, randomize, tiny_dit, tiny_pipeline
+from torch import nn
+
+from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
+from skipdit.cache.fingerprint import fingerprint
+from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, ProbeSchedule, RateSchedule, Schedule
+from skipdit.cache.site import BranchOutputs, DeepFeatures, Probe, Stack, UnitRange
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips, long_skip_class
+
+PIXART = "PixArtTransformer2DModel"
+WINDOW = {"num_inference_steps": 6, "timesteps": [900, 750, 600, 450, 300, 150]}
+
+
+def counts(target: Any) -> tuple[int, int]:
+    summary = cache_summary(target)
+    return summary.steps_full, summary.steps_reused
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(("schedule", "probe"), [
+    (ProbeSchedule(threshold=0.1), None),
+    (RateSchedule(threshold=0.1), Probe()),
+    (IntervalSchedule(interval=2), Probe()),
+])  # fmt: skip
+def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe | None) -> None:
+    with pytest.raises(ValueError, match="a ProbeSchedule and a probe go together"):
+        CacheMethod(schedule=schedule, site=Stack(), probe=probe)
+
+
+@pytest.mark.parametrize("site", [
+    BranchOutputs(("mlp",)),
+    UnitRange(None, at="last", delta=False),
+    DeepFeatures(1, others=(2,)),
+])  # fmt: skip
+def test_what_is_reused_lies_behind_the_probe(site: Any) -> None:
+    model = tiny_dit()
+    with pytest.raises(ValueError, match="what is reused must be units behind them"):
+        enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=Probe()))
+    assert not isinstance(model, CachedModel)
+
+
+@pytest.mark.parametrize(("variants", "message"), [
+    ([None, -1, None, 0], "whole numbers from 0"),
+    ([None, 0.0, None, 1], "whole numbers from 0"),
+    ([None, True, None, 1], "whole numbers from 0"),
+    ([None, 5, None, 1], "must be below 2, the number of its num_shallow_units, got 5"),
+])  # fmt: skip
+def test_variants_written_by_hand_are_checked(variants: list[Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    fields = {"full_steps": [0, 2], "num_inference_steps": 4, "num_shallow_units": [1, 2], "variants": variants}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        enable_cache(tiny_dit(), path)
+
+
+@pytest.mark.parametrize(("num_units", "speedup", "most"), [(28, 13, "11.1"), (6, 3, "2.9")])
+def test_auto_refuses_what_one_full_step_cannot_reach(num_units: int, speedup: float, most: str) -> None:
+    with pytest.raises(ValueError, match=f"at most {most} is possible"):
+        enable_cache(tiny_dit(num_units), f"auto:{speedup}")
+    enable_cache(tiny_dit(num_units), f"auto:{float(most) - 0.1:.1f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is left behind
+
+
+def test_whatever_goes_wrong_a_model_of_diffusers_is_what_it_was(tmp_path: Path) -> None:
+    model = TINY_FAMILIES[PIXART].build(6)
+    kind = type(model)
+    made_for = {"model": PIXART, "num_units": 6, "weights": "0" * 16, "scheduler": "DDIMScheduler"}
+    (tmp_path / "other.json").write_text(
+        json.dumps({"method": "delta", "full_steps": [0, 2, 4], "made_for": made_for} | WINDOW)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="other weights"):
+            enable_cache(model, tmp_path / "other.json")
+    assert type(model) is kind
+
+
+def calibrated_for(model: nn.Module, path: Path) -> Path:
+    made_for = {"model": "DiT", "num_units": 6, "weights": fingerprint(model), "scheduler": "DDIMScheduler"}
+    path.write_text(json.dumps({"full_steps": [0, 2, 4], "made_for": made_for} | WINDOW))
+    return path
+
+
+def test_a_calibrated_schedule_on_offloaded_weights(tmp_path: Path) -> None:
+    model = tiny_dit()
+    path = calibrated_for(model, tmp_path / "schedule.json")
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="is on the meta device: take the fingerprint before offloading"):
+        fingerprint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_cache(model, path)
+    latents, labels = inputs()
+    with torch.no_grad():
+        for timestep in WINDOW["timesteps"]:
+            model(latents, torch.tensor(timestep), labels)
+    assert counts(model) == (3, 3)
+
+
+def test_a_calibrated_schedule_on_the_weights_in_another_dtype(tmp_path: Path) -> None:
+    model = tiny_dit()
+    path = calibrated_for(model, tmp_path / "schedule.json")
+    with pytest.warns(UserWarning, match=r"other weights, or these before torch\.bfloat16"):
+        enable_cache(nn.Module.to(model, torch.bfloat16), path)
+
+
+def test_a_second_transformer_of_a_pipeline_is_named() -> None:
+    pytest.importorskip("transformers")
+    family = TINY_FAMILIES["WanTransformer3DModel"]
+    first, second = family.build(4), family.build(4)
+    pipeline: Any = diffusers.WanPipeline(None, None, None, DDIMScheduler(), first, second, boundary_ratio=0.9)
+    with pytest.warns(UserWarning, match=r"transformer_2 of this WanPipeline stays without a cache"):
+        enable_cache(pipeline, "delta:N2")
+    assert isinstance(first, CachedModel)
+    assert not isinstance(second, CachedModel)
+    one: Any = diffusers.WanPipeline(None, None, None, DDIMScheduler(), family.build(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        enable_cache(one, "delta:N2")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies and new models of a cached model's class
+
+
+@pytest.mark.filterwarnings("ignore:It is deprecated to pass a pretrained model name:FutureWarning")  # EMAModel does
+@pytest.mark.parametrize("name", ["DiT", "Latte", PIXART])
+def test_new_models_of_its_class_have_no_cache(name: str, tmp_path: Path) -> None:
+    family = TINY_FAMILIES[name]
+    model = family.build(4)
+    if not family.ours:
+        add_long_skips(model, LongSkipConfig())
+        randomize(model)
+    arguments = family.arguments()
+    with torch.no_grad():
+        expected = model(**arguments, return_dict=False)[0]
+    enable_cache(model, "delta:N2")
+    kind = type(model)
+    model.save_pretrained(tmp_path / "saved")
+    EMAModel(model.parameters(), model_cls=kind, model_config=model.config).save_pretrained(tmp_path / "ema")
+    ema = EMAModel.from_pretrained(tmp_path / "ema", kind)
+    assert all(torch.equal(a, b) for a, b in zip(ema.shadow_params, model.parameters(), strict=True))
+    for fresh in (kind.from_config(model.config), kind.from_pretrained(tmp_path / "saved")):
+        assert not isinstance(fresh, CachedModel)
+        fresh.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(fresh.eval()(**arguments, return_dict=False)[0], expected)
+        enable_cache(fresh, "delta:N2")
+        disable_cache(fresh)
+
+
+def test_the_class_of_a_converted_model_makes_converted_models() -> None:
+    model = TINY_FAMILIES[PIXART].build(4)
+    add_long_skips(model, LongSkipConfig(num_pairs=1))
+    fresh = type(model).from_config(model.config)
+    assert fresh.long_skip_links == model.long_skip_links
+    assert fresh.config["long_skip"] == model.config["long_skip"]
+    plain = long_skip_class(diffusers.PixArtTransformer2DModel).from_config(TINY_FAMILIES[PIXART].build(4).config)
+    assert type(plain) is diffusers.PixArtTransformer2DModel
+
+
+def test_a_copied_pipeline_watches_its_own_scheduler() -> None:
+    pipeline = tiny_pipeline()
+    enable_cache(pipeline, parse_method("N3-100-50"))
+    twin = copy.deepcopy(pipeline)
+    assert set(twin.transformer._skipdit_cache.pipelines) == {twin}
+    assert set(pipeline.transformer._skipdit_cache.pipelines) == {pipeline}
+    for each in (pipeline, twin):
+        with pytest.raises(ValueError, match="would never reuse in 4 steps"):
+            each([1, 2], num_inference_steps=4, output_type="latent")
+
+
+def test_variants_are_of_the_site() -> None:
+    schedule = ExplicitSchedule(full_steps=(0,), num_inference_steps=3, variants=(None, 0, 1))
+    assert schedule.num_variants == 2
+    enable_cache(tiny_dit(), CacheMethod(schedule=schedule, site=DeepFeatures(1, others=(2,))))

@@ -1,0 +1,364 @@
+"""Which call continues which stream of calls: schedulers, branches, repeated and rising timesteps."""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from tiny import TINY_FAMILIES, inputs, tiny_dit, tiny_pipeline
+from torch import Tensor, nn
+
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.methods import CacheMethod
+from skipdit.cache.runtime import MAX_STREAMS, cache_context
+from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.pipelines import ClassToImagePipeline
+
+STEPS = (900, 750, 600, 450)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def counts(target: Any) -> tuple[int, int]:
+    summary = cache_summary(target)
+    return summary.steps_full, summary.steps_reused
+
+
+def full_steps(model: Any, unit: nn.Module, run: Callable[[], object]) -> list[int]:
+    """The calls of the model in which this module of a deep unit runs."""
+    seen: list[int] = []
+    ran: list[int] = []
+    handles = [
+        unit.register_forward_hook(lambda *_: seen.append(1)),
+        model.register_forward_hook(lambda *_: ran.append(len(seen))),
+    ]
+    run()
+    for handle in handles:
+        handle.remove()
+    return [step for step, (before, after) in enumerate(zip([0, *ran], ran, strict=False)) if after > before]
+
+
+def sample(model: nn.Module, scheduler: Any, num_steps: int) -> Tensor:
+    """A loop by hand."""
+    latents, labels = inputs()
+    scheduler.set_timesteps(num_steps)
+    for timestep in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(latents, timestep)
+        latents = scheduler.step(model(scaled, timestep, labels).sample[:, :4], timestep, latents).prev_sample
+    return latents
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedulers
+
+
+@pytest.mark.parametrize("spec", ["N2", "auto", "explicit.json"])
+@pytest.mark.parametrize("before", [None, 50, 20, 30])
+def test_another_scheduler_beside_that_of_the_pipeline(spec: str, before: int | None, tmp_path: Path) -> None:
+    """Some of its timesteps, or all, are in the pipeline's list too."""
+    (tmp_path / "explicit.json").write_text(json.dumps({"full_steps": [0, 3, 7], "num_inference_steps": 20}))
+    spec = str(tmp_path / spec) if spec.endswith("json") else spec
+    torch.manual_seed(0)
+    pipeline = tiny_pipeline()
+    alone = copy.deepcopy(pipeline.transformer)
+    enable_cache(alone, spec)
+    other = DDIMScheduler.from_config(pipeline.scheduler.config)
+    expected = sample(alone, other, 20)
+    if before is not None:
+        pipeline([1, 2], num_inference_steps=before, output_type="latent")
+    enable_cache(pipeline, spec)
+    if before is not None and not spec.endswith("json"):
+        pipeline([1, 2], num_inference_steps=before, output_type="latent")
+    assert torch.equal(sample(pipeline.transformer, other, 20), expected)
+    assert counts(pipeline) == counts(alone)
+    assert counts(alone)[1] >= 10
+
+
+def test_a_second_pipeline_over_the_same_transformer() -> None:
+    pipeline = tiny_pipeline()
+    second = ClassToImagePipeline(pipeline.transformer, DDIMScheduler.from_config(pipeline.scheduler.config))
+    second.set_progress_bar_config(disable=True)
+    enable_cache(pipeline, "N2")
+    pipeline([1, 2], num_inference_steps=50, output_type="latent")
+    for num_steps in (20, 25, 10, 50):
+        ran = full_steps(
+            pipeline.transformer,
+            pipeline.transformer.blocks[2].attn,
+            lambda num_steps=num_steps: second([1, 2], num_inference_steps=num_steps, output_type="latent"),
+        )
+        assert ran == list(range(0, num_steps, 2))
+
+
+def test_repeated_timesteps_are_steps_of_one_run(tmp_path: Path) -> None:
+    """Heun's: 15 calls at 8 timesteps, the last two at 0, behind which an interval starts anew."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = HeunDiscreteScheduler(num_train_timesteps=1000)
+    path = tmp_path / "heun.json"
+    path.write_text(json.dumps({"full_steps": [0, 5, 10], "num_inference_steps": 15}))
+    for spec, expected in {"N4": [0, 4, 8, 12, 14], str(path): [0, 5, 10]}.items():
+        enable_cache(pipeline, spec)
+        attention = pipeline.transformer.blocks[2].attn
+        ran = full_steps(
+            pipeline.transformer, attention, lambda: pipeline([1, 2], num_inference_steps=8, output_type="latent")
+        )
+        assert ran == expected
+        assert counts(pipeline) == (len(expected), 15 - len(expected))
+
+
+@pytest.mark.parametrize("in_pipeline", [True, False])
+def test_rising_timesteps_reuse_under_a_watched_scheduler_and_warn_elsewhere(in_pipeline: bool) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+    plain = sample(pipeline.transformer, pipeline.scheduler, 10)
+    if in_pipeline:
+        enable_cache(pipeline, "N3")
+        ran = full_steps(
+            pipeline.transformer,
+            pipeline.transformer.blocks[2].attn,
+            lambda: sample(pipeline.transformer, pipeline.scheduler, 10),
+        )
+        # after the first steps, at timestep 0 and below, nothing is stored
+        assert 4 <= len(ran) <= 6
+        assert counts(pipeline) == (len(ran), 10 - len(ran))
+        enable_cache(pipeline, "N1")
+        assert torch.equal(sample(pipeline.transformer, pipeline.scheduler, 10), plain)
+    else:
+        enable_cache(pipeline.transformer, "N3")
+        with pytest.warns(UserWarning, match=r"timesteps rise from call to call.*enable_cache\(pipeline"):
+            inverted = sample(pipeline.transformer, pipeline.scheduler, 10)
+        assert torch.equal(inverted, plain)
+
+
+def test_runs_one_after_the_other_do_not_look_like_rising_timesteps() -> None:
+    model = tiny_dit()
+    enable_cache(model, "N2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6):
+            sample(model, DDIMScheduler(), 4)
+
+
+def test_a_schedule_for_falling_timesteps_refuses_rising_ones() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+    timesteps = tuple(float(1000 - 100 * step) for step in range(10))
+    enable_cache(
+        pipeline,
+        CacheMethod(schedule=ExplicitSchedule(full_steps=(0, 4), num_inference_steps=10, timesteps=timesteps)),
+    )
+    with pytest.raises(ValueError, match="made for timesteps that fall, got a run in which they rise"):
+        sample(pipeline.transformer, pipeline.scheduler, 10)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Branches of one run
+
+
+CONTEXTS: dict[str, Callable[[Any, str], AbstractContextManager[None]]] = {
+    "model": lambda model, name: model.cache_context(name),
+    "skipdit": lambda _, name: cache_context(name),
+    "none": lambda *_: nullcontext(),
+}
+
+
+@pytest.mark.parametrize("context", ["model", "skipdit"])
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "DiT"])
+def test_runs_that_take_turns_are_apart_under_both_verbs(name: str, lag: int, context: str) -> None:
+    family = TINY_FAMILIES[name]
+    model = family.build(6)
+    enable_cache(model, "delta:N2")
+    twin = copy.deepcopy(model)
+
+    def call(each: nn.Module, seed: int, step: int) -> Tensor:
+        return each(**family.arguments(STEPS[step], seed=seed + step), return_dict=False)[0]
+
+    alone = {seed: [call(twin, seed, step) for step in range(len(STEPS))] for seed in (0, 50)}
+    together: dict[int, list[Tensor]] = {0: [], 50: []}
+    for tick in range(len(STEPS) + lag):
+        for seed, behind in ((0, 0), (50, lag)):
+            if 0 <= tick - behind < len(STEPS):
+                with CONTEXTS[context](model, f"run {seed}"):
+                    together[seed].append(call(model, seed, tick - behind))
+    for seed in (0, 50):
+        assert all(torch.equal(a, b) for a, b in zip(alone[seed], together[seed], strict=True))
+    assert counts(model) == (4, 4)
+
+
+@pytest.mark.parametrize("context", ["model", "skipdit"])
+def test_a_branch_with_a_perturbed_layer_and_the_same_tensors_is_apart(context: str) -> None:
+    """Perturbed-attention guidance: only the name tells the branches from each other."""
+    family = TINY_FAMILIES["FluxTransformer2DModel"]
+    model, perturbed = family.build(6), [False]
+    model.transformer_blocks[2].ff.register_forward_hook(lambda _, __, out: out * 0 if perturbed[0] else out)
+
+    def guided() -> list[tuple[Tensor, ...]]:
+        pairs = []
+        for step, timestep in enumerate(STEPS):
+            arguments, pair = family.arguments(timestep, seed=step), []
+            for number, branch in enumerate(("pred_cond", "pred_cond_skip")):
+                perturbed[0] = bool(number)
+                with CONTEXTS[context](model, branch):
+                    pair.append(model(**arguments, return_dict=False)[0])
+            pairs.append(tuple(pair))
+        return pairs
+
+    plain = guided()
+    enable_cache(model, "delta:N2")
+    check_full_steps(guided(), plain)
+    assert counts(model) == (4, 4)
+
+
+def check_full_steps(cached: list[tuple[Tensor, ...]], plain: list[tuple[Tensor, ...]]) -> None:
+    """Under N2, of inputs that do not depend on the outputs: every second step is what it is without a cache, for each
+    branch, and the others are not."""
+    for step, (pair, expected) in enumerate(zip(cached, plain, strict=True)):
+        assert not torch.equal(*pair)
+        for one, other in zip(pair, expected, strict=True):
+            assert torch.equal(one, other) == (step % 2 == 0)
+
+
+@pytest.mark.parametrize("context", list(CONTEXTS))
+def test_arguments_that_are_no_tensors_tell_branches_apart(context: str) -> None:
+    """Skip-layer guidance of SD3."""
+    family = TINY_FAMILIES["SD3Transformer2DModel"]
+    model = family.build(6)
+
+    def guided(context: str) -> list[tuple[Tensor, ...]]:
+        pairs = []
+        for step, timestep in enumerate(STEPS):
+            arguments, pair = family.arguments(timestep, seed=step), []
+            for options in ({}, {"skip_layers": [2]}):
+                with CONTEXTS[context](model, str(options)):
+                    pair.append(model(**arguments, **options, return_dict=False)[0])
+            pairs.append(tuple(pair))
+        return pairs
+
+    plain = guided("none")
+    enable_cache(model, "delta:N2")
+    check_full_steps(guided(context), plain)
+    assert counts(model) == (4, 4)
+
+
+def test_a_default_given_by_name_is_no_other_branch() -> None:
+    model, (latents, labels) = tiny_dit(), inputs()
+    family = TINY_FAMILIES["LatteTransformer3DModel"]
+    latte = family.build(6)
+    enable_cache(latte, "delta:N2")
+    latte(**family.arguments(900), return_dict=False)
+    latte(**family.arguments(800), enable_temporal_attentions=True, return_dict=False)
+    assert counts(latte) == (1, 1)
+    enable_cache(model, "N2")
+    model(latents, torch.tensor(900), labels)
+    model(hidden_states=latents, timestep=torch.tensor(800), class_labels=labels)
+    assert counts(model) == (1, 1)
+
+
+def test_labels_filled_in_place_in_one_buffer_are_two_branches() -> None:
+    latents, labels = inputs()
+    buffer = torch.empty_like(labels)
+
+    def guided() -> list[tuple[Tensor, ...]]:
+        pairs = []
+        for step, timestep in enumerate(STEPS):
+            noisy, pair = latents + step, []
+            for each in (labels, torch.full_like(labels, 10)):
+                buffer.copy_(each)
+                pair.append(model(noisy, torch.tensor(timestep), buffer).sample)
+            pairs.append(tuple(pair))
+        return pairs
+
+    model = tiny_dit()
+    plain = guided()
+    enable_cache(model, "N2")
+    for _ in range(2):
+        check_full_steps(guided(), plain)
+        assert counts(model) == (4, 4)
+
+
+def test_a_pipeline_of_diffusers_ends_the_branches_that_it_names() -> None:
+    """Flux with true guidance: `cond` and `uncond`, on the same text states."""
+    pytest.importorskip("transformers")
+    model = TINY_FAMILIES["FluxTransformer2DModel"].build(6)
+    pipeline: Any = diffusers.FluxPipeline(FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, model)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    text, pooled, latents = (torch.randn(1, *each, generator=generator) for each in ((5, 12), (10,), (16, 4)))
+    options = {"height": 64, "width": 64, "output_type": "latent", "return_dict": False, "latents": latents}
+    options |= {"prompt_embeds": text, "pooled_prompt_embeds": pooled, "true_cfg_scale": 3.0}
+    options |= {"negative_prompt_embeds": text.clone(), "negative_pooled_prompt_embeds": pooled.clone()}
+    enable_cache(pipeline, "delta:N2")
+    for num_steps in (6, 10, 6):
+        pipeline(num_inference_steps=num_steps, **options)
+        assert counts(pipeline) == (num_steps, num_steps)
+        assert cache_summary(pipeline).bytes_held == 0
+    with cache_context("outer"):
+        pipeline.transformer(**TINY_FAMILIES["FluxTransformer2DModel"].arguments(), return_dict=False)
+    held = cache_summary(pipeline).bytes_held
+    assert held > 0
+    pipeline(num_inference_steps=6, **options)
+    assert cache_summary(pipeline).bytes_held == held  # the run of another context goes on
+
+
+def test_an_adaptive_cache_that_reuses_in_one_branch_is_no_error() -> None:
+    """The batch halves near the end, as where guidance stops: the second layout has no time to reuse."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    enable_cache(pipeline, "fbcache:50")
+    scheduler = pipeline.scheduler
+    scheduler.set_timesteps(10)
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step < 9:
+            twice = torch.cat([labels, torch.full_like(labels, 10)])
+            out = pipeline.transformer(torch.cat([latents, latents]), timestep, twice).sample[:2]
+        else:
+            out = pipeline.transformer(latents, timestep, labels).sample
+        latents = scheduler.step(out[:, :4], timestep, latents).prev_sample
+    assert counts(pipeline) == (2, 8)
+    enable_cache(pipeline, "fbcache:0.000000000001")
+    with pytest.raises(ValueError, match="has not reused once in 10 steps: raise its threshold"):
+        sample(pipeline.transformer, scheduler, 10)
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_two_sizes_in_lockstep(alternate: bool) -> None:
+    (small, labels), (big, _) = inputs(), inputs(size=16)
+    model = tiny_dit()
+    enable_cache(model, "N2")
+    for step, timestep in enumerate(STEPS):
+        order = [small + step, big + step]
+        for latents in order[::-1] if alternate and step % 2 else order:
+            model(latents, torch.tensor(timestep), labels)
+    assert counts(model) == (4, 4)
+
+
+def test_new_text_states_at_every_step_are_not_all_held() -> None:
+    family = TINY_FAMILIES["PixArtTransformer2DModel"]
+    model = family.build(6)
+    enable_cache(model, "delta:N2")
+    model(**family.arguments(1000), return_dict=False)
+    one = cache_summary(model).bytes_held
+    steps = range(950, 50, -25)
+
+    def run() -> None:
+        for step, timestep in enumerate(steps):
+            arguments = family.arguments(timestep)
+            arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"] * (1.1 + 0.01 * step)
+            model(**arguments, return_dict=False)
+
+    with pytest.warns(UserWarning, match="new at each call: steps stay full") as caught:
+        run()
+    assert len(caught) == 1
+    assert counts(model) == (1 + len(steps), 0)
+    assert cache_summary(model).bytes_held == MAX_STREAMS * one
+    disable_cache(model)
