@@ -374,6 +374,42 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     assert row.psnr_db.mean == pytest.approx((40 + 100 * 3) / 4)  # equal pictures count 100 dB beside others
 
 
+def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+    original = bench.run
+
+    def stopping(plan: bench.Plan, settings: CacheBenchConfig, batch: bench.Batch) -> bench.Run:
+        runs.append(f"{plan.setting} {batch.seeds}")
+        if len(runs) == stop_at:
+            raise KeyboardInterrupt
+        return original(plan, settings, batch)
+
+    monkeypatch.setattr(bench, "run", stopping)
+    settings = config(folder, perceptual=False)
+    stop_at, whole = 0, tmp_path / "whole"
+    bench_caches(settings, whole)
+    every, stop_at, out = list(runs), len(runs) - 2, tmp_path / "out"
+    runs.clear()
+    with pytest.raises(KeyboardInterrupt):
+        bench_caches(settings, out)
+    assert [path.name for path in out.iterdir()] == ["cache_quality_tiny_model.draft.json"]
+    with pytest.raises(ValueError, match=r"draft\.json is of a run with other settings or on another machine"):
+        bench_caches(config(folder, perceptual=False, num_steps=7), out)
+    stop_at = 0
+    runs.clear()
+    bench_caches(settings, out)
+    assert runs == every[len(every) // 2 :]  # the second of two batches
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    pair = [json.loads((path / "cache_quality_tiny_model.json").read_text())["rows"] for path in (whole, out)]
+    for one, other in zip(*pair, strict=True):
+        assert len(one["speedups"]) == len(other["speedups"])
+        for noisy in ("speedups", "speedup", "speedup_range"):
+            one.pop(noisy, None), other.pop(noisy, None)
+        assert one == other
+
+
 def test_a_method_has_one_line() -> None:
     assert method_of("N2") == ("skip", False)
     assert method_of("N17-500-20") == ("skip", False)

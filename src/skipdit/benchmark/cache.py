@@ -5,8 +5,9 @@ to batch, and a speedup is the median of the ratios within a batch: machines dri
 """
 
 import itertools
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import wraps
@@ -41,6 +42,7 @@ from skipdit.benchmark.measure import (
     threads,
 )
 from skipdit.diffusion import make_scheduler, objective_of
+from skipdit.files import atomic_file
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import psnr_db, ssim
 from skipdit.metrics.perceptual import (
@@ -288,6 +290,9 @@ def watched(scheduler: Any, mark: Callable[[], None]) -> Iterator[None]:
 # All runs
 
 
+TENSORS = ("psnr", "similarity", "distance", "own_psnr")
+
+
 @dataclass
 class Tally:
     """What is known of a plan, batch by batch. refused: why it cannot be."""
@@ -300,6 +305,19 @@ class Tally:
     distance: list[Tensor] = field(default_factory=list)
     own_psnr: list[Tensor] = field(default_factory=list)
     refused: str | None = None
+
+    def to_fields(self) -> dict[str, Any]:
+        """As JSON, without the cost, which is soon counted again."""
+        tensors = {name: [part.tolist() for part in getattr(self, name)] for name in TENSORS}
+        counts = [asdict(each) for each in self.counts]
+        return tensors | {"speedups": self.speedups, "counts": counts, "refused": self.refused}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Tally":
+        tensors = {name: [torch.tensor(part) for part in fields[name]] for name in TENSORS}
+        counts = [Counts(**each) for each in fields["counts"]]
+        kept = {"speedups": fields["speedups"], "counts": counts, "refused": fields["refused"]}
+        return cls(**kept, **tensors)
 
     def add(self, made: Run, reference: Run, own: Run | None, network: FeatureNetwork | None) -> None:
         """own: the run with all steps of the same second-order sampler."""
@@ -354,26 +372,58 @@ def psnr_spread(parts: Sequence[Tensor]) -> Spread | None:
     return spread([part.clamp(max=MAX_PSNR_DB) for part in parts])
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What an unfinished benchmark has measured, in a file, a batch at a time. of: the run that it belongs to."""
+
+    path: Path
+    of: Mapping[str, Any]
+
+    def load(self, num_baselines: int) -> tuple[int, list[Tally], list[Tally]] | None:
+        """How many batches are done, and the tallies of baselines and plans; `None` at the start. `ValueError` where
+        the file belongs to another run."""
+        if not self.path.is_file():
+            return None
+        fields = json.loads(self.path.read_text(encoding="utf-8"))
+        if fields["of"] != json.loads(json.dumps(self.of)):
+            raise ValueError(f"{self.path} is of a run with other settings or on another machine: remove it, or --out")
+        tallies = [Tally.from_fields(each) for each in fields["tallies"]]
+        return fields["batches"], tallies[:num_baselines], tallies[num_baselines:]
+
+    def save(self, batches: int, tallies: Sequence[Tally]) -> None:
+        fields = {"of": self.of, "batches": batches, "tallies": [each.to_fields() for each in tallies]}
+        with atomic_file(self.path) as draft:
+            draft.write_text(json.dumps(fields), encoding="utf-8")
+
+
 def measure(
-    config: CacheBenchConfig, baselines: Sequence[Plan], plans: Sequence[Plan], batches: Sequence[Batch]
+    config: CacheBenchConfig,
+    baselines: Sequence[Plan],
+    plans: Sequence[Plan],
+    batches: Sequence[Batch],
+    draft: Draft | None = None,
 ) -> list[Row]:
-    """Runs every plan on every batch; a plan that the model refuses is a row that says why."""
+    """Runs every plan on every batch; a plan that the model refuses is a row that says why. draft: keeps what is
+    measured after each batch, and is gone on from."""
+    begun = draft and draft.load(len(baselines))
     network = load_feature_network() if config.perceptual else None
     for plan in baselines:
         plan.sampler.pipeline.set_progress_bar_config(disable=True)
     costs: dict[int, Cost] = {}
-    base_tallies, tallies = [Tally() for _ in baselines], [Tally() for _ in plans]
+    done, base_tallies, tallies = begun or (0, [Tally() for _ in baselines], [Tally() for _ in plans])
     cached = [(plan, tally) for plan, tally in zip(plans, tallies, strict=True) if plan.cache is not None]
-    with progress_bar(len(cached) + len(batches) * (len(baselines) + len(plans))) as advance:
+    with progress_bar(len(cached) + (len(batches) - done) * (len(baselines) + len(plans))) as advance:
         for plan in baselines:
             if plan.scheduler is None:
                 costs[id(plan.sampler)] = count_flops(plan, config, batches[0])
             sample(plan, config, batches[0], num_steps=1)  # first calls allocate: that is no part of any time
         for plan, tally in cached:
             advance(description=f"FLOPs of {plan.setting}")
+            if tally.refused is not None:
+                continue
             with refusals(plan, tally):
                 tally.cost = count_flops(plan, config, batches[0])
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches[done:], start=done):
             references: dict[tuple[int, str | None], Run] = {}
             for plan, tally in zip(baselines, base_tallies, strict=True):
                 advance(description=f"{index + 1}/{len(batches)} {plan.method}, {plan.setting}")
@@ -387,6 +437,8 @@ def measure(
                     with refusals(plan, tally):
                         made, own = run(plan, config, batch), references[plan.baseline] if plan.scheduler else None
                         tally.add(made, references[id(plan.sampler), None], own, network)
+            if draft is not None:
+                draft.save(index + 1, (*base_tallies, *tallies))
     main = costs[id(baselines[0].sampler)]
     rows = [t.row(plan, costs[id(plan.sampler)], main) for plan, t in zip(baselines, base_tallies, strict=True)]
     for plan, tally in zip(plans, tallies, strict=True):
@@ -411,7 +463,8 @@ def refusals(plan: Plan, tally: Tally) -> Iterator[None]:
 
 
 def bench_caches(config: CacheBenchConfig, out: Path, rivals: Rivals = no_rivals) -> None:
-    """Writes `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added.
+    """Writes `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
+    that was interrupted goes on behind the last whole batch, from `cache_quality.draft.json` there.
 
     rivals: makes caches of other libraries for the loaded model. `ValueError` where an optional package is missing, or
     the model or what is wanted of it is not to be had; a cache that the model refuses is a row with the reason.
@@ -425,8 +478,11 @@ def bench_caches(config: CacheBenchConfig, out: Path, rivals: Rivals = no_rivals
         source = load_source(config.model, device=config.device)
         batches = make_batches(config, source)
         settings = asdict(config) | {"schedules": config.schedules and str(config.schedules)}
-        rows = measure(config, *make_plans(config, source, rivals(source)), batches)
+        machine = {key: text for key, text in environment.items() if key not in ("command", "date")}
+        draft = Draft(out / f"{report_name(config.model)}.draft.json", of=machine | settings)
+        rows = measure(config, *make_plans(config, source, rivals(source)), batches, draft)
     write_cache_report(out, report_name(config.model), environment=environment, settings=settings, rows=rows)
+    draft.path.unlink()
 
 
 def report_name(model: str) -> str:
