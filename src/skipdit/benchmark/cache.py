@@ -314,10 +314,9 @@ class Tally:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> "Tally":
-        tensors = {name: [torch.tensor(part) for part in fields[name]] for name in TENSORS}
-        counts = [Counts(**each) for each in fields["counts"]]
-        kept = {"speedups": fields["speedups"], "counts": counts, "refused": fields["refused"]}
-        return cls(**kept, **tensors)
+        kept: dict[str, Any] = {name: [torch.tensor(part) for part in fields[name]] for name in TENSORS}
+        kept["counts"] = [Counts(**each) for each in fields["counts"]]
+        return cls(speedups=fields["speedups"], refused=fields["refused"], **kept)
 
     def add(self, made: Run, reference: Run, own: Run | None, network: FeatureNetwork | None) -> None:
         """own: the run with all steps of the same second-order sampler."""
