@@ -1,11 +1,10 @@
-"""Learns the densities of `--cache auto` from models: `AUTO_DENSITY` in `skipdit.cache.schedule`.
+"""Learns the densities of `--cache auto` from one calibrated model: `AUTO_DENSITY` in `skipdit.cache.schedule`.
 
     python benchmarks/learn_auto.py emoji
-    python benchmarks/learn_auto.py emoji emoji-clips emoji-text --num-samples 4
 
 What reuse costs at each step is measured once, as `skipdit calibrate` does; then the densities are moved at random,
 and kept where they come nearer to the best schedules of equal compute, in the mean square of predicted dB over
-speedups and models.
+speedups.
 """
 
 import argparse
@@ -33,11 +32,7 @@ def losses(measured: Measured, densities: np.ndarray, front: tuple) -> list[floa
     schedules.auto_scale.cache_clear()
     errors, found = measured.reuse_errors(ORDER), []
     for speedup in SPEEDUPS:
-        try:
-            rule = AutoSchedule(speedup=speedup).for_cost(measured.reuse_costs[0])
-        except ValueError:  # out of this model's reach
-            found.append(0.0)
-            continue
+        rule = AutoSchedule(speedup=speedup).for_cost(measured.reuse_costs[0])
         full = resolve(rule, measured.timesteps)
         variants = [None if is_full else 0 for is_full in full]
         cost = float(np.mean([1.0 if is_full else measured.reuse_costs[0] for is_full in full]))
@@ -51,48 +46,36 @@ def losses(measured: Measured, densities: np.ndarray, front: tuple) -> list[floa
     return found
 
 
-def learn(models: dict[str, Measured], num_trials: int, seed: int) -> tuple[np.ndarray, list[float]]:
-    fronts = {name: plan(measured.reuse_errors(ORDER), coherence=COHERENCE) for name, measured in models.items()}
-
-    def lost_by(densities: np.ndarray) -> list[float]:
-        return [each for name, measured in models.items() for each in losses(measured, densities, fronts[name])]
-
+def learn(measured: Measured, num_trials: int, seed: int) -> tuple[np.ndarray, list[float]]:
+    front = plan(measured.reuse_errors(ORDER), coherence=COHERENCE)
     generator = np.random.default_rng(seed)
     best = np.log(np.array(schedules.AUTO_DENSITY))
-    lost = lost_by(best)
+    lost = losses(measured, best, front)
     for trial in range(num_trials):
         width = 0.6 * 0.1 ** (trial / num_trials)
         tried = best + generator.normal(0, width, best.shape) * (generator.random(best.shape) < 0.4)
-        other = lost_by(tried)
+        other = losses(measured, tried, front)
         if np.mean(np.square(other)) < np.mean(np.square(lost)):
             best, lost = tried, other
     return best - best.mean(), lost
 
 
-def measured_of(model: str, config: CalibrateConfig) -> Measured:
-    source = load_source(model)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="emoji")
+    parser.add_argument("--trials", type=int, default=4000)
+    arguments = parser.parse_args()
+    source, config = load_source(arguments.model), CalibrateConfig()
     wanted, _ = choose_wanted(source, SampleConfig(num_samples=config.num_samples))
     source.sampler.pipeline.set_progress_bar_config(disable=True)
     trials = Trials(orders=(ORDER,), max_age=9, max_spacing=9)
-    with progress(f"measuring {model}", config.steps + trials.num_probed * 2 + 1) as advance:
+    with progress("measuring", config.steps + trials.num_probed * 2 + 1) as advance:
         sampling = Sampling(source, config, wanted, advance)
-        return measure(source.sampler.pipeline, sampling, DeepFeatures(), trials, advance=advance)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["emoji"])
-    parser.add_argument("--trials", type=int, default=4000)
-    parser.add_argument("--num-samples", type=int, default=CalibrateConfig.num_samples)
-    arguments = parser.parse_args()
-    config = CalibrateConfig(num_samples=arguments.num_samples)
-    models = {name: measured_of(name, config) for name in arguments.models}
-    densities, lost = learn(models, arguments.trials, config.seed)
+        measured = measure(source.sampler.pipeline, sampling, DeepFeatures(), trials, advance=advance)
+    densities, lost = learn(measured, arguments.trials, config.seed)
     print("AUTO_TIMESTEPS =", schedules.AUTO_TIMESTEPS)
     print("AUTO_DENSITY =", tuple(round(float(each), 2) for each in np.exp(densities)))
-    for name, each in zip(models, np.reshape(lost, (len(models), -1)), strict=True):
-        behind = ", ".join(f"{s:g}x {db:.1f}" for s, db in zip(SPEEDUPS, each, strict=True))
-        print(f"predicted dB behind the best on {name}: {behind}")
+    print("predicted dB behind the best:", ", ".join(f"{s:g}x {db:.1f}" for s, db in zip(SPEEDUPS, lost, strict=True)))
 
 
 if __name__ == "__main__":

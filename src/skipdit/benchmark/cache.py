@@ -385,7 +385,9 @@ class Draft:
             return None
         fields = json.loads(self.path.read_text(encoding="utf-8"))
         if fields["of"] != json.loads(json.dumps(self.of)):
-            raise ValueError(f"{self.path} is of a run with other settings or on another machine: remove it, or --out")
+            raise ValueError(
+                f"{self.path} is of a run with other settings or on another machine: remove it, or choose another --out"
+            )
         tallies = [Tally.from_fields(each) for each in fields["tallies"]]
         return fields["batches"], tallies[:num_baselines], tallies[num_baselines:]
 

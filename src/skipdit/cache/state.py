@@ -110,6 +110,13 @@ class Place:
     coming: list[float] | None = None
     index: int | None = None
 
+    def since(self, other: "Place") -> float:
+        """How far it is behind `other` in their run, below 0 where it is before: in steps of their list, or by how much
+        the timestep has fallen."""
+        if self.index is not None and other.index is not None:
+            return self.index - other.index
+        return other.timestep - self.timestep
+
 
 @dataclass
 class Run:
@@ -134,21 +141,17 @@ class Run:
             both_by_value = place.index is None and known.index is None
             if not both_by_value or (place.timesteps is not None and known.timesteps is not None):
                 return False
-        if place.index is not None and known.index is not None:
-            return place.index >= known.index
-        return place.timestep <= known.timestep
+        return place.since(known) >= 0
 
     def moves_to(self, place: Place) -> None:
-        known = self.place
-        if place.timesteps is not known.timesteps:
-            place = Place(place.timestep)
-        if place.index is not None and known.index is not None:
-            moves = place.index > known.index
-        else:
-            moves = place.timestep < known.timestep
-        if moves:
+        if place.since(self.place) > 0:
             self.stepped = []
-        self.place = place
+        self.place = place if place.timesteps is self.place.timesteps else Place(place.timestep)
+
+    @property
+    def waiting(self) -> list[Trajectory]:
+        """The trajectories that have not made the step at `place`."""
+        return [trajectory for trajectory in self.trajectories if trajectory not in self.stepped]
 
     def find(self, latents: Tensor, layout: tuple, conditions: Conditions) -> Trajectory | None:
         """The trajectory that a call continues: the last one if it is given the very same tensors again, else one that
@@ -162,11 +165,7 @@ class Run:
                 and last.versions == conditions.versions
             ):
                 return self.stepped.pop()
-        waiting = [
-            each
-            for each in self.trajectories
-            if each.layout == layout and not any(each is other for other in self.stepped)
-        ]
+        waiting = [trajectory for trajectory in self.waiting if trajectory.layout == layout]
         for matches in (conditions.are, conditions.equal):
             for trajectory in waiting:
                 if matches(trajectory.conditions):
@@ -175,11 +174,9 @@ class Run:
 
     def drop_oldest(self) -> None:
         """Of the trajectories that have not made this step; its counts stay."""
-        for trajectory in self.trajectories:
-            if not any(trajectory is other for other in self.stepped):
-                self.trajectories.remove(trajectory)
-                self.dropped += trajectory.counts
-                return
+        for trajectory in self.waiting[:1]:
+            self.trajectories.remove(trajectory)
+            self.dropped += trajectory.counts
 
 
 @dataclass(frozen=True)
