@@ -9,14 +9,15 @@ import torch
 from tiny import tiny_dit, tiny_latte
 
 from skipdit import cli
-from skipdit.benchmark import CompileBenchConfig, bench_compile, compiling
-from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, GraphRow, StepRow, Timing, verdict
+from skipdit.benchmark import CompileBenchConfig, bench_compile, compiling, single_steps
+from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, TIMESTEP, GraphRow, StepRow, Timing, verdict
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"num_layers": 5, "out_channels": 4, "downscale_freq_shift": 0}
 SMALL: dict[str, Any] = {"num_steps": 6, "batch_size": 1, "step_batch_sizes": (2,), "num_runs": 2, "num_repetitions": 3}
+PRESET = "DiT-S/8"
 TAYLORSEER = "diffusers-TaylorSeer:N3-o1"
 
 
@@ -40,7 +41,12 @@ def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiling, "check_compiler", refuse)
         config = CompileBenchConfig(
-            model=str(folder), specs=specs, rivals=(TAYLORSEER,), timed=("N3", TAYLORSEER), **SMALL
+            model=str(folder),
+            specs=specs,
+            rivals=(TAYLORSEER,),
+            timed=("N3", TAYLORSEER),
+            step_presets=(PRESET,),
+            **SMALL,
         )
         bench_compile(config, path)
     return path
@@ -79,11 +85,13 @@ def test_ours_compile_whole_and_others_are_measured_alike(report: dict[str, Any]
     assert "no cross_attention" in tgate["refused"]
 
 
-def test_times_and_steps_are_all_there(report: dict[str, Any]) -> None:
+def test_times_and_steps_are_all_there(report: dict[str, Any], folder: Path) -> None:
     runs = [(row["setting"], row["mode"], len(row["cached"]), len(row["uncached"])) for row in report["runs"]]
     assert runs == [("N3", "eager", 2, 2), ("TaylorSeer:N3-o1", "eager", 2, 2)]
-    steps = [(row["what"], row["mode"], row["batch_size"], len(row["seconds"])) for row in report["steps"]]
-    assert steps == [(OVERHEAD, "eager", 2, 3), (CONDITIONING, "eager", 2, 3)]
+    steps = [(row["model"], row["what"], row["mode"], row["batch_size"]) for row in report["steps"]]
+    wanted = (OVERHEAD, TIMESTEP, CONDITIONING)
+    assert steps == [(model, what, "eager", 2) for model in (str(folder), PRESET) for what in wanted]
+    assert all(len(row["seconds"]) == len(row["base_seconds"]) == 3 for row in report["steps"])
 
 
 def test_the_page(out: Path) -> None:
@@ -97,8 +105,8 @@ def test_the_page(out: Path) -> None:
 def test_the_bare_units_are_those_of_the_reuse_step() -> None:
     """The benchmark itself compares the outputs."""
     model = tiny_dit(**SIZES)
-    row = compiling.time_overhead(model, CompileBenchConfig(**SMALL), 2, compile_it=False)
-    assert (row.what, row.mode, len(row.seconds)) == (OVERHEAD, "eager", 3)
+    row = single_steps.time_overhead("tiny", model, 2, 3, compile_it=False)
+    assert (row.what, row.model, row.mode, len(row.seconds)) == (OVERHEAD, "tiny", "eager", 3)
     assert not getattr(model, "is_cache_enabled", False)
 
 
@@ -122,13 +130,19 @@ def test_verdict_by_hand() -> None:
         GraphRow(library="skipdit", setting="b", steps=(3, 3), graphs=5, recompiled=1, equal=True),
         GraphRow(library="diffusers", setting="c", steps=(3, 3), graphs=9),
     ]
-    steps = [StepRow(OVERHEAD, "eager", 1, (1.1, 1.0), (1.0, 1.0)), StepRow(OVERHEAD, "eager", 8, (1.0,), (1.0,))]
-    steps.append(StepRow(CONDITIONING, "eager", 1, (0.05,), (1.0,)))
-    whole, differ, conditioning, overhead = verdict(rows, steps)
-    assert conditioning == "Conditioning computed once a run would save at most 5.0% to 5.0% of a full step."
+    steps = [
+        StepRow(OVERHEAD, "a", "eager", 1, (1.1, 1.0), (1.0, 1.0)),
+        StepRow(OVERHEAD, "a", "eager", 8, (1.0,), (1.0,)),
+        StepRow(CONDITIONING, "a", "eager", 1, (0.05,), (1.0,)),
+        StepRow(CONDITIONING, "b", "eager", 1, (0.01,), (1.0,)),
+        StepRow(TIMESTEP, "a", "eager", 1, (0.02,), (1.0,)),
+    ]
+    whole, differ, timestep, conditioning, overhead = verdict(rows, steps)
+    assert timestep == "Share of a full step, timestep embedding: 2.0% (a batch 1)."
+    assert conditioning == "Share of a full step, all conditioning: 5.0% (a batch 1), 1.0% (b batch 1)."
     assert whole == "Of skipdit 1 of 2 rows compile whole, in 2 to 2 graphs, and never anew."
     assert differ == "Rows whose pictures differ from those without compilation: c."
-    assert overhead == "Overhead of a reuse step, target at most 1.03: missed by eager batch 1 (1.050)."
+    assert overhead == "Overhead of a reuse step, target at most 1.03: missed by a eager batch 1 (1.050)."
     assert Timing("skipdit", "a", "eager", (2.0, 4.0), (1.0, 1.0)).speedup == 3
 
 
@@ -148,12 +162,13 @@ def test_verdict_by_hand() -> None:
         ("num_threads", 0),
         ("timed", ("N7",)),
         ("rivals", ("diffusers-Nothing:N2",)),
+        ("step_presets", ("DiT-S/3",)),
     ],
 )
 def test_a_bad_value_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as raised:
         CompileBenchConfig(**{field: value})
-    assert str(value[0] if field in ("timed", "rivals") else value) in str(raised.value)
+    assert str(value[0] if field in ("timed", "rivals", "step_presets") else value) in str(raised.value)
 
 
 def test_models_that_it_is_not_for_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from skipdit.benchmark.measure import header, table, write_report
 
-OVERHEAD, CONDITIONING = "reuse step over its bare units", "conditioning alone over a full step"
+OVERHEAD = "reuse step over its bare units"
+TIMESTEP, CONDITIONING = "timestep embedding over a full step", "all conditioning over a full step"
 OVERHEAD_TARGET = 1.03  # seconds of a reuse step over those of the units that it runs
 
 
@@ -56,6 +57,7 @@ class StepRow:
     """Two calls in turn, their seconds in every repetition: of what is looked at, and of what it is measured by."""
 
     what: str
+    model: str
     mode: str
     batch_size: int
     seconds: tuple[float, ...]
@@ -144,8 +146,10 @@ def render_markdown(
         f"Medians of {settings['num_repetitions']}, in turn; the ratio is the median of the ratios in a round.",
         f"- {OVERHEAD}: the cached model on a step that reuses with k 1, beside the modules that this step runs, "
         f"called one by one without a cache; the target is at most {OVERHEAD_TARGET:g}\n"
-        f"- {CONDITIONING}: what depends on timestep and class alone (embeddings, and each block's modulation by them) "
-        "could be computed once a run, before its steps; the ratio is the most that this could save",
+        f"- {TIMESTEP}: the one part that depends on the timestep alone; the ratio is the most that computing it once "
+        "for all steps, before a run, could save\n"
+        f"- {CONDITIONING}: that, and what depends on timestep and class (their sum, and each block's modulation by "
+        "it), which would have to be kept for every step, class and block",
         table([step_record(row) for row in steps]),
         *verdict(graphs, steps),
     ]
@@ -185,6 +189,7 @@ def step_record(row: StepRow) -> dict[str, object]:
     added = 1e6 * median(a - b for a, b in zip(row.seconds, row.base_seconds, strict=True))
     return {
         "what": row.what,
+        "model": row.model,
         "mode": row.mode,
         "batch": row.batch_size,
         "ms": f"{1e3 * median(row.seconds):.2f}",
@@ -204,9 +209,13 @@ def verdict(graphs: Sequence[GraphRow], steps: Sequence[StepRow]) -> Iterator[st
     yield f"Of skipdit {len(whole)} of {len(ours)} rows compile whole{span}."
     differ = ", ".join(row.setting for row in ran if not row.equal) or "none"
     yield f"Rows whose pictures differ from those without compilation: {differ}."
-    overheads = [row for row in steps if row.what == OVERHEAD]
-    over = [f"{row.mode} batch {row.batch_size} ({row.ratio:.3f})" for row in overheads if row.ratio > OVERHEAD_TARGET]
-    shares = sorted(row.ratio for row in steps if row.what == CONDITIONING)
-    if shares:
-        yield f"Conditioning computed once a run would save at most {shares[0]:.1%} to {shares[-1]:.1%} of a full step."
+    for what in (TIMESTEP, CONDITIONING):
+        shares = [f"{row.ratio:.1%} ({row.model} batch {row.batch_size})" for row in steps if row.what == what]
+        if shares:
+            yield f"Share of a full step, {what.removesuffix(' over a full step')}: {', '.join(shares)}."
+    over = [
+        f"{row.model} {row.mode} batch {row.batch_size} ({row.ratio:.3f})"
+        for row in steps
+        if row.what == OVERHEAD and row.ratio > OVERHEAD_TARGET
+    ]
     yield f"Overhead of a reuse step, target at most {OVERHEAD_TARGET:g}: missed by {', '.join(over) or 'none'}."

@@ -1,32 +1,33 @@
-"""What `torch.compile` makes of a model under every cache, ours and others: graphs, breaks, seconds; and what a cache
-adds to the units that a reuse step runs.
+"""What `torch.compile` makes of a model under every cache, ours and others: graphs, breaks, seconds.
 
 Each cache is measured by itself, in a fresh compiler, and its compiled runs take turns with uncached ones.
 """
 
-import logging
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from skipdit.benchmark import rivals
 from skipdit.benchmark.cache_methods import Counts, Runnable
-from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, GraphRow, StepRow, Timing, write_compile_report
+from skipdit.benchmark.compile_report import (
+    GraphRow,
+    Timing,
+    write_compile_report,
+)
 from skipdit.benchmark.measure import (
     Advance,
     check_positive,
+    compiled,
     describe_environment,
     progress_bar,
+    seconds_of,
     threads,
 )
 from skipdit.benchmark.models import check_compiler
@@ -41,12 +42,14 @@ from skipdit.benchmark.rival_techniques import (
     Technique,
 )
 from skipdit.benchmark.rivals import RivalCache
+from skipdit.benchmark.single_steps import time_steps
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
+from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
 from skipdit.loading import Source, load_source
-from skipdit.models.dit import DiT, position_embedding_of
+from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.long_skip import LongSkipConfig
 from skipdit.samplers import ClassToImageSampler, Sampler
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
@@ -100,8 +103,10 @@ class CompileBenchConfig:
 
     model: `emoji`, or the folder of a class-to-image pipeline with long skips. specs: of our caches; rivals: settings
     of other libraries'. timed: which of both are also timed, compiled by Inductor. num_steps: of a run, of batch_size
-    pictures with guidance. step_batch_sizes: of the single steps that are timed, without guidance. num_runs: that are
-    timed of each; num_repetitions: of a single step. num_threads: of the CPU; by default PyTorch's choice.
+    pictures with guidance. step_batch_sizes: of the single steps that are timed, without guidance. step_presets:
+    published sizes, with random weights, of which single steps are timed too, at the first of these batch sizes.
+    num_runs: that are timed of each; num_repetitions: of a single step. num_threads: of the CPU; by default PyTorch's
+    choice.
     """
 
     model: str = "emoji"
@@ -111,6 +116,7 @@ class CompileBenchConfig:
     num_steps: int = 20
     batch_size: int = 2
     step_batch_sizes: tuple[int, ...] = (1, 8)
+    step_presets: tuple[str, ...] = ("DiT-XL/2",)
     num_runs: int = 5
     num_repetitions: int = 50
     guidance_scale: float = 2.0
@@ -126,6 +132,7 @@ class CompileBenchConfig:
         for name, chosen, allowed in (
             ("rivals", self.rivals, tuple(RIVALS)),
             ("timed", self.timed, (*self.specs, *self.rivals)),
+            ("step_presets", self.step_presets, tuple(PRESETS)),
         ):
             if unknown := sorted(set(chosen) - set(allowed)):
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
@@ -227,29 +234,6 @@ def cached(subject: Subject) -> Iterator[None]:
         subject.cache.disable(subject.pipeline)
 
 
-@contextmanager
-def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
-    """Inside, the model is compiled anew. Forward hooks, by which the benchmark counts steps, are off, and so are the
-    compiler's warnings of its limit, which is a column of the report."""
-    logger = logging.getLogger("torch._dynamo.convert_frame")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    hooks = {module: dict(module._forward_hooks) for module in model.modules() if module._forward_hooks}
-    for module in hooks:
-        module._forward_hooks.clear()
-    torch._dynamo.reset()
-    counters.clear()
-    model.compile(**options)
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = None
-        torch._dynamo.reset()
-        logger.setLevel(level)
-        for module, taken in hooks.items():
-            module._forward_hooks.update(taken)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Graphs
 
@@ -320,12 +304,6 @@ def in_few_words(failure: BaseException) -> str:
 # Seconds
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
 def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool) -> Timing:
     """The cached runs are timed in a row of their own, between two rows of uncached ones: a cache of others changes the
     model when it is switched, so that it would be compiled again."""
@@ -349,100 +327,6 @@ def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool)
         uncached, first, made = both()
     mode = "compiled" if compile_it else "eager"
     return Timing(subject.library, subject.setting, mode, tuple(uncached), tuple(made), first if compile_it else None)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Single steps
-
-
-@torch.no_grad()
-def bare_reuse_step(model: DiT, inputs: Mapping[str, Tensor], deep_features: Tensor, k: int) -> Tensor:
-    """The modules that a reuse step runs, called directly: the k first and last units, embeddings, the final layer."""
-    latents = inputs["hidden_states"]
-    height, width = (size // model.patch_size for size in latents.shape[-2:])
-    hidden_states = model.patch_embed(latents) + position_embedding_of(model, height, width)
-    conditioning = condition(model, inputs)
-    skips: list[Tensor] = []
-    for block in model.blocks[:k]:
-        hidden_states = block(hidden_states, conditioning)
-        skips.append(hidden_states)
-    hidden_states = deep_features
-    for block in model.blocks[-k:]:
-        skip = skips.pop()
-        hidden_states = block(hidden_states, conditioning, skip if cast(Any, block).long_skip is not None else None)
-    patches, p = model.final_layer(hidden_states, conditioning), model.patch_size
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
-
-
-def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
-    timestep = inputs["timestep"].reshape(-1).expand(inputs["hidden_states"].shape[0])
-    embedding = model.timestep_frequencies(timestep).to(inputs["hidden_states"].dtype)
-    return model.timestep_embedder(embedding) + model.class_embedder(inputs["class_labels"])
-
-
-@torch.no_grad()
-def conditioning_alone(model: DiT, inputs: Mapping[str, Tensor]) -> None:
-    """All that a step computes of timestep and class alone: their embeddings and every modulation by them."""
-    conditioning = condition(model, inputs)
-    for module in (*model.blocks, model.final_layer):
-        cast(Any, module).modulation(F.silu(conditioning))
-
-
-def step_inputs(model: DiT, batch_size: int, timestep: float) -> dict[str, Tensor]:
-    shape = (batch_size, *(model.config[name] for name in ("in_channels", "sample_size", "sample_size")))
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden_states": torch.randn(shape, generator=generator),
-        "timestep": torch.tensor(timestep),
-        "class_labels": torch.zeros(batch_size, dtype=torch.long),
-    }
-
-
-@torch.no_grad()
-def time_overhead(model: DiT, config: CompileBenchConfig, batch_size: int, *, compile_it: bool) -> StepRow:
-    """As pipelines of diffusers call a model. The outputs of both are equal to the bit where nothing is compiled."""
-    bare: Any = torch.compile(bare_reuse_step, fullgraph=True) if compile_it else bare_reuse_step
-    enable_cache(model, CacheMethod(schedule=IntervalSchedule(interval=10**6), site=DeepFeatures(1)))
-    try:
-        inputs = step_inputs(model, batch_size, 999.0)
-        model(**inputs, return_dict=False)
-        (run,) = cast(Any, model)._skipdit_cache.runs.values()
-        ((deep_features,),) = (state.stored[0].values() for state in run.trajectories[0].states)
-        seconds, base_seconds, outputs = [], [], []
-        calls = [
-            (seconds, lambda: outputs.append(model(**inputs, return_dict=False)[0])),
-            (base_seconds, lambda: outputs.append(bare(model, inputs, deep_features, 1))),
-        ]
-        for repetition in range(config.num_repetitions + 2):
-            inputs["timestep"] = torch.tensor(998.0 - 900.0 * repetition / (config.num_repetitions + 2))
-            for kept, call in calls if repetition % 2 else calls[::-1]:
-                kept.append(seconds_of(call))
-            assert compile_it or torch.equal(*outputs[-2:]), "the bare units are not those of the reuse step"
-        assert cache_summary(model).steps_reused == config.num_repetitions + 2
-    finally:
-        disable_cache(model)
-    mode = "compiled" if compile_it else "eager"
-    return StepRow(OVERHEAD, mode, batch_size, tuple(seconds[2:]), tuple(base_seconds[2:]))
-
-
-@torch.no_grad()
-def time_conditioning(model: DiT, config: CompileBenchConfig, batch_size: int) -> StepRow:
-    inputs = step_inputs(model, batch_size, 500.0)
-    rounds = []
-    for _ in range(config.num_repetitions + 2):
-        alone = seconds_of(lambda: conditioning_alone(model, inputs))
-        rounds.append((alone, seconds_of(lambda: model(**inputs))))
-    seconds, base_seconds = zip(*rounds[2:], strict=True)
-    return StepRow(CONDITIONING, "eager", batch_size, seconds, base_seconds)
-
-
-def time_steps(model: DiT, config: CompileBenchConfig, *, has_compiler: bool) -> list[StepRow]:
-    rows = [time_overhead(model, config, size, compile_it=False) for size in config.step_batch_sizes]
-    if has_compiler:
-        for size in config.step_batch_sizes:
-            with compiled(model, fullgraph=True):
-                rows.append(time_overhead(model, config, size, compile_it=True))
-    return rows + [time_conditioning(model, config, size) for size in config.step_batch_sizes]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -471,10 +355,16 @@ def bench_compile(config: CompileBenchConfig, out: Path) -> None:
         subjects = make_subjects(config, source)
         timed = [subject for subject in subjects if subject.cache is not None and subject.cache.setting in config.timed]
         modes = (False,) if no_compiler else (False, True)
-        with progress_bar(len(subjects) + len(timed) * len(modes) + 1) as advance:
+        with progress_bar(len(subjects) + len(timed) * len(modes) + 1 + len(config.step_presets)) as advance:
             graphs, timings = measure(config, subjects, timed, modes, advance)
+            has_compiler = no_compiler is None
             advance(description="single steps")
-            steps = time_steps(model, config, has_compiler=no_compiler is None)
+            sizes, repetitions = config.step_batch_sizes, config.num_repetitions
+            steps = time_steps(config.model, model, sizes, repetitions, has_compiler=has_compiler)
+            for name in config.step_presets:
+                advance(description=f"single steps of {name}")
+                preset = DiT.from_preset(name, long_skip=LongSkipConfig()).eval()
+                steps += time_steps(name, preset, sizes[:1], repetitions, has_compiler=has_compiler)
     write_compile_report(out, environment, asdict(config), graphs, timings, steps, no_compiler)
 
 

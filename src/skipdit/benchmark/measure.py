@@ -3,6 +3,7 @@
 Weights are random. Steps are timed in turn, and a ratio is the median of those within a repetition: machines drift.
 """
 
+import logging
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -285,3 +287,32 @@ def judge(what: str, values: Mapping[Any, float], target: float) -> str:
         for wanted in (True, False)
     )
     return f"{what}, target {target:g}: reached by {reached or 'none'}; missed by {missed or 'none'}."
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
+    """Inside, the model is compiled anew. Forward hooks, by which the benchmark counts steps, are off, and so are the
+    compiler's warnings of its limit, which is a column of the report."""
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    hooks = {module: dict(module._forward_hooks) for module in model.modules() if module._forward_hooks}
+    for module in hooks:
+        module._forward_hooks.clear()
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile(**options)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
+        torch._dynamo.reset()
+        logger.setLevel(level)
+        for module, taken in hooks.items():
+            module._forward_hooks.update(taken)

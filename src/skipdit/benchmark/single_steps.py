@@ -1,0 +1,117 @@
+"""Single steps of a class-to-image DiT: what a cache adds to the units that a reuse step runs, and what conditioning
+costs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, TIMESTEP, StepRow
+from skipdit.benchmark.measure import compiled, seconds_of
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.methods import CacheMethod
+from skipdit.cache.schedule import IntervalSchedule
+from skipdit.cache.site import DeepFeatures
+from skipdit.models.dit import DiT, position_embedding_of
+
+
+@torch.no_grad()
+def bare_reuse_step(model: DiT, inputs: Mapping[str, Tensor], deep_features: Tensor, k: int) -> Tensor:
+    """The modules that a reuse step runs, called directly: the k first and last units, embeddings, the final layer."""
+    latents = inputs["hidden_states"]
+    height, width = (size // model.patch_size for size in latents.shape[-2:])
+    hidden_states = model.patch_embed(latents) + position_embedding_of(model, height, width)
+    conditioning = condition(model, inputs)
+    skips: list[Tensor] = []
+    for block in model.blocks[:k]:
+        hidden_states = block(hidden_states, conditioning)
+        skips.append(hidden_states)
+    hidden_states = deep_features
+    for block in model.blocks[-k:]:
+        skip = skips.pop()
+        hidden_states = block(hidden_states, conditioning, skip if cast(Any, block).long_skip is not None else None)
+    patches, p = model.final_layer(hidden_states, conditioning), model.patch_size
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+
+def embed_timestep(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
+    timestep = inputs["timestep"].reshape(-1).expand(inputs["hidden_states"].shape[0])
+    return model.timestep_embedder(model.timestep_frequencies(timestep).to(inputs["hidden_states"].dtype))
+
+
+def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
+    return embed_timestep(model, inputs) + model.class_embedder(inputs["class_labels"])
+
+
+def condition_all(model: DiT, inputs: Mapping[str, Tensor]) -> None:
+    """All that a step computes of timestep and class alone: their embeddings and every modulation by them."""
+    conditioning = condition(model, inputs)
+    for module in (*model.blocks, model.final_layer):
+        cast(Any, module).modulation(F.silu(conditioning))
+
+
+def step_inputs(model: DiT, batch_size: int, timestep: float) -> dict[str, Tensor]:
+    shape = (batch_size, *(model.config[name] for name in ("in_channels", "sample_size", "sample_size")))
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(shape, generator=generator),
+        "timestep": torch.tensor(timestep),
+        "class_labels": torch.zeros(batch_size, dtype=torch.long),
+    }
+
+
+@torch.no_grad()
+def time_overhead(name: str, model: DiT, batch_size: int, num_repetitions: int, *, compile_it: bool) -> StepRow:
+    """As pipelines of diffusers call a model. The outputs of both are equal to the bit where nothing is compiled."""
+    bare: Any = torch.compile(bare_reuse_step, fullgraph=True) if compile_it else bare_reuse_step
+    enable_cache(model, CacheMethod(schedule=IntervalSchedule(interval=10**6), site=DeepFeatures(1)))
+    try:
+        inputs = step_inputs(model, batch_size, 999.0)
+        model(**inputs, return_dict=False)
+        (run,) = cast(Any, model)._skipdit_cache.runs.values()
+        ((deep_features,),) = (state.stored[0].values() for state in run.trajectories[0].states)
+        seconds, base_seconds, outputs = [], [], []
+        calls = [
+            (seconds, lambda: outputs.append(model(**inputs, return_dict=False)[0])),
+            (base_seconds, lambda: outputs.append(bare(model, inputs, deep_features, 1))),
+        ]
+        for repetition in range(num_repetitions + 2):
+            inputs["timestep"] = torch.tensor(998.0 - 900.0 * repetition / (num_repetitions + 2))
+            for kept, call in calls if repetition % 2 else calls[::-1]:
+                kept.append(seconds_of(call))
+            assert compile_it or torch.equal(*outputs[-2:]), "the bare units are not those of the reuse step"
+        assert cache_summary(model).steps_reused == num_repetitions + 2
+    finally:
+        disable_cache(model)
+    mode = "compiled" if compile_it else "eager"
+    return StepRow(OVERHEAD, name, mode, batch_size, tuple(seconds[2:]), tuple(base_seconds[2:]))
+
+
+@torch.no_grad()
+def time_conditioning(name: str, model: DiT, batch_size: int, num_repetitions: int) -> list[StepRow]:
+    inputs = step_inputs(model, batch_size, 500.0)
+    parts = {TIMESTEP: embed_timestep, CONDITIONING: condition_all}
+    seconds: dict[str, list[float]] = {what: [] for what in parts}
+    base_seconds = []
+    for _ in range(num_repetitions + 2):
+        for what, run in parts.items():
+            seconds[what].append(seconds_of(lambda run=run: run(model, inputs)))
+        base_seconds.append(seconds_of(lambda: model(**inputs)))
+    return [
+        StepRow(what, name, "eager", batch_size, tuple(kept[2:]), tuple(base_seconds[2:]))
+        for what, kept in seconds.items()
+    ]
+
+
+def time_steps(
+    name: str, model: DiT, batch_sizes: Sequence[int], num_repetitions: int, *, has_compiler: bool
+) -> list[StepRow]:
+    rows = [time_overhead(name, model, size, num_repetitions, compile_it=False) for size in batch_sizes]
+    if has_compiler:
+        for size in batch_sizes:
+            with compiled(model, fullgraph=True):
+                rows.append(time_overhead(name, model, size, num_repetitions, compile_it=True))
+    return rows + [row for size in batch_sizes for row in time_conditioning(name, model, size, num_repetitions)]
