@@ -373,11 +373,14 @@ def load_schedule(path: Path) -> CacheMethod:
 def _read_parts(fields: Mapping[str, Any]) -> Iterator[CacheMethod]:
     order = int(fields.get("order", 0))
     for part in fields.get("parts", [fields]):
+        variants = tuple(part.get("variants") or ())
+        if any(variant is not None and type(variant) is not int for variant in variants):
+            raise ValueError(f"variants must be whole numbers from 0, got {variants}")
         schedule = ExplicitSchedule(
             full_steps=tuple(int(step) for step in part["full_steps"]),
             num_inference_steps=int(fields["num_inference_steps"]),
             timesteps=tuple(float(timestep) for timestep in fields.get("timesteps") or ()),
-            variants=tuple(part.get("variants") or ()),
+            variants=variants,
         )
         if "parts" in fields:
             site: Site = BranchOutputs(tuple(part["kinds"]))

@@ -305,9 +305,8 @@ class CacheRuntime:
 
         A pipeline hands on a view of its scheduler's `timesteps`: then the value is known without asking the device.
         """
-        schedulers = [pipeline.scheduler for pipeline in self.pipelines]
-        lists = [scheduler.timesteps for scheduler in schedulers]
-        for known in lists:
+        schedulers = [pipeline.scheduler for pipeline in self.pipelines] if self.pipelines else []
+        for known in [scheduler.timesteps for scheduler in schedulers]:
             one_entry = timestep.numel() == 1 or max(timestep.stride()) == 0
             if one_entry and timestep.untyped_storage().data_ptr() == known.untyped_storage().data_ptr():
                 index = timestep.storage_offset() - known.storage_offset()
@@ -383,11 +382,14 @@ class CacheRuntime:
         run.last_call = self.num_calls
 
         latents = arguments["hidden_states"]
-        given = [(name, arguments.get(name, default)) for name, default in self.defaults.items()]
-        conditions = Conditions(
-            tuple(value for _, value in given if isinstance(value, Tensor)),
-            tuple((name, value) for name, value in given if _is_choice(value)),
-        )
+        tensors, options = [], []
+        for name, default in self.defaults.items():
+            value = arguments.get(name, default)
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            elif _is_choice(value):
+                options.append((name, value))
+        conditions = Conditions(tensors, options)
         layout = (latents.shape, latents.dtype, latents.device)
         trajectory = run.find(latents, layout, conditions)
         if trajectory is None:
@@ -396,10 +398,9 @@ class CacheRuntime:
                     warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=4)
                 run.drop_oldest()
             states = [PartState(part.method.schedule.walk()) for part in self.parts]
-            trajectory = Trajectory(states, layout, weakref.ref(latents), conditions, conditions.versions)
+            trajectory = Trajectory(states, layout, weakref.ref(latents), conditions)
             run.trajectories.append(trajectory)
         trajectory.latents, trajectory.conditions = weakref.ref(latents), conditions
-        trajectory.versions = conditions.versions
         run.stepped.append(trajectory)
         if len(run.stepped) > MAX_STREAMS:
             raise RuntimeError(
@@ -417,7 +418,7 @@ class CacheRuntime:
 
     def _watch_rising(self, before: Run | None, place: Place) -> None:
         """Warns where every call begins a run, as in an inversion by hand."""
-        rises = before is not None and before.place.timestep < place.timestep and place.index is None
+        rises = before is not None and before.place.timestep < place.timestep and place.position is None
         single = before is not None and before.counts.full + before.counts.reused <= len(before.stepped)
         self.num_single_steps = self.num_single_steps + 1 if rises and single else 0
         if self.num_single_steps == MAX_SINGLE_STEPS:

@@ -142,7 +142,7 @@ class ExplicitSchedule(StaticSchedule):
             or any((variant is None) != (step in steps) for step, variant in enumerate(self.variants))
         ):
             raise ValueError(f"variants must be {count}, none for full steps and one for others, got {self.variants}")
-        if any(variant is not None and (type(variant) is not int or variant < 0) for variant in self.variants):
+        if any(variant is not None and variant < 0 for variant in self.variants):
             raise ValueError(f"variants must be whole numbers from 0, got {self.variants}")
 
     def walk(self) -> "ExplicitWalker":

@@ -2,7 +2,8 @@
 
 import weakref
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,22 +33,24 @@ class PartState:
         return [tensor for values in (*self.stored, self.probe) for tensor in values.values()]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Conditions:
     """What tells a guidance branch from another: labels and text states, and arguments that are no tensors (SD3's
-    `skip_layers`)."""
+    `skip_layers`).
 
-    tensors: tuple[Tensor, ...]
-    options: tuple[Any, ...]
+    versions: at the call. They grow where a tensor is filled anew in place; those of inference mode do not count.
+    """
 
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """They grow where a tensor is filled anew in place; those of inference mode do not count."""
-        return tuple(0 if tensor.is_inference() else tensor._version for tensor in self.tensors)
+    tensors: list[Tensor]
+    options: list[Any]
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
 
     def are(self, other: "Conditions") -> bool:
         """Whether they are the very same tensors."""
-        return self._fit(other) and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
+        return self._fit(other) and all(map(is_, self.tensors, other.tensors))
 
     def equal(self, other: "Conditions") -> bool:
         return self._fit(other) and all(
@@ -75,7 +78,7 @@ class Counts:
 class Trajectory:
     """One stream of calls: the states of the method's parts, and its counts.
 
-    layout: shape, dtype and device of its latents. latents, conditions, versions: of the last call. compiled: the steps
+    layout: shape, dtype and device of its latents. latents, conditions: of the last call. compiled: the steps
     whose graphs have been called with its shapes. cost: of its steps, in full steps.
     """
 
@@ -83,7 +86,6 @@ class Trajectory:
     layout: tuple
     latents: weakref.ref[Tensor]
     conditions: Conditions
-    versions: tuple[int, ...]
     compiled: set[Step] = field(default_factory=set)
     num_full: int = 0
     num_reused: int = 0
@@ -100,21 +102,20 @@ class Trajectory:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a call stands in its run. timesteps: the list of a watched scheduler that has its `timestep`. coming: that
-    list from there on. index: its place in the list, where the call was handed a view of it."""
+    list from there on. position: its place in the list, where the call was handed a view of it."""
 
     timestep: float
     timesteps: Tensor | None = None
     coming: list[float] | None = None
-    index: int | None = None
+    position: int | None = None
 
     def since(self, other: "Place") -> float:
         """How far it is behind `other` in their run, below 0 where it is before: in steps of their list, or by how much
         the timestep has fallen."""
-        if self.index is not None and other.index is not None:
-            return self.index - other.index
+        if self.position is not None and other.position is not None:
+            return self.position - other.position
         return other.timestep - self.timestep
 
 
@@ -138,7 +139,7 @@ class Run:
         a list happens to have, or has not, tells nothing."""
         known = self.place
         if place.timesteps is not known.timesteps:
-            both_by_value = place.index is None and known.index is None
+            both_by_value = place.position is None and known.position is None
             if not both_by_value or (place.timesteps is not None and known.timesteps is not None):
                 return False
         return place.since(known) >= 0
@@ -162,7 +163,7 @@ class Run:
                 last.latents() is latents
                 and last.layout == layout
                 and last.conditions.are(conditions)
-                and last.versions == conditions.versions
+                and last.conditions.versions == conditions.versions
             ):
                 return self.stepped.pop()
         waiting = [trajectory for trajectory in self.waiting if trajectory.layout == layout]
