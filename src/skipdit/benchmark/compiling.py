@@ -16,11 +16,7 @@ from torch._dynamo.utils import counters
 
 from skipdit.benchmark import rivals
 from skipdit.benchmark.cache_methods import Counts, Runnable
-from skipdit.benchmark.compile_report import (
-    GraphRow,
-    Timing,
-    write_compile_report,
-)
+from skipdit.benchmark.compile_report import GraphRow, Timing, write_compile_report
 from skipdit.benchmark.measure import (
     Advance,
     check_positive,

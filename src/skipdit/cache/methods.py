@@ -15,6 +15,7 @@ from skipdit.cache.schedule import (
     ProbeSchedule,
     RateSchedule,
     Schedule,
+    check_variants,
 )
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Inner, Probe, Site, Stack, UnitRange
 from skipdit.models.long_skip import BranchKind
@@ -374,8 +375,7 @@ def _read_parts(fields: Mapping[str, Any]) -> Iterator[CacheMethod]:
     order = int(fields.get("order", 0))
     for part in fields.get("parts", [fields]):
         variants = tuple(part.get("variants") or ())
-        if any(variant is not None and type(variant) is not int for variant in variants):
-            raise ValueError(f"variants must be whole numbers from 0, got {variants}")
+        check_variants(variants)  # before they are taken for what they should be
         schedule = ExplicitSchedule(
             full_steps=tuple(int(step) for step in part["full_steps"]),
             num_inference_steps=int(fields["num_inference_steps"]),

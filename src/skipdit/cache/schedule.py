@@ -114,6 +114,12 @@ class IntervalWalker:
         self.count = self.count + 1 if timestep > self.schedule.stop_timestep else 0
 
 
+def check_variants(variants: tuple[Any, ...]) -> None:
+    """`ValueError` unless each is a whole number from 0, or `None`."""
+    if any(variant is not None and (type(variant) is not int or variant < 0) for variant in variants):
+        raise ValueError(f"variants must be whole numbers from 0, got {variants}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExplicitSchedule(StaticSchedule):
     """The listed steps (counted from 0, the first always among them) are full, all others reuse.
@@ -142,8 +148,7 @@ class ExplicitSchedule(StaticSchedule):
             or any((variant is None) != (step in steps) for step, variant in enumerate(self.variants))
         ):
             raise ValueError(f"variants must be {count}, none for full steps and one for others, got {self.variants}")
-        if any(variant is not None and variant < 0 for variant in self.variants):
-            raise ValueError(f"variants must be whole numbers from 0, got {self.variants}")
+        check_variants(self.variants)
 
     def walk(self) -> "ExplicitWalker":
         return ExplicitWalker(self)
