@@ -1,12 +1,9 @@
-"""Grids and whole files."""
-
-from pathlib import Path
+"""Grids."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from skipdit.files import atomic_file, atomic_folder
 from skipdit.pictures import labelled_grid
 
 
@@ -27,26 +24,3 @@ def test_every_picture_stands_in_its_cell_unchanged() -> None:
 def test_a_grid_needs_a_caption_a_picture() -> None:
     with pytest.raises(ValueError, match="got 1 and 0"):
         labelled_grid([Image.new("RGB", (8, 8))], [])
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "file.txt"
-    with atomic_file(path) as draft:
-        draft.write_text("first")
-    with pytest.raises(ZeroDivisionError), atomic_file(path) as draft:
-        draft.write_text(f"half {1 / 0}" if draft.write_text("half") else "")
-    assert path.read_text() == "first"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failed_folder_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "folder"
-    with atomic_folder(path) as draft:
-        (draft / "config.json").write_text("1")
-    with pytest.raises(ZeroDivisionError), atomic_folder(path) as draft:
-        (draft / "c").write_text(f"{1 / (draft / 'b').write_text('')}")
-    assert [child.name for child in path.iterdir()] == ["config.json"]
-    with atomic_folder(path) as draft:
-        (draft / "state.json").write_text("3")
-    assert [child.name for child in path.iterdir()] == ["state.json"]
-    assert list(tmp_path.iterdir()) == [path]

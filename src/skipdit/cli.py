@@ -101,7 +101,7 @@ def convert(arguments: Sequence[str]) -> None:
 
     options = _parse("convert", convert.__doc__, arguments, Options)
     if options.to != "official":
-        check_replaceable(options.out)
+        check_replaceable(options.out, "model")
     model = load_model(
         options.model,
         prefer=options.prefer,
@@ -114,7 +114,7 @@ def convert(arguments: Sequence[str]) -> None:
         save_official(model, options.out)
     else:
         converted = model if options.to == "skipdit" else to_diffusers(model)
-        with atomic_folder(options.out) as draft:
+        with atomic_folder(options.out, "model") as draft:
             converted.save_pretrained(draft)
     print(f"written: {options.out}")
 

@@ -274,7 +274,7 @@ def save_checkpoint(
         for index, state in optimizer.state_dict()["state"].items()
         for key, value in state.items()
     }
-    with atomic_folder(folder / f"checkpoint-{step:07d}") as draft:
+    with atomic_folder(folder / f"checkpoint-{step:07d}", "checkpoint") as draft:
         save_file(
             {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()},
             draft / "model.safetensors",
@@ -445,7 +445,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = True, device: str = 
                 accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
-        with averaged(ema, model), atomic_folder(out / "pipeline") as draft:
+        with averaged(ema, model), atomic_folder(out / "pipeline", "pipeline") as draft:
             # not model.to: ModelMixin.to warns of every cast
             released = copy.deepcopy(model)
             fold_spectral_caps(released)

@@ -1,0 +1,140 @@
+"""Which process holds something on disk, and whether it still runs: drafts and locks carry its name."""
+
+import fcntl
+import logging
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from skipdit.untrusted import printable
+
+LOGGER = logging.getLogger(__name__)
+
+LOCK = ".skipdit.lock"
+HEARTBEAT_SECONDS = 20.0
+STALE_SECONDS = 120.0  # without a heartbeat, for a lock of another host, whose processes cannot be seen from here
+
+
+@dataclass(frozen=True, kw_only=True)
+class Process:
+    """A process of a host. started: its start in clock ticks after boot, since a number is given anew; 0 if unknown."""
+
+    host: str
+    pid: int
+    started: int
+
+    def __str__(self) -> str:
+        return f"{self.host}-{self.pid}-{self.started}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Process | None":
+        found = re.fullmatch(r"([\w-]+)-(\d{1,10})-(\d{1,20})", text)
+        return found and cls(host=found[1], pid=int(found[2]), started=int(found[3]))
+
+    def has_ended(self) -> bool:
+        """Whether this host runs it no more; of another host's processes nothing is known."""
+        if self.host != this_process().host:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except (PermissionError, OverflowError):
+            pass
+        started = started_at(self.pid)
+        return bool(started and self.started) and started != self.started
+
+
+def started_at(pid: int) -> int:
+    """Return when a process began, in clock ticks after boot (proc(5), field 22); 0 where that cannot be told."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def this_process() -> Process:
+    host = re.sub(r"[^\w-]", "_", platform.node())[:60] or "localhost"
+    return Process(host=host, pid=os.getpid(), started=started_at(os.getpid()))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is made where it is missing: one run at a time writes into it.
+
+    `BlockingIOError`, which tells who holds it, where another run does. The lock of a process that has ended is taken
+    over, with a warning; so is one of another host that has not been touched for two minutes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK
+    handle = _take(path)
+    stop = threading.Event()
+    heart = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        heart.join()
+        path.unlink(missing_ok=True)  # while it is held: see `_take`
+        os.close(handle)
+
+
+def _take(path: Path) -> int:
+    """Return a handle that holds the lock. The kernel lets go of it when the process ends, however that happens."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(handle, path)
+            if _is_still(handle, path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, str(this_process()).encode(), 0)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder has deleted it meanwhile
+
+
+def _lock(handle: int, path: Path) -> None:
+    holder = Process.parse(os.pread(handle, 200, 0).decode("utf-8", "replace"))
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
+    except OSError:  # a file system without locks: what the file says must do
+        if holder and holder != this_process() and holder.host == this_process().host and not holder.has_ended():
+            raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from None
+    if holder is None or holder == this_process():
+        return
+    if not holder.has_ended() and holder.host != this_process().host:
+        silent = time.time() - os.fstat(handle).st_mtime
+        if silent < STALE_SECONDS:
+            raise BlockingIOError(
+                f"{printable(path.parent)} is in use {_by(holder)}: give another --out; if that run is over, wait "
+                f"{STALE_SECONDS - silent:.0f} s or delete {printable(path)}"
+            )
+    LOGGER.warning("the lock of %s is taken over: the run %s is over", printable(path.parent), _by(holder))
+
+
+def _by(holder: Process | None) -> str:
+    return f"by process {holder.pid} on {holder.host}" if holder else "by another process"
+
+
+def _is_still(handle: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    return False
+
+
+def _beat(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(path)
