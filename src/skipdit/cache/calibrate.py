@@ -24,7 +24,7 @@ from skipdit.cache.runtime import CacheRuntime, relative_change
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, Site, step_cost
 from skipdit.cache.state import Trajectory
-from skipdit.models.flow import Branches, Portion, Step
+from skipdit.models.forward_plan import Branches, Region, ForwardPlan
 from skipdit.models.long_skip import BranchKind
 
 Sample = Callable[[], Tensor]

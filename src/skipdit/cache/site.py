@@ -1,17 +1,17 @@
-"""WHAT is reused. A site says which portion of the units' work a step stores, and which it leaves out."""
+"""WHAT is reused. A site says which region of the units' work a step stores, and which it leaves out."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor, nn
 
-from skipdit.models.flow import Branches, Portion, Units
+from skipdit.models.forward_plan import Branches, Region, Units
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 
 
 @runtime_checkable
 class Site(Protocol):
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         """What this model can reuse here, one a variant of a reuse step, which a schedule chooses by its place; a full
         step stores all. `ValueError` where the model has nothing to reuse here; none where that is no matter."""
         ...
@@ -30,7 +30,7 @@ class DeepFeatures:
     num_shallow_units: int = 1
     others: tuple[int, ...] = ()
 
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not isinstance(model, LongSkipModel):
             raise ValueError(
                 f"{type(model).__name__} has no long skips that skipdit knows of, so a skip cache could have no "
@@ -60,7 +60,7 @@ class UnitRange:
     at: str = "both"
     delta: bool = True
 
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         if self.num_shallow_units is None:
             num_first, num_last = (num_units // 2, 0) if self.at == "first" else (0, num_units - num_units // 2)
@@ -86,10 +86,10 @@ class Inner:
 
     num_shallow_units: int = 1
 
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         known_units(model)
         linked = bool(cast(LongSkipModel, model).long_skip_links.sources)
-        return (DeepFeatures if linked else UnitRange)(self.num_shallow_units).portions(model)
+        return (DeepFeatures if linked else UnitRange)(self.num_shallow_units).regions(model)
 
     @property
     def options(self) -> str:
@@ -101,7 +101,7 @@ class Stack:
     """What all units behind the first have added (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs on
     every step, and adaptive schedules look at it."""
 
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         if num_units < 2:
             raise ValueError(f"there must be a unit behind the first, got {num_units}")
@@ -121,12 +121,12 @@ class BranchOutputs:
     num_shallow_units: int | None = None
     optional: bool = False
 
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         units = range(num_units)
         if self.num_shallow_units is not None:
             units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
-        found = {kind for kind, unit, _ in cast(LongSkipModel, model).branches() if unit in units}
+        found = {place.kind for place in cast(LongSkipModel, model).branches() if place.unit in units}
         kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in found)
         if not kinds and self.optional:
             return ()
@@ -149,27 +149,27 @@ class Probe:
 
     inputs: bool = False
 
-    def portions(self, model: nn.Module) -> tuple[Portion, ...]:
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not self.inputs:
             return (Units(start=0, stop=1, delta=True, skips=False),)
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
 
 
-def step_cost(model: nn.Module, reuse: tuple[Portion, ...]) -> float:
-    """The share of a full step's work that a step does which reuses these portions. All units count alike; within one
+def step_cost(model: nn.Module, reuse: tuple[Region, ...]) -> float:
+    """The share of a full step's work that a step does which reuses these regions. All units count alike; within one
     its branches and its long skip count by their weights, which is by their FLOPs but for the attention's own products.
     """
     num_units = known_units(model)
     linked = cast(LongSkipModel, model)
     weights = [sum(weight.numel() for weight in _long_skip_weights(entry)) for entry in linked.unit_entries()]
     saved = [0] * num_units
-    for kind, unit, module in linked.branches():
-        size = sum(weight.numel() for weight in module.parameters())
-        weights[unit] += size
-        if any(portion.has_branch(kind, unit) for portion in reuse):
-            saved[unit] += size
+    for place in linked.branches():
+        size = sum(weight.numel() for weight in place.module.parameters())
+        weights[place.unit] += size
+        if any(region.has_branch(place.kind, place.unit) for region in reuse):
+            saved[place.unit] += size
     costs = [
-        0.0 if any(portion.leaves_out(unit) for portion in reuse) else 1 - saved[unit] / max(weights[unit], 1)
+        0.0 if any(region.leaves_out(unit) for region in reuse) else 1 - saved[unit] / max(weights[unit], 1)
         for unit in range(num_units)
     ]
     return sum(costs) / num_units

@@ -1,6 +1,6 @@
 """Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,8 +12,15 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipdit.models.flow import PLAIN, BlockFlow, LongSkipFlow, Step, kind_in
-from skipdit.models.long_skip import BranchKind, LongSkip, LongSkipConfig, LongSkipModel, LongSkipOutput
+from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
+from skipdit.models.long_skip import (
+    BranchPlace,
+    LongSkip,
+    LongSkipConfig,
+    LongSkipModel,
+    LongSkipOutput,
+    PlannedOutput,
+)
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -51,8 +58,8 @@ def repeat_rows(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's second half: (b n d) scaled and shifted per sample by (b d)."""
-    return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Apply the second half of adaptive layer norm: (b n d), scaled and shifted per sample by (b 1 d)."""
+    return hidden_states * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
@@ -76,34 +83,27 @@ class DiTBlock(nn.Module):
         hidden_states: Float[Tensor, "batch tokens dim"],
         conditioning: Float[Tensor, "groups dim"],
         skip: Float[Tensor, "batch tokens dim"] | None = None,
-        flow: BlockFlow | None = None,
     ) -> Float[Tensor, "batch tokens dim"]:
-        """flow: given where outputs of branches are stored or reused."""
         if self.long_skip is not None:
             hidden_states = self.long_skip(hidden_states, skip)
         modulation = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0])
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-
-        def to_attention() -> Tensor:
-            return modulate(self.norm1(hidden_states), shift_attn, scale_attn)
-
-        attended = self.attn(to_attention()) if flow is None else flow.branch("attention", to_attention, self.attn)
-        attended_states = hidden_states + gate_attn.unsqueeze(1) * attended
-
-        def to_mlp() -> Tensor:
-            return modulate(self.norm2(attended_states), shift_mlp, scale_mlp)
-
-        transformed = self.mlp(to_mlp()) if flow is None else flow.branch("mlp", to_mlp, self.mlp)
-        return attended_states + gate_mlp.unsqueeze(1) * transformed
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(6, dim=-1)
+        hidden_states = hidden_states + gate_attn * self.attn(
+            modulate(self.norm1(hidden_states), shift_attn, scale_attn)
+        )
+        return hidden_states + gate_mlp * self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
 
 
-def branches_of(model: LongSkipModel) -> list[tuple[BranchKind, int, nn.Module]]:
-    """As `LongSkipModel.branches`, where all blocks are `DiTBlock`s."""
-    branches: list[tuple[BranchKind, int, nn.Module]] = []
+def branches_of(model: LongSkipModel) -> list[BranchPlace]:
+    """Return the branches of a model whose blocks are all `DiTBlock`s."""
+    places: list[BranchPlace] = []
     for unit, blocks in enumerate(model.units()):
         for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
-            branches += [(kind_in("attention", number), unit, block.attn), ("mlp", unit, block.mlp)]
-    return branches
+            places += [
+                BranchPlace(kind_in("attention", number), unit, f"{number}.attn", block.attn),
+                BranchPlace("mlp", unit, f"{number}.mlp", block.mlp),
+            ]
+    return places
 
 
 class PatchEmbed(nn.Module):
@@ -123,7 +123,8 @@ class FinalLayer(nn.Module):
         self.proj = nn.Linear(hidden_size, out_features)
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
-        shift, scale = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0]).chunk(2, dim=-1)
+        modulation = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0])
+        shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
         return self.proj(modulate(self.norm(hidden_states), shift, scale))
 
 
@@ -152,7 +153,7 @@ def position_embedding_of(model: Any, height: int, width: int) -> Float[Tensor, 
     )
 
 
-def run_block(model: Any, block: nn.Module, *args: Tensor | BlockFlow | None) -> Tensor:
+def run_block(model: Any, block: nn.Module, *args: Tensor | None) -> Tensor:
     """The block, which runs again in the backward pass where gradient checkpointing is on."""
     if model.gradient_checkpointing and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(block, *args)
@@ -278,7 +279,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return [(block,) for block in self.blocks]
 
-    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
+    def branches(self) -> list[BranchPlace]:
         return branches_of(self)
 
     @property
@@ -294,14 +295,14 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         timestep: Float[Tensor, "*batch"] | Int[Tensor, "*batch"],
         class_labels: Int[Tensor, " batch"],
         *,
-        step: Step = PLAIN,
-        stored: Mapping[str, Tensor] | None = None,
+        plan: ForwardPlan = PLAIN,
+        stored: Stored | None = None,
         return_dict: bool = True,
-    ) -> LongSkipOutput | tuple[Tensor, ...]:
+    ) -> LongSkipOutput | tuple[Tensor, ...] | PlannedOutput:
         """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
 
-        What `step` says is stored in the output, or taken from `stored`, what an earlier call stored; each tensor has
-        the shape (batch, tokens, dim).
+        Under a `plan` this returns a `PlannedOutput`: what the plan says is stored there, or taken from `stored`, what
+        an earlier call stored. Each tensor has the shape (batch, tokens, dim).
         """
         if any(size % self.patch_size for size in hidden_states.shape[-2:]):
             sizes = tuple(hidden_states.shape[-2:])
@@ -315,17 +316,15 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         )
         conditioning = self.timestep_embedder(timestep_embedding) + self.class_embedder(class_labels)
 
-        flow = LongSkipFlow(self.long_skip_links, step, stored)
+        state = ForwardState.begin(self, plan, stored)
         for unit, block in enumerate(self.blocks):
-            (hidden_states,) = flow.enter(unit, hidden_states)
-            if flow.runs(unit):
-                place = (BlockFlow(flow, unit, 0),) if flow.has_branches else ()
-                hidden_states = run_block(self, block, hidden_states, conditioning, flow.skip(unit), *place)
-                flow.leave(unit, hidden_states)
-        (hidden_states,) = flow.enter(len(self.blocks), hidden_states)
+            (hidden_states,) = state.enter(unit, hidden_states)
+            if state.runs(unit):
+                hidden_states = run_block(self, block, hidden_states, conditioning, state.skip(unit))
+                state.leave(unit, hidden_states)
+        (hidden_states,) = state.enter(len(self.blocks), hidden_states)
 
         patches = self.final_layer(hidden_states, conditioning)
         p = self.patch_size
         sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
-        output = LongSkipOutput(sample=sample, stored=flow.stored or None)
-        return output if return_dict else output.to_tuple()
+        return state.finish(LongSkipOutput(sample=sample) if return_dict else (sample,))

@@ -1,6 +1,6 @@
 """Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -24,8 +24,8 @@ from skipdit.models.dit import (
     sincos,
     sincos_position_embedding,
 )
-from skipdit.models.flow import PLAIN, BlockFlow, LongSkipFlow, Step
-from skipdit.models.long_skip import BranchKind, LongSkipConfig, LongSkipModel, LongSkipOutput
+from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
+from skipdit.models.long_skip import BranchPlace, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
 
 LATTE_PRESETS = {
     f"Latte-{size}/{patch_size}": (*shape, patch_size)
@@ -148,7 +148,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
 
-    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
+    def branches(self) -> list[BranchPlace]:
         return branches_of(self)
 
     @property
@@ -166,17 +166,17 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         *,
         num_images: int = 0,
         image_class_labels: Int[Tensor, "batch num_images"] | None = None,
-        step: Step = PLAIN,
-        stored: Mapping[str, Tensor] | None = None,
+        plan: ForwardPlan = PLAIN,
+        stored: Stored | None = None,
         return_dict: bool = True,
-    ) -> LongSkipOutput | tuple[Tensor, ...]:
+    ) -> LongSkipOutput | tuple[Tensor, ...] | PlannedOutput:
         """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
 
         The last `num_images` frames are single pictures: they pass by the temporal blocks, and where the model knows
         classes each has its own, `image_class_labels` (joint training, Latte, section 3.3).
 
-        What `step` says is stored in the output, or taken from `stored`, what an earlier call stored; tensors of units
-        have the shape (batch x frames, tokens, dim).
+        Under a `plan` this returns a `PlannedOutput`: what the plan says is stored there, or taken from `stored`, what
+        an earlier call stored. Tensors of units have the shape (batch x frames, tokens, dim).
         """
         batch, num_all_frames = hidden_states.shape[:2]
         num_frames = num_all_frames - num_images
@@ -202,29 +202,26 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             images = image_conditioning.unflatten(0, (batch, num_images))
             frame_conditioning = torch.cat([videos, images], dim=1).flatten(0, 1)
 
-        flow = LongSkipFlow(self.long_skip_links, step, stored)
+        state = ForwardState.begin(self, plan, stored)
         for unit, (spatial, temporal) in enumerate(self.units()):
-            (hidden_states,) = flow.enter(unit, hidden_states)
-            if flow.runs(unit):
-                place = (BlockFlow(flow, unit, 0),) if flow.has_branches else ()
-                hidden_states = run_block(self, spatial, hidden_states, frame_conditioning, flow.skip(unit), *place)
+            (hidden_states,) = state.enter(unit, hidden_states)
+            if state.runs(unit):
+                hidden_states = run_block(self, spatial, hidden_states, frame_conditioning, state.skip(unit))
                 frames = rearrange(hidden_states, "(b f) n d -> b f n d", b=batch)
                 videos = rearrange(frames[:, :num_frames], "b f n d -> (b n) f d")
                 if unit == 0:
                     videos = videos + self.frame_embedding[:num_frames].to(dtype)
-                place = (None, BlockFlow(flow, unit, 1)) if flow.has_branches else ()
-                videos = run_block(self, temporal, videos, conditioning, *place)
+                videos = run_block(self, temporal, videos, conditioning)
                 videos = rearrange(videos, "(b n) f d -> b f n d", b=batch)
                 frames = torch.cat([videos, frames[:, num_frames:]], dim=1) if num_images else videos
                 hidden_states = rearrange(frames, "b f n d -> (b f) n d")
-                flow.leave(unit, hidden_states)
-        (hidden_states,) = flow.enter(self.long_skip_links.num_units, hidden_states)
+                state.leave(unit, hidden_states)
+        (hidden_states,) = state.enter(self.long_skip_links.num_units, hidden_states)
 
         patches = self.final_layer(hidden_states, frame_conditioning)
         p = self.patch_size
         sample = rearrange(patches, "(b f) (h w) (p q c) -> b f c (h p) (w q)", b=batch, h=height, w=width, p=p, q=p)
-        output = LongSkipOutput(sample=sample, stored=flow.stored or None)
-        return output if return_dict else output.to_tuple()
+        return state.finish(LongSkipOutput(sample=sample) if return_dict else (sample,))
 
     def _check_input(self, hidden_states: Tensor, num_frames: int) -> None:
         if any(size % self.patch_size for size in hidden_states.shape[-2:]):

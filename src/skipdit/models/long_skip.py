@@ -6,10 +6,11 @@ features through the skips, a *reuse* step may take the hidden states that enter
 only the k shallowest and the k deepest units.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast, get_args
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,15 @@ def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:
     return {num_units - 1 - source: source for source in range(num_pairs)}
 
 
+def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[int, int]:
+    """As `pair_units`, within each of several segments of units that follow one another."""
+    sources, start = {}, 0
+    for size in sizes:
+        sources |= {target + start: source + start for target, source in pair_units(size, config).items()}
+        start += size
+    return sources
+
+
 class FP32RMSNorm(nn.RMSNorm):
     """RMSNorm computed in float32 and cast back to the input's dtype."""
 
@@ -124,10 +134,21 @@ class LongSkip(nn.Module):
 
 @dataclass(frozen=True)
 class LongSkipLinks:
-    """The links of one model: the number of its units L and `sources[target] = source`."""
+    """The links of one model.
+
+    num_units: L. sources: of each linked target unit its source. segment_starts: the first unit of every segment but
+    the first. targets: of each source its target. ordered_sources: rising.
+    """
 
     num_units: int
     sources: Mapping[int, int]
+    segment_starts: tuple[int, ...] = ()
+    targets: Mapping[int, int] = field(init=False, repr=False)
+    ordered_sources: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ordered_sources", tuple(sorted(self.sources.values())))
+        object.__setattr__(self, "targets", {source: target for target, source in self.sources.items()})
 
     @property
     def max_num_shallow_units(self) -> int:
@@ -150,39 +171,73 @@ class LongSkipLinks:
 
 @dataclass
 class LongSkipOutput(BaseOutput):
-    """sample (`Tensor`): the prediction. stored (`dict` of tensors, *optional*): what `step.store` asked for."""
+    """sample (`Tensor`): the prediction."""
 
     sample: Tensor
-    stored: dict[str, Tensor] | None = None
+
+
+class PlannedOutput(NamedTuple):
+    """What a forward returns under a plan. output: what it returns without one. stored: what the plan asked for."""
+
+    output: Any
+    stored: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BranchPlace:
+    """Where a branch stands: attention, cross-attention or MLP; its unit; its name there, and its module."""
+
+    kind: BranchKind
+    unit: int
+    name: str
+    module: nn.Module
+
+
+@dataclass
+class OpenCall:
+    """The forward call that a model is in: one object that it shares with its blocks and branches.
+
+    state: a `ForwardState`. num_tokens: of a picture or frame, as the last unit's first block saw it.
+    """
+
+    state: Any = None
+    num_tokens: int = 0
 
 
 class LongSkipModel:
-    """Its forward takes `step` and `stored` as in `skipdit.models.flow.LongSkipFlow`, and returns a `LongSkipOutput`.
-    The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
+    """A model of units. Its forward takes `plan` and `stored` as in `skipdit.models.forward_plan`, and under a plan
+    returns a `PlannedOutput`. The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
 
-    timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000.
+    timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000. open_call: where its open
+    branches find the call that they are in; `None` where they are not open.
     """
 
     long_skip_links: LongSkipLinks
     timestep_scale: float = 1.0
+    open_call: "OpenCall | None" = None
     is_cache_enabled: bool = False
 
     def units(self) -> list[tuple[nn.Module, ...]]:
-        """The blocks of each unit in the order they run; the first fuses the unit's skip."""
+        """Return the blocks of each unit in the order they run; the first fuses the unit's skip."""
         raise NotImplementedError
 
     def unit_entries(self) -> list[nn.Module]:
         return [blocks[0] for blocks in self.units()]
 
-    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
-        """Kind, unit and module of every branch: attention (in the second block of a unit over time), cross-attention
-        and MLP; two of a kind where the streams have one each."""
+    def segment_starts(self) -> tuple[int, ...]:
+        """Return the first unit of every segment but the first."""
+        return ()
+
+    def branches(self) -> list[BranchPlace]:
+        """Return every branch: attention (in the second block of a unit over time), cross-attention and MLP; several of
+        a kind where streams have one each."""
         raise NotImplementedError
 
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
-        """Gives the target units fresh `LongSkip`s and takes them from all others; `None` leaves none."""
-        entries = self.unit_entries()
-        self.long_skip_links = LongSkipLinks(len(entries), pair_units(len(entries), config))
+        """Give the target units fresh `LongSkip`s and take them from all others; `None` leaves none."""
+        entries, starts = self.unit_entries(), self.segment_starts()
+        sizes = [stop - start for start, stop in pairwise((0, *starts, len(entries)))]
+        self.long_skip_links = LongSkipLinks(len(entries), pair_segments(sizes, config), starts)
         for unit, block in enumerate(entries):
             is_target = unit in self.long_skip_links.sources
             cast(Any, block).long_skip = LongSkip(hidden_size, cast(LongSkipConfig, config)) if is_target else None

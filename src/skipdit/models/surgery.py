@@ -3,7 +3,7 @@
 Our own models fuse skips in their forward. A transformer of diffusers gets them by *class swap*: each of its blocks,
 and the model itself, becomes an instance of a final subclass made from (mixin, its class). The keys of the weights
 stay, the copy of a model is a model of its own, and `torch.compile` sees one plain forward. All models drive the same
-`LongSkipFlow`, so a cache treats them alike.
+`ForwardState`, so a cache treats them alike.
 """
 
 import inspect
@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,15 +23,16 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from skipdit.models.families import Family, find_family, get_family
-from skipdit.models.flow import PLAIN, LongSkipFlow, Step, kind_in
+from skipdit.models.branches import close_branches, hooked, refuse_hooked, swapped_class
+from skipdit.models.families import Family, Segment, find_family, get_family
+from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
-    BranchKind,
+    BranchPlace,
     LongSkip,
     LongSkipConfig,
     LongSkipLinks,
     LongSkipModel,
-    LongSkipOutput,
+    OpenCall,
     pair_units,
 )
 
@@ -39,39 +41,36 @@ from skipdit.models.long_skip import (
 LONG_SKIP_VARIANT = "long_skip"
 
 
-@dataclass
-class OpenFlow:
-    """The forward call that a model is in; one object that the model shares with its blocks. num_tokens: of a picture
-    or frame, as the last unit's first block saw it."""
-
-    flow: LongSkipFlow | None = None
-    num_tokens: int = 0
-
-
 @dataclass(frozen=True)
-class Place:
+class BlockPlace:
     """Where a block stands: its unit, whether it is the unit's first block or the model's last, and where its streams
-    are among its arguments. over_time: the block sees one patch over time, (b n) f d, not (b f) n d."""
+    are among its arguments.
+
+    over_time: the block sees one patch over time, (b n) f d, not (b f) n d. joins: of the first block of a segment
+    whose streams are joined, the indices of those.
+    """
 
     unit: int
     is_entry: bool
     is_exit: bool
     over_time: bool
     streams: tuple[str, ...]
+    fused: str
     positions: dict[str, int]
+    joins: tuple[int, ...]
 
 
 class UnitBlock(nn.Module):
     """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
     step a block of a unit that does not run hands its streams on."""
 
-    _place: Place
-    _open: OpenFlow
+    _place: BlockPlace
+    _open: OpenCall
     long_skip: LongSkip | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        place, flow = self._place, self._open.flow
-        if flow is None:
+        place, state = self._place, self._open.state
+        if state is None:
             raise RuntimeError(
                 f"this {type(self).__name__} belongs to unit {place.unit} of a model and runs only inside its forward"
             )
@@ -87,102 +86,68 @@ class UnitBlock(nn.Module):
                 call[place.positions[name]] = value
 
         if place.is_entry:
-            self._open.num_tokens = get("hidden_states").shape[1]
-            if place.unit > 0 and flow.runs(place.unit - 1):
-                flow.leave(place.unit - 1, get("hidden_states"))
-            if flow.is_boundary(place.unit):
-                for name, stream in zip(
-                    place.streams, flow.enter(place.unit, *(get(name) for name in place.streams)), strict=True
-                ):
+            self._open.num_tokens = get(place.fused).shape[1]
+            if place.joins:
+                state.join(place.joins)
+            state.arrive(place.unit, get(place.fused))
+            if state.is_boundary(place.unit):
+                streams = state.enter(place.unit, *(get(name) for name in place.streams))
+                for name, stream in zip(place.streams, streams, strict=True):
                     put(name, stream)
-        if flow.runs(place.unit):
+        if state.runs(place.unit):
             if self.long_skip is not None:
-                put("hidden_states", self.long_skip(get("hidden_states"), flow.skip(place.unit)))
+                put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
             output = super().forward(*call, **kwargs)
         else:
             if place.is_entry:
                 # a model that hands skips on by itself takes what leaves this unit for one (HunyuanDiT)
-                skip = flow.given_skip(place.unit)
+                skip = state.given_skip(place.unit)
                 if skip is not None:
-                    put("hidden_states", skip)
+                    put(place.fused, skip)
             streams = tuple(get(name) for name in place.streams)
             output = streams[0] if len(streams) == 1 else streams
-        if place.is_exit and flow.is_boundary(place.unit + 1):
-            return _exit(flow, place, output, self._open.num_tokens)
+        if place.is_exit and state.is_boundary(place.unit + 1):
+            return _exit(state, place, output, self._open.num_tokens)
         return output
 
 
-def _exit(flow: LongSkipFlow, place: Place, output: Any, num_tokens: int) -> Any:
-    """What leaves the last unit, stored or replaced."""
+def _exit(state: ForwardState, place: BlockPlace, output: Any, num_tokens: int) -> Any:
+    """Return what leaves the last unit, stored or replaced."""
     if place.over_time:
         num_frames = output.shape[1]
         output = rearrange(output, "(b n) f d -> (b f) n d", n=num_tokens)
-        (output,) = flow.enter(place.unit + 1, output)
+        (output,) = state.enter(place.unit + 1, output)
         return rearrange(output, "(b f) n d -> (b n) f d", f=num_frames)
     if len(place.streams) == 1:
-        return flow.enter(place.unit + 1, output)[0]
-    return flow.enter(place.unit + 1, *output)
-
-
-@dataclass(frozen=True)
-class BranchPlace:
-    """Of a branch: its kind, its unit, and its name there."""
-
-    kind: BranchKind
-    unit: int
-    name: str
-
-
-class UnitBranch(nn.Module):
-    """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
-
-    _place: BranchPlace
-    _open: OpenFlow
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        place, flow = self._place, self._open.flow
-        if flow is None or not flow.has_branches:
-            return super().forward(*args, **kwargs)
-        run = super().forward
-        return flow.branch(
-            place.kind,
-            place.unit,
-            place.name,
-            lambda: args[0] if args else kwargs["hidden_states"],
-            lambda _: run(*args, **kwargs),
-        )
+        return state.enter(place.unit + 1, output)[0]
+    return state.enter(place.unit + 1, *output)
 
 
 class RunsUnits(LongSkipModel):
-    """Mixed in front of a transformer's class: opens a `LongSkipFlow` for each forward call."""
+    """Mixed in front of a transformer's class: opens a `ForwardState` for each forward call."""
 
-    _open: OpenFlow
+    open_call: OpenCall
     _family: Family
 
-    def forward(
-        self,
-        *args: Any,
-        step: Step = PLAIN,
-        stored: Mapping[str, Tensor] | None = None,
-        return_dict: bool = True,
-        **kwargs: Any,
-    ) -> LongSkipOutput | tuple[Tensor, ...]:
-        if self._open.flow is not None:
+    def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
+        if self.open_call.state is not None:
             raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
-        flow = LongSkipFlow(self.long_skip_links, step, stored)
-        self._open.flow = flow
+        state = ForwardState.begin(self, plan, stored)
         try:
-            sample = cast(Any, super()).forward(*args, return_dict=False, **kwargs)[0]
+            output = cast(Any, super()).forward(*args, **kwargs)
         finally:
-            self._open.flow = None
-        output = LongSkipOutput(sample=sample, stored=flow.stored or None)
-        return output if return_dict else output.to_tuple()
+            self.open_call.state = None
+        return state.finish(output)
+
+    def segment_starts(self) -> tuple[int, ...]:
+        sizes = [len(units) for units in _segments(cast(nn.Module, self), self._family)]
+        return tuple(accumulate(sizes))[:-1]
 
     def units(self) -> list[tuple[nn.Module, ...]]:
         return _units(cast(nn.Module, self), self._family)
 
-    def branches(self) -> list[tuple[BranchKind, int, nn.Module]]:
-        return [(place.kind, place.unit, module) for place, module in _branches(self.units(), self._family)]
+    def branches(self) -> list[BranchPlace]:
+        return _branches(cast(nn.Module, self), self._family)
 
     def enable_cache(self, spec: Any) -> None:
         """As `skipdit.enable_cache(model, spec)`; a config of diffusers goes to the model's own caches."""
@@ -207,15 +172,15 @@ class RunsUnits(LongSkipModel):
         super().disable_cache()
 
     # diffusers hands a block and its arguments to this function; a block that runs again in the backward pass must
-    # find the flow of its own forward call, of which several may be open by then
+    # find the state of its own forward call, of which several may be open by then
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        checkpoint, open_flow = self.__dict__["_gradient_checkpointing_func"], self._open
+        checkpoint, open_call = self.__dict__["_gradient_checkpointing_func"], self.open_call
 
-        def in_this_flow(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return checkpoint(_InFlow(open_flow, open_flow.flow, block), *args, **kwargs)
+        def in_this_call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return checkpoint(_InCall(open_call, open_call.state, block), *args, **kwargs)
 
-        return in_this_flow
+        return in_this_call
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, value: Callable[..., Any]) -> None:
@@ -261,39 +226,28 @@ class RunsUnits(LongSkipModel):
 
 
 @dataclass(frozen=True)
-class _InFlow:
-    """Calls a block inside a given flow."""
+class _InCall:
+    """Calls a block inside a given forward call."""
 
-    open_flow: OpenFlow
-    flow: LongSkipFlow | None
+    open_call: OpenCall
+    state: ForwardState | None
     block: nn.Module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outer, self.open_flow.flow = self.open_flow.flow, self.flow
+        outer, self.open_call.state = self.open_call.state, self.state
         try:
             return self.block(*args, **kwargs)
         finally:
-            self.open_flow.flow = outer
+            self.open_call.state = outer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The swap
 
 
-def _subclass(mixin: type, base: type, **namespace: Any) -> type:
-    """A final subclass of the same name, so that a saved config names the model."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), names | namespace)
-
-
 @lru_cache
 def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
-    return _subclass(UnitBlock, base)
-
-
-@lru_cache
-def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
-    return _subclass(UnitBranch, base)
+    return swapped_class(UnitBlock, base)
 
 
 @lru_cache
@@ -305,7 +259,7 @@ def long_skip_class(base: type[nn.Module]) -> Any:
     own = [
         parameter
         for name, parameter in inspect.signature(RunsUnits.forward).parameters.items()
-        if name in ("step", "stored")
+        if name in ("plan", "stored")
     ]
     *theirs, last = signature.parameters.values()
     positional = [*theirs, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else theirs
@@ -315,7 +269,7 @@ def long_skip_class(base: type[nn.Module]) -> Any:
         return RunsUnits.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    return _subclass(RunsUnits, base, forward=forward)
+    return swapped_class(RunsUnits, base, forward=forward)
 
 
 def _plain_class(model_class: type) -> type[nn.Module]:
@@ -323,22 +277,32 @@ def _plain_class(model_class: type) -> type[nn.Module]:
     return next(base.__bases__[1] for base in model_class.__mro__ if base.__bases__[:1] == (RunsUnits,))
 
 
-def _units(model: nn.Module, family: Family) -> list[tuple[nn.Module, ...]]:
-    lists = [cast(Iterable[nn.Module], model.get_submodule(name)) for name in family.block_lists]
-    return list(zip(*lists, strict=True))
-
-
-def _branches(units: list[tuple[nn.Module, ...]], family: Family) -> list[tuple[BranchPlace, Any]]:
-    """Every attention and MLP of the blocks, and its place."""
+def _segments(model: nn.Module, family: Family) -> list[list[tuple[nn.Module, ...]]]:
+    """Return the units of each segment."""
     found = []
-    for unit, blocks in enumerate(units):
-        for number, block in enumerate(blocks):
-            children = dict(block.named_children())
-            for kind, names in family.branches.items():
-                for name in names:
-                    if name in children:
-                        place = BranchPlace(kind_in(kind, number), unit, f"{number}.{name}")
-                        found.append((place, children[name]))
+    for segment in family.segments:
+        lists = [cast(Iterable[nn.Module], model.get_submodule(name)) for name in segment.lists]
+        found.append(list(zip(*lists, strict=True)))
+    return found
+
+
+def _units(model: nn.Module, family: Family) -> list[tuple[nn.Module, ...]]:
+    return [unit for units in _segments(model, family) for unit in units]
+
+
+def _branches(model: nn.Module, family: Family) -> list[BranchPlace]:
+    found, unit = [], 0
+    for segment, units in zip(family.segments, _segments(model, family), strict=True):
+        for blocks in units:
+            for number, block in enumerate(blocks):
+                children = dict(block.named_children())
+                found += [
+                    BranchPlace(kind_in(kind, number), unit, f"{number}.{name}", children[name])
+                    for kind, names in segment.branches.items()
+                    for name in names
+                    if name in children
+                ]
+            unit += 1
     return found
 
 
@@ -347,68 +311,78 @@ def _native_links(num_units: int) -> LongSkipLinks:
 
 
 def open_units(model: nn.Module) -> None:
-    """Makes a transformer of diffusers run its units under a `LongSkipFlow`, with no new weights and the same output.
+    """Make a transformer of diffusers run its units under a `ForwardState`, with no new weights and the same output.
 
-    `ValueError` where its family is unknown, or hooks are on its forward (offloading: set it up afterwards).
+    `ValueError` where its family is unknown or does not fit, or hooks are on its forward (offloading: set it up
+    afterwards). The model is then what it was.
     """
     if isinstance(model, LongSkipModel):
         return
     family = get_family(type(model))
+    segments = _segments(model, family)
     units = _units(model, family)
-    hooked = _hooked(model, family)
-    if hooked is not None:
-        raise ValueError(
-            f"hooks are on the forward of this {type(hooked).__name__}: call skipdit first, then set up offloading "
-            "or other hooks"
-        )
-    open_flow = OpenFlow()
-    for place, branch in _branches(units, family):
-        branch.__class__ = _branch_class(type(branch))
-        branch._place, branch._open = place, open_flow
-    for unit, blocks in enumerate(units):
-        for block in cast(tuple[Any, ...], blocks):
-            names = list(inspect.signature(type(block).forward).parameters)[1:]
-            positions = {name: names.index(name) for name in family.streams}
-            is_exit = unit == len(units) - 1 and block is blocks[-1]
-            place = Place(unit, block is blocks[0], is_exit, block is not blocks[0], family.streams, positions)
+    refuse_hooked((model, *(block for blocks in units for block in blocks)))
+    model_class, open_call, places = long_skip_class(type(model)), OpenCall(), []
+    for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
+        before = family.segments[number - 1].streams if number else ()
+        for position, blocks in enumerate(members):
+            unit = len(places)
+            places.append(
+                [
+                    BlockPlace(
+                        unit=unit,
+                        is_entry=block is blocks[0],
+                        is_exit=unit == len(units) - 1 and block is blocks[-1],
+                        over_time=block is not blocks[0],
+                        streams=segment.streams,
+                        fused=segment.fused_stream,
+                        positions=_positions(block, segment),
+                        joins=tuple(
+                            before.index(name) for name in segment.joins if position == 0 and block is blocks[0]
+                        ),
+                    )
+                    for block in blocks
+                ]
+            )
+    for blocks, block_places in zip(units, places, strict=True):
+        for block, place in zip(cast(tuple[Any, ...], blocks), block_places, strict=True):
             block.__class__ = _block_class(type(block))
-            block._place, block._open, block.long_skip = place, open_flow, None
+            block._place, block._open, block.long_skip = place, open_call, None
     opened = cast(Any, model)
-    opened.__class__ = long_skip_class(type(model))
-    opened._open, opened._family, opened.timestep_scale = open_flow, family, family.timestep_scale
-    opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {})
+    opened.__class__ = model_class
+    opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
+    starts = opened.segment_starts()
+    opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {}, starts)
 
 
-def _hooked(model: nn.Module, family: Family) -> nn.Module | None:
-    """The model, or the first of its blocks, whose forward a hook of diffusers or accelerate has replaced."""
-    units = _units(model, family)
-    blocks = (block for blocks in units for block in blocks)
-    branches = (branch for _, branch in _branches(units, family))
-    return next((module for module in (model, *blocks, *branches) if "forward" in vars(module)), None)
+def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
+    """Return where a block's forward takes its streams. `ValueError` where it has no argument of such a name."""
+    names = list(inspect.signature(type(block).forward).parameters)[1:]
+    missing = [name for name in segment.streams if name not in names]
+    if missing:
+        raise ValueError(
+            f"streams must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {missing[0]!r}"
+        )
+    return {name: names.index(name) for name in segment.streams}
 
 
 def close_units(model: nn.Module) -> None:
-    """Undoes `open_units`; `ValueError` where the model has long skips of ours. Where hooks were set on the open units,
+    """Undo `open_units`; `ValueError` where the model has long skips of ours. Where hooks were set on the open units,
     or `fully_shard` has put its classes on top, they stay open, which changes no output."""
-    if not isinstance(model, RunsUnits) or _hooked(model, model._family) is not None:
+    if not isinstance(model, RunsUnits):
         return
-    modules = (
-        model,
-        *(block for blocks in model.units() for block in blocks),
-        *(each for *_, each in model.branches()),
-    )
-    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock, UnitBranch) for module in modules):
+    blocks = cast(list[Any], [block for blocks in model.units() for block in blocks])
+    if hooked((model, *blocks)) is not None:
+        return
+    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock) for module in (model, *blocks)):
         return
     if any(block.long_skip is not None for block in model.unit_entries()):
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
-    for _, _, branch in cast(list[tuple[str, int, Any]], model.branches()):
-        del branch._place, branch._open
-        branch.__class__ = type(branch).__bases__[1]
-    for blocks in model.units():
-        for block in blocks:
-            del block._place, block._open, block.long_skip
-            block.__class__ = type(block).__bases__[1]
-    del model._open, model._family, model.timestep_scale, model.long_skip_links
+    close_branches(model)
+    for block in blocks:
+        del block._place, block._open, block.long_skip
+        block.__class__ = type(block).__bases__[1]
+    del model.open_call, model._family, model.timestep_scale, model.long_skip_links
     model.__class__ = type(model).__bases__[1]
 
 
@@ -464,9 +438,9 @@ def remove_long_skips(model: nn.Module) -> None:
     if isinstance(model, RunsUnits):
         if model._family.native_pairs:
             raise ValueError(f"the long skips of {type(model).__name__} are its own")
-        hooked = _hooked(model, model._family)
-        if hooked is not None:
-            raise ValueError(f"hooks are on the forward of this {type(hooked).__name__}: remove them first")
+        found = hooked((model, *(block for blocks in model.units() for block in blocks)))
+        if found is not None:
+            raise ValueError(f"hooks are on the forward of this {type(found).__name__}: remove them first")
         for block in cast(list[Any], model.unit_entries()):
             block.long_skip = None
         close_units(model)

@@ -1,0 +1,77 @@
+"""Opens the attentions and MLPs of a model, ours or diffusers', so that their outputs can be stored and reused.
+
+By *class swap*: an open branch is an instance of a final subclass made from (mixin, its class). The keys of the weights
+stay, a copy of the model is a model of its own, and `torch.compile` sees one plain forward.
+"""
+
+from functools import lru_cache
+from typing import Any, cast
+
+from torch import nn
+
+from skipdit.models.long_skip import LongSkipModel, OpenCall
+
+
+class UnitBranch(nn.Module):
+    """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
+
+    _branch: tuple[str, int, str]  # kind, unit, name
+    _open: OpenCall
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self._open.state
+        if state is None or not state.plan.has_branches:
+            return super().forward(*args, **kwargs)
+        run = super().forward
+        entering = args[0] if args else next(iter(kwargs.values()), None)
+        return state.branch(*self._branch, entering, lambda: run(*args, **kwargs))
+
+
+def swapped_class(mixin: type, base: type, **namespace: Any) -> type:
+    """Make a final subclass of the same name, so that a saved config names the model."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), names | namespace)
+
+
+@lru_cache
+def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
+    return swapped_class(UnitBranch, base)
+
+
+def open_branches(model: LongSkipModel) -> None:
+    """Make the branches of a model ones that can be stored and reused; its output stays the same.
+
+    `ValueError` where hooks are on the forward of one (offloading: set it up afterwards).
+    """
+    places = model.branches()
+    refuse_hooked(place.module for place in places)
+    model.open_call = model.open_call or OpenCall()
+    for place in places:
+        module = cast(Any, place.module)
+        if not isinstance(module, UnitBranch):
+            module.__class__ = _branch_class(type(module))
+            module._branch, module._open = (place.kind, place.unit, place.name), model.open_call
+
+
+def close_branches(model: LongSkipModel) -> None:
+    """Undo `open_branches`. Where another class stands on top (`fully_shard`), a branch stays open, which changes no
+    output."""
+    for place in model.branches():
+        module = cast(Any, place.module)
+        if type(module).__bases__[0] is UnitBranch:
+            module.__class__ = type(module).__bases__[1]
+            del module._branch, module._open
+
+
+def hooked(modules: Any) -> nn.Module | None:
+    """Return the first module whose forward a hook of diffusers or accelerate has replaced."""
+    return next((module for module in modules if "forward" in vars(module)), None)
+
+
+def refuse_hooked(modules: Any) -> None:
+    found = hooked(modules)
+    if found is not None:
+        raise ValueError(
+            f"hooks are on the forward of this {type(found).__name__}: call skipdit first, then set up offloading or "
+            "other hooks"
+        )

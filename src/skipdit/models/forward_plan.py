@@ -1,0 +1,407 @@
+"""What one forward call runs, stores and takes back: data that is made outside the graph.
+
+A call that reuses leaves out a *region* of the units' work and takes its result from an earlier call that stored it:
+whole units, as the streams after them or as what they add to the streams, or outputs of branches inside the units. A
+`ForwardPlan` says for each unit what happens there, in booleans and names; a `ForwardState` carries it out.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
+
+Values = Mapping[str, Tensor]  # of one region: the names are its own
+Stored = Mapping[str, Values]  # by the name of the region
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A part of the units' work that a call stores or reuses: `Units` or `Branches`. Abstract."""
+
+    @property
+    def name(self) -> str:
+        """Tells it from all other regions of a model."""
+        raise NotImplementedError
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The first unit that is left out and the first after them; `None` where all units run."""
+        return None
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """The units that must run to store it."""
+        raise NotImplementedError
+
+    def leaves_out(self, unit: int) -> bool:
+        return self.bounds is not None and unit in range(*self.bounds)
+
+    def has_branch(self, kind: str, unit: int) -> bool:
+        """Whether the output of this branch is part of it."""
+        return False
+
+    def has_input(self, kind: str, unit: int) -> bool:
+        """Whether what enters this branch is part of it."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units(Region):
+    """The streams after unit `stop - 1`, or with `delta` what units `start` to `stop - 1` add to them.
+
+    skips: also the skips that these units hand to others that still run; a probe, which is not reused, needs none.
+    """
+
+    start: int
+    stop: int
+    delta: bool = False
+    skips: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"units must be a range of at least one, got {self.start} to {self.stop}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.start}:{self.stop}" + (" added" if self.delta else "") + ("" if self.skips else " probe")
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        return self.start, self.stop
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        return tuple(range(self.start, self.stop))
+
+    def __str__(self) -> str:
+        return f"what units {self.start} to {self.stop - 1} {'add' if self.delta else 'output'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branches(Region):
+    """Outputs of the branches of some `kinds` in some `units`; with `inputs`, what enters them: a probe, which can be
+    stored and not reused."""
+
+    kinds: tuple[BranchKind, ...]
+    units: tuple[int, ...]
+    inputs: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.kinds or not set(self.kinds) <= set(get_args(BranchKind)):
+            raise ValueError(f"kinds must be of {', '.join(get_args(BranchKind))}, got {self.kinds}")
+
+    @property
+    def name(self) -> str:
+        return f"{'inputs of ' if self.inputs else ''}{'+'.join(self.kinds)} {','.join(map(str, self.units))}"
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        return self.units
+
+    def __str__(self) -> str:
+        return f"{' and '.join(self.kinds)} in {len(self.units)} units"
+
+    def has_branch(self, kind: str, unit: int) -> bool:
+        return not self.inputs and kind in self.kinds and unit in self.units
+
+    def has_input(self, kind: str, unit: int) -> bool:
+        return self.inputs and kind in self.kinds and unit in self.units
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Of a region of units, where it ends. delta: what is stored is added."""
+
+    name: str
+    delta: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPlan:
+    """What happens at one unit.
+
+    A caller may leave out units by itself (skip-layer guidance), so what is due at a unit is also due at all later
+    ones, until it is done.
+
+    runs: whether the unit runs. begins: regions before whose first unit the streams are remembered. takes, stores:
+    regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
+    skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
+    branch the region that has its output, that takes its output, and that takes its input.
+    """
+
+    runs: bool = True
+    begins: tuple[str, ...] = ()
+    takes: tuple[End, ...] = ()
+    stores: tuple[End, ...] = ()
+    keeps_skip: tuple[str, ...] = ()
+    given_skip: str | None = None
+    reuses: Mapping[str, str] = field(default_factory=dict)
+    keeps: Mapping[str, str] = field(default_factory=dict)
+    probes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_boundary(self) -> bool:
+        return bool(self.begins or self.takes or self.stores)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPlan:
+    """What one forward call stores, and what it takes from an earlier one.
+
+    units: what happens at each unit, and after the last. Numbers that change from call to call would be symbols to
+    `torch.compile`, so what a forward reads of it are booleans and names at fixed places.
+    """
+
+    store: tuple[Region, ...] = ()
+    reuse: tuple[Region, ...] = ()
+    units: tuple[UnitPlan, ...] = ()
+    has_branches: bool = False
+
+    @classmethod
+    def of(cls, links: LongSkipLinks, *, store: Iterable[Region] = (), reuse: Iterable[Region] = ()) -> "ForwardPlan":
+        """Make the plan of a model with these links. `ValueError` where it has not so many units."""
+        store, reuse = tuple(store), tuple(reuse)
+        for region in (*store, *reuse):
+            if region.bounds is not None and region.bounds[1] > links.num_units:
+                raise ValueError(f"there are {links.num_units} units, got {region}")
+        units = tuple(_unit_plan(links, unit, store, reuse) for unit in range(links.num_units + 1))
+        has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
+        return cls(store=store, reuse=reuse, units=units, has_branches=has_branches)
+
+
+PLAIN = ForwardPlan()
+
+
+def _unit_plan(links: LongSkipLinks, unit: int, store: tuple[Region, ...], reuse: tuple[Region, ...]) -> UnitPlan:
+    target = links.targets.get(unit)
+
+    def passes(region: Region) -> bool:
+        """Whether the skip of this unit is part of a region: which leaves it out, and not the target."""
+        return (
+            isinstance(region, Units)
+            and region.skips
+            and target is not None
+            and region.leaves_out(unit)
+            and not region.leaves_out(target)
+        )
+
+    def ends(regions: tuple[Region, ...]) -> tuple[End, ...]:
+        return tuple(
+            End(name=region.name, delta=region.delta)
+            for region in regions
+            if isinstance(region, Units) and region.stop <= unit
+        )
+
+    def by_kind(regions: tuple[Region, ...], has: str) -> dict[str, str]:
+        return {
+            kind: region.name for kind in get_args(BranchKind) for region in regions if getattr(region, has)(kind, unit)
+        }
+
+    return UnitPlan(
+        runs=not any(region.leaves_out(unit) for region in reuse),
+        begins=tuple(
+            region.name
+            for region in (*store, *reuse)
+            if isinstance(region, Units) and region.delta and region.leaves_out(unit)
+        ),
+        takes=ends(reuse),
+        stores=ends(store),
+        keeps_skip=tuple(region.name for region in store if passes(region)),
+        given_skip=next((region.name for region in reuse if passes(region)), None),
+        reuses=by_kind(reuse, "has_branch"),
+        keeps=by_kind(store, "has_branch"),
+        probes=by_kind(store, "has_input"),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One call
+
+
+@dataclass
+class ForwardState:
+    """What one forward call carries beside its streams. Made for the call, gone with it.
+
+    given: what earlier calls stored, of each region that the plan reuses. stored: what this call stores. skips: outputs
+    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice.
+    """
+
+    links: LongSkipLinks
+    plan: ForwardPlan = PLAIN
+    given: Stored | None = None
+    stored: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)
+    skips: dict[int, Tensor] = field(init=False, default_factory=dict)
+    entered: dict[str, tuple[Any, ...]] = field(init=False, default_factory=dict)
+    done: set[str] = field(init=False, default_factory=set)
+    num_branch_calls: dict[str, int] = field(init=False, default_factory=dict)
+    num_arrived: int = field(init=False, default=0)
+    open_call: OpenCall | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.plan.reuse and self.given is None:
+            raise ValueError("a plan that reuses needs what an earlier call stored: give stored=")
+        if self.given is not None and not self.plan.reuse:
+            raise ValueError("what an earlier call stored was given, but the plan says not what of it to reuse")
+
+    @classmethod
+    def begin(cls, model: LongSkipModel, plan: ForwardPlan, stored: Stored | None) -> "ForwardState":
+        """Begin one forward of a model, whose branches see it where they are open."""
+        state = cls(model.long_skip_links, plan, stored)
+        if model.open_call is not None:
+            model.open_call.state, state.open_call = state, model.open_call
+        return state
+
+    def finish(self, output: Any) -> Any:
+        """Return what a forward returns: `output`, or under a plan a `PlannedOutput`."""
+        if self.open_call is not None:
+            self.open_call.state = None
+        return PlannedOutput(output, self.stored) if self.plan.units else output
+
+    def _at(self, unit: int) -> UnitPlan:
+        return self.plan.units[unit] if self.plan.units else NOTHING
+
+    def runs(self, unit: int) -> bool:
+        return self._at(unit).runs
+
+    def is_boundary(self, unit: int) -> bool:
+        """Whether `enter` may store or replace something at this unit."""
+        return self._at(unit).is_boundary
+
+    def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
+        """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
+        the last one."""
+        at = self._at(unit)
+        if not at.is_boundary:
+            return streams
+        for end in at.takes:
+            if end.name not in self.done:
+                self.done.add(end.name)
+                streams = self._take(end, streams)
+        for name in at.begins:
+            if name not in self.entered:
+                self.entered[name] = streams
+        for end in at.stores:
+            if end.name not in self.done:
+                self.done.add(end.name)
+                self._store(end, streams)
+        return streams
+
+    def join(self, joins: tuple[int, ...]) -> None:
+        """Follow streams that are joined at the start of a segment, also for what entered earlier ones: the streams of
+        these indices are concatenated along their tokens."""
+        for name, streams in self.entered.items():
+            if len(streams) > 1:
+                joined = [streams[index] for index in joins]
+                self.entered[name] = (joined[0] if len(joined) == 1 else torch.cat(joined, dim=1),)
+
+    def _store(self, end: End, streams: tuple[Any, ...]) -> None:
+        values = self.stored.setdefault(end.name, {})
+        before = self.entered.get(end.name, streams)
+        for index, stream in enumerate(streams):
+            if stream is not None:  # the text stream may end within the last unit (SD3)
+                values[str(index)] = stream - before[index] if end.delta else stream
+
+    def _take(self, end: End, streams: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self.given is not None
+        given = self.given.get(end.name, {})
+        before = self.entered.get(end.name, streams)
+        taken = []
+        for index, stream in enumerate(streams):
+            value = given.get(str(index))
+            taken.append(stream if value is None else before[index] + value if end.delta else value)
+        return tuple(taken)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Long skips
+
+    def leave(self, unit: int, hidden_states: Tensor) -> Tensor:
+        """Keep the output of a source unit for its target and, where the unit may be left out while its target runs,
+        for later calls. Returns it."""
+        if unit in self.links.targets and unit not in self.skips:
+            self.skips[unit] = hidden_states
+            for name in self._at(unit).keeps_skip:
+                self.stored.setdefault(name, {})[f"skip {unit}"] = hidden_states
+        return hidden_states
+
+    def arrive(self, unit: int, hidden_states: Tensor) -> None:
+        """Keep these hidden states, which enter `unit`, as the output of every source unit below that has run. A unit
+        that the caller has left out (skip-layer guidance) outputs what entered it."""
+        sources = self.links.ordered_sources
+        while self.num_arrived < len(sources) and sources[self.num_arrived] < unit:
+            if self.runs(sources[self.num_arrived]):
+                self.leave(sources[self.num_arrived], hidden_states)
+            self.num_arrived += 1
+
+    def given_skip(self, unit: int) -> Tensor | None:
+        """Return the output of a unit that is left out while the target of its skip runs."""
+        name = self._at(unit).given_skip
+        return None if name is None or self.given is None else self.given[name].get(f"skip {unit}")
+
+    def skip(self, unit: int) -> Tensor | None:
+        """Return the skip that `unit` takes, `None` where it has none."""
+        source = self.links.sources.get(unit)
+        if source is None:
+            return None
+        skip = self.skips[source] if source in self.skips else self.given_skip(source)
+        if skip is None:
+            raise ValueError(f"unit {unit} takes the skip of unit {source}, which was left out and is not stored")
+        return skip
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Branches
+
+    def branch(self, kind: str, unit: int, place: str, entering: Any, run: Callable[[], Any]) -> Any:
+        """Return the output of one branch, a tensor or a tuple; stored, or reused without running it.
+
+        place: names the branch within its unit. entering: its first input. A module that runs more than once per unit
+        (text and pictures through one MLP, chunks) is a branch each time.
+        """
+        at = self._at(unit)
+        number = self.num_branch_calls.get(f"{unit} {place}", 0)
+        self.num_branch_calls[f"{unit} {place}"] = number + 1
+        name = f"{unit} {place} {number}"
+        if kind in at.reuses:
+            assert self.given is not None
+            return _unpack(self.given[at.reuses[kind]], name)
+        if kind in at.probes:
+            self.stored.setdefault(at.probes[kind], {})[name] = entering
+        output = run()
+        if kind in at.keeps:
+            _pack(self.stored.setdefault(at.keeps[kind], {}), name, output)
+        return output
+
+
+NOTHING = UnitPlan()
+MAX_OUTPUTS = 4  # of one branch
+
+
+def _pack(values: dict[str, Tensor], name: str, output: Any) -> None:
+    if isinstance(output, Tensor):
+        values[name] = output
+        return
+    for index, each in enumerate(output):
+        if each is not None:
+            values[f"{name}.{index} of {len(output)}"] = each
+
+
+def _unpack(values: Values, name: str) -> Any:
+    if name in values:
+        return values[name]
+    for length in range(1, MAX_OUTPUTS + 1):
+        outputs = tuple(values.get(f"{name}.{index} of {length}") for index in range(length))
+        if any(output is not None for output in outputs):
+            return outputs
+    raise ValueError(f"the output of branch {name} was not stored")
+
+
+def kind_in(kind: BranchKind, block: int) -> BranchKind:
+    """Return the kind of a branch in a unit's block: the second block attends over time (Latte)."""
+    return "temporal_attention" if kind == "attention" and block == 1 else kind
