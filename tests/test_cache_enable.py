@@ -185,8 +185,8 @@ def test_a_copied_pipeline_watches_its_own_scheduler() -> None:
     pipeline = tiny_pipeline()
     enable_cache(pipeline, parse_method("N3-100-50"))
     twin = copy.deepcopy(pipeline)
-    assert set(twin.transformer._skipdit_cache.pipelines) == {twin}
-    assert set(pipeline.transformer._skipdit_cache.pipelines) == {pipeline}
+    assert set(twin.transformer._skipdit_cache.streams.pipelines) == {twin}
+    assert set(pipeline.transformer._skipdit_cache.streams.pipelines) == {pipeline}
     for each in (pipeline, twin):
         with pytest.raises(ValueError, match="would never reuse in 4 steps"):
             each([1, 2], num_inference_steps=4, output_type="latent")
