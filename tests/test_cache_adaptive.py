@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.runtime import relative_change
-from skipdit.cache.schedule import ProbeSchedule, RateSchedule
+from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 
@@ -205,13 +205,13 @@ def decided(walker: Any, changes: list[float]) -> str:
 
 def test_thresholds_are_of_the_distance_or_of_the_sum_of_changes() -> None:
     changes = [0.25, 0.25, 0.25, 0.25, 0.5, 0.0, 0.0]
-    assert decided(ProbeSchedule(threshold=0.5).walk(), changes) == "RRRRFRR"
+    assert decided(ProbeSchedule(threshold=0.5).gate(), changes) == "RRRRFRR"
     # 0.5 and 0.5 are refused, for the threshold itself is; then the sum starts anew
-    assert decided(ProbeSchedule(threshold=0.5, accumulate=True).walk(), changes) == "RFRFFRR"
+    assert decided(ProbeSchedule(threshold=0.5, accumulate=True).gate(), changes) == "RFRFFRR"
     # a polynomial of the change: 2 c^2 + 0.25
     polynomial = ProbeSchedule(threshold=0.5, coefficients=(2.0, 0.0, 0.25))
-    assert decided(polynomial.walk(), [0.25, 0.35, 0.36]) == "RRF"
-    assert decided(ProbeSchedule(threshold=0.5).walk(), [math.nan, math.inf, 0.1]) == "FFR"
+    assert decided(polynomial.gate(), [0.25, 0.35, 0.36]) == "RRF"
+    assert decided(ProbeSchedule(threshold=0.5).gate(), [math.nan, math.inf, 0.1]) == "FFR"
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_thresholds_are_of_the_distance_or_of_the_sum_of_changes() -> None:
      (math.inf, 1, 0)],
 )  # fmt: skip
 def test_a_rate_allows_as_many_steps_as_fit(change: float, distance: int, left: int) -> None:
-    walker = RateSchedule(threshold=1.0).walk()
-    walker.observe(change, distance)
+    gate = RateSchedule(threshold=1.0).gate()
+    gate.observe(change, distance)
     decisions = []
     for _ in range(8):
-        decisions.append(walker.decide(0.0))
-        walker.advance(0.0, full=decisions[-1] is None)
-    assert decisions == [0] * left + [None] * (8 - left)
+        decisions.append(gate.opens())
+        gate.advance(full=not decisions[-1])
+    assert decisions == [True] * left + [False] * (8 - left)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

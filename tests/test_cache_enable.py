@@ -18,7 +18,8 @@ from torch import nn
 from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, ProbeSchedule, RateSchedule, Schedule
+from skipdit.cache.gates import ProbeSchedule, RateSchedule
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, Schedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Probe, Stack, UnitRange
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, long_skip_class
@@ -185,8 +186,8 @@ def test_a_copied_pipeline_watches_its_own_scheduler() -> None:
     pipeline = tiny_pipeline()
     enable_cache(pipeline, parse_method("N3-100-50"))
     twin = copy.deepcopy(pipeline)
-    assert set(twin.transformer._skipdit_cache.pipelines) == {twin}
-    assert set(pipeline.transformer._skipdit_cache.pipelines) == {pipeline}
+    assert set(twin.transformer._skipdit_cache.streams.pipelines) == {twin}
+    assert set(pipeline.transformer._skipdit_cache.streams.pipelines) == {pipeline}
     for each in (pipeline, twin):
         with pytest.raises(ValueError, match="would never reuse in 4 steps"):
             each([1, 2], num_inference_steps=4, output_type="latent")

@@ -15,7 +15,7 @@ from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
-from skipdit.models.flow import Step
+from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.latte import LATTE_PRESETS, Latte
 from skipdit.models.long_skip import LongSkipConfig
 
@@ -67,13 +67,13 @@ def test_every_even_depth_works(num_units: int) -> None:
     assert model.long_skip_links.sources == {num_units - 1 - unit: unit for unit in range(num_units // 2)}
     output = model(latents, timestep, labels)
     assert output.sample.shape == (2, 3, 8, 8, 8)
-    assert output.stored is None
     for k in range(1, model.long_skip_links.max_num_shallow_units + 1):
-        (deep,) = DeepFeatures(k).portions(model)
-        full = model(latents, timestep, labels, step=Step(store=(deep,)))
-        reuse = model(latents, timestep, labels, step=Step(reuse=(deep,)), stored=full.stored)
+        (deep,) = DeepFeatures(k).regions(model)
+        store, reuse = (ForwardPlan.of(model.long_skip_links, **{verb: (deep,)}) for verb in ("store", "reuse"))
+        full, stored = model(latents, timestep, labels, plan=store)
+        reused, _ = model(latents, timestep, labels, plan=reuse, stored=stored)
         assert torch.equal(full.sample, output.sample)
-        assert torch.equal(reuse.sample, output.sample)
+        assert torch.equal(reused.sample, output.sample)
     assert model.long_skip_links.max_num_shallow_units == (num_units - 1) // 2
 
 

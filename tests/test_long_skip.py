@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import inputs, tiny_dit
 
 from skipdit.cache.site import DeepFeatures
-from skipdit.models.flow import LongSkipFlow, Step, Units
+from skipdit.models.forward_plan import ForwardPlan, ForwardState, Units
 from skipdit.models.long_skip import LongSkip, LongSkipConfig, LongSkipLinks, pair_units
 
 
@@ -141,41 +141,41 @@ def test_a_reuse_step_after_a_full_step_on_the_same_input_is_bit_equal(num_layer
     latents, labels = inputs()
     timestep = torch.tensor(500)
     plain = model(latents, timestep, labels)
-    assert plain.stored is None
     for num_shallow_units in range(1, model.long_skip_links.max_num_shallow_units + 1):
-        (deep,) = DeepFeatures(num_shallow_units).portions(model)
-        full = model(latents, timestep, labels, step=Step(store=(deep,)))
+        (deep,) = DeepFeatures(num_shallow_units).regions(model)
+        store, reuse = (ForwardPlan.of(model.long_skip_links, **{verb: (deep,)}) for verb in ("store", "reuse"))
+        full, stored = model(latents, timestep, labels, plan=store)
         calls = []
         handles = [block.register_forward_hook(lambda *_, calls=calls: calls.append(1)) for block in model.blocks]
-        reuse = model(latents, timestep, labels, step=Step(reuse=(deep,)), stored=full.stored)
+        reused, _ = model(latents, timestep, labels, plan=reuse, stored=stored)
         for handle in handles:
             handle.remove()
         assert len(calls) == 2 * num_shallow_units < num_layers
         assert torch.equal(full.sample, plain.sample)
-        assert torch.equal(reuse.sample, plain.sample)
+        assert torch.equal(reused.sample, plain.sample)
 
 
 def test_shallow_units_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="between 1 and 2 for 6 units with 3 linked pairs, got 3"):
-        DeepFeatures(3).portions(tiny_dit(6))
+        DeepFeatures(3).regions(tiny_dit(6))
     with pytest.raises(ValueError, match="between 1 and 1 for 6 units with 1 linked pairs, got 2"):
-        DeepFeatures(2).portions(tiny_dit(6, LongSkipConfig(num_pairs=1)))
+        DeepFeatures(2).regions(tiny_dit(6, LongSkipConfig(num_pairs=1)))
     with pytest.raises(ValueError, match="no long skips"):
-        DeepFeatures().portions(tiny_dit(6, None))
+        DeepFeatures().regions(tiny_dit(6, None))
 
 
 def test_steps_that_do_not_add_up_are_refused() -> None:
     links, units = LongSkipLinks(6, {5: 0}), Units(start=1, stop=5)
     with pytest.raises(ValueError, match="give stored="):
-        LongSkipFlow(links, Step(reuse=(units,)))
+        ForwardState(links, ForwardPlan.of(links, reuse=(units,)))
     with pytest.raises(ValueError, match="says not what of it to reuse"):
-        LongSkipFlow(links, Step(), {})
+        ForwardState(links, given={})
     with pytest.raises(ValueError, match="there are 6 units"):
-        LongSkipFlow(links, Step(store=(Units(start=1, stop=7),)))
+        ForwardPlan.of(links, store=(Units(start=1, stop=7),))
     with pytest.raises(ValueError, match="at least one, got 2 to 2"):
         Units(start=2, stop=2)
     with pytest.raises(ValueError, match="takes the skip of unit 0, which was left out"):
-        LongSkipFlow(links, Step(reuse=(Units(start=0, stop=2),)), {}).skip(5)
+        ForwardState(links, ForwardPlan.of(links, reuse=(Units(start=0, stop=2, skips=False),)), {}).skip(5)
 
 
 def test_gradient_checkpointing_gives_equal_gradients_even_of_two_forwards_at_once() -> None:

@@ -16,19 +16,19 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
+from skipdit.cache.compiled import Call
+from skipdit.cache.enable import Cache, cached
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.plan import ReuseErrors
-from skipdit.cache.predictor import Derivatives, TaylorPredictor, Values
-from skipdit.cache.runtime import CacheRuntime, relative_change
+from skipdit.cache.predictor import Derivatives, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
-from skipdit.cache.site import BranchOutputs, Site, step_cost
-from skipdit.cache.state import Trajectory
-from skipdit.models.forward_plan import Branches, Region, ForwardPlan
-from skipdit.models.long_skip import BranchKind
+from skipdit.cache.site import BranchOutputs, Site
+from skipdit.cache.steppers import Part, Stepper, StepState, relative_change
+from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored, Values
+from skipdit.models.long_skip import BranchKind, LongSkipModel
 
 Sample = Callable[[], Tensor]
-AnyRuntime = TypeVar("AnyRuntime", bound=CacheRuntime)
+Steps = TypeVar("Steps", bound=Stepper)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,48 +87,47 @@ class Measured:
         return CacheMethod(schedule=schedule, site=self.site, predictor=TaylorPredictor(order))
 
 
-class Recorder(CacheRuntime):
-    """Runs every step in full, tries every reuse, and keeps how far off it is."""
+class RecordingSteps:
+    """Makes every step in full, tries every reuse, and keeps how far off each is."""
 
-    def __init__(self, model: nn.Module, site: Site, trials: Trials, advance: Callable[[], object]) -> None:
-        super().__init__(model, CacheMethod(schedule=IntervalSchedule(interval=1), site=site))
-        self.trials, self.advance = trials, advance
-        self.portions = self.parts[0].portions
-        self.history: dict[int, deque[dict[str, Tensor]]] = {}
-        # of each order: (variant, step, spacing, age) -> sum of mean squared errors, and how many were summed up
+    def __init__(self, model: nn.Module, parts: list[Part], trials: Trials, advance: Callable[[], object]) -> None:
+        self.parts, self.trials, self.advance = parts, trials, advance
+        self.regions = parts[0].regions
+        links = cast(LongSkipModel, model).long_skip_links
+        self.full = ForwardPlan.of(links, store=self.regions)
+        self.reuse = [ForwardPlan.of(links, reuse=(region,)) for region in self.regions]
+        self.history: dict[int, deque[Stored]] = {}
+        # of each order: (variant, step, spacing, age) -> mean squared errors
         self.errors: dict[int, dict[tuple[int, int, int, int], list[float]]] = {order: {} for order in trials.orders}
         self.seen: list[float] = []
 
-    def make_step(
-        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
-    ) -> Tensor:
-        sample, stored = forward(Step(store=self.portions))
+    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+        output, stored = call(self.full)
+        sample = first_tensor(output).float()
         history = self.history.setdefault(
-            id(trajectory), deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
+            id(stream), deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
         )
-        step = trajectory.num_full
+        step = len(stream.levels) - 1
         if step == len(self.seen):
-            self.seen.append(timestep)
-        for variant, portion in enumerate(self.portions):
+            self.seen.append(stream.levels[-1])
+        for variant, region in enumerate(self.regions):
             for order in self.trials.orders:
-                for spacing, age, derivatives in self._reuses(history, portion, order, step):
-                    given = TaylorPredictor(order).predict(derivatives, age)
-                    reused, _ = forward(Step(reuse=(portion,)), given)
-                    error = (reused.float() - sample.float()).square().mean().item()
+                for spacing, age, derivatives in self._reuses(history, region, order, step):
+                    given = {region.name: TaylorPredictor(order).predict(derivatives, age)}
+                    reused = first_tensor(call(self.reuse[variant], given).output).float()
+                    error = (reused - sample).square().mean().item()
                     self.errors[order].setdefault((variant, step, spacing, age), []).append(error)
         history.appendleft(stored)
-        trajectory.num_full += 1
-        trajectory.cost += 1
         self.advance()
-        return sample
+        return output, ()
 
     def _reuses(
-        self, history: deque[dict[str, Tensor]], portion: Portion, order: int, step: int
+        self, history: deque[Stored], region: Region, order: int, step: int
     ) -> Iterator[tuple[int, int, Derivatives]]:
         """Spacing, age and derivatives of every reuse that could be at this step."""
 
         def values(age: int) -> Values:
-            return {key: value for key, value in history[age - 1].items() if portion.owns(key)}
+            return history[age - 1][region.name]
 
         for age in range(1, min(self.trials.max_age, step) + 1):
             first = step - age  # of the full steps that are then known
@@ -145,7 +144,7 @@ class Recorder(CacheRuntime):
 
     def array(self, order: int) -> Float[np.ndarray, "variants steps spacings ages"]:
         trials, steps = self.trials, len(self.seen)
-        found = np.full((len(self.portions), steps, trials.max_spacing, trials.max_age), np.nan)
+        found = np.full((len(self.regions), steps, trials.max_spacing, trials.max_age), np.nan)
         for (variant, step, spacing, age), errors in self.errors[order].items():
             found[variant, step, spacing - 1, age - 1] = float(np.mean(errors))
         if order == 0:  # the spacing does not matter
@@ -154,17 +153,20 @@ class Recorder(CacheRuntime):
 
 
 @contextmanager
-def replaced(pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module], AnyRuntime]) -> Iterator[AnyRuntime]:
-    """Inside, the pipeline's transformer runs under a recorder, in place of a cache that never reuses."""
-    enable_cache(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=site))
-    model = cast(CachedModel, pipeline.transformer)
-    try:
-        recorder = make(model)
-        recorder.pipelines, recorder.opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
-        object.__setattr__(model, "_skipdit_cache", recorder)
-        yield recorder
-    finally:
-        disable_cache(pipeline)
+def recorded(
+    pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module, list[Part]], Steps]
+) -> Iterator[tuple[Cache, Steps]]:
+    """Inside, the pipeline's transformer makes its steps by what `make` returns, which this yields with the cache."""
+    method = CacheMethod(schedule=IntervalSchedule(interval=1), site=site)
+    with cached(pipeline, method, make=make) as cache:
+        yield cache, cast(Steps, cache.runtimes[0].stepper)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a model's output, the prediction."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
 
 
 def probed_steps(num_steps: int, num_probed: int) -> list[int]:
@@ -188,9 +190,13 @@ def measure(
 
     `ValueError` where the model has not the site, or a run has fewer than 3 steps.
     """
-    with replaced(pipeline, site, lambda model: Recorder(model, site, trials, advance)) as recorder:
+    with recorded(pipeline, site, lambda model, parts: RecordingSteps(model, parts, trials, advance)) as (
+        cache,
+        recorder,
+    ):
         reference = sample()
-        costs = tuple(step_cost(pipeline.transformer, (portion,)) for portion in recorder.portions)
+        costs = tuple(cache.costs().of_step((region,)) for region in recorder.regions)
+        num_units = len(cache.costs().units)
     num_steps = len(recorder.seen)
     if num_steps < 3:
         raise ValueError(f"calibration needs a run of at least 3 steps, got {num_steps}")
@@ -202,12 +208,9 @@ def measure(
     for step in probed:
         full = tuple(each for each in range(num_steps) if each != step)
         alone = ExplicitSchedule(full_steps=full, num_inference_steps=num_steps)
-        enable_cache(pipeline, CacheMethod(schedule=alone, site=site, predictor=TaylorPredictor(order)))
-        try:
+        with cached(pipeline, CacheMethod(schedule=alone, site=site, predictor=TaylorPredictor(order))) as cache:
             sampled = sample()
-            assert cache_summary(pipeline).steps_reused >= 1
-        finally:
-            disable_cache(pipeline)
+            assert cache.summary().steps_reused >= 1
         final = (sampled - reference).square().mean().item()
         shown.append(max(final, 1e-12) / max(errors[order][0, step, 0, 0], 1e-20))
         advance()
@@ -217,7 +220,7 @@ def measure(
         errors=errors,
         sensitivity=sensitivity,
         reuse_costs=costs,
-        num_units=recorder.num_units,
+        num_units=num_units,
         timesteps=timesteps,
         reference=reference,
     )
@@ -247,44 +250,42 @@ class Changes:
         return len(self.timesteps) / (len(self.timesteps) - saved)
 
 
-class ChangeRecorder(CacheRuntime):
-    """Runs every step in full and keeps how far the branches' outputs are from those of earlier steps."""
+class ChangeRecordingSteps:
+    """Makes every step in full and keeps how far the branches' outputs are from those of earlier steps."""
 
-    def __init__(self, model: nn.Module, max_age: int) -> None:
-        super().__init__(model, CacheMethod(schedule=IntervalSchedule(interval=1), site=BranchOutputs(EVERY)))
-        portion = cast(Branches, self.parts[0].portions[0])
-        self.kinds: dict[BranchKind, Branches] = {
-            kind: Branches(kinds=(kind,), units=portion.units) for kind in portion.kinds
-        }
-        self.history: dict[int, deque[dict[str, Tensor]]] = {}
+    def __init__(self, model: nn.Module, parts: list[Part], max_age: int) -> None:
+        self.parts = parts
+        whole = cast(Branches, parts[0].regions[0])
+        self.kinds: dict[BranchKind, Branches] = {kind: replace(whole, kinds=(kind,)) for kind in whole.kinds}
+        self.full = ForwardPlan.of(cast(LongSkipModel, model).long_skip_links, store=tuple(self.kinds.values()))
+        self.history: dict[int, deque[Stored]] = {}
         self.max_age = max_age
         self.changes: dict[tuple[BranchKind, int, int], list[float]] = {}
         self.seen: list[float] = []
 
-    def make_step(
-        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
-    ) -> Tensor:
-        sample, stored = forward(Step(store=self.parts[0].portions))
-        history = self.history.setdefault(id(trajectory), deque(maxlen=self.max_age))
-        step = trajectory.num_full
+    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+        output, stored = call(self.full)
+        history = self.history.setdefault(id(stream), deque(maxlen=self.max_age))
+        step = len(stream.levels) - 1
         if step == len(self.seen):
-            self.seen.append(timestep)
+            self.seen.append(stream.levels[-1])
         for age, before in enumerate(history, start=1):
-            for kind, portion in self.kinds.items():
-                values = {key: value for key, value in stored.items() if portion.owns(key)}
-                self.changes.setdefault((kind, step, age), []).append(relative_change(values, before))
+            for kind, region in self.kinds.items():
+                change = relative_change({region.name: stored[region.name]}, before)
+                self.changes.setdefault((kind, step, age), []).append(change)
         history.appendleft(stored)
-        trajectory.num_full += 1
-        trajectory.cost += 1
-        return sample
+        return output, ()
 
 
 def smooth_errors(pipeline: DiffusionPipeline, sample: Sample, *, max_age: int) -> Changes:
     """One pass of SmoothCache's calibration (arXiv 2411.10510). sample: as in `measure`."""
-    with replaced(pipeline, BranchOutputs(EVERY), lambda model: ChangeRecorder(model, max_age)) as recorder:
+    with recorded(pipeline, BranchOutputs(EVERY), lambda model, parts: ChangeRecordingSteps(model, parts, max_age)) as (
+        cache,
+        recorder,
+    ):
         reference = sample()
         shares: dict[BranchKind, float] = {
-            kind: 1 - step_cost(pipeline.transformer, (portion,)) for kind, portion in recorder.kinds.items()
+            kind: 1 - cache.costs().of_step((region,)) for kind, region in recorder.kinds.items()
         }
     relative: dict[BranchKind, np.ndarray] = {
         kind: np.full((len(recorder.seen), max_age), np.nan) for kind in recorder.kinds

@@ -1,24 +1,32 @@
 """Switches a cache on and off: a model's class becomes a final subclass whose `__call__` is the cache's."""
 
-import warnings
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.modular_pipelines import ModularPipeline
 from torch import nn
 
+from skipdit.cache.costs import Costs
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.runtime import CacheRuntime, branch_context
+from skipdit.cache.runtime import CacheRuntime
 from skipdit.cache.state import CacheSummary
+from skipdit.cache.steppers import Part, Stepper, make_stepper
+from skipdit.cache.streams import branch_context
+from skipdit.models.branches import close_branches
+from skipdit.models.class_swap import swap
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import close_units, open_units
+
+Pipeline = DiffusionPipeline | ModularPipeline
+TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline: Wan 2.2 has two, for high and low noise
 
 
 class CachedModel(nn.Module):
@@ -36,8 +44,9 @@ class CachedModel(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Calls inside are the branch `name` of the current run, as pipelines of diffusers enter it for guidance."""
-        with branch_context(name), cast(Any, super()).cache_context(name, **where):
+        """Keep the calls inside apart, as the branch `name` of the current run. where: the place in the loop
+        (`step_index`, `num_inference_steps`, `timestep`), which is believed."""
+        with branch_context(name, **where), cast(Any, super()).cache_context(name, **where):
             yield
 
     # what makes another model of this class makes it without the cache
@@ -53,7 +62,7 @@ class CachedModel(nn.Module):
 
 @lru_cache
 def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
-    """The cached subclass, of the same name, so that a saved config names the model."""
+    """Make the cached subclass, of the same name, so that a saved config names the model."""
     namespace = {
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
@@ -62,95 +71,123 @@ def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
     return type(model_class.__name__, (CachedModel, model_class), namespace)
 
 
-def _model_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
-    if isinstance(target, DiffusionPipeline):
-        if "transformer" not in target.components:
-            raise ValueError(
-                f"{type(target).__name__} has no transformer to cache, only {', '.join(target.components)}"
-            )
-        return _model_of(target.transformer)
+def models_of(target: nn.Module | Pipeline) -> list[nn.Module]:
+    """Return what a cache of this target is on: the model, or all transformers of a pipeline."""
+    if isinstance(target, Pipeline):
+        components = target.components
+        found = [components[name] for name in TRANSFORMERS if components.get(name) is not None]
+        if not found:
+            present = ", ".join(name for name, value in components.items() if value is not None)
+            raise ValueError(f"this {type(target).__name__} has no transformer to cache, only {present or 'nothing'}")
+        return [model for each in found for model in models_of(each)]
     if isinstance(target, torch.nn.parallel.DistributedDataParallel):
-        return target.module
+        return [target.module]
     if type(target).__module__.startswith("torch._dynamo"):
         raise ValueError(
             "torch.compile(model) would compile the cache's decision: call model.compile(fullgraph=True) instead"
         )
     if not isinstance(target, nn.Module):
         raise TypeError(f"a cache needs a model or a pipeline, got {type(target).__name__}")
-    return target
+    return [target]
 
 
-def _runtime_of(target: nn.Module | DiffusionPipeline) -> CacheRuntime:
-    model = _model_of(target)
-    if not isinstance(model, CachedModel):
-        raise ValueError(
-            f"no cache is enabled on this {type(model).__name__}: call skipdit.enable_cache(target, 'N2') first"
-        )
-    return model._skipdit_cache
+def _runtimes_of(target: nn.Module | Pipeline) -> list[CacheRuntime]:
+    models = models_of(target)
+    for model in models:
+        if not isinstance(model, CachedModel):
+            raise ValueError(
+                f"no cache is enabled on this {type(model).__name__}: call skipdit.enable_cache(target, 'N2') first"
+            )
+    return [model._skipdit_cache for model in cast(list[CachedModel], models)]
 
 
-def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | CacheMethod) -> None:
-    """Makes every later call of the model a full or a reuse step; a cache that is on already is replaced.
+def enable_cache(
+    target: nn.Module | Pipeline,
+    spec: str | Path | CacheMethod,
+    *,
+    make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
+) -> None:
+    """Make every later call of the model a full or a reuse step; a cache that is on already is replaced.
 
-    target: a pipeline, whose scheduler's timesteps are then known before a run starts, or a model, which reads each
-        timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows, with long skips
-        of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
+    target: a pipeline, all of whose transformers are cached and whose scheduler's timesteps are then known, or a model,
+        which reads each timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows,
+        with long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
     spec: `"auto"`, `"N2-700-50"`, any other of `skipdit.cache.methods`, a `CacheMethod`, or a schedule.json's path.
+    make: what makes the steps in place of what the spec says; for measuring.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
     pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
+    After an error the target is what it was.
     """
-    method, model = parse_method(spec), _model_of(target)
-    opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
-    pipelines = weakref.WeakSet()
-    if isinstance(model, CachedModel):
-        pipelines, opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
-    if isinstance(model, LongSkipModel) and model.is_cache_enabled and not isinstance(model, CachedModel):
-        raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
-    if opened:
-        open_units(model)
+    method, models = parse_method(spec), models_of(target)
+    pipeline = target if isinstance(target, Pipeline) else None
+    prepared: list[tuple[nn.Module, CacheRuntime]] = []
     try:
-        runtime = CacheRuntime(model, method, opened=opened)
-        if method.made_for is not None:
-            scheduler = type(target.scheduler).__name__ if isinstance(target, DiffusionPipeline) else None
-            check_made_for(method.made_for, model, scheduler)
+        for model in models:
+            prepared.append((model, _prepare(model, method, pipeline, make)))
     except BaseException:
-        if opened and not isinstance(model, CachedModel):
-            close_units(model)
+        for model, runtime in prepared:
+            if not isinstance(model, CachedModel):
+                _close(model, opened=runtime.opened)
         raise
-    if isinstance(model, CachedModel):
-        _uncache(model)
-    runtime.pipelines = pipelines
-    cast(Any, model).__class__ = _cached_class(type(model))
-    object.__setattr__(model, "_skipdit_cache", runtime)
-    if isinstance(target, DiffusionPipeline):
-        runtime.pipelines.add(target)
-        if target.components.get("transformer_2") is not None:
-            warnings.warn(
-                f"the transformer_2 of this {type(target).__name__} stays without a cache: "
-                "skipdit.enable_cache(pipeline.transformer_2, ...)",
-                stacklevel=2,
-            )
+    for model, runtime in prepared:
+        if isinstance(model, CachedModel):
+            for watched in model._skipdit_cache.streams.pipelines:
+                runtime.streams.watch(watched)
+            _uncache(model)
+        if pipeline is not None:
+            runtime.streams.watch(pipeline)
+        swap(model, _cached_class(type(model)))
+        object.__setattr__(model, "_skipdit_cache", runtime)
 
 
-def disable_cache(target: nn.Module | DiffusionPipeline) -> None:
-    """The model as it was; nothing stays stored. Without a cache this does nothing."""
-    model = _model_of(target)
+def _prepare(
+    model: nn.Module, method: CacheMethod, pipeline: Pipeline | None, make: Callable[..., Stepper]
+) -> CacheRuntime:
+    """Open what a cache needs and make its runtime; after an error the model is what it was."""
     if isinstance(model, CachedModel):
         opened = model._skipdit_cache.opened
-        _uncache(model)
+    else:
+        if isinstance(model, LongSkipModel) and model.is_cache_enabled:
+            raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
+        opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
         if opened:
-            close_units(model)
+            open_units(model)
+    try:
+        if method.made_for is not None:
+            check_made_for(method.made_for, model, None if pipeline is None else type(pipeline.scheduler).__name__)
+        return CacheRuntime(model, method, opened=opened, make=make)
+    except BaseException:
+        if not isinstance(model, CachedModel):
+            _close(model, opened=opened)
+        raise
+
+
+def _close(model: nn.Module, *, opened: bool) -> None:
+    """Undo what was opened for a cache."""
+    if opened:
+        close_units(model)
+    elif isinstance(model, LongSkipModel):
+        close_branches(model)
+
+
+def disable_cache(target: nn.Module | Pipeline) -> None:
+    """Make the model what it was; nothing stays stored. Without a cache this does nothing."""
+    for model in models_of(target):
+        if isinstance(model, CachedModel):
+            opened = model._skipdit_cache.opened
+            _uncache(model)
+            _close(model, opened=opened)
 
 
 def _uncache(model: CachedModel) -> None:
-    cast(Any, model).__class__ = _plain_class(type(model))
+    swap(model, _plain_class(type(model)))
     object.__delattr__(model, "_skipdit_cache")
 
 
 @lru_cache
 def _plain_class(model_class: type) -> type:
-    """The class without the cache's, also where `fully_shard` has put one on top of it since."""
+    """Return the class without the cache's, also where `fully_shard` has put one on top of it since."""
     first, *others = model_class.__bases__
     if first is CachedModel:
         return others[0]
@@ -159,6 +196,41 @@ def _plain_class(model_class: type) -> type:
     return type(model_class.__name__, tuple(bases), namespace)
 
 
-def cache_summary(target: nn.Module | DiffusionPipeline) -> CacheSummary:
-    """What the cache did in the current run, or in the last one; `ValueError` without a cache."""
-    return _runtime_of(target).summary()
+def cache_summary(target: nn.Module | Pipeline) -> CacheSummary:
+    """Return what the cache did in the current run, or in the last one; of a pipeline of two transformers, in both.
+    `ValueError` without a cache."""
+    return Cache(_runtimes_of(target)).summary()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache that `cached` has switched on. runtimes: of each of the target's models."""
+
+    runtimes: list[CacheRuntime]
+
+    def summary(self) -> CacheSummary:
+        """Return what the cache did in the current run, or in the last one; also after it was switched off."""
+        first, *others = [runtime.summary() for runtime in self.runtimes]
+        return first.together_with(others)
+
+    def costs(self) -> Costs:
+        """Return what the parts of the first model cost, as its last run has counted them."""
+        return list(self.runtimes[0].costs.values())[-1]
+
+
+@contextmanager
+def cached(
+    target: nn.Module | Pipeline,
+    spec: str | Path | CacheMethod,
+    *,
+    make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
+) -> Iterator[Cache]:
+    """Switch a cache on inside the block, and off at its end; arguments as of `enable_cache`.
+
+    Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
+    """
+    enable_cache(target, spec, make=make)
+    try:
+        yield Cache(_runtimes_of(target))
+    finally:
+        disable_cache(target)

@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.schedule import (
     AutoSchedule,
     ExplicitSchedule,
     IntervalSchedule,
-    ProbeSchedule,
-    RateSchedule,
     Schedule,
     check_variants,
 )

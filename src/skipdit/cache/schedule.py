@@ -1,73 +1,45 @@
-"""WHEN a step runs in full and when it reuses. Pure logic on timesteps; no tensors here.
+"""WHEN a step runs in full and when it reuses, as a pure function of the timesteps seen; no tensors here.
 
-A schedule is a frozen description; `walk` gives the small object that counts one run's steps.
+Timesteps are noise levels on the scale from 0 to 1000, falling. What decides by what a step shows is in `gates.py`.
 """
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 # None: the step is full; a number: it reuses, in this variant of the site (the first is 0)
 Decision = int | None
 
 
-@runtime_checkable
-class Walker(Protocol):
-    """Counts the steps of one run. `decide` says what the coming step is if something is stored, and may be asked
-    again; `advance` counts it once it has been run."""
-
-    def decide(self, timestep: float) -> Decision: ...
-
-    def stores(self, timestep: float) -> bool:
-        """Whether a full step at `timestep` is worth storing; where not, what is stored is dropped after the step."""
-        ...
-
-    def advance(self, timestep: float, *, full: bool) -> None: ...
-
-
-@runtime_checkable
-class Schedule(Protocol):
-    """Timesteps are on the scale from 0 to 1000, falling."""
-
-    def walk(self) -> Any: ...
-
-    def check(self, timesteps: Sequence[float]) -> None:
-        """`ValueError` where the schedule was not made for such a run."""
-        ...
-
-    def for_cost(self, reuse_cost: float) -> "Schedule":
-        """The schedule where a reuse step costs this share of a full one."""
-        ...
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether it decides by what it sees, so that nobody can tell before."""
-        ...
-
-    @property
-    def may_stay_full(self) -> bool:
-        """Whether a run without any reuse is no mistake."""
-        ...
-
-
-class StaticSchedule:
-    """What schedules that decide by timesteps alone have in common. Abstract."""
+class Schedule:
+    """What decides whether a step is full. Abstract."""
 
     is_adaptive = False
+    """Whether it decides by what it sees, so that nobody can tell before."""
     may_stay_full = False
+    """Whether a run without any reuse is no mistake."""
+
+    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+        """Return what each step of a run does that has seen these timesteps so far. `ValueError` where the schedule was
+        not made for such a run, or decides by what it sees."""
+        raise NotImplementedError
 
     def check(self, timesteps: Sequence[float]) -> None:
-        pass
+        """Raise `ValueError` where the schedule was not made for a run of these timesteps."""
+
+    def stores(self, timestep: float) -> bool:
+        """Whether what a step at `timestep` holds is kept after it."""
+        return True
 
     def for_cost(self, reuse_cost: float) -> Any:
+        """Return the schedule where a reuse step costs this share of a full one."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntervalSchedule(StaticSchedule):
+class IntervalSchedule(Schedule):
     """Every `interval`-th step is full, and so is every step at or above `start_timestep`. After a step at or below
     `stop_timestep` the count starts anew and nothing is stored (the authors' counting, arXiv 2411.17616).
 
@@ -91,27 +63,22 @@ class IntervalSchedule(StaticSchedule):
     def may_stay_full(self) -> bool:
         return self.interval == 1
 
-    def walk(self) -> "IntervalWalker":
-        return IntervalWalker(self)
+    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+        found: list[Decision] = []
+        count, holds = 0, False
+        for timestep in timesteps:
+            full = not holds or count % self.interval == 0 or timestep >= self.start_timestep
+            found.append(None if full else 0)
+            holds = self.stores(timestep)
+            count = count + 1 if holds else 0
+        return found
+
+    def stores(self, timestep: float) -> bool:
+        return timestep > self.stop_timestep
 
     def __str__(self) -> str:
         window = f"-{self.start_timestep:g}-{self.stop_timestep:g}"
         return f"N{self.interval}" + ("" if window == "-1000-0" else window)
-
-
-@dataclass
-class IntervalWalker:
-    schedule: IntervalSchedule
-    count: int = 0
-
-    def decide(self, timestep: float) -> Decision:
-        return None if self.count % self.schedule.interval == 0 or timestep >= self.schedule.start_timestep else 0
-
-    def stores(self, timestep: float) -> bool:
-        return timestep > self.schedule.stop_timestep
-
-    def advance(self, timestep: float, *, full: bool) -> None:
-        self.count = self.count + 1 if timestep > self.schedule.stop_timestep else 0
 
 
 def check_variants(variants: tuple[Any, ...]) -> None:
@@ -121,7 +88,7 @@ def check_variants(variants: tuple[Any, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplicitSchedule(StaticSchedule):
+class ExplicitSchedule(Schedule):
     """The listed steps (counted from 0, the first always among them) are full, all others reuse.
 
     timesteps: of the run that it was made for, in sampling order; then it maps to other runs: a step is full where a
@@ -150,8 +117,18 @@ class ExplicitSchedule(StaticSchedule):
             raise ValueError(f"variants must be {count}, none for full steps and one for others, got {self.variants}")
         check_variants(self.variants)
 
-    def walk(self) -> "ExplicitWalker":
-        return ExplicitWalker(self)
+    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+        if not self.timesteps:
+            if len(timesteps) > self.num_inference_steps:
+                raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got one more")
+            return [None if step in self.full_steps else self.variant_at(step) for step in range(len(timesteps))]
+        found: list[Decision] = []
+        passed = 0  # full steps of the schedule at or above the last timestep
+        for timestep in timesteps:
+            before, passed = passed, sum(self.timesteps[step] >= timestep - 1e-3 for step in self.full_steps)
+            full = not found or passed > before
+            found.append(None if full else self.variant_at(self.position(timestep)))
+        return found
 
     def check(self, timesteps: Sequence[float]) -> None:
         if not self.timesteps and len(timesteps) != self.num_inference_steps:
@@ -182,33 +159,6 @@ class ExplicitSchedule(StaticSchedule):
         return f"{len(self.full_steps)}of{self.num_inference_steps}"
 
 
-@dataclass
-class ExplicitWalker:
-    schedule: ExplicitSchedule
-    count: int = 0
-    passed: int = 0  # full steps of the schedule at or above the last timestep
-
-    def decide(self, timestep: float) -> Decision:
-        schedule = self.schedule
-        if not schedule.timesteps:
-            if self.count >= schedule.num_inference_steps:
-                raise ValueError(f"this schedule was made for {schedule.num_inference_steps} steps, got one more")
-            return None if self.count in schedule.full_steps else schedule.variant_at(self.count)
-        is_full = self.count == 0 or self._passed(timestep) > self.passed
-        return None if is_full else schedule.variant_at(schedule.position(timestep))
-
-    def _passed(self, timestep: float) -> int:
-        timesteps = self.schedule.timesteps
-        return 0 if not timesteps else sum(timesteps[step] >= timestep - 1e-3 for step in self.schedule.full_steps)
-
-    def stores(self, timestep: float) -> bool:
-        return True
-
-    def advance(self, timestep: float, *, full: bool) -> None:
-        self.count += 1
-        self.passed = self._passed(timestep)
-
-
 # By timestep, how dense full steps want to be: learned from the bundled class-to-image model alone, by
 # `benchmarks/learn_auto.py`; `benchmarks/calibration.md` has it on models that it was not learned from.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
@@ -219,7 +169,7 @@ NOMINAL_STEPS = 50  # of the run on which a speedup is aimed at
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoSchedule(StaticSchedule):
+class AutoSchedule(Schedule):
     """Full at the start and at the end, sparse in the middle, with distances that grow evenly: a step is full once the
     densities of the steps since the last full one add up to 1. As dense as to save compute by at least `speedup` on a
     run of 50 steps whose timesteps are spread evenly; by about as much on others."""
@@ -241,8 +191,8 @@ class AutoSchedule(StaticSchedule):
             )
         return replace(self, reuse_cost=reuse_cost)
 
-    def walk(self) -> "AutoWalker":
-        return AutoWalker(auto_scale(self.speedup, self.reuse_cost))
+    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+        return _by_density(timesteps, auto_scale(self.speedup, self.reuse_cost))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
@@ -253,19 +203,27 @@ def auto_scale(speedup: float, reuse_cost: float) -> float:
     """By what the densities are to be multiplied; the first step is full in any case."""
     wanted = (NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost)
     timesteps = [1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS)]
-    densities = [density_at(timestep) for timestep in timesteps]
     low, high = 0.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
-        walker, full = AutoWalker(middle), 0
-        for step, timestep in enumerate(timesteps):
-            is_full = step == 0 or walker.due(densities[step])
-            full += is_full
-            walker.advance(timestep, full=is_full)
+        full = _by_density(timesteps, middle).count(None)
         low, high = (middle, high) if full <= max(wanted, 1) + 1e-9 else (low, middle)
     return low
 
 
+def _by_density(timesteps: Sequence[float], scale: float) -> list[Decision]:
+    """A step is full once the densities of the steps since the last full one add up to 1."""
+    found: list[Decision] = []
+    account = 0.0
+    for timestep in timesteps:
+        account += scale * density_at(timestep)
+        full = not found or account >= 1 - 1e-9
+        found.append(None if full else 0)
+        account = 0.0 if full else account
+    return found
+
+
+@lru_cache(maxsize=4096)
 def density_at(timestep: float) -> float:
     """`AUTO_DENSITY`, linear in between."""
     right = min(max(bisect_left(AUTO_TIMESTEPS, timestep), 1), len(AUTO_TIMESTEPS) - 1)
@@ -274,140 +232,10 @@ def density_at(timestep: float) -> float:
     return AUTO_DENSITY[right - 1] * (1 - share) + AUTO_DENSITY[right] * share
 
 
-@dataclass
-class AutoWalker:
-    scale: float
-    account: float = 0.0  # of the steps since the last full one
-
-    def decide(self, timestep: float) -> Decision:
-        return None if self.due(density_at(timestep)) else 0
-
-    def due(self, density: float) -> bool:
-        return self.account + self.scale * density >= 1 - 1e-9
-
-    def stores(self, timestep: float) -> bool:
-        return True
-
-    def advance(self, timestep: float, *, full: bool) -> None:
-        self.account = 0.0 if full else self.account + self.scale * density_at(timestep)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Adaptive: what a step shows decides
-
-
-class AdaptiveSchedule(StaticSchedule):
-    """What schedules that decide by a relative L1 distance have in common. Abstract. A threshold of 0 never reuses."""
-
-    is_adaptive = True
-    follows_each_step = False  # whether a change is that since the last step, not since the last full one
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"the threshold must be at least 0, got {self.threshold:g}")
-
-    @property
-    def may_stay_full(self) -> bool:
-        return self.threshold == 0
-
-    def __str__(self) -> str:
-        return f"{self.threshold:g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeSchedule(AdaptiveSchedule):
-    """A step reuses while a probe, seen before the decision, is nearer than `threshold`: to the last full step's
-    (First-Block-Cache), or, with `accumulate`, while the sum of its changes from step to step is (TeaCache).
-
-    coefficients: of a polynomial, highest power first, that turns a change of the probe into one of the output.
-    """
-
-    threshold: float
-    accumulate: bool = False
-    coefficients: tuple[float, ...] = (1.0, 0.0)
-
-    @property
-    def follows_each_step(self) -> bool:
-        return self.accumulate
-
-    def walk(self) -> "ProbeWalker":
-        return ProbeWalker(self)
-
-
-@dataclass
-class ProbeWalker:
-    schedule: ProbeSchedule
-    total: float = 0.0
-
-    def decide(self, timestep: float) -> Decision:
-        return 0
-
-    def accepts(self, change: float) -> bool:
-        """Whether a step whose probe has changed so much reuses."""
-        schedule = self.schedule
-        change = sum(c * change**power for power, c in enumerate(reversed(schedule.coefficients)))
-        self.total = self.total + change if schedule.accumulate else change
-        if self.total < schedule.threshold:
-            return True
-        self.total = 0.0
-        return False
-
-    def stores(self, timestep: float) -> bool:
-        return True
-
-    def advance(self, timestep: float, *, full: bool) -> None:
-        pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateSchedule(AdaptiveSchedule):
-    """After a full step as many steps reuse as fit below `threshold` at the rate at which the stored value has changed
-    since the full step before (AdaCache, arXiv 2411.02397, whose codebook is read as this rule), at most
-    `max_reused`."""
-
-    threshold: float
-    max_reused: int = 5
-
-    def walk(self) -> "RateWalker":
-        return RateWalker(self)
-
-
-@dataclass
-class RateWalker:
-    schedule: RateSchedule
-    left: int = 0
-
-    def decide(self, timestep: float) -> Decision:
-        return 0 if self.left > 0 else None
-
-    def observe(self, change: float, distance: int) -> None:
-        """The stored value has changed by `change` in `distance` steps."""
-        rate, schedule, self.left = change / distance, self.schedule, 0
-        if schedule.threshold > 0 and not math.isnan(rate):
-            fitting = schedule.threshold / rate if rate else math.inf
-            self.left = max(math.ceil(min(fitting, schedule.max_reused + 1)) - 1, 0)
-
-    def stores(self, timestep: float) -> bool:
-        return True
-
-    def advance(self, timestep: float, *, full: bool) -> None:
-        if not full:
-            self.left -= 1
-
-
 def resolve(schedule: Schedule, timesteps: Sequence[float]) -> tuple[bool, ...]:
-    """For each of a run's timesteps, in sampling order, whether it is full.
+    """Return for each of a run's timesteps, in sampling order, whether its step is full.
 
     `ValueError` where the schedule was not made for such a run, or decides by what it sees.
     """
-    if schedule.is_adaptive:
-        raise ValueError(f"{type(schedule).__name__} decides while the model runs")
     schedule.check(timesteps)
-    walker, stored, full = schedule.walk(), False, []
-    for timestep in timesteps:
-        is_full = not stored or walker.decide(timestep) is None
-        full.append(is_full)
-        stored = walker.stores(timestep)
-        walker.advance(timestep, full=is_full)
-    return tuple(full)
+    return tuple(decision is None for decision in schedule.decisions(timesteps))

@@ -1,9 +1,9 @@
 """WHAT is reused. A site says which region of the units' work a step stores, and which it leaves out."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
-from torch import Tensor, nn
+from torch import nn
 
 from skipdit.models.forward_plan import Branches, Region, Units
 from skipdit.models.long_skip import BranchKind, LongSkipModel
@@ -153,30 +153,6 @@ class Probe:
         if not self.inputs:
             return (Units(start=0, stop=1, delta=True, skips=False),)
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
-
-
-def step_cost(model: nn.Module, reuse: tuple[Region, ...]) -> float:
-    """The share of a full step's work that a step does which reuses these regions. All units count alike; within one
-    its branches and its long skip count by their weights, which is by their FLOPs but for the attention's own products.
-    """
-    num_units = known_units(model)
-    linked = cast(LongSkipModel, model)
-    weights = [sum(weight.numel() for weight in _long_skip_weights(entry)) for entry in linked.unit_entries()]
-    saved = [0] * num_units
-    for place in linked.branches():
-        size = sum(weight.numel() for weight in place.module.parameters())
-        weights[place.unit] += size
-        if any(region.has_branch(place.kind, place.unit) for region in reuse):
-            saved[place.unit] += size
-    costs = [
-        0.0 if any(region.leaves_out(unit) for region in reuse) else 1 - saved[unit] / max(weights[unit], 1)
-        for unit in range(num_units)
-    ]
-    return sum(costs) / num_units
-
-
-def _long_skip_weights(block: Any) -> list[Tensor]:
-    return [] if block.long_skip is None else list(block.long_skip.parameters())
 
 
 def known_units(model: nn.Module) -> int:

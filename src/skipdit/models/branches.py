@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from skipdit.models.class_swap import refuse_hooked, swap, swapped_class
 from skipdit.models.long_skip import LongSkipModel, OpenCall
 
 
@@ -27,12 +28,6 @@ class UnitBranch(nn.Module):
         return state.branch(*self._branch, entering, lambda: run(*args, **kwargs))
 
 
-def swapped_class(mixin: type, base: type, **namespace: Any) -> type:
-    """Make a final subclass of the same name, so that a saved config names the model."""
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (mixin, base), names | namespace)
-
-
 @lru_cache
 def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
     return swapped_class(UnitBranch, base)
@@ -49,7 +44,7 @@ def open_branches(model: LongSkipModel) -> None:
     for place in places:
         module = cast(Any, place.module)
         if not isinstance(module, UnitBranch):
-            module.__class__ = _branch_class(type(module))
+            swap(module, _branch_class(type(module)))
             module._branch, module._open = (place.kind, place.unit, place.name), model.open_call
 
 
@@ -59,19 +54,5 @@ def close_branches(model: LongSkipModel) -> None:
     for place in model.branches():
         module = cast(Any, place.module)
         if type(module).__bases__[0] is UnitBranch:
-            module.__class__ = type(module).__bases__[1]
+            swap(module, type(module).__bases__[1])
             del module._branch, module._open
-
-
-def hooked(modules: Any) -> nn.Module | None:
-    """Return the first module whose forward a hook of diffusers or accelerate has replaced."""
-    return next((module for module in modules if "forward" in vars(module)), None)
-
-
-def refuse_hooked(modules: Any) -> None:
-    found = hooked(modules)
-    if found is not None:
-        raise ValueError(
-            f"hooks are on the forward of this {type(found).__name__}: call skipdit first, then set up offloading or "
-            "other hooks"
-        )

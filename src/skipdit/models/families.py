@@ -58,9 +58,8 @@ class Family:
     timestep: str = "timestep"
     """The argument of the model that holds the timestep."""
     timestep_scale: float = 1.0
-    """What one unit of that argument is on the scale from 0 to 1000."""
-    rising: bool = False
-    """Whether it is 1 minus the noise level (Lumina): then a run rises, and a timestep counts from the other end."""
+    """What one unit of that argument is on the scale from 0 to 1000; below 0 where it is 1 minus the noise level and
+    rises (Lumina)."""
     changing: tuple[str, ...] = ()
     """Arguments that are new at every step and no condition: a second timestep, a control signal, audio latents."""
 

@@ -134,7 +134,8 @@ class UnitPlan:
     runs: whether the unit runs. begins: regions before whose first unit the streams are remembered. takes, stores:
     regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
     skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
-    branch the region that has its output, that takes its output, and that takes its input.
+    branch the region that has its output, that takes its output, and that takes its input. asks: whether the plan's
+    question is put before this unit.
     """
 
     runs: bool = True
@@ -146,10 +147,23 @@ class UnitPlan:
     reuses: Mapping[str, str] = field(default_factory=dict)
     keeps: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, str] = field(default_factory=dict)
+    asks: bool = False
 
     @property
     def is_boundary(self) -> bool:
-        return bool(self.begins or self.takes or self.stores)
+        return bool(self.begins or self.takes or self.stores or self.asks)
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """Put on the way through a forward that is not compiled: whether the rest of it shall follow another plan.
+
+    ask: is given what has been stored so far. plan, given: of the rest, where the answer is yes.
+    """
+
+    ask: Callable[[Stored], bool]
+    plan: "ForwardPlan"
+    given: Stored
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,15 +178,24 @@ class ForwardPlan:
     reuse: tuple[Region, ...] = ()
     units: tuple[UnitPlan, ...] = ()
     has_branches: bool = False
+    question: Question | None = None
 
     @classmethod
-    def of(cls, links: LongSkipLinks, *, store: Iterable[Region] = (), reuse: Iterable[Region] = ()) -> "ForwardPlan":
-        """Make the plan of a model with these links. `ValueError` where it has not so many units."""
+    def of(
+        cls,
+        links: LongSkipLinks,
+        *,
+        store: Iterable[Region] = (),
+        reuse: Iterable[Region] = (),
+        asks_at: int | None = None,
+    ) -> "ForwardPlan":
+        """Make the plan of a model with these links. asks_at: the unit before which a question may be put. `ValueError`
+        where the model has fewer units."""
         store, reuse = tuple(store), tuple(reuse)
         for region in (*store, *reuse):
             if region.bounds is not None and region.bounds[1] > links.num_units:
                 raise ValueError(f"there are {links.num_units} units, got {region}")
-        units = tuple(_unit_plan(links, unit, store, reuse) for unit in range(links.num_units + 1))
+        units = tuple(_unit_plan(links, unit, store, reuse, unit == asks_at) for unit in range(links.num_units + 1))
         has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
         return cls(store=store, reuse=reuse, units=units, has_branches=has_branches)
 
@@ -180,7 +203,9 @@ class ForwardPlan:
 PLAIN = ForwardPlan()
 
 
-def _unit_plan(links: LongSkipLinks, unit: int, store: tuple[Region, ...], reuse: tuple[Region, ...]) -> UnitPlan:
+def _unit_plan(
+    links: LongSkipLinks, unit: int, store: tuple[Region, ...], reuse: tuple[Region, ...], asks: bool
+) -> UnitPlan:
     target = links.targets.get(unit)
 
     def passes(region: Region) -> bool:
@@ -219,6 +244,7 @@ def _unit_plan(links: LongSkipLinks, unit: int, store: tuple[Region, ...], reuse
         reuses=by_kind(reuse, "has_branch"),
         keeps=by_kind(store, "has_branch"),
         probes=by_kind(store, "has_input"),
+        asks=asks,
     )
 
 
@@ -292,6 +318,9 @@ class ForwardState:
             if end.name not in self.done:
                 self.done.add(end.name)
                 self._store(end, streams)
+        question = self.plan.question
+        if at.asks and question is not None and question.ask(self.stored):
+            self.plan, self.given = question.plan, question.given
         return streams
 
     def join(self, joins: tuple[int, ...]) -> None:

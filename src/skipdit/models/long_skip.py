@@ -8,7 +8,7 @@ only the k shallowest and the k deepest units.
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -73,21 +73,28 @@ def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:
     """
     if config is None:
         return {}
-    num_available = num_units // 2
-    if not config.middle_pair and num_units % 2 == 0:
-        num_available -= 1
-    num_available = max(num_available, 0)
+    num_available = _num_available(num_units, config)
     num_pairs = num_available if config.num_pairs is None else config.num_pairs
     if num_pairs > num_available:
         raise ValueError(f"num_pairs must be at most {num_available} for {num_units} units, got {num_pairs}")
     return {num_units - 1 - source: source for source in range(num_pairs)}
 
 
+def _num_available(num_units: int, config: LongSkipConfig) -> int:
+    return max(num_units // 2 - (not config.middle_pair and num_units % 2 == 0), 0)
+
+
 def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[int, int]:
-    """As `pair_units`, within each of several segments of units that follow one another."""
+    """As `pair_units`, within each of several segments of units that follow one another; a short segment has as many
+    pairs as it can."""
+    if config is None:
+        return {}
+    pair_units(max(sizes), config)  # raises
     sources, start = {}, 0
     for size in sizes:
-        sources |= {target + start: source + start for target, source in pair_units(size, config).items()}
+        most = _num_available(size, config)
+        here = replace(config, num_pairs=most if config.num_pairs is None else min(config.num_pairs, most))
+        sources |= {target + start: source + start for target, source in pair_units(size, here).items()}
         start += size
     return sources
 

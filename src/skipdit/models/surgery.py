@@ -23,7 +23,8 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from skipdit.models.branches import close_branches, hooked, refuse_hooked, swapped_class
+from skipdit.models.branches import close_branches
+from skipdit.models.class_swap import hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.families import Family, Segment, find_family, get_family
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
@@ -126,7 +127,7 @@ def _exit(state: ForwardState, place: BlockPlace, output: Any, num_tokens: int) 
 class RunsUnits(LongSkipModel):
     """Mixed in front of a transformer's class: opens a `ForwardState` for each forward call."""
 
-    open_call: OpenCall
+    open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
     _family: Family
 
     def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
@@ -346,10 +347,10 @@ def open_units(model: nn.Module) -> None:
             )
     for blocks, block_places in zip(units, places, strict=True):
         for block, place in zip(cast(tuple[Any, ...], blocks), block_places, strict=True):
-            block.__class__ = _block_class(type(block))
+            swap(block, _block_class(type(block)))
             block._place, block._open, block.long_skip = place, open_call, None
     opened = cast(Any, model)
-    opened.__class__ = model_class
+    swap(opened, model_class)
     opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
     starts = opened.segment_starts()
     opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {}, starts)
@@ -381,9 +382,9 @@ def close_units(model: nn.Module) -> None:
     close_branches(model)
     for block in blocks:
         del block._place, block._open, block.long_skip
-        block.__class__ = type(block).__bases__[1]
+        swap(block, type(block).__bases__[1])
     del model.open_call, model._family, model.timestep_scale, model.long_skip_links
-    model.__class__ = type(model).__bases__[1]
+    swap(model, type(model).__bases__[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

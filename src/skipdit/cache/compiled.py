@@ -1,0 +1,89 @@
+"""One call of a model, to be made under one or several plans; what a CUDA graph returns gets buffers of its own."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from skipdit.models.forward_plan import ForwardPlan, Stored
+from skipdit.models.long_skip import PlannedOutput
+
+MAX_GRAPHS = 64
+"""Of one forward `torch.compile` makes 8 graphs by default; here each plan has one per kind of shapes."""
+
+
+@dataclass
+class Call:
+    """A forward call of a cached model.
+
+    run: calls the model, and takes `plan` and `stored` beside its arguments. seen: the plans whose graphs have been
+    called with these shapes.
+    """
+
+    model: nn.Module
+    run: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    device: torch.device
+    seen: set[ForwardPlan]
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.model._compiled_call_impl is not None  # private to torch: `model.compile()` sets it
+
+    def __call__(self, plan: ForwardPlan, stored: Stored | None = None) -> PlannedOutput:
+        """Run the model under a plan. stored: what the plan reuses, by region."""
+        if not self.is_compiled:
+            return _detached(self.run(*self.args, **self.kwargs, plan=plan, stored=stored))
+        replays = self.device.type == "cuda"  # what is compiled may have become a CUDA graph
+        if replays:
+            torch.compiler.cudagraph_mark_step_begin()
+        with nullcontext() if plan in self.seen else _more_graphs():
+            planned = _detached(self.run(*self.args, **self.kwargs, plan=plan, stored=stored))
+        self.seen.add(plan)
+        if not replays:
+            return planned
+        # the graph overwrites its outputs at the next replay
+        output = map_tensors(planned.output, Tensor.clone)
+        return PlannedOutput(output, {name: _each(values, Tensor.clone) for name, values in planned.stored.items()})
+
+    def eager(self) -> Any:
+        """Run the model in full and without its graphs."""
+        return self.model._call_impl(*self.args, **self.kwargs)
+
+
+def _detached(planned: PlannedOutput) -> PlannedOutput:
+    if not torch.is_grad_enabled():
+        return planned
+    return PlannedOutput(planned.output, {name: _each(v, Tensor.detach) for name, v in planned.stored.items()})
+
+
+def _each(values: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    return {key: change(value) for key, value in values.items()}
+
+
+def map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a model's output with every tensor in it changed."""
+    match output:
+        case Tensor():
+            return change(output)
+        case BaseOutput():
+            return type(output)(**{key: map_tensors(value, change) for key, value in output.items()})
+        case list() | tuple():
+            return type(output)(map_tensors(each, change) for each in output)
+    return output
+
+
+@contextmanager
+def _more_graphs() -> Iterator[None]:
+    config: Any = torch._dynamo.config
+    before = config.recompile_limit
+    config.recompile_limit = max(before, MAX_GRAPHS)
+    try:
+        yield
+    finally:
+        config.recompile_limit = before

@@ -1,0 +1,78 @@
+"""What the parts of one forward cost, in FLOPs of the whole model: blocks that always run and everything around the
+blocks included.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from skipdit.models.forward_plan import Region
+from skipdit.models.long_skip import LongSkipModel
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Shares of one full step: of each unit, and within them of each branch by kind and unit."""
+
+    units: tuple[float, ...]
+    branches: Mapping[tuple[str, int], float]
+
+    def of_step(self, reuse: tuple[Region, ...]) -> float:
+        """Return the share of a full step that a step costs which reuses these regions."""
+        saved = sum(cost for unit, cost in enumerate(self.units) if any(each.leaves_out(unit) for each in reuse))
+        saved += sum(
+            cost
+            for (kind, unit), cost in self.branches.items()
+            if any(each.has_branch(kind, unit) for each in reuse) and not any(each.leaves_out(unit) for each in reuse)
+        )
+        return max(1.0 - saved, 0.0)
+
+    @classmethod
+    def _from(cls, model: nn.Module, total: float, cost_of: Callable[[nn.Module], float]) -> "Costs":
+        linked = cast(LongSkipModel, model)
+        units = tuple(sum(map(cost_of, blocks)) / total for blocks in linked.units())
+        branches: dict[tuple[str, int], float] = {}
+        for place in linked.branches():
+            key = place.kind, place.unit
+            branches[key] = branches.get(key, 0.0) + cost_of(place.module) / total
+        return cls(units, branches)
+
+    @classmethod
+    def by_weights(cls, model: nn.Module) -> "Costs":
+        """Estimate the costs before a step has run: a product's are as many as its weights."""
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+        def cost_of(module: nn.Module) -> float:
+            return float(
+                sum(weight.numel() for weight in module.parameters() if weight.ndim > 1 and id(weight) not in tables)
+            )
+
+        return cls._from(model, max(cost_of(model), 1.0), cost_of)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Count FLOPs; torch's counter lacks the attention of CPUs."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
+    """Return what a full forward `call` of a model returns, and what its parts cost."""
+    with flop_counter() as counter:
+        result = call()
+    counts = {name: float(sum(flops.values())) for name, flops in counter.get_flop_counts().items()}
+    root = type(model).__name__
+    names = {id(module): f"{root}.{name}" for name, module in model.named_modules()}
+    total = counts.get(root, 0.0)
+    if not total:
+        return result, Costs.by_weights(model)
+    return result, Costs._from(model, total, lambda module: counts.get(names[id(module)], 0.0))

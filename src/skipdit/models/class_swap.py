@@ -1,0 +1,49 @@
+"""Gives a module another class and takes it back, also where offloading has hooks on its forward.
+
+The private parts of accelerate (`_hf_hook`, `_old_forward`) and diffusers (`_diffusers_hook`) that this needs are here.
+"""
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any, cast
+
+from torch import nn
+
+
+def swapped_class(mixin: type, base: type, **namespace: Any) -> type:
+    """Make a final subclass of the same name, so that a saved config names the model."""
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), names | namespace)
+
+
+def swap(module: nn.Module, new_class: type) -> None:
+    """Give a module another class. accelerate's hooks, where it has some, then run the forward of that class."""
+    cast(Any, module).__class__ = new_class
+    own = vars(module)
+    if _is_own_method(module, own.get("forward")):  # what is left of a hook that was removed
+        del own["forward"]
+    if _is_own_method(module, own.get("_old_forward")):
+        own["_old_forward"] = MethodType(new_class.forward, module)
+
+
+def _is_own_method(module: nn.Module, value: Any) -> bool:
+    return isinstance(value, MethodType) and value.__self__ is module
+
+
+def refuse_hooked(modules: Iterable[nn.Module]) -> None:
+    """Raise `ValueError` where something that skipdit cannot look behind has replaced the forward of a module."""
+    found = hooked(modules)
+    if found is not None:
+        raise ValueError(
+            f"hooks of diffusers are on the forward of this {type(found).__name__} (group offloading, layerwise "
+            "casting or a cache): take them off, call skipdit, then set them up again"
+        )
+
+
+def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
+    """Return the first module whose forward was replaced by hooks other than accelerate's (CPU offloading)."""
+    for module in modules:
+        own = vars(module)
+        if "forward" in own and "_hf_hook" not in own and not _is_own_method(module, own["forward"]):
+            return module
+    return None
