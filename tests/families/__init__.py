@@ -1,0 +1,1 @@
+"""Every denoising transformer of diffusers at a size that runs in milliseconds."""
