@@ -229,8 +229,8 @@ TABLE = {
     ),
     "BriaFibo2Transformer2DModel": TinyTransformer(
         model_class=diffusers.BriaFibo2Transformer2DModel,
-        config={"in_channels": 4, "dim": 16, "n_layers": 6, "n_refiner_layers": 2, "n_heads": 2, "cap_feat_dim": 12}
-        | {"injection_layer_ids": (1, 4), "axes_dims": (4, 2, 2), "axes_lens": (128, 32, 32)}
+        config={"in_channels": 4, "dim": 24, "n_layers": 6, "n_refiner_layers": 2, "n_heads": 2, "cap_feat_dim": 12}
+        | {"injection_layer_ids": (1, 4), "axes_dims": (4, 4, 4), "axes_lens": (128, 32, 32)}
         | {"min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2, "gist_min_text_len": 4}
         | {"gist_max_text_len": 16},
         segments=LAYERS_OF_X,
@@ -268,7 +268,7 @@ TABLE = {
         model_class=diffusers.NucleusMoEImageTransformer2DModel,
         config=SMALL
         | {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 12, "axes_dims_rope": (4, 2, 2)}
-        | {"num_experts": 4, "moe_intermediate_dim": 8, "capacity_factors": [2.0] * 6, "mlp_ratio": 2.0},
+        | {"num_experts": 4, "moe_intermediate_dim": 8, "capacity_factors": [2.0] * 6, "mlp_ratio": 12.0},
         segments=TRANSFORMER_BLOCKS,
         arguments=nucleus,
     ),
