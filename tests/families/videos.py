@@ -163,7 +163,6 @@ TABLE = {
         arguments=hunyuan_video15,
         others=TOKEN_REFINER,
     ),
-    # the last two single-stream blocks are decoders: they start from the video before all blocks
     "MotifVideoTransformer3DModel": TinyTransformer(
         model_class=diffusers.MotifVideoTransformer3DModel,
         config=SMALL
