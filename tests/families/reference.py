@@ -25,6 +25,9 @@ from families.table import TinyTransformer, tensors
 
 Streams = tuple[Tensor | None, ...]
 
+# what they attend with cannot run under torch's counter of operations on a CPU
+UNCOUNTED = ("AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel")
+
 
 def arguments_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     return inspect.signature(type(block).forward).bind(block, *args, **kwargs)
@@ -184,36 +187,49 @@ class Reference:
         return streams
 
 
-def count_flops(run: Callable[[], Any]) -> int:
-    """Floating-point operations of what `run` does."""
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """The counter follows modules by their gradients, which views of parameters (BRIA FIBO 2) lack here."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad(), counter:
+            yield counter
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def count_flops(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Floating-point operations of what `run` does with `model`. Not for flex attention: see `UNCOUNTED`."""
+    with _counting(model) as counter:
         run()
     return counter.get_total_flops()
 
 
 def counted_flops(model: nn.Module, kwargs: dict[str, Any]) -> int:
     """Of one whole forward."""
-    return count_flops(lambda: model(**kwargs))
+    return count_flops(model, lambda: model(**kwargs))
 
 
 def unit_flops(tiny: TinyTransformer, model: nn.Module, kwargs: dict[str, Any]) -> list[int]:
     """Of each unit, in one forward; what lies between the blocks of a unit is not counted."""
-    counter = FlopCounterMode(display=False)
     counts = []
-
-    def start(block: nn.Module, args: tuple[Any, ...]) -> None:
-        counts[-1] -= counter.get_total_flops()
-
-    def end(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        counts[-1] += counter.get_total_flops()
-
     hooks = []
-    for unit in tiny.units(model):
-        hooks.append(unit[0].register_forward_pre_hook(lambda block, args: counts.append(0)))
-        for block in unit:
-            hooks += [block.register_forward_pre_hook(start), block.register_forward_hook(end)]
-    with torch.no_grad(), counter:
+    with _counting(model) as counter:
+
+        def start(block: nn.Module, args: tuple[Any, ...]) -> None:
+            counts[-1] -= counter.get_total_flops()
+
+        def end(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            counts[-1] += counter.get_total_flops()
+
+        for unit in tiny.units(model):
+            hooks.append(unit[0].register_forward_pre_hook(lambda block, args: counts.append(0)))
+            for block in unit:
+                hooks += [block.register_forward_pre_hook(start), block.register_forward_hook(end)]
         model(**kwargs)
     for hook in hooks:
         hook.remove()
