@@ -6,9 +6,10 @@ import diffusers
 import pytest
 import torch
 from diffusers.models import transformers
+from torch import Tensor, nn
+
 from families import EXPECTED_WARNINGS, OUT_OF_SCOPE, TINY
 from families.reference import UNCOUNTED, Reference, count_flops, counted_flops, largest_difference, unit_flops
-from torch import Tensor, nn
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in EXPECTED_WARNINGS]
 
@@ -79,8 +80,12 @@ def test_the_reference(name: str):
     count = len(tiny.units(model))
     plain = run(name, model, step=0)
     later = run(name, model, step=1)
-    for first, last in ((1, count - 1), (0, count), (2, count - 2)):
-        for at in ("leaving", "entering"):
+    for first, last, ats in (
+        (0, count, ("leaving",)),
+        (1, count - 1, ("leaving", "entering")),
+        (2, count - 2, ("leaving",)),
+    ):
+        for at in ats:
             output = Reference(tiny, model, first, last, "output", at)
             assert not differ(plain, output.full(tiny.inputs(0, 4)))
             assert not differ(plain, output.reuse(tiny.inputs(0, 4)))
