@@ -91,7 +91,8 @@ def first(result: Any) -> tuple[Tensor, ...]:
 
 
 def wan_animate_2(step: Step) -> dict:
-    """The pass that denoises; the pass before it, which fills the cache of keys and values, is a run of its own."""
+    """The pass over the reference, which ignores its timestep and keeps keys and values; the pass that denoises takes
+    them, but compiles its mask, which is too slow for a table."""
 
     def per_sample(make: Callable[[str], Tensor], name: str) -> list[Tensor]:
         return step.keep(name, lambda: [make(f"{name} {i}") for i in range(step.batch)])
