@@ -59,7 +59,7 @@ def minimax_h3(step: Step) -> dict:
 def minimax_music(step: Step) -> dict:
     return {
         "hidden_states": step.latents(step.batch, 4, 16),
-        "timestep": step.timestep(1.0),
+        "timestep": step.timestep(1.0, rising=True),
         "encoder_hidden_states": step.fixed("condition", step.batch, 16, 12),
     }
 
