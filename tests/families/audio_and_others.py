@@ -41,14 +41,16 @@ def minimax_h3(step: Step) -> dict:
         counts = torch.arange(26)
         return torch.stack([counts, counts % 4, counts % 2], dim=1).float()
 
-    audio_sigma = step.sigma**2
+    tags = step.keep("tags", lambda: torch.tensor([1] * 4 + [2] * 6 + [0] * 16))
+    levels = torch.where(tags == 2, 1000 * step.sigma**2, 1000 * step.sigma)
+    distinct, indices = torch.unique(levels, sorted=True, return_inverse=True)  # one at the first step, then two
     return {
         "hidden_states": step.latents(step.batch, 16, 4),
         "audio_hidden_states": step.latents(step.batch, 6, 3, seed=8),
         "encoder_hidden_states": step.fixed("text", step.batch, 4, 12),
-        "timestep": torch.tensor([1000 * step.sigma, 1000 * audio_sigma]),
-        "timestep_indices": step.keep("levels", lambda: torch.tensor([0] * 4 + [1] * 6 + [0] * 16)),
-        "token_tags": step.keep("tags", lambda: torch.tensor([1] * 4 + [2] * 6 + [0] * 16)),
+        "timestep": distinct,
+        "timestep_indices": indices,
+        "token_tags": tags,
         "position_ids": step.keep("places", places),
         "text_indices": rows(0, 4),
         "audio_indices": rows(4, 10),
