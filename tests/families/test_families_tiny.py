@@ -100,7 +100,7 @@ def test_the_reference(name: str):
     assert not differ(later, run(name, model, step=1))
     if name in UNCOUNTED:
         return
-    flops = unit_flops(tiny, model, tiny.inputs(0, 4))
+    flops = unit_flops(tiny, model, tiny.inputs(1, 4))
     assert len(flops) == count
     assert min(flops) > 0
     left = count_flops(model, lambda: output.reuse(tiny.inputs(1, 4)))
