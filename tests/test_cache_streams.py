@@ -2,8 +2,10 @@
 
 import copy
 import json
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from test_families_pipelines import CASES
 from tiny import TINY_FAMILIES, inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
@@ -355,3 +358,194 @@ def test_what_is_new_at_every_step_is_no_condition() -> None:
     assert counts(model) == (1 + 1 + 8, 9)  # the first call, the first of the loop, and every second from there on
     assert cache_summary(model).bytes_held == one
     disable_cache(model)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timesteps of every kind
+
+
+@pytest.mark.parametrize(("watched", "num_steps", "shift"), [(True, 50, 7.0), (True, 200, 3.0), (False, 50, 7.0)])
+def test_timesteps_that_are_one_number_in_half_precision_are_steps(watched: bool, num_steps: int, shift: float) -> None:
+    pytest.importorskip("transformers")
+    model = TINY_FAMILIES["FluxTransformer2DModel"].build(3).to(torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipeline: Any = diffusers.FluxPipeline(scheduler, None, None, None, None, None, model)
+    pipeline.set_progress_bar_config(disable=True)
+    shapes = {"prompt_embeds": (1, 5, 12), "pooled_prompt_embeds": (1, 10), "latents": (1, 16, 4)}
+    options = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+    options |= {"height": 64, "width": 64, "output_type": "latent"}
+    enable_cache(pipeline if watched else model, "delta:N2")
+    ran = full_steps(
+        model, model.transformer_blocks[1].attn, lambda: pipeline(num_inference_steps=num_steps, **options)
+    )
+    assert ran == list(range(0, num_steps, 2))
+    rounded = scheduler.timesteps.to(torch.bfloat16)
+    assert len(rounded.unique()) < num_steps
+
+
+def test_the_noisiest_token_has_the_timestep_of_the_step() -> None:
+    """As of Wan 2.2 and LTX from a picture: its tokens are at 0."""
+    family = TINY_FAMILIES["WanTransformer3DModel"]
+    model = family.build(6)
+    enable_cache(model, "delta:N4-800-50")  # full above 800
+    ran = []
+    for timestep in (950, 850, 700, 500, 300):
+        arguments = family.arguments(timestep)
+        mask = torch.ones(2, 32).index_fill(1, torch.arange(16), 0)
+        arguments["timestep"] = mask * timestep
+        model(**arguments, return_dict=False)
+        ran.append(counts(model))
+    assert ran == [(1, 0), (2, 0), (2, 1), (2, 2), (3, 2)]
+
+
+def test_a_scheduler_whose_timesteps_rise_as_noise_falls_has_its_window_at_the_noisy_end() -> None:
+    """Mochi's and OmniGen's."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    model = pipeline.transformer
+    enable_cache(pipeline, "N2-700-0")
+    pipeline.scheduler.set_timesteps(10)
+    assert pipeline.scheduler.timesteps[0] < pipeline.scheduler.timesteps[-1]
+    latents, labels = inputs()
+
+    def run() -> None:
+        for timestep in pipeline.scheduler.timesteps:
+            out = model(latents, timestep.expand(2) / 1000, labels).sample  # a copy, as 1 - t is in Lumina
+            pipeline.scheduler.step(out[:, :4], timestep, latents)
+
+    assert full_steps(model, model.blocks[2].attn, run) == [0, 1, 2, 4, 6, 8]
+
+
+def test_what_a_context_tells_is_believed() -> None:
+    """Of one step each, at one timestep: only their place tells that each is a run."""
+    model, (latents, labels) = tiny_dit(), inputs()
+    enable_cache(model, "N3")
+    levels = []
+    for step in (0, 1, 2, 0, 1, 2):
+        with model.cache_context("cond", step_index=step, num_inference_steps=3, timestep=900.0 - step):
+            model(latents, torch.tensor(0.5), labels)
+        (run,) = model._skipdit_cache.streams.runs.values()
+        levels.append(run.level)
+    assert levels == [900, 899, 898] * 2
+    assert counts(model) == (1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams that pause
+
+
+@pytest.mark.parametrize("form", ["batch", "names", "labels"])
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_stream_that_paused_begins_again_in_full(form: str, watched: bool) -> None:
+    """Guidance between two noise levels: in one batch, by name, or by labels alone, which are made anew."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    model, scheduler, null = pipeline.transformer, pipeline.scheduler, torch.full_like(labels, 10)
+    enable_cache(pipeline if watched else model, "N3")
+    scheduler.set_timesteps(16)
+    decisions: dict[str, str] = {"cond": "", "uncond": "", "both": ""}
+
+    def call(name: str, *given: Any) -> None:
+        before = counts(model)
+        with model.cache_context(name) if form == "names" else nullcontext():
+            model(*given)
+        decisions[name] += "F" if counts(model)[0] > before[0] else "r"
+
+    for step, timestep in enumerate(scheduler.timesteps):
+        inside = not 5 <= step < 9
+        if form == "batch" and not inside:
+            call("both", torch.cat([latents] * 2), timestep, torch.cat([labels, null]))
+            continue
+        if inside:
+            call("uncond", latents, timestep, null.clone())
+        call("cond", latents, timestep, labels.clone())
+    assert decisions["uncond"] == "FrrFr" + "FrrFrrF"
+    assert decisions["cond"] == ("FrrFr" + "FrrFrrF" if form == "batch" else "FrrFrrFrrFrrFrrF")
+    assert decisions["both"] == ("FrrF" if form == "batch" else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(len(works)) as pool:
+        for each in [pool.submit(work) for work in works]:
+            each.result()
+
+
+@pytest.mark.parametrize("kind", ["LattePipeline", "HunyuanDiTPipeline", "ours"])
+def test_threads_that_share_a_model_sample_as_alone(kind: str) -> None:
+    """Two pipelines over one transformer, each with a scheduler; of ours, one pipeline for both. HunyuanDiT's hands on
+    copies of its timesteps."""
+    pytest.importorskip("transformers")
+    if kind == "ours":
+        pipelines: list[Any] = [tiny_pipeline()] * 2
+    else:
+        case = CASES[kind]
+        model = case.transformer()
+        pipelines = [case.make(model) for _ in range(2)]
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+        enable_cache(pipeline, "N2")
+
+    def run(number: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "ours":
+            return pipelines[number]([seed], num_inference_steps=8, generator=generator, output_type="latent").images
+        options = CASES[kind].options(1)
+        options["latents"] = torch.randn(options["latents"].shape, generator=generator)
+        return torch.as_tensor(pipelines[number](num_inference_steps=8, return_dict=False, **options)[0])
+
+    alone = {seed: run(0, seed) for seed in range(6)}
+    together: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        for seed in range(number, 6, 2):
+            together[seed] = run(number, seed)
+
+    in_threads(lambda: work(0), lambda: work(1))
+    assert [seed for seed in alone if not torch.equal(alone[seed], together[seed])] == []
+    assert cache_summary(pipelines[0]).bytes_held == 0
+
+
+def test_runs_one_after_the_other_in_threads_that_end_do_not_leak() -> None:
+    model = tiny_dit()
+    enable_cache(model, "N2")
+    expected = sample(model, DDIMScheduler(), 6)
+    held, results = cache_summary(model).bytes_held, []
+
+    def run() -> None:
+        with torch.no_grad():
+            results.append(sample(model, DDIMScheduler(), 6))
+
+    for _ in range(4):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert all(torch.equal(each, expected) for each in results)
+    assert cache_summary(model).bytes_held == 2 * held  # of this thread, and of the last one that has ended
+
+
+def test_what_a_broken_run_holds_is_dropped_as_the_next_begins() -> None:
+    """A pipeline of diffusers that is stopped in a callback tells nobody."""
+    pytest.importorskip("transformers")
+    case = CASES["PixArtAlphaPipeline"]
+    pipeline = case.make(case.transformer())
+    pipeline.set_progress_bar_config(disable=True)
+    enable_cache(pipeline, "N2")
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    def held_at_first(step: int, *_: Any) -> None:
+        if step == 0:
+            held.append(cache_summary(pipeline).bytes_held)
+
+    held: list[int] = []
+    pipeline(num_inference_steps=6, callback=held_at_first, **case.options(1))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(num_inference_steps=6, callback=stop, **case.options(1))
+    assert cache_summary(pipeline).bytes_held == held[0]
+    pipeline(num_inference_steps=6, callback=held_at_first, **case.options(2))
+    assert held[1] == 2 * held[0]  # of two pictures, nothing beside
