@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from tiny import tiny_dit, tiny_pipeline
+from tiny import inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
+from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, enable_cache
-from skipdit.cache.runtime import relative_change
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
+from skipdit.cache.steppers import relative_change
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 
@@ -184,19 +185,23 @@ def test_a_second_run_decides_as_the_first(method: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def change_of(values: dict[str, Tensor], before: dict[str, Tensor]) -> float:
+    return relative_change({"region": values}, {"region": before})
+
+
 def test_the_relative_change_is_of_all_values_together() -> None:
     before = {"a": torch.tensor([2.0, -2.0]), "b": torch.tensor([[1.0], [0.0], [-5.0]])}
     values = {"a": torch.tensor([1.0, -2.0]), "b": torch.tensor([[1.0], [-0.5], [-4.0]])}
-    assert relative_change(values, before) == pytest.approx(2.5 / 10)
-    assert relative_change(before, values) == pytest.approx(2.5 / 8.5)  # over the norm of what was before
-    assert relative_change(before, dict(before)) == 0
+    assert change_of(values, before) == pytest.approx(2.5 / 10)
+    assert change_of(before, values) == pytest.approx(2.5 / 8.5)  # over the norm of what was before
+    assert change_of(before, dict(before)) == 0
     zeros = {"a": torch.zeros(3)}
-    assert relative_change(zeros, dict(zeros)) == 0
-    assert relative_change({"a": torch.ones(3)}, zeros) == math.inf
-    assert math.isnan(relative_change({"a": torch.tensor([math.nan])}, {"a": torch.ones(1)}))
+    assert change_of(zeros, dict(zeros)) == 0
+    assert change_of({"a": torch.ones(3)}, zeros) == math.inf
+    assert math.isnan(change_of({"a": torch.tensor([math.nan])}, {"a": torch.ones(1)}))
     # summed in float32: 4096 times 1 is no sum of bfloat16
     many = torch.ones(4096, dtype=torch.bfloat16)
-    assert relative_change({"a": many + many}, {"a": many}) == 1
+    assert change_of({"a": many + many}, {"a": many}) == 1
 
 
 def decided(walker: Any, changes: list[float]) -> str:
@@ -328,34 +333,44 @@ def count_calls(model: DiT) -> list[int]:
 def test_no_unit_runs_twice_in_a_step_whose_reuse_is_refused(method: str, long_skip: LongSkipConfig | None) -> None:
     model = cached(f"{method}:{THRESHOLDS[method][1]}", long_skip)
     calls, loop = count_calls(model), Cached(model)
-    run(loop.step)
+    with flop_counter() as counter:
+        run(loop.step)
     full = loop.decisions.count("F")
     assert "F" in loop.decisions[1:]
     assert calls == [len(STEPS)] + [full] * 5
     summary = cache_summary(model)
     assert (summary.steps_full, summary.steps_reused) == (full, len(STEPS) - full)
-    # a reuse step is one unit of six
-    assert summary.compute_ratio == pytest.approx(len(STEPS) / (full + (len(STEPS) - full) / 6))
+    assert summary.compute_ratio == pytest.approx(len(STEPS) * full_flops(long_skip) / counter.get_total_flops())
     assert summary.reused == ("what units 1 to 5 add",)
+
+
+def full_flops(long_skip: LongSkipConfig | None) -> int:
+    """Of one step of the model without a cache."""
+    with flop_counter() as counter:
+        one_step(tiny_dit(6, long_skip))
+    return counter.get_total_flops()
+
+
+def one_step(model: DiT) -> None:
+    latents, labels = inputs()
+    with torch.no_grad():
+        model(latents, torch.tensor(500), labels)
 
 
 def test_the_cost_of_reused_branches_is_what_stands_around_them() -> None:
     model = cached("adacache:0.6", LongSkipConfig())
-    branch_calls: list[int] = []
+    products: list[int] = []
     for block in model.blocks:
-        for branch in (block.attn, block.mlp):
-            branch.register_forward_hook(lambda *_: branch_calls.append(1))
+        for product in (block.attn.qkv, block.mlp.fc1):
+            product.register_forward_hook(lambda *_: products.append(1))
     calls, loop = count_calls(model), Cached(model)
-    run(loop.step)
+    with flop_counter() as counter:
+        run(loop.step)
     full, reused = loop.decisions.count("F"), loop.decisions.count("R")
     assert calls == [len(STEPS)] * 6
-    assert len(branch_calls) == 12 * full
-    # by weights, of width w: attention has 4 w^2 + 4 w, the MLP 8 w^2 + 5 w, a skip 2 w^2 + w and 4 w in its norm
-    width = 32
-    branches, skip = 12 * width**2 + 9 * width, 2 * width**2 + width + 4 * width
-    share = (0 + skip / (branches + skip)) / 2  # three units with a skip, three without
-    summary = cache_summary(model)
-    assert summary.compute_ratio == pytest.approx((full + reused) / (full + reused * share))
+    assert len(products) == 12 * full
+    expected = (full + reused) * full_flops(LongSkipConfig()) / counter.get_total_flops()
+    assert cache_summary(model).compute_ratio == pytest.approx(expected)
 
 
 def test_what_a_probe_holds_is_counted() -> None:

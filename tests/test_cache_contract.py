@@ -233,7 +233,8 @@ def test_the_contract(method: str, name: str, long_skips: bool, tmp_path: Path) 
         assert tuple(loop.full) == row.full[kinds_of(name)]
     runtime = model._skipdit_cache
     if len(runtime.parts) == 1 and not runtime.method.schedule.is_adaptive:
-        full = resolve(runtime.parts[0].method.schedule, TIMESTEPS)
+        (costs,) = runtime.costs.values()
+        full = resolve(runtime.stepper.schedule_of(runtime.parts[0], costs), TIMESTEPS)
         assert loop.full == [step for step, is_full in enumerate(full) if is_full]
     summary = cache_summary(model)
     assert summary.compute_ratio > 1

@@ -17,8 +17,8 @@ from torch import nn
 
 from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
-from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
+from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, Schedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Probe, Stack, UnitRange
 from skipdit.models.long_skip import LongSkipConfig
@@ -127,19 +127,26 @@ def test_a_calibrated_schedule_on_the_weights_in_another_dtype(tmp_path: Path) -
         enable_cache(nn.Module.to(model, torch.bfloat16), path)
 
 
-def test_a_second_transformer_of_a_pipeline_is_named() -> None:
+def test_both_transformers_of_a_pipeline_are_cached() -> None:
     pytest.importorskip("transformers")
     family = TINY_FAMILIES["WanTransformer3DModel"]
     first, second = family.build(4), family.build(4)
     pipeline: Any = diffusers.WanPipeline(None, None, None, DDIMScheduler(), first, second, boundary_ratio=0.9)
-    with pytest.warns(UserWarning, match=r"transformer_2 of this WanPipeline stays without a cache"):
-        enable_cache(pipeline, "delta:N2")
+    enable_cache(pipeline, "delta:N2")
     assert isinstance(first, CachedModel)
-    assert not isinstance(second, CachedModel)
+    assert isinstance(second, CachedModel)
+    with torch.no_grad():
+        for model, timesteps in ((first, (950, 925, 910)), (second, (800, 600, 400, 200))):
+            for timestep in timesteps:
+                model(**family.arguments(timestep))
+    assert counts(pipeline) == (2 + 2, 1 + 2)
+    assert cache_summary(pipeline).compute_ratio > 1
+    disable_cache(pipeline)
+    assert type(first) is type(second) is family.model_class
     one: Any = diffusers.WanPipeline(None, None, None, DDIMScheduler(), family.build(4))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        enable_cache(one, "delta:N2")
+    enable_cache(one, "delta:N2")
+    with pytest.raises(ValueError, match="this WanPipeline has no transformer to cache, only scheduler"):
+        enable_cache(diffusers.WanPipeline(None, None, None, DDIMScheduler()), "delta:N2")  # pyright: ignore
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,8 +42,24 @@ class Costs:
         return cls(units, branches)
 
     @classmethod
+    def at_best(cls, model: nn.Module) -> "Costs":
+        """Estimate the costs before a step has run, as if there were nothing but units: a product's are as many as its
+        weights, and units cost alike."""
+
+        def cost_of(module: nn.Module) -> float:
+            return float(sum(weight.numel() for weight in module.parameters()))
+
+        linked = cast(LongSkipModel, model)
+        units = linked.units()
+        branches: dict[tuple[str, int], float] = {}
+        for place in linked.branches():
+            key, whole = (place.kind, place.unit), sum(map(cost_of, units[place.unit])) or 1.0
+            branches[key] = branches.get(key, 0.0) + cost_of(place.module) / whole / len(units)
+        return cls((1 / len(units),) * len(units), branches)
+
+    @classmethod
     def by_weights(cls, model: nn.Module) -> "Costs":
-        """Estimate the costs before a step has run: a product's are as many as its weights."""
+        """Estimate the costs of a step whose FLOPs cannot be counted: a product's are as many as its weights."""
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
         def cost_of(module: nn.Module) -> float:

@@ -42,7 +42,7 @@ def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
     for each in method.parts:
         regions = each.site.regions(model)
         if regions:
-            each.schedule.for_cost(Costs.by_weights(model).of_step(regions[:1]))  # raises where it is out of reach
+            each.schedule.for_cost(Costs.at_best(model).of_step(regions[:1]))  # raises where it is out of reach
             probe = each.probe.regions(model) if each.probe is not None else ()
             num_variants = each.schedule.num_variants if isinstance(each.schedule, ExplicitSchedule) else 1
             if num_variants > len(regions):

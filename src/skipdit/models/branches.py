@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from skipdit.models.class_swap import refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.long_skip import LongSkipModel, OpenCall
 
 
@@ -40,7 +40,7 @@ def open_branches(model: LongSkipModel) -> None:
     """
     places = model.branches()
     refuse_hooked(place.module for place in places)
-    model.open_call = model.open_call or OpenCall()
+    model.open_call = model.open_call or OpenCall(for_branches=True)
     for place in places:
         module = cast(Any, place.module)
         if not isinstance(module, UnitBranch):
@@ -49,10 +49,14 @@ def open_branches(model: LongSkipModel) -> None:
 
 
 def close_branches(model: LongSkipModel) -> None:
-    """Undo `open_branches`. Where another class stands on top (`fully_shard`), a branch stays open, which changes no
-    output."""
+    """Undo `open_branches`. Where hooks were set since, or another class stands on top (`fully_shard`), a branch stays
+    open, which changes no output."""
+    still_open = False
     for place in model.branches():
         module = cast(Any, place.module)
-        if type(module).__bases__[0] is UnitBranch:
+        if type(module).__bases__[0] is UnitBranch and hooked([module]) is None:
             swap(module, type(module).__bases__[1])
             del module._branch, module._open
+        still_open |= isinstance(module, UnitBranch)
+    if model.open_call is not None and model.open_call.for_branches and not still_open:
+        del model.open_call

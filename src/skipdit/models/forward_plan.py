@@ -298,15 +298,20 @@ class ForwardState:
         return self._at(unit).runs
 
     def is_boundary(self, unit: int) -> bool:
-        """Whether `enter` may store or replace something at this unit."""
-        return self._at(unit).is_boundary
+        """Whether `enter` has something to store or to replace at this unit."""
+        at = self._at(unit)
+        return at.is_boundary and (
+            at.asks
+            or any(name not in self.entered for name in at.begins)
+            or any(end.name not in self.done for end in (*at.takes, *at.stores))
+        )
 
     def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
         """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
         the last one."""
-        at = self._at(unit)
-        if not at.is_boundary:
+        if not self.is_boundary(unit):
             return streams
+        at = self._at(unit)
         for end in at.takes:
             if end.name not in self.done:
                 self.done.add(end.name)

@@ -204,11 +204,13 @@ class BranchPlace:
 class OpenCall:
     """The forward call that a model is in: one object that it shares with its blocks and branches.
 
-    state: a `ForwardState`. num_tokens: of a picture or frame, as the last unit's first block saw it.
+    state: a `ForwardState`. num_tokens: of a picture or frame, as the last unit's first block saw it. for_branches:
+    whether only branches are open.
     """
 
     state: Any = None
     num_tokens: int = 0
+    for_branches: bool = False
 
 
 class LongSkipModel:
