@@ -60,6 +60,9 @@ class Family:
     timestep_scale: float = 1.0
     """What one unit of that argument is on the scale from 0 to 1000; below 0 where it is 1 minus the noise level and
     rises (Lumina)."""
+    writes_in_place: bool | None = None
+    """Whether blocks write their input, or a buffer of theirs, in place. By default that is found out as a model runs,
+    and what is stored is copied until then, or always under `torch.compile`."""
     changing: tuple[str, ...] = ()
     """Arguments that are new at every step and no condition: a second timestep, a control signal, audio latents."""
 

@@ -252,6 +252,44 @@ def _unit_plan(
 # One call
 
 
+@dataclass(eq=False)
+class Writes:
+    """Finds out what blocks write later of what a call keeps: in place, or into a buffer that they fill again.
+
+    known: by place, an entry to a unit or a branch, whether they do. Until a place has been seen at two calls, and
+    where it is written, what is kept and what is handed on from a store is a copy. always: no need to look.
+    seen: tensors of a place and their versions, at the last call and in this one.
+    """
+
+    always: bool = False
+    known: dict[str, bool] = field(default_factory=dict)
+    seen: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    now: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"always": self.always, "known": self.known, "seen": {}, "now": {}}
+
+    def apart(self, place: str, tensor: Tensor, *, look: bool) -> Tensor:
+        """Return a copy, or the tensor itself where it is known that nobody writes it."""
+        if self.known.get(place) is False:
+            return tensor
+        if look and not (self.always or torch.compiler.is_compiling() or tensor.is_inference()):
+            self.now.setdefault(place, []).append((tensor.detach(), tensor._version))  # private to torch
+        return tensor.clone()
+
+    def end_call(self) -> None:
+        now, self.now = self.now, {}
+        for place, tensors in now.items():
+            if any(tensor._version != version for tensor, version in (*tensors, *self.seen.get(place, ()))):
+                self.known[place] = True
+            elif place in self.seen:
+                self.known.setdefault(place, False)
+            else:
+                self.seen[place] = tensors
+            if place in self.known:
+                self.seen.pop(place, None)
+
+
 @dataclass
 class ForwardState:
     """What one forward call carries beside its streams. Made for the call, gone with it.
@@ -289,6 +327,8 @@ class ForwardState:
         """Return what a forward returns: `output`, or under a plan a `PlannedOutput`."""
         if self.open_call is not None:
             self.open_call.state = None
+            if self.open_call.writes is not None and not torch.compiler.is_compiling():
+                self.open_call.writes.end_call()
         return PlannedOutput(output, self.stored) if self.plan.units else output
 
     def _at(self, unit: int) -> UnitPlan:
@@ -315,14 +355,14 @@ class ForwardState:
         for end in at.takes:
             if end.name not in self.done:
                 self.done.add(end.name)
-                streams = self._take(end, streams)
+                streams = self._take(end, unit, streams)
         for name in at.begins:
             if name not in self.entered:
-                self.entered[name] = streams
+                self.entered[name] = tuple(self._keep(str(unit), stream) for stream in streams)
         for end in at.stores:
             if end.name not in self.done:
                 self.done.add(end.name)
-                self._store(end, streams)
+                self._store(end, unit, streams)
         question = self.plan.question
         if at.asks and question is not None and question.ask(self.stored):
             self.plan, self.given = question.plan, question.given
@@ -336,22 +376,32 @@ class ForwardState:
                 joined = [streams[index] for index in joins]
                 self.entered[name] = (joined[0] if len(joined) == 1 else torch.cat(joined, dim=1),)
 
-    def _store(self, end: End, streams: tuple[Any, ...]) -> None:
+    def _store(self, end: End, unit: int, streams: tuple[Any, ...]) -> None:
         values = self.stored.setdefault(end.name, {})
         before = self.entered.get(end.name, streams)
         for index, stream in enumerate(streams):
             if stream is not None:  # the text stream may end within the last unit (SD3)
-                values[str(index)] = stream - before[index] if end.delta else stream
+                values[str(index)] = stream - before[index] if end.delta else self._keep(str(unit), stream)
 
-    def _take(self, end: End, streams: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _take(self, end: End, unit: int, streams: tuple[Any, ...]) -> tuple[Any, ...]:
         assert self.given is not None
         given = self.given.get(end.name, {})
         before = self.entered.get(end.name, streams)
         taken = []
         for index, stream in enumerate(streams):
             value = given.get(str(index))
-            taken.append(stream if value is None else before[index] + value if end.delta else value)
+            if value is not None:
+                stream = before[index] + value if end.delta else self._lend(str(unit), value)
+            taken.append(stream)
         return tuple(taken)
+
+    def _keep(self, place: str, tensor: Any) -> Any:
+        writes = None if self.open_call is None else self.open_call.writes
+        return tensor if writes is None or tensor is None else writes.apart(place, tensor, look=True)
+
+    def _lend(self, place: str, tensor: Tensor) -> Tensor:
+        writes = None if self.open_call is None else self.open_call.writes
+        return tensor if writes is None else writes.apart(place, tensor, look=False)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Long skips
@@ -360,7 +410,7 @@ class ForwardState:
         """Keep the output of a source unit for its target and, where the unit may be left out while its target runs,
         for later calls. Returns it."""
         if unit in self.links.targets and unit not in self.skips:
-            self.skips[unit] = hidden_states
+            self.skips[unit] = hidden_states = self._keep(str(unit + 1), hidden_states)
             for name in self._at(unit).keeps_skip:
                 self.stored.setdefault(name, {})[f"skip {unit}"] = hidden_states
         return hidden_states
@@ -404,12 +454,12 @@ class ForwardState:
         name = f"{unit} {place} {number}"
         if kind in at.reuses:
             assert self.given is not None
-            return _unpack(self.given[at.reuses[kind]], name)
+            return _unpack(self.given[at.reuses[kind]], name, lambda tensor: self._lend(name, tensor))
         if kind in at.probes:
-            self.stored.setdefault(at.probes[kind], {})[name] = entering
+            self.stored.setdefault(at.probes[kind], {})[name] = self._keep(f"input of {name}", entering)
         output = run()
         if kind in at.keeps:
-            _pack(self.stored.setdefault(at.keeps[kind], {}), name, output)
+            _pack(self.stored.setdefault(at.keeps[kind], {}), name, output, lambda tensor: self._keep(name, tensor))
         return output
 
 
@@ -417,22 +467,22 @@ NOTHING = UnitPlan()
 MAX_OUTPUTS = 4  # of one branch
 
 
-def _pack(values: dict[str, Tensor], name: str, output: Any) -> None:
+def _pack(values: dict[str, Tensor], name: str, output: Any, keep: Callable[[Tensor], Tensor]) -> None:
     if isinstance(output, Tensor):
-        values[name] = output
+        values[name] = keep(output)
         return
     for index, each in enumerate(output):
         if each is not None:
-            values[f"{name}.{index} of {len(output)}"] = each
+            values[f"{name}.{index} of {len(output)}"] = keep(each)
 
 
-def _unpack(values: Values, name: str) -> Any:
+def _unpack(values: Values, name: str, lend: Callable[[Tensor], Tensor]) -> Any:
     if name in values:
-        return values[name]
+        return lend(values[name])
     for length in range(1, MAX_OUTPUTS + 1):
-        outputs = tuple(values.get(f"{name}.{index} of {length}") for index in range(length))
+        outputs = [values.get(f"{name}.{index} of {length}") for index in range(length)]
         if any(output is not None for output in outputs):
-            return outputs
+            return tuple(None if output is None else lend(output) for output in outputs)
     raise ValueError(f"the output of branch {name} was not stored")
 
 

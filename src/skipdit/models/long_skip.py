@@ -205,12 +205,13 @@ class OpenCall:
     """The forward call that a model is in: one object that it shares with its blocks and branches.
 
     state: a `ForwardState`. num_tokens: of a picture or frame, as the last unit's first block saw it. for_branches:
-    whether only branches are open.
+    whether only branches are open. writes: finds out what blocks write in place, `None` where none does.
     """
 
     state: Any = None
     num_tokens: int = 0
     for_branches: bool = False
+    writes: Any = None
 
 
 class LongSkipModel:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.families import Family, Segment, find_family, get_family
-from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
+from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, Writes, kind_in
 from skipdit.models.long_skip import (
     BranchPlace,
     LongSkip,
@@ -323,7 +323,8 @@ def open_units(model: nn.Module) -> None:
     segments = _segments(model, family)
     units = _units(model, family)
     refuse_hooked((model, *(block for blocks in units for block in blocks)))
-    model_class, open_call, places = long_skip_class(type(model)), OpenCall(), []
+    writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
+    model_class, open_call, places = long_skip_class(type(model)), OpenCall(writes=writes), []
     for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
         before = family.segments[number - 1].streams if number else ()
         for position, blocks in enumerate(members):
