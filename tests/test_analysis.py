@@ -38,6 +38,7 @@ from skipdit.analysis.trajectory import (
 from skipdit.analysis.weights import TrainingLog, find_training_log, layer_norms, long_skip_spectra
 from skipdit.cache.methods import parse_method
 from skipdit.cli import main
+from skipdit.files import OutputFolder
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.spectral import jacobian_norms
@@ -318,7 +319,9 @@ def test_training_logs(tmp_path: Path) -> None:
 def test_a_report_on_two_models(tmp_path: Path) -> None:
     plain = tiny_pipeline(long_skip=None)
     log = TrainingLog(torch.arange(1, 31), torch.rand(30, dtype=torch.float64) + 0.1, torch.rand(30, 6) + 0.1)
-    models = analyze({"skip": tiny_pipeline(num_layers=5), "plain": plain}, CONFIG, tmp_path, {"plain": log})
+    models = analyze(
+        {"skip": tiny_pipeline(num_layers=5), "plain": plain}, CONFIG, OutputFolder(tmp_path, "analyze"), {"plain": log}
+    )
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert drawn == {line.rpartition("](")[2][:-5] for line in page.splitlines() if line.startswith("![")}

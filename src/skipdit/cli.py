@@ -167,44 +167,33 @@ def bench(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Output:
-        """out: folder of the .md, .json and .png. overwrite: replace files there also where an earlier run did not
-        write them, each of which is named."""
-
         out: Path = Path("benchmarks")
+        """Folder of the .md, .json and .png."""
         overwrite: bool = False
+        """Replace files there also where an earlier run did not write them, each of which is named."""
 
     @dataclass(frozen=True, kw_only=True)
     class ModelOptions(Output):
-        __doc__ = Output.__doc__
-
         config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]
 
     @dataclass(frozen=True, kw_only=True)
     class VideoOptions(Output):
-        __doc__ = Output.__doc__
-
         config: Annotated[VideoBenchConfig, tyro.conf.arg(name="")]
 
     @dataclass(frozen=True, kw_only=True)
     class ConversionOptions(Output):
-        __doc__ = f"""runs: folder of the four trainings (recipes convert-*), which go on where they are not finished.
-        {Output.__doc__}"""
-
         config: Annotated[ConversionBenchConfig, tyro.conf.arg(name="")]
         runs: Path = Path("runs")
+        """Folder of the four trainings (recipes convert-*), which go on where they are not finished."""
 
     @dataclass(frozen=True, kw_only=True)
     class CacheOptions(Output):
-        __doc__ = f"""rivals: whether caches of diffusers and cache-dit run too, where they can.
-        {Output.__doc__}"""
-
         config: Annotated[CacheBenchConfig, tyro.conf.arg(name="")]
         rivals: bool = True
+        """Whether caches of diffusers and cache-dit run too, where they can."""
 
     @dataclass(frozen=True, kw_only=True)
     class CompileOptions(Output):
-        __doc__ = Output.__doc__
-
         config: Annotated[CompileBenchConfig, tyro.conf.arg(name="")]
 
     names = ("models", "video", "conversion", "cache", "compile")
@@ -246,9 +235,8 @@ def calibrate(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from skipdit.calibration import CalibrateConfig
+    from skipdit.calibration import CalibrateConfig, claim
     from skipdit.calibration import calibrate as run
-    from skipdit.calibration import claim
     from skipdit.files import output_folder
     from skipdit.loading import load_source
 

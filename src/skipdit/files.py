@@ -93,7 +93,7 @@ def _plain(value: Any) -> Any:
 def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = ()) -> None:
     """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote.
 
-    Also where it is a link, or somebody works inside it. overwritten: patterns of names that may go, whoever wrote them.
+    Also where it is a link, or somebody works inside it. overwritten: patterns of files that go, whoever wrote them.
     """
     path = absolute(path)
     if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -316,7 +316,9 @@ class OutputFolder:
 
     def kept(self) -> str:
         """Say which files of this run are there."""
-        return f"{printable(self.path)} keeps {_list_names(sorted(self._made))}" if self._made else "nothing was written"
+        return (
+            f"{printable(self.path)} keeps {_list_names(sorted(self._made))}" if self._made else "nothing was written"
+        )
 
     def _listed(self) -> dict[str, str]:
         return read_marker(self.path)["files"].get(self.kind, {})

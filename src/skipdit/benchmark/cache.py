@@ -5,7 +5,7 @@ to batch, and a speedup is the median of the ratios within a batch: machines dri
 """
 
 import itertools
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
 from statistics import mean
-from typing import Any, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
@@ -30,32 +30,33 @@ from skipdit.benchmark.cache_methods import (
     schedules_in,
     spec_cache,
 )
-from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, Spread, write_cache_report
+from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.measure import (
     SYNCHRONIZE,
     Device,
-    check_choice,
     check_device,
-    check_positive,
+    claim_report,
     describe_environment,
     progress_bar,
     threads,
 )
 from skipdit.diffusion import make_scheduler, objective_of
-from skipdit.files import atomic_file
+from skipdit.files import OutputFolder, to_json
 from skipdit.loading import Source, load_source
-from skipdit.metrics.paired import psnr_db, ssim
+from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 from skipdit.metrics.perceptual import (
     FeatureNetwork,
     check_metrics_installed,
     load_feature_network,
     perceptual_distance,
 )
+from skipdit.options import check_choice, check_numbers, check_positive
 from skipdit.plots import check_plots_installed
 from skipdit.samplers import Sampler
+from skipdit.untrusted import parse_json, printable, read_json
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
-MAX_PSNR_DB = 100.0  # a picture that is nearer than this, or equal, counts so in a mean
+MAX_DRAFT_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,7 @@ class CacheBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_positive(self, "num_seeds", "batch_size", "num_threads")
         check_choice("device", (self.device,), get_args(Device))
         if not 2 <= self.num_steps <= 1000:
@@ -291,6 +293,33 @@ def watched(scheduler: Any, mark: Callable[[], None]) -> Iterator[None]:
 
 
 TENSORS = ("psnr", "similarity", "distance", "own_psnr")
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has no words for the last three
+
+
+class CountsFields(TypedDict):
+    steps_full: int
+    steps_reused: int
+    bytes_held: int | None
+
+
+class TallyFields(TypedDict):
+    """A tally in a draft: of each batch, and of each of its pictures."""
+
+    psnr: list[list[Number]]
+    similarity: list[list[Number]]
+    distance: list[list[Number]]
+    own_psnr: list[list[Number]]
+    speedups: list[float]
+    counts: list[CountsFields]
+    refused: str | None
+
+
+class DraftFields(TypedDict):
+    """of: the run that the draft belongs to. batches: how many are done."""
+
+    of: dict[str, Any]
+    batches: int
+    tallies: list[TallyFields]
 
 
 @dataclass
@@ -308,13 +337,15 @@ class Tally:
 
     def to_fields(self) -> dict[str, Any]:
         """As JSON, without the cost, which is soon counted again."""
-        tensors = {name: [part.tolist() for part in getattr(self, name)] for name in TENSORS}
-        counts = [asdict(each) for each in self.counts]
-        return tensors | {"speedups": self.speedups, "counts": counts, "refused": self.refused}
+        tensors = {
+            name: [[x if math.isfinite(x) else str(x) for x in part.tolist()] for part in getattr(self, name)]
+            for name in TENSORS
+        }
+        return tensors | {"speedups": self.speedups, "counts": self.counts, "refused": self.refused}
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> "Tally":
-        kept: dict[str, Any] = {name: [torch.tensor(part) for part in fields[name]] for name in TENSORS}
+    def from_fields(cls, fields: TallyFields) -> "Tally":
+        kept: dict[str, Any] = {name: [torch.tensor([*map(float, part)]) for part in fields[name]] for name in TENSORS}
         kept["counts"] = [Counts(**each) for each in fields["counts"]]
         return cls(speedups=fields["speedups"], refused=fields["refused"], **kept)
 
@@ -350,51 +381,45 @@ class Tally:
             bytes_held=held,
             speedups=tuple(self.speedups),
             flop_ratio=flops and reference.flops / flops,
-            psnr_db=psnr_spread(self.psnr),
-            own_psnr_db=psnr_spread(self.own_psnr),
-            ssim=spread(self.similarity),
-            perceptual=spread(self.distance),
+            psnr=score(self.psnr),
+            own_psnr=score(self.own_psnr),
+            ssim=score(self.similarity),
+            perceptual=score(self.distance),
         )
 
 
-def spread(parts: Sequence[Tensor]) -> Spread | None:
-    if not parts:
-        return None
-    values = torch.cat(list(parts)).double()
-    return Spread(values.mean().item(), values.std(correction=0).item())
-
-
-def psnr_spread(parts: Sequence[Tensor]) -> Spread | None:
-    """`None` also where all pictures are equal to the bit."""
-    if all(part.isinf().all() for part in parts):
-        return None
-    return spread([part.clamp(max=MAX_PSNR_DB) for part in parts])
+def score(parts: Sequence[Tensor]) -> PairedScore | None:
+    return PairedScore.of(torch.cat(list(parts))) if parts else None
 
 
 @dataclass(frozen=True)
 class Draft:
     """What an unfinished benchmark has measured, in a file, a batch at a time. of: the run that it belongs to."""
 
-    path: Path
+    out: OutputFolder
+    name: str
     of: Mapping[str, Any]
 
-    def load(self, num_baselines: int) -> tuple[int, list[Tally], list[Tally]] | None:
-        """How many batches are done, and the tallies of baselines and plans; `None` at the start. `ValueError` where
-        the file belongs to another run."""
-        if not self.path.is_file():
+    def load(self, num_baselines: int, num_plans: int) -> tuple[int, list[Tally], list[Tally]] | None:
+        """Return how many batches are done, and the tallies of baselines and plans; `None` at the start. `ValueError`
+        where the file belongs to another run, or is damaged."""
+        path = self.out.path / self.name
+        if not path.exists():
             return None
-        fields = json.loads(self.path.read_text(encoding="utf-8"))
-        if fields["of"] != json.loads(json.dumps(self.of)):
+        fields = read_json(path, DraftFields, max_bytes=MAX_DRAFT_BYTES)
+        if fields["of"] != parse_json(to_json(self.of), dict[str, Any], self.name):
             raise ValueError(
-                f"{self.path} is of a run with other settings or on another machine: remove it, or choose another --out"
+                f"{printable(path)} is of a run with other settings or on another machine: remove it, or choose "
+                "another --out"
             )
         tallies = [Tally.from_fields(each) for each in fields["tallies"]]
+        if len(tallies) != num_baselines + num_plans or fields["batches"] < 0:
+            raise ValueError(f"{printable(path)} is damaged: remove it")
         return fields["batches"], tallies[:num_baselines], tallies[num_baselines:]
 
     def save(self, batches: int, tallies: Sequence[Tally]) -> None:
         fields = {"of": self.of, "batches": batches, "tallies": [each.to_fields() for each in tallies]}
-        with atomic_file(self.path) as draft:
-            draft.write_text(json.dumps(fields), encoding="utf-8")
+        self.out.write_text(self.name, to_json(fields))
 
 
 def measure(
@@ -406,7 +431,7 @@ def measure(
 ) -> list[Row]:
     """Runs every plan on every batch; a plan that the model refuses is a row that says why. draft: keeps what is
     measured after each batch, and is gone on from."""
-    begun = draft and draft.load(len(baselines))
+    begun = draft and draft.load(len(baselines), len(plans))
     network = load_feature_network() if config.perceptual else None
     for plan in baselines:
         plan.sampler.pipeline.set_progress_bar_config(disable=True)
@@ -463,27 +488,34 @@ def refusals(plan: Plan, tally: Tally) -> Iterator[None]:
 # The report
 
 
-def bench_caches(config: CacheBenchConfig, out: Path, rivals: Rivals = no_rivals) -> None:
-    """Writes `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
-    that was interrupted goes on behind the last whole batch, from `cache_quality.draft.json` there.
+def bench_caches(config: CacheBenchConfig, out: OutputFolder, rivals: Rivals = no_rivals) -> None:
+    """Write `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
+    that was interrupted goes on after the last whole batch, from `cache_quality.draft.json` there.
 
     rivals: makes caches of other libraries for the loaded model. `ValueError` where an optional package is missing, or
     the model or what is wanted of it is not to be had; a cache that the model refuses is a row with the reason.
     """
     check_device(config.device)
-    check_plots_installed()
+    check_plots_installed("matplotlib")
     if config.perceptual:
         check_metrics_installed()
+    name = report_name(config.model)
+    draft_name = f"{name}.draft.json"
+    claim_report(out, name, f"{name}.png", draft_name)
     with threads(config.num_threads):
         environment = describe_environment(config.device, config.seed)
         source = load_source(config.model, device=config.device)
+        check_ssim_size(source.sampler.picture_size)
         batches = make_batches(config, source)
-        settings = asdict(config) | {"schedules": config.schedules and str(config.schedules)}
         machine = {key: text for key, text in environment.items() if key not in ("command", "date")}
-        draft = Draft(out / f"{report_name(config.model)}.draft.json", of=machine | settings)
-        rows = measure(config, *make_plans(config, source, rivals(source)), batches, draft)
-    write_cache_report(out, report_name(config.model), environment=environment, settings=settings, rows=rows)
-    draft.path.unlink()
+        draft = Draft(out, draft_name, of=machine | asdict(config))
+        try:
+            rows = measure(config, *make_plans(config, source, rivals(source)), batches, draft)
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(f"the same command goes on after the last whole batch, from {draft_name}")
+            raise
+    write_cache_report(out, name, environment=environment, settings=asdict(config), rows=rows)
+    out.remove(draft_name)
 
 
 def report_name(model: str) -> str:
