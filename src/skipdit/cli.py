@@ -390,13 +390,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Ctrl-C ends in status 130, SIGTERM in 143, a stdout that nobody reads in 141.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        listing = "\n".join(
-            f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
-        )
-        print(f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n")
-        print("`skipdit COMMAND --help` shows its options.")
-        return
     with terminal.messages():
         try:
             try:
@@ -415,7 +408,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
 
 
-def _run(command: str, *arguments: str) -> None:
+def _run(command: str = "--help", *arguments: str) -> None:
+    if command in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<10}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
+        print(f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n")
+        print("`skipdit COMMAND --help` shows its options.")
+        return
     if command not in COMMANDS:
         raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {command!r}")
     with contextlib.nullcontext() if command == "train" else terminal.terminable():

@@ -188,6 +188,7 @@ def _keep_strays(old: Path, path: Path) -> None:
         if not os.path.lexists(path / name):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (old / name).rename(path / name)
+    _remove_empty(old)
 
 
 def remove_ours(folder: Path) -> None:
@@ -201,6 +202,11 @@ def remove_ours(folder: Path) -> None:
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         (folder / name).unlink(missing_ok=True)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove the empty folders in a folder, and itself if it is empty then."""
     folders = [child for child in folder.rglob("*") if child.is_dir() and not child.is_symlink()]
     for child in (*sorted(folders, reverse=True), folder):
         if not any(child.iterdir()):
