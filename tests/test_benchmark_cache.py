@@ -413,6 +413,38 @@ def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
         assert one == other
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "is nested too deeply"),
+        ("", "is not valid JSON"),
+        ("[]", "is not as expected"),
+        ('{"of": {}, "batches": 1}', "missing required field `tallies`"),
+        ('{"of": {}, "batches": Infinity, "tallies": []}', "Infinity is not a number"),
+        ('{"of": {}, "batches": 1, "tallies": [{"psnr": [["many"]]}]}', "is not as expected"),
+        ('{"of": {}, "batches": 1, "tallies": []}', "is of a run with other settings"),
+        ('{"of": {"seed": 0}, "batches": 1, "tallies": []}', "is damaged: remove it"),
+    ],
+)
+def test_a_draft_that_is_none_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    out = OutputFolder(tmp_path, "bench")
+    out.write_text("x.draft.json", text)
+    with pytest.raises(ValueError, match=r"x\.draft\.json") as raised:
+        bench.Draft(out, "x.draft.json", of={"seed": 0}).load(1, 2)
+    assert reason in str(raised.value)
+
+
+def test_a_draft_keeps_equal_and_broken_pictures_apart(tmp_path: Path) -> None:
+    draft = bench.Draft(OutputFolder(tmp_path, "bench"), "x.draft.json", of={"seed": 0, "specs": ("N2",)})
+    assert draft.load(1, 0) is None
+    values = torch.tensor([math.inf, math.nan, 30.123456, -math.inf])
+    draft.save(3, [Tally(psnr=[values], speedups=[1.5], counts=[Counts(2, 1, None)])])
+    json.loads((tmp_path / "x.draft.json").read_text(), parse_constant=pytest.fail)
+    batches, (tally,), others = draft.load(1, 0)
+    assert (batches, others, tally.speedups, tally.counts) == (3, [], [1.5], [Counts(2, 1, None)])
+    torch.testing.assert_close(tally.psnr[0], values, rtol=0, atol=0, equal_nan=True)
+
+
 def test_a_method_has_one_line() -> None:
     assert method_of("N2") == ("skip", False)
     assert method_of("N17-500-20") == ("skip", False)

@@ -188,7 +188,7 @@ def _keep_strays(old: Path, path: Path) -> None:
         if not os.path.lexists(path / name):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (old / name).rename(path / name)
-    _remove_empty(old)
+    _remove_empty((old, *(child for child in old.rglob("*") if child.is_dir() and not child.is_symlink())))
 
 
 def remove_ours(folder: Path) -> None:
@@ -200,17 +200,18 @@ def remove_ours(folder: Path) -> None:
 
 
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and the folders that are empty without them."""
+    folders = {folder}
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    _remove_empty(folder)
+        folders |= {folder / parent for parent in Path(name).parents}
+    _remove_empty(folders)
 
 
-def _remove_empty(folder: Path) -> None:
-    """Remove the empty folders in a folder, and itself if it is empty then."""
-    folders = [child for child in folder.rglob("*") if child.is_dir() and not child.is_symlink()]
-    for child in (*sorted(folders, reverse=True), folder):
-        if not any(child.iterdir()):
-            child.rmdir()
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in sorted(folders, reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class OutputFolder:
         """Delete what earlier runs of this kind wrote, nobody has changed, and this run has not made anew."""
         for name in sorted(self._listed().keys() - self._made):
             if not self._is_foreign(name):
-                _remove_files(self.path / name.rpartition("/")[0], [name.rpartition("/")[2]])
+                _remove_files(self.path, [name])
         self._write({name: digest for name, digest in self._listed().items() if (self.path / name).is_file()})
 
     def remove(self, name: str) -> None:
