@@ -36,7 +36,8 @@ from skipdit.analysis.trajectory import (
     step_jacobian_norms,
 )
 from skipdit.analysis.weights import TrainingLog, find_training_log, layer_norms, long_skip_spectra
-from skipdit.cache.methods import parse_method
+from skipdit.cache.methods import METHODS, parse_method
+from skipdit.cache.runtime import parts_on
 from skipdit.cli import main
 from skipdit.files import OutputFolder
 from skipdit.models.long_skip import LongSkipConfig
@@ -253,6 +254,34 @@ def test_errors_stay_below_their_bound_and_a_control_makes_none() -> None:
     control = error_growth(pipeline, SETTINGS, run, norms, parse_method("N1"))
     assert control.measured.max() == 0
     assert not holds(growth.measured, control.predicted)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_are_measured_under_any_cache(method: str) -> None:
+    """Also where one leaves out the last unit, or calls the model twice in a step."""
+    pipeline = tiny_pipeline()
+    run = sample_run(pipeline, SETTINGS)
+    row = METHODS[method]
+    specs = [spec for spec in (f"{method}:N2", f"{method}:0.9", f"{method}:1.5") if is_spec(spec)]
+    for spec in specs:
+        parsed = parse_method(spec)
+        try:
+            parts_on(parsed, pipeline.transformer)
+        except ValueError:
+            continue
+        growth = error_growth(pipeline, SETTINGS, run, torch.ones(8, dtype=torch.float64), parsed)
+        assert growth.measured.shape == growth.feature_similarity.shape == (8,), row
+        assert growth.compute_ratio > 1
+        assert growth.measured[-1] > 0
+        assert "step" not in vars(pipeline.scheduler)
+
+
+def is_spec(spec: str) -> bool:
+    try:
+        parse_method(spec)
+    except ValueError:
+        return False
+    return True
 
 
 # ----------------------------------------------------------------------------------------------------------------------

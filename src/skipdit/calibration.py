@@ -408,7 +408,7 @@ def held_out(found: Sequence[Found], sampling: Sampling) -> list[Row]:
     """What schedules and rivals give on a seed that no schedule has seen."""
     config, rows = sampling.config, []
     seed = config.held_out_seed
-    reference = check_finite(sampling(seed))
+    reference = sampling(seed)
 
     def add(group: str, name: str, method: CacheMethod) -> None:
         samples, summary = sampling.cached(method, seed)
@@ -495,4 +495,5 @@ def write_report(
         emphasized=frozenset(group for group in groups if group.startswith("calibrated")),
         dashed=frozenset({"fewer steps"}),
     )
-    save_png(plot, out)
+    if series:
+        save_png(plot, out)
