@@ -97,7 +97,6 @@ def convert(arguments: Sequence[str]) -> None:
         """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder;
         the same where the class of the model is diffusers'). out: what is written. prefer: which weights of a training
         checkpoint. num_attention_heads, sample_size, num_frames, fusion: what a file of bare weights does not tell.
-        overwrite: replace a file, or the config and the weights in a folder, also where skipdit did not write them.
         """
 
         model: tyro.conf.Positional[Path]
@@ -109,6 +108,7 @@ def convert(arguments: Sequence[str]) -> None:
         num_frames: int | None = None
         fusion: Fusion | None = None
         overwrite: bool = False
+        """Replace a file, or the config and the weights in a folder, also where skipdit did not write them."""
 
     options = _parse("convert", convert.__doc__, arguments, Options)
     overwritten = ("config.json", "*.safetensors", "*.safetensors.index.json") if options.overwrite else ()
@@ -243,8 +243,7 @@ def calibrate(arguments: Sequence[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads: as of `skipdit
-        sample`. out: folder of the schedules and the report. overwrite: replace files there also where an earlier run
-        did not write them, each of which is named."""
+        sample`. out: folder of the schedules and the report."""
 
         model: tyro.conf.Positional[str] = "emoji"
         config: Annotated[CalibrateConfig, tyro.conf.arg(name="")]
@@ -254,6 +253,7 @@ def calibrate(arguments: Sequence[str]) -> None:
         device: str = "auto"
         out: Path = Path("out/schedules")
         overwrite: bool = False
+        """Replace files there also where an earlier run did not write them, each of which is named."""
 
     options = _parse("calibrate", calibrate.__doc__, arguments, Options, Options(config=CalibrateConfig()))
     with output_folder(options.out, "calibrate", overwrite=options.overwrite) as out:
@@ -287,8 +287,7 @@ def analyze(arguments: Sequence[str]) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """model, compare: emoji, a pipeline's folder or a checkpoint. A folder of `skipdit train` brings its log.
-        names: what the report calls them. out: folder of the report. overwrite: replace files there also where an
-        earlier run did not write them, each of which is named.
+        names: what the report calls them. out: folder of the report.
         """
 
         model: tyro.conf.Positional[str] = "emoji"
@@ -298,6 +297,7 @@ def analyze(arguments: Sequence[str]) -> None:
         device: str = "auto"
         out: Path = Path("out/stability")
         overwrite: bool = False
+        """Replace files there also where an earlier run did not write them, each of which is named."""
 
     options = _parse("analyze", analyze.__doc__, arguments, Options, Options(config=AnalyzeConfig()))
     paths = [options.model, *options.compare]

@@ -52,7 +52,6 @@ class SampleConfig:
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
     vae: folder of an AutoencoderKL for models of latents. num_attention_heads: where a checkpoint cannot tell.
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
-    overwrite: replace files in --out also where an earlier run did not write them, each of which is named.
     """
 
     task: TaskName | None = None
@@ -74,6 +73,7 @@ class SampleConfig:
     seed: int = 0
     out: Path = Path("out/sample")
     overwrite: bool = False
+    """Replace files in --out also where an earlier run did not write them, each of which is named."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
