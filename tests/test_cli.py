@@ -1,5 +1,6 @@
 """What commands do to folders of others, to NaN, to missing extras, and how they end."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -430,6 +431,7 @@ def test_what_was_written_before_a_stop_is_named_and_replaced_by_the_next_run(
     assert listing(out) == ["cached.png", "comparison.png", "fewer_steps.png", "full.png", "report.json"]
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_real_signal_restores_the_terminal_and_leaves_no_draft(
     number: signal.Signals, status: int, model: Path, out: Path
@@ -437,20 +439,24 @@ def test_a_real_signal_restores_the_terminal_and_leaves_no_draft(
     """Calibration draws its progress with a hidden cursor."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "skipdit", "calibrate", str(model), "--steps", "900", "--device", "cpu"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     process = subprocess.Popen([*command, "--out", str(out)], stdin=theirs, stdout=theirs, stderr=theirs)
+    signal.signal(signal.SIGINT, before)
     os.close(theirs)
     said = b""
-    while b"measuring" not in said:
-        said += os.read(ours, 2**16)
-    time.sleep(0.5)
-    process.send_signal(number)
-    while True:
-        try:
+    try:
+        while b"measuring" not in said:
             said += os.read(ours, 2**16)
-        except OSError:  # Linux's way to say that the other end is closed
-            break
-    os.close(ours)
-    assert process.wait(60) == status
+        time.sleep(0.5)
+        process.send_signal(number)
+        with contextlib.suppress(OSError):  # Linux's way to say that the other end is closed
+            while True:
+                said += os.read(ours, 2**16)
+        assert process.wait(60) == status
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
     assert b"Traceback" not in said
     assert said.rindex(b"\x1b[?25h") > said.rindex(b"\x1b[?25l")
     assert b": nothing was written" in said

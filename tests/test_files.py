@@ -352,7 +352,7 @@ def test_a_folder_of_others_is_overwritten_by_patterns_of_names(
 ) -> None:
     project = tmp_path / "project"
     (project / "src").mkdir(parents=True)
-    for name in ("config.json", "old.safetensors", "thesis.tex", "src/main.py"):
+    for name in ("config.json", "old.safetensors", "thesis.tex", "src/main.py", "src/data.safetensors"):
         (project / name).write_text("mine")
     with pytest.raises(FileExistsError, match="was not written by skipdit as a model"):
         write_folder(project, **{"config.json": "ours"})
@@ -363,7 +363,13 @@ def test_a_folder_of_others_is_overwritten_by_patterns_of_names(
         (draft / "thesis.tex").write_text("ours")
     with atomic_folder(project, "model", overwritten=("config.json", "*.safetensors")) as draft:
         (draft / "config.json").write_text("ours")
-    assert tree(project) == {"config.json": "ours", "src": "/", "src/main.py": "mine", "thesis.tex": "mine"}
+    assert tree(project) == {
+        "config.json": "ours",
+        "src": "/",
+        "src/data.safetensors": "mine",
+        "src/main.py": "mine",
+        "thesis.tex": "mine",
+    }
     assert caplog.messages == [f"overwritten in {project}: config.json, old.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["project"]
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -151,7 +151,7 @@ def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
     old, new, going = work / "old", work / "new", []
     if path.is_dir():
         strays = _strays(path)
-        going = [name for name in strays if any(fnmatch(name, pattern) for pattern in overwritten)]
+        going = [name for name in strays if any(_matches(name, pattern) for pattern in overwritten)]
         if taken := [name for name in strays if os.path.lexists(new / name) and name not in going]:
             raise FileExistsError(f"{printable(path)} holds files that skipdit did not write: {_list_names(taken)}")
         if going:
@@ -167,6 +167,12 @@ def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
     for name in going:
         (old / name).unlink()
     _keep_strays(old, path)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path matches, folder by folder: `*` is no path."""
+    parts = list(zip(name.split("/"), pattern.split("/"), strict=False))
+    return name.count("/") == pattern.count("/") and all(fnmatchcase(part, wanted) for part, wanted in parts)
 
 
 def _strays(folder: Path) -> list[str]:
