@@ -181,7 +181,7 @@ def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has its own captions"):
         open_clips(ClipConfig(caption_column="text"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no videos \(\.avi, .*\) in"):
+    with pytest.raises(ValueError, match=r"no videos \(\.3gp, .*\) in"):
         open_clips(ClipConfig(source=str(tmp_path / "empty")))
 
 
