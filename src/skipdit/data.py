@@ -204,23 +204,26 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
     for column in (image, label, *([caption] if caption is not None else [])):
         if column not in rows.column_names:
             raise ValueError(f"{source} has no column {column!r}, only {printable(', '.join(rows.column_names))}")
-    if isinstance(rows.features[image], datasets.Image):
+    kind, feature = rows.features[image], rows.features[label]
+    if isinstance(kind, datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
-    feature = rows.features[label]
+    elif kind not in (datasets.Value("binary"), datasets.Value("large_binary")):
+        raise ValueError(f"{image} of {source} must hold pictures, got {printable(kind, 60)}")
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     labels, label_names = to_classes(list(rows[label]), label, source, names)
+    captions = as_captions(rows[caption], source, caption) if caption is not None else None
+    rows = rows.select_columns([image])
 
     def name(index: int) -> str:
         return f"{index} of {source}"
 
     def read(index: int) -> Image.Image:
-        found = rows[index][image]
-        content = (found["bytes"] or Path(found["path"] or "")) if isinstance(found, dict) else found
-        if not isinstance(content, (bytes, Path)):
-            raise ValueError(f"cannot read the picture {name(index)}: it is {printable(found, 40)}")
-        return open_picture(content, name(index))
+        found: Any = rows[index][image]
+        content, place = (found["bytes"], found["path"]) if isinstance(found, dict) else (found, None)
+        if not content and not place:
+            raise ValueError(f"cannot read the picture {name(index)}: the row has none")
+        return open_picture(content or Path(place), name(index))
 
-    captions = as_captions(rows[caption], source, caption) if caption is not None else None
     return LabelledPictures(read, name, labels, label_names, config.image_size, captions)
 
 
