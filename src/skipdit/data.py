@@ -218,8 +218,9 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
         return f"{index} of {source}"
 
     def read(index: int) -> Image.Image:
-        found: Any = rows[index][image]
-        content, place = (found["bytes"], found["path"]) if isinstance(found, dict) else (found, None)
+        found = rows[index][image]
+        content: Any = found["bytes"] if isinstance(found, dict) else found
+        place: Any = found["path"] if isinstance(found, dict) else None
         if not content and not place:
             raise ValueError(f"cannot read the picture {name(index)}: the row has none")
         return open_picture(content or Path(place), name(index))

@@ -3,6 +3,7 @@ columns that are asked for are read, and only in batches that a small file canno
 """
 
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,12 +150,13 @@ def check_columns(schema: Any, encoded: Sequence[str], plain: Sequence[str]) -> 
 
 
 def _holds_bytes(kind: Any) -> bool:
-    import pyarrow as pa
+    from pyarrow import types
 
-    if pa.types.is_struct(kind):
+    if types.is_struct(kind):
         places = kind.get_all_field_indices("bytes")
         return len(places) == 1 and _holds_bytes(kind.field(places[0]).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def class_names_of(schema: Any, name: str) -> dict[str, list[str]]:
@@ -216,17 +218,43 @@ class _Stream:
     def __init__(self, file: BinaryIO) -> None:
         import pyarrow as pa
 
-        self.file = file
-        self.schema = pa.ipc.open_stream(file).schema
+        self.file = pa.memory_map(file.name)
+        self.schema = pa.ipc.open_stream(self.file).schema
 
     def batches(self, encoded: Sequence[str], columns: Sequence[str], most: int) -> Iterable[Any]:
         import pyarrow as pa
 
         self.file.seek(0)
+        if any(map(_is_compressed, pa.ipc.MessageReader.open_stream(self.file))):
+            raise ValueError("its buffers are compressed, which `datasets` does not do")
+        self.file.seek(0)
         options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(column) for column in columns])
         for batch in pa.ipc.open_stream(self.file, options=options):
             batch.validate(full=True)
             yield batch
+
+
+def _is_compressed(message: Any) -> bool:
+    """Say whether the buffers of an Arrow message are compressed: they say their size only when they are unpacked.
+    Arrow's Message.fbs: Message.header, DictionaryBatch.data, RecordBatch.compression."""
+    content = message.metadata.to_pybytes()
+
+    def number(place: int, kind: str) -> int:
+        return struct.unpack_from(kind, content, place)[0]
+
+    def field(table: int, index: int) -> int:
+        """The place of a field of a flatbuffer's table, 0 where the table has none."""
+        fields = table - number(table, "<i")
+        offset = number(fields + 4 + 2 * index, "<H") if 4 + 2 * index < number(fields, "<H") else 0
+        return table + offset if offset else 0
+
+    def follow(place: int) -> int:
+        return place + number(place, "<I")
+
+    if message.type not in ("dictionary", "record batch"):
+        return False
+    header = follow(field(follow(0), 2))
+    return field(follow(field(header, 1)) if message.type == "dictionary" else header, 3) != 0
 
 
 def find_tables(folder: Path, split: str) -> list[Path]:

@@ -19,10 +19,11 @@ from PIL import Image
 from skipdit.picture_files import FORMATS, MAX_PICTURE_BYTES, check_size, on_white
 
 ANIMATION_SUFFIXES = frozenset({".apng", ".gif", ".webp"})
-VIDEO_SUFFIXES = ANIMATION_SUFFIXES | frozenset(
-    {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".ogv", ".webm", ".wmv"}
+VIDEO_SUFFIXES = (
+    ANIMATION_SUFFIXES
+    | {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".ogv", ".webm", ".wmv"}
+    | {".m2ts", ".mpeg", ".mpg", ".mts", ".ts"}
 )
-VIDEO_SUFFIXES |= frozenset({".m2ts", ".mpeg", ".mpg", ".mts", ".ts"})
 SIGNATURES = (  # where, what, the demuxer
     (4, b"ftyp", "mov"),  # ISO/IEC 14496-12; the others begin QuickTime files
     *((4, atom, "mov") for atom in (b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")),
