@@ -272,17 +272,27 @@ def hostile_tables(seed: int, count: int) -> Files:
     return _files(seed, count, named, valid_tables())
 
 
+def valid_streams() -> Files:
+    """A small Arrow stream."""
+    content = saved(Image.fromarray(scene()), "PNG")
+    return [("a.arrow", stream({"image": [{"bytes": content, "path": None}] * 3, "label": ["cat", "dog", "cat"]}))]
+
+
 def hostile_streams(seed: int, count: int) -> Files:
     """Arrow streams with the columns image and label, for a folder that `datasets` saved."""
-    content = saved(Image.fromarray(scene()), "PNG")
-    columns = {"image": [{"bytes": content, "path": None}] * 3, "label": ["cat", "dog", "cat"]}
+    columns = {"image": [b"x"] * 3, "label": ["cat", "dog", "cat"]}
     named = [("zeros.arrow", stream({"image": [bytes(2**29)], "label": ["cat"]}, "zstd")), ("empty.arrow", b"")]
-    return _files(seed, count, named, [("a.arrow", stream(columns)), ("zstd.arrow", stream(columns, "zstd"))])
+    return _files(seed, count, named, [*valid_streams(), ("zstd.arrow", stream(columns, "zstd"))])
+
+
+def valid_texts() -> Files:
+    """A caption in every way that is read."""
+    rows = b'{"file_name": "0.png", "text": "a cat"}\n'
+    return [("0.txt", b"a cat\n"), ("metadata.jsonl", rows), ("metadata.csv", b"file_name,text\n0.png,a cat\n")]
 
 
 def hostile_texts(seed: int, count: int) -> Files:
     """Captions of a picture `0.png`, or metadata of its folder."""
-    rows = b'{"file_name": "0.png", "text": "a cat"}\n'
     named = [
         ("0.txt", b"a" * 10**8),
         ("0.txt", b"\xff\xfea\x00"),
@@ -293,8 +303,7 @@ def hostile_texts(seed: int, count: int) -> Files:
         ("metadata.csv", b"file_name,text\n0.png," + b"a" * 200_000),
         ("metadata.csv", b"file_name,text\n0.png\n"),
     ]
-    valid = [("0.txt", b"a cat\n"), ("metadata.jsonl", rows), ("metadata.csv", b"file_name,text\n0.png,a cat\n")]
-    files = _files(seed, count, named, valid)
+    files = _files(seed, count, named, valid_texts())
     return [(name.rpartition("_")[2], content) for name, content in files]
 
 
@@ -304,6 +313,15 @@ READERS: dict[str, Callable[[int, int], Files]] = {
     "tables": hostile_tables,
     "streams": hostile_streams,
     "texts": hostile_texts,
+}
+
+
+VALID: dict[str, Callable[[], Files]] = {
+    "pictures": valid_pictures,
+    "videos": valid_videos,
+    "tables": valid_tables,
+    "streams": valid_streams,
+    "texts": valid_texts,
 }
 
 

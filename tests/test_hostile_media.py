@@ -62,6 +62,13 @@ def check(reader: str, folder: Path) -> str | None:
     return f"{seconds:.1f} s, {grown} MiB" if seconds > MAX_SECONDS or grown > MAX_MIB else None
 
 
+@pytest.mark.parametrize("reader", hostile.VALID)
+def test_what_the_damaged_files_are_made_of_is_read(reader: str, tmp_path: Path) -> None:
+    for name, content in hostile.VALID[reader]():
+        lay(tmp_path / name, reader, name, content)
+        read(reader, tmp_path / name)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux says it")
 @pytest.mark.parametrize("reader", hostile.READERS)
 def test_every_file_is_read_or_refused_in_one_line(reader: str, tmp_path: Path) -> None:

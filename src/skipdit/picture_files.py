@@ -104,9 +104,9 @@ def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
             raise ValueError(f"it has {num_scans} scans, at most {MAX_SCANS} are read")
         return
     width, height = picture.size
-    for scale in (2, 4, 8):
-        if math.prod(picture.size) > MAX_PIXELS:
-            picture.draft(picture.mode, (max(1, width // scale), max(1, height // scale)))
+    if width * height > MAX_PIXELS:
+        scale = next((scale for scale in (2, 4) if width * height <= scale**2 * MAX_PIXELS), 8)
+        picture.draft(picture.mode, (max(1, width // scale), max(1, height // scale)))
 
 
 def _orientation(picture: Image.Image) -> Any:

@@ -113,7 +113,7 @@ def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), pl
     for path in paths:
         what = name if len(paths) == 1 else printable_path(path)
         with open_regular(path) as file, _refusing(what):
-            source = _Parquet(file) if path.suffix.lower() == ".parquet" else _Stream(file)
+            source = _Parquet(file) if path.suffix.lower() == ".parquet" else _Stream(path)
             check_columns(source.schema, encoded, plain)
             class_names |= class_names_of(source.schema, what)
             num_bytes, most = 0, FREE_BYTES + MAX_EXPANSION * path.stat().st_size
@@ -128,8 +128,10 @@ def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), pl
                     raise ValueError(f"its columns {', '.join(wanted)} decode to more than {most:,} bytes")
                 if num_rows > MAX_ROWS:
                     raise ValueError(f"it has more than {MAX_ROWS:,} rows")
+    if not num_rows:
+        raise ValueError(f"{name} has no rows")
     with _refusing(name):
-        return Table(name, {column: pa.chunked_array(parts or [[]]) for column, parts in chunks.items()}, class_names)
+        return Table(name, {column: pa.chunked_array(parts) for column, parts in chunks.items()}, class_names)
 
 
 def check_columns(schema: Any, encoded: Sequence[str], plain: Sequence[str]) -> None:
@@ -215,10 +217,10 @@ class _Parquet:
 class _Stream:
     """A stream of Arrow batches, as `datasets` saves its sets. Its offsets are checked, as nothing vouches for them."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        self.file = pa.memory_map(file.name)
+        self.file = pa.memory_map(str(path))
         self.schema = pa.ipc.open_stream(self.file).schema
 
     def batches(self, encoded: Sequence[str], columns: Sequence[str], most: int) -> Iterable[Any]:

@@ -4,6 +4,7 @@ PyAV is told which demuxer to use, by the first bytes: left to itself, FFmpeg ta
 opens sockets and other files.
 """
 
+import errno
 import importlib
 import os
 import warnings
@@ -98,15 +99,30 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
             begin = end
 
 
+class _Seekable:
+    """A file in which a seek to a wrong place fails as FFmpeg expects it: PyAV would print a traceback."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.read, self.tell, self._seek = stream.read, stream.tell, stream.seek
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._seek(offset, whence)
+        except (OSError, ValueError):
+            return -errno.EINVAL
+
+
 def _container(stream: BinaryIO, demuxer: str) -> Iterator[TimedFrame]:
     """Frames of the video stream that FFmpeg finds best: no cover picture, if there is another."""
     av: Any = importlib.import_module("av")
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS)}
     try:
-        with av.open(stream, format=demuxer, options=options) as container:
+        with av.open(_Seekable(stream), format=demuxer, options=options) as container:
             video = container.streams.best("video")
             if video is None:
                 raise ValueError("it holds no video stream")
+            check_size((video.width, video.height), MAX_FRAME_PIXELS)
+            video.codec_context.options = {"max_pixels": options["max_pixels"]}
             first = None
             for index, frame in zip(count(), _decode(av, container, video, options)):
                 if frame.is_corrupt:
