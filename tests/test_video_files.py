@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_large_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.mp4", "a.mkv", "a.webm", "a.gif", "a.webp"):
         with pytest.raises(UnreadableVideo, match=f"cannot read the video {name}: "):
             decode_video(io.BytesIO(contents[name]), name, 1)
+
+
+def test_a_gif_does_not_grow_without_end() -> None:
+    """Its second frame reaches far beyond the size that its header says."""
+    content = hostile.animation("GIF", [np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
+    place = content.rindex(b"\x2c\x00\x00\x00\x00\x08\x00\x08\x00")
+    grown = content[: place + 1] + struct.pack("<HHHH", 0, 0, 9000, 9000) + content[place + 9 :]
+    with pytest.raises(
+        UnreadableVideo, match="cannot read the video grown: it has 9000 x 9000 pixels, at most 8,388,608"
+    ):
+        decode_video(io.BytesIO(grown), "grown", 2)
 
 
 def test_frames_that_differ_in_size_are_named(tmp_path: Path) -> None:

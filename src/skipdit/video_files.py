@@ -84,7 +84,6 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
     with warnings.catch_warnings(action="ignore"):
         picture = Image.open(stream, formats=FORMATS)
     with picture:
-        check_size(picture.size, MAX_ANIMATION_PIXELS)
         begin = Fraction(0)
         for index in count():
             with warnings.catch_warnings(action="ignore"):
@@ -92,6 +91,7 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
                     picture.seek(index)
                 except EOFError:
                     return
+                check_size(picture.size, MAX_ANIMATION_PIXELS)  # a frame of a GIF may enlarge it
                 picture.load()
             duration = Fraction(picture.info.get("duration", 0))
             end = begin + Fraction(duration if duration >= MIN_DURATION else USUAL_DURATION, 1000)
