@@ -243,6 +243,20 @@ def repeated(value: bytes, num_rows: int) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(np.zeros(num_rows, np.int32), pa.array([value]))
 
 
+def lying(content: bytes) -> bytes:
+    """The parquet file, the footer of which says that its first column has 100 bytes when it is unpacked."""
+    size = parquet.read_metadata(io.BytesIO(content)).row_group(0).column(0).total_uncompressed_size
+    found, said = _varint(2 * size), bytearray(_varint(2 * 100))
+    said = bytes([*(byte | 0x80 for byte in said), *[0x80] * (len(found) - len(said) - 1), 0])
+    footer = content.rindex(found)
+    return content[:footer] + said + content[footer + len(found) :]
+
+
+def _varint(number: int) -> bytes:
+    groups = [number >> shift & 0x7F for shift in range(0, max(1, number.bit_length()), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+
 def hostile_tables(seed: int, count: int) -> Files:
     """Parquet files with the columns image, label and text."""
     content = saved(Image.fromarray(scene()), "PNG")
@@ -252,6 +266,8 @@ def hostile_tables(seed: int, count: int) -> Files:
         "label": repeated(b"cat", 2000).cast(pa.dictionary(pa.int32(), pa.string())),
     }
 
+    zeros = table(one | {"image": [bytes(2**28 + 2**24)]}, compression="zstd")
+
     def changed(**columns: object) -> bytes:
         return table(one | columns)
 
@@ -259,7 +275,8 @@ def hostile_tables(seed: int, count: int) -> Files:
         ("unused.parquet", table(many | {"text": many["label"], "other": repeated(bytes(2**20), 2000)})),
         ("repeated.parquet", table(many | {"image": repeated(bytes(2**20), 2000), "text": many["label"]})),
         ("rows.parquet", table({name: pa.nulls(2**22, pa.binary()) for name in ("image", "label", "text")})),
-        ("zeros.parquet", table(one | {"image": [bytes(2**28 + 2**24)]}, compression="zstd")),
+        ("zeros.parquet", zeros),
+        ("lying.parquet", lying(zeros)),
         ("struct.parquet", changed(image=[{"path": "a.png"}])),
         ("path.parquet", changed(image=[{"bytes": None, "path": "a.png"}])),
         ("null.parquet", changed(image=pa.nulls(1, pa.binary()))),

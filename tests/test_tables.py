@@ -1,5 +1,6 @@
 """Tables as people have them: parquet files, shards, what `datasets` saves; what is too large or of another type."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from skipdit import data, tables
 from skipdit.clips import ClipConfig, open_clips
 from skipdit.data import DataConfig, LabelledPictures, from_datasets, open_pictures
+from skipdit.parquet_pages import measure_pages
 
 RED, BLUE = (hostile.saved(Image.new("RGB", (8, 8), color), "PNG") for color in ("red", "blue"))
 
@@ -203,6 +205,40 @@ def test_a_value_that_stands_in_every_row_is_counted_in_every_row(
     (tmp_path / "set.parquet").write_bytes(hostile.table({"image": image, "label": ["a"] * 100}, compression="zstd"))
     with pytest.raises(ValueError, match=r"set\.parquet: its columns image, label decode to more than \d+,\d+ bytes"):
         opened(tmp_path / "set.parquet")
+
+
+def test_a_footer_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = hostile.table({"image": [bytes(2**20)], "label": ["a"]}, compression="zstd")
+    path = tmp_path / "set.parquet"
+    path.write_bytes(hostile.lying(content))
+    assert parquet.read_metadata(path).row_group(0).column(0).total_uncompressed_size == 100
+    monkeypatch.setattr(tables, "FREE_BYTES", 2**16)
+    with pytest.raises(ValueError, match=r"set\.parquet: its columns image, label have 1,\d+,\d+ bytes"):
+        opened(path)
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_pages_are_measured_as_an_honest_footer_says(compression: str, version: str, use_dictionary: bool) -> None:
+    generator = np.random.default_rng(0)
+    columns = {
+        "bytes": [{"bytes": generator.bytes(3000), "path": None} for _ in range(1000)],
+        "texts": [["a"] * (row % 4) for row in range(1000)],
+        "long": ["x" * 5000] * 1000,
+        "numbers": generator.random(1000),
+        "nulls": [None] * 1000,
+    }
+    file = io.BytesIO()
+    settings = {"compression": compression, "data_page_version": version, "use_dictionary": use_dictionary}
+    parquet.write_table(pa.table(columns), file, row_group_size=400, **settings)
+    metadata = parquet.read_metadata(file)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for leaf in map(group.column, range(group.num_columns)):
+            start = leaf.dictionary_page_offset if leaf.has_dictionary_page else leaf.data_page_offset
+            pages = measure_pages(file, start, leaf.total_compressed_size)
+            assert pages.num_values == leaf.num_values
+            assert 0 <= leaf.total_uncompressed_size - pages.num_bytes < 4000  # the headers
 
 
 def test_rows_and_values_are_counted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
 from skipdit.folders import as_captions, walk
+from skipdit.parquet_pages import measure_pages
 from skipdit.picture_files import PICTURE_SUFFIXES, reason_of
 from skipdit.untrusted import open_regular, parse_json, printable, printable_path, read_json
 from skipdit.video_files import VIDEO_SUFFIXES
@@ -180,11 +181,12 @@ def _are_texts(names: Any) -> bool:
 
 
 class _Parquet:
-    """A parquet file, its sizes checked by what it says of itself."""
+    """A parquet file, its sizes checked by what its pages say."""
 
     def __init__(self, file: BinaryIO) -> None:
         from pyarrow.parquet import ParquetFile
 
+        self.raw = file
         self.file = ParquetFile(file, pre_buffer=False)
         self.schema = self.file.schema_arrow
 
@@ -200,11 +202,13 @@ class _Parquet:
         ]
         largest = total = values = 0
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for leaf in map(group.column, range(group.num_columns)):
+            for leaf in map(group.column, range(group.num_columns if group.num_rows else 0)):
                 if any(leaf.path_in_schema == name or leaf.path_in_schema.startswith(f"{name}.") for name in leaves):
-                    largest = max(largest, leaf.total_uncompressed_size)
-                    total += leaf.total_uncompressed_size
-                    values = max(values, leaf.num_values)
+                    starts = [leaf.data_page_offset, *([leaf.dictionary_page_offset] * leaf.has_dictionary_page)]
+                    pages = measure_pages(self.raw, min(starts), leaf.total_compressed_size)
+                    largest = max(largest, pages.num_bytes)
+                    total += pages.num_bytes
+                    values = max(values, pages.num_values)
         if total > most:
             raise ValueError(f"its columns {', '.join(columns)} have {total:,} bytes, at most {most:,} are read")
         if values > MAX_VALUES:
