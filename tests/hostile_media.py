@@ -266,7 +266,7 @@ def hostile_tables(seed: int, count: int) -> Files:
         "label": repeated(b"cat", 2000).cast(pa.dictionary(pa.int32(), pa.string())),
     }
 
-    zeros = table(one | {"image": [bytes(2**28 + 2**24)]}, compression="zstd")
+    zeros = table(one | {"image": [bytes(2**27 + 2**24)]}, compression="zstd")
 
     def changed(**columns: object) -> bytes:
         return table(one | columns)

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
 from skipdit.folders import as_captions, walk
-from skipdit.parquet_pages import measure_pages
+from skipdit.parquet_pages import measure_columns
 from skipdit.picture_files import PICTURE_SUFFIXES, reason_of
 from skipdit.untrusted import open_regular, parse_json, printable, printable_path, read_json
 from skipdit.video_files import VIDEO_SUFFIXES
 
 MAX_ROWS = 2**21  # of a data set
 MAX_VALUES = 2**23  # of a column, which may hold lists
-FREE_BYTES, MAX_EXPANSION = 2**28, 8  # the asked columns of a file may decode to so much, and so many times its size
-BATCH_BYTES = 2**27  # of the rows that are decoded at once, where the file says how large its columns are
+FREE_BYTES, MAX_EXPANSION = 2**27, 8  # the asked columns of a file may decode to so much, and so many times its size
+BATCH_BYTES = 2**26  # of the rows that are decoded at once, where a dictionary's value could stand in each of them
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # as `datasets` finds them in the names of files
 
 
@@ -200,21 +200,18 @@ class _Parquet:
             f"{column}.bytes" if column in encoded and types.is_struct(self.schema.field(column).type) else column
             for column in columns
         ]
-        largest = total = values = 0
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for leaf in map(group.column, range(group.num_columns if group.num_rows else 0)):
-                if any(leaf.path_in_schema == name or leaf.path_in_schema.startswith(f"{name}.") for name in leaves):
-                    starts = [leaf.data_page_offset, *([leaf.dictionary_page_offset] * leaf.has_dictionary_page)]
-                    pages = measure_pages(self.raw, min(starts), leaf.total_compressed_size)
-                    largest = max(largest, pages.num_bytes)
-                    total += pages.num_bytes
-                    values = max(values, pages.num_values)
-        if total > most:
-            raise ValueError(f"its columns {', '.join(columns)} have {total:,} bytes, at most {most:,} are read")
-        if values > MAX_VALUES:
-            raise ValueError(f"a column has {values:,} values, at most {MAX_VALUES:,} are read")
+        paths = [self.file.schema.column(index).path for index in range(len(self.file.schema))]
+        asked = [
+            i for i, path in enumerate(paths) if any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves)
+        ]
+        sizes = measure_columns(self.raw, asked, len(paths))
+        if sizes.num_bytes > most:
+            what = f"have {sizes.num_bytes:,} bytes, at most {most:,} are read"
+            raise ValueError(f"its columns {', '.join(columns)} {what}")
+        if sizes.num_values > MAX_VALUES:
+            raise ValueError(f"a column has {sizes.num_values:,} values, at most {MAX_VALUES:,} are read")
         # a dictionary's value can stand in every row of a batch
-        size = max(1, min(1024, BATCH_BYTES // max(1, largest)))
+        size = max(1, min(1024, BATCH_BYTES // max(1, sizes.largest)))
         return self.file.iter_batches(size, columns=leaves, use_threads=False)
 
 
