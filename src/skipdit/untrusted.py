@@ -32,6 +32,12 @@ def printable(text: object, limit: int = MAX_SHOWN) -> str:
     return escaped + ("…" if len(shown) > limit else "")
 
 
+def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
+    """As `printable`, but a long path is cut at its beginning: the file's name stands at its end."""
+    shown = str(path)
+    return printable(shown, limit) if len(shown) <= limit else "…" + printable(shown[-limit:], limit)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
