@@ -14,10 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
+from skipdit.untrusted import printable
+
 if TYPE_CHECKING:
     from skipdit.compare import Report
 
 Config = TypeVar("Config")
+MAX_MESSAGE = 2000  # characters of an error
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -81,13 +84,16 @@ def convert(arguments: Sequence[str]) -> None:
 
     from skipdit.checkpoints import load_model, save_official, to_diffusers
     from skipdit.files import atomic_folder, check_replaceable
+    from skipdit.loading import ObjectiveName, pipeline_of
     from skipdit.models.long_skip import Fusion
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder;
         the same where the class of the model is diffusers'). out: what is written. prefer: which weights of a training
-        checkpoint. num_attention_heads, sample_size, num_frames, fusion: what a file of bare weights does not tell.
+        checkpoint. num_attention_heads, sample_size, num_frames, num_classes, fusion: what a file of bare weights does
+        not tell. objective: what its model predicts, as of `skipdit sample`; then a whole pipeline is written, to
+        skipdit only. drop: roots of keys to leave out. variant: of a folder's weights, as fp16.
         """
 
         model: tyro.conf.Positional[Path]
@@ -97,9 +103,15 @@ def convert(arguments: Sequence[str]) -> None:
         num_attention_heads: int | None = None
         sample_size: int | None = None
         num_frames: int | None = None
+        num_classes: int | None = None
         fusion: Fusion | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
+        variant: str | None = None
 
     options = _parse("convert", convert.__doc__, arguments, Options)
+    if options.objective is not None and options.to != "skipdit":
+        raise ValueError(f"objective is for --to skipdit, which has a place for it, got --to {options.to}")
     if options.to != "official":
         check_replaceable(options.out)
     model = load_model(
@@ -108,14 +120,20 @@ def convert(arguments: Sequence[str]) -> None:
         num_attention_heads=options.num_attention_heads,
         sample_size=options.sample_size,
         num_frames=options.num_frames,
+        num_classes=options.num_classes,
         fusion=options.fusion,
+        drop=options.drop,
+        variant=options.variant,
     )
     if options.to == "official":
         save_official(model, options.out)
     else:
         converted = model if options.to == "skipdit" else to_diffusers(model)
         with atomic_folder(options.out) as draft:
-            converted.save_pretrained(draft)
+            if options.objective is None:
+                converted.save_pretrained(draft)
+            else:
+                pipeline_of(model, options.objective).save(draft, "10GB")
     print(f"written: {options.out}")
 
 
@@ -231,18 +249,21 @@ def calibrate(arguments: Sequence[str]) -> None:
     from skipdit.calibration import CalibrateConfig
     from skipdit.calibration import calibrate as run
     from skipdit.compare import check_writable
-    from skipdit.loading import load_source
+    from skipdit.loading import ObjectiveName, load_source
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads: as of `skipdit
-        sample`. out: folder of the schedules and the report."""
+        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads, num_classes,
+        objective, drop: as of `skipdit sample`. out: folder of the schedules and the report."""
 
         model: tyro.conf.Positional[str] = "emoji"
         config: Annotated[CalibrateConfig, tyro.conf.arg(name="")]
         scheduler: str | None = None
         vae: Path | None = None
         num_attention_heads: int | None = None
+        num_classes: int | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
         device: str = "auto"
         out: Path = Path("out/schedules")
 
@@ -254,6 +275,9 @@ def calibrate(arguments: Sequence[str]) -> None:
         scheduler=options.scheduler,
         vae=options.vae,
         num_attention_heads=options.num_attention_heads,
+        num_classes=options.num_classes,
+        objective=options.objective,
+        drop=options.drop,
     )
     run(source, options.config, options.out)
     print((options.out / "report.md").read_text(encoding="utf-8"))
@@ -320,7 +344,7 @@ def info(arguments: Sequence[str]) -> None:
 
     from skipdit.cache.methods import METHODS, SPEC_FORM
     from skipdit.compare import versions
-    from skipdit.loading import BUNDLED, load_source
+    from skipdit.loading import BUNDLED, ObjectiveName, load_source
     from skipdit.models.dit import PRESETS
     from skipdit.models.families import FAMILIES
     from skipdit.models.latte import LATTE_PRESETS
@@ -328,10 +352,14 @@ def info(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a bundled model, a pipeline's folder or a checkpoint."""
+        """model: a bundled model, a pipeline's folder or a checkpoint. num_attention_heads, num_classes, objective,
+        drop: as of `skipdit sample`."""
 
         model: tyro.conf.Positional[str | None] = None
         num_attention_heads: int | None = None
+        num_classes: int | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
 
     options = _parse("info", info.__doc__, arguments, Options)
     if options.model is None:
@@ -342,7 +370,14 @@ def info(arguments: Sequence[str]) -> None:
         for name, method in METHODS.items():
             print(f"  {name}:{method.form}: {method.source}")
         return
-    model = load_source(options.model, num_attention_heads=options.num_attention_heads, decodes=False)
+    model = load_source(
+        options.model,
+        num_attention_heads=options.num_attention_heads,
+        num_classes=options.num_classes,
+        objective=options.objective,
+        drop=options.drop,
+        decodes=False,
+    )
     transformer = model.sampler.pipeline.transformer
     open_units(transformer)
     config, links = transformer.config, transformer.long_skip_links
@@ -396,7 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _last_word(error: Exception) -> str:
     """The message in one line; of an error that a data worker passed on with its traceback, the last line."""
     lines = str(error).strip().splitlines() or [repr(error)]
-    return lines[-1] if lines[0].startswith("Caught ") else " ".join(line.strip() for line in lines)
+    message = lines[-1] if lines[0].startswith("Caught ") else " ".join(line.strip() for line in lines)
+    return printable(message, MAX_MESSAGE)
 
 
 def _parse(

@@ -111,13 +111,15 @@ def load_model(
     """The model in a file or folder, on the CPU, in eval mode: a `DiT` or `Latte` of ours, or a transformer of
     diffusers, plain or with long skips.
 
-    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or of another name if its head is one of these) holds a state
-    dict, or a training checkpoint with `model` and `ema` or one of their other names, under our keys or the official
-    ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image (facebookresearch's `DiT-XL-2-256x256.pt`, the authors'
-    `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video (`Latte-skip.pt`, and diffusers' keys), text-to-image
-    (Tencent's `pytorch_model_ema.pt`). A folder is one of `save_pretrained`, or a pipeline with one: of ours, or of a
-    class of diffusers whose units skipdit knows; or a run of `skipdit train`, or one of its checkpoints. diffusers'
-    `DiTTransformer2DModel` becomes our `DiT`.
+    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or another name where its head is one of these) holds a
+    state dict, or a training checkpoint with `model` and `ema` or one of their other names, under our keys or the
+    official ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image
+    (facebookresearch's `DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video
+    (`Latte-skip.pt`, and diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys). A
+    folder is one of `save_pretrained`, or a pipeline with one: of ours, or of a class of diffusers whose units skipdit
+    knows; or a run of `skipdit train`, or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+
+    What a file or config asks for is compared with what its weights hold before anything is made.
 
     A file tells the sizes, not every option: with our keys the last class is taken for the null class, and 0 for
     `downscale_freq_shift`. Where that is not so, load a folder, or build the model and call `load_state_dict`.
@@ -246,8 +248,8 @@ def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | No
         return _find_format(state_dict, told).read(state_dict, told)
     if (folder / "pipeline" / "model_index.json").exists():  # a finished run
         folder = folder / "pipeline"
-    if (folder / "model_index.json").exists():
-        folder = folder / "transformer"
+    if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = read_config(folder)
     class_name = str(config.get("_class_name"))
     class_name = ALIASES.get(class_name, class_name)
@@ -262,9 +264,7 @@ def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | No
     if model_class is None and not is_own:
         raise ValueError(f"{class_name} is no class of diffusers: load it with its own from_pretrained")
     tensors = read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
-    return (
-        OWN_FOLDERS[class_name](config, tensors) if is_own else _read_family(model_class, config, tensors, long_skip)
-    )
+    return OWN_FOLDERS[class_name](config, tensors) if is_own else _read_family(model_class, config, tensors, long_skip)
 
 
 def _read_family(

@@ -90,9 +90,9 @@ def _check_pickle(content: bytes) -> None:
             found.add(str(argument))
         elif opcode.name in OPAQUE_OPCODES:
             found.add(opcode.name)
-    unsafe = sorted(name for name in found if not _is_allowed(name))
+    unsafe = sorted(name.replace(" ", ".") for name in found if not _is_allowed(name))
     if unsafe:
-        raise ValueError(f"refused, because loading it would call {printable(', '.join(unsafe).replace(' ', '.'))}")
+        raise ValueError(f"refused, because loading it would call {printable(', '.join(unsafe))}")
 
 
 def _is_allowed(name: str) -> bool:

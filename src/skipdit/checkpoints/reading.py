@@ -20,6 +20,7 @@ SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 STEM, SUFFIXES = "diffusion_pytorch_model", ("safetensors", "bin")  # of diffusers' names of weights
+ZIP_HEAD = b"PK\3\4"
 MAX_SHARDS = 1000
 
 
@@ -39,7 +40,11 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
         return strip_prefixes(pick_weights(_read_tensors(path), "ema"))
     index = read_json(path, dict[str, Any])
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise ValueError(f"{printable(path)} has no weight_map of keys to files")
     names = sorted(set(weight_map.values()))
     if len(names) > MAX_SHARDS:
@@ -57,10 +62,12 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
 
 def _find_weights(folder: Path, variant: str | None) -> Path:
     if variant is None:
-        plain = (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME)
-        found = next((folder / name for name in plain if (folder / name).exists()), None)
-        if found is not None:
-            return found
+        for names in ((SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+            found = [name for name in names if (folder / name).exists()]
+            if len(found) > 1:
+                raise ValueError(f"holds weights twice, {' and '.join(found)}: remove the older")
+            if found:
+                return folder / found[0]
         middles = _variants(path.name for path in folder.iterdir())
         if len(middles) != 1:
             what = f"; give variant, one of {list_first(sorted(middles))}" if middles else ""
@@ -98,9 +105,11 @@ def _read_tensors(path: Path) -> Any:
     with open_regular(path) as file:
         head = file.read(9)
     suffix = path.suffix.lower()
-    if head[8:] == b"{" or (suffix == SAFETENSORS_SUFFIX and head[:2] != b"PK"):
+    if suffix == SAFETENSORS_SUFFIX and head[:4] == ZIP_HEAD:
+        raise ValueError(f"{printable(path.name)} is an archive of torch.save: let its name end in .pt")
+    if head[8:] == b"{" or suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
-    if head[:4] == b"PK\3\4" or suffix in PICKLE_SUFFIXES:
+    if head[:4] == ZIP_HEAD or suffix in PICKLE_SUFFIXES:
         return read_archive(path)
     allowed = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
     raise ValueError(f"the name must end in {allowed}, got {printable(path.name)}")
