@@ -297,8 +297,8 @@ def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
     """The averaged weights of a checkpoint of `skipdit train`, with the objective of its run."""
     fields = read_run_config(checkpoint).get("objective")
     try:
-        objective = Objective(**cast(Any, fields))
-        scheduler = make_scheduler(objective, SCHEDULERS[objective.process][0])
+        said = Objective(**cast(Any, fields))
+        scheduler = make_scheduler(said, SCHEDULERS[said.process][0])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(checkpoint)} does not say its run's objective: {printable(error)}") from error
     return _make_sampler(load_model(checkpoint, dtype=dtype), scheduler)
@@ -358,7 +358,7 @@ def _open_class(
             raise ValueError(f"{printable(folder)} is not a whole {index['_class_name']}: its transformer is another's")
         has_vae = part_class(index, "vae", folder) is not None
         vae = read_autoencoder(folder / "vae", dtype) if has_vae else None
-        labels = read_labels(index, transformer.config.num_classes, folder)
+        labels = read_labels(index, cast(Any, transformer).config.num_classes, folder)
         return sampler(make(transformer, _scheduler(folder, index), vae, labels))
 
     return open_class

@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import msgspec
 
@@ -69,7 +69,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 def check_hash(path: Path, sha256: str) -> None:
     """`ValueError` where a regular file is not the one with this SHA-256."""
     with open_regular(path) as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     if found != sha256:
         raise ValueError(
             f"{printable(path)} is not the file that skipdit was tested with: its SHA-256 is {found}, not {sha256}; "

@@ -374,7 +374,7 @@ class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     num_inference_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULE_STEPS)]
     full_steps: Steps | None = None
     method: str = "skip"
-    num_shallow_units: Count | Annotated[list[Count], msgspec.Meta(min_length=1, max_length=MAX_SCHEDULE_STEPS)] = 1
+    num_shallow_units: Count | Steps = 1
     order: Count = 0
     timesteps: Timesteps = []
     variants: Variants = []

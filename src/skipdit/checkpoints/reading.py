@@ -40,13 +40,10 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
         return strip_prefixes(pick_weights(_read_tensors(path), "ema"))
     index = read_json(path, dict[str, Any])
     weight_map = index.get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(name, str) for name in weight_map.values())
-    ):
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not files or not all(isinstance(name, str) for name in files):
         raise ValueError(f"{printable(path)} has no weight_map of keys to files")
-    names = sorted(set(weight_map.values()))
+    names = sorted(set(files))
     if len(names) > MAX_SHARDS:
         raise ValueError(f"{printable(path)} names {len(names):,} files, at most {MAX_SHARDS:,} are read")
     tensors: dict[str, Tensor] = {}

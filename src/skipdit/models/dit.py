@@ -188,8 +188,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         mlp_ratio (`float`): hidden size of the MLP over that of the block.
         num_classes (`int`). null_class (`bool`): whether class `num_classes` means "no class", which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 that of diffusers.
-        time_scale (`float`), time_shift (`float`): what is embedded is `time_scale * timestep + time_shift`. Official SiT
-            embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
+        time_scale (`float`), time_shift (`float`): what is embedded is `time_scale * timestep + time_shift`. The
+            official SiT embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
     """
 
