@@ -52,8 +52,8 @@ class SampleConfig:
     fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
     vae: folder of an AutoencoderKL, or of a pipeline with one, for models of latents. Of a file of weights, what it
-    does not tell: num_attention_heads; num_classes; objective: epsilon, v_prediction, flow (noise - data), sit (SiT's) or
-    repa (REPA's); drop: roots of keys to leave out, as projectors of REPA.
+    does not tell: num_attention_heads; num_classes; objective: epsilon, v_prediction, flow (noise - data), sit (SiT's)
+    or repa (REPA's); drop: roots of keys to leave out, as projectors of REPA.
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
     """
 

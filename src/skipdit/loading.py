@@ -219,9 +219,10 @@ def load_source(
     if decodes and pipeline.vae is None and num_channels != 3:
         raise ValueError(f"{model} works on latents of {num_channels} channels: give --vae FOLDER")
     if scheduler is not None:
-        learned = sampler.task.startswith("class") and learns_variance(pipeline.transformer)
-        objective = dataclasses.replace(objective_of(pipeline.scheduler), learned_variance=learned)
-        pipeline.scheduler = make_scheduler(objective, scheduler)
+        said = objective_of(pipeline.scheduler)
+        is_epsilon = sampler.task.startswith("class") and said.prediction_type == "epsilon"
+        learned = is_epsilon and learns_variance(pipeline.transformer)
+        pipeline.scheduler = make_scheduler(dataclasses.replace(said, learned_variance=learned), scheduler)
     pipeline.to(resolve_device(device))
     return source
 

@@ -109,7 +109,7 @@ class SentenceEncoder:
 
 def shorten(prompt: str) -> str:
     """The beginning of a long prompt, for a message."""
-    return printable(prompt, SHOWN_CHARACTERS)
+    return printable(prompt[:SHOWN_CHARACTERS]) + ("..." if len(prompt) > SHOWN_CHARACTERS else "")
 
 
 def find_weights() -> Path | None:

@@ -319,6 +319,8 @@ def refuse_other_table(key: str, found: Tensor, table: Tensor) -> None:
     """`ValueError` unless a tensor is this sine-cosine table, as far as its precision holds it."""
     if not found.is_floating_point():
         refuse(integer=[f"{key} {found.dtype}"])
+    if found.shape != table.shape or not found.numel():
+        refuse(misshapen=[f"{key} {tuple(found.shape)} instead of {tuple(table.shape)}, above 0"])
     tolerance = max(TABLE_TOLERANCE, torch.finfo(found.dtype).eps)
     difference = (found.float() - table.to(found.device)).abs().max().item()
     if not difference <= tolerance:

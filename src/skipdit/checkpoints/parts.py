@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -82,7 +82,7 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     if not isinstance(order := config.get("solver_order", 1), int) or not 1 <= order <= 3:
         raise ValueError(f"{printable(path)}: solver_order must be 1 to 3, got {printable(order)}")
     try:
-        scheduler = scheduler_class.from_config(config)
+        scheduler = cast(Any, scheduler_class).from_config(config)
         _try_out(copy.deepcopy(scheduler), min(TRIED_STEPS, steps))
     except Exception as error:  # a stranger's options raise whatever type the first use of them does
         raise ValueError(f"{printable(path)} makes no scheduler: {printable(str(error) or repr(error))}") from error

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from skipdit.checkpoints.archive import read_archive
-from skipdit.checkpoints.wrappings import Preference, StateDict, list_first, pick_weights, strip_prefixes
+from skipdit.checkpoints.wrappings import Preference, StateDict, list_first, pick_weights
 from skipdit.untrusted import check_regular, open_regular, printable, read_json
 
 __all__ = ["Preference", "StateDict", "list_first"]
@@ -37,7 +37,7 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
     """
     path = _find_weights(folder, variant)
     if path.suffix != ".json":
-        return strip_prefixes(pick_weights(_read_tensors(path), "ema"))
+        return pick_weights(_read_tensors(path), "ema")
     index = read_json(path, dict[str, Any])
     weight_map = index.get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
@@ -48,7 +48,7 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
         raise ValueError(f"{printable(path)} names {len(names):,} files, at most {MAX_SHARDS:,} are read")
     tensors: dict[str, Tensor] = {}
     for name in names:
-        if Path(name).name != name:
+        if not name or Path(name).name != name:
             raise ValueError(f"{printable(path)} names {printable(name)!r}, which is not a file beside it")
         shard = pick_weights(_read_tensors(folder / name), "ema")
         if twice := [key for key in shard if key in tensors]:
