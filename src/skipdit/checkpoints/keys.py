@@ -24,6 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 SKIP_ROOTS = ("skip_norms", "skip_linears")  # of Skip-DiT's models; the released ones hold all pairs, innermost first
 DROPPABLE = {"projectors"}  # of REPA (arXiv 2410.06940): heads that align features in training
 TABLE_TOLERANCE = 1e-4
+MAX_REASON = 1000  # characters of what a constructor says
 MAX_LAYERS = 256  # and entries of a list in a config
 MAX_BUFFER_BYTES = 96 * 2**20  # of tables that are computed; 72 MiB are those of 2048 x 2048 pixels at width 1152
 COUNTED_LAYERS = {"num_layers", "num_single_layers"}  # options that count blocks whose weights have keys
@@ -54,10 +55,9 @@ def config_errors() -> Iterator[None]:
     """`ValueError` where a constructor cannot use its options."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:  # a stranger's options raise whatever type the first use of them does
-        raise ValueError(f"the config makes no model: {printable(str(error) or repr(error))}") from error
+        reason = printable(str(error) or repr(error), MAX_REASON)
+        raise ValueError(reason if isinstance(error, ValueError) else f"the config makes no model: {reason}") from error
 
 
 def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> None:
