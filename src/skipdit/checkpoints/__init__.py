@@ -260,11 +260,12 @@ def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | No
     if long_skip is not None and variant not in (None, LONG_SKIP_VARIANT):
         raise ValueError(f"weights with long skips are of the variant {LONG_SKIP_VARIANT!r} only, got {variant!r}")
     is_own = class_name in OWN_FOLDERS and long_skip is None
-    model_class: Any = getattr(diffusers, class_name, None)
-    if model_class is None and not is_own:
+    if not is_own and not hasattr(diffusers, class_name):
         raise ValueError(f"{class_name} is no class of diffusers: load it with its own from_pretrained")
     tensors = read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
-    return OWN_FOLDERS[class_name](config, tensors) if is_own else _read_family(model_class, config, tensors, long_skip)
+    if is_own:
+        return OWN_FOLDERS[class_name](config, tensors)
+    return _read_family(getattr(diffusers, class_name), config, tensors, long_skip)
 
 
 def _read_family(

@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import diffusers
 import torch
@@ -81,8 +81,9 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         raise ValueError(f"{printable(path)}: steps_offset must be 0 or 1, got {printable(config['steps_offset'])}")
     if not isinstance(order := config.get("solver_order", 1), int) or not 1 <= order <= 3:
         raise ValueError(f"{printable(path)}: solver_order must be 1 to 3, got {printable(order)}")
+    known = inspect.signature(scheduler_class).parameters
     try:
-        scheduler = cast(Any, scheduler_class).from_config(config)
+        scheduler = scheduler_class(**{name: value for name, value in config.items() if name in known})
         _try_out(copy.deepcopy(scheduler), min(TRIED_STEPS, steps))
     except Exception as error:  # a stranger's options raise whatever type the first use of them does
         raise ValueError(f"{printable(path)} makes no scheduler: {printable(str(error) or repr(error))}") from error
