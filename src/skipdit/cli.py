@@ -90,13 +90,16 @@ def convert(arguments: Sequence[str]) -> None:
 
     from skipdit.checkpoints import load_model, save_official, to_diffusers
     from skipdit.files import atomic_folder, check_apart, check_replaceable
+    from skipdit.loading import ObjectiveName, pipeline_of
     from skipdit.models.long_skip import Fusion
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder;
         the same where the class of the model is diffusers'). out: what is written. prefer: which weights of a training
-        checkpoint. num_attention_heads, sample_size, num_frames, fusion: what a file of bare weights does not tell.
+        checkpoint. num_attention_heads, sample_size, num_frames, num_classes, fusion: what a file of bare weights does
+        not tell. objective: what its model predicts, as of `skipdit sample`; then a whole pipeline is written, to
+        skipdit only. drop: roots of keys to leave out. variant: of a folder's weights, as fp16.
         """
 
         model: tyro.conf.Positional[Path]
@@ -106,12 +109,19 @@ def convert(arguments: Sequence[str]) -> None:
         num_attention_heads: int | None = None
         sample_size: int | None = None
         num_frames: int | None = None
+        num_classes: int | None = None
         fusion: Fusion | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
+        variant: str | None = None
         overwrite: bool = False
         """Replace a file, or the config and the weights in a folder, also where skipdit did not write them."""
 
     options = _parse("convert", convert.__doc__, arguments, Options)
-    overwritten = ("config.json", "*.safetensors", "*.safetensors.index.json") if options.overwrite else ()
+    if options.objective is not None and options.to != "skipdit":
+        raise ValueError(f"objective is for --to skipdit, which has a place for it, got --to {options.to}")
+    names = ("config.json", "model_index.json", "*/config.json", "*.safetensors", "*.safetensors.index.json")
+    overwritten = (*names, "*/*.safetensors", "*/*.json") if options.overwrite else ()
     check_apart(options.out, (options.model, *options.model.glob("*"), *options.model.glob("*/*")))
     if options.to != "official":
         check_replaceable(options.out, "model", overwritten)
@@ -123,14 +133,20 @@ def convert(arguments: Sequence[str]) -> None:
         num_attention_heads=options.num_attention_heads,
         sample_size=options.sample_size,
         num_frames=options.num_frames,
+        num_classes=options.num_classes,
         fusion=options.fusion,
+        drop=options.drop,
+        variant=options.variant,
     )
     if options.to == "official":
         save_official(model, options.out)
     else:
         converted = model if options.to == "skipdit" else to_diffusers(model)
         with atomic_folder(options.out, "model", overwritten=overwritten) as draft:
-            converted.save_pretrained(draft)
+            if options.objective is None:
+                converted.save_pretrained(draft)
+            else:
+                pipeline_of(model, options.objective).save(draft, "10GB")
     print(f"written: {options.out}")
 
 
@@ -238,18 +254,21 @@ def calibrate(arguments: Sequence[str]) -> None:
     from skipdit.calibration import CalibrateConfig, claim
     from skipdit.calibration import calibrate as run
     from skipdit.files import output_folder
-    from skipdit.loading import load_source
+    from skipdit.loading import ObjectiveName, load_source
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads: as of `skipdit
-        sample`. out: folder of the schedules and the report."""
+        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads, num_classes,
+        objective, drop: as of `skipdit sample`. out: folder of the schedules and the report."""
 
         model: tyro.conf.Positional[str] = "emoji"
         config: Annotated[CalibrateConfig, tyro.conf.arg(name="")]
         scheduler: str | None = None
         vae: Path | None = None
         num_attention_heads: int | None = None
+        num_classes: int | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
         device: str = "auto"
         out: Path = Path("out/schedules")
         overwrite: bool = False
@@ -264,6 +283,9 @@ def calibrate(arguments: Sequence[str]) -> None:
             scheduler=options.scheduler,
             vae=options.vae,
             num_attention_heads=options.num_attention_heads,
+            num_classes=options.num_classes,
+            objective=options.objective,
+            drop=options.drop,
         )
         run(source, options.config, out)
     print((options.out / "report.md").read_text(encoding="utf-8"))
@@ -334,7 +356,7 @@ def info(arguments: Sequence[str]) -> None:
 
     from skipdit.cache.methods import METHODS, SPEC_FORM
     from skipdit.compare import versions
-    from skipdit.loading import BUNDLED, load_source
+    from skipdit.loading import BUNDLED, ObjectiveName, load_source
     from skipdit.models.dit import PRESETS
     from skipdit.models.families import FAMILIES
     from skipdit.models.latte import LATTE_PRESETS
@@ -342,10 +364,14 @@ def info(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a bundled model, a pipeline's folder or a checkpoint."""
+        """model: a bundled model, a pipeline's folder or a checkpoint. num_attention_heads, num_classes, objective,
+        drop: as of `skipdit sample`."""
 
         model: tyro.conf.Positional[str | None] = None
         num_attention_heads: int | None = None
+        num_classes: int | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
 
     options = _parse("info", info.__doc__, arguments, Options)
     if options.model is None:
@@ -356,7 +382,14 @@ def info(arguments: Sequence[str]) -> None:
         for name, method in METHODS.items():
             print(f"  {name}:{method.form}: {method.source}")
         return
-    model = load_source(options.model, num_attention_heads=options.num_attention_heads, decodes=False)
+    model = load_source(
+        options.model,
+        num_attention_heads=options.num_attention_heads,
+        num_classes=options.num_classes,
+        objective=options.objective,
+        drop=options.drop,
+        decodes=False,
+    )
     transformer = model.sampler.pipeline.transformer
     open_units(transformer)
     config, links = transformer.config, transformer.long_skip_links

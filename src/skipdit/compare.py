@@ -21,7 +21,7 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary
 from skipdit.files import OutputFolder, output_folder, to_json
-from skipdit.loading import BUNDLED, DTypeName, Source, TaskName, load_source
+from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 from skipdit.options import check_numbers
 from skipdit.pictures import labelled_grid, to_pictures
@@ -50,7 +50,9 @@ class SampleConfig:
     (or calibrated:2x: a schedule that came with the model), or none.
     fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
-    vae: folder of an AutoencoderKL for models of latents. num_attention_heads: where a checkpoint cannot tell.
+    vae: folder of an AutoencoderKL, or of a pipeline with one, for models of latents. Of a file of weights, what it
+    does not tell: num_attention_heads; num_classes; objective: epsilon, v_prediction, flow (noise - data), sit (SiT's)
+    or repa (REPA's); drop: roots of keys to leave out, as projectors of REPA.
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
     """
 
@@ -67,6 +69,9 @@ class SampleConfig:
     scheduler: str | None = None
     vae: Path | None = None
     num_attention_heads: int | None = None
+    num_classes: int | None = None
+    objective: ObjectiveName | None = None
+    drop: tuple[str, ...] = ()
     dtype: DTypeName = "float32"
     device: str = "auto"
     compile: bool = False
@@ -82,6 +87,8 @@ class SampleConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.steps > 1000:
             raise ValueError(f"steps must be at most 1000, got {self.steps}")
+        if self.fewer_steps is not None and self.cache == "none":
+            raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
         for name, allowed in (("dtype", get_args(DTypeName)), ("task", (*get_args(TaskName), None))):
             if getattr(self, name) not in allowed:
                 names = ", ".join(value for value in allowed if value)
@@ -184,6 +191,9 @@ def load(config: SampleConfig) -> Source:
         scheduler=config.scheduler,
         vae=config.vae,
         num_attention_heads=config.num_attention_heads,
+        num_classes=config.num_classes,
+        objective=config.objective,
+        drop=config.drop,
     )
 
 
