@@ -37,7 +37,7 @@ from skipdit.processes import LOCK, locked
 
 FLOW = Objective(process="flow", prediction_type="sample")
 PIXELS = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_classes": 4}
-QUICK = ("--steps", "4", "--num-samples", "2", "--cache", "N2", "--fewer-steps", "2", "--device", "cpu")
+QUICK = ("--steps", "4", "--num-samples", "2", "--cache", "N2", "--device", "cpu")
 
 
 def save(folder: Path, **sizes: int) -> Path:
