@@ -323,6 +323,22 @@ def test_a_checkpoint_of_a_run_is_built_from_its_own_config(run: Path, tmp_path:
         load_source(str(copy), device="cpu")
 
 
+@pytest.mark.parametrize("name", ["HunyuanDiT2DModel", "LatteTransformer3DModel", "Latte"])
+def test_checkpoints_of_the_other_tasks(name: str, tmp_path: Path) -> None:
+    model, long_skip = TINY_FAMILIES[name].build(num_units=4), None
+    if name == "LatteTransformer3DModel":
+        skipdit.add_long_skips(model, skipdit.LongSkipConfig(fusion="residual"))
+        long_skip = {"fusion": "residual"}
+    settings = {
+        "model": {"num_attention_heads": 2, "long_skip": long_skip},
+        "data": {"image_size": 8} | ({} if name == "HunyuanDiT2DModel" else {"num_frames": 3}),
+    }
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1, "ema_step": 1, "config": settings}))
+    save_file(dict(model.named_parameters()), tmp_path / "ema.safetensors")
+    told: dict[str, Any] = {"num_classes": 10} if name == "Latte" else {}
+    assert_same_weights(model, load_model(tmp_path, **told))
+
+
 # --- objectives -------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -83,7 +83,8 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         raise ValueError(f"{printable(path)}: solver_order must be 1 to 3, got {printable(order)}")
     known = inspect.signature(scheduler_class).parameters
     try:
-        scheduler = scheduler_class(**{name: value for name, value in config.items() if name in known})
+        options = {name: value for name, value in config.items() if name in known or name.startswith("_")}
+        scheduler = cast(Any, scheduler_class).from_config(options)
         _try_out(copy.deepcopy(scheduler), min(TRIED_STEPS, steps))
     except Exception as error:  # a stranger's options raise whatever type the first use of them does
         raise ValueError(f"{printable(path)} makes no scheduler: {printable(str(error) or repr(error))}") from error
