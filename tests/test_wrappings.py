@@ -486,7 +486,7 @@ def test_a_prompt_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as caught:
         main(["sample", "--task", "text-to-image", "--prompt", os.fsdecode(b"caf\xe9"), "--out", str(tmp_path)])
     assert caught.value.code == 2
-    assert "the prompt 'caf\\\\udce9' is not UTF-8" in capsys.readouterr().err
+    assert "the prompt 'caf\\\\udce9' is not valid Unicode" in capsys.readouterr().err
 
 
 def test_a_file_with_another_hash_is_refused(tmp_path: Path) -> None:
