@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import skipdit.training
+import skipdit.training.loop
 from skipdit.checkpoints import load_model
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
@@ -134,7 +134,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         return learning_rate_at(config, step)
 
     whole, config = trained(task), make_config(task, data)
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupted)
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, device="cpu")
     monkeypatch.undo()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import skipdit.training
+import skipdit.training.loop
 from skipdit.checkpoints import load_model
 from skipdit.data import DataConfig, open_pictures
 from skipdit.diffusion import Objective
@@ -76,7 +76,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     train(config, tmp_path / "whole", device="cpu")
     # the rate is a function of the step and of max_steps, so the first half stops by a signal, not by a shorter run
     stopped = tmp_path / "stopped"
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupt_at(5))
     with pytest.raises(KeyboardInterrupt):
         train(config, stopped, device="cpu")
     monkeypatch.undo()
@@ -109,7 +109,7 @@ def test_a_spectral_cap_holds_in_the_pipeline_and_resumes(
     free = spectral_norm(model.blocks[0].attn.qkv.weight).value
     assert free <= 0.601 if on == "blocks" else free > 0.7
 
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupt_at(5))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped", device="cpu")
     monkeypatch.undo()
