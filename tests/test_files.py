@@ -22,6 +22,7 @@ from skipdit.files import (
     check_apart,
     check_whole,
     clean_up,
+    output_folder,
     read_marker,
     remove_ours,
     to_json,
@@ -312,6 +313,59 @@ def test_a_killed_output_may_be_written_again(tmp_path: Path, monkeypatch: pytes
     OutputFolder(tmp_path, "sample").write_text("a", "2")
     OutputFolder(tmp_path, "sample").write_text("a", "3")
     assert tree(tmp_path) == {"a": "3"}
+
+
+def test_empty_folders_of_a_user_stay(tmp_path: Path) -> None:
+    run(tmp_path, "samples/1.png", "full.png")
+    (tmp_path / "notes").mkdir()
+    run(tmp_path, "full.png")
+    assert list(tree(tmp_path)) == ["full.png", "notes"]
+
+
+def test_one_file_is_removed_unless_it_was_changed(tmp_path: Path) -> None:
+    run(tmp_path, "a", "b")
+    (tmp_path / "b").write_text("mine")
+    out = OutputFolder(tmp_path, "sample")
+    for name in ("a", "b", "c"):
+        out.remove(name)
+    assert tree(tmp_path) == {"b": "mine"}
+    assert list(read_marker(tmp_path)["files"]["sample"]) == ["b"]
+
+
+def test_a_stopped_run_notes_what_it_has_written(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        with output_folder(path, "sample") as out:
+            assert (tmp_path / "out" / LOCK).exists()
+            for name in ("b", "a", "c"):
+                out.write_text(name, "")
+            out.remove("c")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        write(tmp_path / "x" / ".." / "out")
+    assert stopped.value.__notes__ == [f"{tmp_path / 'out'} keeps a, b"]
+    assert list(tree(tmp_path / "out")) == ["a", "b"]
+
+
+def test_a_folder_of_others_is_overwritten_by_patterns_of_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    for name in ("config.json", "old.safetensors", "thesis.tex", "src/main.py"):
+        (project / name).write_text("mine")
+    with pytest.raises(FileExistsError, match="was not written by skipdit as a model"):
+        write_folder(project, **{"config.json": "ours"})
+    with (
+        pytest.raises(FileExistsError, match=r"did not write: thesis\.tex"),
+        atomic_folder(project, "model", overwritten=("config.json",)) as draft,
+    ):
+        (draft / "thesis.tex").write_text("ours")
+    with atomic_folder(project, "model", overwritten=("config.json", "*.safetensors")) as draft:
+        (draft / "config.json").write_text("ours")
+    assert tree(project) == {"config.json": "ours", "src": "/", "src/main.py": "mine", "thesis.tex": "mine"}
+    assert caplog.messages == [f"overwritten in {project}: config.json, old.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

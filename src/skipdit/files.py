@@ -94,7 +94,7 @@ def _plain(value: Any) -> Any:
 def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = ()) -> None:
     """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote.
 
-    Also where it is a link, or somebody works inside it. overwritten: patterns of names that may go, whoever wrote them.
+    Also where it is a link, or somebody works inside it. overwritten: patterns of files that go, whoever wrote them.
     """
     path = absolute(path)
     if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -189,6 +189,7 @@ def _keep_strays(old: Path, path: Path) -> None:
         if not os.path.lexists(path / name):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (old / name).rename(path / name)
+    _remove_empty((old, *(child for child in old.rglob("*") if child.is_dir() and not child.is_symlink())))
 
 
 def remove_ours(folder: Path) -> None:
@@ -200,12 +201,18 @@ def remove_ours(folder: Path) -> None:
 
 
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and the folders that are empty without them."""
+    folders = {folder}
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    folders = [child for child in folder.rglob("*") if child.is_dir() and not child.is_symlink()]
-    for child in (*sorted(folders, reverse=True), folder):
-        if not any(child.iterdir()):
-            child.rmdir()
+        folders |= {folder / parent for parent in Path(name).parents}
+    _remove_empty(folders)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in sorted(folders, reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,7 +319,7 @@ class OutputFolder:
         """Delete what earlier runs of this kind wrote, nobody has changed, and this run has not made anew."""
         for name in sorted(self._listed().keys() - self._made):
             if not self._is_foreign(name):
-                _remove_files(self.path / name.rpartition("/")[0], [name.rpartition("/")[2]])
+                _remove_files(self.path, [name])
         self._write({name: digest for name, digest in self._listed().items() if (self.path / name).is_file()})
 
     def remove(self, name: str) -> None:

@@ -15,7 +15,7 @@ def check_numbers(config: Any) -> None:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, float) and not math.isfinite(each):
                 raise ValueError(f"{field.name} must be finite, got {each}")
-        if field.name.endswith("seed") and not 0 <= value <= MAX_SEED:
+        if field.name.endswith("seed") and not 0 <= getattr(config, field.name) <= MAX_SEED:
             raise ValueError(f"{field.name} must be between 0 and {MAX_SEED}, got {value}")
 
 

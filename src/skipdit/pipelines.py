@@ -138,8 +138,14 @@ class ClassPipeline(DiffusionPipeline):
     def _decode(self, latents: Tensor) -> Tensor:
         """Pictures (b c h w) in [-1, 1], where the transformer made latents of them."""
         if self.vae is None:
-            return latents.float()
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+            return keep_broken(latents.float())
+        pictures = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        return keep_broken(pictures)
+
+
+def keep_broken(pixels: Tensor) -> Tensor:
+    """Return NaN for infinite pixels, which clamping to [0, 1] would make look like good ones."""
+    return torch.where(pixels.isfinite(), pixels, torch.nan)
 
 
 class ClassToImagePipeline(ClassPipeline):
