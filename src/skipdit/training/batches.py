@@ -87,15 +87,19 @@ def load_batches(
         data, batch_size=size, sampler=sampler, num_workers=config.num_workers, worker_init_fn=ignore_signals
     )
     batches: Any = iter(loader)
+    workers = batches._workers if config.num_workers else ()  # torch 2.10 to 2.13, as below; a test pins it
     try:
         yield batches
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+    except Exception as error:
+        # PyTorch raises where the loop happens to be, or the pipe breaks, or somebody makes another error of either
+        for worker in workers:
+            worker.join(timeout=0.1)
+        if not any(worker.exitcode for worker in workers):
             raise
         raise ChildProcessError(
-            f"a process that loads data died, perhaps for lack of memory ({str(error).strip()}): the same command goes "
-            f"on from the last checkpoint, also with another --num-workers (it was {config.num_workers})"
+            "a process that loads data died, perhaps for lack of memory: the same command goes on from the last "
+            f"checkpoint, also with another --num-workers (it was {config.num_workers})"
         ) from error
     finally:
-        if config.num_workers:
-            batches._shutdown_workers()  # torch 2.10 to 2.13: else when the last reference goes, after a traceback
+        if workers:
+            batches._shutdown_workers()  # else they end with the last reference, which a traceback may hold

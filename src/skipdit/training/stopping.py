@@ -2,10 +2,9 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -39,11 +38,13 @@ def stoppable() -> Iterator[Stop]:
         yield stop
         return
 
+    terminals = [handle for handle in (1, 2) if os.isatty(handle)]  # one that is gone does not say so any more
+
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.signal and alone:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
-            let_go_of_terminal()
+            let_go_of(terminals)
         stop.signal = stop.signal or number
 
     before = {number: signal.getsignal(number) for number in SIGNALS}
@@ -57,14 +58,12 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, before[number])
 
 
-def let_go_of_terminal() -> None:
+def let_go_of(terminals: list[int]) -> None:
     """Write nowhere instead of to a terminal that is gone, where every write fails."""
-    for stream in (sys.__stdout__, sys.__stderr__):
-        with suppress(OSError, ValueError):
-            if stream is not None and os.isatty(stream.fileno()):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
-                os.close(null)
+    null = os.open(os.devnull, os.O_WRONLY)
+    for handle in terminals:
+        os.dup2(null, handle)
+    os.close(null)
 
 
 def ignore_signals(worker: int) -> None:
