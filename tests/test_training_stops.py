@@ -333,3 +333,23 @@ def test_several_processes_learn_that_the_folder_is_in_use(tmp_path: Path) -> No
     assert "run is in use by process" in result.stderr
     assert "ValueError" not in result.stderr
     assert time.monotonic() - began < 120
+
+
+def test_the_command_line_follows_its_own_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from skipdit.cli import main
+
+    options = ["train", "emoji", "--data.source", str(make_data(tmp_path / "data")), "--data.image-size", "8",
+               "--model.num-layers", "2", "--model.num-attention-heads", "2", "--model.attention-head-dim", "8",
+               "--model.patch-size", "4", "--batch-size", "4", "--sample-every", "0", "--checkpoint-every", "1",
+               "--log-every", "1", "--max-steps", "4", "--warmup-steps", "0", "--precision", "no", "--device", "cpu",
+               "--out", str(tmp_path / "run")]  # fmt: skip
+    main([*options, "--max-steps", "1"])
+    with pytest.raises(SystemExit) as exit:
+        main([*options, "--learning-rate", "1e8", "--checkpoint-every", "100", "--allow-changes"])
+    assert exit.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "checkpoint-0000001 with --allow-changes and a lower --learning-rate (it was 1e+08)" in line
+    main([*options, "--learning-rate", "1e-5", "--allow-changes"])
+    said = capsys.readouterr()
+    assert "from step 1 on, learning_rate is 1e-05 instead of 0.0008" in said.err
+    assert "trained: skipdit sample --model" in said.out

@@ -229,12 +229,15 @@ class _Run:
 
     def not_finite(self, what: str) -> str:
         """Say that training cannot go on, and how it can."""
-        checkpoints = list_checkpoints(self.out)
-        way = "start again" if not checkpoints else f"go on from {printable(checkpoints[-1])} with --allow-changes"
+        checkpoints, config = list_checkpoints(self.out), self.config
+        way, instead = "start again with", ""
+        if checkpoints:
+            way = f"go on from {printable(checkpoints[-1])} with --allow-changes and"
+            instead = "; if that is too late already, begin anew with --no-resume"
         return (
-            f"{what} is no longer finite, and nothing of it was saved: {way} and a lower --learning-rate (it was "
-            f"{self.config.learning_rate:g}), another --gradient-clip (it was {self.config.gradient_clip:g}) or "
-            "--precision no"
+            f"{what} is no longer finite, and nothing of it was saved: {way} a lower --learning-rate (it was "
+            f"{config.learning_rate:g}), another --gradient-clip (it was {config.gradient_clip:g}) or --precision no"
+            f"{instead}"
         )
 
     def how_to_go_on(self, number: int, done: int) -> str:
