@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from skipdit.models.families import Family, find_family, get_family
-from skipdit.models.flow import PLAIN, LongSkipFlow, Step, kind_in
+from skipdit.models.flow import PLAIN, LongSkipFlow, Step, Writes, kind_in
 from skipdit.models.long_skip import (
     BranchKind,
     LongSkip,
@@ -42,10 +42,11 @@ LONG_SKIP_VARIANT = "long_skip"
 @dataclass
 class OpenFlow:
     """The forward call that a model is in; one object that the model shares with its blocks. num_tokens: of a picture
-    or frame, as the last unit's first block saw it."""
+    or frame, as the last unit's first block saw it. writes: see `LongSkipFlow`."""
 
     flow: LongSkipFlow | None = None
     num_tokens: int = 0
+    writes: Writes | None = None
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,15 @@ class RunsUnits(LongSkipModel):
     ) -> LongSkipOutput | tuple[Tensor, ...]:
         if self._open.flow is not None:
             raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
-        flow = LongSkipFlow(self.long_skip_links, step, stored)
+        writes = self._open.writes
+        flow = LongSkipFlow(self.long_skip_links, step, stored, writes)
         self._open.flow = flow
         try:
             sample = cast(Any, super()).forward(*args, return_dict=False, **kwargs)[0]
         finally:
             self._open.flow = None
+        if writes is not None and not torch.compiler.is_compiling():
+            writes.end_call()
         output = LongSkipOutput(sample=sample, stored=flow.stored or None)
         return output if return_dict else output.to_tuple()
 
@@ -361,7 +365,8 @@ def open_units(model: nn.Module) -> None:
             f"hooks are on the forward of this {type(hooked).__name__}: call skipdit first, then set up offloading "
             "or other hooks"
         )
-    open_flow = OpenFlow()
+    writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
+    open_flow = OpenFlow(writes=writes)
     for place, branch in _branches(units, family):
         branch.__class__ = _branch_class(type(branch))
         branch._place, branch._open = place, open_flow
