@@ -31,7 +31,8 @@ class RunSettings:
 @dataclass(frozen=True)
 class Run:
     """timesteps (steps,). latents (steps + 1, batch, ...): before each step and at the end, in float32. features: for
-    each step the output (batch tokens dim) of the last unit. compute_ratio: units of full steps over units run."""
+    each step what leaves the last unit (batch tokens dim), run or reused. compute_ratio: units of full steps over units
+    run."""
 
     timesteps: Tensor
     latents: Tensor
@@ -47,13 +48,12 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
 def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: CacheMethod | None = None) -> Run:
     """Samples once, with a cache or without, and keeps what the analysis reads."""
     model, batch = pipeline.transformer, len(settings.labels)
-    last = f"blocks.{len(model.blocks) - 1}"
     if method is not None:
         enable_cache(pipeline, method)
     try:
         with (
-            record_inputs(model, ["patch_embed"], lambda given: given[0][:batch].detach().float()) as entered,
-            record_outputs(model, [last], lambda output: output.detach().float()) as left,
+            record_inputs(model, ["patch_embed"], lambda given: given[0].detach()) as entered,
+            record_inputs(model, ["final_layer"], lambda given: given[0].detach().float()) as left,
         ):
             final = pipeline(
                 list(settings.labels),
@@ -66,8 +66,12 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
     finally:
         if method is not None:
             disable_cache(pipeline)
-    latents = torch.stack([*entered["patch_embed"], final.float()])
-    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(left[last]), ratio)
+    calls = list(zip(entered["patch_embed"], left["final_layer"], strict=True))
+    # a reuse that is refused on the way is a second call on the same memory
+    following = [given.data_ptr() for given, _ in calls[1:]]
+    steps = [call for call, after in zip(calls, [*following, None], strict=True) if call[0].data_ptr() != after]
+    latents = torch.stack([*(given[:batch].float() for given, _ in steps), final.float()])
+    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack([each for _, each in steps]), ratio)
 
 
 def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
