@@ -23,7 +23,7 @@ from skipdit.analysis.jacobian import (
 from skipdit.analysis.measure import AnalyzeConfig, measure
 from skipdit.analysis.record import record_inputs, record_outputs
 from skipdit.analysis.report import analyze
-from skipdit.analysis.sections import holds
+from skipdit.analysis.sections import figure_names, holds
 from skipdit.analysis.surface import filter_normalised, perturbation_surface, sample_normalised
 from skipdit.analysis.trajectory import (
     RunSettings,
@@ -36,8 +36,10 @@ from skipdit.analysis.trajectory import (
     step_jacobian_norms,
 )
 from skipdit.analysis.weights import TrainingLog, find_training_log, layer_norms, long_skip_spectra
-from skipdit.cache.methods import parse_method
+from skipdit.cache.methods import METHODS, parse_method
+from skipdit.cache.runtime import parts_on
 from skipdit.cli import main
+from skipdit.files import OutputFolder
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.spectral import jacobian_norms
@@ -199,6 +201,35 @@ def test_a_run_keeps_what_the_pipeline_saw() -> None:
     assert type(pipeline.transformer).__call__ is nn.Module.__call__
 
 
+SPECS = (
+    "N2",
+    "skip-branch:N3",
+    "delta-dit:N2",
+    "faster-diffusion:N2",
+    "fora:N2",
+    "taylorseer:N3",
+    "pab:N2",
+    "auto:1.3",
+)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "fbcache:0.6", "fbcache:0.9", "teacache:0.2", "adacache:0.5"])
+def test_a_run_is_followed_under_every_cache(spec: str) -> None:
+    """Also where the last unit is left out, or a reuse is refused after the first unit."""
+    torch.manual_seed(0)
+    pipeline = tiny_pipeline()
+    full, method = sample_run(pipeline, SETTINGS), parse_method(spec)
+    cached = sample_run(pipeline, SETTINGS, method)
+    assert cached.latents.shape == full.latents.shape
+    assert cached.features.shape == full.features.shape
+    assert cached.compute_ratio > 1
+    assert torch.equal(cached.features[0], full.features[0])
+    growth = error_growth(pipeline, SETTINGS, full, torch.ones(SETTINGS.num_inference_steps), method)
+    assert growth.injected[0] < 1e-6
+    assert growth.injected.max() > 1e-4
+    assert growth.feature_similarity.isfinite().all()
+
+
 def test_similarity_over_steps_by_hand() -> None:
     pipeline = tiny_pipeline()
     run = sample_run(pipeline, SETTINGS)
@@ -254,6 +285,34 @@ def test_errors_stay_below_their_bound_and_a_control_makes_none() -> None:
     assert not holds(growth.measured, control.predicted)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_errors_are_measured_under_any_cache(method: str) -> None:
+    """Also where one leaves out the last unit, or calls the model twice in a step."""
+    pipeline = tiny_pipeline()
+    run = sample_run(pipeline, SETTINGS)
+    row = METHODS[method]
+    specs = [spec for spec in (f"{method}:N2", f"{method}:0.9", f"{method}:1.5") if is_spec(spec)]
+    for spec in specs:
+        parsed = parse_method(spec)
+        try:
+            parts_on(parsed, pipeline.transformer)
+        except ValueError:
+            continue
+        growth = error_growth(pipeline, SETTINGS, run, torch.ones(8, dtype=torch.float64), parsed)
+        assert growth.measured.shape == growth.feature_similarity.shape == (8,), row
+        assert growth.compute_ratio > 1
+        assert growth.measured[-1] > 0
+        assert "step" not in vars(pipeline.scheduler)
+
+
+def is_spec(spec: str) -> bool:
+    try:
+        parse_method(spec)
+    except ValueError:
+        return False
+    return True
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Surfaces and weights
 
@@ -305,10 +364,51 @@ def test_training_logs(tmp_path: Path) -> None:
     assert log.unit_gradient_norms.tolist() == [[1, 2], [2, 2]]
     assert find_training_log(str(tmp_path / "pipeline")) == path
     assert find_training_log("emoji") is None
-    for text in ("{", "[]\n", '{"step": 1}'):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"log\.jsonl is not a log"):
-            TrainingLog.read(path)
+    whole = path.read_text()
+    for cut in ('{"step": 3, "lo', "{", "\x00"):
+        path.write_text(f"{whole}\n{cut}")
+        assert TrainingLog.read(path).steps.tolist() == [1, 2]
+    path.write_text(f"{whole}\n")
+    assert TrainingLog.read(path).steps.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "it holds no step"),
+        ("\n", "line 1 is not valid JSON"),
+        ("{", "line 1 is not valid JSON"),
+        ("[]\n", "line 1 is not as expected: Expected `object`, got `array`"),
+        ("5\n", "line 1 is not as expected"),
+        ("null\n", "line 1 is not as expected"),
+        ('{"step": 1}', "missing required field `loss`"),
+        ('{"step": 1, "loss": NaN}\n', "NaN is not a number that JSON knows"),
+        ('{"step": 1, "loss": "\x1b[2J"}\n', "line 1 is not valid JSON"),
+        ('{"step": 1, "loss": 1e999}\n', "too large"),
+        ('{"step": 1, "loss": 1}\nplain line\n', "line 2 is not valid JSON"),
+        ('{"step": 1, "loss": 1, "unit_gradient_norms": [[1]]}\n', "Expected `float`, got `array`"),
+        ('{"step": 1, "loss": ' + "[" * 100_000 + "}\n", "line 1"),
+        (
+            '{"step": 1, "loss": 1, "unit_gradient_norms": [1]}\n{"step": 1, "loss": 1, "unit_gradient_norms": []}\n',
+            "expected sequence of length 1",
+        ),
+    ],
+)
+def test_other_logs_are_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"log\.jsonl is not a log of skipdit train") as raised:
+        TrainingLog.read(path)
+    assert reason in str(raised.value)
+    assert str(raised.value).isprintable()
+
+
+def test_a_run_that_is_not_finite_is_not_measured() -> None:
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        pipeline.transformer.blocks[0].mlp.fc1.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="samples latents that are not finite"):
+        measure(pipeline, CONFIG)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -318,12 +418,15 @@ def test_training_logs(tmp_path: Path) -> None:
 def test_a_report_on_two_models(tmp_path: Path) -> None:
     plain = tiny_pipeline(long_skip=None)
     log = TrainingLog(torch.arange(1, 31), torch.rand(30, dtype=torch.float64) + 0.1, torch.rand(30, 6) + 0.1)
-    models = analyze({"skip": tiny_pipeline(num_layers=5), "plain": plain}, CONFIG, tmp_path, {"plain": log})
+    models = analyze(
+        {"skip": tiny_pipeline(num_layers=5), "plain": plain}, CONFIG, OutputFolder(tmp_path, "analyze"), {"plain": log}
+    )
     page = (tmp_path / "report.md").read_text(encoding="utf-8")
     drawn = {path.stem for path in tmp_path.glob("*.png")}
     assert drawn == {line.rpartition("](")[2][:-5] for line in page.splitlines() if line.startswith("![")}
     assert {"similarity", "cached_similarity", "error_growth_2", "jacobian_units", "surface_weights_500"} <= drawn
     assert {"gradient_norms_1", "training_loss", "long_skip_norms_1"} <= drawn
+    assert drawn <= set(figure_names(CONFIG, 2))  # which are claimed before anything is measured
     assert "plain cannot have N2: this model has no long skips" in page
     assert "violated 0 times" in page
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))

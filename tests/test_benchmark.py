@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import listing
 
 from skipdit.benchmark import ModelBenchConfig, models
 from skipdit.benchmark.measure import Subject, flops_of, run_speedup
 from skipdit.benchmark.models import Row, Step
+from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 
@@ -125,14 +127,14 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/skipdit", "bench", "models", "--out", "my folder"])
     config = ModelBenchConfig(**TINY, modes=("eager",), seed=3)
     num_threads = torch.get_num_threads()
-    rows = models.bench_models(config, tmp_path)
+    rows = models.bench_models(config, OutputFolder(tmp_path, "bench"))
     assert torch.get_num_threads() == num_threads
 
     assert [row.step for row in rows] == [
         Step("DiT-S/8", "eager", dtype, kind, k) for dtype in ("float32", "bfloat16") for kind, k in KINDS
     ]
     assert all(len(row.seconds) == 2 and min(row.seconds) > 0 for row in rows)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["class_to_image_cpu.json", "class_to_image_cpu.md"]
+    assert listing(tmp_path) == ["class_to_image_cpu.json", "class_to_image_cpu.md"]
 
     report = json.loads((tmp_path / "class_to_image_cpu.json").read_text(encoding="utf-8"))
     read = [{name: entry[name] for name in entry if name != "median_seconds"} for entry in report["rows"]]
@@ -155,11 +157,23 @@ def test_files_hold_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_failed_run_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "class_to_image_cpu.md").write_text("old", encoding="utf-8")
+    out = OutputFolder(tmp_path, "bench")
+    out.write_text("class_to_image_cpu.md", "old")
     monkeypatch.setattr(models, "FULL_STEPS", ())  # no run of no steps has a speedup
     with pytest.raises(ZeroDivisionError):
-        models.bench_models(ModelBenchConfig(**TINY, modes=("eager",), dtypes=("float32",)), tmp_path)
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
+        models.bench_models(ModelBenchConfig(**TINY, modes=("eager",), dtypes=("float32",)), out)
+    assert listing(tmp_path) == ["class_to_image_cpu.md"]
+    assert (tmp_path / "class_to_image_cpu.md").read_text(encoding="utf-8") == "old"
+
+
+def test_files_of_others_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "class_to_image_cpu.md").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(models, "bench_preset", None)
+    with pytest.raises(FileExistsError, match=r"class_to_image_cpu\.md, which an earlier bench did not write"):
+        models.bench_models(ModelBenchConfig(**TINY, modes=("eager",)), OutputFolder(tmp_path, "bench"))
+    assert listing(tmp_path) == ["class_to_image_cpu.md"]
 
 
 def test_a_missing_compiler_is_named() -> None:
@@ -172,7 +186,7 @@ def test_a_missing_compiler_is_named() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'cuda' needs an NVIDIA GPU"):
-        models.bench_models(ModelBenchConfig(device="cuda"), tmp_path)
+        models.bench_models(ModelBenchConfig(device="cuda"), OutputFolder(tmp_path, "bench"))
     assert not list(tmp_path.iterdir())
 
 
@@ -215,6 +229,6 @@ def test_compiled_steps_are_whole_graphs(tmp_path: Path) -> None:
 
     config = ModelBenchConfig(**TINY, dtypes=("float32",), modes=("compiled", "eager"), num_shallow_units=(1, 4))
     counters.clear()
-    rows = models.bench_models(config, tmp_path)
+    rows = models.bench_models(config, OutputFolder(tmp_path, "bench"))
     assert counters["stats"]["unique_graphs"] == len(KINDS) + 1  # one is the check for a compiler
     assert [row.step.mode for row in rows] == ["eager"] * len(KINDS) + ["compiled"] * len(KINDS)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
-from tiny import tiny_dit, tiny_latte
+from tiny import listing, tiny_dit, tiny_latte
 from torch import Tensor, nn
 
 from skipdit.benchmark import cache as bench
@@ -25,7 +25,6 @@ from skipdit.benchmark.cache_report import (
     TARGET_DB,
     Group,
     Row,
-    Spread,
     best_at,
     front,
     psnr_at,
@@ -35,7 +34,9 @@ from skipdit.benchmark.cache_report import (
 from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
+from skipdit.metrics.paired import PairedScore
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.plots import COLORS, GREY, Tradeoffs, draw, interactive, save_png
 from skipdit.samplers import ClassToImageSampler, Sampler
@@ -85,7 +86,7 @@ def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "check_metrics_installed", lambda: None)
         patch.setattr(bench, "load_feature_network", Network)
-        bench_caches(config(folder), path)
+        bench_caches(config(folder), OutputFolder(path, "bench"))
     return path
 
 
@@ -118,18 +119,18 @@ def test_every_run_is_a_row(report: Report) -> None:
     measured = [row for row in report["rows"] if row["refused"] is None]
     assert all(len(row["speedups"]) == 2 and row["speedup"] > 0 for row in measured)
     assert all(row["perceptual"]["mean"] >= 0 and row["ssim"]["mean"] <= 1 + 1e-6 for row in measured)
-    assert all((row["own_psnr_db"] is not None) == (row["group"] == "second order") for row in measured[4:])
+    assert all((row["own_psnr"] is not None) == (row["group"] == "second order") for row in measured[4:])
     assert report["config"]["num_seeds"] == 3
     assert report["environment"]["seed"] == "0"
 
 
 def test_the_control_is_equal_to_the_bit(report: Report) -> None:
     control = find(report, "once more")
-    assert control["psnr_db"] is None
+    assert (control["psnr"]["mean"], control["psnr"]["num_equal"], control["psnr"]["num"]) == (None, 3, 3)
     assert control["ssim"]["mean"] == pytest.approx(1, abs=1e-6)
-    assert control["perceptual"] == {"mean": 0, "deviation": 0}
+    assert control["perceptual"] == {"mean": 0, "std": 0, "num": 3, "num_equal": 0, "num_broken": 0}
     assert control["flop_ratio"] == 1
-    assert find(report, "6 steps")["own_psnr_db"] is None
+    assert find(report, "6 steps")["own_psnr"]["num_equal"] == 3
 
 
 def test_what_a_cache_did_is_counted(report: Report) -> None:
@@ -139,7 +140,7 @@ def test_what_a_cache_did_is_counted(report: Report) -> None:
         assert row["bytes_held"] > 0
         units = 6 * 6 / (full * 6 + (6 - full) * 2)
         assert 1.1 < row["flop_ratio"] < units  # embedding and output are no part of a unit
-        assert row["psnr_db"]["mean"] < 100
+        assert row["psnr"]["mean"] < 100
     assert find(report, "4 steps", "fewer steps")["flop_ratio"] == pytest.approx(6 / 4)
     assert find(report, "2 steps", "second order")["flop_ratio"] == pytest.approx(6 / 2)
 
@@ -147,14 +148,14 @@ def test_what_a_cache_did_is_counted(report: Report) -> None:
 def test_a_refused_cache_is_a_row_with_the_reason(report: Report, out: Path) -> None:
     row = find(report, "N2-k9")
     assert "num_shallow_units" in row["refused"]
-    assert (row["psnr_db"], row["flop_ratio"], row["speedups"], row["speedup"]) == (None, None, [], None)
+    assert (row["psnr"], row["flop_ratio"], row["speedups"], row["speedup"]) == (None, None, [], None)
     text = (out / "cache_quality_tiny_model.md").read_text(encoding="utf-8")
     assert f"Refused by this model:\n\n- skip, `N2-k9`: {row['refused']}\n" in text
 
 
 def test_files(report: Report, out: Path) -> None:
     stem = "cache_quality_tiny_model"
-    assert sorted(path.name for path in out.iterdir()) == [f"{stem}.json", f"{stem}.md", f"{stem}.png"]
+    assert listing(out) == [f"{stem}.json", f"{stem}.md", f"{stem}.png"]
     text = (out / f"{stem}.md").read_text(encoding="utf-8")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(report["rows"]) - 1
@@ -172,7 +173,7 @@ def test_a_missing_package_is_named_before_anything_is_run(
 ) -> None:
     monkeypatch.setattr("skipdit.metrics.perceptual.WEIGHTS_PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match="perceptual distance needs"):
-        bench_caches(config(folder), tmp_path / "out")
+        bench_caches(config(folder), OutputFolder(tmp_path, "bench"))
     assert not list(tmp_path.iterdir())
 
 
@@ -181,8 +182,8 @@ def test_clips_are_measured_by_frames(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "clips")
     rows = rows_of(config(tmp_path / "clips", specs=("N2",), perceptual=False, num_seeds=2, fewer_steps=(3,)))
     assert [row.setting for row in rows] == ["6 steps", "once more", "3 steps", "3 steps", "N2"]
-    assert rows[1].psnr_db is None
-    assert all(row.psnr_db and row.perceptual is None for row in rows[2:])
+    assert rows[1].psnr.text() == "equal"
+    assert all(row.psnr.finite_mean and row.perceptual is None for row in rows[2:])
 
 
 def test_a_second_order_sampler_has_no_other(folder: Path, sampler: Sampler) -> None:
@@ -266,9 +267,9 @@ def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
         ("plain", "at 3"),
     ]
     own, once_more, first, second, third = rows[1:]
-    assert own.psnr_db is not None  # its pipeline is another
-    assert once_more.psnr_db is None
-    assert first.psnr_db is not None
+    assert own.psnr.finite_mean is not None  # its pipeline is another
+    assert once_more.psnr.text() == "equal"
+    assert first.psnr.finite_mean is not None
     assert (first.steps_full, first.steps_reused, first.bytes_held, first.flop_ratio) == (None, None, None, 1)
     assert second.refused == third.refused == "not for this model"
     assert not any(each.is_on for each in made)
@@ -370,8 +371,10 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     row = tally.row(plan, uncached, uncached)
     assert (row.steps_full, row.steps_reused, row.bytes_held, row.speedup) == (7, 3, 30, 2)
     assert row.flop_ratio == pytest.approx(160 / (100 + 2 * 16 - 2 * 4))
-    assert row.psnr_db is not None
-    assert row.psnr_db.mean == pytest.approx((40 + 100 * 3) / 4)  # equal pictures count 100 dB beside others
+    assert row.psnr is not None
+    assert row.psnr.text() == "40.00 ± 0.00 (3 of 4 equal)"
+    tally.psnr[1] = torch.tensor([math.nan, 30.0])
+    assert tally.row(plan, uncached, uncached).psnr.text() == "not finite (1 of 4)"
 
 
 def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
@@ -389,25 +392,57 @@ def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
     monkeypatch.setattr(bench, "run", stopping)
     settings = config(folder, perceptual=False)
     stop_at, whole = 0, tmp_path / "whole"
-    bench_caches(settings, whole)
+    bench_caches(settings, OutputFolder(whole, "bench"))
     every, stop_at, out = list(runs), len(runs) - 2, tmp_path / "out"
     runs.clear()
     with pytest.raises(KeyboardInterrupt):
-        bench_caches(settings, out)
-    assert [path.name for path in out.iterdir()] == ["cache_quality_tiny_model.draft.json"]
+        bench_caches(settings, OutputFolder(out, "bench"))
+    assert listing(out) == ["cache_quality_tiny_model.draft.json"]
     with pytest.raises(ValueError, match=r"draft\.json is of a run with other settings or on another machine"):
-        bench_caches(config(folder, perceptual=False, num_steps=7), out)
+        bench_caches(config(folder, perceptual=False, num_steps=7), OutputFolder(out, "bench"))
     stop_at = 0
     runs.clear()
-    bench_caches(settings, out)
+    bench_caches(settings, OutputFolder(out, "bench"))
     assert runs == every[len(every) // 2 :]  # the second of two batches
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert listing(out) == listing(whole)
     pair = [json.loads((path / "cache_quality_tiny_model.json").read_text())["rows"] for path in (whole, out)]
     for one, other in zip(*pair, strict=True):
         assert len(one["speedups"]) == len(other["speedups"])
         for noisy in ("speedups", "speedup", "speedup_range"):
             one.pop(noisy, None), other.pop(noisy, None)
         assert one == other
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "is nested too deeply"),
+        ("", "is not valid JSON"),
+        ("[]", "is not as expected"),
+        ('{"of": {}, "batches": 1}', "missing required field `tallies`"),
+        ('{"of": {}, "batches": Infinity, "tallies": []}', "Infinity is not a number"),
+        ('{"of": {}, "batches": 1, "tallies": [{"psnr": [["many"]]}]}', "is not as expected"),
+        ('{"of": {}, "batches": 1, "tallies": []}', "is of a run with other settings"),
+        ('{"of": {"seed": 0}, "batches": 1, "tallies": []}', "is damaged: remove it"),
+    ],
+)
+def test_a_draft_that_is_none_is_refused_in_one_line(text: str, reason: str, tmp_path: Path) -> None:
+    out = OutputFolder(tmp_path, "bench")
+    out.write_text("x.draft.json", text)
+    with pytest.raises(ValueError, match=r"x\.draft\.json") as raised:
+        bench.Draft(out, "x.draft.json", of={"seed": 0}).load(1, 2)
+    assert reason in str(raised.value)
+
+
+def test_a_draft_keeps_equal_and_broken_pictures_apart(tmp_path: Path) -> None:
+    draft = bench.Draft(OutputFolder(tmp_path, "bench"), "x.draft.json", of={"seed": 0, "specs": ("N2",)})
+    assert draft.load(1, 0) is None
+    values = torch.tensor([math.inf, math.nan, 30.123456, -math.inf])
+    draft.save(3, [Tally(psnr=[values], speedups=[1.5], counts=[Counts(2, 1, None)])])
+    json.loads((tmp_path / "x.draft.json").read_text(), parse_constant=pytest.fail)
+    batches, (tally,), others = draft.load(1, 0)
+    assert (batches, others, tally.speedups, tally.counts) == (3, [], [1.5], [Counts(2, 1, None)])
+    torch.testing.assert_close(tally.psnr[0], values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_method_has_one_line() -> None:
@@ -475,13 +510,13 @@ def row(method: str, group: Group, ratio: float, psnr: float, *, flops: float | 
         num_steps=50,
         speedups=(ratio - 0.1, ratio, ratio + 0.2),
         flop_ratio=flops,
-        psnr_db=Spread(psnr, 1.0),
-        own_psnr_db=Spread(own, 1.0) if own else None,
+        psnr=PairedScore(mean=psnr, std=1.0, num=8),
+        own_psnr=PairedScore(mean=own, std=1.0, num=8) if own else None,
     )
 
 
 ROWS = [
-    dataclasses.replace(row("no cache", "control", 1.0, 0.0, flops=1.0), setting="once more", psnr_db=None),
+    dataclasses.replace(row("no cache", "control", 1.0, 0.0, flops=1.0), setting="once more", psnr=None),
     row("a", "ours", 1.0, 50.0, flops=1.5),
     row("a", "ours", 4.0, 30.0, flops=4.0),
     row("b", "ours", 1.9, 60.0, flops=1.9),
@@ -570,7 +605,8 @@ def test_lines_can_be_told_apart() -> None:
 
 def test_both_figures_show_every_setting(tmp_path: Path) -> None:
     plot = tradeoffs(2)
-    with Image.open(save_png(plot, tmp_path)) as picture:
+    save_png(plot, OutputFolder(tmp_path, "bench"))
+    with Image.open(tmp_path / f"{plot.name}.png") as picture:
         assert picture.width > 1000
     figure = draw(plot)
     FigureCanvasAgg(figure)

@@ -12,6 +12,7 @@ from skipdit import cli
 from skipdit.benchmark import CompileBenchConfig, bench_compile, compiling, single_steps
 from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, TIMESTEP, GraphRow, StepRow, Timing, verdict
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files import OutputFolder
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 
 FLOW = Objective(process="flow", prediction_type="sample")
@@ -48,7 +49,7 @@ def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             step_presets=(PRESET,),
             **SMALL,
         )
-        bench_compile(config, path)
+        bench_compile(config, OutputFolder(path, "bench"))
     return path
 
 
@@ -176,8 +177,8 @@ def test_models_that_it_is_not_for_are_refused(tmp_path: Path) -> None:
     plain = save(tmp_path / "plain", tiny_dit(long_skip=None, **SIZES))
     for path, reason in ((video, "got Latte"), (plain, "got one without")):
         with pytest.raises(ValueError, match=f"a class-to-image DiT with long skips, {reason}"):
-            bench_compile(CompileBenchConfig(model=str(path)), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+            bench_compile(CompileBenchConfig(model=str(path)), OutputFolder(tmp_path / "out", "bench"))
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("name", ["cache", "compile"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import listing
 
 from skipdit import cli
 from skipdit.benchmark import VideoBenchConfig, bench_videos, video
@@ -19,6 +20,7 @@ from skipdit.benchmark.video_models import (
     make_plain,
     make_subjects,
 )
+from skipdit.files import OutputFolder
 
 TINY: dict[str, Any] = {
     "presets": ("Latte-S/8",),
@@ -195,7 +197,7 @@ def cells(text: str) -> list[list[dict[str, str]]]:
 def test_files_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/skipdit", "bench", "video", "--out", "my folder"])
     config = VideoBenchConfig(**TINY, num_shallow_units=(1,), seed=3)
-    rows = bench_videos(config, tmp_path)
+    rows = bench_videos(config, OutputFolder(tmp_path, "bench"))
     linked = [(pairs, *kind) for pairs in (3, 2) for kind in (("full", 1), ("reuse", 1), ("uncached", None))]
     plain = [(0, "plain", None), (0, "opened", None), (0, "plain again", None)]
     assert [row.step for row in rows] == [
@@ -203,7 +205,7 @@ def test_files_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         *(VideoStep(TEXT_MODEL, *step) for step in (*plain, *linked)),
     ]
     assert all(len(row.seconds) == 2 and min(row.seconds) > 0 for row in rows)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["video_cpu.json", "video_cpu.md"]
+    assert listing(tmp_path) == ["video_cpu.json", "video_cpu.md"]
 
     report = json.loads((tmp_path / "video_cpu.json").read_text(encoding="utf-8"))
     read = [{name: entry[name] for name in entry if name != "median_seconds"} for entry in report["rows"]]
@@ -240,11 +242,13 @@ def test_files_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_failed_run_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "video_cpu.md").write_text("old", encoding="utf-8")
+    out = OutputFolder(tmp_path, "bench")
+    out.write_text("video_cpu.md", "old")
     monkeypatch.setattr(video, "SCHEDULES", {})
     with pytest.raises(KeyError):
-        bench_videos(VideoBenchConfig(**TINY, tasks=("class-to-video",), num_shallow_units=(1,)), tmp_path)
-    assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == ["old"]
+        bench_videos(VideoBenchConfig(**TINY, tasks=("class-to-video",), num_shallow_units=(1,)), out)
+    assert listing(tmp_path) == ["video_cpu.md"]
+    assert (tmp_path / "video_cpu.md").read_text(encoding="utf-8") == "old"
 
 
 def test_defaults() -> None:
@@ -257,7 +261,7 @@ def test_defaults() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
 def test_a_missing_gpu_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'cuda' needs an NVIDIA GPU"):
-        bench_videos(VideoBenchConfig(device="cuda"), tmp_path)
+        bench_videos(VideoBenchConfig(device="cuda"), OutputFolder(tmp_path, "bench"))
     assert not list(tmp_path.iterdir())
 
 

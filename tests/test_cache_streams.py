@@ -1,6 +1,7 @@
 """Which call continues which stream of calls: schedulers, branches, repeated and rising timesteps."""
 
 import copy
+import dataclasses
 import json
 import threading
 import warnings
@@ -14,10 +15,12 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers.hooks.hooks import CacheContext
 from test_families_pipelines import CASES
 from tiny import TINY_FAMILIES, inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
+from skipdit.cache.conditions import Conditions
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import ExplicitSchedule
@@ -549,3 +552,55 @@ def test_what_a_broken_run_holds_is_dropped_as_the_next_begins() -> None:
     assert cache_summary(pipeline).bytes_held == held[0]
     pipeline(num_inference_steps=6, callback=held_at_first, **case.options(2))
     assert held[1] == 2 * held[0]  # of two pictures, nothing beside
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the rule leans on
+
+
+def test_conditions_differ_by_content_whatever_their_values() -> None:
+    def given(**arguments: Any) -> Conditions:
+        return Conditions(arguments)
+
+    base = torch.tensor([0.0, -torch.inf, torch.nan])
+    same, other, longer = base.clone(), base.flip(0), torch.zeros(2)
+    first = given(mask=base, flag=None, strength=0.5)
+    for conditions, unequal in (
+        (given(mask=same, flag=None, strength=0.7), set()),
+        (given(mask=other, flag=None), {"mask"}),
+        (given(mask=base, flag=2), {"flag"}),
+        (given(mask=base), {"flag"}),
+        (given(flag=None), {"mask"}),
+        (given(mask=longer, flag=None), {"mask"}),
+    ):
+        first.sums.clear()
+        first.add_checksums()
+        assert conditions.compare([first], [torch.tensor(3)]) == [3]
+        assert conditions.unequal(first) == unequal
+    zeros, more = given(mask=torch.zeros(3)), given(mask=torch.zeros(4))
+    zeros.add_checksums()
+    more.compare([zeros], [])
+    assert more.unequal(zeros) == {"mask"}
+
+
+def test_private_ways_of_torch_and_diffusers() -> None:
+    """A view of a scheduler's list shares its memory, a written tensor says so, a scheduler counts its steps."""
+    tensor = torch.zeros(3)
+    version = tensor._version
+    tensor[1:].fill_(1)
+    assert tensor._version > version
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    first = scheduler.timesteps
+    entry = scheduler.timesteps[2].expand(5)
+    assert entry.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    assert entry.storage_offset() - first.storage_offset() == 2
+    assert (scheduler.step_index, scheduler.begin_index) == (None, None)
+    for step in range(2):
+        scheduler.step(tensor, first[step], tensor)
+        assert scheduler.step_index == step + 1
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps is not first
+    assert scheduler.step_index is None
+    fields = {field.name for field in dataclasses.fields(CacheContext)}
+    assert fields >= {"step_index", "num_inference_steps", "timestep"}

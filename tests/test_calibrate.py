@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import randomize, tiny_dit
+from tiny import listing, randomize, tiny_dit
 
 from skipdit.cache.calibrate import Trials, measure, probed_steps, smooth_errors, smooth_schedule
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -19,7 +19,9 @@ from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
 from skipdit.calibration import CalibrateConfig, Row, at_compute, calibrate
 from skipdit.cli import main
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files import OutputFolder
 from skipdit.loading import BUNDLED, Source, load_source
+from skipdit.metrics.paired import PairedScore
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.samplers import ClassToImageSampler
 from skipdit.text import find_weights
@@ -145,10 +147,8 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
         rivals=("N2", "auto:1.3", "tgate:N2-900-500"),
         refine=2,
     )
-    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "1.3x.json", "1.6x.json", "report.md", "report.json", "pareto.png"
-    }  # fmt: skip
+    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
+    assert listing(tmp_path) == ["1.3x.json", "1.6x.json", "pareto.png", "report.json", "report.md"]
     assert [row.group for row in rows[:3]] == ["calibrated skip-taylor"] * 2 + ["fixed interval"]
     assert rows[0].compute_ratio >= 1.3
     fields = json.loads((tmp_path / "1.3x.json").read_text())
@@ -183,7 +183,7 @@ def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, 
         trials=Trials(orders=(0,), max_age=2, max_spacing=2, num_probed=2),
         rivals=(),
     )
-    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert rows[0].compute_ratio >= 1.15
     parsed = parse_method(tmp_path / "1.2x.json")
     enable_cache(pipeline, parsed)
@@ -218,7 +218,7 @@ def test_bad_trials_are_refused(options: dict) -> None:
 
 def test_between_rows_the_rival_is_linear() -> None:
     rows = [
-        Row(group="g", name=str(x), steps_full=1, compute_ratio=x, psnr_db=y, psnr_std=0.0)
+        Row(group="g", name=str(x), steps_full=1, compute_ratio=x, psnr=PairedScore(mean=y, std=0.0, num=2))
         for x, y in ((2.0, 30.0), (1.0, 50.0))
     ]
     assert at_compute(rows, 1.5) == 40.0
@@ -248,11 +248,11 @@ def test_a_target_out_of_reach_is_left_out_and_named(
         rivals=(),
     )
     source = Source(ClassToImageSampler(pipeline))
-    calibrate(source, config, tmp_path)
-    assert [path.name for path in tmp_path.glob("*.json") if path.name != "report.json"] == ["1.2x.json"]
+    calibrate(source, config, OutputFolder(tmp_path, "calibrate"))
+    assert [name for name in listing(tmp_path) if name.endswith("x.json")] == ["1.2x.json"]
     assert f"Out of reach: {speedup:g}x." in (tmp_path / "report.md").read_text()
     with pytest.raises(ValueError, match=f"no target is within reach: {reason}"):
-        calibrate(source, replace(config, speedups=(speedup,)), tmp_path)
+        calibrate(source, replace(config, speedups=(speedup,)), OutputFolder(tmp_path, "calibrate"))
 
 
 def test_a_schedule_with_the_first_step_alone_in_full_is_not_refined(
@@ -266,7 +266,7 @@ def test_a_schedule_with_the_first_step_alone_in_full_is_not_refined(
         refine=3,
         rivals=(),
     )
-    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert rows[0].steps_full == 1
 
 
@@ -285,7 +285,7 @@ def test_a_model_of_three_units_calibrates_where_auto_has_no_speedup(tmp_path: P
         trials=Trials(orders=(0,), max_age=2, max_spacing=1, num_probed=2),
         rivals=(),
     )
-    calibrate(Source(ClassToImageSampler(pipeline)), config, tmp_path)
+    calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert json.loads((tmp_path / "1.2x.json").read_text())["made_for"]["num_units"] == 3
 
 

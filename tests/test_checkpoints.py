@@ -288,7 +288,7 @@ def test_published_sizes_need_no_number_of_heads(tmp_path: Path) -> None:
     path = tmp_path / "small.pt"
     with torch.device("meta"):
         shapes = {key: tensor.shape for key, tensor in to_official(DiT.from_preset("DiT-S/8")).items()}
-    state_dict = {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}
+    state_dict = {key: torch.zeros(shape, dtype=torch.float16) for key, shape in shapes.items()}
     state_dict["pos_embed"] = DiT(num_layers=0, patch_size=8, attention_head_dim=24).position_embedding[None]
     torch.save(state_dict, path)
     assert load_model(path).config.num_attention_heads == 6
@@ -341,10 +341,10 @@ def _replace(key: str, tensor: Tensor) -> Callable[[dict[str, Tensor]], object]:
         (lambda s: s.pop("skip_norms.0.weight"), r"1 missing key\(s\): skip_norms.0.weight$"),
         (
             lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.2.")],
-            r"even number of blocks, got 3",
+            r"1 missing key\(s\): blocks\.2\.\*$",
         ),
         (_replace("temp_embed", torch.zeros(2)), r"1 unknown key\(s\): temp_embed$"),
-        (_replace("blocks.7.attn.qkv.bias", torch.zeros(2)), "even number of blocks, got 5"),
+        (_replace("blocks.7.attn.qkv.bias", torch.zeros(2)), r"1 missing key\(s\): blocks\.4\.\*$"),
         (
             _replace("blocks.1.mlp.fc1.bias", torch.zeros(3)),
             r"1 misshapen key\(s\): blocks.1.mlp.fc1.bias \(3,\) instead of \(64,\)",
@@ -414,7 +414,7 @@ def test_archive_with_damaged_records_is_refused(tmp_path: Path) -> None:
         ([1, 2], "must hold a state dict, got list"),
         ({}, "got nothing"),
         ({"step": 3, "lr": 0.1}, "got step, lr"),
-        ({"ema": None}, "must hold a state dict, got NoneType"),
+        ({"ema": None}, "or a state dict called model or ema, got ema"),
         ({"unet.conv.weight": torch.zeros(2)}, "neither the official DiT's keys nor ours, but unet.conv.weight"),
     ],
 )
@@ -429,7 +429,7 @@ def test_foreign_safetensors_and_suffixes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither the official DiT's keys nor ours, but unet\.conv\.weight"):
         load_model(tmp_path / "foreign.safetensors")
     (tmp_path / "model.onnx").touch()
-    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt, \.pth, \.bin, got model\.onnx"):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pt, \.pth, \.bin, \.ckpt, got model\.onnx"):
         load_model(tmp_path / "model.onnx")
     with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*missing\.pt"):
         load_model(tmp_path / "missing.pt")
@@ -507,10 +507,10 @@ def test_folders_without_their_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, got list"):
+    with pytest.raises(ValueError, match=r"config\.json is not as expected: Expected `object`, got `array`"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "DiT"}')
     with pytest.raises(ValueError, match=r"holds none of diffusion_pytorch_model\.safetensors"):

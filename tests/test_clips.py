@@ -133,6 +133,26 @@ def test_labels_stay_right_behind_a_clip_that_is_left_out(folder: Path) -> None:
         assert (pixels[7, 0].mean() > pixels[7, 2].mean()) == (labels[0] == 1)
 
 
+def test_a_class_that_has_lost_every_clip_is_none(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "bird").mkdir()
+    (folder / "bird" / "0.mp4").write_bytes(b"nothing")
+    config = ClipConfig(source=str(folder), image_size=16, num_frames=8, on_broken="skip")
+    clips = open_clips(config)
+    assert (clips.label_names, clips.labels) == (["ant", "cat"], [0, 0, 1, 1])
+    assert "left out: 1 classes without a readable clip: bird" in caplog.text
+    assert clips.names(2).endswith("cat/0.mp4")
+
+
+def test_clips_of_any_frame_rate_move_alike(tmp_path: Path) -> None:
+    for fps in (5, 10, 20):
+        write_gif(tmp_path / f"{fps:02}.gif", fading(RED, 2 * fps), fps)
+    by_index = open_clips(ClipConfig(source=str(tmp_path), image_size=8, num_frames=8))
+    assert (by_index[0][0] - by_index[2][0]).abs().max() > 0.5
+    by_time = open_clips(ClipConfig(source=str(tmp_path), image_size=8, num_frames=8, fps=5))
+    for index in (1, 2):
+        torch.testing.assert_close(by_time[index][0], by_time[0][0], atol=0.15, rtol=0)
+
+
 def test_nothing_left_is_an_error(folder: Path) -> None:
     with pytest.raises(ValueError, match="no readable clips in"):
         open_clips(ClipConfig(source=str(folder), image_size=16, num_frames=9, on_broken="skip"))
@@ -181,7 +201,7 @@ def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has its own captions"):
         open_clips(ClipConfig(caption_column="text"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no videos \(\.avi, .*\) in"):
+    with pytest.raises(ValueError, match=r"no videos \(\.3gp, .*\) in"):
         open_clips(ClipConfig(source=str(tmp_path / "empty")))
 
 
@@ -191,6 +211,9 @@ def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
         ({"frame_interval": -1}, "frame_interval must be at least 1, got -1"),
+        ({"fps": 0.0}, "fps must be above 0 and finite, got 0.0"),
+        ({"fps": float("nan")}, "fps must be above 0 and finite, got nan"),
+        ({"fps": float("inf")}, "fps must be above 0 and finite, got inf"),
         ({"num_pictures": -1}, "num_pictures must be at least 0, got -1"),
         ({"on_broken": "ignore"}, "on_broken must be one of refuse, skip, got 'ignore'"),
     ],

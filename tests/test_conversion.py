@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import listing
 from torch import Tensor
 
-import skipdit.training
+import skipdit.training.loop
 from skipdit import cli
 from skipdit.benchmark import conversion
 from skipdit.benchmark.conversion import (
@@ -35,6 +36,8 @@ from skipdit.benchmark.conversion import (
 from skipdit.checkpoints import load_model
 from skipdit.data import DataConfig, open_pictures
 from skipdit.diffusion import Objective
+from skipdit.files import OutputFolder
+from skipdit.metrics.paired import PairedScore
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.recipes import RECIPES
@@ -42,6 +45,7 @@ from skipdit.tasks import ModelConfig, TextToImageModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train
 
 CONFIG = ConversionBenchConfig(num_pictures=10, num_samples=4, num_shown=2, num_steps=6, num_threads=1)
+SSIM = PairedScore(mean=0.9, std=0.1, num=2)
 COLORS = {"blue": (20, 20, 240), "green": (20, 240, 20), "red": (240, 20, 20)}
 Stages = dict[str, TrainConfig]
 
@@ -84,7 +88,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     second = dataclasses.replace(first, stage="full", max_steps=10, learning_rate=2e-3)
     control = dataclasses.replace(second, model=plain.model)
     stages = {PLAIN: plain, STAGE_ONE: first, STAGE_TWO: second, CONTROL: control}
-    models, rows = bench_conversion(CONFIG, stages, folder / "runs", folder / "out")
+    models, rows = bench_conversion(CONFIG, stages, folder / "runs", OutputFolder(folder / "out", "bench"))
     return Bench(stages, folder / "runs", folder / "out", {row.model: row for row in models}, rows)
 
 
@@ -143,7 +147,7 @@ def interrupt_at(last: int) -> Callable[[TrainConfig, int], float]:
             raise KeyboardInterrupt
         return rate_at(config, step)
 
-    rate_at = skipdit.training.learning_rate_at
+    rate_at = skipdit.training.loop.learning_rate_at
     return rate
 
 
@@ -156,7 +160,7 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(
         start = str(bench.runs / STAGE_ONE / "pipeline")
     config = dataclasses.replace(bench.stages[stage], start_from=start, max_steps=6, checkpoint_every=3)
     whole = load_model(train(config, tmp_path / "whole", device="cpu")).state_dict()
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupt_at(5))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped", device="cpu")
     monkeypatch.undo()
@@ -229,12 +233,14 @@ def test_the_recipes_are_a_conversion_and_run_from_the_command_line(
 
 
 def test_the_files_agree(bench: Bench) -> None:
-    assert sorted(path.name for path in bench.out.iterdir()) == [
+    assert listing(bench.out) == [
         "conversion.png", "conversion_cpu.json", "conversion_cpu.md",
     ]  # fmt: skip
     report = json.loads((bench.out / "conversion_cpu.json").read_text(encoding="utf-8"))
     assert [ModelRow(**entry) for entry in report["models"]] == list(bench.models.values())
-    assert [RunRow(**entry) for entry in report["rows"]] == bench.rows
+    scores = ("psnr", "ssim")
+    read = [entry | {name: PairedScore(**entry[name]) for name in scores} for entry in report["rows"]]
+    assert [RunRow(**entry) for entry in read] == bench.rows
     assert ConversionBenchConfig(**report["config"] | {"intervals": tuple(report["config"]["intervals"])}) == CONFIG
     assert [entry["run"] for entry in report["trainings"]] == list(STARTS)
 
@@ -247,8 +253,8 @@ def test_the_files_agree(bench: Bench) -> None:
         assert f"| {entry['model']} | {entry['long_skips']} | {entry['num_steps']} |" in text
         assert f"| {loss} | {over} |" in text
     for entry in report["rows"]:
-        psnr = f"{entry['psnr_db']:.2f} ± {entry['psnr_deviation']:.2f}"
-        ssim = f"{entry['ssim']:.4f} ± {entry['ssim_deviation']:.4f}"
+        psnr = f"{entry['psnr']['mean']:.2f} ± {entry['psnr']['std']:.2f}"
+        ssim = f"{entry['ssim']['mean']:.4f} ± {entry['ssim']['std']:.4f}"
         counts = f"{entry['steps_full']} / {entry['num_steps']} | {entry['compute_ratio']:.2f}"
         assert f"| {entry['model']} | {entry['run']} | {counts} | {psnr} | {ssim} |" in text
     assert len(report["verdict"]) == 2
@@ -300,7 +306,7 @@ def test_runs_of_one_interval_compute_alike(bench: Bench) -> None:
             assert ratio == pytest.approx(6 / (full + (6 - full) * 2 / 4))
             assert fewer.num_steps == fewer.steps_full == math.ceil(6 / ratio)
             assert fewer.compute_ratio <= ratio
-    assert all(row.psnr_db is not None and row.ssim <= 1 for row in bench.rows)
+    assert all(row.psnr.finite_mean is not None and row.ssim.mean <= 1 for row in bench.rows)
 
 
 def test_what_is_measured_before_is_what_stage_one_starts_with(bench: Bench, tmp_path: Path) -> None:
@@ -340,7 +346,7 @@ def test_the_verdict_follows_the_numbers(after: float, cached: float, loss: str,
     models = [ModelRow(name, "", 1, 1, 1, loss, 0.0, 0.0) for name, loss in losses.items()]
     psnr = {(SECOND, "N2"): cached, (SECOND, "delta:N2"): 25.0, (SECOND, "fewer than N2"): 30.0}
     psnr[TRAINED_ON, "delta:N2"] = 29.0
-    rows = [RunRow(*key, 6, 3, 1.5, value, 1.0, 0.9, 0.1) for key, value in psnr.items()]
+    rows = [RunRow(*key, 6, 3, 1.5, PairedScore(mean=value, std=1.0, num=2), SSIM) for key, value in psnr.items()]
     config = dataclasses.replace(CONFIG, intervals=(2,))
     first, second = conversion.verdict(config, models, rows)
     assert "from 0.4200 to 2.0000" in first
@@ -353,8 +359,12 @@ def test_the_verdict_follows_the_numbers(after: float, cached: float, loss: str,
 def test_equal_pictures_have_no_distance() -> None:
     pictures = torch.rand(2, 3, 16, 16)
     row = conversion.compare("m", "N2", pictures, pictures, num_steps=4, steps_full=2, compute_ratio=1.5)
-    assert (row.psnr_db, row.psnr_deviation, row.ssim) == (None, None, pytest.approx(1.0))
+    assert (row.psnr.finite_mean, row.psnr.num_equal, row.ssim.mean) == (None, 2, pytest.approx(1.0))
     assert conversion.run_record(row)["PSNR dB"] == "equal"
+    broken = pictures.clone()
+    broken[0, 0, 0, 0] = math.nan
+    row = conversion.compare("m", "N2", broken, pictures, num_steps=4, steps_full=2, compute_ratio=1.5)
+    assert conversion.run_record(row)["PSNR dB"] == conversion.run_record(row)["SSIM"] == "not finite (1 of 2)"
 
 
 @pytest.mark.parametrize(
@@ -374,14 +384,14 @@ def test_stages_that_are_no_conversion_are_refused(change: dict, message: str, b
         else:
             stages[name] = dataclasses.replace(stages[name], **options)
     with pytest.raises(ValueError, match=message):
-        bench_conversion(CONFIG, stages, tmp_path / "runs", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+        bench_conversion(CONFIG, stages, tmp_path / "runs", OutputFolder(tmp_path / "out", "bench"))
+    assert listing(tmp_path) == ["out"]
 
 
 def test_more_pictures_than_there_are_is_refused(bench: Bench, tmp_path: Path) -> None:
     config = dataclasses.replace(CONFIG, num_pictures=13)
     with pytest.raises(ValueError, match="num_pictures must be at most 12, got 13"):
-        bench_conversion(config, bench.stages, tmp_path / "runs", tmp_path / "out")
+        bench_conversion(config, bench.stages, tmp_path / "runs", OutputFolder(tmp_path / "out", "bench"))
 
 
 @pytest.mark.parametrize(
@@ -404,7 +414,9 @@ def test_the_command_line_measures_the_recipes(
     cli.main(["bench", "conversion", "--intervals", "2", "--runs", "elsewhere", "--out", "out"])
     assert capsys.readouterr().out == "written: out\n"
     stages = {name: RECIPES[name]() for name in STARTS}
-    assert calls == [(ConversionBenchConfig(intervals=(2,)), stages, Path("elsewhere"), Path("out"))]
+    ((*given, out),) = calls
+    assert given == [ConversionBenchConfig(intervals=(2,)), stages, Path("elsewhere")]
+    assert out.path == tmp_path / "out"
     with pytest.raises(SystemExit):
         cli.main(["bench", "conversion", "--num-shown", "65"])
     assert capsys.readouterr().err == "skipdit: error: num_shown must be at most num_samples, 64, got 65\n"

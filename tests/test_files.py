@@ -22,6 +22,7 @@ from skipdit.files import (
     check_apart,
     check_whole,
     clean_up,
+    output_folder,
     read_marker,
     remove_ours,
     to_json,
@@ -314,6 +315,65 @@ def test_a_killed_output_may_be_written_again(tmp_path: Path, monkeypatch: pytes
     assert tree(tmp_path) == {"a": "3"}
 
 
+def test_empty_folders_of_a_user_stay(tmp_path: Path) -> None:
+    run(tmp_path, "samples/1.png", "full.png")
+    (tmp_path / "notes").mkdir()
+    run(tmp_path, "full.png")
+    assert list(tree(tmp_path)) == ["full.png", "notes"]
+
+
+def test_one_file_is_removed_unless_it_was_changed(tmp_path: Path) -> None:
+    run(tmp_path, "a", "b")
+    (tmp_path / "b").write_text("mine")
+    out = OutputFolder(tmp_path, "sample")
+    for name in ("a", "b", "c"):
+        out.remove(name)
+    assert tree(tmp_path) == {"b": "mine"}
+    assert list(read_marker(tmp_path)["files"]["sample"]) == ["b"]
+
+
+def test_a_stopped_run_notes_what_it_has_written(tmp_path: Path) -> None:
+    def write(path: Path) -> None:
+        with output_folder(path, "sample") as out:
+            assert (tmp_path / "out" / LOCK).exists()
+            for name in ("b", "a", "c"):
+                out.write_text(name, "")
+            out.remove("c")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        write(tmp_path / "x" / ".." / "out")
+    assert stopped.value.__notes__ == [f"{tmp_path / 'out'} keeps a, b"]
+    assert list(tree(tmp_path / "out")) == ["a", "b"]
+
+
+def test_a_folder_of_others_is_overwritten_by_patterns_of_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    for name in ("config.json", "old.safetensors", "thesis.tex", "src/main.py", "src/data.safetensors"):
+        (project / name).write_text("mine")
+    with pytest.raises(FileExistsError, match="was not written by skipdit as a model"):
+        write_folder(project, **{"config.json": "ours"})
+    with (
+        pytest.raises(FileExistsError, match=r"did not write: thesis\.tex"),
+        atomic_folder(project, "model", overwritten=("config.json",)) as draft,
+    ):
+        (draft / "thesis.tex").write_text("ours")
+    with atomic_folder(project, "model", overwritten=("config.json", "*.safetensors")) as draft:
+        (draft / "config.json").write_text("ours")
+    assert tree(project) == {
+        "config.json": "ours",
+        "src": "/",
+        "src/data.safetensors": "mine",
+        "src/main.py": "mine",
+        "thesis.tex": "mine",
+    }
+    assert caplog.messages == [f"overwritten in {project}: config.json, old.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["project"]
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):  # noqa: PT011
@@ -408,3 +468,16 @@ def test_json_is_valid_whatever_the_numbers(value: object) -> None:
     text = to_json(value)
     assert "NaN" not in text.replace('"NaN', "") or "NaN" in str(value)
     assert skipdit.files.json.loads(text, parse_constant=pytest.fail) == skipdit.files._plain(value)
+
+
+def test_a_file_that_grows_stays_ours(tmp_path: Path) -> None:
+    out = OutputFolder(tmp_path, "training")
+    assert out.grow("log.jsonl")
+    for text in ("1", "2"):
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write(text)
+        OutputFolder(tmp_path, "training").claim(["log.jsonl"])
+    with pytest.raises(FileExistsError, match=r"log\.jsonl"):
+        OutputFolder(tmp_path, "sample").claim(["log.jsonl"])
+    (tmp_path / "other.jsonl").write_text("mine")
+    assert not OutputFolder(tmp_path, "training", overwrite=True).grow("other.jsonl")

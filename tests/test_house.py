@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import skipdit
+from skipdit.files import check_whole
 
 MAX_LINES = 600
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|Users)/|/tmp/[\w-]*venv")
@@ -87,6 +88,12 @@ def test_tracked_files_name_no_machine_path(repo_root: Path) -> None:
             lines = enumerate(content.decode("utf-8", "replace").splitlines(), start=1)
             found += [f"{name}:{number}" for number, line in lines if MACHINE_PATH.search(line)]
     assert found == []
+
+
+def test_benchmarks_are_those_that_commands_wrote(repo_root: Path) -> None:
+    """So that `skipdit bench ... --out benchmarks` may write them anew. After editing one by hand list it again:
+    `OutputFolder(Path("benchmarks"), "bench").adopt(name)`."""
+    check_whole(repo_root / "benchmarks", "bench")
 
 
 def test_package_ships_its_assets() -> None:

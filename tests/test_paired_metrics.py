@@ -1,11 +1,13 @@
 """Distances against scikit-image."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from skipdit.metrics.paired import psnr_db, ssim
+from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 
 
 @pytest.fixture
@@ -32,3 +34,43 @@ def test_ssim_equals_skimage(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
         )  # fmt: skip
         assert value == pytest.approx(whole[:, *inner].mean(), abs=1e-4)
     assert ssim(first, first).tolist() == pytest.approx([1, 1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "mean", "rank"),
+    [
+        ([30.0, 40.0], "35.00 ± 5.00", 35.0, 35.0),
+        ([math.inf, 30.0, 40.0], "35.00 ± 5.00 (1 of 3 equal)", 35.0, 35.0),
+        ([math.inf, math.inf], "equal", None, math.inf),
+        ([math.nan, 30.0], "not finite (1 of 2)", None, -math.inf),
+        ([math.nan, math.inf], "not finite (1 of 2)", None, -math.inf),
+        ([-math.inf, 30.0], "not finite (1 of 2)", None, -math.inf),
+    ],
+)
+def test_one_rule_for_means(values: list[float], text: str, mean: float | None, rank: float) -> None:
+    score = PairedScore.of(torch.tensor(values))
+    assert (score.text(), score.finite_mean, score.rank, score.num) == (text, mean, rank, len(values))
+    assert score.num_equal == values.count(math.inf)
+    assert score.num_broken == sum(value != math.inf and not math.isfinite(value) for value in values)
+
+
+def test_broken_pictures_are_no_equal_pictures(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    first, second = pair
+    for value in (math.nan, math.inf):
+        broken = first.clone()
+        broken[1, 0, 0, 0] = value
+        for pictures, reference in ((broken, second), (second, broken), (broken, broken)):
+            assert PairedScore.of(psnr_db(pictures, reference)).num_broken == 1
+            assert PairedScore.of(ssim(pictures, reference)).num_broken == 1
+    second[0] = first[0]
+    score = PairedScore.of(psnr_db(first, second))
+    assert (score.num_equal, score.num_broken) == (1, 0)
+    assert score.mean == pytest.approx(psnr_db(first, second)[1:].mean().item())
+
+
+def test_pictures_too_small_for_ssim_are_refused() -> None:
+    check_ssim_size(11, 16)
+    with pytest.raises(ValueError, match="at least 11 pixels, got 10 x 16"):
+        check_ssim_size(10, 16)
+    with pytest.raises(ValueError, match="at least 11 pixels, got 8 x 8"):
+        ssim(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8))

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from tiny import listing
 
-from skipdit.plots import Heatmaps, Lines, Plot, Surfaces, draw, interactive, save_html, save_png
+from skipdit.files import OutputFolder
+from skipdit.plots import Heatmaps, Lines, Plot, Surfaces, draw, interactive, render_html, save_png
 
 X, Y = np.linspace(-1, 1, 5), np.linspace(0, 3, 4)
 GRID = np.outer(np.cos(Y), X)
@@ -34,8 +36,8 @@ ALL = (LINES, HEATMAPS, SURFACES)
 
 @pytest.mark.parametrize("plot", ALL, ids=lambda plot: plot.name)
 def test_a_png_shows_its_data(plot: Plot, tmp_path: Path) -> None:
-    path = save_png(plot, tmp_path)
-    assert path == tmp_path / f"{plot.name}.png"
+    path, out = tmp_path / f"{plot.name}.png", OutputFolder(tmp_path, "test")
+    save_png(plot, out)
     with Image.open(path) as picture:
         assert picture.width > 700
         first = np.asarray(picture.convert("RGB"))
@@ -44,17 +46,15 @@ def test_a_png_shows_its_data(plot: Plot, tmp_path: Path) -> None:
         other = replace(plot, series={label: (x, y[::-1]) for label, (x, y) in plot.series.items()})
     else:
         other = replace(plot, panels={label: panel[::-1] for label, panel in plot.panels.items()})
-    with Image.open(save_png(other, tmp_path)) as picture:
+    save_png(other, out)
+    with Image.open(path) as picture:
         assert not np.array_equal(first, np.asarray(picture.convert("RGB")))
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert listing(tmp_path) == [path.name]
 
 
-def test_a_page_stands_alone(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
-    save_html(
-        "A & B", [("Head", "1 < 2 & <b>", LINES), ("Head", "1 < 2 & <b>", HEATMAPS), ("Hills", "", SURFACES)], path
-    )
-    page = path.read_text(encoding="utf-8")
+def test_a_page_stands_alone() -> None:
+    sections = [("Head", "1 < 2 & <b>", LINES), ("Head", "1 < 2 & <b>", HEATMAPS), ("Hills", "", SURFACES)]
+    page = render_html("A & B", sections)
     assert "<title>A &amp; B</title>" in page
     assert page.count("<h2>Head</h2>") == page.count("1 &lt; 2 &amp; &lt;b&gt;") == 1
     assert page.count('class="plotly-graph-div"') == 3
@@ -77,14 +77,14 @@ def test_panels_share_one_scale() -> None:
 
 def test_equal_values_and_log_scales_draw(tmp_path: Path) -> None:
     flat = replace(HEATMAPS, panels={"flat": np.ones((4, 5))}, log_color=True, reverse_x=True)
-    save_png(flat, tmp_path)
+    save_png(flat, OutputFolder(tmp_path, "test"))
     assert interactive(flat).data[0].zmin < 0 < interactive(flat).data[0].zmax
 
 
 @pytest.mark.parametrize("panel", [GRID, -np.abs(GRID), np.full((4, 5), np.nan), np.full((4, 5), 1e-4)])
 def test_values_without_a_logarithm_are_gaps(panel: np.ndarray, tmp_path: Path) -> None:
     plot = replace(HEATMAPS, panels={"a": panel}, log_color=True)
-    save_png(plot, tmp_path)
+    save_png(plot, OutputFolder(tmp_path, "test"))
     (trace,) = interactive(plot).data
     assert np.array_equal(np.isnan(trace.z), ~(panel > 0))
     assert trace.zmin < trace.zmax

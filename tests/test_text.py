@@ -118,6 +118,14 @@ def test_prompts_that_do_not_fit_are_named(encoder: SentenceEncoder) -> None:
 
 
 @needs_encoder
+def test_texts_that_no_tokenizer_takes_are_named(encoder: SentenceEncoder) -> None:
+    with pytest.raises(ValueError, match=r"the prompt 'a \\udcff' is not valid Unicode"):
+        encoder.encode(["a \udcff"])
+    with pytest.raises(ValueError, match=r"the prompt 'aaa.*' has more than 65,536 characters"):
+        encoder.encode(["a" * 10**7])
+
+
+@needs_encoder
 def test_the_captions_of_the_bundled_emoji_fit(encoder: SentenceEncoder) -> None:
     captions = open_pictures(DataConfig(image_size=8)).captions
     assert max(encoder.count_tokens([caption for row in captions for caption in row])) == 18

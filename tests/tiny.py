@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -10,10 +11,16 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files import MARKER
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
+
+
+def listing(folder: Path) -> list[str]:
+    """The names in a folder, but for the marker of what a command wrote."""
+    return sorted(path.name for path in folder.iterdir() if path.name != MARKER)
 
 
 def randomize(model: Any) -> Any:

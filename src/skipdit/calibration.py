@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,10 +22,11 @@ from skipdit.cache.plan import choose, plan
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.compare import SampleConfig, choose_wanted, versions
-from skipdit.files import atomic_file
+from skipdit.files import OutputFolder, to_json
 from skipdit.loading import Source
-from skipdit.metrics.paired import psnr_db
-from skipdit.plots import Tradeoffs, save_png
+from skipdit.metrics.paired import PairedScore, psnr_db
+from skipdit.options import check_numbers
+from skipdit.plots import Tradeoffs, check_plots_installed, save_png
 
 COHERENCES = (0.0, 1.0)
 
@@ -70,6 +70,7 @@ class CalibrateConfig:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         with_site = [name for name, row in METHODS.items() if row.site is not None]
         if self.method not in (*with_site, "smoothcache"):
             raise ValueError(f"method must be one of {', '.join((*with_site, 'smoothcache'))}, got {self.method!r}")
@@ -108,14 +109,13 @@ class CalibrateConfig:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One run on the held-out seed. group: calibrated, fixed interval, auto, or fewer steps. compute_ratio: work of the
-    full run over the work done. PSNR to the full run in dB, mean and standard deviation over pictures or frames."""
+    full run over the work done. psnr: to the full run in dB, over pictures or frames."""
 
     group: str
     name: str
     steps_full: int
     compute_ratio: float
-    psnr_db: float
-    psnr_std: float
+    psnr: PairedScore
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,15 @@ class Sampling:
             disable_cache(pipeline)
 
 
-def mean_psnr(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    values = psnr_db(samples.flatten(0, -4), reference.flatten(0, -4))
-    finite = values[values.isfinite()]
-    if not len(finite):
-        return math.inf, 0.0
-    return finite.mean().item(), finite.std(correction=0).item()
+def score(samples: Tensor, reference: Tensor) -> PairedScore:
+    return PairedScore.of(psnr_db(samples.flatten(0, -4), reference.flatten(0, -4)))
+
+
+def check_finite(reference: Tensor) -> Tensor:
+    """Return what a full run sampled; `ValueError` where nothing can be measured by it."""
+    if not reference.isfinite().all():
+        raise ValueError("the model samples NaN or infinite pixels without a cache: there is nothing to calibrate")
+    return reference
 
 
 @contextmanager
@@ -173,7 +176,7 @@ class Found:
     method: CacheMethod
     compute_ratio: float
     predicted_psnr_db: float
-    measured_psnr_db: float
+    measured: PairedScore
 
 
 def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampling) -> list[Found]:
@@ -204,8 +207,9 @@ def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampli
             if full and (order, variants) not in candidates:
                 method = measured.method(full_steps_of(full), variants, order)
                 candidates[order, variants] = measured_on_seeds(name, method, math.nan, measured, sampling)
-        if candidates:
-            best = max(candidates.values(), key=lambda each: each.measured_psnr_db)
+        whole = [each for each in candidates.values() if not each.measured.num_broken]
+        if whole:
+            best = max(whole, key=lambda each: each.measured.rank)
             found.append(refine(best, config.refine, measured, sampling, config.seed))
     if not found:
         raise ValueError(f"no target is within reach: {reason}")
@@ -238,7 +242,7 @@ def measured_on_seeds(
         method=method,
         compute_ratio=summary.compute_ratio,
         predicted_psnr_db=predicted,
-        measured_psnr_db=mean_psnr(samples, measured.reference)[0],
+        measured=score(samples, measured.reference),
     )
 
 
@@ -268,12 +272,17 @@ def refine(found: Found, num_trials: int, measured: Measured, sampling: Sampling
         )
         method = CacheMethod(schedule=changed, site=found.method.site, predictor=found.method.predictor)
         other = measured_on_seeds(found.name, method, found.predicted_psnr_db, measured, sampling)
-        found = max(found, other, key=lambda each: each.measured_psnr_db)
+        found = max(found, other, key=lambda each: each.measured.rank)
     return found
 
 
 def explicit(method: CacheMethod) -> ExplicitSchedule:
     return cast(ExplicitSchedule, method.schedule)
+
+
+def rounded(psnr: float) -> float | None:
+    """`None` where nothing was predicted, or all pictures are equal."""
+    return round(psnr, 2) if math.isfinite(psnr) else None
 
 
 def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[str, Any]:
@@ -286,8 +295,8 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
         "seeds": [config.seed],
         "num_samples": config.num_samples,
         "compute_ratio": round(found.compute_ratio, 4),
-        "predicted_psnr_db": None if math.isnan(found.predicted_psnr_db) else round(found.predicted_psnr_db, 2),
-        "measured_psnr_db": round(found.measured_psnr_db, 2),
+        "predicted_psnr_db": rounded(found.predicted_psnr_db),
+        "measured_psnr_db": rounded(found.measured.mean),
         "versions": versions(),
     }
     if config.method == "smoothcache":
@@ -309,11 +318,19 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
 # The command
 
 
-def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
-    """Writes `{speedup}x.json` for each target, `report.md`, `report.json` and `pareto.png` into `out`.
+def claim(out: OutputFolder, config: CalibrateConfig) -> None:
+    """Raise, before a model is loaded, where the plots' library is missing or a file of somebody else is in the way."""
+    check_plots_installed("matplotlib")
+    out.claim(("report.md", "report.json", "pareto.png", *(f"{name}.json" for name in config.targets)))
 
-    `ValueError` where the model lacks the site, a target is out of reach, or a label or prompt is unknown.
+
+def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> list[Row]:
+    """Write `{speedup}x.json` for each target, `report.md`, `report.json` and `pareto.png` into `out`.
+
+    `ValueError` where the model lacks the site, a target is out of reach, a label or prompt is unknown, or what it
+    samples is not finite.
     """
+    claim(out, config)
     options = SampleConfig(labels=config.labels, prompt=config.prompt, num_samples=config.num_samples)
     wanted, _ = choose_wanted(source, options)
     pipeline = source.sampler.pipeline
@@ -332,12 +349,12 @@ def calibrate(source: Source, config: CalibrateConfig, out: Path) -> list[Row]:
             found = find_smooth(config, sampling)
         else:
             measured = measure(pipeline, sampling, config.site, config.trials, advance=advance)
+            check_finite(measured.reference)
             found = find_schedules(measured, config, sampling)
     for each in found:
         fields = to_fields(each, config, made_for)
-        with atomic_file(out / f"{each.name}.json") as draft:
-            lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in fields.items()]
-            draft.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+        lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]
+        out.write_text(f"{each.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
     with progress("checking", len(found) + 2 * len(config.rivals) + 1) as advance:
         rows = held_out(found, Sampling(source, config, wanted, advance))
     write_report(rows, found, config, made_for, out)
@@ -357,6 +374,7 @@ def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
     `ValueError` if all are."""
     pipeline = sampling.source.sampler.pipeline
     seen = smooth_errors(pipeline, sampling, max_age=config.trials.max_age)
+    check_finite(seen.reference)
     found, most = [], 1.0
     for speedup in config.speedups:
         low, high = 0.0, 10.0
@@ -369,14 +387,16 @@ def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
         if seen.compute_ratio(method) < speedup:
             continue
         samples, summary = sampling.cached(method)
-        measured = mean_psnr(samples, seen.reference)[0]
+        measured = score(samples, seen.reference)
+        if measured.num_broken:
+            continue
         found.append(
             Found(
                 name=f"{speedup:g}x",
                 method=method,
                 compute_ratio=summary.compute_ratio,
                 predicted_psnr_db=math.nan,
-                measured_psnr_db=measured,
+                measured=measured,
             )
         )
     if not found:
@@ -392,16 +412,8 @@ def held_out(found: Sequence[Found], sampling: Sampling) -> list[Row]:
 
     def add(group: str, name: str, method: CacheMethod) -> None:
         samples, summary = sampling.cached(method, seed)
-        mean, std = mean_psnr(samples, reference)
-        row = Row(
-            group=group,
-            name=name,
-            steps_full=summary.steps_full,
-            compute_ratio=summary.compute_ratio,
-            psnr_db=mean,
-            psnr_std=std,
-        )
-        rows.append(row)
+        counts = {"steps_full": summary.steps_full, "compute_ratio": summary.compute_ratio}
+        rows.append(Row(group=group, name=name, psnr=score(samples, reference), **counts))
 
     for each in found:
         add(f"calibrated {config.method}", each.name, each.method)
@@ -411,30 +423,25 @@ def held_out(found: Sequence[Found], sampling: Sampling) -> list[Row]:
         except ValueError:  # this model has not the site
             continue
     for steps in sorted({max(1, math.ceil(config.steps / row.compute_ratio)) for row in rows}, reverse=True):
-        mean, std = mean_psnr(sampling(seed, steps), reference)
-        rows.append(
-            Row(
-                group="fewer steps",
-                name=f"{steps} steps",
-                steps_full=steps,
-                compute_ratio=config.steps / steps,
-                psnr_db=mean,
-                psnr_std=std,
-            )
-        )
+        psnr, counts = score(sampling(seed, steps), reference), {"compute_ratio": config.steps / steps}
+        rows.append(Row(group="fewer steps", name=f"{steps} steps", steps_full=steps, psnr=psnr, **counts))
     return rows
 
 
 def at_compute(rows: Sequence[Row], compute_ratio: float) -> float | None:
-    """The PSNR of a group at this compute ratio, linear between its rows; `None` outside of them."""
-    points = sorted((row.compute_ratio, row.psnr_db) for row in rows)
+    """The PSNR of a group at this compute ratio, linear between its finite rows; `None` outside of them."""
+    points = sorted((row.compute_ratio, row.psnr.mean) for row in rows if row.psnr.finite_mean is not None)
     if not points or not points[0][0] <= compute_ratio <= points[-1][0]:
         return None
     return float(np.interp(compute_ratio, [ratio for ratio, _ in points], [psnr for _, psnr in points]))
 
 
+def by_compute(row: Row) -> float:
+    return row.compute_ratio
+
+
 def write_report(
-    rows: Sequence[Row], found: Sequence[Found], config: CalibrateConfig, made_for: MadeFor, out: Path
+    rows: Sequence[Row], found: Sequence[Found], config: CalibrateConfig, made_for: MadeFor, out: OutputFolder
 ) -> None:
     groups: Mapping[str, list[Row]] = {row.group: [] for row in rows}
     for row in rows:
@@ -451,39 +458,33 @@ def write_report(
     lines += [
         f"| {each.name} | {each.method.predictor.order} | {each.method.schedule} | {each.compute_ratio:.2f} | "
         f"{'' if math.isnan(each.predicted_psnr_db) else f'{each.predicted_psnr_db:.1f}'} | "
-        f"{each.measured_psnr_db:.1f} |"
+        f"{each.measured.text(1)} |"
         for each in found
     ]
     if missed := [name for name in config.targets if name not in {each.name for each in found}]:
         lines += ["", f"Out of reach: {', '.join(missed)}."]
     lines += ["", "| group | run | full steps | compute | PSNR dB |", "| --- | --- | --- | --- | --- |"]
     lines += [
-        f"| {row.group} | {row.name} | {row.steps_full} | {row.compute_ratio:.2f} | {row.psnr_db:.1f} "
-        f"± {row.psnr_std:.1f} |"
+        f"| {row.group} | {row.name} | {row.steps_full} | {row.compute_ratio:.2f} | {row.psnr.text(1)} |"
         for row in rows
     ]
     lines.append("")
     others = {group: members for group, members in groups.items() if not group.startswith("calibrated")}
     for each in (row for row in rows if row.group.startswith("calibrated")):
         gains = [
-            f"{each.psnr_db - there:+.1f} dB over {group}"
+            f"{each.psnr.mean - there:+.1f} dB over {group}"
             for group, members in others.items()
-            if (there := at_compute(members, each.compute_ratio)) is not None
+            if each.psnr.finite_mean is not None and (there := at_compute(members, each.compute_ratio)) is not None
         ]
         lines.append(
             f"- {each.name}, compute {each.compute_ratio:.2f}: {'; '.join(gains) or 'no rival at this compute'}."
         )
-    with atomic_file(out / "report.md") as draft:
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with atomic_file(out / "report.json") as draft:
-        fields = {"rows": [asdict(row) for row in rows], "config": asdict(config), "made_for": asdict(made_for)}
-        draft.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    out.write_text("report.md", "\n".join(lines) + "\n")
+    out.write_text("report.json", to_json({"rows": rows, "config": config, "made_for": made_for}))
     series = {
-        group: (
-            np.array([row.compute_ratio for row in sorted(members, key=lambda each: each.compute_ratio)]),
-            np.array([row.psnr_db for row in sorted(members, key=lambda each: each.compute_ratio)]),
-        )
+        group: (np.array([row.compute_ratio for row in finite]), np.array([row.psnr.mean for row in finite]))
         for group, members in groups.items()
+        if (finite := sorted((row for row in members if row.psnr.finite_mean is not None), key=by_compute))
     }
     plot = Tradeoffs(
         name="pareto",
@@ -494,4 +495,5 @@ def write_report(
         emphasized=frozenset(group for group in groups if group.startswith("calibrated")),
         dashed=frozenset({"fewer steps"}),
     )
-    save_png(plot, out)
+    if series:
+        save_png(plot, out)

@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
+from skipdit import terminal
+
 if TYPE_CHECKING:
     from skipdit.compare import Report
 
@@ -23,12 +25,19 @@ Config = TypeVar("Config")
 def sample(arguments: Sequence[str]) -> None:
     """Sample in full, cached, and with fewer steps at the same wall time; pictures, clips and a report go into --out.
 
+    Exit status 1: they are there, but some samples are not finite, which the report counts.
+
     Example: skipdit sample --task text-to-image --prompt "a cat with a rocket" --out out/cats
     """
     from skipdit.compare import SampleConfig, sample_and_compare
 
     config = _parse("sample", sample.__doc__, arguments, SampleConfig)
-    _print_report(sample_and_compare(config), config.out)
+    report = sample_and_compare(config)
+    _print_report(report, config.out)
+    if report.broken:
+        told = ", ".join(f"{name} {count}" for name, count in report.broken.items())
+        print(f"skipdit: broken samples (NaN or infinite): {told}", file=sys.stderr)
+        sys.exit(1)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -38,9 +47,8 @@ def train(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from skipdit.compare import check_writable
     from skipdit.recipes import RECIPES
-    from skipdit.training import TrainConfig
+    from skipdit.training import Stopped, TrainConfig
     from skipdit.training import train as run
 
     recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
@@ -58,17 +66,37 @@ def train(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """out: folder of the run. resume: go on from its last checkpoint. device: cpu, cuda or auto."""
+        """A training run and where it goes."""
 
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         out: Path = Path("runs") / name
+        """folder of the run"""
         resume: bool = True
+        """go on from its last checkpoint; --no-resume begins anew, and the checkpoints there stay until a new one
+        stands"""
+        allow_changes: bool = False
+        """go on with other settings than the checkpoint's where that can be: the rate, the clip, the precision, ..."""
+        overwrite: bool = False
+        """replace files in --out that skipdit did not write; each is told"""
         device: str = "auto"
+        """cpu, cuda or auto"""
 
     options = _parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
-    check_writable(options.out)
-    folder = run(options.config, options.out, resume=options.resume, device=options.device)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
+    try:
+        folder = run(
+            options.config,
+            options.out,
+            resume=options.resume,
+            device=options.device,
+            overwrite=options.overwrite,
+            allow_changes=options.allow_changes,
+        )
+    except Stopped as stopped:
+        if is_main:
+            print(f"skipdit: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
+    if is_main:
         print(f"trained: skipdit sample --model {folder}")
 
 
@@ -80,14 +108,17 @@ def convert(arguments: Sequence[str]) -> None:
     import tyro
 
     from skipdit.checkpoints import load_model, save_official, to_diffusers
-    from skipdit.files import atomic_folder, check_replaceable
+    from skipdit.files import atomic_folder, check_apart, check_replaceable
+    from skipdit.loading import ObjectiveName, pipeline_of
     from skipdit.models.long_skip import Fusion
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
         """model: a .pt or .safetensors file, or a folder. to: official (.safetensors), skipdit or diffusers (folder;
         the same where the class of the model is diffusers'). out: what is written. prefer: which weights of a training
-        checkpoint. num_attention_heads, sample_size, num_frames, fusion: what a file of bare weights does not tell.
+        checkpoint. num_attention_heads, sample_size, num_frames, num_classes, fusion: what a file of bare weights does
+        not tell. objective: what its model predicts, as of `skipdit sample`; then a whole pipeline is written, to
+        skipdit only. drop: roots of keys to leave out. variant: of a folder's weights, as fp16.
         """
 
         model: tyro.conf.Positional[Path]
@@ -97,25 +128,44 @@ def convert(arguments: Sequence[str]) -> None:
         num_attention_heads: int | None = None
         sample_size: int | None = None
         num_frames: int | None = None
+        num_classes: int | None = None
         fusion: Fusion | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
+        variant: str | None = None
+        overwrite: bool = False
+        """Replace a file, or the config and the weights in a folder, also where skipdit did not write them."""
 
     options = _parse("convert", convert.__doc__, arguments, Options)
+    if options.objective is not None and options.to != "skipdit":
+        raise ValueError(f"objective is for --to skipdit, which has a place for it, got --to {options.to}")
+    names = ("config.json", "model_index.json", "*/config.json", "*.safetensors", "*.safetensors.index.json")
+    overwritten = (*names, "*/*.safetensors", "*/*.json") if options.overwrite else ()
+    check_apart(options.out, (options.model, *options.model.glob("*"), *options.model.glob("*/*")))
     if options.to != "official":
-        check_replaceable(options.out, "model")
+        check_replaceable(options.out, "model", overwritten)
+    elif os.path.lexists(options.out) and not options.overwrite:
+        raise FileExistsError(f"{options.out} exists: give another --out, or --overwrite")
     model = load_model(
         options.model,
         prefer=options.prefer,
         num_attention_heads=options.num_attention_heads,
         sample_size=options.sample_size,
         num_frames=options.num_frames,
+        num_classes=options.num_classes,
         fusion=options.fusion,
+        drop=options.drop,
+        variant=options.variant,
     )
     if options.to == "official":
         save_official(model, options.out)
     else:
         converted = model if options.to == "skipdit" else to_diffusers(model)
-        with atomic_folder(options.out, "model") as draft:
-            converted.save_pretrained(draft)
+        with atomic_folder(options.out, "model", overwritten=overwritten) as draft:
+            if options.objective is None:
+                converted.save_pretrained(draft)
+            else:
+                pipeline_of(model, options.objective).save(draft, "10GB")
     print(f"written: {options.out}")
 
 
@@ -147,47 +197,39 @@ def bench(arguments: Sequence[str]) -> None:
     from skipdit.benchmark.cache_methods import no_rivals
     from skipdit.benchmark.conversion import STARTS
     from skipdit.benchmark.rivals import rivals_of
-    from skipdit.compare import check_writable
+    from skipdit.files import output_folder
     from skipdit.recipes import RECIPES
 
     @dataclass(frozen=True, kw_only=True)
-    class ModelOptions:
-        """out: folder of the .md and .json."""
+    class Output:
+        out: Path = Path("benchmarks")
+        """Folder of the .md, .json and .png."""
+        overwrite: bool = False
+        """Replace files there also where an earlier run did not write them, each of which is named."""
 
+    @dataclass(frozen=True, kw_only=True)
+    class ModelOptions(Output):
         config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]
-        out: Path = Path("benchmarks")
 
     @dataclass(frozen=True, kw_only=True)
-    class VideoOptions:
-        """out: folder of the .md and .json."""
-
+    class VideoOptions(Output):
         config: Annotated[VideoBenchConfig, tyro.conf.arg(name="")]
-        out: Path = Path("benchmarks")
 
     @dataclass(frozen=True, kw_only=True)
-    class ConversionOptions:
-        """runs: folder of the four trainings (recipes convert-*), which go on where they are not finished. out: folder
-        of the .md, .json and .png."""
-
+    class ConversionOptions(Output):
         config: Annotated[ConversionBenchConfig, tyro.conf.arg(name="")]
         runs: Path = Path("runs")
-        out: Path = Path("benchmarks")
+        """Folder of the four trainings (recipes convert-*), which go on where they are not finished."""
 
     @dataclass(frozen=True, kw_only=True)
-    class CacheOptions:
-        """rivals: whether caches of diffusers and cache-dit run too, where they can. out: folder of the .md, .json and
-        .png."""
-
+    class CacheOptions(Output):
         config: Annotated[CacheBenchConfig, tyro.conf.arg(name="")]
         rivals: bool = True
-        out: Path = Path("benchmarks")
+        """Whether caches of diffusers and cache-dit run too, where they can."""
 
     @dataclass(frozen=True, kw_only=True)
-    class CompileOptions:
-        """out: folder of the .md and .json."""
-
+    class CompileOptions(Output):
         config: Annotated[CompileBenchConfig, tyro.conf.arg(name="")]
-        out: Path = Path("benchmarks")
 
     names = ("models", "video", "conversion", "cache", "compile")
     if arguments and arguments[0] in ("-h", "--help"):
@@ -216,8 +258,8 @@ def bench(arguments: Sequence[str]) -> None:
         options = _parse("bench conversion", bench.__doc__, rest, ConversionOptions, defaults)
         stages = {name: RECIPES[name]() for name in STARTS}
         run = partial(bench_conversion, options.config, stages, options.runs)
-    check_writable(options.out)
-    run(options.out)
+    with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
+        run(out)
     print(f"written: {options.out}")
 
 
@@ -228,34 +270,43 @@ def calibrate(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from skipdit.calibration import CalibrateConfig
+    from skipdit.calibration import CalibrateConfig, claim
     from skipdit.calibration import calibrate as run
-    from skipdit.compare import check_writable
-    from skipdit.loading import load_source
+    from skipdit.files import output_folder
+    from skipdit.loading import ObjectiveName, load_source
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads: as of `skipdit
-        sample`. out: folder of the schedules and the report."""
+        """model: a bundled model, a pipeline's folder or a checkpoint. vae, num_attention_heads, num_classes,
+        objective, drop: as of `skipdit sample`. out: folder of the schedules and the report."""
 
         model: tyro.conf.Positional[str] = "emoji"
         config: Annotated[CalibrateConfig, tyro.conf.arg(name="")]
         scheduler: str | None = None
         vae: Path | None = None
         num_attention_heads: int | None = None
+        num_classes: int | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
         device: str = "auto"
         out: Path = Path("out/schedules")
+        overwrite: bool = False
+        """Replace files there also where an earlier run did not write them, each of which is named."""
 
     options = _parse("calibrate", calibrate.__doc__, arguments, Options, Options(config=CalibrateConfig()))
-    check_writable(options.out)
-    source = load_source(
-        options.model,
-        device=options.device,
-        scheduler=options.scheduler,
-        vae=options.vae,
-        num_attention_heads=options.num_attention_heads,
-    )
-    run(source, options.config, options.out)
+    with output_folder(options.out, "calibrate", overwrite=options.overwrite) as out:
+        claim(out, options.config)
+        source = load_source(
+            options.model,
+            device=options.device,
+            scheduler=options.scheduler,
+            vae=options.vae,
+            num_attention_heads=options.num_attention_heads,
+            num_classes=options.num_classes,
+            objective=options.objective,
+            drop=options.drop,
+        )
+        run(source, options.config, out)
     print((options.out / "report.md").read_text(encoding="utf-8"))
     print(f"written: {options.out}; use one: skipdit sample --model {options.model} --cache {options.out}/NAME.json")
 
@@ -269,8 +320,9 @@ def analyze(arguments: Sequence[str]) -> None:
 
     from skipdit.analysis.measure import AnalyzeConfig
     from skipdit.analysis.report import analyze as run
+    from skipdit.analysis.report import claim
     from skipdit.analysis.weights import TrainingLog, find_training_log
-    from skipdit.compare import check_writable
+    from skipdit.files import output_folder
     from skipdit.loading import load_source
 
     @dataclass(frozen=True, kw_only=True)
@@ -285,23 +337,26 @@ def analyze(arguments: Sequence[str]) -> None:
         config: Annotated[AnalyzeConfig, tyro.conf.arg(name="")]
         device: str = "auto"
         out: Path = Path("out/stability")
+        overwrite: bool = False
+        """Replace files there also where an earlier run did not write them, each of which is named."""
 
     options = _parse("analyze", analyze.__doc__, arguments, Options, Options(config=AnalyzeConfig()))
     paths = [options.model, *options.compare]
     names = options.names or tuple(_model_name(path) for path in paths)
     if len(set(names)) != len(paths) or len(names) != len(paths):
         raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names")
-    check_writable(options.out)
-    pipelines = {
-        name: load_source(path, task="class-to-image", device=options.device, decodes=False).sampler.pipeline
-        for name, path in zip(names, paths, strict=True)
-    }
-    logs = {
-        name: TrainingLog.read(log)
-        for name, path in zip(names, paths, strict=True)
-        if (log := find_training_log(path)) is not None
-    }
-    run(pipelines, options.config, options.out, logs)
+    with output_folder(options.out, "analyze", overwrite=options.overwrite) as out:
+        claim(out, options.config, len(paths))
+        logs = {
+            name: TrainingLog.read(log)
+            for name, path in zip(names, paths, strict=True)
+            if (log := find_training_log(path)) is not None
+        }
+        pipelines = {
+            name: load_source(path, task="class-to-image", device=options.device, decodes=False).sampler.pipeline
+            for name, path in zip(names, paths, strict=True)
+        }
+        run(pipelines, options.config, out, logs)
     print(f"written: {options.out / 'report.md'}, report.html, report.json, arrays.npz")
 
 
@@ -320,7 +375,7 @@ def info(arguments: Sequence[str]) -> None:
 
     from skipdit.cache.methods import METHODS, SPEC_FORM
     from skipdit.compare import versions
-    from skipdit.loading import BUNDLED, load_source
+    from skipdit.loading import BUNDLED, ObjectiveName, load_source
     from skipdit.models.dit import PRESETS
     from skipdit.models.families import FAMILIES
     from skipdit.models.latte import LATTE_PRESETS
@@ -328,10 +383,14 @@ def info(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """model: a bundled model, a pipeline's folder or a checkpoint."""
+        """model: a bundled model, a pipeline's folder or a checkpoint. num_attention_heads, num_classes, objective,
+        drop: as of `skipdit sample`."""
 
         model: tyro.conf.Positional[str | None] = None
         num_attention_heads: int | None = None
+        num_classes: int | None = None
+        objective: ObjectiveName | None = None
+        drop: tuple[str, ...] = ()
 
     options = _parse("info", info.__doc__, arguments, Options)
     if options.model is None:
@@ -342,7 +401,14 @@ def info(arguments: Sequence[str]) -> None:
         for name, method in METHODS.items():
             print(f"  {name}:{method.form}: {method.source}")
         return
-    model = load_source(options.model, num_attention_heads=options.num_attention_heads, decodes=False)
+    model = load_source(
+        options.model,
+        num_attention_heads=options.num_attention_heads,
+        num_classes=options.num_classes,
+        objective=options.objective,
+        drop=options.drop,
+        decodes=False,
+    )
     transformer = model.sampler.pipeline.transformer
     open_units(transformer)
     config, links = transformer.config, transformer.long_skip_links
@@ -371,32 +437,39 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. A user's mistake ends in one line and exit status 2; SKIPDIT_TRACEBACK=1 shows its traceback."""
+    """Entry point. A user's mistake ends in one line and exit status 2; SKIPDIT_TRACEBACK=1 shows its traceback.
+
+    Ctrl-C ends in status 130, SIGTERM in 143, a stdout that nobody reads in 141.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        listing = "\n".join(
-            f"  {name:<10}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()
-        )
+    with terminal.messages():
+        try:
+            try:
+                _run(*arguments)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            sys.exit(terminal.drop_output())
+        except KeyboardInterrupt as stopped:
+            sys.exit(terminal.say_stopped(stopped))
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            told = not isinstance(error, RuntimeError) or isinstance(error, RecursionError)
+            if os.environ.get("SKIPDIT_TRACEBACK") or not (told or terminal.is_out_of_memory(error)):
+                raise
+            print(f"skipdit: error: {terminal.describe(error)}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _run(command: str = "--help", *arguments: str) -> None:
+    if command in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<10}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
         print(f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n")
         print("`skipdit COMMAND --help` shows its options.")
         return
-    try:
-        if arguments[0] not in COMMANDS:
-            raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {arguments[0]!r}")
-        COMMANDS[arguments[0]](arguments[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("SKIPDIT_TRACEBACK"):
-            raise
-        print(f"skipdit: error: {_last_word(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _last_word(error: Exception) -> str:
-    """The message in one line; of an error that a data worker passed on with its traceback, the last line."""
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return lines[-1] if lines[0].startswith("Caught ") else " ".join(line.strip() for line in lines)
+    if command not in COMMANDS:
+        raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {command!r}")
+    with contextlib.nullcontext() if command == "train" else terminal.terminable():
+        COMMANDS[command](arguments)
 
 
 def _parse(
@@ -436,9 +509,8 @@ def _print_report(report: "Report", out: Path) -> None:
         "run", "steps", "full", "reused", "seconds", "speedup", "compute", "PSNR dB", "SSIM", box=SIMPLE_HEAD, padding=0
     )
     for row in report.rows:
-        psnr, ssim = (
-            "-" if value is None else f"{value:.{digits}f}" for value, digits in ((row.psnr_db, 2), (row.ssim, 4))
-        )
+        psnr = "-" if row.psnr is None else row.psnr.text()
+        ssim = "-" if row.ssim is None else f"{row.ssim:.4f}"
         counts = (str(row.steps), str(row.steps_full), str(row.steps_reused))
         table.add_row(
             row.name, *counts, f"{row.seconds:.2f}", f"{row.speedup:.2f}x", f"{row.compute_ratio:.2f}x", psnr, ssim
@@ -447,4 +519,6 @@ def _print_report(report: "Report", out: Path) -> None:
     console.print(table)
     peak, held = report.peak_memory_bytes / 2**20, max(row.bytes_held for row in report.rows) / 2**20
     console.print(f"peak memory {peak:.0f} MiB, held by the cache {held:.2f} MiB, seed {report.config['seed']}")
-    console.print(f"pictures and report.json are in {out}", soft_wrap=True)
+    for name, count in report.broken.items():
+        console.print(f"broken samples: {count} of the run {name}")
+    console.print(f"pictures and report.json are in {terminal.one_line(str(out))}", soft_wrap=True, markup=False)

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -15,18 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data import (
-    MAX_CACHED_BYTES,
-    as_captions,
-    emoji_captions,
-    pad_captions,
-    read_caption,
-    read_columns,
-    scan_classes,
-    to_classes,
-    to_rgb,
-)
-from skipdit.videos import VIDEO_SUFFIXES, UnreadableVideo, decode_video, read_video
+from skipdit.data import MAX_CACHED_BYTES, check_no_caption_column, emoji_captions, pad_captions
+from skipdit.folders import frames_in, scan_classes
+from skipdit.picture_files import to_rgb
+from skipdit.tables import Table, find_tables, read_table
+from skipdit.untrusted import printable, printable_path
+from skipdit.video_files import VIDEO_SUFFIXES
+from skipdit.videos import UnreadableVideo, frames_of, frames_of_file, frames_of_folder
 
 LOGGER = logging.getLogger(__name__)
 OnBroken = Literal["refuse", "skip"]
@@ -34,9 +29,11 @@ OnBroken = Literal["refuse", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """source: `"emoji-clips"` (bundled), a folder with one subfolder a class, or a `.parquet` file.
+    """source: `"emoji-clips"` (bundled), a folder with one subfolder per class, or a `.parquet` file or folder of them.
     image_size: side in pixels; other frames are resized on the shorter side and cropped in the centre.
     num_frames, frame_interval: the first `num_frames` of every `frame_interval`-th frame make the clip.
+    fps: frames are first taken at so many per second, by the time at which they show; None takes each frame once,
+    whatever its time, so that clips of other frame rates move faster or slower. Folders of frames have no times.
     clip_column, label_column: of a parquet file.
     caption_column: of a parquet file, a text or a list of texts; None takes the class name.
     num_pictures: single frames of other clips that come along with each clip, for joint image-video training.
@@ -47,6 +44,7 @@ class ClipConfig:
     image_size: int = 64
     num_frames: int = 16
     frame_interval: int = 1
+    fps: float | None = None
     clip_column: str = "clip"
     label_column: str = "label"
     caption_column: str | None = None
@@ -57,6 +55,8 @@ class ClipConfig:
         for name in ("image_size", "num_frames", "frame_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
         if self.num_pictures < 0:
             raise ValueError(f"num_pictures must be at least 0, got {self.num_pictures}")
         if self.on_broken not in get_args(OnBroken):
@@ -71,19 +71,22 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
     Every clip is decoded once at the start, so that `ValueError` names a broken one before training; they are kept
     where they fit into 1 GiB, and decoded again at each use otherwise.
 
-    read: the frames (num_frames, height, width, 3) of an index, or `UnreadableVideo`. captions: one or more a clip; the
-    same number of each, as the last is repeated.
+    read: the frames of an index, one after the other, or `UnreadableVideo`. captions: one or more per clip; the same
+    number of each, as the last is repeated. names: what an error calls a clip.
+
+    A class of which every clip is left out is no class of this data set.
     """
 
     def __init__(
         self,
-        read: Callable[[int], UInt8[np.ndarray, "num_frames height width 3"]],
+        read: Callable[[int], Iterable[UInt8[np.ndarray, "height width 3"]]],
         labels: Sequence[int],
         label_names: Sequence[str],
         captions: Sequence[Sequence[str]],
         config: ClipConfig,
+        names: Callable[[int], str] = str,
     ) -> None:
-        self.read, self.label_names, self.size = read, list(label_names), config.image_size
+        self.read, self.size = read, config.image_size
         self.num_frames, self.num_pictures = config.num_frames, config.num_pictures
         num_bytes = len(labels) * config.num_frames * 3 * config.image_size**2
         self._decoded: list[Tensor] | None = [] if num_bytes <= MAX_CACHED_BYTES else None
@@ -100,8 +103,16 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
             if self._decoded is not None:
                 self._decoded.append(clip)
         if not self._kept:
-            raise ValueError(f"there are no readable clips in {config.source}")
-        self.labels = [labels[index] for index in self._kept]
+            raise ValueError(f"there are no readable clips in {printable_path(config.source)}")
+        kept_labels = [labels[index] for index in self._kept]
+        lost = sorted(set(labels) - set(kept_labels))
+        if lost:
+            shown = printable(", ".join(label_names[label] for label in lost))
+            LOGGER.warning("left out: %d classes without a readable clip: %s", len(lost), shown)
+        classes = [label for label in range(len(label_names)) if label not in set(lost)]
+        self.label_names = [label_names[label] for label in classes]
+        self.labels = [classes.index(label) for label in kept_labels]
+        self.names = [names(index) for index in self._kept].__getitem__
         self.captions = pad_captions([captions[index] for index in self._kept])
 
     def __len__(self) -> int:
@@ -133,63 +144,72 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
 def open_clips(config: ClipConfig) -> LabelledClips:
     """The data set that a config names. `FileNotFoundError` / `ValueError` with one line where it cannot be had."""
     path = Path(config.source)
-    if config.caption_column is not None and (config.source == "emoji-clips" or path.is_dir()):
-        raise ValueError(
-            f"{config.source} has its own captions: caption_column must be None, got {config.caption_column!r}"
-        )
     if config.source == "emoji-clips":
+        check_no_caption_column(config.source, config.caption_column)
         return clips_of_emoji(config)
+    paths = find_tables(path, "train") if path.is_dir() else [path] if path.suffix.lower() == ".parquet" else []
+    if paths:
+        return clips_from_table(paths, config)
     if path.is_dir():
+        check_no_caption_column(config.source, config.caption_column)
         return clips_from_folder(path, config)
-    if path.suffix == ".parquet":
-        return clips_from_parquet(path, config)
-    raise ValueError(f"{config.source!r} is neither emoji-clips, a folder nor a .parquet file")
+    raise ValueError(f"{printable_path(path)!r} is neither emoji-clips, a folder nor a .parquet file")
 
 
 def clips_of_emoji(config: ClipConfig) -> LabelledClips:
-    """The bundled animated emoji, a class a subgroup, captions as of the still emoji."""
+    """The bundled animated emoji, a class per subgroup, captions as of the still emoji."""
     with as_file(files("skipdit") / "assets" / "emoji" / "fluent_emoji_clips_16x64.parquet") as path:
-        encoded, groups, names, tags = read_columns(path, ["clip", "subgroup", "label", "tags"])
-    return _from_encoded(
-        encoded, config.source, *to_classes(groups, ""), list(map(emoji_captions, names, tags)), config
-    )
+        table = read_table([path], config.source, ["clip"], ["subgroup", "label", "tags"])
+    captions = list(map(emoji_captions, table.values("label"), table.values("tags")))
+    return _from_table(table, "clip", *table.classes("subgroup"), captions, config)
 
 
 def clips_from_folder(folder: Path, config: ClipConfig) -> LabelledClips:
-    """One subfolder a class, in alphabetical order; videos directly in `folder` make one class of that name. The
-    caption is the first line of `name.txt` beside the video `name.*`, or the class name.
+    """One subfolder per class, in alphabetical order; clips directly in `folder` make one class of that name. A folder
+    of pictures is a clip. The caption is the first line of `name.txt` beside the clip `name.*`, that of a metadata
+    file, or the class name.
     """
-    paths, labels, label_names = scan_classes(folder, VIDEO_SUFFIXES, "videos")
-    return LabelledClips(
-        lambda index: read_video(paths[index], config.num_frames, config.frame_interval),
-        labels,
-        label_names,
-        [[read_caption(path, label_names[label])] for path, label in zip(paths, labels, strict=True)],
-        config,
-    )
+    found = scan_classes(folder, VIDEO_SUFFIXES, "videos", frame_folders=True)
+
+    def name(index: int) -> str:
+        return printable_path(found.items[index])
+
+    def read(index: int) -> Iterator[np.ndarray]:
+        path = found.items[index]
+        if path.is_dir():
+            return frames_of_folder(frames_in(path), name(index), config.num_frames, config.frame_interval)
+        return frames_of_file(path, config.num_frames, config.frame_interval, fps=config.fps)
+
+    return LabelledClips(read, found.labels, found.label_names, found.captions, config, name)
 
 
-def clips_from_parquet(path: Path, config: ClipConfig) -> LabelledClips:
-    """Encoded videos, plain bytes or `{bytes, path}`; labels of any type become classes in sorted order."""
-    encoded, values = read_columns(path, [config.clip_column, config.label_column])
-    labels, label_names = to_classes(values, f"{path} has rows without {config.label_column}")
-    captions = [[label_names[label]] for label in labels]
-    if config.caption_column is not None:
-        captions = as_captions(read_columns(path, [config.caption_column])[0], path, config.caption_column)
-    return _from_encoded(encoded, path, labels, label_names, captions, config)
+def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> LabelledClips:
+    """Encoded videos, plain bytes or `{bytes, path}`; labels of any type become classes in sorted order, unless the
+    schema names them."""
+    caption = config.caption_column
+    plain = [config.label_column, *([caption] if caption is not None else [])]
+    table = read_table(paths, printable_path(config.source), [config.clip_column], plain)
+    labels, label_names = table.classes(config.label_column)
+    captions = [[label_names[label]] for label in labels] if caption is None else table.captions(caption)
+    return _from_table(table, config.clip_column, labels, label_names, captions, config)
 
 
-def _from_encoded(
-    encoded: Sequence[bytes],
-    source: Path | str,
+def _from_table(
+    table: Table,
+    column: str,
     labels: Sequence[int],
     label_names: Sequence[str],
     captions: Sequence[Sequence[str]],
     config: ClipConfig,
 ) -> LabelledClips:
-    def read(index: int) -> np.ndarray:
-        return decode_video(
-            io.BytesIO(encoded[index]), f"{index} of {source}", config.num_frames, config.frame_interval
-        )
+    def name(index: int) -> str:
+        return f"{index} of {table.name}"
 
-    return LabelledClips(read, labels, label_names, captions, config)
+    def read(index: int) -> Iterator[np.ndarray]:
+        try:
+            stream = io.BytesIO(table.encoded(column, index))
+        except ValueError as error:
+            raise UnreadableVideo(f"cannot read the video {name(index)}: {error}") from error
+        return frames_of(stream, name(index), config.num_frames, config.frame_interval, fps=config.fps)
+
+    return LabelledClips(read, labels, label_names, captions, config, name)

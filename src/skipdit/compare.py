@@ -1,12 +1,9 @@
 """Samples in full, cached, and with fewer steps at the cached run's wall time, and reports times and distances."""
 
 import itertools
-import json
-import math
 import platform
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,12 +20,14 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary
-from skipdit.files import atomic_file
-from skipdit.loading import DTypeName, Source, TaskName, load_source
-from skipdit.metrics.paired import psnr_db, ssim
+from skipdit.files import OutputFolder, output_folder, to_json
+from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
+from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
+from skipdit.options import check_numbers
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.samplers import Sampler
+from skipdit.text import check_text_installed
 from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures a row of comparison.png
@@ -51,7 +50,9 @@ class SampleConfig:
     (or calibrated:2x: a schedule that came with the model), or none.
     fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
     scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
-    vae: folder of an AutoencoderKL for models of latents. num_attention_heads: where a checkpoint cannot tell.
+    vae: folder of an AutoencoderKL, or of a pipeline with one, for models of latents. Of a file of weights, what it
+    does not tell: num_attention_heads; num_classes; objective: epsilon, v_prediction, flow (noise - data), sit (SiT's)
+    or repa (REPA's); drop: roots of keys to leave out, as projectors of REPA.
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
     """
 
@@ -68,18 +69,26 @@ class SampleConfig:
     scheduler: str | None = None
     vae: Path | None = None
     num_attention_heads: int | None = None
+    num_classes: int | None = None
+    objective: ObjectiveName | None = None
+    drop: tuple[str, ...] = ()
     dtype: DTypeName = "float32"
     device: str = "auto"
     compile: bool = False
     seed: int = 0
     out: Path = Path("out/sample")
+    overwrite: bool = False
+    """Replace files in --out also where an earlier run did not write them, each of which is named."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("num_samples", "steps", "fewer_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.steps > 1000:
             raise ValueError(f"steps must be at most 1000, got {self.steps}")
+        if self.fewer_steps is not None and self.cache == "none":
+            raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
         for name, allowed in (("dtype", get_args(DTypeName)), ("task", (*get_args(TaskName), None))):
             if getattr(self, name) not in allowed:
                 names = ", ".join(value for value in allowed if value)
@@ -88,9 +97,9 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run. `speedup` by wall time against the full run, `compute_ratio` as the units run promise; distances to
-    the full run's pictures or frames, mean over them: `None` for the full run itself, and PSNR also where all are
-    equal."""
+    """One run. `speedup` by wall time against the full run, `compute_ratio` as the units run promise; PSNR and SSIM to
+    the full run's pictures or frames: `None` for the full run itself. num_broken: of its num_samples pictures or clips
+    those that are not finite."""
 
     name: str
     steps: int
@@ -99,9 +108,16 @@ class Row:
     seconds: float
     speedup: float
     compute_ratio: float
-    psnr_db: float | None
+    psnr: PairedScore | None
     ssim: float | None
     bytes_held: int
+    num_samples: int
+    num_broken: int
+
+    @property
+    def psnr_db(self) -> float | None:
+        """The mean; `None` also where there is no finite one."""
+        return None if self.psnr is None else self.psnr.finite_mean
 
     @classmethod
     def of(
@@ -115,7 +131,6 @@ class Row:
         reference_steps: int | None = None,
     ) -> "Row":
         frames, reference_frames = run.frames, reference.frames
-        psnr = psnr_db(frames, reference_frames).mean().item()
         return cls(
             name=name,
             steps=steps,
@@ -124,9 +139,11 @@ class Row:
             seconds=run.seconds,
             speedup=reference.seconds / run.seconds,
             compute_ratio=(reference_steps or steps) / steps if summary is None else summary.compute_ratio,
-            psnr_db=psnr if math.isfinite(psnr) else None,
+            psnr=None if run is reference else PairedScore.of(psnr_db(frames, reference_frames)),
             ssim=None if run is reference else ssim(frames, reference_frames).mean().item(),
             bytes_held=0 if summary is None else summary.peak_bytes_held,
+            num_samples=len(run.samples),
+            num_broken=run.num_broken,
         )
 
 
@@ -141,16 +158,21 @@ class Report:
     machine: dict[str, str | int]
     versions: dict[str, str]
 
+    @property
+    def broken(self) -> dict[str, str]:
+        """How many samples are not finite, of each run that has such."""
+        return {row.name: f"{row.num_broken} of {row.num_samples}" for row in self.rows if row.num_broken}
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON: the figures of the cached run on top, then every row."""
-        rows = [asdict(row) for row in self.rows]
+        rows = [asdict(row) | {"psnr_db": row.psnr_db} for row in self.rows]
         top = {"seconds_full": self.rows[0].seconds}
         if len(self.rows) > 1:
             cached = self.rows[1]
             top |= {"seconds_cached": cached.seconds, "speedup": cached.speedup, "compute_ratio": cached.compute_ratio}
             top |= {"psnr_db": cached.psnr_db, "ssim": cached.ssim, "steps_full": cached.steps_full}
             top |= {"steps_reused": cached.steps_reused, "bytes_held": cached.bytes_held}
-        return top | asdict(self) | {"rows": rows, "seed": self.config["seed"]}
+        return top | asdict(self) | {"rows": rows, "seed": self.config["seed"], "broken_samples": self.broken}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,6 +181,8 @@ class Report:
 
 def load(config: SampleConfig) -> Source:
     """The model that a config names; see `skipdit.loading.load_source`."""
+    if (BUNDLED[config.model].task if config.model in BUNDLED else config.task or "").startswith("text"):
+        check_text_installed()
     return load_source(
         config.model,
         task=config.task,
@@ -167,6 +191,9 @@ def load(config: SampleConfig) -> Source:
         scheduler=config.scheduler,
         vae=config.vae,
         num_attention_heads=config.num_attention_heads,
+        num_classes=config.num_classes,
+        objective=config.objective,
+        drop=config.drop,
     )
 
 
@@ -229,6 +256,11 @@ class Sampled:
         """All pictures, one by one (n c h w)."""
         return self.samples.flatten(0, -4)
 
+    @property
+    def num_broken(self) -> int:
+        """How many of the samples hold NaN (or infinity: see `skipdit.pipelines.keep_broken`)."""
+        return int((~self.samples.isfinite()).flatten(1).any(dim=1).sum())
+
 
 class TimedSampler:
     """Samples one pipeline from the same seed and wishes, again and again: the start noise is the same at any number of
@@ -248,7 +280,7 @@ class TimedSampler:
             num_inference_steps=num_steps,
             generator=torch.Generator().manual_seed(self.config.seed),
         )
-        return Sampled(samples.cpu(), time.perf_counter() - started)
+        return Sampled(samples.cpu(), max(time.perf_counter() - started, 1e-9))
 
     def cached(self, method: CacheMethod, description: str = "cached") -> tuple[Sampled, CacheSummary]:
         enable_cache(self.pipeline, method)
@@ -269,24 +301,40 @@ class TimedSampler:
 
 
 def sample_and_compare(config: SampleConfig) -> Report:
-    """Writes `full.png`, `cached.png`, `fewer_steps.png`, `comparison.png` and `report.json` into `config.out`; of
-    clips the pictures show some frames, and beside each is an `.mp4` and a `.gif`.
+    """Write `full.png`, `cached.png`, `fewer_steps.png`, `comparison.png` and `report.json` into `config.out`; of clips
+    the pictures show some frames, and beside each is an `.mp4` and a `.gif`. What an earlier run wrote there and this
+    one does not make goes.
 
     `ValueError` on a label, prompt, scheduler or cache that is not to be had, or a cache that would never reuse;
-    `OSError` where `out` cannot be written. All of it before anything is sampled.
+    `OSError` where `out` cannot be written, or holds such files of somebody else. All of it before anything is sampled.
     """
     if config.cache.partition(":")[0] not in ("none", "calibrated"):
         parse_method(config.cache)
-    check_writable(config.out)
-    source = load(config)
-    method = source.cache(config.cache)
+    with output_folder(config.out, "sample", overwrite=config.overwrite) as out:
+        names = ("full",) if config.cache == "none" else ("full", "cached", "fewer_steps", "comparison")
+        out.claim(("report.json", *(f"{name}.png" for name in names)))
+        source = load(config)
+        method = source.cache(config.cache)
+        wanted, captions = choose_wanted(source, config)
+        if source.sampler.task.endswith("video"):
+            out.claim(f"{name}.{suffix}" for name in names for suffix in ("mp4", "gif"))
+        if method is not None:
+            check_ssim_size(source.sampler.picture_size)
+            check_method(source.sampler.pipeline, method, config.steps)
+        report, sampled = run_all(source, method, config, wanted, captions)
+        save_samples(out, {name: run.samples for name, run in sampled.items()}, captions)
+        out.write_text("report.json", to_json(report.to_dict()))
+        out.remove_earlier()
+    return report
+
+
+def run_all(
+    source: Source, method: CacheMethod | None, config: SampleConfig, wanted: list[Any], captions: list[str]
+) -> tuple[Report, dict[str, Sampled]]:
+    """Sample in full, and with a method also cached and with fewer steps."""
     pipeline = source.sampler.pipeline
-    wanted, captions = choose_wanted(source, config)
-    if method is not None:
-        check_method(pipeline, method, config.steps)
     sampler = TimedSampler(source.sampler, config, wanted)
     sampler.warm_up(method)
-
     full = sampler("full", config.steps)
     rows, sampled = [Row.of("full", full, full, steps=config.steps)], {"full": full}
     if method is not None:
@@ -297,58 +345,50 @@ def sample_and_compare(config: SampleConfig) -> Report:
         fewer = sampler("fewer", num_fewer)
         rows.append(Row.of("fewer_steps", fewer, full, steps=num_fewer, reference_steps=config.steps))
         sampled |= {"cached": cached, "fewer_steps": fewer}
-
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     settings["task"] = source.sampler.task
     report = Report(
         tuple(rows), settings, captions, peak_memory_bytes(pipeline.device), machine(pipeline.device), versions()
     )
-    save_samples(config.out, {name: run.samples for name, run in sampled.items()}, captions)
-    with atomic_file(config.out / "report.json") as draft:
-        draft.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-    return report
+    return report, sampled
 
 
-def save_samples(folder: Path, runs: Mapping[str, Tensor], captions: Sequence[str]) -> None:
-    """A labelled grid a run and, of several runs, the first samples of each in `comparison.png`; of clips also the
-    videos. Files of an earlier call that this one does not make go."""
-    for name in ("full", "cached", "fewer_steps", "comparison"):
-        for suffix in ("png", "mp4", "gif"):
-            (folder / f"{name}.{suffix}").unlink(missing_ok=True)
+def save_samples(out: OutputFolder, runs: Mapping[str, Tensor], captions: Sequence[str]) -> None:
+    """Write a labelled grid per run and, of several runs, the first samples of each in `comparison.png`; of clips also
+    the videos."""
     shown, names = captions[:NUM_COMPARED], [name.replace("_", " ") for name in runs]
     first = {name: samples[:NUM_COMPARED] for name, samples in zip(names, runs.values(), strict=True)}
     is_video = next(iter(runs.values())).ndim == 5
     for name, samples in runs.items():
         grid = frame_grid(samples, captions) if is_video else labelled_grid(to_pictures(samples), captions)
-        save_picture(folder / f"{name}.png", grid)
+        save_picture(out, name, grid)
         if is_video:
-            save_clips(folder / name, side_by_side({name.replace("_", " "): samples}, captions, scale=CLIP_SCALE))
+            save_clips(out, name, side_by_side({name.replace("_", " "): samples}, captions, scale=CLIP_SCALE))
     if len(runs) > 1:
         headings = [f"{name}: {caption}" for name in names for caption in shown]
         if is_video:
-            save_picture(folder / "comparison.png", frame_grid(torch.cat(list(first.values())), headings))
-            save_clips(folder / "comparison", side_by_side(first, shown, scale=CLIP_SCALE))
+            save_picture(out, "comparison", frame_grid(torch.cat(list(first.values())), headings))
+            save_clips(out, "comparison", side_by_side(first, shown, scale=CLIP_SCALE))
         else:
             pictures = to_pictures(torch.cat(list(first.values())))
-            save_picture(folder / "comparison.png", labelled_grid(pictures, headings, num_columns=len(shown)))
+            save_picture(out, "comparison", labelled_grid(pictures, headings, num_columns=len(shown)))
 
 
-def save_picture(path: Path, picture: Image.Image) -> None:
-    with atomic_file(path) as draft:
+def save_picture(out: OutputFolder, name: str, picture: Image.Image) -> None:
+    with out.file(f"{name}.png") as draft:
         picture.save(draft)
 
 
-def save_clips(path: Path, frames: np.ndarray) -> None:
-    """`path`.mp4 and `path`.gif of frames (f h w 3), bytes."""
-    write_mp4(path.with_suffix(".mp4"), frames, CLIP_FPS)
-    write_gif(path.with_suffix(".gif"), frames, CLIP_FPS)
+def save_clips(out: OutputFolder, name: str, frames: np.ndarray) -> None:
+    """Write an .mp4 and a .gif of frames (f h w 3), bytes."""
+    for suffix, write in (("mp4", write_mp4), ("gif", write_gif)):
+        with out.file(f"{name}.{suffix}") as draft:
+            write(draft, frames, CLIP_FPS)
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder; `OSError` where no file can be written into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    """Make the folder; `OSError` where no file can be written into it."""
+    OutputFolder(folder, "train")
 
 
 def check_method(pipeline: Any, method: CacheMethod, num_steps: int) -> None:

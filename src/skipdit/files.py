@@ -11,19 +11,21 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from skipdit.processes import Process, this_process
+from skipdit.processes import Process, locked, this_process
 from skipdit.untrusted import open_regular, printable, read_json
 
 LOGGER = logging.getLogger(__name__)
 
 MARKER = "skipdit.json"
+GROWING = "appended to"  # in a marker, instead of the digest of a file that is still written
 DRAFT = ".skipdit-draft-"  # then the process, a dot and a token: see `_draft_name`
 MAX_NAMED = 5  # files in a message
 
@@ -89,10 +91,10 @@ def _plain(value: Any) -> Any:
 # A folder that is replaced as a whole
 
 
-def check_replaceable(path: Path, kind: str) -> None:
+def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = ()) -> None:
     """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote.
 
-    Also where it is a link, or somebody works inside it.
+    Also where it is a link, or somebody works inside it. overwritten: patterns of files that go, whoever wrote them.
     """
     path = absolute(path)
     if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -102,7 +104,7 @@ def check_replaceable(path: Path, kind: str) -> None:
         raise FileExistsError(f"{where} is not a folder that skipdit wrote: give a new name")
     if path in (Path.cwd(), *Path.cwd().parents):
         raise FileExistsError(f"{where} is the folder in which this runs: give a new one")
-    if kind not in read_marker(path)["files"]:
+    if kind not in read_marker(path)["files"] and not overwritten:
         shown = _list_names(child.name for child in path.iterdir())
         raise FileExistsError(f"{where} was not written by skipdit as a {kind} (it holds {shown}): give a new folder")
 
@@ -116,16 +118,17 @@ def check_apart(target: Path, inputs: Iterable[Path]) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, kind: str) -> Iterator[Path]:
+def atomic_folder(path: Path, kind: str, *, overwritten: Collection[str] = ()) -> Iterator[Path]:
     """Yield a draft folder that takes the place of `path` when the block ends without an error, with a marker in it.
 
     What a user put into the folder of before stays in the new one. If anything fails on the way, the folder of before
     is in its place again; a process that was killed leaves that to the next one (`clean_up`).
-    kind: what the marker calls the folder. `FileExistsError` as `check_replaceable` says.
+    kind: what the marker calls the folder. overwritten: patterns of names of files that go, and are told, also where
+    somebody else wrote them. `FileExistsError` as `check_replaceable` says.
     """
     path = absolute(path)
     clean_up(path.parent)
-    check_replaceable(path, kind)
+    check_replaceable(path, kind, overwritten)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _draft(path.parent) as work:
         work.mkdir(mode=0o777)
@@ -141,15 +144,19 @@ def atomic_folder(path: Path, kind: str) -> Iterator[Path]:
             _sync(child)
         _sync(new)
         (work / "target").write_text(path.name, encoding="utf-8")
-        _swap(path, work)
+        _swap(path, work, overwritten)
 
 
-def _swap(path: Path, work: Path) -> None:
+def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
     """Move `path` to `work/old` and `work/new` to `path`; then what is a user's from the one to the other."""
-    old, new = work / "old", work / "new"
+    old, new, going = work / "old", work / "new", []
     if path.is_dir():
-        if taken := [name for name in _strays(path) if os.path.lexists(new / name)]:
+        strays = _strays(path)
+        going = [name for name in strays if any(_matches(name, pattern) for pattern in overwritten)]
+        if taken := [name for name in strays if os.path.lexists(new / name) and name not in going]:
             raise FileExistsError(f"{printable(path)} holds files that skipdit did not write: {_list_names(taken)}")
+        if going:
+            LOGGER.warning("overwritten in %s: %s", printable(path), ", ".join(printable(name, 60) for name in going))
         path.rename(old)
     try:
         new.rename(path)
@@ -158,7 +165,15 @@ def _swap(path: Path, work: Path) -> None:
             old.rename(path)
         raise
     _sync(path.parent)
+    for name in going:
+        (old / name).unlink()
     _keep_strays(old, path)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a path matches, folder by folder: `*` is no path."""
+    parts = list(zip(name.split("/"), pattern.split("/"), strict=False))
+    return name.count("/") == pattern.count("/") and all(fnmatchcase(part, wanted) for part, wanted in parts)
 
 
 def _strays(folder: Path) -> list[str]:
@@ -180,6 +195,7 @@ def _keep_strays(old: Path, path: Path) -> None:
         if not os.path.lexists(path / name):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (old / name).rename(path / name)
+    _remove_empty((old, *(child for child in old.rglob("*") if child.is_dir() and not child.is_symlink())))
 
 
 def remove_ours(folder: Path) -> None:
@@ -191,12 +207,18 @@ def remove_ours(folder: Path) -> None:
 
 
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and the folders that are empty without them."""
+    folders = {folder}
     for name in names:
         (folder / name).unlink(missing_ok=True)
-    folders = [child for child in folder.rglob("*") if child.is_dir() and not child.is_symlink()]
-    for child in (*sorted(folders, reverse=True), folder):
-        if not any(child.iterdir()):
-            child.rmdir()
+        folders |= {folder / parent for parent in Path(name).parents}
+    _remove_empty(folders)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in sorted(folders, reverse=True):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,12 +314,32 @@ class OutputFolder:
         """List a file that was written in another way, as it is now."""
         self._list(name, file_digest(self.path / name))
 
+    def grow(self, name: str) -> bool:
+        """List a file that is going to be appended to, and stays ours as it grows; return whether it was ours."""
+        was_ours = not self._is_foreign(name)
+        self._made.add(name)
+        self._write(self._listed() | {name: GROWING})
+        return was_ours
+
     def remove_earlier(self) -> None:
         """Delete what earlier runs of this kind wrote, nobody has changed, and this run has not made anew."""
         for name in sorted(self._listed().keys() - self._made):
             if not self._is_foreign(name):
-                _remove_files(self.path / name.rpartition("/")[0], [name.rpartition("/")[2]])
+                _remove_files(self.path, [name])
         self._write({name: digest for name, digest in self._listed().items() if (self.path / name).is_file()})
+
+    def remove(self, name: str) -> None:
+        """Delete a file that a run of this kind wrote, unless somebody has changed it."""
+        if not self._is_foreign(name):
+            (self.path / name).unlink(missing_ok=True)
+            self._made.discard(name)
+            self._write({each: digest for each, digest in self._listed().items() if each != name})
+
+    def kept(self) -> str:
+        """Say which files of this run are there."""
+        return (
+            f"{printable(self.path)} keeps {_list_names(sorted(self._made))}" if self._made else "nothing was written"
+        )
 
     def _listed(self) -> dict[str, str]:
         return read_marker(self.path)["files"].get(self.kind, {})
@@ -306,7 +348,8 @@ class OutputFolder:
         path = self.path / name
         if not os.path.lexists(path):
             return False
-        return not path.is_file() or file_digest(path) not in self._listed().get(name, "").split()
+        listed = self._listed().get(name, "")
+        return not path.is_file() or (listed != GROWING and file_digest(path) not in listed.split())
 
     def _list(self, name: str, digest: str) -> None:
         """Before a draft takes its place, beside the file of before: whichever a killed run leaves is listed."""
@@ -317,6 +360,21 @@ class OutputFolder:
 
     def _write(self, listed: Mapping[str, str]) -> None:
         _write_marker(self.path, {**read_marker(self.path)["files"], self.kind: dict(listed)})
+
+
+@contextmanager
+def output_folder(path: Path, kind: str, *, overwrite: bool = False) -> Iterator[OutputFolder]:
+    """Yield the `OutputFolder` of a command, which holds its lock.
+
+    A run that is stopped has a note of what it has written: see `skipdit.terminal.say_stopped`.
+    """
+    with locked(absolute(path)):
+        out = OutputFolder(path, kind, overwrite=overwrite)
+        try:
+            yield out
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(out.kept())
+            raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,23 +1,21 @@
 """What `skipdit sample` can be asked for: the bundled models, pipelines in folders, checkpoints."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL
-from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
-from safetensors import SafetensorError
+from diffusers import HunyuanDiT2DModel
 from torch import nn
 
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.checkpoints import load_model
-from skipdit.diffusion import Objective, make_scheduler, objective_of
+from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index, read_labels, read_scheduler
+from skipdit.checkpoints.runs import find_checkpoint, read_run_config
+from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
@@ -30,9 +28,11 @@ from skipdit.samplers import (
 )
 from skipdit.text import WIDTH
 from skipdit.training import resolve_device
+from skipdit.untrusted import printable
 
 TaskName = Literal["class-to-image", "class-to-video", "text-to-image", "text-to-video"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
+ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,6 +103,50 @@ BUNDLED = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """What a bare file's model predicts, and how it is told the time: it embeds time_scale * timestep + time_shift.
+    sign: of its prediction, over that of the objective."""
+
+    objective: Objective
+    time_scale: float = 1.0
+    time_shift: float = 0.0
+    sign: int = 1
+
+
+FLOW = Objective(process="flow", prediction_type="flow_prediction")
+CONVENTIONS: dict[str, Convention] = {
+    "epsilon": Convention(objective=Objective()),
+    "v_prediction": Convention(objective=Objective(prediction_type="v_prediction")),
+    "flow": Convention(objective=FLOW),  # ours and diffusers': noise - data, at 1000 times the share of noise
+    # SiT, transport/path.py: data - noise, at the share of data
+    "sit": Convention(objective=FLOW, time_scale=-1e-3, time_shift=1.0, sign=-1),
+    # REPA, loss.py: noise - data, at the share of noise
+    "repa": Convention(objective=FLOW, time_scale=1e-3),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BareOptions:
+    """What a file of weights does not tell; see `skipdit.load_model`. objective: what its model predicts; by default
+    epsilon where half of its output is the variance, as in the official DiT."""
+
+    num_attention_heads: int | None = None
+    num_classes: int | None = None
+    objective: ObjectiveName | None = None
+    drop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.objective not in (None, *CONVENTIONS):
+            raise ValueError(f"objective must be one of {', '.join(CONVENTIONS)}, got {self.objective!r}")
+
+    def refuse(self, model: str) -> None:
+        """`ValueError` naming what has no effect on a model that says all this itself."""
+        for option in dataclasses.fields(self):
+            if getattr(self, option.name) not in (None, ()):
+                raise ValueError(f"{option.name} is for a file of weights, but {printable(model)} says it itself")
+
+
 @dataclass(frozen=True)
 class Source:
     """A model to sample with, what is wanted of it where nothing is asked for, and the calibrated schedules that came
@@ -137,14 +181,17 @@ def load_source(
     scheduler: str | None = None,
     vae: Path | None = None,
     num_attention_heads: int | None = None,
+    num_classes: int | None = None,
+    objective: ObjectiveName | None = None,
+    drop: tuple[str, ...] = (),
     decodes: bool = True,
 ) -> Source:
     """A bundled model by name, or the folder of a pipeline, or one made around a checkpoint; on its device.
 
     task: by default that of the model; without a model, of which the bundled one is taken, class-to-image. scheduler:
-    see `skipdit.diffusion.make_scheduler`; by default the model's own. vae: folder of an AutoencoderKL, for models of
-    latents. num_attention_heads: where a checkpoint cannot tell. decodes: whether pictures are wanted, for which a
-    model of latents needs an autoencoder.
+    see `skipdit.diffusion.make_scheduler`; by default the model's own. vae: folder of an AutoencoderKL or of a pipeline
+    with one, for models of latents. num_attention_heads, num_classes, objective, drop: see `BareOptions`. decodes:
+    whether pictures are wanted, for which a model of latents needs an autoencoder.
 
     `FileNotFoundError` where there is no such model; `ValueError` where it is of another task, foreign or broken.
     """
@@ -152,7 +199,10 @@ def load_source(
         raise ValueError(f"task must be one of {', '.join(get_args(TaskName))}, got {task!r}")
     if model is None:
         model = next(name for name, bundled in BUNDLED.items() if bundled.task == (task or "class-to-image"))
-    source = _open(model, DTYPES[dtype], num_attention_heads)
+    bare = BareOptions(
+        num_attention_heads=num_attention_heads, num_classes=num_classes, objective=objective, drop=tuple(drop)
+    )
+    source = _open(model, DTYPES[dtype], bare)
     sampler = source.sampler
     if task is not None and sampler.task != task:
         raise ValueError(f"{model} is a {sampler.task} model, not {task}")
@@ -161,9 +211,7 @@ def load_source(
     if vae is not None:
         if sampler.task.startswith("text"):
             raise ValueError(f"--vae is for class-conditional models, got {vae} for a {sampler.task} model")
-        if not vae.is_dir():
-            raise FileNotFoundError(f"no folder of an AutoencoderKL at {vae}")
-        decoder = AutoencoderKL.from_pretrained(vae, use_safetensors=True, dtype=DTYPES[dtype])
+        decoder = read_autoencoder(vae, DTYPES[dtype])
         if decoder.config["latent_channels"] != num_channels:
             latents = decoder.config["latent_channels"]
             raise ValueError(f"{vae} decodes latents of {latents} channels, {model} makes {num_channels}")
@@ -171,38 +219,108 @@ def load_source(
     if decodes and pipeline.vae is None and num_channels != 3:
         raise ValueError(f"{model} works on latents of {num_channels} channels: give --vae FOLDER")
     if scheduler is not None:
-        learned = sampler.task.startswith("class") and learns_variance(pipeline.transformer)
-        objective = dataclasses.replace(objective_of(pipeline.scheduler), learned_variance=learned)
-        pipeline.scheduler = make_scheduler(objective, scheduler)
+        said = objective_of(pipeline.scheduler)
+        is_epsilon = sampler.task.startswith("class") and said.prediction_type == "epsilon"
+        learned = is_epsilon and learns_variance(pipeline.transformer)
+        pipeline.scheduler = make_scheduler(dataclasses.replace(said, learned_variance=learned), scheduler)
     pipeline.to(resolve_device(device))
     return source
 
 
 SCHEDULES = "schedules"  # folder in that of a pipeline
 DEFAULT_SCHEDULE = "1.8x"
+MAX_SCHEDULES = 100
 
 
-def _open(model: str, dtype: torch.dtype, num_attention_heads: int | None) -> Source:
+def _open(model: str, dtype: torch.dtype, bare: BareOptions) -> Source:
     path = Path(model)
     if model in BUNDLED:
+        bare.refuse(model)
         with as_file(files("skipdit") / "assets" / BUNDLED[model].folder) as folder:
             return Source(_from_folder(folder, dtype), BUNDLED[model].showcase, _read_schedules(folder))
-    if (path / "model_index.json").is_file():
-        return Source(_from_folder(path, dtype), (), _read_schedules(path))
+    for folder in (path, path / "pipeline"):  # the second of a finished run
+        if (folder / "model_index.json").is_file():
+            bare.refuse(model)
+            return Source(_from_folder(folder, dtype), (), _read_schedules(folder))
     if not path.exists():
-        raise FileNotFoundError(f"no model at {model}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint")
-    transformer: Any = load_model(path, num_attention_heads=num_attention_heads, dtype=dtype)
-    if not isinstance(transformer, (DiT, Latte)) or not learns_variance(transformer):
-        raise ValueError(f"{path} does not say what its model predicts: give the folder of its pipeline")
-    scheduler = make_scheduler(Objective(learned_variance=True), "ddim")
+        raise FileNotFoundError(
+            f"no model at {printable(model)}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint"
+        )
+    if path.is_dir() and (checkpoint := find_checkpoint(path)) is not None:
+        bare.refuse(model)
+        return Source(_from_run(checkpoint, dtype))
+    return Source(_from_file(path, dtype, bare))
+
+
+def _from_file(path: Path, dtype: torch.dtype, bare: BareOptions) -> Sampler:
+    """A checkpoint, or a folder of a transformer alone."""
+    transformer: Any = load_model(
+        path,
+        num_attention_heads=bare.num_attention_heads,
+        num_classes=bare.num_classes,
+        drop=bare.drop,
+        dtype=dtype,
+    )
+    name = bare.objective
+    if name is None and isinstance(transformer, (DiT, Latte)) and learns_variance(transformer):
+        name = "epsilon"
+    if name is None or not isinstance(transformer, (DiT, Latte)):
+        told = f": give objective, one of {', '.join(CONVENTIONS)}, or" if name is None else ": give"
+        raise ValueError(f"{printable(path)} does not say what its model predicts{told} the folder of its pipeline")
+    return pipeline_of(transformer, name)
+
+
+def pipeline_of(transformer: Any, name: ObjectiveName) -> Sampler:
+    """A pipeline around a model that predicts this; the model may change as `adopt` says."""
+    convention = CONVENTIONS[name]
+    adopt(transformer, convention)
+    learned = name == "epsilon" and learns_variance(transformer)
+    objective = dataclasses.replace(convention.objective, learned_variance=learned)
+    return _make_sampler(transformer, make_scheduler(objective, SCHEDULERS[objective.process][0]))
+
+
+@torch.no_grad()
+def adopt(model: Any, convention: Convention) -> None:
+    """Makes a model that was trained under a convention follow ours, in place; its numbers stay the same, up to their
+    sign. `ValueError` for a Latte, whose releases know only one."""
+    if convention.sign < 0:
+        model.final_layer.proj.weight.neg_()
+        model.final_layer.proj.bias.neg_()
+    if (convention.time_scale, convention.time_shift) == (1, 0):
+        return
+    if not isinstance(model, DiT):
+        raise ValueError(f"no {type(model).__name__} tells the time as SiT and REPA do: use objective flow")
+    model.time_scale, model.time_shift = convention.time_scale, convention.time_shift
+    model.register_to_config(time_scale=model.time_scale, time_shift=model.time_shift)
+
+
+def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
+    """The averaged weights of a checkpoint of `skipdit train`, with the objective of its run."""
+    fields = read_run_config(checkpoint).get("objective")
+    try:
+        said = Objective(**cast(Any, fields))
+        scheduler = make_scheduler(said, SCHEDULERS[said.process][0])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{printable(checkpoint)} does not say its run's objective: {printable(error)}") from error
+    return _make_sampler(load_model(checkpoint, dtype=dtype), scheduler)
+
+
+def _make_sampler(transformer: Any, scheduler: Any) -> Sampler:
+    if isinstance(transformer, DiT):
+        return ClassToImageSampler(ClassToImagePipeline(transformer, scheduler))
     if isinstance(transformer, Latte):
-        return Source(ClassToVideoSampler(ClassToVideoPipeline(transformer, scheduler)))
-    return Source(ClassToImageSampler(ClassToImagePipeline(transformer, scheduler)))
+        return ClassToVideoSampler(ClassToVideoPipeline(transformer, scheduler))
+    if isinstance(transformer, HunyuanDiT2DModel):
+        return text_to_image_sampler(transformer, scheduler)
+    return text_to_video_sampler(transformer, scheduler)
 
 
 def _read_schedules(folder: Path) -> dict[str, CacheMethod]:
     """By file name, the gentlest first."""
-    methods = {path.stem: parse_method(path) for path in (folder / SCHEDULES).glob("*.json")}
+    paths = sorted((folder / SCHEDULES).glob("*.json"))
+    if len(paths) > MAX_SCHEDULES:
+        raise ValueError(f"{printable(folder / SCHEDULES)} holds more than the {MAX_SCHEDULES} schedules that are read")
+    methods = {path.stem: parse_method(path) for path in paths}
     return dict(sorted(methods.items(), key=lambda item: -len(cast(Any, item[1].schedule).full_steps)))
 
 
@@ -215,55 +333,54 @@ def learns_variance(model: nn.Module) -> bool:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
-    """A saved pipeline; `ValueError` naming the folder where something in it is missing, foreign or broken.
-
-    `load_model` reads the transformer, since diffusers only warns of missing and unknown weights.
-    """
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        name = index["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'model_index.json'} is broken: {error!r}") from error
+    """A saved pipeline; `ValueError` naming the folder where something in it is missing, foreign or broken."""
+    index = read_index(folder)
+    name = index["_class_name"]
     if name not in _OPENERS:
-        raise ValueError(f"{folder} is a {name}, not one of {', '.join(_OPENERS)}")
-    transformer = load_model(folder, dtype=dtype)
-    disable_progress_bar()
+        raise ValueError(f"{printable(folder)} is a {printable(name)}, not one of {', '.join(_OPENERS)}")
     try:
-        return _OPENERS[name](folder, transformer, dtype, index)
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is not a whole {name}: {str(error).splitlines()[0]}") from error
-    finally:
-        enable_progress_bar()
+        return _OPENERS[name](folder, load_model(folder, dtype=dtype), dtype, index)
+    except OSError as error:
+        raise ValueError(f"{printable(folder)} is not a whole {name}: {printable(error)}") from error
 
 
-def _open_class_to_image(folder: Path, transformer: Any, dtype: torch.dtype, index: Any) -> Sampler:
-    return ClassToImageSampler(
-        ClassToImagePipeline.from_pretrained(folder, transformer=transformer, use_safetensors=True, dtype=dtype)
-    )
+def _scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
+    class_name = part_class(index, "scheduler", folder)
+    if class_name is None:
+        raise ValueError(f"{printable(folder)} is not a whole {index['_class_name']}: it has no scheduler")
+    return read_scheduler(folder, class_name)
 
 
-def _open_class_to_video(folder: Path, transformer: Any, dtype: torch.dtype, index: Any) -> Sampler:
-    return ClassToVideoSampler(
-        ClassToVideoPipeline.from_pretrained(folder, transformer=transformer, use_safetensors=True, dtype=dtype)
-    )
+def _open_class(
+    make: Callable[..., Any], sampler: Callable[[Any], Sampler], model_class: type[nn.Module]
+) -> Callable[..., Sampler]:
+    def open_class(folder: Path, transformer: Any, dtype: torch.dtype, index: Any) -> Sampler:
+        if not isinstance(transformer, model_class):
+            raise ValueError(f"{printable(folder)} is not a whole {index['_class_name']}: its transformer is another's")
+        has_vae = part_class(index, "vae", folder) is not None
+        vae = read_autoencoder(folder / "vae", dtype) if has_vae else None
+        labels = read_labels(index, cast(Any, transformer).config.num_classes, folder)
+        return sampler(make(transformer, _scheduler(folder, index), vae, labels))
+
+    return open_class
 
 
 def _open_text(make: Callable[[Any, Any], Sampler], width_option: str) -> Callable[..., Sampler]:
     def open_text(folder: Path, transformer: Any, dtype: torch.dtype, index: Any) -> Sampler:
-        if index.get("text_encoder", [None])[0] is not None or transformer.config[width_option] != WIDTH:
+        has_encoder = part_class(index, "text_encoder", folder) is not None
+        if has_encoder or transformer.config.get(width_option) != WIDTH:
             raise ValueError(
-                f"{folder} has a text encoder of its own: load it with diffusers' {index['_class_name']}, then call "
-                "skipdit.enable_cache(pipeline, 'N2')"
+                f"{printable(folder)} has a text encoder of its own: load it with diffusers' {index['_class_name']}, "
+                "then call skipdit.enable_cache(pipeline, 'N2')"
             )
-        scheduler_class = getattr(diffusers, index["scheduler"][1])
-        return make(transformer, scheduler_class.from_pretrained(folder, subfolder="scheduler"))
+        return make(transformer, _scheduler(folder, index))
 
     return open_text
 
 
 _OPENERS: dict[str, Callable[..., Sampler]] = {
-    "ClassToImagePipeline": _open_class_to_image,
-    "ClassToVideoPipeline": _open_class_to_video,
+    "ClassToImagePipeline": _open_class(ClassToImagePipeline, ClassToImageSampler, DiT),
+    "ClassToVideoPipeline": _open_class(ClassToVideoPipeline, ClassToVideoSampler, Latte),
     "HunyuanDiTPipeline": _open_text(text_to_image_sampler, "cross_attention_dim_t5"),
     "LattePipeline": _open_text(text_to_video_sampler, "caption_channels"),
 }

@@ -26,6 +26,17 @@ from skipdit.models.latte import Latte
 _run_numbers = itertools.count()
 
 
+def unscale_latents(latents: Tensor, config: Any) -> Tensor:
+    """Latents (b c h w) as an autoencoder of this config makes them, from those that transformers are trained on."""
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if std is not None:
+        latents = latents * latents.new_tensor(std).view(1, -1, 1, 1)
+    latents = latents / config.scaling_factor
+    if mean is not None:
+        latents = latents + latents.new_tensor(mean).view(1, -1, 1, 1)
+    return latents + (config.get("shift_factor") or 0.0)
+
+
 class ClassPipeline(DiffusionPipeline):
     """What both pipelines share: names of classes, the denoising loop, decoding. Abstract.
 
@@ -138,8 +149,14 @@ class ClassPipeline(DiffusionPipeline):
     def _decode(self, latents: Tensor) -> Tensor:
         """Pictures (b c h w) in [-1, 1], where the transformer made latents of them."""
         if self.vae is None:
-            return latents.float()
-        return self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+            return keep_broken(latents.float())
+        pictures = self.vae.decode(unscale_latents(latents.to(self.vae.dtype), self.vae.config)).sample.float()
+        return keep_broken(pictures)
+
+
+def keep_broken(pixels: Tensor) -> Tensor:
+    """Return NaN for infinite pixels, which clamping to [0, 1] would make look like good ones."""
+    return torch.where(pixels.isfinite(), pixels, torch.nan)
 
 
 class ClassToImagePipeline(ClassPipeline):

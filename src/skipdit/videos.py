@@ -1,34 +1,25 @@
 """Clips as files and as pictures: read and write video, GIF and WebP, frame grids, runs side by side."""
 
 import importlib
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from fractions import Fraction
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from skipdit.files import atomic_file
+from skipdit.picture_files import on_white, open_picture, reason_of
 from skipdit.pictures import MARGIN, labelled_grid
+from skipdit.untrusted import open_regular, printable_path
+from skipdit.video_files import VIDEO_SUFFIXES, timed_frames
 
-ANIMATION_SUFFIXES = {".gif", ".webp"}
-VIDEO_SUFFIXES = {".avi", ".mkv", ".mov", ".mp4", ".webm"} | ANIMATION_SUFFIXES
-UNREADABLE = (
-    UnidentifiedImageError,
-    OSError,
-    SyntaxError,
-    IndexError,
-    TypeError,
-    ValueError,
-    struct.error,
-    Image.DecompressionBombError,
-)
 ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50
 BT601 = (6, 1)  # ITU-T H.273: MatrixCoefficients, and limited range as AVCOL_RANGE_MPEG
@@ -40,88 +31,105 @@ class UnreadableVideo(ValueError):
 
 
 def read_video(
-    path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0
+    path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
 ) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """Every `frame_interval`-th frame of a file (.mp4 .webm .mkv .mov .avi .gif .webp), from frame `start` on.
+    """Every `frame_interval`-th frame of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...), from frame `start` on.
 
-    `UnreadableVideo` (a `ValueError`) where the file is broken or too short.
+    fps: the frames of the file are first taken at so many per second, by the time at which they show; None takes each
+    frame once, however long it shows. `UnreadableVideo` (a `ValueError`) where the file is broken or too short.
     """
     path = Path(path)
     if path.suffix.lower() not in VIDEO_SUFFIXES:
-        raise ValueError(f"{path} is no video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise UnreadableVideo(f"cannot read the video {path}: {error}") from error
-    with stream:
-        return decode_video(stream, str(path), num_frames, frame_interval, start)
+        raise ValueError(f"{printable_path(path)} is no video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
+    return _stack(frames_of_file(path, num_frames, frame_interval, start, fps), printable_path(path))
 
 
 def decode_video(
-    stream: BinaryIO, name: str, num_frames: int, frame_interval: int = 1, start: int = 0
+    stream: BinaryIO,
+    name: str,
+    num_frames: int,
+    frame_interval: int = 1,
+    start: int = 0,
+    fps: float | None = None,
 ) -> UInt8[np.ndarray, "num_frames height width 3"]:
     """As `read_video`, of an open file or bytes; its content says what it is. name: what an error calls it."""
+    return _stack(frames_of(stream, name, num_frames, frame_interval, start, fps), name)
+
+
+def frames_of_file(
+    path: Path, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """Yield what `read_video` stacks, one frame after the other."""
+    try:
+        stream = open_regular(path)
+    except (OSError, ValueError) as error:
+        raise UnreadableVideo(f"cannot read the video {printable_path(path)}: {reason_of(error)}") from error
+    with stream:
+        yield from frames_of(stream, printable_path(path), num_frames, frame_interval, start, fps)
+
+
+def frames_of(
+    stream: BinaryIO,
+    name: str,
+    num_frames: int,
+    frame_interval: int = 1,
+    start: int = 0,
+    fps: float | None = None,
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """Yield what `decode_video` stacks, one frame after the other."""
+    wanted = _wanted(num_frames, frame_interval, start)
+    # a quarter of a frame late, as many files round their times to 1 or 10 ms
+    times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in wanted]
+    found = 0
+    try:
+        with closing(timed_frames(stream, by_index=fps is None)) as frames:
+            for frame in frames:
+                while found < num_frames and times[found] < frame.end:
+                    yield frame.pixels()
+                    found += 1
+                if found == num_frames:
+                    return
+    except Exception as error:  # decoders of damaged files raise of every kind
+        raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
+    raise _too_short(name, wanted, found)
+
+
+def frames_of_folder(
+    paths: Sequence[Path], name: str, num_frames: int, frame_interval: int = 1
+) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
+    """Yield every `frame_interval`-th of a clip's pictures. `UnreadableVideo` where one is broken or missing."""
+    wanted = _wanted(num_frames, frame_interval, 0)
+    for found, index in enumerate(wanted):
+        if index >= len(paths):
+            raise _too_short(name, wanted, found)
+        try:
+            picture = on_white(open_picture(paths[index], printable_path(paths[index])))
+        except ValueError as error:
+            raise UnreadableVideo(str(error)) from error
+        yield np.asarray(picture)
+
+
+def _wanted(num_frames: int, frame_interval: int, start: int) -> range:
     if num_frames < 1 or frame_interval < 1 or start < 0:
         raise ValueError(
             f"num_frames and frame_interval must be at least 1 and start at least 0, "
             f"got {num_frames}, {frame_interval} and {start}"
         )
-    wanted = range(start, start + num_frames * frame_interval, frame_interval)
-    head = stream.read(12)
-    stream.seek(0)
-    is_animation = head[:4] == b"GIF8" or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
-    try:
-        frames = _decode_animation(stream, wanted) if is_animation else _decode_container(stream, wanted)
-        if len(frames) == num_frames:
-            return np.stack(frames)
-    except UNREADABLE as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise UnreadableVideo(f"cannot read the video {name}: {reason[0]}") from error
-    raise UnreadableVideo(
-        f"the video {name} is too short: frame {wanted[len(frames)]} is wanted "
-        f"({num_frames} frames, interval {frame_interval}, start {start})"
+    return range(start, start + num_frames * frame_interval, frame_interval)
+
+
+def _too_short(name: str, wanted: range, found: int) -> UnreadableVideo:
+    return UnreadableVideo(
+        f"the video {name} is too short: frame {wanted[found]} is wanted "
+        f"({len(wanted)} frames, interval {wanted.step}, start {wanted.start})"
     )
 
 
-def _decode_animation(stream: BinaryIO, wanted: range) -> list[np.ndarray]:
-    """Those of the wanted frames that the animation has, on white."""
-    frames = []
-    with Image.open(stream) as picture:
-        for index in range(wanted[-1] + 1):
-            try:
-                picture.seek(index)
-            except EOFError:
-                break
-            if index in wanted:
-                frames.append(np.array(_on_white(picture)))
-    return frames
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode != "RGB":
-        layer = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return picture
-
-
-def _decode_container(stream: BinaryIO, wanted: range) -> list[np.ndarray]:
-    """Those of the wanted frames that the first video stream has, turned as it says. `ValueError` where broken."""
-    av: Any = importlib.import_module("av")
-    frames = []
-    try:
-        with av.open(stream) as container:
-            if not container.streams.video:
-                raise ValueError("it holds no video stream")
-            for index, frame in zip(count(), container.decode(container.streams.video[0])):
-                if frame.is_corrupt:
-                    raise ValueError(f"frame {index} is corrupt")
-                if index in wanted:
-                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
-                if len(frames) == len(wanted):
-                    break
-    except av.FFmpegError as error:
-        raise ValueError(error.strerror or str(error)) from error
-    return frames
+def _stack(frames: Iterator[np.ndarray], name: str) -> UInt8[np.ndarray, "num_frames height width 3"]:
+    found = list(frames)
+    if len({frame.shape for frame in found}) > 1:
+        raise UnreadableVideo(f"cannot read the video {name}: its frames differ in size")
+    return np.stack(found)
 
 
 def to_frames(

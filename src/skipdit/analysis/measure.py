@@ -22,6 +22,7 @@ from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms,
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import parts_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
+from skipdit.options import check_numbers
 from skipdit.pipelines import ClassToImagePipeline
 
 
@@ -50,6 +51,7 @@ class AnalyzeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name, least in (
             ("num_pictures", 1),
             ("steps", 3),
@@ -163,6 +165,8 @@ def measure(
     timesteps, similarity, pairs = similarity_over_steps(first_order, settings)
     advance()
     full = sample_run(first_order, settings)
+    if not full.latents.isfinite().all():
+        raise ValueError("the model samples latents that are not finite: nothing can be measured on their way")
     advance()
     num_steps = len(full.timesteps)
 

@@ -1,36 +1,51 @@
 """The stability report: figures, and a page that says in plain words what they show."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
-from skipdit.analysis.sections import SECTIONS, Models, Section, geometric_mean, holds, norms_of
+from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, geometric_mean, holds, norms_of
 from skipdit.analysis.weights import TrainingLog
-from skipdit.files import atomic_file
+from skipdit.files import OutputFolder, to_json
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.plots import check_plots_installed, save_html, save_png
+from skipdit.plots import check_plots_installed, render_html, save_png
+from skipdit.untrusted import printable
+
+FILES = ("report.md", "report.html", "report.json", "arrays.npz")
+
+
+def claim(out: OutputFolder, config: AnalyzeConfig, num_models: int) -> None:
+    """Raise, before a model is loaded, where a plots' library is missing or a file of somebody else is in the way."""
+    check_plots_installed()
+    out.claim((*FILES, *(f"{name}.png" for name in figure_names(config, num_models))))
+
+
+def check_weights(name: str, pipeline: ClassToImagePipeline) -> None:
+    """Raise `ValueError` where a weight is not finite: of such a model nothing can be measured."""
+    for key, weight in pipeline.transformer.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"the weights of {printable(name)} are not finite: {printable(key)}")
 
 
 def analyze(
     pipelines: Mapping[str, ClassToImagePipeline],
     config: AnalyzeConfig,
-    out: Path,
+    out: OutputFolder,
     logs: Mapping[str, TrainingLog] | None = None,
 ) -> Models:
-    """Measures one model or several and writes `report.md`, `report.html`, `report.json`, `arrays.npz` and a PNG a
-    figure into `out`. pipelines: by the name that the report calls them.
+    """Measure one model or several and write `report.md`, `report.html`, `report.json`, `arrays.npz` and a PNG a
+    figure into `out`. pipelines: by the name that the report calls them. Figures of an earlier report go.
 
-    `ValueError` where a label is none of a model's, or the plotting libraries are missing; before anything is measured.
+    `ValueError` where a label is none of a model's, its weights or what it makes of them are not finite, or the
+    plotting libraries are missing; `FileExistsError` where files of somebody else are in the way.
     """
-    check_plots_installed()
-    for pipeline in pipelines.values():
+    claim(out, config, len(pipelines))
+    for name, pipeline in pipelines.items():
+        check_weights(name, pipeline)
         config.settings(pipeline)
     total = sum(num_parts(config, len(pipeline.transformer.blocks)) for pipeline in pipelines.values())
     columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -45,8 +60,8 @@ def analyze(
     return models
 
 
-def write_report(models: Models, config: AnalyzeConfig, out: Path) -> None:
-    """Everything that `analyze` writes, from what was measured."""
+def write_report(models: Models, config: AnalyzeConfig, out: OutputFolder) -> None:
+    """Write everything that `analyze` writes, from what was measured."""
     sections = [section for make in SECTIONS if (section := make(models, config)) is not None]
     for section in sections:
         for figure in section.figures:
@@ -54,22 +69,18 @@ def write_report(models: Models, config: AnalyzeConfig, out: Path) -> None:
     arrays = {
         f"{model}/{name}": array for model, measured in models.items() for name, array in measured.arrays().items()
     }
-    with atomic_file(out / "arrays.npz") as draft, draft.open("wb") as file:
+    with out.file("arrays.npz") as draft, draft.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    with atomic_file(out / "report.json") as draft:
-        facts = {name: summarise(measured) for name, measured in models.items()}
-        draft.write_text(json.dumps({"config": asdict(config), "models": facts}, indent=1) + "\n", encoding="utf-8")
-    save_html(
-        f"Stability of {' and '.join(models)}",
-        [
-            (section.heading, f"{section.about} {section.seen}", figure)
-            for section in sections
-            for figure in section.figures
-        ],
-        out / "report.html",
-    )
-    with atomic_file(out / "report.md") as draft:
-        draft.write_text(render_markdown(models, config, sections), encoding="utf-8")
+    facts = {name: summarise(measured) for name, measured in models.items()}
+    out.write_text("report.json", to_json({"config": config, "models": facts}))
+    told = [
+        (section.heading, f"{section.about} {section.seen}", figure)
+        for section in sections
+        for figure in section.figures
+    ]
+    out.write_text("report.html", render_html(f"Stability of {' and '.join(models)}", told))
+    out.write_text("report.md", render_markdown(models, config, sections))
+    out.remove_earlier()
 
 
 def summarise(measured: Measured) -> dict[str, Any]:
@@ -137,6 +148,8 @@ def cached_cell(measured: Measured, method: str) -> str:
     if growth is None:
         return "-"
     error = growth.measured[-1].item()
+    if not math.isfinite(error):
+        return "not finite"
     decibel = f"{-20 * math.log10(error):.1f} dB" if error > 0 else "equal"
     return f"{decibel} ({growth.compute_ratio:.2f}x)"
 

@@ -14,6 +14,24 @@ from skipdit.plots import Heatmaps, Lines, Plot, Surfaces
 Models = Mapping[str, Measured]
 
 
+NUMBERED = ("error_growth", "long_skip_norms", "long_skip_spectra", "layer_norms", "gradient_norms")  # one per model
+SHARED = (
+    "similarity_last_unit",
+    "similarity",
+    "cached_similarity",
+    "jacobian_model",
+    "jacobian_units",
+    "jacobian_bounds",
+    "training_loss",
+)
+
+
+def figure_names(config: AnalyzeConfig, num_models: int) -> list[str]:
+    """Return the names of all figures that a report on so many models can have."""
+    surfaces = [f"surface_{moved}_{at}" for moved in ("weights", "inputs") for at in config.surface_timesteps]
+    return [*SHARED, *surfaces, *(f"{name}_{index + 1}" for name in NUMBERED for index in range(num_models))]
+
+
 @dataclass(frozen=True)
 class Section:
     """heading; about: what is drawn and how it was measured; seen: what these models show; figures."""

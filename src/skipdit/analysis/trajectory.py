@@ -1,9 +1,11 @@
 """Features and errors along a denoising run: how they change over its steps, and what a cache adds."""
 
 import copy
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,8 @@ class RunSettings:
 @dataclass(frozen=True)
 class Run:
     """timesteps (steps,). latents (steps + 1, batch, ...): before each step and at the end, in float32. features: for
-    each step the output (batch tokens dim) of the last unit. compute_ratio: units of full steps over units run."""
+    each step the output (batch tokens dim) of the last unit, or what a cache gives in its place. compute_ratio: units
+    of full steps over units run."""
 
     timesteps: Tensor
     latents: Tensor
@@ -46,14 +49,21 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: CacheMethod | None = None) -> Run:
     """Samples once, with a cache or without, and keeps what the analysis reads."""
-    model, batch = pipeline.transformer, len(settings.labels)
-    last = f"blocks.{len(model.blocks) - 1}"
+    model = pipeline.transformer
+    head = "final_layer"
+    before: list[Tensor] = []
+    features: list[Tensor] = []
+
+    def see(sample: Tensor) -> None:
+        before.append(sample)
+        features.append(seen[head][-1])  # within a step a cache may leave units out, or call the model twice
+
     if method is not None:
         enable_cache(pipeline, method)
     try:
         with (
-            record_inputs(model, ["patch_embed"], lambda given: given[0][:batch].detach().float()) as entered,
-            record_outputs(model, [last], lambda output: output.detach().float()) as left,
+            record_inputs(model, [head], lambda given: given[0].detach().float()) as seen,
+            before_steps(pipeline.scheduler, see),
         ):
             final = pipeline(
                 list(settings.labels),
@@ -66,8 +76,25 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
     finally:
         if method is not None:
             disable_cache(pipeline)
-    latents = torch.stack([*entered["patch_embed"], final.float()])
-    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(left[last]), ratio)
+    latents = torch.stack([*before, final.float()])
+    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(features), ratio)
+
+
+@contextmanager
+def before_steps(scheduler: Any, see: Callable[[Tensor], object]) -> Iterator[None]:
+    """Inside, `see` is given the latents before each step of the scheduler."""
+    step = scheduler.step
+
+    @wraps(step)  # pipelines read the signature
+    def watched(output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
+        see(sample)
+        return step(output, timestep, sample, **options)
+
+    scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,16 @@
 """Singular values of a model's projections, and gradient norms read from a training log."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from skipdit.models.dit import DiT
+from skipdit.untrusted import parse_json, printable, read_bytes
 
+MAX_LOG_BYTES = 2**29
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "modulation")
 
 
@@ -60,16 +62,33 @@ class TrainingLog:
 
     @classmethod
     def read(cls, path: Path) -> "TrainingLog":
-        """`ValueError` where the file is not a log of `skipdit train`."""
+        """Of a file that `skipdit train` writes, or was writing: a cut last line is left out.
+
+        `ValueError` where it is something else, or holds no step.
+        """
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            *lines, last = read_bytes(path, MAX_LOG_BYTES).split(b"\n")
+            steps = [parse_json(line, LoggedStep, f"line {number}") for number, line in enumerate(lines, start=1)]
+            try:
+                steps += [parse_json(last, LoggedStep, f"line {len(lines) + 1}")] if last.strip() else []
+            except ValueError:
+                if not steps:
+                    raise
+            if not steps:
+                raise ValueError("it holds no step")
             return cls(
-                torch.tensor([line["step"] for line in lines]),
-                torch.tensor([line["loss"] for line in lines], dtype=torch.float64),
-                torch.tensor([line.get("unit_gradient_norms", []) for line in lines], dtype=torch.float64),
+                torch.tensor([step["step"] for step in steps]),
+                torch.tensor([step["loss"] for step in steps], dtype=torch.float64),
+                torch.tensor([step.get("unit_gradient_norms", []) for step in steps], dtype=torch.float64),
             )
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a log of skipdit train ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{printable(path)} is not a log of skipdit train ({error})") from error
+
+
+class LoggedStep(TypedDict):
+    step: int
+    loss: float
+    unit_gradient_norms: NotRequired[list[float]]
 
 
 def find_training_log(model: str) -> Path | None:

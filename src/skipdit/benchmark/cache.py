@@ -5,14 +5,12 @@ to batch, and a speedup is the median of the ratios within a batch: machines dri
 """
 
 import itertools
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import wraps
 from pathlib import Path
-from statistics import mean
 from typing import Any, get_args
 
 import numpy as np
@@ -23,39 +21,35 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.benchmark.cache_methods import (
     METHODS,
-    Counts,
     Rivals,
     Runnable,
     no_rivals,
     schedules_in,
     spec_cache,
 )
-from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, Spread, write_cache_report
+from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
+from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Run, Tally
 from skipdit.benchmark.measure import (
     SYNCHRONIZE,
     Device,
-    check_choice,
     check_device,
-    check_positive,
+    claim_report,
     describe_environment,
     progress_bar,
     threads,
 )
 from skipdit.diffusion import make_scheduler, objective_of
-from skipdit.files import atomic_file
+from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
-from skipdit.metrics.paired import psnr_db, ssim
+from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.perceptual import (
-    FeatureNetwork,
     check_metrics_installed,
     load_feature_network,
-    perceptual_distance,
 )
+from skipdit.options import check_choice, check_numbers, check_positive
 from skipdit.plots import check_plots_installed
-from skipdit.samplers import Sampler
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
-MAX_PSNR_DB = 100.0  # a picture that is nearer than this, or equal, counts so in a mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +80,7 @@ class CacheBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_positive(self, "num_seeds", "batch_size", "num_threads")
         check_choice("device", (self.device,), get_args(Device))
         if not 2 <= self.num_steps <= 1000:
@@ -102,24 +97,6 @@ class CacheBenchConfig:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What takes part
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A row to be. scheduler: by name, `None` for that of the pipeline."""
-
-    method: str
-    setting: str
-    group: Group
-    sampler: Sampler
-    num_steps: int
-    scheduler: str | None = None
-    cache: Runnable | None = None
-
-    @property
-    def baseline(self) -> tuple[int, str | None]:
-        """The key of the run with all steps and without a cache that belongs to it."""
-        return id(self.sampler), self.scheduler
 
 
 def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnable]) -> tuple[list[Plan], list[Plan]]:
@@ -178,15 +155,6 @@ def make_batches(config: CacheBenchConfig, source: Source) -> list[Batch]:
 # One run
 
 
-@dataclass(frozen=True)
-class Run:
-    """Pictures or frames (n c h w) in [0, 1] on the CPU, the seconds they took, and what the cache did."""
-
-    frames: Tensor
-    seconds: float
-    counts: Counts | None
-
-
 @contextmanager
 def made_ready(plan: Plan) -> Iterator[None]:
     """Inside, the plan's scheduler and cache are on."""
@@ -230,26 +198,6 @@ def run(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Run:
 # FLOPs
 
 
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs of a run of one sample, the steps that it counted, and what one more of each kind adds: full, reuse.
-
-    tells_reuse: whether the run had both kinds apart.
-    """
-
-    flops: int
-    steps: tuple[int, int]
-    slopes: tuple[float, float]
-    tells_reuse: bool
-
-    def at(self, full: float, reused: float) -> float | None:
-        """FLOPs with other numbers of steps, as an adaptive cache decides otherwise in another batch; `None` where
-        that cannot be told."""
-        if reused != self.steps[1] and not self.tells_reuse:
-            return None
-        return self.flops + (full - self.steps[0]) * self.slopes[0] + (reused - self.steps[1]) * self.slopes[1]
-
-
 def count_flops(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
     """Of a run of the first sample; a multiply-add counts two. In unfused attention, as the counter misses a CPU's
     fused one. Each step is counted by itself, where the scheduler makes it."""
@@ -290,113 +238,6 @@ def watched(scheduler: Any, mark: Callable[[], None]) -> Iterator[None]:
 # All runs
 
 
-TENSORS = ("psnr", "similarity", "distance", "own_psnr")
-
-
-@dataclass
-class Tally:
-    """What is known of a plan, batch by batch. refused: why it cannot be."""
-
-    cost: Cost | None = None
-    speedups: list[float] = field(default_factory=list)
-    counts: list[Counts] = field(default_factory=list)
-    psnr: list[Tensor] = field(default_factory=list)
-    similarity: list[Tensor] = field(default_factory=list)
-    distance: list[Tensor] = field(default_factory=list)
-    own_psnr: list[Tensor] = field(default_factory=list)
-    refused: str | None = None
-
-    def to_fields(self) -> dict[str, Any]:
-        """As JSON, without the cost, which is soon counted again."""
-        tensors = {name: [part.tolist() for part in getattr(self, name)] for name in TENSORS}
-        counts = [asdict(each) for each in self.counts]
-        return tensors | {"speedups": self.speedups, "counts": counts, "refused": self.refused}
-
-    @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> "Tally":
-        kept: dict[str, Any] = {name: [torch.tensor(part) for part in fields[name]] for name in TENSORS}
-        kept["counts"] = [Counts(**each) for each in fields["counts"]]
-        return cls(speedups=fields["speedups"], refused=fields["refused"], **kept)
-
-    def add(self, made: Run, reference: Run, own: Run | None, network: FeatureNetwork | None) -> None:
-        """own: the run with all steps of the same second-order sampler."""
-        self.speedups.append(reference.seconds / made.seconds)
-        self.psnr.append(psnr_db(made.frames, reference.frames))
-        self.similarity.append(ssim(made.frames, reference.frames))
-        if network is not None:
-            self.distance.append(perceptual_distance(made.frames, reference.frames, network))
-        if own is not None:
-            self.own_psnr.append(psnr_db(made.frames, own.frames))
-        if made.counts is not None:
-            self.counts.append(made.counts)
-
-    def row(self, plan: Plan, own: Cost, reference: Cost) -> Row:
-        """own, reference: what the plan's sampler costs uncached, and the one that it is compared with."""
-        names = {"method": plan.method, "setting": plan.setting, "group": plan.group, "num_steps": plan.num_steps}
-        if self.refused is not None:
-            return Row(**names, refused=self.refused)
-        steps, flops, held = (plan.num_steps, 0.0), own.at(plan.num_steps, 0), None
-        if plan.cache is not None:
-            assert self.cost is not None, f"{plan.setting} was not counted"
-            steps, flops = None, float(self.cost.flops)
-        if self.counts:
-            steps = (mean(c.steps_full for c in self.counts), mean(c.steps_reused for c in self.counts))
-            flops = self.cost and self.cost.at(*steps)
-            held = max((c.bytes_held for c in self.counts if c.bytes_held is not None), default=None)
-        return Row(
-            **names,
-            steps_full=steps and steps[0],
-            steps_reused=steps and steps[1],
-            bytes_held=held,
-            speedups=tuple(self.speedups),
-            flop_ratio=flops and reference.flops / flops,
-            psnr_db=psnr_spread(self.psnr),
-            own_psnr_db=psnr_spread(self.own_psnr),
-            ssim=spread(self.similarity),
-            perceptual=spread(self.distance),
-        )
-
-
-def spread(parts: Sequence[Tensor]) -> Spread | None:
-    if not parts:
-        return None
-    values = torch.cat(list(parts)).double()
-    return Spread(values.mean().item(), values.std(correction=0).item())
-
-
-def psnr_spread(parts: Sequence[Tensor]) -> Spread | None:
-    """`None` also where all pictures are equal to the bit."""
-    if all(part.isinf().all() for part in parts):
-        return None
-    return spread([part.clamp(max=MAX_PSNR_DB) for part in parts])
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What an unfinished benchmark has measured, in a file, a batch at a time. of: the run that it belongs to."""
-
-    path: Path
-    of: Mapping[str, Any]
-
-    def load(self, num_baselines: int) -> tuple[int, list[Tally], list[Tally]] | None:
-        """How many batches are done, and the tallies of baselines and plans; `None` at the start. `ValueError` where
-        the file belongs to another run."""
-        if not self.path.is_file():
-            return None
-        fields = json.loads(self.path.read_text(encoding="utf-8"))
-        if fields["of"] != json.loads(json.dumps(self.of)):
-            raise ValueError(
-                f"{self.path} is of a run with other settings or on another machine: remove it, or choose another --out"
-            )
-        tallies = [Tally.from_fields(each) for each in fields["tallies"]]
-        return fields["batches"], tallies[:num_baselines], tallies[num_baselines:]
-
-    def save(self, batches: int, tallies: Sequence[Tally]) -> None:
-        fields = {"of": self.of, "batches": batches, "tallies": [each.to_fields() for each in tallies]}
-        with atomic_file(self.path) as draft:
-            draft.write_text(json.dumps(fields), encoding="utf-8")
-
-
 def measure(
     config: CacheBenchConfig,
     baselines: Sequence[Plan],
@@ -406,7 +247,7 @@ def measure(
 ) -> list[Row]:
     """Runs every plan on every batch; a plan that the model refuses is a row that says why. draft: keeps what is
     measured after each batch, and is gone on from."""
-    begun = draft and draft.load(len(baselines))
+    begun = draft and draft.load(len(baselines), len(plans))
     network = load_feature_network() if config.perceptual else None
     for plan in baselines:
         plan.sampler.pipeline.set_progress_bar_config(disable=True)
@@ -463,27 +304,34 @@ def refusals(plan: Plan, tally: Tally) -> Iterator[None]:
 # The report
 
 
-def bench_caches(config: CacheBenchConfig, out: Path, rivals: Rivals = no_rivals) -> None:
-    """Writes `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
-    that was interrupted goes on behind the last whole batch, from `cache_quality.draft.json` there.
+def bench_caches(config: CacheBenchConfig, out: OutputFolder, rivals: Rivals = no_rivals) -> None:
+    """Write `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
+    that was interrupted goes on after the last whole batch, from `cache_quality.draft.json` there.
 
     rivals: makes caches of other libraries for the loaded model. `ValueError` where an optional package is missing, or
     the model or what is wanted of it is not to be had; a cache that the model refuses is a row with the reason.
     """
     check_device(config.device)
-    check_plots_installed()
+    check_plots_installed("matplotlib")
     if config.perceptual:
         check_metrics_installed()
+    name = report_name(config.model)
+    draft_name = f"{name}.draft.json"
+    claim_report(out, name, f"{name}.png", draft_name)
     with threads(config.num_threads):
         environment = describe_environment(config.device, config.seed)
         source = load_source(config.model, device=config.device)
+        check_ssim_size(source.sampler.picture_size)
         batches = make_batches(config, source)
-        settings = asdict(config) | {"schedules": config.schedules and str(config.schedules)}
         machine = {key: text for key, text in environment.items() if key not in ("command", "date")}
-        draft = Draft(out / f"{report_name(config.model)}.draft.json", of=machine | settings)
-        rows = measure(config, *make_plans(config, source, rivals(source)), batches, draft)
-    write_cache_report(out, report_name(config.model), environment=environment, settings=settings, rows=rows)
-    draft.path.unlink()
+        draft = Draft(out, draft_name, of=machine | asdict(config))
+        try:
+            rows = measure(config, *make_plans(config, source, rivals(source)), batches, draft)
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(f"the same command goes on after the last whole batch, from {draft_name}")
+            raise
+    write_cache_report(out, name, environment=environment, settings=asdict(config), rows=rows)
+    out.remove(draft_name)
 
 
 def report_name(model: str) -> str:

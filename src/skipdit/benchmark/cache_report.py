@@ -1,16 +1,16 @@
 """The rows of the benchmark of caches, what they say at equal speedup, and how they are written and drawn."""
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from skipdit.benchmark.measure import header, table, write_report
+from skipdit.files import OutputFolder
+from skipdit.metrics.paired import PairedScore
 from skipdit.plots import Tradeoffs, save_png
 
 Group = Literal["control", "fewer steps", "second order", "ours", "others", "others, calibrated"]
@@ -22,25 +22,14 @@ TARGET_DB = 6.0  # of the best of ours over each rival
 CALIBRATED = "the best other site under a calibrated schedule"  # what the schedule gives without long skips: no target
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Over the samples; of clips over all frames."""
-
-    mean: float
-    deviation: float
-
-    def text(self, digits: int) -> str:
-        return f"{self.mean:.{digits}f} ± {self.deviation:.{digits}f}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A run beside the uncached run of the same seeds.
 
     steps_full, steps_reused: mean over the batches, `None` where the cache does not count. bytes_held: the most, by the
     cache, for a whole batch. speedups: seconds of the uncached run over this one's, a batch each. flop_ratio: the same
-    in FLOPs. own_psnr_db: to the run with all steps of the same second-order sampler. PSNR is `None` where all pictures
-    are equal to the bit; everything where the model refused the cache, for the reason in `refused`.
+    in FLOPs. psnr: in dB; own_psnr: to the run with all steps of the same second-order sampler. Of clips over all
+    frames. All is `None` where the model refused the cache, for the reason in `refused`.
     """
 
     method: str
@@ -52,10 +41,10 @@ class Row:
     bytes_held: int | None = None
     speedups: tuple[float, ...] = ()
     flop_ratio: float | None = None
-    psnr_db: Spread | None = None
-    own_psnr_db: Spread | None = None
-    ssim: Spread | None = None
-    perceptual: Spread | None = None
+    psnr: PairedScore | None = None
+    own_psnr: PairedScore | None = None
+    ssim: PairedScore | None = None
+    perceptual: PairedScore | None = None
     refused: str | None = None
 
     @property
@@ -74,8 +63,8 @@ def points_of(rows: Sequence[Row], axis: Axis, *, own: bool = False) -> dict[str
     """Of each method the settings that were measured. own: PSNR to the second-order sampler's own run."""
     points: dict[str, list[Point]] = {}
     for row in rows:
-        ratio, psnr = getattr(row, axis), row.own_psnr_db if own else row.psnr_db
-        if ratio is not None and psnr is not None:
+        ratio, psnr = getattr(row, axis), row.own_psnr if own else row.psnr
+        if ratio is not None and psnr is not None and psnr.finite_mean is not None:
             points.setdefault(row.method, []).append((ratio, psnr.mean))
     return points
 
@@ -173,18 +162,20 @@ def verdict(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def write_cache_report(
-    out: Path, name: str, *, environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]
+    out: OutputFolder, name: str, *, environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]
 ) -> None:
-    """`{name}.md`, `.json` and `.png`; settings: of the config."""
+    """Write `{name}.md`, `.json` and `.png`; settings: of the config."""
     order = get_args(Group)
     rows = sorted(rows, key=lambda row: order.index(row.group))
     save_png(draw(name, rows, settings), out)
-    write_report(
-        out,
-        name,
-        json_text=render_json(environment, settings, rows),
-        markdown=render_markdown(name, environment, settings, rows),
-    )
+    report = {
+        "environment": environment,
+        "config": settings,
+        "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
+        "standings": [asdict(each) | {"gains_db": each.gains_db} for each in (standing(rows, axis) for axis in AXES)],
+        "verdict": list(verdict(rows)),
+    }
+    write_report(out, name, report, render_markdown(name, environment, settings, rows))
 
 
 def draw(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Tradeoffs:
@@ -204,18 +195,9 @@ def draw(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Tradeof
     )
 
 
-def render_json(environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    report = {
-        "environment": environment,
-        "config": settings,
-        "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
-        "standings": [asdict(each) | {"gains_db": each.gains_db} for each in (standing(rows, axis) for axis in AXES)],
-        "verdict": list(verdict(rows)),
-    }
-    return json.dumps(report, indent=1) + "\n"
-
-
-def render_markdown(name: str, environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def render_markdown(
+    name: str, environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]
+) -> list[str]:
     """Command and machine, all rows, what was refused, and in words who is ahead at equal speedup."""
     measured, refused = [r for r in rows if r.refused is None], [r for r in rows if r.refused is not None]
     parts = [
@@ -237,7 +219,7 @@ def render_markdown(name: str, environment: Mapping[str, str], settings: Mapping
         "Settings that another of the same method beats in both are not drawn.",
         f"![PSNR over speedup]({name}.png)",
     ]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def record(row: Row) -> dict[str, object]:
@@ -253,8 +235,8 @@ def record(row: Row) -> dict[str, object]:
         "min to max": f"{min(row.speedups):.2f} to {max(row.speedups):.2f}" if row.speedups else "",
         "FLOPs": "" if row.flop_ratio is None else f"{row.flop_ratio:.2f}",
         "MiB held": "" if row.bytes_held is None else f"{row.bytes_held / 2**20:.2f}",
-        "PSNR dB": "equal" if row.psnr_db is None else row.psnr_db.text(2),
+        "PSNR dB": "" if row.psnr is None else row.psnr.text(),
         "SSIM": "" if row.ssim is None else row.ssim.text(4),
         "LPIPS-like": "" if row.perceptual is None else row.perceptual.text(4),
-        "own PSNR dB": "" if row.own_psnr_db is None else row.own_psnr_db.text(2),
+        "own PSNR dB": "" if row.own_psnr is None else row.own_psnr.text(),
     }

@@ -1,14 +1,14 @@
 """The report of what `torch.compile` makes of caches: rows, tables, and in words what holds."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from skipdit.benchmark.measure import header, table, write_report
+from skipdit.files import OutputFolder
 
+COMPILE = "compile"  # what its files are called
 OVERHEAD = "reuse step over its bare units"
 TIMESTEP, CONDITIONING = "timestep embedding over a full step", "all conditioning over a full step"
 OVERHEAD_TARGET = 1.03  # seconds of a reuse step over those of the units that it runs
@@ -69,7 +69,7 @@ class StepRow:
 
 
 def write_compile_report(
-    out: Path,
+    out: OutputFolder,
     environment: Mapping[str, str],
     settings: Mapping[str, Any],
     graphs: Sequence[GraphRow],
@@ -78,29 +78,15 @@ def write_compile_report(
     no_compiler: str | None,
 ) -> None:
     """no_compiler: why nothing compiled was timed."""
-    write_report(
-        out,
-        "compile",
-        json_text=render_json(environment, settings, graphs, timings, steps),
-        markdown=render_markdown(environment, settings, graphs, timings, steps, no_compiler),
-    )
-
-
-def render_json(
-    environment: Mapping[str, str],
-    settings: Mapping[str, Any],
-    graphs: Sequence[GraphRow],
-    timings: Sequence[Timing],
-    steps: Sequence[StepRow],
-) -> str:
     report = {
         "environment": environment,
         "config": settings,
-        "graphs": [asdict(row) for row in graphs],
+        "graphs": graphs,
         "runs": [asdict(row) | {"speedup": row.speedup} for row in timings],
         "steps": [asdict(row) | {"ratio": row.ratio} for row in steps],
     }
-    return json.dumps(report, indent=1) + "\n"
+    markdown = render_markdown(environment, settings, graphs, timings, steps, no_compiler)
+    write_report(out, COMPILE, report, markdown)
 
 
 def render_markdown(
@@ -110,7 +96,7 @@ def render_markdown(
     timings: Sequence[Timing],
     steps: Sequence[StepRow],
     no_compiler: str | None,
-) -> str:
+) -> list[str]:
     parts = [
         *header(environment),
         "## Graphs",
@@ -155,7 +141,7 @@ def render_markdown(
     ]
     if no_compiler:
         parts.append(f"Nothing compiled was timed: {no_compiler}.")
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def graph_record(row: GraphRow) -> dict[str, object]:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch._dynamo.utils import counters
 
 from skipdit.benchmark import rivals
 from skipdit.benchmark.cache_methods import Counts, Runnable
-from skipdit.benchmark.compile_report import GraphRow, Timing, write_compile_report
+from skipdit.benchmark.compile_report import COMPILE, GraphRow, Timing, write_compile_report
 from skipdit.benchmark.measure import (
     Advance,
-    check_positive,
+    claim_report,
     compiled,
     describe_environment,
     progress_bar,
@@ -43,9 +42,11 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
+from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
+from skipdit.options import check_numbers, check_positive
 from skipdit.samplers import ClassToImageSampler, Sampler
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
@@ -120,6 +121,7 @@ class CompileBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_positive(self, "batch_size", "num_runs", "num_repetitions", "num_threads")
         if not 4 <= self.num_steps <= 1000:
             raise ValueError(f"num_steps must be 4 to 1000, got {self.num_steps}")
@@ -329,12 +331,13 @@ def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool)
 # The report
 
 
-def bench_compile(config: CompileBenchConfig, out: Path) -> None:
-    """Writes `compile.md` and `compile.json` into `out`. Without a C++ compiler nothing compiled is timed.
+def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
+    """Write `compile.md` and `compile.json` into `out`. Without a C++ compiler nothing compiled is timed.
 
     `ValueError` where the model is no class-to-image DiT with long skips; a cache that it refuses is a row with the
     reason.
     """
+    claim_report(out, COMPILE)
     with threads(config.num_threads):
         environment = describe_environment("cpu", config.seed)
         source = load_source(config.model, device="cpu", decodes=False)

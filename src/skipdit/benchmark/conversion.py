@@ -3,10 +3,9 @@
 Stage one trains fresh long skips alone, stage two everything (arXiv 2411.17616, as for text-to-video).
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -16,9 +15,8 @@ from torch import Tensor
 from skipdit.benchmark.measure import (
     Advance,
     Device,
-    check_choice,
     check_device,
-    check_positive,
+    claim_report,
     describe_environment,
     flops_of,
     header,
@@ -31,9 +29,10 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.state import CacheSummary
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
-from skipdit.files import atomic_file
-from skipdit.metrics.paired import psnr_db, ssim
+from skipdit.files import OutputFolder
+from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 from skipdit.models.long_skip import LongSkipConfig
+from skipdit.options import check_choice, check_numbers, check_positive
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.tasks import Items, ModelConfig, Trainee, make_task_scheduler, open_items
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
@@ -52,6 +51,7 @@ VANILLA, BEFORE, RESIDUAL, FIRST, SECOND, TRAINED_ON = (
 SHOWN = (VANILLA, BEFORE, FIRST, SECOND, TRAINED_ON)
 METHODS = ("", "delta:")  # the paper's cache, which needs long skips, and one that needs none
 FEWER = "fewer"
+PICTURE = "conversion.png"
 PICTURE_SCALE = 4
 LOSS_BATCH_SIZE = 128
 CHANCE_DB = 5.0  # by which cached runs of two trainings differ whose rounding alone does: benchmarks/stability_cpu.md
@@ -78,6 +78,7 @@ class ConversionBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_positive(self, "num_pictures", "num_samples", "num_shown", "num_threads")
         check_choice("device", (self.device,), get_args(Device))
         check_choice("intervals", self.intervals, range(2, self.num_steps + 1))
@@ -108,8 +109,7 @@ class ModelRow:
 class RunRow:
     """A cached or shorter run beside the full run of the same model from the same noise.
 
-    compute_ratio: as the units run promise. PSNR in dB and SSIM: mean over the pictures, and their standard deviation;
-    `None` where a picture is equal to the bit.
+    compute_ratio: as the units run promise. psnr: in dB.
     """
 
     model: str
@@ -117,10 +117,8 @@ class RunRow:
     num_steps: int
     steps_full: int
     compute_ratio: float
-    psnr_db: float | None
-    psnr_deviation: float | None
-    ssim: float
-    ssim_deviation: float
+    psnr: PairedScore
+    ssim: PairedScore
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,17 +258,8 @@ def sample_cached(
 
 def compare(model: str, run: str, pictures: Tensor, reference: Tensor, **counts: Any) -> RunRow:
     """A row of a run's pictures beside those of the full run. counts: how it was made."""
-    distances, similarities = psnr_db(pictures, reference), ssim(pictures, reference)
-    differs = bool(distances.isfinite().all())
-    return RunRow(
-        model=model,
-        run=run,
-        psnr_db=distances.mean().item() if differs else None,
-        psnr_deviation=distances.std(correction=0).item() if differs else None,
-        ssim=similarities.mean().item(),
-        ssim_deviation=similarities.std(correction=0).item(),
-        **counts,
-    )
+    scores = {"psnr": psnr_db(pictures, reference), "ssim": ssim(pictures, reference)}
+    return RunRow(model=model, run=run, **{name: PairedScore.of(each) for name, each in scores.items()}, **counts)
 
 
 def specs_of(task: Trainee, interval: int) -> list[str]:
@@ -319,9 +308,9 @@ def all_run_rows(
 
 
 def bench_conversion(
-    config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], runs: Path, out: Path
+    config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], runs: Path, out: OutputFolder
 ) -> tuple[list[ModelRow], list[RunRow]]:
-    """Trains what is missing of the four runs in `runs`, measures their models, and writes `conversion_{device}.json`,
+    """Train what is missing of the four runs in `runs`, measure their models, and write `conversion_{device}.json`,
     `.md` and `conversion.png` into `out`.
 
     stages: how each of the four runs is trained, by name. `ValueError` where they are not class-to-image runs that add
@@ -329,6 +318,9 @@ def bench_conversion(
     """
     check_device(config.device)
     check_stages(stages)
+    name = f"conversion_{config.device}"
+    claim_report(out, name, PICTURE)
+    check_ssim_size(stages[PLAIN].data.image_size)
     items = open_items(stages[PLAIN].data)
     if config.num_pictures > len(items):
         raise ValueError(f"num_pictures must be at most {len(items)}, got {config.num_pictures}")
@@ -338,14 +330,17 @@ def bench_conversion(
         losses = model_rows(models, stages, config)
         rows, full_runs = all_run_rows(models, stages[PLAIN], config)
     captions = models[VANILLA].showcase(config.num_samples)[1]
-    with atomic_file(out / "conversion.png") as draft:
+    with out.file(PICTURE) as draft:
         draw(full_runs, captions, config.num_shown).save(draft)
-    write_report(
-        out,
-        f"conversion_{config.device}",
-        json_text=render_json(environment, config, stages, losses, rows),
-        markdown=render_markdown(environment, config, stages, losses, rows),
-    )
+    report = {
+        "environment": environment,
+        "config": config,
+        "trainings": [training_record(run, stages[run]) for run in STARTS],
+        "models": losses,
+        "rows": rows,
+        "verdict": list(verdict(config, losses, rows)),
+    }
+    write_report(out, name, report, render_markdown(environment, config, stages, losses, rows))
     return losses, rows
 
 
@@ -380,33 +375,15 @@ def training_record(name: str, config: TrainConfig) -> dict[str, object]:
     }
 
 
-def render_json(
-    environment: Mapping[str, str],
-    config: ConversionBenchConfig,
-    stages: Mapping[str, TrainConfig],
-    losses: Sequence[ModelRow],
-    rows: Sequence[RunRow],
-) -> str:
-    report = {
-        "environment": environment,
-        "config": asdict(config),
-        "trainings": [training_record(name, stages[name]) for name in STARTS],
-        "models": [asdict(row) for row in losses],
-        "rows": [asdict(row) for row in rows],
-        "verdict": list(verdict(config, losses, rows)),
-    }
-    return json.dumps(report, indent=1) + "\n"
-
-
 def render_markdown(
     environment: Mapping[str, str],
     config: ConversionBenchConfig,
     stages: Mapping[str, TrainConfig],
     losses: Sequence[ModelRow],
     rows: Sequence[RunRow],
-) -> str:
+) -> list[str]:
     """Command and machine, the trainings, losses, cached runs, and in words what the conversion brings."""
-    parts = [
+    return [
         *header(environment),
         table([training_record(name, stages[name]) for name in STARTS]),
         f"Loss: the training loss of the averaged weights in float32, mean over the same {config.num_pictures} "
@@ -420,9 +397,8 @@ def render_markdown(
         "makes noise, which says nothing of a cache.",
         table([run_record(row) for row in rows]),
         *verdict(config, losses, rows),
-        "![Samples of the full runs](conversion.png)",
+        f"![Samples of the full runs]({PICTURE})",
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def model_record(row: ModelRow) -> dict[str, object]:
@@ -443,8 +419,8 @@ def run_record(row: RunRow) -> dict[str, object]:
         "run": row.run,
         "full / steps": f"{row.steps_full} / {row.num_steps}",
         "compute": f"{row.compute_ratio:.2f}",
-        "PSNR dB": "equal" if row.psnr_db is None else f"{row.psnr_db:.2f} ± {row.psnr_deviation:.2f}",
-        "SSIM": f"{row.ssim:.4f} ± {row.ssim_deviation:.4f}",
+        "PSNR dB": row.psnr.text(),
+        "SSIM": row.ssim.text(4),
     }
 
 
@@ -458,7 +434,7 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
         f"{abs(beside):.1%} {'above' if beside > 0 else 'below'} the {loss[TRAINED_ON]:.4f} of the vanilla model that "
         "was trained on for as many steps."
     )
-    psnr = {(row.model, row.run): math.inf if row.psnr_db is None else row.psnr_db for row in rows}
+    psnr = {(row.model, row.run): row.psnr.mean for row in rows}
     delta, fewer, control = (
         {f"N{n}": psnr[SECOND, f"N{n}"] - psnr[model, f"{run}N{n}"] for n in config.intervals}
         for model, run in ((SECOND, METHODS[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, METHODS[1]))
@@ -473,4 +449,7 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
 
 
 def list_decibels(differences: Mapping[str, float]) -> str:
-    return ", ".join(f"{difference:+.1f} dB ({name})" for name, difference in differences.items())
+    return ", ".join(
+        (f"{difference:+.1f} dB" if math.isfinite(difference) else "no finite difference") + f" ({name})"
+        for name, difference in differences.items()
+    )

@@ -31,8 +31,9 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
-from skipdit.files import atomic_file
+from skipdit.files import OutputFolder, to_json
 from skipdit.models.long_skip import LongSkipModel
+from skipdit.options import check_choice
 
 DType = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
@@ -45,18 +46,6 @@ ACHIEVED_TARGET = 0.95  # of the speedup that the FLOPs of a cached run allow
 FULL_AND_REUSE = IntervalSchedule(interval=2)
 SYNCHRONIZE: dict[Device, Callable[[], None]] = {"cpu": torch.cpu.synchronize, "cuda": torch.cuda.synchronize}
 CPUINFO, STATUS, CLEAR_REFS = (Path("/proc", name) for name in ("cpuinfo", "self/status", "self/clear_refs"))  # Linux
-
-
-def check_choice(name: str, chosen: Sequence, allowed: Sequence) -> None:
-    if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
-        raise ValueError(f"{name} must be one or more of {', '.join(map(str, allowed))}, each once, got {chosen!r}")
-
-
-def check_positive(config: object, *names: str) -> None:
-    """`ValueError` where one of these fields is below 1; `None` passes."""
-    for name in names:
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 def check_device(device: Device) -> None:
@@ -242,11 +231,16 @@ def describe_environment(device: Device, seed: int) -> dict[str, str]:
     }
 
 
-def write_report(out: Path, name: str, *, json_text: str, markdown: str) -> None:
-    """`{name}.json` and `{name}.md` in `out`, which is made where there is none."""
-    for suffix, text in (("json", json_text), ("md", markdown)):
-        with atomic_file(out / f"{name}.{suffix}") as draft:
-            draft.write_text(text, encoding="utf-8")
+def claim_report(out: OutputFolder, name: str, *more: str) -> None:
+    """Raise `FileExistsError`, before anything is measured, where a file of somebody else is in the way. more: files
+    beside the report."""
+    out.claim((f"{name}.json", f"{name}.md", *more))
+
+
+def write_report(out: OutputFolder, name: str, report: Mapping[str, Any], markdown: Sequence[str]) -> None:
+    """Write `{name}.json` and, of these parts, `{name}.md`."""
+    out.write_text(f"{name}.json", to_json(report))
+    out.write_text(f"{name}.md", "\n\n".join(markdown) + "\n")
 
 
 def header(environment: Mapping[str, str]) -> list[str]:

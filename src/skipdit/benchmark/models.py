@@ -1,11 +1,9 @@
 """What class-to-image models cost: seconds, FLOPs and memory of full and reuse steps, beside the uncached and the
 plain model."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Literal, get_args
 
@@ -21,9 +19,8 @@ from skipdit.benchmark.measure import (
     Kind,
     Ratios,
     Subject,
-    check_choice,
     check_device,
-    check_positive,
+    claim_report,
     cost_record,
     describe_environment,
     fill_zeros,
@@ -43,8 +40,10 @@ from skipdit.benchmark.measure import (
     write_report,
 )
 from skipdit.cache.schedule import IntervalSchedule, resolve
+from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
+from skipdit.options import check_choice, check_numbers, check_positive
 
 Mode = Literal["eager", "compiled"]
 
@@ -79,6 +78,7 @@ class ModelBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_choice("presets", self.presets, tuple(PRESETS))
         check_choice("dtypes", self.dtypes, get_args(DType))
         check_choice("modes", self.modes, get_args(Mode))
@@ -197,12 +197,14 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> lis
     return rows
 
 
-def bench_models(config: ModelBenchConfig, out: Path) -> list[Row]:
-    """Measures every model of the config, and writes `class_to_image_{device}.json` and `.md` into `out`.
+def bench_models(config: ModelBenchConfig, out: OutputFolder) -> list[Row]:
+    """Measure every model of the config, and write `class_to_image_{device}.json` and `.md` into `out`.
 
     `ValueError` where the device or the compiler that the config asks for is missing, before anything is measured.
     """
     check_device(config.device)
+    name = f"class_to_image_{config.device}"
+    claim_report(out, name)
     with threads(config.num_threads):
         if "compiled" in config.modes:
             check_compiler(config.device)
@@ -214,31 +216,22 @@ def bench_models(config: ModelBenchConfig, out: Path) -> list[Row]:
 
     by_step = {row.step: row for row in rows}
     ratios = {row.step: ratios_of(row, by_step) for row in rows if row.step.kind == "full"}
-    write_report(
-        out,
-        f"class_to_image_{config.device}",
-        json_text=render_json(environment, config, by_step, ratios),
-        markdown=render_markdown(environment, by_step, ratios),
-    )
+    report = {
+        "environment": environment,
+        "config": config,
+        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows],
+        "ratios": [{"step": step, **values} for step, values in ratios.items()],
+    }
+    write_report(out, name, report, render_markdown(environment, by_step, ratios))
     return rows
 
 
-def render_json(
-    environment: Mapping[str, str], config: ModelBenchConfig, rows: Mapping[Step, Row], ratios: Mapping[Step, Ratios]
-) -> str:
-    report = {
-        "environment": environment,
-        "config": asdict(config),
-        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows.values()],
-        "ratios": [{"step": asdict(step), **values} for step, values in ratios.items()],
-    }
-    return json.dumps(report, indent=1) + "\n"
-
-
-def render_markdown(environment: Mapping[str, str], rows: Mapping[Step, Row], ratios: Mapping[Step, Ratios]) -> str:
+def render_markdown(
+    environment: Mapping[str, str], rows: Mapping[Step, Row], ratios: Mapping[Step, Ratios]
+) -> list[str]:
     """Command and machine, what steps cost, the ratios, and in words what reaches its target."""
     speeds = {step: speed_over_float32(row, rows) for step, row in rows.items()}
-    parts = [
+    return [
         *header(environment),
         table([row_record(row, speeds[step]) for step, row in rows.items()]),
         f"A run has {len(FULL_STEPS)} steps with {SCHEDULE}, {sum(FULL_STEPS)} of them full; its time is added up from "
@@ -246,7 +239,6 @@ def render_markdown(environment: Mapping[str, str], rows: Mapping[Step, Row], ra
         table([{"step": step} | {name: f"{x:.3f}" for name, x in values.items()} for step, values in ratios.items()]),
         *verdict(speeds, ratios),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def row_record(row: Row, speed: float | None) -> dict[str, object]:

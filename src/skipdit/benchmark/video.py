@@ -1,9 +1,7 @@
 """What video models cost with all, a few and no long skips: full and reuse steps, whole cached runs, and memory."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
@@ -16,6 +14,7 @@ from skipdit.benchmark.measure import (
     Ratios,
     Subject,
     check_device,
+    claim_report,
     cost_record,
     describe_environment,
     flops_of,
@@ -46,6 +45,7 @@ from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files import OutputFolder
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM
 SCHEDULES: dict[Task, tuple[str, ...]] = {
@@ -164,12 +164,14 @@ def swap_ratios(rows: Mapping[VideoStep, VideoRow]) -> dict[str, Ratios]:
     return ratios
 
 
-def bench_videos(config: VideoBenchConfig, out: Path) -> list[VideoRow]:
-    """Measures every model of the config, and writes `video_{device}.json` and `.md` into `out`.
+def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
+    """Measure every model of the config, and write `video_{device}.json` and `.md` into `out`.
 
     `ValueError` where the device that the config asks for is missing, before anything is measured.
     """
     check_device(config.device)
+    name = f"video_{config.device}"
+    claim_report(out, name)
     rows, cached = {}, []
     with threads(config.num_threads):
         environment = describe_environment(config.device, config.seed)
@@ -180,12 +182,14 @@ def bench_videos(config: VideoBenchConfig, out: Path) -> list[VideoRow]:
                 own = {row.step: row for row in bench_size(config, size, advance)}
                 rows |= own
                 cached += cached_steps(size.task, own)
-    write_report(
-        out,
-        f"video_{config.device}",
-        json_text=render_json(environment, config, rows, cached),
-        markdown=render_markdown(environment, rows, cached),
-    )
+    report = {
+        "environment": environment,
+        "config": config,
+        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows.values()],
+        "ratios": cached,
+        "class_swap": swap_ratios(rows),
+    }
+    write_report(out, name, report, render_markdown(environment, rows, cached))
     return list(rows.values())
 
 
@@ -193,28 +197,12 @@ def bench_videos(config: VideoBenchConfig, out: Path) -> list[VideoRow]:
 # Files
 
 
-def render_json(
-    environment: Mapping[str, str],
-    config: VideoBenchConfig,
-    rows: Mapping[VideoStep, VideoRow],
-    cached: Sequence[CachedStep],
-) -> str:
-    report = {
-        "environment": environment,
-        "config": asdict(config),
-        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows.values()],
-        "ratios": [asdict(each) for each in cached],
-        "class_swap": swap_ratios(rows),
-    }
-    return json.dumps(report, indent=1) + "\n"
-
-
 def render_markdown(
     environment: Mapping[str, str], rows: Mapping[VideoStep, VideoRow], cached: Sequence[CachedStep]
-) -> str:
+) -> list[str]:
     """Command and machine, what steps and runs cost, what the cache holds, and in words what reaches its target."""
     reuse = {each.step: rows[replace(each.step, kind="reuse")] for each in cached}
-    parts = [
+    return [
         *header(environment),
         table([row_record(row, rows[VideoStep(row.step.model, 0, "plain")]) for row in rows.values()]),
         "A full step beside its reuse step (step_ratio; step_bound is the same ratio in FLOPs), the uncached forward "
@@ -227,7 +215,6 @@ def render_markdown(
         table([memory_record(row) for row in reuse.values()]),
         *verdict(cached, rows),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def row_record(row: VideoRow, plain: VideoRow) -> dict[str, object]:

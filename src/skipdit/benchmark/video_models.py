@@ -13,11 +13,12 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
-from skipdit.benchmark.measure import Device, DType, Kind, Subject, check_choice, check_positive, fill_zeros
+from skipdit.benchmark.measure import Device, DType, Kind, Subject, fill_zeros
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import LATTE_PRESETS, Latte
 from skipdit.models.long_skip import LongSkipConfig, LongSkipLinks, pair_units
 from skipdit.models.surgery import add_long_skips, open_units
+from skipdit.options import check_choice, check_numbers, check_positive
 
 Task = Literal["class-to-video", "text-to-video"]
 VideoKind = Kind | Literal["opened", "plain again"]
@@ -72,6 +73,7 @@ class VideoBenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_choice("tasks", self.tasks, get_args(Task))
         check_choice("presets", self.presets, tuple(LATTE_PRESETS))
         check_choice("dtype", (self.dtype,), get_args(DType))

@@ -20,7 +20,7 @@ from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import Part, Stepper, make_stepper
 from skipdit.cache.streams import branch_context
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import swap
+from skipdit.models.class_swap import Remade, swap
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import close_units, open_units
@@ -29,7 +29,7 @@ Pipeline = DiffusionPipeline | ModularPipeline
 TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline: Wan 2.2 has two, for high and low noise
 
 
-class CachedModel(nn.Module):
+class CachedModel(Remade, nn.Module):
     """Mixed in front of a model's class while its cache is on; `_cached_class` makes the final subclass."""
 
     _skipdit_cache: CacheRuntime
@@ -67,6 +67,7 @@ def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "__doc__": model_class.__doc__,
+        "_made_by": (_cached_class, model_class),
     }
     return type(model_class.__name__, (CachedModel, model_class), namespace)
 

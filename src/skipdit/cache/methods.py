@@ -1,11 +1,12 @@
 """Every cache method is a choice of when x what x how; the ones with a name are rows of one table."""
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+import msgspec
 
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import TaylorPredictor
@@ -14,10 +15,10 @@ from skipdit.cache.schedule import (
     ExplicitSchedule,
     IntervalSchedule,
     Schedule,
-    check_variants,
 )
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Inner, Probe, Site, Stack, UnitRange
 from skipdit.models.long_skip import BranchKind
+from skipdit.untrusted import printable, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,10 +268,12 @@ METHODS: dict[str, Published] = {
 # Specs
 
 SPEC = re.compile(
-    r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)"
+    r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)", re.ASCII
 )
-THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)")
-AUTO = re.compile(r"auto(?::(?P<speedup>\d+(?:\.\d+)?))?(?:-k(?P<k>\d+))?(?:-o(?P<order>\d+))?")
+THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)", re.ASCII)
+AUTO = re.compile(r"auto(?::(?P<speedup>\d+(?:\.\d+)?))?(?:-k(?P<k>\d+))?(?:-o(?P<order>\d+))?", re.ASCII)
+NUMBER = re.compile(r"\d+", re.ASCII)
+MAX_DIGITS = 9  # of a number in a spec
 SPEC_FORM = (
     "[{method}:]N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50, "
     "{method}:{threshold}, or auto[:{speedup}]"
@@ -290,22 +293,24 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     if str(spec).endswith(".json"):
         return load_schedule(Path(spec))
     text = str(spec)
+    if any(len(digits) > MAX_DIGITS for digits in NUMBER.findall(text)):
+        raise ValueError(f"numbers in a cache spec have at most {MAX_DIGITS} digits, got {printable(text)!r}")
     if match := AUTO.fullmatch(text):
         return _auto(**match.groupdict())
     match = SPEC.fullmatch(text) or THRESHOLD.fullmatch(text)
     if match is None:
-        raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {text!r}")
+        raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {printable(text)!r}")
     name = match["name"] or "skip"
     if name not in METHODS:
-        raise ValueError(f"cache method must be one of {', '.join((*METHODS, 'auto'))}, got {name!r}")
+        raise ValueError(f"cache method must be one of {', '.join((*METHODS, 'auto'))}, got {printable(name)!r}")
     row = METHODS[name]
     if match.re is THRESHOLD:
         if row.adaptive is None:
-            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {text!r}")
+            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
         method = row.adaptive(float(match["value"]))
     else:
         if row.parts is None:
-            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {text!r}")
+            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
         method = _together(row.parts(_options(row, match, text)))
     return method if row.site is not None else replace(method, spec=text)
 
@@ -314,12 +319,12 @@ def _options(row: Published, match: re.Match[str], text: str) -> Options:
     given = re.findall(r"-([ko])(\d+)", match["options"])
     values = {letter: int(value) for letter, value in given}
     if len(values) < len(given):
-        raise ValueError(f"each of -k and -o may be given once, got {text!r}")
+        raise ValueError(f"each of -k and -o may be given once, got {printable(text)!r}")
     if "o" in values and row.order == 0:
         with_order = ", ".join(f"{name}:" for name, other in METHODS.items() if other.order)
-        raise ValueError(f"a Taylor order needs one of {with_order}, got {text!r}")
+        raise ValueError(f"a Taylor order needs one of {with_order}, got {printable(text)!r}")
     if "k" in values and not row.takes_k:
-        raise ValueError(f"{match['name']} has no shallow units, got {text!r}")
+        raise ValueError(f"{match['name']} has no shallow units, got {printable(text)!r}")
     window = (
         {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
     )
@@ -347,48 +352,90 @@ def _together(parts: tuple[CacheMethod, ...]) -> CacheMethod:
 # Schedules as files
 
 
+MAX_SCHEDULE_STEPS = 1000  # of a run; `skipdit sample --steps` goes no further
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SCHEDULE_STEPS)]
+Steps = Annotated[list[Count], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
+Variants = Annotated[list[Count | None], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
+Timesteps = Annotated[list[float], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
+
+
+class PartFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One of the `parts` of a schedule.json."""
+
+    kinds: Annotated[list[BranchKind], msgspec.Meta(min_length=1, max_length=len(EVERY))]
+    full_steps: Steps
+    variants: Variants = []
+
+
+class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A schedule.json. What `skipdit calibrate` says beside it, where a schedule comes from, is not read."""
+
+    num_inference_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULE_STEPS)]
+    full_steps: Steps | None = None
+    method: str = "skip"
+    num_shallow_units: Count | Steps = 1
+    order: Count = 0
+    timesteps: Timesteps = []
+    variants: Variants = []
+    parts: Annotated[list[PartFields], msgspec.Meta(min_length=1, max_length=len(EVERY))] | None = None
+    made_for: MadeFor | None = None
+    seeds: list[int] = []
+    num_samples: int | None = None
+    compute_ratio: float | None = None
+    predicted_psnr_db: float | None = None
+    measured_psnr_db: float | None = None
+    versions: dict[str, str] = {}
+
+
 def load_schedule(path: Path) -> CacheMethod:
     """An explicit schedule, written by hand or by `skipdit calibrate`.
 
     `{"full_steps": [0, 2], "num_inference_steps": 4}` and, where wanted, `method` (a row of `METHODS`, by default
     skip), `num_shallow_units` (a number, or a list of those that `variants` counts in), `order`, `timesteps`,
     `variants`, and `made_for`; or instead of `full_steps` and `method`: `parts`, a list of
-    `{"kinds": [...], "full_steps": [...]}`.
+    `{"kinds": [...], "full_steps": [...]}`. Any other field is an error, and so is a number of another type.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no schedule at {path}")
+    if not path.exists():
+        raise FileNotFoundError(f"no schedule at {printable(path)}")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path, ScheduleFields, infinite=("predicted_psnr_db", "measured_psnr_db"))
         parts = tuple(_read_parts(fields))
-        made_for = None if fields.get("made_for") is None else MadeFor(**fields["made_for"])
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a schedule: it needs full_steps and num_inference_steps ({error!r})"
-        ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is not a schedule: {error}") from error
-    return replace(_together(parts), made_for=made_for, spec=f"{path.name} ({parts[0].schedule} steps full)")
+        name = printable(path)
+        raise ValueError(f"{name} is not a schedule: {printable(str(error).removeprefix(f'{name} '))}") from error
+    spec = f"{printable(path.name)} ({parts[0].schedule} steps full)"
+    return replace(_together(parts), made_for=fields.made_for, spec=spec)
 
 
-def _read_parts(fields: Mapping[str, Any]) -> Iterator[CacheMethod]:
-    order = int(fields.get("order", 0))
-    for part in fields.get("parts", [fields]):
-        variants = tuple(part.get("variants") or ())
-        check_variants(variants)  # before they are taken for what they should be
-        schedule = ExplicitSchedule(
-            full_steps=tuple(int(step) for step in part["full_steps"]),
-            num_inference_steps=int(fields["num_inference_steps"]),
-            timesteps=tuple(float(timestep) for timestep in fields.get("timesteps") or ()),
-            variants=variants,
-        )
-        if "parts" in fields:
-            site: Site = BranchOutputs(tuple(part["kinds"]))
-        else:
-            name = fields.get("method", "skip")
-            make = METHODS[name].site if name in METHODS else None
-            if make is None:
-                with_site = ", ".join(name for name, row in METHODS.items() if row.site is not None)
-                raise ValueError(f"method must be one of {with_site}, got {name!r}")
-            given = fields.get("num_shallow_units", 1)
-            site = make(tuple(given) if isinstance(given, list) else (int(given),))
-        yield CacheMethod(schedule=schedule, site=site, predictor=TaylorPredictor(order))
+def _read_parts(fields: ScheduleFields) -> Iterator[CacheMethod]:
+    if fields.parts is not None:
+        kinds = [kind for part in fields.parts for kind in part.kinds]
+        if fields.full_steps is not None or fields.variants or len(set(kinds)) < len(kinds):
+            raise ValueError("parts take the place of full_steps and variants, and name each kind once")
+        for part in fields.parts:
+            schedule = _explicit(fields, part.full_steps, part.variants)
+            yield CacheMethod(
+                schedule=schedule, site=BranchOutputs(tuple(part.kinds)), predictor=TaylorPredictor(fields.order)
+            )
+        return
+    if fields.full_steps is None:
+        raise ValueError("it needs full_steps, or parts")
+    make = METHODS[fields.method].site if fields.method in METHODS else None
+    if make is None:
+        with_site = ", ".join(name for name, row in METHODS.items() if row.site is not None)
+        raise ValueError(f"method must be one of {with_site}, got {printable(fields.method)!r}")
+    given = fields.num_shallow_units
+    yield CacheMethod(
+        schedule=_explicit(fields, fields.full_steps, fields.variants),
+        site=make(tuple(given) if isinstance(given, list) else (given,)),
+        predictor=TaylorPredictor(fields.order),
+    )
+
+
+def _explicit(fields: ScheduleFields, full_steps: list[int], variants: list[int | None]) -> ExplicitSchedule:
+    return ExplicitSchedule(
+        full_steps=tuple(full_steps),
+        num_inference_steps=fields.num_inference_steps,
+        timesteps=tuple(fields.timesteps),
+        variants=tuple(variants),
+    )

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.costs import Costs
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import PartState
@@ -69,66 +70,6 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Conditioning
-
-
-def _version(tensor: Tensor) -> int | None:
-    """What grows where a tensor is written in place; tensors of inference mode do not count."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """A number by which contents differ, on the tensor's device and not read."""
-    flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    flat = flat.reshape(-1).to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-    weights = torch.arange(1, len(flat) + 1, dtype=flat.dtype, device=flat.device).mul_(0.6180339887498949).frac_()
-    return torch.nan_to_num(flat, nan=0.5, posinf=1e9, neginf=-1e9) @ (weights + 0.5)
-
-
-def _is_choice(value: Any) -> bool:
-    """Whether an argument says what a model does, as SD3's `skip_layers`; a number with a fraction is a strength."""
-    if isinstance(value, (list, tuple)):
-        return all(_is_choice(each) for each in value)
-    return value is None or isinstance(value, (bool, int, str))
-
-
-class Conditions:
-    """The arguments of one call that tell its stream from others: tensors, and choices such as `skip_layers`.
-
-    versions: of the tensors at the call. sums: their checksums, numbers once they have been read.
-    """
-
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
-        self.choices = {name: value for name, value in arguments.items() if _is_choice(value)}
-        self.tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-        self.versions = {name: _version(tensor) for name, tensor in self.tensors.items()}
-        self.sums: dict[str, Tensor | float] = {}
-
-    def same(self, name: str, other: "Conditions") -> bool:
-        """Whether both have the very same tensor, not written in between."""
-        return self.tensors.get(name) is other.tensors.get(name) and self.versions.get(name) == other.versions.get(name)
-
-    def add_checksums(self, known: "list[Conditions]") -> None:
-        for name, tensor in self.tensors.items():
-            sums = (each.sums[name] for each in known if self.same(name, each) and self.versions[name] is not None)
-            self.sums[name] = next(sums, None) or checksum(tensor)
-
-    def differing(self, other: "Conditions") -> set[str]:
-        """The names of other choices, and of tensors that are not the very same."""
-        tensors = self.tensors.keys() | other.tensors.keys()
-        return self._chosen(other) | {name for name in tensors if not self.same(name, other)}
-
-    def unequal(self, other: "Conditions") -> set[str]:
-        """The names of other choices and contents; the checksums of both have been read."""
-        tensors = self.tensors.keys() | other.tensors.keys()
-        return self._chosen(other) | {name for name in tensors if self.sums.get(name) != other.sums.get(name)}
-
-    def _chosen(self, other: "Conditions") -> set[str]:
-        names = self.choices.keys() | other.choices.keys()
-        return {name for name in names if self.choices.get(name, names) != other.choices.get(name, names)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Streams and runs
 
 
@@ -168,10 +109,9 @@ class Stream:
 @dataclass(eq=False)
 class Run:
     """The streams of one name. order: what says which step comes after which: the list of a watched scheduler, `TOLD`,
-    or `None`, the timestep. place: of the last call, which grows from step to step. level: its
-    noise level, from 0 to 1000. levels: of the whole list. rises: the timestep of a bare model grows; risen: the run
-    before had one step, at a lower timestep. changing: arguments that are new at each call. dropped: the counts of
-    streams that are kept no more."""
+    or `None`, the timestep. place: of the last call, which grows from step to step. level: its noise level, from 0 to
+    1000; levels: of the whole list. rises: the timestep of a bare model grows; risen: the run before had one step, at a
+    lower timestep. changing: arguments that are new at each call. dropped: the counts of streams kept no more."""
 
     order: Any
     levels: list[float] = field(default_factory=list)
@@ -255,22 +195,16 @@ class Streams:
         stream = same[0] if len(same) == 1 and not unsure else None
 
         levels = [] if isinstance(order, Tensor) else self._levels(timestep)
-        compared = [given, *(each.conditions for each in fitting)] if fitting and stream is None else []
-        if compared:
-            given.add_checksums(compared[1:])
-        sums = [(each, name) for each in compared for name, value in each.sums.items() if isinstance(value, Tensor)]
-        answers = _read([*levels, *(cast(Tensor, each.sums[name]) for each, name in sums)])
-        for (each, name), answer in zip(sums, answers[len(levels) :], strict=True):
-            each.sums[name] = answer
-
-        level = self._level(answers[: len(levels)]) if levels else 0.0
+        compared = [each.conditions for each in fitting] if stream is None else []
+        answers = given.compare(compared, levels)
+        level = self._level(answers) if levels else 0.0
         if order is None:
             run, place = _by_level(run, level)
         elif place is None:  # of a list, by counting: a stream that has made the run's step makes the next one
             place = 0 if not run.streams else run.place + (stream is not None and stream.places[0] == run.place)
         assert place is not None
         if place < run.place or (run.levels and place >= len(run.levels)):
-            run, place = Run(order), place if place < run.place else 0
+            run, place = Run(order, run.levels), place if place < run.place else 0
         if not run.streams:
             stream, fitting = None, []
             run.place = place
@@ -286,11 +220,11 @@ class Streams:
                 if run.dropped == Counts():
                     warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=4)
                 run.drop(run.streams[0])
-            if not given.sums:
-                given.add_checksums([])
+            given.add_checksums()
             stream = Stream(layout, given, self.start(), (place, place), new)
         else:
-            given.sums = given.sums or stream.conditions.sums
+            given.sums = stream.conditions.sums | given.sums
+            given.add_checksums()
             stream.conditions = given
             run.streams.remove(stream)
             if self._went_on(key, run, stream.places[0], place):
@@ -344,7 +278,7 @@ class Streams:
     def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:
         """Whether a copied timestep is the next of its run, not the first of another scheduler's new list. Reads it."""
         assert run is not None
-        level = self._level(_read(self._levels(timestep)))
+        level = self._level(read(self._levels(timestep)))
         coming, first = run.coming[:2], [float(table[0]) for table in fresh]
         return any(_near(level, each) for each in coming) and not any(_near(level, each) for each in first)
 
@@ -449,12 +383,3 @@ def _is_one(timestep: Any) -> bool:
 def _near(level: float, other: float) -> bool:
     """As near as bfloat16 leaves them."""
     return abs(level - other) < 0.01 + 0.008 * abs(other)
-
-
-def _read(questions: list[Tensor]) -> list[float]:
-    """The numbers on the host, after one wait for the device."""
-    if len(questions) < 2:
-        return [each.item() for each in questions]
-    device = questions[-1].device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([each.to(device, dtype) for each in questions]).tolist()

@@ -5,7 +5,7 @@ One module a family holds its key tables and both directions; this one finds out
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,25 +13,27 @@ from typing import Any, get_args
 import diffusers
 import torch
 from diffusers.utils import CONFIG_NAME
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skipdit.checkpoints import dit, hunyuan, latte, latte_t2v
 from skipdit.checkpoints.dit import DIFFUSERS_KEYS, OFFICIAL_KEYS, from_diffusers
-from skipdit.checkpoints.keys import Told, Weights, assemble, config_errors, refuse_contradictions, without_weights
+from skipdit.checkpoints.keys import Told, Weights, assemble, check_options, make_model, refuse_contradictions
 from skipdit.checkpoints.reading import (
     SAFETENSORS_SUFFIX,
     Preference,
     StateDict,
+    list_first,
+    read_config,
     read_folder_tensors,
-    read_json,
     read_state_dict,
 )
+from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint
 from skipdit.files import atomic_file
 from skipdit.models.families import FAMILIES
-from skipdit.models.long_skip import Fusion
-from skipdit.models.surgery import load_long_skip_model
+from skipdit.models.long_skip import Fusion, LongSkipConfig
+from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips
+from skipdit.untrusted import printable
 
 __all__ = [
     "DIFFUSERS_KEYS",
@@ -100,17 +102,24 @@ def load_model(
     num_attention_heads: int | None = None,
     sample_size: int | None = None,
     num_frames: int | None = None,
+    num_classes: int | None = None,
     fusion: Fusion | None = None,
+    drop: str | Sequence[str] = (),
+    variant: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """The model in a file or folder, on the CPU, in eval mode: a `DiT` or `Latte` of ours, or a transformer of
     diffusers, plain or with long skips.
 
-    A file (`.pt`, `.pth`, `.bin`, `.safetensors`) holds a state dict, or a training checkpoint with `model` and `ema`,
-    under our keys or the official ones: class-to-image (facebookresearch's `DiT-XL-2-256x256.pt`, the authors'
-    `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video (`Latte-skip.pt`, and diffusers' keys), text-to-image
-    (Tencent's `pytorch_model_ema.pt`). A folder is one of `save_pretrained`, or a pipeline with one: of ours, or of a
-    class of diffusers whose units skipdit knows. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or another name where its head is one of these) holds a
+    state dict, or a training checkpoint with `model` and `ema` or one of their other names, under our keys or the
+    official ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image
+    (facebookresearch's `DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video
+    (`Latte-skip.pt`, and diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys). A
+    folder is one of `save_pretrained`, or a pipeline with one: of ours, or of a class of diffusers whose units skipdit
+    knows; or a run of `skipdit train`, or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+
+    What a file or config asks for is compared with what its weights hold before anything is made.
 
     A file tells the sizes, not every option: with our keys the last class is taken for the null class, and 0 for
     `downscale_freq_shift`. Where that is not so, load a folder, or build the model and call `load_state_dict`.
@@ -122,7 +131,11 @@ def load_model(
         sample_size: needed for a file with our keys; `pos_embed` tells it of an official one.
         num_frames: needed for a file with our keys of a Latte, and makes it one; `temp_embed` tells it of an official
             one. Of text-to-video files this and `sample_size` are needed where the size is not the published one.
+        num_classes: needed where the class table has as many rows as a usual data set has classes: as many where no
+            row means "no class", one less where the last one does.
         fusion: needed for a file with our keys and long skips; the official ones are `"replace"`.
+        drop: roots of keys that are left out, such as `"projectors"` of REPA. There must be some.
+        variant: of the weights in a folder, such as `"fp16"`; by default the only one that there is.
         dtype: of the returned model.
 
     Raises:
@@ -134,19 +147,46 @@ def load_model(
     if prefer not in get_args(Preference):
         raise ValueError(f"prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
     if not source.exists():
-        raise FileNotFoundError(f"no such file or folder: {source}")
-    told = Told(num_attention_heads=num_attention_heads, sample_size=sample_size, num_frames=num_frames, fusion=fusion)
+        raise FileNotFoundError(f"no such file or folder: {printable(source)}")
+    told = Told(
+        num_attention_heads=num_attention_heads,
+        sample_size=sample_size,
+        num_frames=num_frames,
+        num_classes=num_classes,
+        fusion=fusion,
+    )
+    dropped = (drop,) if isinstance(drop, str) else tuple(drop)
     try:
         if source.is_dir():
-            model = _load_folder(source, dtype)
+            if dropped:
+                raise ValueError(f"drop is for a file, got {', '.join(dropped)} for a folder")
+            model = assemble(_read_folder(source, told, prefer, variant), dtype)
         else:
-            state_dict = read_state_dict(source, prefer)
+            if variant is not None:
+                raise ValueError(f"variant is for a folder, got {variant!r} for a file")
+            state_dict = _without(dropped, read_state_dict(source, prefer))
             model = assemble(_find_format(state_dict, told).read(state_dict, told), dtype)
         refuse_contradictions(model, told)
     except ValueError as error:
-        message = str(error)
-        raise ValueError(message if message.startswith(str(source)) else f"{source}: {message}") from error
+        message, name = str(error), printable(source)
+        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
     return model
+
+
+def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torch.dtype) -> Any:
+    """What a `model_class` of diffusers, or one that was declared, saved with long skips. Errors as of `load_model`."""
+    config = read_config(folder)
+    if config.get("long_skip") is None:
+        raise ValueError(
+            f"{printable(folder)} holds a {model_class.__name__} without long skips: load it with "
+            f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
+        )
+    try:
+        tensors = read_folder_tensors(folder, LONG_SKIP_VARIANT)
+        return assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
+    except ValueError as error:
+        message, name = str(error), printable(folder)
+        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -193,34 +233,55 @@ def _find_format(state_dict: StateDict, told: Told) -> Format:
     return next(found for found in FORMATS.values() if found.holds(state_dict, told))
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> Any:
-    if (folder / "model_index.json").exists():
-        folder = folder / "transformer"
-    config = read_json(folder / CONFIG_NAME)
+def _without(dropped: Sequence[str], state_dict: StateDict) -> StateDict:
+    kept = {key: tensor for key, tensor in state_dict.items() if key.partition(".")[0] not in dropped}
+    if dropped and len(kept) == len(state_dict):
+        raise ValueError(f"holds no key of {', '.join(dropped)} to drop, but {list_first(state_dict)}")
+    return kept
+
+
+def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | None) -> Weights:
+    if (checkpoint := find_checkpoint(folder)) is not None:
+        if variant is not None:
+            raise ValueError(f"variant is for a folder of save_pretrained, got {variant!r} for a run's checkpoint")
+        state_dict, told = read_checkpoint(checkpoint, prefer, told)
+        return _find_format(state_dict, told).read(state_dict, told)
+    if (folder / "pipeline" / "model_index.json").exists():  # a finished run
+        folder = folder / "pipeline"
+    if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config = read_config(folder)
     class_name = str(config.get("_class_name"))
     class_name = ALIASES.get(class_name, class_name)
-    has_long_skips = class_name in FAMILIES and config.get("long_skip") is not None
-    if class_name in OWN_FOLDERS and not has_long_skips:
-        return assemble(OWN_FOLDERS[class_name](config, read_folder_tensors(folder)), dtype)
-    if class_name not in FAMILIES:
+    if class_name not in OWN_FOLDERS and class_name not in FAMILIES:
         allowed = ", ".join(dict.fromkeys((*OWN_FOLDERS, *FAMILIES)))
-        raise ValueError(f"_class_name in {CONFIG_NAME} must be one of {allowed}, got {class_name!r}")
-    model_class = getattr(diffusers, class_name, None)
-    if model_class is None:
+        raise ValueError(f"_class_name in {CONFIG_NAME} must be one of {allowed}, got {printable(class_name)!r}")
+    long_skip = config.get("long_skip") if class_name in FAMILIES else None
+    if long_skip is not None and variant not in (None, LONG_SKIP_VARIANT):
+        raise ValueError(f"weights with long skips are of the variant {LONG_SKIP_VARIANT!r} only, got {variant!r}")
+    is_own = class_name in OWN_FOLDERS and long_skip is None
+    if not is_own and not hasattr(diffusers, class_name):
         raise ValueError(f"{class_name} is no class of diffusers: load it with its own from_pretrained")
-    if has_long_skips:
-        try:
-            with config_errors():
-                return load_long_skip_model(model_class, folder, dtype=dtype)
-        except SafetensorError as error:
-            raise ValueError(f"the weights are not a whole safetensors file: {error}") from error
-    return assemble(_read_family(model_class, config, read_folder_tensors(folder)), dtype)
+    tensors = read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
+    if is_own:
+        return OWN_FOLDERS[class_name](config, tensors)
+    return _read_family(getattr(diffusers, class_name), config, tensors, long_skip)
 
 
-def _read_family(model_class: type[nn.Module], config: Mapping[str, Any], tensors: StateDict) -> Weights:
-    """A plain transformer of diffusers. Options that its class does not know (any more) are left out, as there."""
+def _read_family(
+    model_class: type[nn.Module], config: Mapping[str, Any], tensors: StateDict, long_skip: Any
+) -> Weights:
+    """A transformer of diffusers, with the long skips of its config. Options that its class does not know (any more)
+    are left out, as there."""
     options = {name: config[name] for name in inspect.signature(model_class).parameters if name in config}
-    with without_weights():
-        model = model_class(**options)
+    check_options(options, tensors)
     unused = UNUSED_KEYS.get(model_class.__name__)
-    return Weights(model=model, tensors={key: tensor for key, tensor in tensors.items() if key != unused})
+    tensors = {key: tensor for key, tensor in tensors.items() if key != unused}
+
+    def build() -> nn.Module:
+        model = model_class(**options)
+        if long_skip is not None:
+            add_long_skips(model, LongSkipConfig.from_dict(long_skip))
+        return model
+
+    return Weights(model=make_model(build, tensors), tensors=tensors)

@@ -21,9 +21,13 @@ from skipdit.checkpoints.keys import (
     Told,
     Weights,
     assemble,
+    check_options,
+    class_options,
+    config_errors,
+    count_layers,
     expand,
     fuse,
-    indices,
+    make_model,
     mlp_ratio,
     read_long_skip,
     refuse_keys,
@@ -36,7 +40,6 @@ from skipdit.checkpoints.keys import (
     split,
     split_heads,
     with_fusion,
-    without_weights,
 )
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.models.dit import PRESET_SIZES, DiT, DiTBlock, sincos_position_embedding
@@ -111,12 +114,12 @@ def read(state_dict: StateDict, told: Told) -> Weights:
     if found & (official_roots - our_roots):
         tensors = from_official(state_dict)
         names = {ours: official for official, ours in _official_table(state_dict).items()}
-        sizes = _read_sizes(tensors, names)
+        sizes = _read_sizes(tensors, names, told)
         grid_size = math.isqrt(state_dict[POSITION_KEY].shape[1])
         told = dataclasses.replace(told, sample_size=grid_size * sizes["patch_size"], fusion="replace")
         return _make(options_of_file(sizes, told), tensors, names=names)
     if found & (our_roots - official_roots):
-        return _make(options_of_file(_read_sizes(state_dict, {}), told), state_dict)
+        return _make(options_of_file(_read_sizes(state_dict, {}, told), told), state_dict)
     raise ValueError(
         f"holds neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also hold Latte, "
         "LatteT2V or HunyuanDiT; of other models give the folder)"
@@ -125,7 +128,7 @@ def read(state_dict: StateDict, told: Told) -> Weights:
 
 def read_folder(config: Mapping[str, Any], tensors: StateDict) -> Weights:
     """What `DiT.save_pretrained` wrote."""
-    return _make({name: value for name, value in config.items() if not name.startswith("_")}, tensors)
+    return _make(own_options(config), tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -192,11 +195,12 @@ def to_diffusers(model: DiT) -> DiTTransformer2DModel:
         ("long_skip (number of linked pairs)", len(model.long_skip_links.sources), (0,)),
         ("null_class", config["null_class"], (True,)),
         ("mlp_ratio", config["mlp_ratio"], (4.0,)),
+        ("time_scale", config["time_scale"], (1.0,)),
     ]
     require("diffusers' DiTTransformer2DModel", needs)
     options = {theirs: config[ours] for theirs, ours in DIFFUSERS_OPTIONS}
-    with without_weights():
-        converted = DiTTransformer2DModel(**options, norm_eps=_blocks(model)[0].norm2.eps)
+    norm_eps = _blocks(model)[0].norm2.eps
+    converted = make_model(lambda: DiTTransformer2DModel(**options, norm_eps=norm_eps))
     tensors = split(model.state_dict(), QKV_PARTS)
     table = expand(DIFFUSERS_KEYS, config["num_layers"])
     converted.load_state_dict({theirs: tensors[ours].clone() for theirs, ours in table.items()}, assign=True)
@@ -211,7 +215,8 @@ def read_diffusers(config: Mapping[str, Any], state_dict: StateDict, spacing: fl
     arguments = inspect.signature(DiTTransformer2DModel).parameters
     options = {name: config.get(name, argument.default) for name, argument in arguments.items()}
     require("our DiT", [(name, options[name], allowed) for name, allowed in DIFFUSERS_LIMITS])
-    with without_weights():
+    check_options(options, state_dict)
+    with config_errors(), torch.device("meta"):
         expected = DiTTransformer2DModel(**options).state_dict()
     refuse_tensors(expected, state_dict)
     tensors: dict[str, Tensor] = {}
@@ -225,11 +230,21 @@ def read_diffusers(config: Mapping[str, Any], state_dict: StateDict, spacing: fl
 # --- shared with Latte, whose blocks these are ------------------------------------------------------------------------
 
 
+# what diffusers' EMAModel.save_pretrained adds to the config of its model
+EMA_OPTIONS = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
+
+
+def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `save_pretrained` wrote of the model's arguments."""
+    return {name: value for name, value in config.items() if not name.startswith("_") and name not in EMA_OPTIONS}
+
+
 def official_needs(config: Mapping[str, Any]) -> list[Need]:
     """What the official format holds of the options without long skips."""
     return [
         ("null_class", config["null_class"], (True,)),
         ("downscale_freq_shift", config["downscale_freq_shift"], (0.0,)),
+        ("time_scale", config.get("time_scale", 1.0), (1.0,)),
         ("out_channels", config["out_channels"], (config["in_channels"], 2 * config["in_channels"])),
     ]
 
@@ -244,7 +259,7 @@ def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, 
         "patch_size": patch_size,
         "in_channels": in_channels,
         "out_channels": max(out_features // patch_size**2, 1),
-        "num_layers": len(indices(tensors, "blocks")),
+        "num_layers": count_layers(tensors, "blocks"),
         "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
     }
 
@@ -282,22 +297,22 @@ def _make(
     norm_eps: float = 1e-6,
 ) -> Weights:
     """norm_eps: of the norm before the MLP, 1e-6 in the official models, 1e-5 by default in diffusers'."""
-    with without_weights():
-        model = DiT(**options)
+    check_options(options, tensors)
+    model = make_model(lambda: DiT(**options), tensors, names)
     for block in _blocks(model):
         block.norm2.eps = norm_eps
     return Weights(model=model, tensors=tensors, names=names or {})
 
 
-def _read_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
+def _read_sizes(tensors: StateDict, names: Mapping[str, str], told: Told) -> dict[str, Any]:
     sizes = read_block_sizes(tensors, names)
-    num_embeddings, _ = shape_of(tensors, "class_embedder.weight", 2, names)
+    num_rows, _ = shape_of(tensors, "class_embedder.weight", 2, names)
     long_skip = read_long_skip(tensors, "blocks", sizes["num_layers"])
-    return sizes | {"num_classes": num_embeddings - 1, "long_skip": long_skip}
+    return sizes | class_options(num_rows, told.num_classes) | {"long_skip": long_skip}
 
 
 def _official_table(keys: Collection[str]) -> dict[str, str]:
-    num_units = len(indices(keys, "blocks"))
+    num_units = count_layers(keys, "blocks")
     has_skips = bool(roots(keys) & set(SKIP_ROOTS))
     if has_skips and num_units % 2:
         raise ValueError(f"an official model with long skips has an even number of blocks, got {num_units}")

@@ -13,9 +13,11 @@ from torch import Tensor
 from skipdit.checkpoints.keys import (
     Told,
     Weights,
+    config_errors,
+    count_layers,
     expand,
     fuse,
-    indices,
+    make_model,
     mlp_ratio,
     refuse,
     refuse_keys,
@@ -24,7 +26,6 @@ from skipdit.checkpoints.keys import (
     roots,
     shape_of,
     split,
-    without_weights,
 )
 from skipdit.checkpoints.reading import StateDict
 
@@ -78,20 +79,24 @@ SAMPLE_SIZE = 128
 
 
 def holds(state_dict: StateDict, told: Told) -> bool:
-    return "mlp_t5" in roots(state_dict)
+    return bool({"mlp_t5", "time_extra_emb"} & roots(state_dict))
 
 
 def read(state_dict: StateDict, told: Told) -> Weights:
-    """A file with Tencent's keys; shapes tell all sizes, also of the heads."""
-    with without_weights():
-        model = HunyuanDiT2DModel(**_options_of_file(state_dict, told))
-    refuse_tensors(to_official(model), state_dict)
-    return Weights(model=model, tensors=from_official(state_dict))
+    """A file with Tencent's keys, or with those of diffusers; shapes tell all sizes, also of the heads."""
+    if "time_extra_emb" in roots(state_dict):
+        state_dict = _official(state_dict)
+    options = _options_of_file(state_dict, told)
+    with config_errors(), torch.device("meta"):
+        expected = to_official(HunyuanDiT2DModel(**options))
+    refuse_tensors(expected, state_dict)
+    tensors = from_official(state_dict)
+    return Weights(model=make_model(lambda: HunyuanDiT2DModel(**options), tensors), tensors=tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     """The same numbers under diffusers' keys. `ValueError` naming unknown and missing keys."""
-    table = _table(len(indices(state_dict, "blocks")), state_dict)
+    table = _table(count_layers(state_dict, "blocks"), state_dict)
     refuse_keys(table, state_dict)
     renamed = {theirs: state_dict[official] for official, theirs in table.items()}
     return split(_swap_halves(renamed), FUSED_PARTS)
@@ -100,8 +105,13 @@ def from_official(state_dict: StateDict) -> dict[str, Tensor]:
 def to_official(model: HunyuanDiT2DModel) -> dict[str, Tensor]:
     """The same numbers under Tencent's keys; g/2 of version 1.2: 1,304 tensors. `ValueError` for another activation."""
     require("the official format", [("activation_fn", model.config["activation_fn"], ("gelu-approximate",))])
-    tensors = fuse(_swap_halves(model.state_dict()), FUSED_PARTS)
-    table = _table(len(model.blocks), tensors)
+    return _official(model.state_dict())
+
+
+def _official(state_dict: StateDict) -> dict[str, Tensor]:
+    tensors = fuse(_swap_halves(state_dict), FUSED_PARTS)
+    table = _table(count_layers(tensors, "blocks"), tensors)
+    refuse_keys(table.values(), tensors)
     return {official: tensors[theirs] for official, theirs in table.items()}
 
 
@@ -113,6 +123,8 @@ def _table(num_layers: int, keys: Collection[str]) -> dict[str, str]:
 def _swap_halves(state_dict: StateDict) -> dict[str, Tensor]:
     swapped = dict(state_dict)
     for key in [key for key in swapped if key.startswith(SWAPPED_PREFIX)]:
+        if not swapped[key].dim():
+            refuse(misshapen=[f"{key} () instead of 1 dimension or more"])
         swapped[key] = torch.cat(swapped[key].chunk(2)[::-1])
     return swapped
 
@@ -134,7 +146,7 @@ def _options_of_file(tensors: StateDict, told: Told) -> dict[str, Any]:
         "patch_size": patch_size,
         "sample_size": SAMPLE_SIZE if told.sample_size is None else told.sample_size,
         "hidden_size": hidden_size,
-        "num_layers": len(indices(tensors, "blocks")),
+        "num_layers": count_layers(tensors, "blocks"),
         "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
         "learn_sigma": out_features == 2 * in_channels * patch_size**2,
         "cross_attention_dim": text_channels,

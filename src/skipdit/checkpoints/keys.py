@@ -5,10 +5,10 @@ A row of a table is (key of theirs, key of ours). `{unit}` counts blocks, `{skip
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -16,11 +16,18 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.models.long_skip import Fusion
+from skipdit.untrusted import printable
 
 Table = tuple[tuple[str, str], ...]
 Need = tuple[str, Any, Collection[Any]]
+Model = TypeVar("Model", bound=nn.Module)
 SKIP_ROOTS = ("skip_norms", "skip_linears")  # of Skip-DiT's models; the released ones hold all pairs, innermost first
+DROPPABLE = {"projectors"}  # of REPA (arXiv 2410.06940): heads that align features in training
 TABLE_TOLERANCE = 1e-4
+MAX_REASON = 1000  # characters of what a constructor says
+MAX_LAYERS = 256  # and entries of a list in a config
+MAX_BUFFER_BYTES = 96 * 2**20  # of tables that are computed; 72 MiB are those of 2048 x 2048 pixels at width 1152
+COUNTED_LAYERS = {"num_layers", "num_single_layers"}  # options that count blocks whose weights have keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +37,13 @@ class Told:
     num_attention_heads: int | None = None
     sample_size: int | None = None
     num_frames: int | None = None
+    num_classes: int | None = None
     fusion: Fusion | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """model: made under `without_weights`. tensors: under its keys. names: what the file calls a key, where not so."""
+    """model: made by `make_model`. tensors: under its keys. names: what the file calls a key, where not so."""
 
     model: nn.Module
     tensors: StateDict
@@ -47,24 +55,67 @@ def config_errors() -> Iterator[None]:
     """`ValueError` where a constructor cannot use its options."""
     try:
         yield
-    except (TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"the config makes no model: {error}") from error
+    except Exception as error:  # a stranger's options raise whatever type the first use of them does
+        reason = printable(str(error) or repr(error), MAX_REASON)
+        raise ValueError(reason if isinstance(error, ValueError) else f"the config makes no model: {reason}") from error
 
 
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Parameters made here have no memory, buffers do. Errors as in `config_errors`."""
+def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> None:
+    """`ValueError` where a config asks for more layers than may be, or than the weights with these keys hold.
+
+    Also where a list is longer than a model has layers. All other sizes cost nothing until weights are made.
+    """
+    present = max((len(indices(keys, root)) for root in roots(keys)), default=MAX_LAYERS)
+    for name, value in options.items():
+        if isinstance(value, list) and len(value) > MAX_LAYERS:
+            raise ValueError(f"{name} has {len(value):,} entries, at most {MAX_LAYERS} are read")
+        if "layers" in name and isinstance(value, int) and not 0 <= value <= MAX_LAYERS:
+            raise ValueError(f"{name} must be 0 to {MAX_LAYERS}, got {value}")
+        if name in COUNTED_LAYERS and isinstance(value, int) and value > present:
+            raise ValueError(f"{name} is {value}, but the weights hold {present}")
+
+
+def make_model(
+    make: Callable[[], Model], tensors: StateDict | None = None, names: Mapping[str, str] | None = None
+) -> Model:
+    """The model, whose parameters have no memory yet; buffers do. Errors as in `config_errors`.
+
+    First it is made without any memory. With `tensors`, these must be its weights, and its buffers may not be larger
+    than `MAX_BUFFER_BYTES`, before more is allocated.
+    """
+    with config_errors(), torch.device("meta"):
+        outline = make()
+    if tensors is not None:
+        refuse_tensors(outline.state_dict(), tensors, names)
+    size = sum(buffer.numel() * buffer.element_size() for buffer in outline.buffers())
+    if size > MAX_BUFFER_BYTES:
+        raise ValueError(
+            f"its tables of positions would take {size:,} bytes, at most {MAX_BUFFER_BYTES:,} are made: "
+            "sample_size or the number of frames is too large"
+        )
     with config_errors(), init_empty_weights(include_buffers=False):
-        yield
+        return make()
 
 
 def assemble(weights: Weights, dtype: torch.dtype) -> Any:
-    """The model in eval mode with its own copy of the weights, so that a mapped file may change or go."""
+    """The model in eval mode with its own copy of the weights, so that a mapped file may change or go.
+
+    As in diffusers, half precision leaves in float32 what the class says to keep there.
+    """
     model = weights.model
     refuse_tensors(model.state_dict(), weights.tensors, weights.names)
-    tensors = {key: tensor.detach().to(dtype, copy=True) for key, tensor in weights.tensors.items()}
+    is_half = dtype.itemsize < torch.float32.itemsize
+    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if is_half else set()
+
+    def dtype_of(name: str) -> torch.dtype:
+        return dtype if kept.isdisjoint(name.split(".")) else torch.float32
+
+    tensors = {key: tensor.detach().to(dtype_of(key), copy=True) for key, tensor in weights.tensors.items()}
     model.load_state_dict(tensors, assign=True)
-    return nn.Module.to(model, next(iter(tensors.values())).device, dtype).eval()
+    device = next(iter(tensors.values())).device
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.to(device, dtype_of(name) if buffer.is_floating_point() else None)
+    return model.eval()
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -98,7 +149,11 @@ def fuse(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dict
     fused = dict(state_dict)
     for whole, parts in parts_of.items():
         for key in [key for key in state_dict if f".{parts[0]}." in key]:
-            tensors = [fused.pop(key.replace(f".{parts[0]}.", f".{part}.")) for part in parts]
+            names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            refuse(missing=[name for name in names if name not in fused])
+            tensors = [fused.pop(name) for name in names]
+            if len({tensor.shape[1:] for tensor in tensors}) > 1 or not all(tensor.dim() for tensor in tensors):
+                refuse(misshapen=[f"{names[0]} {tuple(tensors[0].shape)} does not go with its siblings"])
             fused[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(tensors)
     return fused
 
@@ -117,6 +172,17 @@ def split(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dic
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def count_layers(keys: Collection[str], *prefixes: str) -> int:
+    """How many layers keys number; `ValueError` where that is too many, or the numbers do not count from 0."""
+    numbers = indices(keys, *prefixes)
+    if len(numbers) > MAX_LAYERS:
+        raise ValueError(f"its keys number {len(numbers):,} layers, at most {MAX_LAYERS} are read")
+    gaps = sorted({str(number) for number in range(len(numbers))} - numbers, key=int)
+    if gaps:
+        refuse(missing=[f"{prefixes[0]}.{number}.*" for number in gaps])
+    return len(numbers)
 
 
 def shape_of(tensors: StateDict, key: str, num_dimensions: int, names: Mapping[str, str] | None = None) -> torch.Size:
@@ -146,6 +212,28 @@ def split_heads(num_layers: int, hidden_size: int, told: int | None, published: 
     if heads < 1 or hidden_size % heads:
         raise ValueError(f"num_attention_heads must divide the hidden size {hidden_size}, got {heads}")
     return {"num_attention_heads": heads, "attention_head_dim": hidden_size // heads}
+
+
+# rows of a class table as it is where no class is dropped in training (class_dropout_prob=0): the number of classes of
+# a usual data set
+PLAIN_CLASS_COUNTS = (1, 10, 100, 101, 200, 365, 1000)
+
+
+def class_options(num_rows: int, told: int | None) -> dict[str, Any]:
+    """The two options of a class table. `ValueError` where only a person can tell whether its last row is the null
+    class, or what is told does not fit."""
+    if told is None and num_rows in PLAIN_CLASS_COUNTS:
+        null = f", or {num_rows - 1} where its last row means no class" if num_rows > 1 else ""
+        raise ValueError(
+            f"num_classes must be given: the class table has {num_rows} row(s): give {num_rows} where each is a class "
+            f"(trained with class_dropout_prob=0, so not for guidance){null}"
+        )
+    if told not in (None, num_rows, num_rows - 1):
+        raise ValueError(
+            f"num_classes must be {num_rows}, or {num_rows - 1} and a null class, for a class table of {num_rows} "
+            f"row(s), got {told}"
+        )
+    return {"num_classes": num_rows - 1 if told is None else told, "null_class": told != num_rows}
 
 
 def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str, Any] | None:
@@ -198,7 +286,13 @@ def refuse_contradictions(model: Any, told: Told) -> None:
 
 
 def refuse_keys(expected: Collection[str], found: Collection[str]) -> None:
-    refuse(missing=sorted(set(expected) - set(found)), unknown=sorted(set(found) - set(expected)))
+    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    try:
+        refuse(missing=missing, unknown=unknown)
+    except ValueError as error:
+        if (extra := roots(unknown) & DROPPABLE) and not missing:
+            raise ValueError(f"{error}: only training uses them; give drop={min(extra)!r} to leave them out") from error
+        raise
 
 
 def refuse_tensors(expected: StateDict, found: StateDict, names: Mapping[str, str] | None = None) -> None:
@@ -225,6 +319,8 @@ def refuse_other_table(key: str, found: Tensor, table: Tensor) -> None:
     """`ValueError` unless a tensor is this sine-cosine table, as far as its precision holds it."""
     if not found.is_floating_point():
         refuse(integer=[f"{key} {found.dtype}"])
+    if found.shape != table.shape or not found.numel():
+        refuse(misshapen=[f"{key} {tuple(found.shape)} instead of {tuple(table.shape)}, above 0"])
     tolerance = max(TABLE_TOLERANCE, torch.finfo(found.dtype).eps)
     difference = (found.float() - table.to(found.device)).abs().max().item()
     if not difference <= tolerance:

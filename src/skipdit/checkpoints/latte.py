@@ -17,6 +17,7 @@ from skipdit.checkpoints.dit import (
     POSITION_KEY,
     official_needs,
     options_of_file,
+    own_options,
     read_block_sizes,
     refuse_position_embedding,
 )
@@ -24,15 +25,18 @@ from skipdit.checkpoints.keys import (
     SKIP_ROOTS,
     Told,
     Weights,
+    check_options,
+    class_options,
+    count_layers,
     expand,
     indices,
+    make_model,
     read_long_skip,
     refuse_keys,
     refuse_other_table,
     require,
     shape_of,
     skip_needs,
-    without_weights,
 )
 from skipdit.checkpoints.reading import StateDict
 from skipdit.models.dit import sincos
@@ -71,10 +75,10 @@ def read(state_dict: StateDict, told: Told) -> Weights:
     if FRAME_KEY not in state_dict:
         if told.num_frames is None:
             raise ValueError("num_frames must be given: only an official temp_embed or a folder's config.json tells it")
-        return _make(options_of_file(_read_sizes(state_dict, {}), told), told.num_frames, state_dict, {})
+        return _make(options_of_file(_read_sizes(state_dict, {}, told), told), told.num_frames, state_dict, {})
     tensors = from_official(state_dict)
     names = {ours: official for official, ours in _official_table(state_dict).items()}
-    sizes = _read_sizes(tensors, names)
+    sizes = _read_sizes(tensors, names, told)
     sample_size = math.isqrt(state_dict[POSITION_KEY].shape[1]) * sizes["patch_size"]
     told = dataclasses.replace(told, sample_size=sample_size, fusion="replace")
     return _make(options_of_file(sizes, told), state_dict[FRAME_KEY].shape[1], tensors, names)
@@ -82,9 +86,9 @@ def read(state_dict: StateDict, told: Told) -> Weights:
 
 def read_folder(config: Mapping[str, Any], tensors: StateDict) -> Weights:
     """What `Latte.save_pretrained` wrote."""
-    options = {name: value for name, value in config.items() if not name.startswith("_")}
-    with without_weights():
-        return Weights(model=Latte(**options), tensors=tensors)
+    options = own_options(config)
+    check_options(options, tensors)
+    return Weights(model=make_model(lambda: Latte(**options), tensors), tensors=tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -129,7 +133,7 @@ def _rows(has_classes: bool) -> list[tuple[str, str]]:
 
 
 def _official_table(keys: Collection[str]) -> dict[str, str]:
-    num_blocks, num_skips = len(indices(keys, "blocks")), len(indices(keys, *SKIP_ROOTS))
+    num_blocks, num_skips = count_layers(keys, "blocks"), count_layers(keys, *SKIP_ROOTS)
     divisor = 4 if num_skips else 2
     if num_blocks % divisor or not num_blocks:
         kind = "an official Latte with long skips" if num_skips else "a Latte"
@@ -137,17 +141,14 @@ def _official_table(keys: Collection[str]) -> dict[str, str]:
     return expand(_rows(CLASS_KEY[0] in keys), num_blocks, skip_targets(num_blocks, min(num_skips, num_blocks // 4)))
 
 
-def _read_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
+def _read_sizes(tensors: StateDict, names: Mapping[str, str], told: Told) -> dict[str, Any]:
     sizes = read_block_sizes(tensors, names)
-    class_key = CLASS_KEY[1]
-    num_classes = shape_of(tensors, class_key, 2, names)[0] - 1 if class_key in tensors else None
-    return sizes | {
-        "num_classes": num_classes,
-        "long_skip": read_long_skip(tensors, "blocks", sizes["num_layers"] // 2),
-    }
+    class_key, classes = CLASS_KEY[1], {"num_classes": None}
+    if class_key in tensors:
+        classes = class_options(shape_of(tensors, class_key, 2, names)[0], told.num_classes)
+    return sizes | classes | {"long_skip": read_long_skip(tensors, "blocks", sizes["num_layers"] // 2)}
 
 
 def _make(options: Mapping[str, Any], num_frames: int, tensors: StateDict, names: Mapping[str, str]) -> Weights:
-    with without_weights():
-        model = Latte(**options, num_frames=num_frames)
+    model = make_model(lambda: Latte(**options, num_frames=num_frames), tensors, names)
     return Weights(model=model, tensors=tensors, names=names)

@@ -14,8 +14,10 @@ from skipdit.checkpoints.keys import (
     Need,
     Told,
     Weights,
+    count_layers,
     expand,
     indices,
+    make_model,
     read_long_skip,
     require,
     roots,
@@ -23,7 +25,6 @@ from skipdit.checkpoints.keys import (
     skip_needs,
     split_heads,
     with_fusion,
-    without_weights,
 )
 from skipdit.checkpoints.reading import StateDict
 from skipdit.models.long_skip import LongSkipConfig
@@ -60,7 +61,7 @@ def read(state_dict: StateDict, told: Told) -> Weights:
     """A file with the official keys, with those of diffusers, or with those of a model after `add_long_skips`."""
     tensors = from_official(state_dict)
     names = {ours: official for official, ours in _skip_table(state_dict).items()}
-    long_skip = read_long_skip(tensors, "transformer_blocks", len(indices(tensors, "transformer_blocks")))
+    long_skip = read_long_skip(tensors, "transformer_blocks", count_layers(tensors, "transformer_blocks"))
     fusion = "replace" if names else told.fusion
     return make(_options_of_file(tensors, names, told), tensors, with_fusion(long_skip, fusion), names)
 
@@ -102,15 +103,17 @@ def make(
     long_skip: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
 ) -> Weights:
-    with without_weights():
+    def build() -> LatteTransformer3DModel:
         model = LatteTransformer3DModel(**options)
         if long_skip is not None:
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
-    return Weights(model=model, tensors=tensors, names=names or {})
+        return model
+
+    return Weights(model=make_model(build, tensors, names), tensors=tensors, names=names or {})
 
 
 def _skip_table(keys: Collection[str]) -> dict[str, str]:
-    num_units = len(indices(keys, "transformer_blocks"))
+    num_units = count_layers(keys, "transformer_blocks")
     if not roots(keys) & set(SKIP_ROOTS):
         return {}
     if num_units % 2:
@@ -123,7 +126,7 @@ def _options_of_file(tensors: StateDict, names: Mapping[str, str], told: Told) -
     out_features, _ = shape_of(tensors, "proj_out.weight", 2, names)
     _, caption_channels = shape_of(tensors, "caption_projection.linear_1.weight", 2, names)
     _, cross_attention_dim = shape_of(tensors, "transformer_blocks.0.attn2.to_k.weight", 2, names)
-    num_layers = len(indices(tensors, "transformer_blocks"))
+    num_layers = count_layers(tensors, "transformer_blocks")
     heads = split_heads(num_layers, hidden_size, told.num_attention_heads, PUBLISHED_HEADS)
     published = PUBLISHED_SIZES.get((num_layers, hidden_size), {})
     asked = {"sample_size": told.sample_size, "video_length": told.num_frames}

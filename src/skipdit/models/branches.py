@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from skipdit.models.class_swap import hooked, refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import Remade, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.long_skip import LongSkipModel, OpenCall
 
 
-class UnitBranch(nn.Module):
+class UnitBranch(Remade, nn.Module):
     """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
 
     _branch: tuple[str, int, str]  # kind, unit, name
@@ -30,7 +30,7 @@ class UnitBranch(nn.Module):
 
 @lru_cache
 def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
-    return swapped_class(UnitBranch, base)
+    return swapped_class(UnitBranch, base, _made_by=(_branch_class, base))
 
 
 def open_branches(model: LongSkipModel) -> None:

@@ -3,7 +3,7 @@
 The private parts of accelerate (`_hf_hook`, `_old_forward`) and diffusers (`_diffusers_hook`) that this needs are here.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any, cast
 
@@ -47,3 +47,28 @@ def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
         if "forward" in own and "_hf_hook" not in own and not _is_own_method(module, own["forward"]):
             return module
     return None
+
+
+class Remade:
+    """Pickles and copies an instance of a final subclass that no module names: by how its class is made."""
+
+    _made_by: tuple[Callable[[Any], type], type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (_, *rest), *state = super().__reduce_ex__(max(protocol, 2))
+        return _remake, (_recipe(type(self)), *rest), *state
+
+
+def _recipe(cls: type) -> Any:
+    """Functions and the class that they are applied to, innermost last; a class that a module names is its own."""
+    made_by = vars(cls).get("_made_by")
+    return cls if made_by is None else (made_by[0], _recipe(made_by[1]))
+
+
+def _class_of(recipe: Any) -> type:
+    return recipe[0](_class_of(recipe[1])) if isinstance(recipe, tuple) else recipe
+
+
+def _remake(recipe: Any, *rest: Any) -> Any:
+    cls = _class_of(recipe)
+    return cls.__new__(cls, *rest)

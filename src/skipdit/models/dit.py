@@ -189,6 +189,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         mlp_ratio (`float`): hidden size of the MLP over that of the block.
         num_classes (`int`). null_class (`bool`): whether class `num_classes` means "no class", which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 that of diffusers.
+        time_scale (`float`), time_shift (`float`): what is embedded is `time_scale * timestep + time_shift`. The
+            official SiT embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
     """
 
@@ -213,6 +215,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         num_classes: int = 1000,
         null_class: bool = True,
         downscale_freq_shift: float = 0.0,
+        time_scale: float = 1.0,
+        time_shift: float = 0.0,
         long_skip: LongSkipConfig | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -234,6 +238,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         )
         self.gradient_checkpointing = False
         self.patch_size = patch_size
+        self.time_scale, self.time_shift = time_scale, time_shift
 
         self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)
         self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
@@ -311,6 +316,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         hidden_states = self.patch_embed(hidden_states) + position_embedding_of(self, height, width).to(
             hidden_states.dtype
         )
+        if (self.time_scale, self.time_shift) != (1, 0):
+            timestep = self.time_scale * timestep.float() + self.time_shift
         timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(hidden_states.shape[0])).to(
             hidden_states.dtype
         )

@@ -1,7 +1,7 @@
 """Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -97,6 +97,7 @@ FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(segments=(Segment(lists=("blocks",), branches=WAN),)),
     "HunyuanDiT2DModel": Family(segments=(Segment(lists=("blocks",)),), native_pairs=True),
 }
+FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
 
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:

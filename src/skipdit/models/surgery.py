@@ -7,7 +7,6 @@ stay, the copy of a model is a model of its own, and `torch.compile` sees one pl
 """
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,13 +17,11 @@ from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from einops import rearrange
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import hooked, refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import Remade, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.families import Family, Segment, find_family, get_family
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, Writes, kind_in
 from skipdit.models.long_skip import (
@@ -61,7 +58,7 @@ class BlockPlace:
     joins: tuple[int, ...]
 
 
-class UnitBlock(nn.Module):
+class UnitBlock(Remade, nn.Module):
     """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
     step a block of a unit that does not run hands its streams on."""
 
@@ -124,7 +121,7 @@ def _exit(state: ForwardState, place: BlockPlace, output: Any, num_tokens: int) 
     return state.enter(place.unit + 1, *output)
 
 
-class RunsUnits(LongSkipModel):
+class RunsUnits(Remade, LongSkipModel):
     """Mixed in front of a transformer's class: opens a `ForwardState` for each forward call."""
 
     open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -212,7 +209,9 @@ class RunsUnits(LongSkipModel):
     ) -> Any:
         """The model that `save_pretrained` wrote, on the CPU, in eval mode. `ValueError` where the folder holds no long
         skips, or keys are missing, unknown or misshapen."""
-        return load_long_skip_model(_plain_class(cls), Path(folder) / subfolder, dtype=dtype)
+        from skipdit.checkpoints import load_with_long_skips
+
+        return load_with_long_skips(_plain_class(cls), Path(folder) / subfolder, dtype)
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Any:
@@ -248,14 +247,18 @@ class _InCall:
 
 @lru_cache
 def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
-    return swapped_class(UnitBlock, base)
+    return swapped_class(UnitBlock, base, _made_by=(_block_class, base))
 
 
-@lru_cache
 def long_skip_class(base: type[nn.Module]) -> Any:
     """The class that a transformer of this class becomes with long skips; its `from_pretrained` reads what such a model
     saved. `ValueError` where skipdit does not know the class's units."""
     get_family(base)
+    return _running_class(base)
+
+
+@lru_cache
+def _running_class(base: type[nn.Module]) -> Any:
     signature = inspect.signature(base.forward)
     own = [
         parameter
@@ -270,7 +273,7 @@ def long_skip_class(base: type[nn.Module]) -> Any:
         return RunsUnits.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    return swapped_class(RunsUnits, base, forward=forward)
+    return swapped_class(RunsUnits, base, forward=forward, _made_by=(_running_class, base))
 
 
 def _plain_class(model_class: type) -> type[nn.Module]:
@@ -456,42 +459,3 @@ def _refuse_cached(model: nn.Module) -> None:
     """The class of a cache stands on the class that would be swapped."""
     if "_skipdit_cache" in vars(model):
         raise ValueError("a cache is enabled on this model: call skipdit.disable_cache(model) first")
-
-
-def load_long_skip_model(
-    model_class: type[nn.Module], folder: Path, *, dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """What a converted `model_class` of diffusers saved with `save_pretrained`: on the CPU, in eval mode."""
-    cls = cast(Any, model_class)
-    config = cls.load_config(folder)
-    if config.get("long_skip") is None:
-        raise ValueError(
-            f"{folder} holds a {model_class.__name__} without long skips: load it with "
-            f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
-        )
-    long_skip = LongSkipConfig.from_dict(config.pop("long_skip"))
-    model = cls.from_config(config)
-    add_long_skips(model, long_skip)
-    try:
-        model.load_state_dict(_read_weights(folder))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    # as in diffusers, half precision leaves in float32 what the class says to keep there
-    kept = set(cls._keep_in_fp32_modules or ()) if dtype.itemsize < torch.float32.itemsize else set()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and kept.isdisjoint(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
-    return model.eval()
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder with long skips, whether in one file or several."""
-    stem = SAFETENSORS_WEIGHTS_NAME.removesuffix(".safetensors")
-    whole = folder / f"{stem}.{LONG_SKIP_VARIANT}.safetensors"
-    index = folder / f"{stem}.safetensors.index.{LONG_SKIP_VARIANT}.json"
-    if whole.is_file():
-        return load_file(whole)
-    if not index.is_file():
-        raise FileNotFoundError(f"{folder} has neither {whole.name} nor {index.name}")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return {key: tensor for name in names for key, tensor in load_file(folder / name).items()}

@@ -1,0 +1,160 @@
+"""The other parts of a pipeline, from folders of strangers: its index, its scheduler, its autoencoder."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from torch import Tensor
+
+from skipdit.checkpoints.keys import Weights, assemble, check_options, make_model
+from skipdit.checkpoints.reading import StateDict, read_config, read_folder_tensors
+from skipdit.untrusted import printable, read_json
+
+INDEX_NAME = "model_index.json"
+MAX_TRAIN_TIMESTEPS = 10_000
+TRIED_STEPS = 10
+INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes its DPMSolverMultistepScheduler's as -Infinity
+# names of attention's weights in autoencoders of before diffusers 0.17, as sd-vae-ft-mse's, and now
+ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+MAX_LABELS = 100_000
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline's model_index.json. Its parts are pairs of a library and a class, or of nulls."""
+    path = folder / INDEX_NAME
+    index = read_json(path, dict[str, Any])
+    if not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"{printable(path)} is broken: it has no _class_name")
+    return index
+
+
+def part_class(index: Mapping[str, Any], name: str, folder: Path) -> str | None:
+    """The name of a part's class; `None` where the pipeline has no such part."""
+    entry = index.get(name)
+    if entry is None or entry == [None, None]:
+        return None
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+        raise ValueError(f"{printable(folder / INDEX_NAME)} has no library and class for its {name}")
+    return entry[1]
+
+
+def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path) -> dict[str, str] | None:
+    """The names of classes by number, each given once, below `num_classes`."""
+    labels = index.get("id2label")
+    if labels is None:
+        return None
+    path = printable(folder / INDEX_NAME)
+    if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
+        raise ValueError(f"the id2label of {path} must be names by number")
+    if len(labels) > MAX_LABELS or len(set(labels.values())) < len(labels):
+        raise ValueError(f"the id2label of {path} has a name twice, or more than {MAX_LABELS:,}")
+    numbers = {str(number) for number in range(num_classes or 0)}
+    for number in labels:
+        if number not in numbers:
+            raise ValueError(f"the id2label of {path} must number {num_classes} classes, got {printable(number)!r}")
+    return labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
+    """The scheduler of a pipeline's folder, after a few steps on a small tensor: most of what can be wrong with a
+    config shows there."""
+    path = folder / "scheduler" / SCHEDULER_CONFIG_NAME
+    scheduler_class: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+        raise ValueError(f"{printable(folder / INDEX_NAME)}: {printable(class_name)!r} is no scheduler of diffusers")
+    config = read_json(path, dict[str, Any], infinite=INFINITE_OPTIONS)
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    if not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"{printable(path)}: num_train_timesteps must be 1 to {MAX_TRAIN_TIMESTEPS:,}, got {steps!r}")
+    if betas is not None and (not isinstance(betas, list) or len(betas) != steps):
+        raise ValueError(f"{printable(path)}: trained_betas must be {steps} numbers")
+    if config.get("steps_offset", 0) not in (0, 1):
+        raise ValueError(f"{printable(path)}: steps_offset must be 0 or 1, got {printable(config['steps_offset'])}")
+    if not isinstance(order := config.get("solver_order", 1), int) or not 1 <= order <= 3:
+        raise ValueError(f"{printable(path)}: solver_order must be 1 to 3, got {printable(order)}")
+    known = inspect.signature(scheduler_class).parameters
+    try:
+        options = {name: value for name, value in config.items() if name in known or name.startswith("_")}
+        scheduler = cast(Any, scheduler_class).from_config(options)
+        _try_out(copy.deepcopy(scheduler), min(TRIED_STEPS, steps))
+    except Exception as error:  # a stranger's options raise whatever type the first use of them does
+        raise ValueError(f"{printable(path)} makes no scheduler: {printable(str(error) or repr(error))}") from error
+    return scheduler
+
+
+@torch.no_grad()
+def _try_out(scheduler: Any, num_steps: int) -> None:
+    learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    sample, output = torch.ones(1, 4, 2, 2), torch.full((1, 8 if learned else 4, 2, 2), 0.1)
+    with torch.random.fork_rng(devices=[]):
+        scheduler.set_timesteps(num_steps)
+        if len(scheduler.timesteps) > 4 * num_steps:
+            raise ValueError(f"{num_steps} steps become {len(scheduler.timesteps)}")
+        for timestep in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(sample, timestep)
+            if not 0 <= float(timestep) <= scheduler.config.num_train_timesteps or not inputs.isfinite().all():
+                raise ValueError(f"timestep {float(timestep):g} is not one of its training")
+            sample = scheduler.step(output, timestep, sample).prev_sample
+    if not sample.isfinite().all():
+        raise ValueError("it makes numbers that are not finite")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """The autoencoder in a folder, or in `vae` of a pipeline's; safetensors or pickled, whole or in shards, of a
+    variant where there is only that. `ValueError` naming the folder where it is foreign or broken."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of an AutoencoderKL at {printable(folder)}")
+    if (folder / INDEX_NAME).exists():
+        folder = folder / "vae"
+    try:
+        config = read_config(folder)
+        if config.get("_class_name") != "AutoencoderKL":
+            raise ValueError(f"is no AutoencoderKL, but a {printable(config.get('_class_name'))}")
+        options = {name: value for name, value in config.items() if not name.startswith("_")}
+        check_options(options)
+        _check_latents(options)
+        tensors = _with_new_names(read_folder_tensors(folder))
+        options = {name: options[name] for name in inspect.signature(AutoencoderKL).parameters if name in options}
+        model = make_model(lambda: AutoencoderKL(**options), tensors)
+        return assemble(Weights(model=model, tensors=tensors), dtype)
+    except ValueError as error:
+        message, name = str(error), printable(folder)
+        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
+
+
+def _check_latents(options: dict[str, Any]) -> None:
+    """How latents are scaled is no size of a weight."""
+    for name in ("scaling_factor", "shift_factor"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, (int, float)) or (name == "scaling_factor" and value == 0)):
+            raise ValueError(f"{name} must be a number, got {printable(value)}")
+    for name in ("latents_mean", "latents_std"):
+        values = options.get(name)
+        if values is None:
+            continue
+        numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+        if not numbers or len(values) != options.get("latent_channels"):
+            raise ValueError(f"{name} must be one number per latent channel")
+
+
+def _with_new_names(tensors: StateDict) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        parts = key.split(".")
+        if "attentions" in parts[:-2] and parts[-2] in ATTENTION_NAMES:
+            key = ".".join((*parts[:-2], ATTENTION_NAMES[parts[-2]], parts[-1]))
+            tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor  # a convolution of one pixel
+        renamed[key] = tensor
+    return renamed

@@ -1,0 +1,61 @@
+"""Checkpoints of `skipdit train` (`run/checkpoint-NNNNNNN`): which is the newest, and what their own config tells."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from skipdit.checkpoints.keys import Told
+from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
+from skipdit.untrusted import printable, read_json
+
+Value = TypeVar("Value")
+STATE_NAME = "state.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,12})", re.ASCII)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The folder where it is a checkpoint; of a run without a finished pipeline its newest; else `None`."""
+    if (folder / STATE_NAME).exists():
+        return folder
+    if any((place / "model_index.json").exists() for place in (folder, folder / "pipeline")):
+        return None
+    steps = {
+        int(match[1]): path
+        for path in folder.iterdir()
+        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and (path / STATE_NAME).is_file()
+    }
+    return steps[max(steps)] if steps else None
+
+
+def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[StateDict, Told]:
+    """The weights, averaged or not, under the model's own keys, and what the run's config tells of their model."""
+    config = read_run_config(folder)
+    path = folder / STATE_NAME
+    model, data = (_field(config, name, dict, path) for name in ("model", "data"))
+    long_skip = model.get("long_skip")
+    said = {
+        "num_attention_heads": _field(model, "num_attention_heads", int, path),
+        "sample_size": _field(data, "image_size", int, path),
+        "num_frames": data.get("num_frames"),
+        "fusion": long_skip.get("fusion") if isinstance(long_skip, dict) else None,
+    }
+    for name, value in said.items():
+        given = getattr(told, name)
+        if given is not None and value is not None and given != value:
+            raise ValueError(f"{name} is {value!r} in this checkpoint, got {given!r}")
+    state_dict = read_state_dict(folder / f"{prefer}.safetensors", prefer)
+    return state_dict, replace(told, **{name: value for name, value in said.items() if value is not None})
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    return _field(read_json(folder / STATE_NAME, dict[str, Any]), "config", dict, folder / STATE_NAME)
+
+
+def _field(fields: Mapping[str, Any], name: str, kind: type[Value], path: Path) -> Value:
+    value = fields.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{printable(path)} does not say its run's {name}")
+    return value

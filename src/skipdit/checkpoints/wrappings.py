@@ -1,0 +1,122 @@
+"""The state dict in what a trainer saved: by its name among others, without the prefixes of wrapped modules.
+
+Names are those of published trainers: facebookresearch/DiT, SiT and Latte (`model`, `ema`), Lightning (`state_dict`),
+timm and MMEngine (`state_dict_ema`, `ema_state_dict`), DeepSpeed (`module`), diffusers' `EMAModel` (`shadow_params`),
+torch's `AveragedModel` (`n_averaged`).
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from skipdit.untrusted import printable
+
+Preference = Literal["ema", "model"]
+StateDict = Mapping[str, Tensor]
+Value = TypeVar("Value")
+
+NAMES: dict[Preference, tuple[str, ...]] = {
+    "ema": ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema", "model_ema_state_dict"),
+    "model": ("model", "state_dict", "model_state_dict", "module", "net"),
+}
+# segments that a wrapper puts into the keys of what it wraps: torch.compile, DistributedDataParallel, FSDP and
+# checkpoint_wrapper
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# what trainers call the attribute that holds the transformer
+HOLDERS: dict[Preference, tuple[str, ...]] = {
+    "ema": ("ema", "ema_model", "ema_net", "model_ema", "ema_denoiser"),
+    "model": ("model", "net", "transformer", "dit", "denoiser", "diffusion_model"),
+}
+MAX_DEPTH = 4  # of wrappings in wrappings
+
+
+def list_first(keys: Iterable[object], num_shown: int = 3) -> str:
+    """Return the first few keys for a message, each printable and cut."""
+    shown = list(keys)
+    return ", ".join(printable(key, 80) for key in shown[:num_shown]) + (", ..." if len(shown) > num_shown else "")
+
+
+def pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:
+    """Return the state dict: the checkpoint itself, or the preferred one inside, under the keys of the bare model."""
+    content, averages = _find(checkpoint, prefer, MAX_DEPTH)
+    if averages is not None:
+        content = _name_averages(averages, content)
+    return strip_prefixes(as_state_dict(content), prefer)
+
+
+def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequence[Tensor] | None]:
+    """Return the state dict as it is, and the `shadow_params` that take its place where those are preferred."""
+    if not isinstance(checkpoint, Mapping) or depth == 0:
+        return checkpoint, None
+    found = {kind: _present(checkpoint, names) for kind, names in NAMES.items()}
+    if not any(found.values()):
+        return checkpoint, None
+    other: Preference = "model" if prefer == "ema" else "ema"
+    chosen = found[prefer] or found[other]
+    if len(chosen) > 1:
+        raise ValueError(f"holds more than one state dict to choose from: {list_first(chosen)}")
+    (content,) = chosen.values()
+    shadow = content.get("shadow_params") if isinstance(content, Mapping) else None
+    if isinstance(shadow, (list, tuple)):
+        model = found["model"]
+        if not model:
+            raise ValueError("its shadow_params have no names: save the model beside them, or EMAModel's folder")
+        return _find(next(iter(model.values())), "model", depth - 1)[0], shadow
+    return _find(content, prefer, depth - 1)
+
+
+def _present(checkpoint: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the entries of these names; those that are None or empty are none."""
+    entries = {name: checkpoint[name] for name in names if name in checkpoint}
+    containers = (Mapping, list, tuple)
+    return {name: value for name, value in entries.items() if isinstance(value, containers) and value}
+
+
+def _name_averages(averages: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+    """`EMAModel.state_dict()` lists the parameters of the model beside it, in its order."""
+    names = as_state_dict(model)
+    shapes = [getattr(average, "shape", None) for average in averages]
+    if shapes != [tensor.shape for tensor in names.values()]:
+        raise ValueError(
+            f"its {len(averages)} shadow_params are not, one by one, the {len(names)} tensors of the model beside them"
+        )
+    return dict(zip(names, averages, strict=True))
+
+
+def as_state_dict(checkpoint: Any) -> StateDict:
+    """Return the checkpoint, which must be a mapping of names to tensors."""
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"must hold a state dict, got {type(checkpoint).__name__}")
+    foreign = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if foreign or not checkpoint:
+        raise ValueError(
+            f"must hold tensors, or a state dict called model or ema, got {list_first(foreign) or 'nothing'}"
+        )
+    return checkpoint
+
+
+def strip_prefixes(tensors: Mapping[str, Value], prefer: Preference = "ema") -> dict[str, Value]:
+    """Return the tensors under the keys of the bare model.
+
+    Drop the segments of wrappers, wherever they are, then the name of the attribute that held the model; where there
+    are two, of the model and its average, the preferred one's tensors are returned.
+    """
+    pairs = [(".".join(part for part in key.split(".") if part not in WRAPPERS), key) for key in tensors]
+    if any(key == "n_averaged" for key, _ in pairs):  # AveragedModel counts its updates
+        pairs = [(key, name) for key, name in pairs if key != "n_averaged"]
+    for _ in range(MAX_DEPTH):
+        roots = {key.partition(".")[0] for key, _ in pairs}
+        holders = {kind: roots & set(names) for kind, names in HOLDERS.items()}
+        if not roots or roots - holders["ema"] - holders["model"]:
+            break
+        other: Preference = "model" if prefer == "ema" else "ema"
+        chosen = holders[prefer] or holders[other]
+        if len(chosen) > 1:
+            raise ValueError(f"holds more than one model to choose from: {list_first(sorted(chosen))}")
+        prefix = f"{next(iter(chosen))}."
+        pairs = [(key.removeprefix(prefix), name) for key, name in pairs if key.startswith(prefix)]
+    found = {key: tensors[name] for key, name in pairs}
+    if len(found) < len(pairs):
+        raise ValueError("two of its keys are the same without the prefixes of wrapped modules")
+    return found

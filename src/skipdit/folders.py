@@ -1,0 +1,239 @@
+"""Data sets in folders, as people have them: which files count, which class they are of, what is said of them."""
+
+import csv
+import io
+import logging
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from skipdit.picture_files import PICTURE_SUFFIXES
+from skipdit.untrusted import open_regular, parse_json, printable, printable_path, read_bytes
+from skipdit.video_files import VIDEO_SUFFIXES
+
+LOGGER = logging.getLogger(__name__)
+FRAME_SUFFIXES = PICTURE_SUFFIXES - VIDEO_SUFFIXES
+TEXT_SUFFIXES = frozenset({".caption", ".txt"})
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # of the imagefolder of `datasets`
+CAPTION_COLUMNS = ("text", "caption")
+IGNORED_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # copies and thumbnails that macOS and Synology write
+IGNORED_FILES = frozenset({"desktop.ini", "thumbs.db"})
+MAX_CAPTION_CHARACTERS = 2**16  # of a first line
+MAX_METADATA_BYTES = 2**26  # of a file with captions
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `scan_classes` finds. items: a file each, or a folder of frames. captions: as of `as_captions`."""
+
+    items: list[Path]
+    labels: list[int]
+    label_names: list[str]
+    captions: list[list[str]]
+
+
+@dataclass
+class Contents:
+    """What lies in the folders of a data set: its items, texts beside them by the path that they belong to, captions of
+    metadata files by the path that they name, and how many files of each suffix are left out."""
+
+    items: list[Path] = field(default_factory=list)
+    texts: dict[Path, Path] = field(default_factory=dict)
+    described: dict[Path, list[str]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def visible(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the other files in a folder, sorted. Hidden ones do not count."""
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(folder / entry.name)
+            else:
+                files.append(folder / entry.name)
+    return (
+        sorted(child for child in folders if child.name not in IGNORED_FOLDERS),
+        sorted(child for child in files if child.name.lower() not in IGNORED_FILES),
+    )
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
+    """Yield a folder and all below it, each with its folders and files. Links to folders are followed; a folder that
+    several paths lead to is entered once."""
+    pending, seen = deque([folder]), set()
+    while pending:
+        current = pending.popleft()
+        if (place := os.path.realpath(current)) in seen:
+            continue
+        seen.add(place)
+        folders, files = visible(current)
+        for child in folders:
+            if child.is_symlink():
+                pending.append(child)
+            else:
+                pending.appendleft(child)
+        yield current, folders, files
+
+
+def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_folders: bool = False) -> Found:
+    """Find the files with these suffixes, the class of each and the class names: one subfolder per class, in
+    alphabetical order; files directly in `folder` make one class of that name.
+
+    frame_folders: a folder with pictures and neither videos nor folders in it counts as one file. `ValueError` where a
+    class is empty or a file has none.
+    """
+    folders, files = visible(folder)
+    stray = [path for path in files if path.suffix.lower() in suffixes]
+    if frame_folders:
+        stray += [child for child in folders if frames_in(child)]
+    classes = [child for child in folders if child not in set(stray)]
+    if classes and stray:
+        raise ValueError(f"{printable_path(stray[0])} belongs to no class: put it into a subfolder")
+    items, labels, captions = [], [], []
+    around = Contents()
+    if classes:
+        sort_files(around, files, ())
+    for label, directory in enumerate(classes or [folder]):
+        contents = Contents(described=around.described, left_out=around.left_out)
+        for current, subfolders, others in walk(directory):
+            if frame_folders and current != folder and is_frames(subfolders, others):
+                contents.items.append(current)
+            else:
+                sort_files(contents, others, suffixes)
+        if not contents.items:
+            raise ValueError(f"no {kind} ({', '.join(sorted(suffixes))}) in {printable_path(directory)}")
+        contents.items.sort()
+        items += contents.items
+        labels += [label] * len(contents.items)
+        captions += captions_of(contents, directory.name)
+    report(folder, around, items)
+    return Found(items, labels, [child.name for child in classes or [folder]], captions)
+
+
+def is_frames(folders: Sequence[Path], files: Sequence[Path]) -> bool:
+    """Say whether a folder with these folders and files in it is one clip."""
+    suffixes = {path.suffix.lower() for path in files}
+    return not folders and not suffixes & VIDEO_SUFFIXES and bool(suffixes & FRAME_SUFFIXES)
+
+
+def frames_in(folder: Path) -> list[Path]:
+    """Return the pictures of a clip in the order of the numbers in their names; none where the folder is no clip."""
+    folders, files = visible(folder)
+    frames = [path for path in files if path.suffix.lower() in FRAME_SUFFIXES] if is_frames(folders, files) else []
+    return sorted(frames, key=_by_number)
+
+
+def _by_number(path: Path) -> list[int | str]:
+    parts = re.split(r"([0-9]+)", path.name)  # texts stand at even places, numbers at odd ones
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+
+
+def sort_files(contents: Contents, files: Sequence[Path], suffixes: Collection[str]) -> None:
+    """Take the files of one folder for items, texts or metadata, or count them as left out."""
+    for path in files:
+        suffix = path.suffix.lower()
+        if suffix in suffixes:
+            contents.items.append(path)
+        elif suffix in TEXT_SUFFIXES:
+            beside = path.with_suffix("")
+            if suffix == ".txt" or beside not in contents.texts:
+                contents.texts[beside] = path
+        elif path.name in METADATA_NAMES:
+            contents.described.update(read_metadata(path))
+        else:
+            contents.left_out[suffix or "without a suffix"] += 1
+
+
+def captions_of(contents: Contents, default: str) -> list[list[str]]:
+    """Return the captions of each item: of the text beside it, of a metadata file, or `default`."""
+    captions, used = [], set()
+    for item in contents.items:
+        text = contents.texts.get(item.with_suffix("")) or contents.texts.get(item)
+        if text is not None:
+            used.add(text)
+            captions.append([read_caption(text)])
+        else:
+            captions.append(contents.described.get(item, [default]))
+    contents.left_out.update(path.suffix.lower() for path in contents.texts.values() if path not in used)
+    return captions
+
+
+def report(folder: Path, contents: Contents, items: Sequence[Path]) -> None:
+    """Say in one line each what is left out, and which items a metadata file has forgotten."""
+    if contents.left_out:
+        counts = ", ".join(f"{count} {printable(suffix, 20)}" for suffix, count in contents.left_out.most_common(10))
+        LOGGER.warning("left out of %s, as files that are not read here: %s", printable_path(folder), counts)
+    if contents.described:
+        missing, unknown = len(set(items) - set(contents.described)), len(set(contents.described) - set(items))
+        if missing or unknown:
+            LOGGER.warning(
+                "the metadata of %s says nothing of %d files here, and names %d that are not here",
+                *(printable_path(folder), missing, unknown),
+            )
+
+
+def read_caption(path: Path) -> str:
+    """Return the first line of a text file."""
+    try:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
+            line = file.readline(MAX_CAPTION_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the caption {printable_path(path)}: {printable(error)}") from error
+    if len(line) > MAX_CAPTION_CHARACTERS:
+        what = f"its first line has more than {MAX_CAPTION_CHARACTERS:,} characters"
+        raise ValueError(f"cannot read the caption {printable_path(path)}: {what}")
+    if not (caption := line.strip()):
+        raise ValueError(f"cannot read the caption {printable_path(path)}: its first line is empty")
+    return caption
+
+
+def read_metadata(path: Path) -> dict[Path, list[str]]:
+    """Return the captions of a metadata file, by the file that they are of: its columns `file_name`, and `text` or
+    `caption`. `ValueError` where a row has no such texts."""
+    name = printable_path(path)
+    content = read_bytes(path, MAX_METADATA_BYTES)
+    captions: dict[Path, list[str]] = {}
+    try:
+        rows = list(_rows_of(content, path.suffix, name))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {name}: {printable(error)}") from error
+    column = next((column for column in CAPTION_COLUMNS if rows and column in rows[0]), None)
+    if column is None:
+        LOGGER.warning("%s has no column %s: no captions are read from it", name, " or ".join(CAPTION_COLUMNS))
+        return {}
+    for number, (row, given) in enumerate(
+        zip(rows, as_captions((row.get(column) for row in rows), name, column), strict=True), start=1
+    ):
+        if not isinstance(file_name := row.get("file_name"), str):
+            raise ValueError(f"row {number} of {name} has no file_name")
+        captions[path.parent / file_name] = given
+    return captions
+
+
+def _rows_of(content: bytes, suffix: str, name: str) -> Iterator[dict[str, Any]]:
+    if suffix == ".csv":
+        yield from csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    else:
+        for number, line in enumerate(content.splitlines(), start=1):
+            if line.strip():
+                yield parse_json(line, dict[str, Any], f"line {number} of {name}")
+
+
+def as_captions(values: Iterable[Any], source: str, column: str) -> list[list[str]]:
+    """Return texts or lists of texts as lists. `ValueError` where a row has none, or something else."""
+    captions = [value if isinstance(value, list) else [value] for value in values]
+    for row, given in enumerate(captions):
+        if not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
+            what = f"must be a text or a list of texts, got {printable(given)} in row {row}"
+            raise ValueError(f"{column} of {source} {what}")
+        if max(map(len, given)) > MAX_CAPTION_CHARACTERS:
+            what = f"has more than {MAX_CAPTION_CHARACTERS:,} characters in row {row}"
+            raise ValueError(f"{column} of {source} {what}")
+    return captions

@@ -1,0 +1,141 @@
+"""What a parquet file says of its sizes: read before Arrow, which believes the footer, and ends the process by what it
+does not expect there (`RowGroupMetaData.column` of pyarrow 26 on a wrong size histogram).
+
+Thrift's compact protocol (thrift-compact-protocol.md of Apache Thrift); the numbers of fields are those of
+parquet.thrift (Apache Parquet): FileMetaData, RowGroup, ColumnChunk, ColumnMetaData, PageHeader.
+"""
+
+import os
+from collections.abc import Collection
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
+
+MAX_FOOTER_BYTES = 2**22
+HEADER_BYTES = (2**10, 2**16, 2**20)  # that are read of a page: the next where a header has more
+
+
+class Sizes(NamedTuple):
+    """Of some columns: bytes that all pages and those of the largest chunk decode to; the most values of a chunk."""
+
+    num_bytes: int
+    largest: int
+    num_values: int
+
+
+def measure_columns(file: BinaryIO, columns: Collection[int], num_columns: int) -> Sizes:
+    """Return what the pages of these columns say, counted as the leaves of the schema. `ValueError` where they cannot
+    be read."""
+    num_bytes = largest = num_values = 0
+    for group in _rows_of(_read_footer(file).get(4)):  # row_groups
+        chunks = _rows_of(group.get(1))  # columns
+        if len(chunks) != num_columns:
+            raise ValueError(f"a row group has {len(chunks)} columns, not {num_columns}")
+        for column in columns if group.get(3) != 0 else ():  # num_rows
+            decoded, values = _measure_chunk(file, chunks[column].get(3))  # meta_data
+            num_bytes, largest, num_values = num_bytes + decoded, max(largest, decoded), max(num_values, values)
+    return Sizes(num_bytes, largest, num_values)
+
+
+def _rows_of(value: Any) -> list[dict[int, Any]]:
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ValueError("its footer is not as expected")
+    return value
+
+
+def _read_footer(file: BinaryIO) -> dict[int, Any]:
+    end = file.seek(-8, os.SEEK_END)
+    length = int.from_bytes(file.read(4), "little")
+    if length > min(end, MAX_FOOTER_BYTES):
+        raise ValueError(f"its footer has {length:,} bytes, at most {MAX_FOOTER_BYTES:,} are read")
+    file.seek(end - length)
+    try:
+        return _Compact(file.read(length)).struct()
+    except (IndexError, RecursionError) as error:
+        raise ValueError("its footer is not as expected") from error
+
+
+def _measure_chunk(file: BinaryIO, metadata: Any) -> tuple[int, int]:
+    """What the pages of one chunk of a column decode to, and their values."""
+    # total_compressed_size, data_page_offset, dictionary_page_offset
+    length, data, dictionary = (metadata.get(n) for n in (7, 9, 11)) if isinstance(metadata, dict) else (None,) * 3
+    if not (_is_size(length) and _is_size(data)):
+        raise ValueError("its footer says no place of a column")
+    start = place = dictionary if _is_size(dictionary) and 0 < dictionary < data else data
+    num_bytes = num_values = 0
+    while place < start + length:
+        header, header_length = _read_header(file, place)
+        unpacked, packed = header.get(2), header.get(3)  # uncompressed_page_size, compressed_page_size
+        # num_values of a data page, of one of version 2
+        count = next((header[field].get(1) for field in (5, 8) if isinstance(header.get(field), dict)), 0)
+        if not (_is_size(unpacked) and _is_size(packed) and _is_size(count)):
+            raise ValueError(f"the page at byte {place} has no size")
+        num_bytes, num_values, place = num_bytes + unpacked, num_values + count, place + header_length + packed
+    return num_bytes, num_values
+
+
+def _is_size(number: Any) -> TypeGuard[int]:
+    return isinstance(number, int) and number >= 0
+
+
+def _read_header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
+    """The fields of the header there, and its length."""
+    for num_bytes in HEADER_BYTES:
+        file.seek(place)
+        reader = _Compact(file.read(num_bytes))
+        try:
+            return reader.struct(), reader.place
+        except (IndexError, RecursionError):
+            continue
+    raise ValueError(f"the page at byte {place} has no header")
+
+
+class _Compact:
+    """Reads a struct of Thrift's compact protocol; texts and maps are passed over. `IndexError` at the end of the
+    content."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content, self.place = content, 0
+
+    def byte(self) -> int:
+        self.place += 1
+        return self.content[self.place - 1]
+
+    def varint(self) -> int:
+        number = shift = 0
+        while True:
+            byte = self.byte()
+            number |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return number
+            shift += 7
+
+    def integer(self) -> int:
+        number = self.varint()
+        return number >> 1 if number % 2 == 0 else -(number >> 1) - 1
+
+    def struct(self) -> dict[int, Any]:
+        fields, field = {}, 0
+        while (byte := self.byte()) != 0:
+            field = field + (byte >> 4) if byte >> 4 else self.integer()
+            kind = byte & 0x0F
+            fields[field] = kind == 1 if kind in (1, 2) else self.value(kind)
+        return fields
+
+    def value(self, kind: int) -> Any:
+        match kind:
+            case 1 | 2 | 3:
+                return self.byte()
+            case 4 | 5 | 6:
+                return self.integer()
+            case 7:
+                self.place += 8
+            case 8:
+                length = self.varint()
+                self.place += length
+            case 9 | 10:
+                byte = self.byte()
+                return [self.value(byte & 0x0F) for _ in range(self.varint() if byte >> 4 == 15 else byte >> 4)]
+            case 12:
+                return self.struct()
+            case _:
+                raise IndexError(f"there is no field of kind {kind}")
+        return None

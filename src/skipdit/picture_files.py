@@ -1,0 +1,159 @@
+"""Pictures of strangers: the one place where Pillow opens a file, its limits, and any mode as RGB on white.
+
+Pillow is told which formats it may try: its others run programs (EPS starts Ghostscript) or are seldom looked after.
+"""
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from skipdit.untrusted import open_regular, printable
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp"}) | frozenset(
+    {".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".pnm", ".ppm"}
+)
+MAX_PICTURE_BYTES = 2**28  # of a file
+MAX_PIXELS = 50 * 2**20  # of a picture when it is decoded; a baseline JPEG is decoded at a half, quarter or eighth
+MAX_AVIF_PIXELS = 2**25  # its decoder has the picture in memory several times
+MAX_SCANS = 32  # of a progressive JPEG, each of which goes over the whole picture; cameras and editors write about 10
+STRIP_PIXELS = 2**20  # that are put on white at once
+DEEP_MODES = ("I", "F")
+FULL_SCALES = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
+TRANSPOSES = {  # EXIF 2.32, 4.6.4 A, Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error of a decoder."""
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    if isinstance(error, MemoryError):
+        return "it needs too much memory"
+    return printable((str(error).splitlines() or [type(error).__name__])[0])
+
+
+def open_picture(source: Path | bytes, name: str) -> Image.Image:
+    """Return a decoded picture, upright as its EXIF orientation says. name: what an error calls it.
+
+    `ValueError` where it cannot be read, is none of `FORMATS`, or has more than `MAX_PIXELS`.
+    """
+    with _opened(source, name) as picture:
+        picture.load()
+        transpose = TRANSPOSES.get(_orientation(picture))
+        return picture if transpose is None else picture.transpose(transpose)
+
+
+def check_picture(source: Path | bytes, name: str) -> None:
+    """Read no more than the header and the checksums. `ValueError` as of `open_picture`."""
+    with _opened(source, name) as picture:
+        picture.verify()
+
+
+def check_size(size: tuple[int, int], max_pixels: int) -> None:
+    """`ValueError` where width times height is more than `max_pixels`."""
+    if math.prod(size) > max_pixels:
+        raise ValueError(f"it has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are read")
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """The picture of a file or of bytes. Whatever Pillow raises or warns of becomes one `ValueError`."""
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            open_regular(source) if isinstance(source, Path) else io.BytesIO(source) as file,
+        ):
+            if file.seek(0, os.SEEK_END) > MAX_PICTURE_BYTES:
+                raise ValueError(f"it is larger than the {MAX_PICTURE_BYTES:,} bytes that are read")
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as picture:
+                _shrink_jpeg(picture, file)
+                check_size(picture.size, MAX_AVIF_PIXELS if picture.format == "AVIF" else MAX_PIXELS)
+                yield picture
+    except Exception as error:  # decoders of damaged files raise of every kind
+        raise ValueError(f"cannot read the picture {name}: {reason_of(error)}") from error
+
+
+def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
+    """Let a large JPEG be decoded at a half, a quarter or an eighth. A progressive one has all its coefficients in
+    memory, and each of its scans takes the time of a picture."""
+    if picture.format not in ("JPEG", "MPO"):
+        return
+    if picture.info.get("progressive"):
+        position = file.tell()
+        file.seek(0)
+        num_scans = file.read().count(b"\xff\xda")  # T.81, table B.1: SOS
+        file.seek(position)
+        if num_scans > MAX_SCANS:
+            raise ValueError(f"it has {num_scans} scans, at most {MAX_SCANS} are read")
+        return
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        scale = next((scale for scale in (2, 4) if width * height <= scale**2 * MAX_PIXELS), 8)
+        picture.draft(picture.mode, (max(1, width // scale), max(1, height // scale)))
+
+
+def _orientation(picture: Image.Image) -> Any:
+    """What EXIF says of a decoded picture; as it is stored where that block is damaged."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:
+        return None
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB on white.
+
+    Grey of 16 bits is divided by 257. Grey of 32 bits is taken from 0 to the first of 255, 65535 and 2^31 - 1 that no
+    value exceeds, a float picture from 0 to the first of 1 and those. `ValueError` where it holds other values.
+    """
+    if picture.mode.startswith(DEEP_MODES):
+        picture = _eight_bits(picture)
+    if not picture.has_transparency_data:
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
+    canvas = Image.new("RGB", picture.size)
+    height = max(1, STRIP_PIXELS // picture.width)
+    for top in range(0, picture.height, height):
+        layer = picture.crop((0, top, picture.width, min(top + height, picture.height))).convert("RGBA")
+        canvas.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), (0, top))
+    return canvas
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of more bits as L, or LA where one of its values is transparent."""
+    lowest, highest = cast(tuple[float, float], picture.getextrema())
+    scales = [scale for scale in FULL_SCALES[picture.mode[:4]] if highest <= scale]
+    is_finite = math.isfinite(lowest) and (picture.mode != "F" or not np.isnan(np.asarray(picture)).any())
+    if not scales or not is_finite:
+        raise ValueError(f"its values, from {lowest} to {highest}, are too large or not finite")
+    levels = picture.convert("F").point(lambda value: value * (255 / scales[0]) + 0.5).convert("L")
+    if (clear := picture.info.get("transparency")) is not None:
+        levels.putalpha(Image.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+    return levels
+
+
+def to_rgb(picture: Image.Image, size: int) -> Image.Image:
+    """Return the square in the centre of a picture as RGB on white, resized to `size`."""
+    width, height = picture.size
+    side = min(width, height)
+    if width != height:
+        left, top = (width - side) // 2, (height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    picture = on_white(picture)
+    return picture if side == size else picture.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)

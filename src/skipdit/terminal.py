@@ -1,0 +1,105 @@
+"""What a command says on a terminal, and how it ends when it is stopped."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+from skipdit.untrusted import printable
+
+MAX_MESSAGE = 2000  # characters
+SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def messages() -> Iterator[None]:
+    """Inside, warnings are lines on stderr, and what strangers called their files and keys is escaped in them."""
+    factory, formatter = logging.getLogRecordFactory(), warnings.formatwarning
+    logger, handler = logging.getLogger("skipdit"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("skipdit: warning: %(message)s"))
+    logger.addHandler(handler)
+    logging.setLogRecordFactory(_PlainRecord)
+    warnings.formatwarning = _format_warning
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logging.setLogRecordFactory(factory)
+        warnings.formatwarning = formatter
+
+
+class _PlainRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return "\n".join(printable(line, MAX_MESSAGE) for line in super().getMessage().splitlines())
+
+
+def _format_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+    return f"skipdit: warning: {one_line(str(message))}\n"
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def say_stopped(stopped: KeyboardInterrupt) -> int:
+    """Say how a run ended and what its notes tell; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream.isatty():
+            stream.write(SHOW_CURSOR)
+            stream.flush()
+    by, status = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
+    notes = "; ".join(getattr(stopped, "__notes__", ()))
+    print(f"skipdit: stopped by {by}" + (f": {one_line(notes)}" if notes else ""), file=sys.stderr)
+    return status
+
+
+def drop_output() -> int:
+    """Let go of a stdout that nobody reads any more, as `| head` leaves it; the exit status."""
+    with contextlib.suppress(OSError, ValueError):  # no real file in a test or a notebook
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, or PyTorch on a CPU or a GPU, found no more memory."""
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
+
+
+def describe(error: BaseException) -> str:
+    """Say in one line what went wrong; of an error that a data worker passed on with its traceback, the last line."""
+    text = str(error).strip()
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply ({one_line(text)})"
+    if is_out_of_memory(error):
+        return f"out of memory{text and f' ({one_line(text)})'}"
+    lines = text.splitlines() or [repr(error)]
+    return one_line(lines[-1] if lines[0].startswith("Caught ") else text or repr(error))
+
+
+def one_line(text: str) -> str:
+    return printable(" ".join(line.strip() for line in text.splitlines()), MAX_MESSAGE)

@@ -1,0 +1,283 @@
+"""Files of strangers: refused with `ValueError` or `OSError` in one line, or read, within two seconds.
+
+The long run: `SKIPDIT_HOSTILE=1000 pytest tests/test_hostile_weights.py`, and `SKIPDIT_HOSTILE=20000` for schedules and
+specs (`-k "schedules or specs"`).
+"""
+
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import hostile_weights as hostile
+import pytest
+
+from skipdit.cache.methods import load_schedule, parse_method
+from skipdit.checkpoints import load_model
+from skipdit.cli import main
+from skipdit.loading import load_source
+
+SECONDS = 2.0
+MEMORY = 2**30  # bytes
+FEW = int(os.environ.get("SKIPDIT_HOSTILE", "0"))  # of each; 0 are some dozens
+
+
+def read_bytes(reader: Callable[[Path], Any], suffix: str, folder: Path, content: bytes) -> Any:
+    path = folder / f"hostile{suffix}"
+    path.write_bytes(content)
+    return reader(path)
+
+
+def read_files(reader: Callable[[Path], Any], folder: Path, files: hostile.Files) -> Any:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return reader(folder)
+
+
+def checked(read: Callable[[Path, Any], Any], name: str, content: Any, folder: Path) -> bool:
+    """Whether the reader took it. Anything but a refusal in one line, or two seconds, fails the test."""
+    place = folder / "case"
+    place.mkdir(exist_ok=True)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    try:
+        read(place, content)
+        taken = True
+    except (ValueError, OSError) as error:
+        taken = False
+        text = str(error)
+        assert not set("\n\x1b") & set(text), f"{name}: {text[:300]!r}"
+        assert len(text) < 10_000, f"{name}: {text[:300]!r}"
+    except Exception as error:
+        raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+    assert time.process_time() - started < SECONDS, name
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY, name
+    return taken
+
+
+def load_file(path: Path) -> Any:
+    return load_model(path, num_attention_heads=2)
+
+
+def load_pipeline(path: Path) -> Any:
+    return load_source(str(path), device="cpu")
+
+
+READERS: dict[str, tuple[Callable[..., Any], Callable[[Path, Any], Any], int]] = {
+    "archives": (hostile.archives, lambda folder, content: read_bytes(load_file, ".pt", folder, content), 60),
+    "safetensors": (
+        hostile.safetensors,
+        lambda folder, content: read_bytes(load_file, ".safetensors", folder, content),
+        60,
+    ),
+    "configs": (hostile.configs, lambda folder, files: read_files(load_model, folder, files), 60),
+    "indices": (hostile.indices, lambda folder, files: read_files(load_model, folder, files), 40),
+    "pipelines": (hostile.pipelines, lambda folder, files: read_files(load_pipeline, folder, files), 48),
+    "schedules": (
+        hostile.schedules,
+        lambda folder, content: str(read_bytes(load_schedule, ".json", folder, content)),
+        400,
+    ),
+    "specs": (hostile.specs, lambda folder, spec: str(parse_method(spec)), 2000),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_hostile_files_are_refused_or_read(name: str, tmp_path: Path) -> None:
+    build, read, count = READERS[name]
+    count = FEW or count
+    taken = []
+    for case, content in islice(build(seed=0, count=count), count):
+        taken.append(checked(read, case, content, tmp_path))
+    assert len(taken) == count
+    assert not all(taken)
+
+
+@pytest.mark.parametrize("name", hostile.FAMILIES)
+def test_what_configs_are_made_from_is_read(name: str, tmp_path: Path) -> None:
+    """So a refusal is for the change."""
+    assert type(read_files(load_model, tmp_path, hostile.family_folder(name))).__name__ in (name, "DiT")
+
+
+def test_what_the_others_are_made_from_is_read(tmp_path: Path) -> None:
+    read_bytes(load_file, ".pt", tmp_path, hostile.archive({"ema": hostile.official()}))
+    read_bytes(load_schedule, ".json", tmp_path, hostile.schedule_bytes())
+    source = read_files(load_pipeline, tmp_path / "pipeline", hostile.pipeline_folder())
+    assert list(source.schedules) == ["1.8x"]
+    assert source.sampler.pipeline.vae is not None
+
+
+# --- single cases -----------------------------------------------------------------------------------------------------
+
+
+def one(builder: Callable[..., Any], name: str) -> Any:
+    return next(content for found, content in builder(count=30) if found == name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("stride 0", "is larger than its record of 4 bytes"),
+        ("many positions", "is larger than its record of 4 bytes"),
+        ("one storage, many keys", "bytes, of which the file holds"),
+        ("deflated pickle", "its records are compressed"),
+        ("large pickle", "its data.pkl has more than the 8,388,608 bytes"),
+        ("many records", "it has 21,0.. records, at most 20,000"),
+        ("many layers", "its keys number 3,000 layers, at most 256"),
+        ("sparse", r"would call torch\._utils\._rebuild_sparse_tensor"),
+        ("meta", r"would call torch\._utils\._rebuild_meta_tensor_no_storage"),
+        ("bytearray", r"would call __builtin__\.bytearray"),
+        ("print", r"would call __builtin__\.print"),
+        ("deep", "nested deeper than 16|must hold"),
+        ("escape in a key", r"1 unknown key\(s\): \\x1b\[2J"),
+        ("other zip", "it has no data.pkl"),
+    ],
+)
+def test_small_archives_do_not_take_the_machine(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_bytes(load_file, ".pt", tmp_path, one(hostile.archives, name))
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_flipped_bit_is_found_by_its_checksum(tmp_path: Path) -> None:
+    whole = hostile.archive(hostile.official())
+    place = whole.index(hostile.official()["blocks.1.mlp.fc1.weight"].numpy().tobytes())
+    for offset in (0, 100, 5000):
+        flipped = bytearray(whole)
+        flipped[place + offset] ^= 4
+        with pytest.raises(ValueError, match=r"the checksum of its record archive/data/\d+ is wrong"):
+            read_bytes(load_file, ".pt", tmp_path, bytes(flipped))
+
+
+@pytest.mark.parametrize("name", hostile.FAMILIES)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("num_layers", 10**9),
+        ("num_layers", 3000),
+        ("num_layers", 250),
+        ("num_layers", "2"),
+        ("attention_head_dim", 3000),
+        ("num_attention_heads", 10**9),
+        ("patch_size", [[1]]),
+    ],
+)
+def test_configs_are_compared_with_the_weights(name: str, option: str, value: Any, tmp_path: Path) -> None:
+    files = dict(hostile.family_folder(name))
+    fields = json.loads(files["config.json"])
+    files["config.json"] = json.dumps(fields | {option: value}).encode()
+    assert not checked(lambda folder, content: read_files(load_model, folder, content), name, files, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["DiT", "Latte", "DiTTransformer2DModel", "PixArtTransformer2DModel"])
+@pytest.mark.parametrize("size", [32768, 10**9])
+def test_tables_of_positions_are_bounded(name: str, size: int, tmp_path: Path) -> None:
+    files = dict(hostile.family_folder(name))
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"sample_size": size}).encode()
+    with pytest.raises(ValueError, match=r"sample_size or the number of frames is too large|makes no model"):
+        read_files(load_model, tmp_path, files)
+
+
+def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
+    files = dict(hostile.family_folder("LatteTransformer3DModel"))
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"activation_fn": "gelo"}).encode()
+    with pytest.raises(ValueError, match="the config makes no model"):
+        read_files(load_model, tmp_path, files)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "model.safetensors",
+        "model.pt",
+        "model",
+        "folder/config.json",
+        "folder/diffusion_pytorch_model.safetensors",
+        "pipeline/model_index.json",
+        "pipeline/schedules/2x.json",
+        "pipeline/scheduler/scheduler_config.json",
+        "pipeline/vae/config.json",
+    ],
+)
+def test_what_is_no_file_is_not_waited_for(path: str, tmp_path: Path) -> None:
+    files = hostile.pipeline_folder()
+    read_files(lambda folder: None, tmp_path / "pipeline", files)
+    read_files(lambda folder: None, tmp_path / "folder", hostile.family_folder("DiT"))
+    (tmp_path / path).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / path)
+    with pytest.raises((ValueError, OSError), match=r"."):
+        load_pipeline(tmp_path / path.split("/")[0])
+
+
+def test_other_odd_files_of_pipelines(tmp_path: Path) -> None:
+    def refusal(name: str, **changes: Any) -> str:
+        files = dict(hostile.pipeline_folder())
+        files[name] = json.dumps(json.loads(files[name]) | changes).encode()
+        with pytest.raises(ValueError, match=r".") as caught:
+            read_files(load_pipeline, tmp_path, files)
+        return str(caught.value)
+
+    index, scheduler = "model_index.json", "scheduler/scheduler_config.json"
+    assert "no _class_name" in refusal(index, _class_name=["ClassToImagePipeline"])
+    assert "no library and class for its vae" in refusal(index, vae=[])
+    assert "'PNDM' is no scheduler of diffusers" in refusal(index, scheduler=["diffusers", "PNDM"])
+    assert "must be names by number" in refusal(index, id2label={"0": 3})
+    assert "must number 10 classes, got 'one'" in refusal(index, id2label={"one": "cat"})
+    assert "makes no scheduler" in refusal(scheduler, beta_schedule="cubic")
+    assert "steps_offset must be 0 or 1, got 900" in refusal(scheduler, steps_offset=900)
+    assert "trained_betas must be 1000 numbers" in refusal(scheduler, trained_betas=[0.1])
+    assert "makes no scheduler" in refusal(scheduler, trained_betas=["a"] * 1000)
+    assert "num_train_timesteps must be 1 to 10,000" in refusal(scheduler, num_train_timesteps=10**9)
+    assert "missing key" in refusal("vae/config.json", block_out_channels=[8, 16])
+    assert "layers_per_block must be 0 to 256" in refusal("vae/config.json", layers_per_block=10**9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"full_steps": [0, 1.9]}, "Expected `int`, got `float`"),
+        ({"full_steps": "02"}, "Expected `array"),
+        ({"order": True}, "got `bool`"),
+        ({"timesteps": [999, 749, 499, None]}, "Expected `float`, got `null`"),
+        ({"num_shallow_units": [None]}, "Expected `int`, got `null`"),
+        ({"num_shallow_units": [[]]}, "Expected `int`, got `array`"),
+        ({"methd": "skip"}, "unknown field `methd`"),
+        ({"made_for": {"model": 1}}, "made_for"),
+        ({"parts": []}, "length >= 1"),
+        ({"parts": [{"kinds": ["mpl"], "full_steps": [0]}]}, "Invalid enum value 'mpl'"),
+        ({"num_inference_steps": 60_000}, "<= 1000"),
+    ],
+)
+def test_schedules_are_read_strictly(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    fields = json.loads(hostile.schedule_bytes()) | changes
+    with pytest.raises(ValueError, match=r"hostile\.json is not a schedule: ") as caught:
+        read_bytes(load_schedule, ".json", tmp_path, json.dumps(fields).encode())
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ['{"full_steps": [NaN]}', '{"order": 1, "order": 1}', hostile.DEEP, "5", "[]"])
+def test_schedules_that_are_no_json_of_ours(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"hostile\.json is not a schedule: "):
+        read_bytes(load_schedule, ".json", tmp_path, text.encode())
+
+
+def test_a_spec_of_many_digits_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 9 digits"):
+        parse_method(f"N2-{'9' * 400}-0")
+    with pytest.raises(ValueError, match="a cache spec is"):
+        parse_method("N\u0662")
+
+
+def test_the_command_ends_in_one_clean_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(one(hostile.archives, "long key"))
+    with pytest.raises(SystemExit) as caught:
+        main(["info", str(path), "--num-attention-heads", "2"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert len(said) < 2100
