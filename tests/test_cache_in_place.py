@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from skipdit.models.flow import Writes
 from tiny import TINY_FAMILIES
 from torch import Tensor, nn
 
 from skipdit.cache.enable import disable_cache, enable_cache
-from skipdit.models.families import FAMILIES, Family, declare_family
+from skipdit.models.families import FAMILIES, Family, Segment, declare_family
+from skipdit.models.forward_plan import Writes
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 
@@ -61,7 +61,7 @@ class InPlaceTransformer(ModelMixin, ConfigMixin):
 
 @pytest.fixture(autouse=True)
 def _declared() -> Iterator[None]:
-    family = Family(block_lists=("layers",), hidden_size=("dim",), branches={"mlp": ("ff",)})
+    family = Family(segments=(Segment(lists=("layers",), branches={"mlp": ("ff",)}),), hidden_size=("dim",))
     declare_family(InPlaceTransformer, family)
     yield
     del FAMILIES["InPlaceTransformer"]
@@ -122,7 +122,7 @@ def test_what_nobody_writes_is_kept_without_a_copy() -> None:
     outputs: list[Tensor] = []
     model.layers[5].register_forward_hook(lambda *given: outputs.append(given[2]))
     run(model)
-    assert set(model._open.writes.known.values()) == {False}
+    assert set(model.open_call.writes.known.values()) == {False}
     ((run_,), held) = model._skipdit_cache.streams.runs.values(), outputs[-1]
     (stored,) = run_.streams[0].states[0].stored
     assert held.data_ptr() in {tensor.data_ptr() for tensor in stored.values()}
@@ -135,7 +135,7 @@ def test_a_declaration_may_say_it() -> None:
         for each in (model, expected):
             enable_cache(each, "N3")
         torch.testing.assert_close(run(model), run(expected), atol=1e-5, rtol=0)
-        writes = model._open.writes
+        writes = model.open_call.writes
         assert (writes is None) if not says else (writes.known == {} and not writes.seen)
 
 
@@ -148,7 +148,7 @@ def test_blocks_of_the_listed_classes_write_nowhere(name: str) -> None:
         add_long_skips(model, LongSkipConfig())
     for spec in ("N2", "fora:N2", "delta:N2", "teacache:0.1"):
         enable_cache(model, spec)
-        writes = model._open.writes = Writes()
+        writes = model.open_call.writes = Writes()
         with torch.no_grad():
             for step in range(5):
                 model(**family.arguments(900 - 100 * step), return_dict=False)

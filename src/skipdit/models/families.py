@@ -2,12 +2,27 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from skipdit.models.long_skip import BranchKind
 
 Named = Mapping[BranchKind, tuple[str, ...]]
+
+
+BRANCHES: Named = {
+    "attention": ("attn", "attn1", "self_attn", "attention", "self_attention", "audio_attn1"),
+    "cross_attention": (
+        *("attn2", "cross_attn", "cross_attention", "audio_attn2"),
+        *("audio_to_video_attn", "video_to_audio_attn"),
+    ),
+    "mlp": (
+        *("ff", "ff_context", "ffn", "feed_forward", "mlp", "proj_mlp"),
+        *("img_mlp", "txt_mlp", "txt_ff", "audio_ff", "mlp_moe_gen"),
+    ),
+}
+"""What blocks of diffusers call them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +38,7 @@ class Segment:
     joins: tuple[str, ...] = ()
     """Where a segment has one stream and the one before had several: which of those the model concatenates along their
     tokens, in this order."""
-    branches: Named = field(
-        default_factory=lambda: {"attention": ("attn1",), "cross_attention": ("attn2",), "mlp": ("ff",)}
-    )
+    branches: Named = field(default_factory=lambda: BRANCHES)
     """By kind the attributes of a block, where it has them; the attention of a unit's second block is over time. What
     they output can be reused: a tensor, or a tuple."""
 
@@ -77,27 +90,167 @@ class Family:
                 )
 
 
-JOINT: Named = {"attention": ("attn", "attn2"), "mlp": ("ff", "ff_context")}
-SINGLE: Named = {"attention": ("attn",), "mlp": ("proj_mlp",)}
-WAN: Named = {"attention": ("attn1",), "cross_attention": ("attn2",), "mlp": ("ffn",)}
 TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
+IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
+RISES = -1000.0  # the argument is 1 - t / 1000
+
+
+def _units(*lists: str, **options: Any) -> tuple[Segment, ...]:
+    return (Segment(lists=lists, **options),)
+
+
+def _two(first: str, second: str, streams: tuple[str, ...], *, joined: bool = False) -> tuple[Segment, ...]:
+    """Double-stream, then single-stream blocks; joined: the model concatenates the streams for the latter."""
+    then = Segment(lists=(second,), joins=streams) if joined else Segment(lists=(second,), streams=streams)
+    return Segment(lists=(first,), streams=streams), then
+
+
+BLOCKS = "transformer_blocks", "single_transformer_blocks"
+PLAIN, TEXT_STREAM, IMAGE_STREAM = (
+    _units("transformer_blocks", streams=streams) for streams in (("hidden_states",), TEXT_FIRST, IMAGE_FIRST)
+)
+FLUX, FLUX_JOINED, HUNYUAN = (
+    _two(*BLOCKS, TEXT_FIRST),
+    _two(*BLOCKS, TEXT_FIRST, joined=True),
+    _two(*BLOCKS, IMAGE_FIRST),
+)
+WAN, LAYERS, LAYERS_OF_X = _units("blocks"), _units("layers"), _units("layers", streams=("x",))
 
 FAMILIES: dict[str, Family] = {
-    "DiTTransformer2DModel": Family(),
-    "LatteTransformer3DModel": Family(segments=(Segment(lists=("transformer_blocks", "temporal_transformer_blocks")),)),
-    "PixArtTransformer2DModel": Family(),
-    "SD3Transformer2DModel": Family(segments=(Segment(streams=TEXT_FIRST, branches=JOINT),)),
-    "FluxTransformer2DModel": Family(
-        segments=(
-            Segment(streams=TEXT_FIRST, branches=JOINT),
-            Segment(lists=("single_transformer_blocks",), streams=TEXT_FIRST, branches=SINGLE),
-        ),
+    # pictures
+    "AuraFlowTransformer2DModel": Family(
+        segments=_two("joint_transformer_blocks", "single_transformer_blocks", TEXT_FIRST, joined=True),
         timestep_scale=1000.0,
     ),
-    "WanTransformer3DModel": Family(segments=(Segment(lists=("blocks",), branches=WAN),)),
-    "HunyuanDiT2DModel": Family(segments=(Segment(lists=("blocks",)),), native_pairs=True),
+    "BriaFibo2Transformer2DModel": Family(segments=LAYERS_OF_X, hidden_size=("dim",), timestep_scale=1000.0),
+    "BriaFiboTransformer2DModel": Family(segments=FLUX_JOINED),
+    "BriaTransformer2DModel": Family(segments=FLUX),
+    "ChromaTransformer2DModel": Family(segments=FLUX_JOINED, timestep_scale=1000.0),
+    "CogView3PlusTransformer2DModel": Family(segments=IMAGE_STREAM),
+    "CogView4Transformer2DModel": Family(segments=IMAGE_STREAM),
+    "DiTTransformer2DModel": Family(),
+    "ErnieImageTransformer2DModel": Family(segments=LAYERS_OF_X, hidden_size=("hidden_size",)),
+    "Flux2Transformer2DModel": Family(segments=FLUX_JOINED, timestep_scale=1000.0),
+    "Flux3Transformer2DModel": Family(
+        segments=_units("single_transformer_blocks", streams=TEXT_FIRST),
+        timestep_scale=1000.0,
+        changing=("target_timestep",),
+    ),
+    "FluxTransformer2DModel": Family(
+        segments=FLUX,
+        timestep_scale=1000.0,
+        changing=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
+    "GlmImageTransformer2DModel": Family(segments=IMAGE_STREAM),
+    "HiDreamImageTransformer2DModel": Family(
+        segments=_two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True), timestep="timesteps"
+    ),
+    "HunyuanDiT2DModel": Family(segments=WAN, native_pairs=True),
+    "HunyuanImageTransformer2DModel": Family(segments=HUNYUAN, changing=("timestep_r",)),
+    "Ideogram4Transformer2DModel": Family(segments=LAYERS, timestep_scale=RISES),
+    "JoyImageEditPlusTransformer3DModel": Family(
+        segments=_units("double_blocks", streams=IMAGE_FIRST), hidden_size=("hidden_size",)
+    ),
+    "JoyImageEditTransformer3DModel": Family(
+        segments=_units("double_blocks", streams=IMAGE_FIRST), hidden_size=("hidden_size",)
+    ),
+    "Krea2Transformer2DModel": Family(timestep_scale=1000.0),
+    "LongCatImageTransformer2DModel": Family(segments=FLUX, timestep_scale=1000.0),
+    "Lumina2Transformer2DModel": Family(segments=LAYERS, hidden_size=("hidden_size",), timestep_scale=RISES),
+    "LuminaNextDiT2DModel": Family(segments=LAYERS, hidden_size=("hidden_size",), timestep_scale=RISES),
+    "NucleusMoEImageTransformer2DModel": Family(timestep_scale=1000.0),
+    "OmniGenTransformer2DModel": Family(segments=LAYERS, hidden_size=("hidden_size",), timestep_scale=RISES),
+    "OvisImageTransformer2DModel": Family(segments=FLUX, timestep_scale=1000.0),
+    "PRXTransformer2DModel": Family(segments=WAN, hidden_size=("hidden_size",), timestep_scale=1000.0),
+    "PixArtTransformer2DModel": Family(),
+    "PriorTransformer": Family(),
+    "QwenImage21Transformer2DModel": Family(timestep_scale=1000.0),
+    "QwenImageTransformer2DModel": Family(
+        segments=TEXT_STREAM, timestep_scale=1000.0, changing=("controlnet_block_samples",)
+    ),
+    "SD3Transformer2DModel": Family(
+        segments=_units(
+            "transformer_blocks",
+            streams=TEXT_FIRST,
+            branches={"attention": ("attn", "attn2"), "mlp": ("ff", "ff_context")},
+        ),
+        changing=("block_controlnet_hidden_states",),
+    ),
+    "SanaTransformer2DModel": Family(changing=("controlnet_block_samples",)),
+    "ZImageTransformer2DModel": Family(
+        segments=LAYERS_OF_X,
+        hidden_size=("dim",),
+        latents="x",
+        timestep="t",
+        timestep_scale=RISES,
+        changing=("controlnet_block_samples",),
+    ),
+    # video
+    "AllegroTransformer3DModel": Family(),
+    "AnyFlowFARTransformer3DModel": Family(segments=WAN, changing=("r_timestep",)),
+    "AnyFlowTransformer3DModel": Family(segments=WAN, changing=("r_timestep",)),
+    "ChronoEditTransformer3DModel": Family(segments=WAN),
+    "CogVideoXTransformer3DModel": Family(segments=IMAGE_STREAM),
+    "ConsisIDTransformer3DModel": Family(segments=IMAGE_STREAM),
+    "Cosmos3OmniTransformer": Family(
+        segments=_units("layers", streams=("und_seq", "gen_seq"), fused="gen_seq"),
+        hidden_size=("hidden_size",),
+        latents="vision_tokens",
+        timestep="vision_timesteps",
+        changing=("sound_tokens", "sound_timesteps", "action_tokens", "action_timesteps"),
+    ),
+    "CosmosTransformer3DModel": Family(changing=("block_controlnet_hidden_states",)),
+    "EasyAnimateTransformer3DModel": Family(segments=IMAGE_STREAM),
+    "HeliosTransformer3DModel": Family(segments=WAN),
+    "HunyuanVideo15Transformer3DModel": Family(segments=IMAGE_STREAM, changing=("timestep_r",)),
+    "HunyuanVideoFramepackTransformer3DModel": Family(segments=HUNYUAN),
+    "HunyuanVideoTransformer3DModel": Family(segments=HUNYUAN),
+    "Kandinsky5Transformer3DModel": Family(
+        segments=_units("visual_transformer_blocks", streams=("visual_embed",)), hidden_size=("model_dim",)
+    ),
+    "Kandinsky6SRTransformer3DModel": Family(segments=_units("visual_transformer_blocks"), hidden_size=("model_dim",)),
+    "Kandinsky6Transformer3DModel": Family(
+        segments=_units("visual_transformer_blocks", streams=("vis", "aud"), fused="vis"),
+        hidden_size=("model_dim",),
+        changing=("audio_hidden_states",),
+    ),
+    "LTX2VideoTransformer3DModel": Family(
+        segments=_units("transformer_blocks", streams=("hidden_states", "audio_hidden_states")),
+        changing=("audio_hidden_states", "audio_timestep", "sigma", "audio_sigma"),
+    ),
+    "LTXVideoTransformer3DModel": Family(),
+    "LatteTransformer3DModel": Family(segments=_units("transformer_blocks", "temporal_transformer_blocks")),
+    "MiniMaxH3Transformer3DModel": Family(hidden_size=("hidden_size",), changing=("audio_hidden_states",)),
+    "MochiTransformer3DModel": Family(segments=IMAGE_STREAM),
+    "MotifVideoTransformer3DModel": Family(segments=HUNYUAN),
+    "SanaVideoTransformer3DModel": Family(changing=("controlnet_block_samples",)),
+    "SanaWMLTX2RefinerTransformer3DModel": Family(),
+    "SanaWMTransformer3DModel": Family(segments=_units("blocks", streams=("x",)), hidden_size=("hidden_size",)),
+    "SkyReelsV2Transformer3DModel": Family(segments=WAN),
+    "WanAnimate2Transformer3DModel": Family(segments=WAN, hidden_size=("dim",)),
+    "WanAnimateTransformer3DModel": Family(segments=WAN),
+    "WanTransformer3DModel": Family(segments=WAN),
+    "WanVACETransformer3DModel": Family(segments=WAN),
+    # sound and others
+    "AceStepTransformer1DModel": Family(
+        segments=LAYERS, hidden_size=("hidden_size",), timestep_scale=1000.0, changing=("timestep_r",)
+    ),
+    "LongCatAudioDiTTransformer": Family(segments=WAN, hidden_size=("dit_dim",), timestep_scale=RISES),
+    "MiniMaxMusic3Transformer1DModel": Family(timestep_scale=RISES),
+    "StableAudio3DiTModel": Family(hidden_size=("embed_dim",), timestep_scale=1000.0),
+    "StableAudioDiTModel": Family(),
 }
 FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
+
+# transformers of diffusers 0.42 that have no row, and why
+OUT_OF_SCOPE: dict[str, str] = {
+    "DreamLiteTransformer2DModel": "part of a U-Net",
+    "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder: it does not denoise",
+    "RFD4ProteinaTransformer": "its blocks run several times per forward, and half of its work stands between them",
+    "T5FilmDecoder": "no pipeline of diffusers uses it",
+    "Transformer2DModel": "part of a U-Net",
+    "TransformerTemporalModel": "part of a U-Net",
+}
 
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:
