@@ -55,7 +55,8 @@ class CacheRuntime:
 
     def reset(self) -> None:
         self.lock = threading.RLock()  # one step at a time: threads take turns
-        self.streams = Streams(self._start, self._check_reuses, self.timestep_scale)
+        by_token = self.family.timestep_by_token
+        self.streams = Streams(self._start, self._check_reuses, self.timestep_scale, by_token=by_token)
         self.costs: dict[tuple[Any, ...], Costs] = {}
         self.peak_bytes_held = 0
 
@@ -113,7 +114,8 @@ class CacheRuntime:
             _, stream.costs = count_costs(call.model, call.eager)
             output, reused = self.stepper.step(call, stream)
         else:
-            (output, reused), stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+            made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+            output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
         stream.num_full += not reused
         stream.num_reused += bool(reused)

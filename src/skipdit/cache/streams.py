@@ -167,9 +167,14 @@ class Streams:
     that begins. scale: of the timestep argument to noise levels; below 0 where it rises as noise falls."""
 
     def __init__(
-        self, start: Callable[[], list[PartState]], check: Callable[[list[float]], None], scale: float
+        self,
+        start: Callable[[], list[PartState]],
+        check: Callable[[list[float]], None],
+        scale: float,
+        *,
+        by_token: bool = False,
     ) -> None:
-        self.start, self.check, self.scale = start, check, scale
+        self.start, self.check, self.scale, self.by_token = start, check, scale, by_token
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         # of each watched scheduler the list on which a run has begun last
         self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
@@ -181,11 +186,11 @@ class Streams:
         self.pipelines.add(pipeline)
         self.begun |= self._lists()
 
-    def next(self, timestep: Any, latents: Tensor, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
+    def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
         """The run and the stream of which a call is the next step; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
         before, given = self.runs.pop(key, None), Conditions(conditions)
-        layout = latents.shape, latents.dtype, latents.device
+        layout = layout_of(latents)
         order, place = self._known_place(timestep, before)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [each for each in run.streams if each.layout == layout]
@@ -287,7 +292,7 @@ class Streams:
         timestep = torch.as_tensor(_told.get().get("timestep", timestep))
         if timestep.numel() == 1:
             return [timestep.reshape(())]
-        tokens = timestep.reshape(len(timestep), -1)
+        tokens = timestep.reshape(1 if self.by_token else len(timestep), -1)
         noisiest = tokens.amax(dim=1) if self.scale > 0 else tokens.amin(dim=1)
         return [noisiest.amax(), noisiest.amin()]
 
@@ -364,6 +369,14 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     for stream in run.streams:
         stream.places = (run.level, run.level)
     return run, level
+
+
+def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
+    """Return shape, dtype and device of latents; of lists of them (Z-Image, one per sample) all shapes."""
+    if isinstance(latents, Tensor):
+        return latents.shape, latents.dtype, latents.device
+    layouts = [layout_of(each) for each in latents]
+    return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
 
 
 def _is_entry(timestep: Any) -> bool:

@@ -73,6 +73,8 @@ class Family:
     timestep_scale: float = 1.0
     """What one unit of that argument is on the scale from 0 to 1000; below 0 where it is 1 minus the noise level and
     rises (Lumina)."""
+    timestep_by_token: bool = False
+    """Whether a flat timestep lists levels of tokens, not of samples (MiniMax-H3): the noisiest is the step's."""
     writes_in_place: bool | None = None
     """Whether blocks write their input, or a buffer of theirs, in place. By default that is found out as a model runs,
     and what is stored is copied until then, or always under `torch.compile`."""
@@ -220,8 +222,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "LTXVideoTransformer3DModel": Family(),
     "LatteTransformer3DModel": Family(segments=_units("transformer_blocks", "temporal_transformer_blocks")),
-    "MiniMaxH3Transformer3DModel": Family(hidden_size=("hidden_size",), changing=("audio_hidden_states",)),
-    "MochiTransformer3DModel": Family(segments=IMAGE_STREAM),
+    "MiniMaxH3Transformer3DModel": Family(
+        hidden_size=("hidden_size",),
+        timestep_by_token=True,
+        changing=("audio_hidden_states", "timestep_indices"),
+    ),
+    "MochiTransformer3DModel": Family(segments=IMAGE_STREAM, timestep_scale=-1.0),
     "MotifVideoTransformer3DModel": Family(segments=HUNYUAN),
     "SanaVideoTransformer3DModel": Family(changing=("controlnet_block_samples",)),
     "SanaWMLTX2RefinerTransformer3DModel": Family(),
