@@ -42,7 +42,7 @@ def test_every_class_has_a_row_or_a_reason() -> None:
 def test_a_cached_family(name: str) -> None:
     """First and full steps are bit-equal, reuse steps those of the reference, and nothing is left of the cache."""
     tiny = TINY[name]
-    model, plain = tiny.build().requires_grad_(False), tiny.build()
+    model, plain = tiny.build().requires_grad_(False), tiny.build().requires_grad_(False)
     classes, attributes = [type(module) for module in model.modules()], [set(vars(each)) for each in model.modules()]
     expected = [run(name, plain, step) for step in range(NUM_STEPS)]
     num_units = len(tiny.units(plain))

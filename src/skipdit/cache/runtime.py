@@ -110,6 +110,9 @@ class CacheRuntime:
         stream.costs = self.costs.get(stream.layout)
         if stream.costs is not None:
             output, reused = self.stepper.step(call, stream)
+        elif not self.family.counted:
+            stream.costs = Costs.by_weights(call.model)
+            output, reused = self.stepper.step(call, stream)
         elif call.is_compiled:
             _, stream.costs = count_costs(call.model, call.eager)
             output, reused = self.stepper.step(call, stream)

@@ -73,6 +73,8 @@ class Family:
     timestep_scale: float = 1.0
     """What one unit of that argument is on the scale from 0 to 1000; below 0 where it is 1 minus the noise level and
     rises (Lumina)."""
+    counted: bool = True
+    """Whether torch can count its FLOPs. Of flex attention it cannot: then costs are estimated by weights."""
     timestep_by_token: bool = False
     """Whether a flat timestep lists levels of tokens, not of samples (MiniMax-H3): the noisiest is the step's."""
     writes_in_place: bool | None = None
@@ -189,7 +191,7 @@ FAMILIES: dict[str, Family] = {
     ),
     # video
     "AllegroTransformer3DModel": Family(),
-    "AnyFlowFARTransformer3DModel": Family(segments=WAN, changing=("r_timestep",)),
+    "AnyFlowFARTransformer3DModel": Family(segments=WAN, counted=False, changing=("r_timestep",)),
     "AnyFlowTransformer3DModel": Family(segments=WAN, changing=("r_timestep",)),
     "ChronoEditTransformer3DModel": Family(segments=WAN),
     "CogVideoXTransformer3DModel": Family(segments=IMAGE_STREAM),
@@ -210,7 +212,9 @@ FAMILIES: dict[str, Family] = {
     "Kandinsky5Transformer3DModel": Family(
         segments=_units("visual_transformer_blocks", streams=("visual_embed",)), hidden_size=("model_dim",)
     ),
-    "Kandinsky6SRTransformer3DModel": Family(segments=_units("visual_transformer_blocks"), hidden_size=("model_dim",)),
+    "Kandinsky6SRTransformer3DModel": Family(
+        segments=_units("visual_transformer_blocks"), hidden_size=("model_dim",), counted=False
+    ),
     "Kandinsky6Transformer3DModel": Family(
         segments=_units("visual_transformer_blocks", streams=("vis", "aud"), fused="vis"),
         hidden_size=("model_dim",),
