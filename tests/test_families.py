@@ -1,6 +1,7 @@
 """Every row of the table of families, cached beside a reference by plain hooks, with its FLOPs counted."""
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from families.reference import UNCOUNTED, Reference, largest_difference
 from families.table import tensors
 from torch import Tensor, nn
 
+from skipdit.cache.check import check_family
 from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
-from skipdit.models.families import FAMILIES, OUT_OF_SCOPE
+from skipdit.models.families import FAMILIES, OUT_OF_SCOPE, Family, Segment
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, remove_long_skips
 
@@ -111,6 +113,46 @@ def test_long_skips_of_a_family(name: str) -> None:
             nn.init.zeros_(block.long_skip.proj.weight)
     remove_long_skips(model)
     assert same([run(name, model, step) for step in range(2)], expected)
+
+
+def test_a_family_that_fits_is_checked() -> None:
+    for name in (
+        "FluxTransformer2DModel",
+        "Flux2Transformer2DModel",
+        "CogView4Transformer2DModel",
+        "ZImageTransformer2DModel",
+    ):
+        model = TINY[name].build()
+        classes = [type(module) for module in model.modules()]
+        found = check_family(model, TINY[name].inputs(1, NUM_STEPS))
+        assert found.num_units == len(TINY[name].units(model))
+        assert {"attention", "mlp"} <= set(found.branches)
+        assert not found.writes_in_place
+        assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize(("family", "message"), [
+    (Family(segments=(Segment(lists=("blocks",)),), timestep_scale=1000.0), "lists of the family are none of"),
+    (Family(segments=(Segment(streams=("hidden_states", "text")),), timestep_scale=1000.0),
+     "streams must be arguments"),
+    (Family(segments=(Segment(streams=("hidden_states", "encoder_hidden_states")),), timestep_scale=1000.0),
+     "streams, their order or joins do not fit"),
+    (Family(segments=(Segment(streams=("encoder_hidden_states", "hidden_states")),)), "the scale does not fit"),
+    (Family(timestep="t"), "timestep of the family is 't', which is none of"),
+    (replace(FAMILIES["QwenImageTransformer2DModel"], latents="x"), "latents of the family is 'x'"),
+])  # fmt: skip
+def test_a_family_that_does_not_fit_is_told_in_one_line(
+    family: Family, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "QwenImageTransformer2DModel"
+    model = TINY[name].build()
+    expected = run(name, model, 1)
+    monkeypatch.setitem(FAMILIES, name, family)
+    with pytest.raises(ValueError, match=message) as caught:
+        check_family(model, TINY[name].inputs(1, NUM_STEPS))
+    assert "\n" not in str(caught.value)
+    assert type(model) is TINY[name].model_class
+    assert same(run(name, model, 1), expected)
 
 
 def test_names_of_arguments_are_those_of_the_class() -> None:

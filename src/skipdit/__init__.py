@@ -4,13 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from skipdit.cache.check import check_family as check_family
     from skipdit.cache.enable import cache_summary as cache_summary
+    from skipdit.cache.enable import cached as cached
     from skipdit.cache.enable import disable_cache as disable_cache
     from skipdit.cache.enable import enable_cache as enable_cache
     from skipdit.cache.streams import cache_context as cache_context
     from skipdit.checkpoints import load_model as load_model
     from skipdit.models.dit import DiT as DiT
     from skipdit.models.families import Family as Family
+    from skipdit.models.families import Segment as Segment
     from skipdit.models.families import declare_family as declare_family
     from skipdit.models.latte import Latte as Latte
     from skipdit.models.long_skip import LongSkipConfig as LongSkipConfig
@@ -28,9 +31,12 @@ _MODULES = {
     "Family": "skipdit.models.families",
     "Latte": "skipdit.models.latte",
     "LongSkipConfig": "skipdit.models.long_skip",
+    "Segment": "skipdit.models.families",
     "add_long_skips": "skipdit.models.surgery",
     "cache_context": "skipdit.cache.streams",
     "cache_summary": "skipdit.cache.enable",
+    "cached": "skipdit.cache.enable",
+    "check_family": "skipdit.cache.check",
     "declare_family": "skipdit.models.families",
     "disable_cache": "skipdit.cache.enable",
     "enable_cache": "skipdit.cache.enable",
