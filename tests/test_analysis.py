@@ -201,6 +201,35 @@ def test_a_run_keeps_what_the_pipeline_saw() -> None:
     assert type(pipeline.transformer).__call__ is nn.Module.__call__
 
 
+SPECS = (
+    "N2",
+    "skip-branch:N3",
+    "delta-dit:N2",
+    "faster-diffusion:N2",
+    "fora:N2",
+    "taylorseer:N3",
+    "pab:N2",
+    "auto:1.3",
+)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "fbcache:0.6", "fbcache:0.9", "teacache:0.2", "adacache:0.5"])
+def test_a_run_is_followed_under_every_cache(spec: str) -> None:
+    """Also where the last unit is left out, or a reuse is refused after the first unit."""
+    torch.manual_seed(0)
+    pipeline = tiny_pipeline()
+    full, method = sample_run(pipeline, SETTINGS), parse_method(spec)
+    cached = sample_run(pipeline, SETTINGS, method)
+    assert cached.latents.shape == full.latents.shape
+    assert cached.features.shape == full.features.shape
+    assert cached.compute_ratio > 1
+    assert torch.equal(cached.features[0], full.features[0])
+    growth = error_growth(pipeline, SETTINGS, full, torch.ones(SETTINGS.num_inference_steps), method)
+    assert growth.injected[0] < 1e-6
+    assert growth.injected.max() > 1e-4
+    assert growth.feature_similarity.isfinite().all()
+
+
 def test_similarity_over_steps_by_hand() -> None:
     pipeline = tiny_pipeline()
     run = sample_run(pipeline, SETTINGS)

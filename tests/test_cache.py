@@ -17,9 +17,9 @@ from tiny import inputs, tiny_dit, tiny_pipeline
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import METHODS, CacheMethod, parse_method
 from skipdit.cache.predictor import TaylorPredictor
-from skipdit.cache.runtime import cache_context
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import DeepFeatures, UnitRange
+from skipdit.cache.streams import cache_context
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.long_skip import LongSkipConfig

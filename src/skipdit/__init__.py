@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from skipdit.cache.enable import cache_summary as cache_summary
     from skipdit.cache.enable import disable_cache as disable_cache
     from skipdit.cache.enable import enable_cache as enable_cache
-    from skipdit.cache.runtime import cache_context as cache_context
+    from skipdit.cache.streams import cache_context as cache_context
     from skipdit.checkpoints import load_model as load_model
     from skipdit.models.dit import DiT as DiT
     from skipdit.models.families import Family as Family
@@ -29,7 +29,7 @@ _MODULES = {
     "Latte": "skipdit.models.latte",
     "LongSkipConfig": "skipdit.models.long_skip",
     "add_long_skips": "skipdit.models.surgery",
-    "cache_context": "skipdit.cache.runtime",
+    "cache_context": "skipdit.cache.streams",
     "cache_summary": "skipdit.cache.enable",
     "declare_family": "skipdit.models.families",
     "disable_cache": "skipdit.cache.enable",

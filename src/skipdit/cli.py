@@ -47,9 +47,8 @@ def train(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from skipdit.compare import check_writable
     from skipdit.recipes import RECIPES
-    from skipdit.training import TrainConfig
+    from skipdit.training import Stopped, TrainConfig
     from skipdit.training import train as run
 
     recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
@@ -67,17 +66,37 @@ def train(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
-        """out: folder of the run. resume: go on from its last checkpoint. device: cpu, cuda or auto."""
+        """A training run and where it goes."""
 
         config: Annotated[TrainConfig, tyro.conf.arg(name="")]
         out: Path = Path("runs") / name
+        """folder of the run"""
         resume: bool = True
+        """go on from its last checkpoint; --no-resume begins anew, and the checkpoints there stay until a new one
+        stands"""
+        allow_changes: bool = False
+        """go on with other settings than the checkpoint's where that can be: the rate, the clip, the precision, ..."""
+        overwrite: bool = False
+        """replace files in --out that skipdit did not write; each is told"""
         device: str = "auto"
+        """cpu, cuda or auto"""
 
     options = _parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
-    check_writable(options.out)
-    folder = run(options.config, options.out, resume=options.resume, device=options.device)
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts this once a process
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
+    try:
+        folder = run(
+            options.config,
+            options.out,
+            resume=options.resume,
+            device=options.device,
+            overwrite=options.overwrite,
+            allow_changes=options.allow_changes,
+        )
+    except Stopped as stopped:
+        if is_main:
+            print(f"skipdit: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
+    if is_main:
         print(f"trained: skipdit sample --model {folder}")
 
 

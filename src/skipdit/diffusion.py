@@ -16,6 +16,8 @@ from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultis
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from skipdit.options import check_numbers
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 Process = Literal["ddpm", "flow"]
@@ -66,6 +68,7 @@ class Objective:
             raise ValueError(f"timestep_sampling must be one of {allowed}, got {self.timestep_sampling!r}")
         if self.timestep_sampling == "logit_normal" and self.process != "flow":
             raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
+        check_numbers(self)
         if self.min_sigma <= 0:
             raise ValueError(f"min_sigma must be above 0, got {self.min_sigma}")
         if self.learned_variance and self.prediction_type != "epsilon":

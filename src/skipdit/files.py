@@ -25,6 +25,7 @@ from skipdit.untrusted import open_regular, printable, read_json
 LOGGER = logging.getLogger(__name__)
 
 MARKER = "skipdit.json"
+GROWING = "appended to"  # in a marker, instead of the digest of a file that is still written
 DRAFT = ".skipdit-draft-"  # then the process, a dot and a token: see `_draft_name`
 MAX_NAMED = 5  # files in a message
 
@@ -313,6 +314,13 @@ class OutputFolder:
         """List a file that was written in another way, as it is now."""
         self._list(name, file_digest(self.path / name))
 
+    def grow(self, name: str) -> bool:
+        """List a file that is going to be appended to, and stays ours as it grows; return whether it was ours."""
+        was_ours = not self._is_foreign(name)
+        self._made.add(name)
+        self._write(self._listed() | {name: GROWING})
+        return was_ours
+
     def remove_earlier(self) -> None:
         """Delete what earlier runs of this kind wrote, nobody has changed, and this run has not made anew."""
         for name in sorted(self._listed().keys() - self._made):
@@ -340,7 +348,8 @@ class OutputFolder:
         path = self.path / name
         if not os.path.lexists(path):
             return False
-        return not path.is_file() or file_digest(path) not in self._listed().get(name, "").split()
+        listed = self._listed().get(name, "")
+        return not path.is_file() or (listed != GROWING and file_digest(path) not in listed.split())
 
     def _list(self, name: str, digest: str) -> None:
         """Before a draft takes its place, beside the file of before: whichever a killed run leaves is listed."""

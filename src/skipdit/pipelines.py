@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from skipdit.cache.runtime import cache_context
+from skipdit.cache.streams import cache_context
 from skipdit.diffusion import guide
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte

@@ -75,6 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     handle = _take(path)
+    _held.add(handle)
     stop = threading.Event()
     heart = threading.Thread(target=_beat, args=(path, stop), daemon=True)
     heart.start()
@@ -84,7 +85,20 @@ def locked(folder: Path) -> Iterator[None]:
         stop.set()
         heart.join()
         path.unlink(missing_ok=True)  # while it is held: see `_take`
+        _held.discard(handle)
         os.close(handle)
+
+
+_held: set[int] = set()  # handles of locks of this process
+
+
+def _let_go() -> None:
+    """Close a forked child's copies of the handles: a data worker would else hold the lock of a parent that died."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _take(path: Path) -> int:

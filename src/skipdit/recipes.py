@@ -188,7 +188,7 @@ def convert_stage_one() -> TrainConfig:
     plain = convert_plain()
     return replace(
         plain,
-        model=replace(plain.model, long_skip=LongSkipConfig(fusion="replace")),
+        model=ModelConfig(long_skip=LongSkipConfig(fusion="replace")),  # the sizes are those of the start
         start_from="runs/convert-plain/pipeline",
         stage="long-skips-only",
         max_steps=500,
@@ -224,7 +224,7 @@ def convert_control() -> TrainConfig:
     first, second = convert_stage_one(), convert_stage_two()
     return replace(
         second,
-        model=convert_plain().model,
+        model=ModelConfig(long_skip=None),
         start_from=first.start_from,
         max_steps=first.max_steps + second.max_steps,
     )

@@ -4,6 +4,7 @@ Class-to-image and class-to-video are our DiT and Latte. Text-to-image and text-
 HunyuanDiT2DModel and LatteTransformer3DModel, conditioned on the sentence encoder of `skipdit.text`.
 """
 
+import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from skipdit.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.models.dit import DiT
-from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v
+from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v, resize_grid
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, open_units
+from skipdit.options import check_numbers, check_positive
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.samplers import (
     LATENT_SCALE,
@@ -41,7 +43,11 @@ from skipdit.samplers import (
 )
 from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder
 
+LOGGER = logging.getLogger(__name__)
+
 Items = LabelledPictures | LabelledClips
+
+FRESH = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 8}  # of a new model
 
 
 def open_items(config: DataConfig | ClipConfig) -> Items:
@@ -99,22 +105,20 @@ def _label_names(items: Items) -> dict[str, str]:
     return {str(label): name for label, name in enumerate(items.label_names)}
 
 
-def _check_start(start: nn.Module | None, model_class: type[nn.Module], items: Items) -> None:
-    """`ValueError` where the model to go on from is of another class, of latents, or knows too few classes."""
-    if start is None:
-        return
-    config = cast(Any, start).config
-    if not isinstance(start, model_class) or config.in_channels != 3:
-        wanted = f"a {model_class.__name__} of 3 channels"
-        raise ValueError(f"start_from must be {wanted}, got a {type(start).__name__} of {config.in_channels}")
-    if (config.get("num_classes") or math.inf) < len(items.label_names):
-        raise ValueError(f"start_from knows {config.num_classes} classes, the data has {len(items.label_names)}")
-
-
 def _with_long_skips(model: nn.Module, config: LongSkipConfig | None) -> nn.Module:
-    if config is not None and not cast(Any, model).config.get("long_skip"):
+    own = cast(Any, model).config.get("long_skip")
+    if own and config is not None and dict(own) != config.to_dict():
+        LOGGER.warning("start_from has long skips of its own, which stay: model.long_skip has no effect")
+    if config is not None and not own:
         add_long_skips(model, config)
     return model
+
+
+def _refuse_other_grid(start: nn.Module, **sizes: int) -> None:
+    """Raise `ValueError` where a model of diffusers was made for other sizes than those of the data."""
+    for name, size in sizes.items():
+        if (own := cast(Any, start).config[name]) != size:
+            raise ValueError(f"start_from has {name} {own}, the data {size}: a {type(start).__name__} is not resized")
 
 
 @dataclass(frozen=True)
@@ -258,17 +262,44 @@ class TextToVideo(Captioned):
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
     """What all four models have. Abstract: `build` gives a fresh model, or `start`, with the long skips that the config
-    asks for where it has none."""
+    asks for where it has none.
 
-    num_layers: int = 12
-    num_attention_heads: int = 6
-    attention_head_dim: int = 64
-    patch_size: int = 8
+    A size that is `None` is that of `start`, or a default where there is none; one that is given must be that of
+    `start`.
+    """
+
+    num_layers: int | None = None
+    """blocks (12 in a fresh model); for class-to-video two are a pair of space and time, for text-to-video one is"""
+    num_attention_heads: int | None = None
+    """of each block (6 in a fresh model)"""
+    attention_head_dim: int | None = None
+    """width of a head (64 in a fresh model)"""
+    patch_size: int | None = None
+    """side in pixels of the square that becomes a token (8 in a fresh model)"""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self)
+        check_positive(self, *FRESH)
+
+    def fresh(self) -> dict[str, Any]:
+        """Return the sizes of a fresh model."""
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in FRESH.items()
+        }
+
+    def check_start(self, start: nn.Module, model_class: type[nn.Module], items: Items) -> None:
+        """Raise `ValueError` where the model to go on from is of another class, of latents, of other sizes than are
+        asked for, or knows too few classes."""
+        config = cast(Any, start).config
+        if not isinstance(start, model_class) or config.in_channels != 3:
+            wanted = f"a {model_class.__name__} of 3 channels"
+            raise ValueError(f"start_from must be {wanted}, got a {type(start).__name__} of {config.in_channels}")
+        if (config.get("num_classes") or math.inf) < len(items.label_names):
+            raise ValueError(f"start_from knows {config.num_classes} classes, the data has {len(items.label_names)}")
+        own = {**{name: config[name] for name in FRESH}, "mlp_ratio": config.get("mlp_ratio"), "inflate": None}
+        asked = {name: value for name in own if (value := getattr(self, name, None)) is not None}
+        if wrong := [f"{name} {own[name]}, not {value}" for name, value in asked.items() if value != own[name]]:
+            raise ValueError(f"start_from has {', '.join(wrong)}: give model.{wrong[0].split()[0]} that value or None")
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         raise NotImplementedError
@@ -283,16 +314,15 @@ class ModelConfig(Sizes):
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledPictures):
             raise ValueError("a class-to-image model trains on pictures: give it a DataConfig")
-        _check_start(start, DiT, items)
-        if start is None:
+        if start is not None:
+            self.check_start(start, DiT, items)
+            resize_grid(cast(DiT, start), sample_size=items.size)
+        else:
             start = DiT(
                 sample_size=items.size,
-                patch_size=self.patch_size,
                 in_channels=3,
                 out_channels=6 if objective.learned_variance else 3,
-                num_layers=self.num_layers,
-                num_attention_heads=self.num_attention_heads,
-                attention_head_dim=self.attention_head_dim,
+                **self.fresh(),
                 num_classes=len(items.label_names),
                 long_skip=self.long_skip,
             )
@@ -301,30 +331,27 @@ class ModelConfig(Sizes):
 
 @dataclass(frozen=True, kw_only=True)
 class VideoModelConfig(Sizes):
-    """The sizes of a Latte; classes, frames and pixels come from the data. num_layers: two are a pair.
-
-    inflate: start from the spatial weights of this class-to-image model, `emoji` or the folder of a pipeline: of its
-    outermost blocks as many as there are pairs. Blocks over time start as the identity, so at first each frame is a
-    picture of its own.
-    """
+    """The sizes of a Latte; classes, frames and pixels come from the data."""
 
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
     inflate: str | None = None
+    """start from the spatial weights of this class-to-image model, `emoji` or the folder of a pipeline: of its
+    outermost blocks as many as there are pairs; blocks over time start as the identity, so at first each frame is a
+    picture of its own"""
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledClips):
             raise ValueError("a class-to-video model trains on clips: give it a ClipConfig")
-        _check_start(start, Latte, items)
-        if start is None:
+        if start is not None:
+            self.check_start(start, Latte, items)
+            resize_grid(cast(Latte, start), sample_size=items.size, num_frames=items.num_frames)
+        else:
             start = Latte(
                 sample_size=items.size,
                 num_frames=items.num_frames,
-                patch_size=self.patch_size,
                 in_channels=3,
                 out_channels=6 if objective.learned_variance else 3,
-                num_layers=self.num_layers,
-                num_attention_heads=self.num_attention_heads,
-                attention_head_dim=self.attention_head_dim,
+                **self.fresh(),
                 num_classes=len(items.label_names),
                 long_skip=self.long_skip,
             )
@@ -340,23 +367,29 @@ class VideoModelConfig(Sizes):
 class TextToImageModelConfig(Sizes):
     """The sizes of a HunyuanDiT, which has long skips of its own: all pairs but the two middle blocks."""
 
-    mlp_ratio: float = 4.0
+    mlp_ratio: float | None = None
+    """hidden size of the MLP over that of the block (4 in a fresh model)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlp_ratio is not None and self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledPictures):
             raise ValueError("a text-to-image model trains on pictures: give it a DataConfig")
         check_text_installed()
-        _check_start(start, HunyuanDiT2DModel, items)
-        if start is None:
+        if start is not None:
+            self.check_start(start, HunyuanDiT2DModel, items)
+            _refuse_other_grid(start, sample_size=items.size)
+        else:
+            sizes = self.fresh()
             start = HunyuanDiT2DModel(
-                num_attention_heads=self.num_attention_heads,
-                attention_head_dim=self.attention_head_dim,
+                **sizes,
                 in_channels=3,
-                patch_size=self.patch_size,
                 sample_size=items.size,
-                hidden_size=self.num_attention_heads * self.attention_head_dim,
-                num_layers=self.num_layers,
-                mlp_ratio=self.mlp_ratio,
+                hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
+                mlp_ratio=4.0 if self.mlp_ratio is None else self.mlp_ratio,
                 cross_attention_dim=WIDTH,
                 cross_attention_dim_t5=WIDTH,
                 pooled_projection_dim=WIDTH,
@@ -371,30 +404,28 @@ class TextToImageModelConfig(Sizes):
 
 @dataclass(frozen=True, kw_only=True)
 class TextToVideoModelConfig(Sizes):
-    """The sizes of diffusers' LatteTransformer3DModel with long skips. num_layers: its (spatial, temporal) pairs.
-
-    inflate: start from the weights of this class-to-image model, as for class-to-video; text and time start unheard.
-    """
+    """The sizes of diffusers' LatteTransformer3DModel with long skips."""
 
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
     inflate: str | None = None
+    """start from the weights of this class-to-image model, as for class-to-video; text and time start unheard"""
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         if not isinstance(items, LabelledClips) or items.num_pictures:
             raise ValueError("a text-to-video model trains on clips: give it a ClipConfig without num_pictures")
         check_text_installed()
-        _check_start(start, LatteTransformer3DModel, items)
-        if start is None:
+        if start is not None:
+            self.check_start(start, LatteTransformer3DModel, items)
+            _refuse_other_grid(start, sample_size=items.size, video_length=items.num_frames)
+        else:
+            sizes = self.fresh()
             start = LatteTransformer3DModel(
-                num_attention_heads=self.num_attention_heads,
-                attention_head_dim=self.attention_head_dim,
+                **sizes,
                 in_channels=3,
                 out_channels=6,
-                num_layers=self.num_layers,
-                cross_attention_dim=self.num_attention_heads * self.attention_head_dim,
+                cross_attention_dim=sizes["num_attention_heads"] * sizes["attention_head_dim"],
                 attention_bias=True,
                 sample_size=items.size,
-                patch_size=self.patch_size,
                 activation_fn="gelu-approximate",
                 num_embeds_ada_norm=1000,
                 norm_type="ada_norm_single",

@@ -23,7 +23,7 @@ from skipdit.cache.predictor import Derivatives, TaylorPredictor, Values
 from skipdit.cache.runtime import CacheRuntime, relative_change
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, Site, step_cost
-from skipdit.cache.state import Trajectory
+from skipdit.cache.streams import Stream
 from skipdit.models.flow import Branches, Portion, Step
 from skipdit.models.long_skip import BranchKind
 
@@ -99,14 +99,12 @@ class Recorder(CacheRuntime):
         self.errors: dict[int, dict[tuple[int, int, int, int], list[float]]] = {order: {} for order in trials.orders}
         self.seen: list[float] = []
 
-    def make_step(
-        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
-    ) -> Tensor:
+    def make_step(self, model: nn.Module, forward: Callable[..., Any], stream: Stream, timestep: float) -> Tensor:
         sample, stored = forward(Step(store=self.portions))
         history = self.history.setdefault(
-            id(trajectory), deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
+            id(stream), deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
         )
-        step = trajectory.num_full
+        step = stream.num_full
         if step == len(self.seen):
             self.seen.append(timestep)
         for variant, portion in enumerate(self.portions):
@@ -117,8 +115,8 @@ class Recorder(CacheRuntime):
                     error = (reused.float() - sample.float()).square().mean().item()
                     self.errors[order].setdefault((variant, step, spacing, age), []).append(error)
         history.appendleft(stored)
-        trajectory.num_full += 1
-        trajectory.cost += 1
+        stream.num_full += 1
+        stream.cost += 1
         self.advance()
         return sample
 
@@ -160,7 +158,8 @@ def replaced(pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module]
     model = cast(CachedModel, pipeline.transformer)
     try:
         recorder = make(model)
-        recorder.pipelines, recorder.opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
+        recorder.opened = model._skipdit_cache.opened
+        recorder.streams.watch(pipeline)
         object.__setattr__(model, "_skipdit_cache", recorder)
         yield recorder
     finally:
@@ -261,12 +260,10 @@ class ChangeRecorder(CacheRuntime):
         self.changes: dict[tuple[BranchKind, int, int], list[float]] = {}
         self.seen: list[float] = []
 
-    def make_step(
-        self, model: nn.Module, forward: Callable[..., Any], trajectory: Trajectory, timestep: float
-    ) -> Tensor:
+    def make_step(self, model: nn.Module, forward: Callable[..., Any], stream: Stream, timestep: float) -> Tensor:
         sample, stored = forward(Step(store=self.parts[0].portions))
-        history = self.history.setdefault(id(trajectory), deque(maxlen=self.max_age))
-        step = trajectory.num_full
+        history = self.history.setdefault(id(stream), deque(maxlen=self.max_age))
+        step = stream.num_full
         if step == len(self.seen):
             self.seen.append(timestep)
         for age, before in enumerate(history, start=1):
@@ -274,8 +271,8 @@ class ChangeRecorder(CacheRuntime):
                 values = {key: value for key, value in stored.items() if portion.owns(key)}
                 self.changes.setdefault((kind, step, age), []).append(relative_change(values, before))
         history.appendleft(stored)
-        trajectory.num_full += 1
-        trajectory.cost += 1
+        stream.num_full += 1
+        stream.cost += 1
         return sample
 
 

@@ -1,7 +1,6 @@
 """Switches a cache on and off: a model's class becomes a final subclass whose `__call__` is the cache's."""
 
 import warnings
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,14 +13,15 @@ from torch import nn
 
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.runtime import CacheRuntime, branch_context
+from skipdit.cache.runtime import CacheRuntime
 from skipdit.cache.state import CacheSummary
+from skipdit.cache.streams import branch_context
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.models.surgery import close_units, open_units
+from skipdit.models.surgery import Remade, close_units, open_units
 
 
-class CachedModel(nn.Module):
+class CachedModel(Remade, nn.Module):
     """Mixed in front of a model's class while its cache is on; `_cached_class` makes the final subclass."""
 
     _skipdit_cache: CacheRuntime
@@ -36,8 +36,9 @@ class CachedModel(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Calls inside are the branch `name` of the current run, as pipelines of diffusers enter it for guidance."""
-        with branch_context(name), cast(Any, super()).cache_context(name, **where):
+        """Keeps the calls inside apart, as the branch `name` of the current run. where: the place in the loop
+        (`step_index`, `num_inference_steps`, `timestep`), which is believed."""
+        with branch_context(name, **where), cast(Any, super()).cache_context(name, **where):
             yield
 
     # what makes another model of this class makes it without the cache
@@ -58,6 +59,7 @@ def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "__doc__": model_class.__doc__,
+        "_made_by": (_cached_class, model_class),
     }
     return type(model_class.__name__, (CachedModel, model_class), namespace)
 
@@ -102,9 +104,9 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
     """
     method, model = parse_method(spec), _model_of(target)
     opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
-    pipelines = weakref.WeakSet()
+    pipelines: list[Any] = []
     if isinstance(model, CachedModel):
-        pipelines, opened = model._skipdit_cache.pipelines, model._skipdit_cache.opened
+        pipelines, opened = list(model._skipdit_cache.streams.pipelines), model._skipdit_cache.opened
     if isinstance(model, LongSkipModel) and model.is_cache_enabled and not isinstance(model, CachedModel):
         raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
     if opened:
@@ -120,17 +122,16 @@ def enable_cache(target: nn.Module | DiffusionPipeline, spec: str | Path | Cache
         raise
     if isinstance(model, CachedModel):
         _uncache(model)
-    runtime.pipelines = pipelines
+    for pipeline in (*pipelines, *([target] if isinstance(target, DiffusionPipeline) else [])):
+        runtime.streams.watch(pipeline)
     cast(Any, model).__class__ = _cached_class(type(model))
     object.__setattr__(model, "_skipdit_cache", runtime)
-    if isinstance(target, DiffusionPipeline):
-        runtime.pipelines.add(target)
-        if target.components.get("transformer_2") is not None:
-            warnings.warn(
-                f"the transformer_2 of this {type(target).__name__} stays without a cache: "
-                "skipdit.enable_cache(pipeline.transformer_2, ...)",
-                stacklevel=2,
-            )
+    if isinstance(target, DiffusionPipeline) and target.components.get("transformer_2") is not None:
+        warnings.warn(
+            f"the transformer_2 of this {type(target).__name__} stays without a cache: "
+            "skipdit.enable_cache(pipeline.transformer_2, ...)",
+            stacklevel=2,
+        )
 
 
 def disable_cache(target: nn.Module | DiffusionPipeline) -> None:

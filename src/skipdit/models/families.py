@@ -1,7 +1,7 @@
 """Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -18,7 +18,10 @@ class Family:
     hidden_size: config entries whose product is the hidden size.
     native_pairs: the blocks fuse skips of their own, which the model's forward hands them: all pairs but the two middle
         units (HunyuanDiT, arXiv 2405.08748).
-    timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000.
+    timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000; below 0 where the argument
+        rises as noise falls: -1000 where it is 1 - t (Lumina).
+    writes_in_place: whether blocks write their input, or a buffer of theirs, in place; by default that is found out as
+        the model runs, and what is stored is copied until then, or always under `torch.compile`.
     branches: of each kind the attributes of a block, where it has them; the attention of a unit's second block is over
         time. Their outputs can be reused: a tensor, or a tuple of one a stream.
     """
@@ -28,6 +31,7 @@ class Family:
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     native_pairs: bool = False
     timestep_scale: float = 1.0
+    writes_in_place: bool | None = None
     branches: Mapping[BranchKind, tuple[str, ...]] = field(
         default_factory=lambda: {"attention": ("attn1",), "cross_attention": ("attn2",), "mlp": ("ff",)}
     )
@@ -59,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(block_lists=("blocks",), branches=WAN_BRANCHES),
     "HunyuanDiT2DModel": Family(block_lists=("blocks",), native_pairs=True),
 }
+FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
 
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:

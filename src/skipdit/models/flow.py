@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from skipdit.models.long_skip import BranchKind, LongSkipLinks
@@ -174,11 +175,50 @@ def kind_in(kind: BranchKind, block: int) -> BranchKind:
     return "temporal_attention" if kind == "attention" and block == 1 else kind
 
 
+@dataclass(eq=False)
+class Writes:
+    """Finds out what blocks write later of what a call keeps: in place, or into a buffer that they fill again.
+
+    known: by place, an entry to a unit or a branch, whether they do. Until a place has been seen at two calls, and
+    where it is written, what is kept and what is handed on from a store is a copy. always: no need to look.
+    seen: tensors of a place and their versions, at the last call and in this one.
+    """
+
+    always: bool = False
+    known: dict[str, bool] = field(default_factory=dict)
+    seen: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    now: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"always": self.always, "known": self.known, "seen": {}, "now": {}}
+
+    def apart(self, place: str, tensor: Tensor, *, look: bool) -> Tensor:
+        """A copy, or the tensor itself where it is known that nobody writes it."""
+        if self.known.get(place) is False:
+            return tensor
+        if look and not (self.always or torch.compiler.is_compiling() or tensor.is_inference()):
+            self.now.setdefault(place, []).append((tensor.detach(), tensor._version))
+        return tensor.clone()
+
+    def end_call(self) -> None:
+        now, self.now = self.now, {}
+        for place, tensors in now.items():
+            if any(tensor._version != version for tensor, version in (*tensors, *self.seen.get(place, ()))):
+                self.known[place] = True
+            elif place in self.seen:
+                self.known.setdefault(place, False)
+            else:
+                self.seen[place] = tensors
+            if place in self.known:
+                self.seen.pop(place, None)
+
+
 @dataclass
 class LongSkipFlow:
     """What one forward call carries along its long skips. Made for the call, gone with it.
 
-    given: what earlier calls stored, at least all that `step.reuse` owns. stored: what this call stores.
+    given: what earlier calls stored, at least all that `step.reuse` owns. writes: what is known of blocks that write in
+    place; `None`: that none does. stored: what this call stores.
 
     Skips are kept by unit index, so a gradient-checkpointed unit that runs twice finds the same skip twice.
     """
@@ -186,6 +226,7 @@ class LongSkipFlow:
     links: LongSkipLinks
     step: Step = PLAIN
     given: Stored | None = None
+    writes: Writes | None = None
     stored: dict[str, Tensor] = field(init=False, default_factory=dict)
     skips: dict[int, Tensor] = field(init=False, default_factory=dict)
     entered: dict[int, tuple[Any, ...]] = field(init=False, default_factory=dict)
@@ -202,6 +243,12 @@ class LongSkipFlow:
     @property
     def has_branches(self) -> bool:
         return any(portion.bounds is None for portion in (*self.step.store, *self.step.reuse))
+
+    def _keep(self, place: str, tensor: Any) -> Any:
+        return tensor if self.writes is None or tensor is None else self.writes.apart(place, tensor, look=True)
+
+    def _lend(self, place: str, tensor: Tensor) -> Tensor:
+        return tensor if self.writes is None else self.writes.apart(place, tensor, look=False)
 
     def runs(self, unit: int) -> bool:
         return str(unit) not in self.step.left_out
@@ -220,13 +267,14 @@ class LongSkipFlow:
                 streams = self._take(portion, streams)
         for portion in (*self.step.store, *self.step.reuse):
             if portion.adds and portion.bounds is not None and portion.bounds[0] == unit:
-                self.entered[unit] = streams
+                self.entered[unit] = tuple(self._keep(str(unit), stream) for stream in streams)
         for portion in self.step.store:
             if portion.bounds is not None and portion.bounds[1] == unit:
                 before = self.entered[portion.bounds[0]] if portion.adds else ()
                 for index, stream in enumerate(streams):
                     if stream is not None:  # the text stream may end within the last unit (SD3)
-                        self.stored[f"{portion.key}{index}"] = stream - before[index] if portion.adds else stream
+                        kept = stream - before[index] if portion.adds else self._keep(str(unit), stream)
+                        self.stored[f"{portion.key}{index}"] = kept
         return streams
 
     def _take(self, portion: Portion, streams: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -238,7 +286,8 @@ class LongSkipFlow:
             if value is None:
                 taken.append(stream)
             else:
-                taken.append(self.entered[portion.bounds[0]][index] + value if portion.adds else value)
+                entered = self.entered[portion.bounds[0]][index] if portion.adds else None
+                taken.append(self._lend(str(portion.bounds[1]), value) if entered is None else entered + value)
         return tuple(taken)
 
     def leave(self, unit: int, hidden_states: Tensor) -> None:
@@ -247,6 +296,7 @@ class LongSkipFlow:
         target = self.links.num_units - 1 - unit
         if target not in self.links.sources:
             return
+        hidden_states = self._keep(str(unit + 1), hidden_states)
         self.skips[unit] = hidden_states
         for portion in self.step.store:
             if portion.hands_on(unit, target):
@@ -276,23 +326,23 @@ class LongSkipFlow:
         if any(portion.has_branch(kind, unit) for portion in self.step.reuse):
             assert self.given is not None
             if key in self.given:
-                return self.given[key]
+                return self._lend(key, self.given[key])
             outputs = []
             while f"{key}.{len(outputs)}" in self.given:
-                outputs.append(self.given[f"{key}.{len(outputs)}"])
+                outputs.append(self._lend(key, self.given[f"{key}.{len(outputs)}"]))
             if not outputs:
                 raise ValueError(f"the output of {kind} in unit {unit} was not stored")
             return tuple(outputs)
         entering = make_input()
         if any(portion.has_input(kind, unit) for portion in self.step.store):
-            self.stored[f"input_of_{key}"] = entering
+            self.stored[f"input_of_{key}"] = self._keep(f"input_of_{key}", entering)
         output = run(entering)
         if any(portion.has_branch(kind, unit) for portion in self.step.store):
             if isinstance(output, Tensor):
-                self.stored[key] = output
+                self.stored[key] = self._keep(key, output)
             else:
                 for index, each in enumerate(output):
-                    self.stored[f"{key}.{index}"] = each
+                    self.stored[f"{key}.{index}"] = self._keep(key, each)
         return output
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel
 from torch import nn
 
-from skipdit.models.dit import DiT, DiTBlock
+from skipdit.models.dit import DiT, DiTBlock, sincos, sincos_position_embedding
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkip
 
@@ -46,6 +46,22 @@ def init_latte_t2v(model: LatteTransformer3DModel) -> None:
     nn.init.normal_(model.adaln_single.linear.weight, std=0.02)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
+
+
+def resize_grid(model: DiT | Latte, **sizes: int) -> None:
+    """Make a model one of another `sample_size` or `num_frames`: only its fixed tables of positions know them.
+
+    `ValueError` where the side is no multiple of the patch.
+    """
+    config, table = model.config, model.get_buffer("position_embedding")
+    side, rest = divmod(sizes["sample_size"], config.patch_size)
+    if rest:
+        raise ValueError(f"sample_size must be divisible by patch_size {config.patch_size}, got {sizes['sample_size']}")
+    model.register_to_config(**sizes)
+    model.position_embedding = sincos_position_embedding(table.shape[1], side, side).to(table)
+    if isinstance(model, Latte):
+        frames = torch.arange(sizes["num_frames"], dtype=torch.float64)
+        model.frame_embedding = sincos(table.shape[1], frames).to(table)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from skipdit.models.families import Family, find_family, get_family
-from skipdit.models.flow import PLAIN, LongSkipFlow, Step, kind_in
+from skipdit.models.flow import PLAIN, LongSkipFlow, Step, Writes, kind_in
 from skipdit.models.long_skip import (
     BranchKind,
     LongSkip,
@@ -39,10 +39,11 @@ LONG_SKIP_VARIANT = "long_skip"
 @dataclass
 class OpenFlow:
     """The forward call that a model is in; one object that the model shares with its blocks. num_tokens: of a picture
-    or frame, as the last unit's first block saw it."""
+    or frame, as the last unit's first block saw it. writes: see `LongSkipFlow`."""
 
     flow: LongSkipFlow | None = None
     num_tokens: int = 0
+    writes: Writes | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,32 @@ class Place:
     positions: dict[str, int]
 
 
-class UnitBlock(nn.Module):
+class Remade:
+    """Pickles and copies an instance of a final subclass that no module names: by how its class is made."""
+
+    _made_by: tuple[Callable[[Any], type], type]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, (_, *rest), *state = super().__reduce_ex__(max(protocol, 2))
+        return _remake, (_recipe(type(self)), *rest), *state
+
+
+def _recipe(cls: type) -> Any:
+    """Functions and the class that they are applied to, innermost last; a class that a module names is its own."""
+    made_by = vars(cls).get("_made_by")
+    return cls if made_by is None else (made_by[0], _recipe(made_by[1]))
+
+
+def _class_of(recipe: Any) -> type:
+    return recipe[0](_class_of(recipe[1])) if isinstance(recipe, tuple) else recipe
+
+
+def _remake(recipe: Any, *rest: Any) -> Any:
+    cls = _class_of(recipe)
+    return cls.__new__(cls, *rest)
+
+
+class UnitBlock(Remade, nn.Module):
     """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
     step a block of a unit that does not run hands its streams on."""
 
@@ -130,7 +156,7 @@ class BranchPlace:
     name: str
 
 
-class UnitBranch(nn.Module):
+class UnitBranch(Remade, nn.Module):
     """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
 
     _place: BranchPlace
@@ -150,7 +176,7 @@ class UnitBranch(nn.Module):
         )
 
 
-class RunsUnits(LongSkipModel):
+class RunsUnits(Remade, LongSkipModel):
     """Mixed in front of a transformer's class: opens a `LongSkipFlow` for each forward call."""
 
     _open: OpenFlow
@@ -166,12 +192,15 @@ class RunsUnits(LongSkipModel):
     ) -> LongSkipOutput | tuple[Tensor, ...]:
         if self._open.flow is not None:
             raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
-        flow = LongSkipFlow(self.long_skip_links, step, stored)
+        writes = self._open.writes
+        flow = LongSkipFlow(self.long_skip_links, step, stored, writes)
         self._open.flow = flow
         try:
             sample = cast(Any, super()).forward(*args, return_dict=False, **kwargs)[0]
         finally:
             self._open.flow = None
+        if writes is not None and not torch.compiler.is_compiling():
+            writes.end_call()
         output = LongSkipOutput(sample=sample, stored=flow.stored or None)
         return output if return_dict else output.to_tuple()
 
@@ -287,19 +316,23 @@ def _subclass(mixin: type, base: type, **namespace: Any) -> type:
 
 @lru_cache
 def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
-    return _subclass(UnitBlock, base)
+    return _subclass(UnitBlock, base, _made_by=(_block_class, base))
 
 
 @lru_cache
 def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
-    return _subclass(UnitBranch, base)
+    return _subclass(UnitBranch, base, _made_by=(_branch_class, base))
 
 
-@lru_cache
 def long_skip_class(base: type[nn.Module]) -> Any:
     """The class that a transformer of this class becomes with long skips; its `from_pretrained` reads what such a model
     saved. `ValueError` where skipdit does not know the class's units."""
     get_family(base)
+    return _running_class(base)
+
+
+@lru_cache
+def _running_class(base: type[nn.Module]) -> Any:
     signature = inspect.signature(base.forward)
     own = [
         parameter
@@ -314,7 +347,7 @@ def long_skip_class(base: type[nn.Module]) -> Any:
         return RunsUnits.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    return _subclass(RunsUnits, base, forward=forward)
+    return _subclass(RunsUnits, base, forward=forward, _made_by=(_running_class, base))
 
 
 def _plain_class(model_class: type) -> type[nn.Module]:
@@ -360,7 +393,8 @@ def open_units(model: nn.Module) -> None:
             f"hooks are on the forward of this {type(hooked).__name__}: call skipdit first, then set up offloading "
             "or other hooks"
         )
-    open_flow = OpenFlow()
+    writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
+    open_flow = OpenFlow(writes=writes)
     for place, branch in _branches(units, family):
         branch.__class__ = _branch_class(type(branch))
         branch._place, branch._open = place, open_flow

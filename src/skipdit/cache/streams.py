@@ -1,0 +1,377 @@
+"""Finds the stream of which a call is the next step.
+
+A *stream* is a name (`cache_context`), a shape and a conditioning; every call of a stream is its next step. A *run* is
+over when the pipeline says so (`_reset_stateful_cache`), when a watched scheduler has a new list of timesteps, or when
+the timestep turns back. What `cache_context(name, step_index=..., timestep=...)` tells is believed.
+
+Under a watched scheduler a step is known by its place in the list, and the device is asked for nothing. Of a bare model
+the timestep is read once per call. Conditioning is known by the tensors themselves; only where they are made anew from
+step to step are their contents compared, as checksums in the same reading.
+"""
+
+import math
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from skipdit.cache.conditions import Conditions, read
+from skipdit.cache.state import Counts, PartState
+from skipdit.models.flow import Step
+
+# more streams of one run are not guidance but calls that the cache misunderstands
+MAX_STREAMS = 16
+# of more runs the least recently called are dropped
+MAX_RUNS = 64
+
+_context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
+_branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
+_told: ContextVar[Mapping[str, Any]] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
+
+TOLD = "told"  # the order of calls whose places `cache_context` tells
+Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names of the model's own `cache_context`
+
+
+@contextmanager
+def cache_context(name: str) -> Iterator[None]:
+    """Keeps the calls inside, the run `name`, apart from all others. Contexts nest.
+
+    Needed only where one thread makes steps of several runs in turn; a pipeline of ours enters one by itself, and
+    guidance branches that differ in their conditioning are told apart without it.
+    """
+    with _entered(_context, (*_context.get(), name)):
+        yield
+
+
+@contextmanager
+def branch_context(name: str, **where: Any) -> Iterator[None]:
+    """Keeps the calls inside, a branch of the current run, apart from its others; they end with it. where: the place
+    in the loop, as diffusers' `CacheContext` has it."""
+    with _entered(_branch, (*_branch.get(), name)), _entered(_told, where):
+        yield
+
+
+@contextmanager
+def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams and runs
+
+
+@dataclass(eq=False)
+class Stream:
+    """The calls of one name, shape and conditioning: what they have stored, and their counts.
+
+    places: of the last step, and of the one before it. new: the arguments by which it differed from the streams of the
+    step before it. compiled: the steps whose graphs have been called. cost: in full steps.
+    """
+
+    layout: tuple
+    conditions: Conditions
+    states: list[PartState]
+    places: tuple[float, float]
+    new: set[str] = field(default_factory=set)
+    compiled: set[Step] = field(default_factory=set)
+    num_full: int = 0
+    num_reused: int = 0
+    cost: float = 0.0
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(self.num_full, self.num_reused, self.cost)
+
+    @property
+    def bytes_held(self) -> int:
+        """Of the memory behind what is stored: a view counts as all that it keeps, what is stored twice counts once."""
+        storages = [tensor.untyped_storage() for state in self.states for tensor in state.tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@dataclass(eq=False)
+class Run:
+    """The streams of one name. order: what says which step comes after which: the list of a watched scheduler, `TOLD`,
+    or `None`, the timestep. place: of the last call, which grows from step to step. level: its noise level, from 0 to
+    1000; levels: of the whole list. rises: the timestep of a bare model grows; risen: the run before had one step, at a
+    lower timestep. changing: arguments that are new at each call. dropped: the counts of streams kept no more."""
+
+    order: Any
+    levels: list[float] = field(default_factory=list)
+    place: float = -math.inf
+    level: float = 0.0
+    rises: bool = False
+    risen: bool = False
+    streams: list[Stream] = field(default_factory=list)
+    changing: set[str] = field(default_factory=set)
+    dropped: Counts = field(default_factory=Counts)
+    last_call: int = 0
+    warned: bool = False
+
+    @property
+    def counts(self) -> Counts:
+        return sum((each.counts for each in self.streams), self.dropped)
+
+    @property
+    def coming(self) -> list[float]:
+        """The noise levels of the steps from this one on, where they are known."""
+        return self.levels[int(self.place) :] if self.levels else []
+
+    def drop(self, stream: Stream) -> None:
+        self.streams.remove(stream)
+        self.dropped += stream.counts
+
+    def find(self, fitting: list[Stream], given: Conditions, place: float) -> tuple[Stream | None, set[str]]:
+        """The stream of an equal conditioning, else what is new since the nearest stream of an earlier step. What is
+        new at two steps in a row is no condition, unless it tells calls of one step apart."""
+        unequal = {stream: given.unequal(stream.conditions) - self.changing for stream in fitting}
+        equal = next((stream for stream in reversed(fitting) if not unequal[stream]), None)
+        waiting = [stream for stream in reversed(fitting) if stream.places[0] < place]
+        nearest = equal or min(waiting, key=lambda stream: len(unequal[stream]), default=None)
+        if equal is not None or nearest is None:
+            return equal, set()
+        new = unequal[nearest]
+        alike = [each for each in fitting if not each.conditions.unequal(nearest.conditions) - self.changing - new]
+        if not new <= nearest.new or sum(each.places[0] == nearest.places[0] for each in alike) > 1:
+            return None, new
+        self.changing |= new
+        for each in alike:
+            if each is not nearest:
+                self.drop(each)
+        return nearest, new
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# All runs of a model
+
+
+class Streams:
+    """All runs of one cached model. start: makes the states of a new stream. check: is told the noise levels of a run
+    that begins. scale: of the timestep argument to noise levels; below 0 where it rises as noise falls."""
+
+    def __init__(
+        self, start: Callable[[], list[PartState]], check: Callable[[list[float]], None], scale: float
+    ) -> None:
+        self.start, self.check, self.scale = start, check, scale
+        self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        # of each watched scheduler the list on which a run has begun last
+        self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self.runs: dict[Key, Run] = {}
+        self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
+
+    def watch(self, pipeline: Any) -> None:
+        """Follows the scheduler of a pipeline. Copied timesteps belong to lists that it makes from now on."""
+        self.pipelines.add(pipeline)
+        self.begun |= self._lists()
+
+    def next(self, timestep: Any, latents: Tensor, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
+        """The run and the stream of which a call is the next step; either may be new."""
+        key = threading.current_thread().ident or 0, _context.get(), _branch.get()
+        before, given = self.runs.pop(key, None), Conditions(conditions)
+        layout = latents.shape, latents.dtype, latents.device
+        order, place = self._known_place(timestep, before)
+        run = before if before is not None and before.order is order else Run(order)
+        fitting = [each for each in run.streams if each.layout == layout]
+        same = [each for each in fitting if not given.differing(each.conditions) - run.changing]
+        # nobody can tell whether a tensor of inference mode was written between two calls of one step
+        unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
+        stream = same[0] if len(same) == 1 and not unsure else None
+
+        levels = [] if isinstance(order, Tensor) else self._levels(timestep)
+        compared = [each.conditions for each in fitting] if stream is None else []
+        answers = given.compare(compared, levels)
+        level = self._level(answers) if levels else 0.0
+        if order is None:
+            run, place = _by_level(run, level)
+        elif place is None:  # of a list, by counting: a stream that has made the run's step makes the next one
+            place = 0 if not run.streams else run.place + (stream is not None and stream.places[0] == run.place)
+        assert place is not None
+        if place < run.place or (run.levels and place >= len(run.levels)):
+            run, place = Run(order, run.levels), place if place < run.place else 0
+        if not run.streams:
+            stream, fitting = None, []
+            run.place = place
+            self._begin(key, run)
+        run.place = place
+        run.level = run.levels[int(place)] if run.levels else level
+
+        new: set[str] = set()
+        if stream is None and fitting:
+            stream, new = run.find(fitting, given, place)
+        if stream is None:
+            if len(run.streams) == MAX_STREAMS:
+                if run.dropped == Counts():
+                    warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=4)
+                run.drop(run.streams[0])
+            given.add_checksums()
+            stream = Stream(layout, given, self.start(), (place, place), new)
+        else:
+            given.sums = stream.conditions.sums | given.sums
+            given.add_checksums()
+            stream.conditions = given
+            run.streams.remove(stream)
+            if self._went_on(key, run, stream.places[0], place):
+                stream.states = self.start()
+            if place != stream.places[0]:
+                stream.places = (place, stream.places[0])
+        run.streams.append(stream)  # the last called stands last
+        self.runs[key] = run
+        if len(self.runs) > MAX_RUNS:
+            del self.runs[next(iter(self.runs))]
+        self.num_calls += 1
+        run.last_call = self.num_calls
+        return run, stream
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Where a call stands
+
+    def _lists(self) -> dict[Any, Tensor]:
+        """Of each watched scheduler its timesteps; one that has not been set up lists every timestep that there is."""
+        schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
+        return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
+
+    def _known_place(self, timestep: Any, run: Run | None) -> tuple[Any, float | None]:
+        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read."""
+        lists, told = self._lists(), _told.get()
+        tables = [] if run is None or not isinstance(run.order, Tensor) else [run.order]
+        for entry in (timestep, told.get("timestep")):
+            for table in (*tables, *lists.values()):
+                if _shares_memory(entry, table):
+                    return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
+        current = next((each for each, table in lists.items() if run is not None and table is run.order), None)
+        fresh = [each for each, table in lists.items() if self.begun.get(each) is not table]
+        if current is not None and fresh and not self._goes_on(timestep, run, [lists[each] for each in fresh]):
+            current = None
+        if current is None and len(fresh) == 1 and not _is_entry(timestep):
+            current = fresh[0]
+        index, count = told.get("step_index"), told.get("num_inference_steps")
+        if current is None:
+            return (None, None) if index is None else (TOLD, index)
+        table = lists[current]
+        if index is not None and count is not None:
+            index += len(table) - count  # of a run that starts later
+        if index is None:
+            index = getattr(current, "step_index", None)
+        if index is None and (run is None or run.order is not table):
+            index = getattr(current, "begin_index", None) or 0
+        return table, index if index is not None and 0 <= index < len(table) else None
+
+    def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:
+        """Whether a copied timestep is the next of its run, not the first of another scheduler's new list. Reads it."""
+        assert run is not None
+        level = self._level(read(self._levels(timestep)))
+        coming, first = run.coming[:2], [float(table[0]) for table in fresh]
+        return any(_near(level, each) for each in coming) and not any(_near(level, each) for each in first)
+
+    def _levels(self, timestep: Any) -> list[Tensor]:
+        """What is to be read of a timestep: of the noisiest token of a sample, the highest and the lowest."""
+        timestep = torch.as_tensor(_told.get().get("timestep", timestep))
+        if timestep.numel() == 1:
+            return [timestep.reshape(())]
+        tokens = timestep.reshape(len(timestep), -1)
+        noisiest = tokens.amax(dim=1) if self.scale > 0 else tokens.amin(dim=1)
+        return [noisiest.amax(), noisiest.amin()]
+
+    def _level(self, read: list[float]) -> float:
+        if read[0] != read[-1]:
+            raise ValueError(
+                f"a cached call needs one timestep for the whole batch, got {read}: "
+                "call skipdit.disable_cache(model), or split the batch"
+            )
+        scale = self.scale if _told.get().get("timestep") is None else 1.0
+        # 0.7 in float32 is a timestep of 700, not of 699.99999
+        return read[0] if scale == 1 else round(read[0] * scale + (1000 if scale < 0 else 0), 3)
+
+    def _begin(self, key: Key, run: Run) -> None:
+        """Drops what can be continued no more: of this name's other branches under another list, of threads that have
+        ended."""
+        for scheduler, table in self._lists().items():
+            if table is run.order:
+                self.begun[scheduler] = table
+                inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
+                run.levels = [1000 - level for level in table.tolist()] if inverted else table.tolist()
+        alive = {thread.ident for thread in threading.enumerate()}
+        for name, other in list(self.runs.items()):
+            lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
+            if name[0] not in alive or (name[:2] == key[:2] and lists):
+                del self.runs[name]
+        self.check(run.coming)
+
+    def _went_on(self, key: Key, run: Run, last: float, place: float) -> bool:
+        """Whether other streams of the run have made a step between these two places."""
+        others = [each for name, each in self.runs.items() if name[:2] == key[:2] and each.order is run.order]
+        return any(
+            last < each < place for other in (run, *others) for stream in other.streams for each in stream.places
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The end of a run
+
+    def end(self) -> None:
+        """Drops what the runs of this thread in the current context hold, all branches. Outside of any context these
+        are the calls outside of any context."""
+        thread, path = threading.get_ident(), _context.get()
+        ended = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
+        self.drop([self.runs[key] for key in ended])
+
+    def drop(self, runs: list[Run]) -> None:
+        """Drops what these hold; their counts stay for the summary."""
+        if runs:
+            self.ended_at = self.num_calls
+            self.ended_counts = sum((run.counts for run in runs), Counts())
+        self.runs = {key: run for key, run in self.runs.items() if run not in runs}
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(stream.bytes_held for run in list(self.runs.values()) for stream in run.streams)
+
+    @property
+    def counts(self) -> Counts:
+        """Of the current runs, or of those that have ended last."""
+        current = [run.counts for run in list(self.runs.values()) if run.last_call > self.ended_at]
+        return sum(current, Counts()) if current else self.ended_counts
+
+
+def _by_level(run: Run, level: float) -> tuple[Run, float]:
+    """The run of a bare model at this noise level, and its place there. A run falls; it rises after two steps that have
+    risen, as in an inversion by hand."""
+    place = level if run.rises else -level
+    if not run.streams or place >= run.place:
+        return run, place
+    single = not run.rises and all(stream.counts.full + stream.counts.reused == 1 for stream in run.streams)
+    if not (single and run.risen):
+        return Run(None, risen=single), -level
+    run.rises = True
+    for stream in run.streams:
+        stream.places = (run.level, run.level)
+    return run, level
+
+
+def _is_entry(timestep: Any) -> bool:
+    """Whether a timestep is a view of one entry of a longer list."""
+    return _is_one(timestep) and timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def _shares_memory(timestep: Any, table: Tensor) -> bool:
+    """Whether a timestep is a view of an entry of this list, as pipelines hand them on."""
+    return _is_one(timestep) and timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
+
+
+def _is_one(timestep: Any) -> bool:
+    return isinstance(timestep, Tensor) and (timestep.numel() == 1 or max(timestep.stride()) == 0)
+
+
+def _near(level: float, other: float) -> bool:
+    """As near as bfloat16 leaves them."""
+    return abs(level - other) < 0.01 + 0.008 * abs(other)

@@ -1,0 +1,48 @@
+"""Training: a run's settings (`config`), its steps (`loop`, `batches`), what it leaves on disk (`checkpointing`,
+`reporter`), how it ends before its time (`stopping`), and the processes it runs in (`devices`).
+
+The names below are imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from skipdit.training.batches import Batch as Batch
+    from skipdit.training.batches import prepare_batch as prepare_batch
+    from skipdit.training.batches import step_generator as step_generator
+    from skipdit.training.checkpointing import list_checkpoints as list_checkpoints
+    from skipdit.training.config import SpectralConfig as SpectralConfig
+    from skipdit.training.config import TrainConfig as TrainConfig
+    from skipdit.training.config import learning_rate_at as learning_rate_at
+    from skipdit.training.devices import computes_in_bf16 as computes_in_bf16
+    from skipdit.training.devices import resolve_device as resolve_device
+    from skipdit.training.loop import train as train
+    from skipdit.training.stopping import Stopped as Stopped
+
+# public name: the module that defines it
+_MODULES = {
+    "Batch": "batches",
+    "SpectralConfig": "config",
+    "Stopped": "stopping",
+    "TrainConfig": "config",
+    "computes_in_bf16": "devices",
+    "learning_rate_at": "config",
+    "list_checkpoints": "checkpointing",
+    "prepare_batch": "batches",
+    "resolve_device": "devices",
+    "step_generator": "batches",
+    "train": "loop",
+}
+
+__all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+if not TYPE_CHECKING:  # so that a type checker reports an unknown name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value

@@ -1,0 +1,105 @@
+"""What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, rank, step)."""
+
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from skipdit.data import ShuffledForever
+from skipdit.diffusion import Objective, sample_timesteps, training_loss
+from skipdit.tasks import Trainee
+from skipdit.training.config import TrainConfig
+from skipdit.training.stopping import ignore_signals
+
+
+def step_generator(config: TrainConfig, rank: int, step: int) -> torch.Generator:
+    """Return the source of all that is random in one step of one process."""
+    return torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x_start (b c h w) or (b f c h w) in [-1, 1], noise of its shape, timesteps (b), labels (b) or (b n): classes or
+    captions, some of them null."""
+
+    x_start: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    labels: Tensor
+
+
+def prepare_batch(
+    pixels: Tensor,
+    labels: Tensor,
+    config: TrainConfig,
+    task: Trainee,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Batch:
+    """Draw what one step adds to its pictures or clips, on the CPU, so that every device sees the same numbers."""
+    size = len(pixels)
+    if config.flip:
+        flipped = torch.rand(size, generator=generator) < 0.5
+        pixels = torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
+    if task.num_variants > 1:
+        labels = labels * task.num_variants + torch.randint(task.num_variants, (size,), generator=generator)
+    dropped = torch.rand(size, generator=generator) < config.label_dropout
+    batch = Batch(
+        x_start=pixels,
+        noise=torch.randn(pixels.shape, generator=generator),
+        timesteps=sample_timesteps(config.objective, size, generator),
+        labels=torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), task.null_label, labels),
+    )
+    return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(batch).items()})
+
+
+def batch_loss(task: Trainee, model: nn.Module, objective: Objective, batch: Batch) -> Tensor:
+    """Return the mean loss of a batch."""
+
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        return task.predict(model, noisy, timesteps, batch.labels)
+
+    return training_loss(predict, objective, batch.x_start, batch.noise, batch.timesteps).loss.mean()
+
+
+@contextmanager
+def load_batches(
+    data: Dataset, config: TrainConfig, accelerator: Accelerator, first_step: int
+) -> Iterator[Iterator[Any]]:
+    """Yield endless batches of one process, from where `first_step` begins; in the end no data worker is left.
+
+    `ChildProcessError` where one died.
+    """
+    sampler = ShuffledForever(
+        len(cast(Sized, data)),
+        config.seed,
+        first_step * config.batch_size,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    size = config.batch_size // accelerator.num_processes // config.num_accumulation_steps
+    loader = DataLoader(
+        data, batch_size=size, sampler=sampler, num_workers=config.num_workers, worker_init_fn=ignore_signals
+    )
+    batches: Any = iter(loader)
+    workers = batches._workers if config.num_workers else ()  # torch 2.10 to 2.13, as below; a test pins it
+    try:
+        yield batches
+    except Exception as error:
+        # PyTorch raises where the loop happens to be, or the pipe breaks, or somebody makes another error of either
+        for worker in workers:
+            worker.join(timeout=0.1)
+        if not any(worker.exitcode for worker in workers):
+            raise
+        raise ChildProcessError(
+            "a process that loads data died, perhaps for lack of memory: the same command goes on from the last "
+            f"checkpoint, also with another --num-workers (it was {config.num_workers})"
+        ) from error
+    finally:
+        if workers:
+            batches._shutdown_workers()  # else they end with the last reference, which a traceback may hold

@@ -1,0 +1,300 @@
+"""Checkpoints: safetensors and JSON only, written whole or not at all, and believed only where they fit."""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from skipdit.files import atomic_folder, check_replaceable, check_whole, read_marker, remove_ours, to_json
+from skipdit.tasks import Items
+from skipdit.training.config import TrainConfig
+from skipdit.untrusted import printable, read_json
+
+LOGGER = logging.getLogger(__name__)
+
+KIND = "checkpoint"  # in the marker of each
+PREVIOUS = "previous-run"  # a folder beside them
+FILES = ("model", "ema", "optimizer")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
+
+# what may change when a run goes on; and what may change when that is asked for
+FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
+FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "release_dtype"}
+CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
+CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
+
+
+class Fingerprint(TypedDict):
+    """Which data a run learns. digest: SHA-256 of every label and caption."""
+
+    num_items: int
+    class_names: list[str]
+    digest: str
+
+
+class State(TypedDict):
+    """`state.json` of a checkpoint. without_moments: trained parameters that no gradient has reached yet."""
+
+    step: int
+    ema_step: int
+    config: dict[str, Any]
+    data: Fingerprint
+    without_moments: list[str]
+
+
+def fingerprint(items: Items) -> Fingerprint:
+    digest = hashlib.sha256()
+    for label, captions in zip(items.labels, items.captions, strict=True):
+        digest.update(json.dumps([int(label), *captions]).encode())
+    return Fingerprint(num_items=len(items), class_names=list(items.label_names), digest=digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Learner:
+    """All that a step changes: the weights, their average, and the optimizer's moments."""
+
+    model: nn.Module
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return what is saved, by file and name."""
+        parameters, trained = dict(self.model.named_parameters()), list(self.trained)
+        return {
+            "model": {name: parameter.detach().contiguous() for name, parameter in parameters.items()},
+            "ema": dict(zip(parameters, self.ema.shadow_params, strict=True)),
+            "optimizer": {
+                f"{trained[index]}.{key}": value
+                for index, moments in self.optimizer.state_dict()["state"].items()
+                for key, value in moments.items()
+            },
+        }
+
+    def is_finite(self) -> bool:
+        return all_finite(self.tensors())
+
+    def take(self, tensors: dict[str, dict[str, Tensor]], ema_step: int) -> None:
+        """Go on with tensors as `tensors` gives them."""
+        parameters = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(tensors["model"][name])
+        averages = tensors["ema"]
+        self.ema.shadow_params = [averages[name].to(parameter.device) for name, parameter in parameters.items()]
+        self.ema.optimization_step = ema_step
+        moments = tensors["optimizer"]
+        entries = {
+            index: {key: moments[f"{name}.{key}"] for key in MOMENTS}
+            for index, name in enumerate(self.trained)
+            if f"{name}.step" in moments
+        }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
+
+
+def all_finite(tensors: dict[str, dict[str, Tensor]]) -> bool:
+    """Whether no number is NaN or infinite. Asks the device once."""
+    each = [tensor.isfinite().all() for group in tensors.values() for tensor in group.values()]
+    device = next(iter(tensors["model"].values())).device
+    return bool(torch.stack([flag.to(device) for flag in each]).all())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:07d}"
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step in the name of a checkpoint; `None` where it is not the name of one."""
+    found = re.fullmatch(r"checkpoint-([0-9]{7,18})", path.name)
+    return int(found[1]) if found and path.name == f"checkpoint-{int(found[1]):07d}" else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first: by their names and markers, whatever else is called so."""
+    steps = {step: path for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None}
+    ours = {step: path for step, path in steps.items() if path.is_dir() and not path.is_symlink()}
+    return [ours[step] for step in sorted(ours) if KIND in read_marker(ours[step])["files"]]
+
+
+def check_places(folder: Path, max_steps: int) -> None:
+    """Raise `FileExistsError` where something of others has the name of a checkpoint that may be written."""
+    for path in sorted(folder.glob("checkpoint-*")):
+        if (step := step_of(path)) is not None and step <= max_steps:
+            check_replaceable(path, KIND)
+
+
+def set_aside(folder: Path) -> None:
+    """Move the checkpoints of an earlier run into `previous-run`, where they stay until a new one stands."""
+    if checkpoints := list_checkpoints(folder):
+        drop_previous(folder)
+        (folder / PREVIOUS).mkdir(exist_ok=True)
+        for path in checkpoints:
+            path.rename(folder / PREVIOUS / path.name)
+        LOGGER.warning("until a new checkpoint stands, those of before are in %s", printable(folder / PREVIOUS))
+
+
+def drop_previous(folder: Path) -> None:
+    for path in list_checkpoints(folder / PREVIOUS):
+        remove_ours(path)
+    with suppress(OSError):  # not there, or something of others is in it
+        (folder / PREVIOUS).rmdir()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Inside, an error of writing names the file or folder."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileExistsError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"{printable(path)} could not be written: {reason}") from error
+
+
+def save_checkpoint(folder: Path, step: int, learner: Learner, config: TrainConfig, data: Fingerprint) -> None:
+    """Write a checkpoint whole or not at all; then delete all but the last few up to its step."""
+    tensors = learner.tensors()
+    unreached = [name for name in learner.trained if f"{name}.step" not in tensors["optimizer"]]
+    state = State(
+        step=step,
+        ema_step=learner.ema.optimization_step,
+        config=asdict(config),
+        data=data,
+        without_moments=unreached,
+    )
+    path = checkpoint_path(folder, step)
+    with written(path), atomic_folder(path, KIND) as draft:
+        for name in FILES:
+            save_file(tensors[name], draft / f"{name}.safetensors")
+        (draft / "state.json").write_text(to_json(state), encoding="utf-8")
+    drop_previous(folder)
+    # one of a later step, which was not fit to go on from, is none of the last few
+    reached = [each for each in list_checkpoints(folder) if (step_of(each) or 0) <= step]
+    for old in reached[: -config.num_checkpoints]:
+        remove_ours(old)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def go_on(
+    folder: Path, learner: Learner, config: TrainConfig, data: Fingerprint, *, allow_changes: bool = False
+) -> tuple[int, list[str]]:
+    """Restore the last checkpoint that fits; return the number of steps done, 0 where there is none, and what to say.
+
+    `ValueError` where it belongs to another run than this config's, or where no checkpoint fits.
+    """
+    unfit: list[str] = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            state = read_state(path)
+        except (OSError, ValueError) as error:
+            unfit.append(f"{path.name} cannot be used ({error})")
+            continue
+        notes = check_settings(path, state, config, data, allow_changes=allow_changes)
+        try:
+            tensors = read_tensors(path, state, learner)
+        except (OSError, ValueError, SafetensorError) as error:
+            unfit.append(f"{path.name} cannot be used ({error})")
+            continue
+        learner.take(tensors, state["ema_step"])
+        if unfit:
+            notes.insert(0, f"{'; '.join(unfit)}: the run goes on from {path.name}")
+        return state["step"], notes
+    if unfit:
+        raise ValueError(f"{'; '.join(unfit)}: give another --out, or --no-resume")
+    return 0, []
+
+
+def read_state(path: Path) -> State:
+    """Read what a checkpoint says of itself; `ValueError` where it is not whole or contradicts itself."""
+    check_whole(path, KIND)
+    state = read_json(path / "state.json", State)
+    if state["step"] != step_of(path):
+        raise ValueError(f"{path.name}/state.json is of step {state['step']}")
+    if state["ema_step"] != state["step"]:
+        raise ValueError(f"{path.name}/state.json has averaged {state['ema_step']} of {state['step']} steps")
+    return state
+
+
+def check_settings(
+    path: Path, state: State, config: TrainConfig, data: Fingerprint, *, allow_changes: bool
+) -> list[str]:
+    """Return what to say of settings that have changed; `ValueError` where this is no way to go on."""
+    now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    before = state["config"]
+    changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
+    was = before.get("data")
+    given = was if isinstance(was, dict) else {}
+    changed += [f"data.{name}" for name, value in now["data"].items() if name != "source" and given.get(name) != value]
+    asked = sorted(set(changed) & CHANGED_ON_REQUEST)
+    forbidden = [name for name in changed if name not in FREE_TO_CHANGE | (set(asked) if allow_changes else set())]
+    if forbidden or state["step"] > config.max_steps:
+        what = ", ".join(forbidden) or f"fewer than its {state['step']} steps"
+        way = "--allow-changes, another --out" if forbidden and set(forbidden) <= set(asked) else "another --out"
+        raise ValueError(f"{printable(path)} cannot go on with other settings ({what}): give {way}, or --no-resume")
+    if different := difference(state["data"], data):
+        raise ValueError(f"{printable(path)} learned other data ({different}): give another --out, or --no-resume")
+    notes = [f"from step {state['step']} on, {name} is {now[name]} instead of {before.get(name)}" for name in asked]
+    if given.get("source") != now["data"]["source"]:
+        notes.append(f"the data is the same, though it is at {printable(now['data']['source'])} now")
+    return notes
+
+
+def difference(before: Fingerprint, now: Fingerprint) -> str:
+    """Say how data differs from that of before; nothing where it is the same."""
+    gone = [name for name in before["class_names"] if name not in now["class_names"]]
+    new = [name for name in now["class_names"] if name not in before["class_names"]]
+    said = [f"{word} {', '.join(map(printable, names))}" for word, names in (("without", gone), ("with", new)) if names]
+    if said:
+        return f"now {' and '.join(said)}"
+    if before["class_names"] != now["class_names"]:
+        return "its classes are in another order now"
+    if before["num_items"] != now["num_items"]:
+        return f"{before['num_items']} items then, {now['num_items']} now"
+    return "" if before["digest"] == now["digest"] else "other labels or captions now"
+
+
+def read_tensors(path: Path, state: State, learner: Learner) -> dict[str, dict[str, Tensor]]:
+    """Read a checkpoint's tensors; `ValueError` where one is missing, too many, of another shape or not finite."""
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in FILES}
+    wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in learner.model.named_parameters()}
+    moments = {
+        f"{name}.{key}": (torch.Size(), torch.float32) if key == "step" else wanted[name]
+        for name in learner.trained
+        if name not in state["without_moments"]
+        for key in MOMENTS
+    }
+    for file, expected in (("model", wanted), ("ema", wanted), ("optimizer", moments)):
+        found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors[file].items()}
+        if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
+            raise ValueError(
+                f"{file}.safetensors is not of this model: {printable(wrong[0])} and {len(wrong) - 1} more"
+            )
+    if not all_finite(tensors):
+        raise ValueError("it holds numbers that are not finite")
+    return tensors

@@ -1,0 +1,66 @@
+"""The device and the processes that a training runs on."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from skipdit.training.config import Precision
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return a device: `"auto"` is CUDA where there is one; `ValueError` on a device that this machine lacks."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def start_processes(target: torch.device) -> "Accelerator":
+    """Join the process group on this device; `ValueError` where accelerate ends up on another, or in fewer
+    processes."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
+    if accelerator.device.type != target.type or target.index not in (None, accelerator.device.index):
+        raise ValueError(f"device {target} was asked for, but training would run on {accelerator.device}")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(f"{started} processes were started, but only {accelerator.num_processes} can work together")
+    return accelerator
+
+
+def in_main(accelerator: "Accelerator", act: Callable[[], object]) -> None:
+    """Act in the main process while the others wait. What stops it stops them too, instead of leaving them waiting."""
+    from accelerate.utils import broadcast_object_list
+
+    failure: OSError | ValueError | None = None
+    if accelerator.is_main_process:
+        try:
+            act()
+        except (OSError, ValueError) as error:
+            failure = error
+    if accelerator.num_processes > 1:
+        said: list[str | None] = [None if failure is None else str(failure)]
+        broadcast_object_list(said)
+        if failure is None and said[0] is not None:
+            raise ValueError(f"the main process stopped: {said[0]}")
+    if failure is not None:
+        raise failure

@@ -1,0 +1,298 @@
+"""The training loop: one readable pass over accelerate, with exact resume.
+
+Step s draws everything random (which pictures, flips, dropped labels, timesteps, noise) from (seed, rank, s) alone,
+so a run that is resumed from a checkpoint goes on exactly as if it had never stopped.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from signal import Signals
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from skipdit.checkpoints import load_model
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.pictures import labelled_grid, to_pictures
+from skipdit.samplers import Sampler
+from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
+from skipdit.tasks import Trainee, make_task_scheduler, open_items
+from skipdit.training.batches import batch_loss, load_batches, prepare_batch, step_generator
+from skipdit.training.checkpointing import (
+    Fingerprint,
+    Learner,
+    checkpoint_path,
+    fingerprint,
+    go_on,
+    list_checkpoints,
+    save_checkpoint,
+    set_aside,
+)
+from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
+from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
+from skipdit.training.reporter import Reporter, RunFolder, run_folder
+from skipdit.training.stopping import Stopped, stoppable
+from skipdit.untrusted import printable
+from skipdit.videos import frame_grid
+
+LOGGER = logging.getLogger(__name__)
+
+RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHARD_SIZE = "14MB"  # per file
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = True,
+    device: str = "auto",
+    overwrite: bool = False,
+    allow_changes: bool = False,
+) -> Path:
+    """Train, and return the folder of the finished pipeline with the averaged weights, `out/pipeline`.
+
+    Also in `out`: `config.json`, `log.jsonl`, `samples/step-*.png`, `checkpoint-*`. With `resume`, goes on from the
+    last checkpoint there that is whole; `allow_changes` says that the rate and other settings may be others than its.
+    Without, the checkpoints there stay until a new one stands. device: `"cpu"`, `"cuda"` or `"auto"`. overwrite: files
+    of others in `out` may go, each of which is told.
+
+    `Stopped` after a checkpoint where Ctrl-C, SIGTERM or SIGHUP asked for the end; `ValueError` where the loss is no
+    longer finite; `OSError` where something of others is in the way, another run writes into `out`, or nothing can be
+    written.
+    """
+    accelerator = start_processes(resolve_device(device))
+    num_parts = accelerator.num_processes * config.num_accumulation_steps
+    if config.batch_size % num_parts:
+        raise ValueError(
+            f"batch_size must be divisible by processes x accumulation steps = {num_parts}, got {config.batch_size}"
+        )
+    with run_folder(accelerator, out, config, overwrite=overwrite) as folder:
+        run = _Run(config, accelerator, folder, out, resume=resume)
+        first_step = run.begin(allow_changes=allow_changes)
+        run.steps(first_step)
+        run.release()
+    return out / "pipeline"
+
+
+class _Run:
+    """A run in one process: its model, what a step does to it, what is written. folder: in the main process only."""
+
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder | None, out: Path, *, resume: bool
+    ) -> None:
+        self.config, self.accelerator, self.folder, self.out, self.resume = config, accelerator, folder, out, resume
+        self.bf16 = computes_in_bf16(config.precision, accelerator.device)
+        items = open_items(config.data)
+        self.data: Fingerprint = fingerprint(items)
+        torch.manual_seed(config.seed)
+        start = None if config.start_from is None else load_model(config.start_from)
+        self.task = config.model.build(items, config.objective, start)
+        model = self.task.model.to(accelerator.device).train()
+        self.units = cast(LongSkipModel, model)
+        if config.stage == "long-skips-only":
+            freeze_all_but_long_skips(model)
+        self.constrained = config.spectral.modules(self.units) if config.spectral else None
+        if config.spectral and self.constrained and config.spectral.form == "cap":
+            cap_spectral_norm(self.constrained, config.spectral.maximum)
+        if config.gradient_checkpointing:
+            cast(Any, model).enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=config.learning_rate,
+            betas=config.adam_betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.learner = Learner(model, ema, optimizer)
+
+    def begin(self, *, allow_changes: bool) -> int:
+        """Return the step to begin with: after the last checkpoint, or 0."""
+        first_step = 0
+        if self.resume:
+            first_step, notes = go_on(self.out, self.learner, self.config, self.data, allow_changes=allow_changes)
+            for note in notes if self.accelerator.is_main_process else ():
+                LOGGER.warning("%s", note)
+        else:
+            in_main(self.accelerator, lambda: set_aside(self.out))
+        if self.config.compile:
+            self.learner.model.compile()
+        self.wrapped = self.accelerator.prepare_model(self.learner.model)
+        return first_step
+
+    def steps(self, first_step: int) -> None:
+        """Train up to max_steps, or until somebody stops it."""
+        config, accelerator, model = self.config, self.accelerator, self.learner.model
+        alone = accelerator.num_processes == 1
+        # the first step whose loss or gradient is not finite: known to the device alone between the lines of the log
+        spoiled = torch.full((), math.inf, device=accelerator.device)
+        with (
+            stoppable() as stop,
+            load_batches(self.task.data, config, accelerator, first_step) as batches,
+            Reporter(self.folder, config, first_step) as report,
+        ):
+            for step in range(first_step, config.max_steps):
+                done, rate = step + 1, learning_rate_at(config, step)
+                saves = done % config.checkpoint_every == 0 or done == config.max_steps
+                logs = saves or done % config.log_every == 0
+                shows = config.sample_every > 0 and (done % config.sample_every == 0 or done == config.max_steps)
+                for group in self.learner.optimizer.param_groups:
+                    group["lr"] = rate
+                loss = self.backward(batches, step)
+                unit_norms = unit_gradient_norms(self.units) if logs else []
+                limit = config.gradient_clip or torch.finfo(torch.float32).max
+                norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), limit))
+                self.learner.optimizer.step()
+                self.learner.optimizer.zero_grad()
+                self.learner.ema.step(model.parameters())
+                finite = loss.isfinite() & norm.isfinite()
+                spoiled = torch.minimum(spoiled, torch.where(finite, math.inf, float(done)))
+
+                # alone at once; several processes agree on it when they exchange numbers
+                stopped = stop.signal if alone else 0
+                if logs or shows or stopped:
+                    numbers = torch.stack([loss, norm, spoiled, torch.full_like(loss, stop.signal)])
+                    gathered = cast(Tensor, accelerator.gather(numbers[None]))
+                    losses, norms, bad, signals = gathered.T.tolist()
+                    stopped = int(max(signals))
+                    if min(bad) < math.inf:
+                        raise ValueError(self.not_finite(f"the loss or its gradient at step {min(bad):.0f}"))
+                    if (saves or shows or stopped) and not self.learner.is_finite():
+                        raise ValueError(self.not_finite(f"the weights after step {done}"))
+                    if logs:
+                        report(done, sum(losses) / len(losses), norms[0], rate, unit_norms)
+                if saves or stopped:
+                    in_main(accelerator, lambda done=done: self.save(done))
+                if shows:
+                    in_main(accelerator, lambda done=done: self.show(done))
+                if stopped:
+                    raise Stopped(stopped, self.how_to_go_on(stopped, done))
+
+    def backward(self, batches: Iterator[Any], step: int) -> Tensor:
+        """Fill the gradients of one step; return the loss of this process."""
+        config, accelerator = self.config, self.accelerator
+        generator = step_generator(config, accelerator.process_index, step)
+        loss = torch.zeros((), device=accelerator.device)
+        for part in range(config.num_accumulation_steps):
+            pixels, labels = next(batches)
+            batch = prepare_batch(pixels, labels, config, self.task, generator, accelerator.device)
+            last_part = part == config.num_accumulation_steps - 1
+            with nullcontext() if last_part else accelerator.no_sync(self.wrapped):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=self.bf16):
+                    part_loss = (
+                        batch_loss(self.task, self.wrapped, config.objective, batch) / config.num_accumulation_steps
+                    )
+                loss += part_loss.detach()
+                accelerator.backward(part_loss + self.penalty() if self.penalised else part_loss)
+        return loss
+
+    @property
+    def penalised(self) -> bool:
+        return self.config.spectral is not None and self.config.spectral.form == "penalty"
+
+    def penalty(self) -> Tensor:
+        """The part of a spectral penalty that belongs to one part of a batch."""
+        spectral = cast(SpectralConfig, self.config.spectral)
+        excess = spectral_penalty(cast(nn.ModuleList, self.constrained), spectral.maximum)
+        return spectral.penalty_weight * excess / self.config.num_accumulation_steps
+
+    def save(self, done: int) -> None:
+        save_checkpoint(self.out, done, self.learner, self.config, self.data)
+
+    def show(self, done: int) -> None:
+        assert self.folder is not None
+        with averaged(self.learner.ema, self.learner.model):
+            grid = draw_samples(self.task, self.config)
+        self.folder.write_sample(done, grid)
+
+    def release(self) -> None:
+        """Write the finished pipeline."""
+        in_main(self.accelerator, self._release)
+
+    def _release(self) -> None:
+        assert self.folder is not None
+        with averaged(self.learner.ema, self.learner.model), self.folder.pipeline() as draft:
+            # not model.to: ModelMixin.to warns of every cast
+            released = copy.deepcopy(self.learner.model)
+            fold_spectral_caps(released)
+            nn.Module.to(released, RELEASE_DTYPES[self.config.release_dtype])
+            self.task.sampler(released, make_task_scheduler(self.config.objective)).save(draft, MAX_SHARD_SIZE)
+
+    def not_finite(self, what: str) -> str:
+        """Say that training cannot go on, and how it can."""
+        checkpoints, config = list_checkpoints(self.out), self.config
+        way, instead = "start again with", ""
+        if checkpoints:
+            way = f"go on from {printable(checkpoints[-1])} with --allow-changes and"
+            instead = "; if that is too late already, begin anew with --no-resume"
+        return (
+            f"{what} is no longer finite, and nothing of it was saved: {way} a lower --learning-rate (it was "
+            f"{config.learning_rate:g}), another --gradient-clip (it was {config.gradient_clip:g}) or --precision no"
+            f"{instead}"
+        )
+
+    def how_to_go_on(self, number: int, done: int) -> str:
+        """Say where a run stopped."""
+        way = "the same command goes on" if self.resume else "the same command without --no-resume goes on"
+        return (
+            f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
+            f"{printable(checkpoint_path(self.out, done))}: {way}"
+        )
+
+
+def freeze_all_but_long_skips(model: nn.Module) -> None:
+    """Leave only the long skips to train; `ValueError` where the model has none of ours."""
+    long_skips = long_skips_of(cast(LongSkipModel, model))
+    if not long_skips:
+        raise ValueError(
+            "the stage long-skips-only needs a model with long skips that skipdit added: set model.long_skip"
+        )
+    model.requires_grad_(False)
+    for long_skip in long_skips:
+        long_skip.requires_grad_(True)
+
+
+def unit_gradient_norms(model: LongSkipModel) -> list[float]:
+    """Return the norm of the gradient of each unit's parameters, those of its long skip included."""
+    norms = []
+    for blocks in model.units():
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms.append(nn.utils.get_total_norm(gradients))
+    return torch.stack(norms).tolist()
+
+
+@contextmanager
+def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
+    """Inside, the model has the averaged weights and is in eval mode."""
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    model.eval()
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+        model.train()
+
+
+def draw_samples(task: Trainee, config: TrainConfig) -> Image:
+    """Return a labelled grid, of things spread over the data, from the run's seed; of clips some frames each."""
+    sampler: Sampler = task.sampler(task.model, make_task_scheduler(config.objective))
+    sampler.pipeline.set_progress_bar_config(disable=True)
+    wanted, captions = task.showcase(config.num_samples)
+    samples = sampler.sample(
+        wanted,
+        guidance_scale=config.sample_guidance_scale,
+        num_inference_steps=config.sample_steps,
+        generator=torch.Generator().manual_seed(config.seed),
+    ).cpu()
+    return frame_grid(samples, captions) if samples.ndim == 5 else labelled_grid(to_pictures(samples), captions)

@@ -1,0 +1,185 @@
+"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from accelerate import Accelerator
+from PIL.Image import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from skipdit.files import (
+    OutputFolder,
+    absolute,
+    atomic_file,
+    atomic_folder,
+    check_apart,
+    check_replaceable,
+    clean_up,
+    read_marker,
+    to_json,
+)
+from skipdit.processes import locked
+from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
+from skipdit.training.config import TrainConfig
+from skipdit.training.devices import in_main
+from skipdit.untrusted import open_regular, printable
+
+LOGGER = logging.getLogger(__name__)
+
+CONFIG, LOG, SAMPLES, PIPELINE = "config.json", "log.jsonl", "samples", "pipeline"
+PIPELINE_FILES = ("model_index.json", "transformer/*", "scheduler/*")
+
+
+class RunFolder:
+    """The folder of one run: what is in the way there is refused, or with `overwrite` told, before anything is done."""
+
+    def __init__(self, path: Path, config: TrainConfig, *, overwrite: bool) -> None:
+        self.path, self.config = absolute(path), config
+        self.overwritten = PIPELINE_FILES if overwrite else ()
+        self._refuse_inputs()
+        self.files = OutputFolder(self.path, "training", overwrite=overwrite)
+        clean_up(self.path / SAMPLES)
+        self.files.claim([CONFIG, LOG, *self._samples_in_the_way()])
+        check_places(self.path, config.max_steps)
+        pipeline = self.path / PIPELINE
+        check_replaceable(pipeline, PIPELINE, self.overwritten)
+        if overwrite and pipeline.is_dir() and PIPELINE not in read_marker(pipeline)["files"]:
+            LOGGER.warning("in %s, %s are going to be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
+
+    def _refuse_inputs(self) -> None:
+        config = self.config
+        given = (config.start_from, config.data.source, getattr(config.model, "inflate", None))
+        inputs = [Path(name) for name in given if name is not None and Path(name).exists()]
+        if self.path.resolve() in [path.resolve() for path in inputs]:
+            raise ValueError(f"{printable(self.path)} is an input of this run: give another --out")
+        replaced = (PIPELINE, SAMPLES, PREVIOUS)
+        for target in (*(self.path / name for name in replaced), *list_checkpoints(self.path)):
+            check_apart(target, inputs)
+
+    def _samples_in_the_way(self) -> Iterator[str]:
+        every, last = self.config.sample_every, self.config.max_steps
+        for path in sorted((self.path / SAMPLES).glob("step-*.png")):
+            found = re.fullmatch(r"step-([0-9]{7,18})\.png", path.name)
+            if every and found and (step := int(found[1])) <= last and (step % every == 0 or step == last):
+                yield f"{SAMPLES}/{path.name}"
+
+    def open_log(self, first_step: int) -> TextIO:
+        """Open `log.jsonl`, without the lines of steps after `first_step`, which are going to be run again.
+
+        The last line of a run that was killed may be cut off and goes, too. Lines of others stay.
+        """
+        path, goes_on = self.path / LOG, self.files.grow(LOG)
+        with atomic_file(path) as draft, draft.open("wb") as new:
+            if path.exists() and goes_on:
+                with open_regular(path) as old:
+                    new.writelines(line for line in whole_lines(old) if not is_of_later_step(line, first_step))
+        return path.open("a", encoding="utf-8")
+
+    def write_sample(self, step: int, grid: Image) -> None:
+        name = f"{SAMPLES}/step-{step:07d}.png"
+        with written(self.path / name), self.files.file(name) as draft:
+            grid.save(draft)
+
+    @contextmanager
+    def pipeline(self) -> Iterator[Path]:
+        """Yield a draft of the finished pipeline."""
+        path = self.path / PIPELINE
+        with written(path), atomic_folder(path, PIPELINE, overwritten=self.overwritten) as draft:
+            yield draft
+
+
+@contextmanager
+def run_folder(
+    accelerator: Accelerator, path: Path, config: TrainConfig, *, overwrite: bool
+) -> Iterator[RunFolder | None]:
+    """Hold the folder of a run, in the main process; `OSError` in all of them where another run does, or where things
+    of others are in the way. Yields `None` in the others."""
+    with ExitStack() as held:
+        folders: list[RunFolder] = []
+
+        def hold() -> None:
+            held.enter_context(locked(absolute(path)))
+            folders.append(RunFolder(path, config, overwrite=overwrite))
+
+        in_main(accelerator, hold)
+        yield folders[0] if folders else None
+
+
+def whole_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a log, without a last one that was cut off."""
+    for line in file:
+        if line.endswith(b"\n"):
+            yield line
+        elif parse(line) is not None or line.strip(b"\0")[:1] not in (b"", b"{"):
+            yield line + b"\n"
+
+
+def parse(line: bytes) -> Any:
+    """Return what a line says; `None` where it is no JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_of_later_step(line: bytes, step: int) -> bool:
+    """Whether a line is one of ours and tells of a step after this one."""
+    entry = parse(line)
+    return isinstance(entry, dict) and "loss" in entry and isinstance(entry.get("step"), int) and entry["step"] > step
+
+
+class Reporter:
+    """`config.json`, `log.jsonl` and the progress bar, in the main process only."""
+
+    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int) -> None:
+        self.folder, self.config, self.first_step = folder, config, first_step
+
+    def __enter__(self) -> "Reporter":
+        if self.folder is not None:
+            self.folder.files.write_text(CONFIG, to_json(self.config))
+            self.log = self.folder.open_log(self.first_step)
+            columns = (
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+            )
+            self.progress = Progress(*columns)
+            self.task = self.progress.add_task("training", total=self.config.max_steps, completed=self.first_step)
+            self.progress.start()
+        self.started = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.folder is not None:
+            self.progress.stop()
+            with suppress(OSError):  # of a line that could not be written, which has been told
+                self.log.close()
+
+    def __call__(
+        self, step: int, loss: float, gradient_norm: float, learning_rate: float, unit_norms: list[float]
+    ) -> None:
+        """Write one line of the log."""
+        if self.folder is None:
+            return
+        elapsed, images = time.perf_counter() - self.started, (step - self.first_step) * self.config.batch_size
+        entry = {
+            "step": step,
+            "images": step * self.config.batch_size,
+            "loss": loss,
+            "gradient_norm": gradient_norm,
+            "learning_rate": learning_rate,
+            "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
+            "unit_gradient_norms": [float(f"{norm:.4g}") for norm in unit_norms],
+        }
+        with written(self.folder.path / LOG):
+            self.log.write(json.dumps(entry) + "\n")
+            self.log.flush()
+        self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
