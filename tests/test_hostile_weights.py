@@ -310,3 +310,11 @@ def test_the_command_ends_in_one_clean_line(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert len(said) < 2100
+
+
+def test_a_long_value_of_a_config_is_cut(tmp_path: Path) -> None:
+    files = dict(hostile.family_folder("DiTTransformer2DModel"))
+    files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"norm_type": "k" * 5000}).encode()
+    with pytest.raises(ValueError, match=r"norm_type to be 'ada_norm_zero', got 'k+…") as caught:
+        read_files(load_model, tmp_path, files)
+    assert len(str(caught.value)) < 1000
