@@ -318,3 +318,11 @@ def test_a_long_value_of_a_config_is_cut(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"norm_type to be 'ada_norm_zero', got 'k+…") as caught:
         read_files(load_model, tmp_path, files)
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".zip"])
+def test_a_refusal_names_its_file_once(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        read_bytes(load_file, suffix, tmp_path, b"<html>404 not found</html>")
+    assert str(caught.value).startswith(str(tmp_path / f"hostile{suffix}"))
+    assert str(caught.value).count("hostile") == 1
