@@ -325,7 +325,7 @@ def test_an_adaptive_cache_that_reuses_in_one_branch_is_no_error() -> None:
             out = pipeline.transformer(latents, timestep, labels).sample
         latents = scheduler.step(out[:, :4], timestep, latents).prev_sample
     assert counts(pipeline) == (2, 8)
-    enable_cache(pipeline, "fbcache:0.000000000001")
+    enable_cache(pipeline, "fbcache:0.00000001")
     with pytest.warns(UserWarning, match="has not reused once in 10 steps: raise its threshold"):
         sample(pipeline.transformer, scheduler, 10)
 

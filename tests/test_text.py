@@ -119,7 +119,7 @@ def test_prompts_that_do_not_fit_are_named(encoder: SentenceEncoder) -> None:
 
 @needs_encoder
 def test_texts_that_no_tokenizer_takes_are_named(encoder: SentenceEncoder) -> None:
-    with pytest.raises(ValueError, match=r"the prompt 'a \\udcff' is not valid Unicode"):
+    with pytest.raises(ValueError, match=re.escape(r"the prompt 'a \\udcff' is not valid Unicode")):
         encoder.encode(["a \udcff"])
     with pytest.raises(ValueError, match=r"the prompt 'aaa.*' has more than 65,536 characters"):
         encoder.encode(["a" * 10**7])

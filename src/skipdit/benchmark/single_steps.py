@@ -71,8 +71,8 @@ def time_overhead(name: str, model: DiT, batch_size: int, num_repetitions: int, 
     try:
         inputs = step_inputs(model, batch_size, 999.0)
         model(**inputs, return_dict=False)
-        (run,) = cast(Any, model)._skipdit_cache.runs.values()
-        ((deep_features,),) = (state.stored[0].values() for state in run.trajectories[0].states)
+        (run,) = cast(Any, model)._skipdit_cache.streams.runs.values()
+        ((deep_features,),) = (state.stored[0].values() for state in run.streams[0].states)
         seconds, base_seconds, outputs = [], [], []
         calls = [
             (seconds, lambda: outputs.append(model(**inputs, return_dict=False)[0])),
