@@ -1,6 +1,7 @@
 """Fixtures of every test."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
@@ -40,3 +41,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the folder shared/ beside the repository")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The totals of a long run over hostile files."""
+    runs = sys.modules.get("hostile_runs")
+    if runs and runs.LONG and runs.ALL_TOTALS:
+        terminalreporter.section("hostile files")
+        for line in runs.table():
+            terminalreporter.line(line)

@@ -44,13 +44,15 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
     `OSError` where there is none; `ValueError` for a FIFO, a device, a socket or a folder: opening the first would wait
-    for ever.
+    for ever; also for a name that no file can have.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
             raise ValueError(f"{printable(path)} is not a regular file") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"{printable(path)} is too long for the name of a file") from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

@@ -395,11 +395,11 @@ def load_schedule(path: Path) -> CacheMethod:
     `variants`, and `made_for`; or instead of `full_steps` and `method`: `parts`, a list of
     `{"kinds": [...], "full_steps": [...]}`. Any other field is an error, and so is a number of another type.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no schedule at {printable(path)}")
     try:
         fields = read_json(path, ScheduleFields, infinite=("predicted_psnr_db", "measured_psnr_db"))
         parts = tuple(_read_parts(fields))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no schedule at {printable(path)}") from error
     except ValueError as error:
         name = printable(path)
         raise ValueError(f"{name} is not a schedule: {printable(str(error).removeprefix(f'{name} '))}") from error

@@ -168,8 +168,7 @@ def load_model(
             model = assemble(_find_format(state_dict, told).read(state_dict, told), dtype)
         refuse_contradictions(model, told)
     except ValueError as error:
-        message, name = str(error), printable(source)
-        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
+        raise ValueError(_with_name(source, str(error))) from error
     return model
 
 
@@ -185,8 +184,15 @@ def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torc
         tensors = read_folder_tensors(folder, LONG_SKIP_VARIANT)
         return assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
     except ValueError as error:
-        message, name = str(error), printable(folder)
-        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
+        raise ValueError(_with_name(folder, str(error))) from error
+
+
+def _with_name(path: Path, message: str) -> str:
+    """The message, which names the path once."""
+    name, last = printable(path), f"{printable(path.name)} "
+    if message.startswith(last):
+        return f"{name} {message.removeprefix(last)}"
+    return message if message.startswith(name) else f"{name}: {message}"
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:

@@ -261,7 +261,9 @@ def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> d
 def require(holder: str, needs: Iterable[Need]) -> None:
     for name, value, allowed in needs:
         if value not in allowed:
-            raise ValueError(f"{holder} needs {name} to be {' or '.join(map(repr, allowed))}, got {value!r}")
+            raise ValueError(
+                f"{holder} needs {name} to be {' or '.join(map(repr, allowed))}, got {printable(repr(value))}"
+            )
 
 
 def skip_needs(long_skip: Mapping[str, Any]) -> list[Need]:
@@ -282,7 +284,7 @@ def refuse_contradictions(model: Any, told: Told) -> None:
         if value is not None and name not in actual:
             raise ValueError(f"{name} is no option of a {type(model).__name__}, got {value!r}")
         if value is not None and value != actual[name]:
-            raise ValueError(f"{name} is {actual[name]!r} in this checkpoint, got {value!r}")
+            raise ValueError(f"{name} is {printable(repr(actual[name]))} in this checkpoint, got {value!r}")
 
 
 def refuse_keys(expected: Collection[str], found: Collection[str]) -> None:

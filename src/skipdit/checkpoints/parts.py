@@ -74,7 +74,9 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     config = read_json(path, dict[str, Any], infinite=INFINITE_OPTIONS)
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"{printable(path)}: num_train_timesteps must be 1 to {MAX_TRAIN_TIMESTEPS:,}, got {steps!r}")
+        raise ValueError(
+            f"{printable(path)}: num_train_timesteps must be 1 to {MAX_TRAIN_TIMESTEPS:,}, got {printable(steps)}"
+        )
     if betas is not None and (not isinstance(betas, list) or len(betas) != steps):
         raise ValueError(f"{printable(path)}: trained_betas must be {steps} numbers")
     if config.get("steps_offset", 0) not in (0, 1):

@@ -44,7 +44,7 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
     for name, value in said.items():
         given = getattr(told, name)
         if given is not None and value is not None and given != value:
-            raise ValueError(f"{name} is {value!r} in this checkpoint, got {given!r}")
+            raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {given!r}")
     state_dict = read_state_dict(folder / f"{prefer}.safetensors", prefer)
     return state_dict, replace(told, **{name: value for name, value in said.items() if value is not None})
 
