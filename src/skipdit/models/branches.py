@@ -39,13 +39,13 @@ def open_branches(model: LongSkipModel) -> None:
     `ValueError` where hooks are on the forward of one (offloading: set it up afterwards).
     """
     places = model.branches()
-    refuse_hooked(place.module for place in places)
+    refuse_hooked(place.module for place in places if not isinstance(place.module, UnitBranch))
     model.open_call = model.open_call or OpenCall(for_branches=True)
     for place in places:
         module = cast(Any, place.module)
         if not isinstance(module, UnitBranch):
             swap(module, _branch_class(type(module)))
-            module._branch, module._open = (place.kind, place.unit, place.name), model.open_call
+        module._branch, module._open = (place.kind, place.unit, place.name), model.open_call
 
 
 def close_branches(model: LongSkipModel) -> None:

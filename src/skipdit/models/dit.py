@@ -58,8 +58,8 @@ def repeat_rows(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Apply the second half of adaptive layer norm: (b n d), scaled and shifted per sample by (b 1 d)."""
-    return hidden_states * (1 + scale) + shift
+    """Apply the second half of adaptive layer norm: (b n d), scaled and shifted per sample by (b d)."""
+    return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 class DiTBlock(nn.Module):
@@ -87,11 +87,11 @@ class DiTBlock(nn.Module):
         if self.long_skip is not None:
             hidden_states = self.long_skip(hidden_states, skip)
         modulation = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0])
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.unsqueeze(1).chunk(6, dim=-1)
-        hidden_states = hidden_states + gate_attn * self.attn(
-            modulate(self.norm1(hidden_states), shift_attn, scale_attn)
-        )
-        return hidden_states + gate_mlp * self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
+        transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + gate_mlp.unsqueeze(1) * transformed
 
 
 def branches_of(model: LongSkipModel) -> list[BranchPlace]:
@@ -124,7 +124,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         modulation = repeat_rows(self.modulation(F.silu(conditioning)), hidden_states.shape[0])
-        shift, scale = modulation.unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.proj(modulate(self.norm(hidden_states), shift, scale))
 
 
