@@ -1,0 +1,95 @@
+"""Writes docs/models.md, the table of families: `python benchmarks/list_models.py`."""
+
+import re
+import warnings
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models import transformers
+
+from skipdit.cache.costs import Costs
+from skipdit.files import write_text
+from skipdit.models.families import FAMILIES, OUT_OF_SCOPE, Family
+from skipdit.models.forward_plan import Units
+from skipdit.models.surgery import open_units
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+HEAD = """# Transformers that skipdit knows
+
+Made by `python benchmarks/list_models.py` (diffusers {version}). Every row is built at tiny size in
+`tests/test_families.py`: first and full steps are bit-equal to the plain model, reuse steps equal a reference made of
+plain hooks, `compute_ratio` is within 2% of counted FLOPs, and long skips with `fusion="residual"` change no bit.
+
+- *units*: at the class's default sizes, by segment. A cache spans all segments, long skips pair within each.
+- *reusable*: the share of the matrix weights that `delta:N2` leaves out on a reuse step (the first and the last unit
+  run). It stands for the share of compute; what a run has saved is counted and said by `cache_summary`.
+- *streams*: what a block hands on; + means that the model joins them for that segment.
+- *pipelines*: those of diffusers whose source names the class. They are not all run in our tests: these are
+  `FluxPipeline`, `StableDiffusion3Pipeline`, `WanPipeline`, `PixArtSigmaPipeline`, `DiTPipeline`, `LattePipeline` and
+  `HunyuanDiTPipeline`.
+
+| class | units | reusable | streams | pipelines |
+|---|---|---|---|---|
+"""
+TAIL = """
+No long skips of ours: `HunyuanDiT2DModel` (it has its own, and is cached behind them) and `LongCatAudioDiTTransformer`
+(its config has an entry `long_skip` of another meaning). FLOPs that torch cannot count are estimated by weights:
+{uncounted} (flex attention). "-": the class has no defaults that build.
+
+Transformers of diffusers without a row, and why:
+
+{reasons}
+
+What does not work: passes that write keys and values for later calls (Flux2 klein-kv, QwenImage-2.1 and GLM-Image with
+condition images, AnyFlow-FAR, WanAnimate2's extract pass) must run without a cache; MotifVideo's decoder layers are not
+units.
+"""
+
+
+def facts(name: str, family: Family) -> tuple[str, str]:
+    """Units by segment and the reusable share, at the class's default sizes."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: Any = getattr(transformers, name, None) or getattr(diffusers, name)
+            model = model()
+        open_units(model)
+    except Exception:  # some classes have no defaults that build
+        return "-", "-"
+    links = model.long_skip_links
+    sizes = " + ".join(str(stop - start) for start, stop in pairwise((0, *links.segment_starts, links.num_units)))
+    if links.num_units < 3:
+        return sizes, "-"
+    left_out = Units(start=1, stop=links.num_units - 1)
+    return sizes, f"{1 - Costs.by_weights(model).of_step((left_out,)):.0%}"
+
+
+def pipelines_of(name: str) -> list[str]:
+    found = set()
+    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"\b{name}\b", text):
+            found |= set(re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE))
+    return sorted(found)
+
+
+def main() -> None:
+    rows = []
+    for name, family in sorted(FAMILIES.items()):
+        units, share = facts(name, family)
+        streams = "; ".join(("+" if each.joins else "") + ", ".join(each.streams) for each in family.segments)
+        pipelines = pipelines_of(name)
+        shown = ", ".join(pipelines[:3]) + (f" and {len(pipelines) - 3} more" if len(pipelines) > 3 else "")
+        rows.append(f"| `{name}` | {units} | {share} | {streams} | {shown or '-'} |")
+    reasons = "\n".join(f"- `{name}`: {reason}" for name, reason in OUT_OF_SCOPE.items())
+    uncounted = ", ".join(f"`{name}`" for name, family in sorted(FAMILIES.items()) if not family.counted)
+    page = HEAD.format(version=version("diffusers")) + "\n".join(rows) + "\n"
+    write_text(PAGE, page + TAIL.format(uncounted=uncounted, reasons=reasons))
+
+
+if __name__ == "__main__":
+    main()
