@@ -16,8 +16,8 @@ The way of one call, from the outside in:
 6. `skipdit.models.forward_plan`: what each unit of that forward does
 
 Beside them: `costs` (FLOPs of the whole model, counted at the first step of each shape), `plan` and `calibrate` (the
-search for schedules), `fingerprint` (whether a schedule was made for this model), `ranks` (shards decide alike), `state`
-(the summary), `check` (whether a declared family fits).
+search for schedules), `fingerprint` (whether a schedule was made for this model), `ranks` (shards decide alike),
+`state` (the summary), `check` (whether a declared family fits).
 
 Private ways of torch and diffusers that this folder leans on: `Module._compiled_call_impl` and `Module._call_impl`
 (`compiled`), `torch._dynamo.config.recompile_limit` (`compiled`), `Tensor._version` (`conditions`),
