@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from skipdit.cache.conditions import Conditions, read
-from skipdit.cache.costs import Costs
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import PartState
+from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
 # more streams of one run are not guidance but calls that the cache misunderstands
