@@ -135,7 +135,7 @@ class UnitPlan:
     regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
     skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
     branch the region that has its output, that takes its output, and that takes its input. asks: whether the plan's
-    question is put before this unit.
+    question is put before this unit. is_idle: the streams pass it as they are, and nothing is due here.
     """
 
     runs: bool = True
@@ -148,6 +148,7 @@ class UnitPlan:
     keeps: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, str] = field(default_factory=dict)
     asks: bool = False
+    is_idle: bool = False
 
     @property
     def is_boundary(self) -> bool:
@@ -230,21 +231,24 @@ def _unit_plan(
             kind: region.name for kind in get_args(BranchKind) for region in regions if getattr(region, has)(kind, unit)
         }
 
+    runs = not any(region.leaves_out(unit) for region in reuse)
+    given_skip = next((region.name for region in reuse if passes(region)), None)
+    is_due = unit in {stop for region in (*store, *reuse) for stop in (region.bounds or ())[1:]}
     return UnitPlan(
-        runs=not any(region.leaves_out(unit) for region in reuse),
+        runs=runs,
+        # what is reused is added to the streams as they are by then: no unit between has run
         begins=tuple(
-            region.name
-            for region in (*store, *reuse)
-            if isinstance(region, Units) and region.delta and region.leaves_out(unit)
+            region.name for region in store if isinstance(region, Units) and region.delta and region.leaves_out(unit)
         ),
         takes=ends(reuse),
         stores=ends(store),
         keeps_skip=tuple(region.name for region in store if passes(region)),
-        given_skip=next((region.name for region in reuse if passes(region)), None),
+        given_skip=given_skip,
         reuses=by_kind(reuse, "has_branch"),
         keeps=by_kind(store, "has_branch"),
         probes=by_kind(store, "has_input"),
         asks=asks,
+        is_idle=not (runs or given_skip or is_due or asks) and unit < links.num_units - 1,
     )
 
 
@@ -337,13 +341,20 @@ class ForwardState:
     def runs(self, unit: int) -> bool:
         return self._at(unit).runs
 
+    def is_idle(self, unit: int) -> bool:
+        return self._at(unit).is_idle
+
     def is_boundary(self, unit: int) -> bool:
         """Whether `enter` has something to store or to replace at this unit."""
         at = self._at(unit)
-        return at.is_boundary and (
-            at.asks
-            or any(name not in self.entered for name in at.begins)
-            or any(end.name not in self.done for end in (*at.takes, *at.stores))
+        return (
+            not at.is_idle
+            and at.is_boundary
+            and (
+                at.asks
+                or any(name not in self.entered for name in at.begins)
+                or any(end.name not in self.done for end in (*at.takes, *at.stores))
+            )
         )
 
     def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:

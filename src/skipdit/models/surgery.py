@@ -66,6 +66,13 @@ class UnitBlock(Remade, nn.Module):
     _open: OpenCall
     long_skip: LongSkip | None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        place, state = self._place, self._open.state
+        if state is None or not state.is_idle(place.unit):
+            return super().__call__(*args, **kwargs)
+        streams = tuple(kwargs[name] if name in kwargs else args[place.positions[name]] for name in place.streams)
+        return streams[0] if len(streams) == 1 else streams
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         place, state = self._place, self._open.state
         if state is None:
