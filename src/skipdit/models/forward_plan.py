@@ -171,13 +171,15 @@ class Question:
 class ForwardPlan:
     """What one forward call stores, and what it takes from an earlier one.
 
-    units: what happens at each unit, and after the last. Numbers that change from call to call would be symbols to
-    `torch.compile`, so what a forward reads of it are booleans and names at fixed places.
+    units: what happens at each unit, and after the last. idle: the units that are passed as if they were not there.
+    Numbers that change from call to call would be symbols to `torch.compile`, so what a forward reads of it are
+    booleans and names at fixed places.
     """
 
     store: tuple[Region, ...] = ()
     reuse: tuple[Region, ...] = ()
     units: tuple[UnitPlan, ...] = ()
+    idle: frozenset[int] = frozenset()
     has_branches: bool = False
     question: Question | None = None
 
@@ -198,7 +200,8 @@ class ForwardPlan:
                 raise ValueError(f"there are {links.num_units} units, got {region}")
         units = tuple(_unit_plan(links, unit, store, reuse, unit == asks_at) for unit in range(links.num_units + 1))
         has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
-        return cls(store=store, reuse=reuse, units=units, has_branches=has_branches)
+        idle = frozenset(number for number, unit in enumerate(units) if unit.is_idle)
+        return cls(store=store, reuse=reuse, units=units, idle=idle, has_branches=has_branches)
 
 
 PLAIN = ForwardPlan()
@@ -233,13 +236,11 @@ def _unit_plan(
 
     runs = not any(region.leaves_out(unit) for region in reuse)
     given_skip = next((region.name for region in reuse if passes(region)), None)
-    is_due = unit in {stop for region in (*store, *reuse) for stop in (region.bounds or ())[1:]}
+    ranges = [region for region in (*store, *reuse) if isinstance(region, Units)]
+    is_due = any(unit == region.stop or (region.delta and unit == region.start) for region in ranges)
     return UnitPlan(
         runs=runs,
-        # what is reused is added to the streams as they are by then: no unit between has run
-        begins=tuple(
-            region.name for region in store if isinstance(region, Units) and region.delta and region.leaves_out(unit)
-        ),
+        begins=tuple(region.name for region in ranges if region.delta and region.leaves_out(unit)),
         takes=ends(reuse),
         stores=ends(store),
         keeps_skip=tuple(region.name for region in store if passes(region)),
@@ -341,26 +342,19 @@ class ForwardState:
     def runs(self, unit: int) -> bool:
         return self._at(unit).runs
 
-    def is_idle(self, unit: int) -> bool:
-        return self._at(unit).is_idle
-
     def is_boundary(self, unit: int) -> bool:
         """Whether `enter` has something to store or to replace at this unit."""
         at = self._at(unit)
-        return (
-            not at.is_idle
-            and at.is_boundary
-            and (
-                at.asks
-                or any(name not in self.entered for name in at.begins)
-                or any(end.name not in self.done for end in (*at.takes, *at.stores))
-            )
+        return at.is_boundary and (
+            at.asks
+            or any(name not in self.entered for name in at.begins)
+            or any(end.name not in self.done for end in (*at.takes, *at.stores))
         )
 
     def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
         """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
         the last one."""
-        if not self.is_boundary(unit):
+        if unit in self.plan.idle or not self.is_boundary(unit):
             return streams
         at = self._at(unit)
         for end in at.takes:
