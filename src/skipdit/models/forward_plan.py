@@ -237,7 +237,9 @@ def _unit_plan(
     runs = not any(region.leaves_out(unit) for region in reuse)
     given_skip = next((region.name for region in reuse if passes(region)), None)
     ranges = [region for region in (*store, *reuse) if isinstance(region, Units)]
-    is_due = any(unit == region.stop or (region.delta and unit == region.start) for region in ranges)
+    is_due = unit in links.segment_starts or any(
+        unit == region.stop or (region.delta and unit == region.start) for region in ranges
+    )
     return UnitPlan(
         runs=runs,
         begins=tuple(region.name for region in ranges if region.delta and region.leaves_out(unit)),
