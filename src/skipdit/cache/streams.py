@@ -134,6 +134,17 @@ class Run:
         """The noise levels of the steps from this one on, where they are known."""
         return self.levels[int(self.place) :] if self.levels else []
 
+    @property
+    def latest(self) -> list[Stream]:
+        """The streams that have made the run's last step."""
+        return [each for each in self.streams if each.places[0] == self.place]
+
+    def follow_levels(self) -> None:
+        """Go on by the timesteps of the calls, no more by a list."""
+        for stream in self.streams:
+            stream.places = (-stream.levels[-1], -stream.levels[-1])
+        self.order, self.levels, self.place = None, [], max(stream.places[0] for stream in self.streams)
+
     def drop(self, stream: Stream) -> None:
         self.streams.remove(stream)
         self.dropped += stream.counts
@@ -198,6 +209,10 @@ class Streams:
         # nobody can tell whether a tensor of inference mode was written between two calls of one step
         unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
         stream = same[0] if len(same) == 1 and not unsure else None
+
+        if place is None and isinstance(timestep, Tensor) and timestep.ndim > 1 and stream in run.latest:
+            # each frame has a scheduler of its own, and that of the pipeline stands still (diffusion forcing)
+            order = run.follow_levels()
 
         levels = [] if isinstance(order, Tensor) else self._levels(timestep)
         compared = [each.conditions for each in fitting] if stream is None else []
