@@ -202,7 +202,9 @@ class Streams:
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
         before, given = self.runs.pop(key, None), Conditions(conditions)
         layout = layout_of(latents)
-        order, place = self._known_place(timestep, before)
+        named = bool(key[2])
+        others = [each for name, each in self.runs.items() if named and name[2] and name[:2] == key[:2]]
+        order, place = self._known_place(timestep, before, others)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [each for each in run.streams if each.layout == layout]
         same = [each for each in fitting if not given.differing(each.conditions) - run.changing]
@@ -269,8 +271,9 @@ class Streams:
         schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
         return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
 
-    def _known_place(self, timestep: Any, run: Run | None) -> tuple[Any, float | None]:
-        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read."""
+    def _known_place(self, timestep: Any, run: Run | None, others: list[Run]) -> tuple[Any, float | None]:
+        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read.
+        others: the named branches of the same run."""
         lists, told = self._lists(), _told.get()
         tables = [] if run is None or not isinstance(run.order, Tensor) else [run.order]
         for entry in (timestep, told.get("timestep")):
@@ -283,6 +286,8 @@ class Streams:
             current = None
         if current is None and len(fresh) == 1 and not _is_entry(timestep):
             current = fresh[0]
+        if current is None and run is None and not _is_entry(timestep):  # a branch that begins after others
+            current = next((key for key, table in lists.items() if any(table is each.order for each in others)), None)
         index, count = told.get("step_index"), told.get("num_inference_steps")
         if current is None:
             return (None, None) if index is None else (TOLD, index)
@@ -292,7 +297,8 @@ class Streams:
         if index is None:
             index = getattr(current, "step_index", None)
         if index is None and (run is None or run.order is not table):
-            index = getattr(current, "begin_index", None) or 0
+            begun = [int(each.place) for each in others if each.order is table]
+            index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
     def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:
