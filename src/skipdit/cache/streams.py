@@ -142,6 +142,17 @@ class Run:
         """The noise levels of the steps from this one on, where they are known."""
         return self.levels[int(self.place) :] if self.levels else []
 
+    @property
+    def latest(self) -> list[Stream]:
+        """The streams that have made the run's last step."""
+        return [each for each in self.streams if each.places[0] == self.place]
+
+    def follow_levels(self) -> None:
+        """Go on by the timesteps of the calls, no more by a list."""
+        for stream in self.streams:
+            stream.places = (-stream.levels[-1], -stream.levels[-1])
+        self.order, self.levels, self.place = None, [], max(stream.places[0] for stream in self.streams)
+
     def drop(self, stream: Stream) -> None:
         self.streams.remove(stream)
         self.dropped += stream.counts
@@ -205,7 +216,7 @@ class Streams:
         """The run and the stream of which a call is the next step; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
         given, layout = Conditions(conditions), layout_of(latents)
-        run, place, stream, fitting = self._place(self.runs.pop(key, None), timestep, given, layout)
+        run, place, stream, fitting = self._place(key, timestep, given, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
             run, place = Run(run.order, run.levels, level=run.level), place if place < run.place else 0
         if not run.streams:
@@ -233,17 +244,23 @@ class Streams:
         return run, stream
 
     def _place(
-        self, before: Run | None, timestep: Any, given: Conditions, layout: tuple
+        self, key: Key, timestep: Any, given: Conditions, layout: tuple
     ) -> tuple[Run, float, Stream | None, list[Stream]]:
         """A call's run and its place there; its stream, where the very same tensors tell it; and the streams of its
         shape. What must be read is read at once."""
-        order, place = self._known_place(timestep, before)
+        before = self.runs.pop(key, None)
+        branches = [each for name, each in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
+        order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [each for each in run.streams if each.layout == layout]
         same = [each for each in fitting if not given.differing(each.conditions) - run.changing]
         # nobody can tell whether a tensor of inference mode was written between two calls of one step
         unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
         stream = same[0] if len(same) == 1 and not unsure else None
+
+        if place is None and isinstance(timestep, Tensor) and timestep.ndim > 1 and stream in run.latest:
+            # each frame has a scheduler of its own, and that of the pipeline stands still (diffusion forcing)
+            order = run.follow_levels()
 
         levels = [] if isinstance(order, Tensor) else self._levels(timestep)
         answers = given.compare([each.conditions for each in fitting] if stream is None else [], levels)
@@ -271,8 +288,9 @@ class Streams:
         schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
         return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
 
-    def _known_place(self, timestep: Any, run: Run | None) -> tuple[Any, float | None]:
-        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read."""
+    def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
+        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read.
+        branches: others of the same run, by name."""
         lists, told = self._lists(), _told.get()
         tables = [] if run is None or not isinstance(run.order, Tensor) else [run.order]
         for entry in (timestep, told.get("timestep")):
@@ -285,6 +303,8 @@ class Streams:
             current = None
         if current is None and len(fresh) == 1 and not _is_entry(timestep):
             current = fresh[0]
+        if current is None and run is None and not _is_entry(timestep):  # a branch that begins after others
+            current = next((key for key, table in lists.items() if any(table is each.order for each in branches)), None)
         index, count = told.get("step_index"), told.get("num_inference_steps")
         if current is None:
             return (None, None) if index is None else (TOLD, index)
@@ -294,7 +314,8 @@ class Streams:
         if index is None:
             index = getattr(current, "step_index", None)
         if index is None and (run is None or run.order is not table):
-            index = getattr(current, "begin_index", None) or 0
+            begun = [int(each.place) for each in branches if each.order is table]
+            index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
     def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:
