@@ -303,6 +303,11 @@ def test_a_changed_file_is_found(tmp_path: Path) -> None:
 def test_a_strange_marker_is_none(tmp_path: Path, marker: str) -> None:
     (tmp_path / MARKER).write_text(marker)
     assert read_marker(tmp_path)["files"] == {}
+    with pytest.raises(FileExistsError, match=r"skipdit\.json is no file that skipdit wrote"):
+        OutputFolder(tmp_path, "sample", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"skipdit\.json"), atomic_folder(tmp_path, "model", overwritten="*"):
+        pass
+    assert (tmp_path / MARKER).read_text() == marker
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,6 +449,15 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         pass
     assert tree(tmp_path) == {"run": "/", "other": "/"}
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(OSError, match=LOCK), locked(tmp_path / "run"):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
 HOLDS = """

@@ -108,6 +108,7 @@ def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = ()) 
     if kind not in read_marker(path)["files"] and not overwritten:
         shown = _list_names(child.name for child in path.iterdir())
         raise FileExistsError(f"{where} was not written by skipdit as a {kind} (it holds {shown}): give a new folder")
+    check_marker(path)
 
 
 def check_apart(target: Path, inputs: Iterable[Path]) -> None:
@@ -235,6 +236,12 @@ def read_marker(folder: Path) -> Marker:
     return marker if inside else Marker(skipdit="", files={})
 
 
+def check_marker(folder: Path) -> None:
+    """Raise `FileExistsError` where a folder has something of others in the place of a marker."""
+    if os.path.lexists(folder / MARKER) and not read_marker(folder)["skipdit"]:
+        raise FileExistsError(f"{printable(folder / MARKER)} is no file that skipdit wrote: give another folder")
+
+
 def check_whole(folder: Path, kind: str) -> None:
     """Raise `ValueError` where a listed file is missing or has changed, or the marker is of another kind."""
     listed = read_marker(folder)["files"].get(kind)
@@ -273,7 +280,7 @@ class OutputFolder:
     It replaces and removes only what an earlier run of that kind wrote and nobody has changed since; with `overwrite`,
     also other files of those names, each of which is said.
 
-    `OSError` where nothing can be written into it.
+    `OSError` where nothing can be written into it, or another `skipdit.json` is there.
     """
 
     def __init__(self, path: Path, kind: str, *, overwrite: bool = False) -> None:
@@ -281,6 +288,7 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with _draft(self.path) as draft:
             draft.touch()
+        check_marker(self.path)
         self._made: set[str] = set()
         for folder in {self.path, *((self.path / name).parent for name in self._listed())}:
             clean_up(folder)
