@@ -198,6 +198,25 @@ def test_the_old_folder_is_back_if_a_rename_fails(
     assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
 
+def test_a_file_of_ours_that_a_user_has_changed_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "folder"
+    write_folder(path, a="1", b="1")
+    (path / "a").write_text("mine")
+    with pytest.raises(FileExistsError, match="folder holds a, changed since skipdit wrote it"):
+        write_folder(path, a="2")
+    with pytest.raises(FileExistsError, match="b, changed"), atomic_folder(path, "model", overwritten=["a"]):
+        (path / "b").write_text("changed while the new one was made")
+    assert tree(tmp_path)["folder/a"] == "mine"
+    with atomic_folder(path, "model", even_damaged=True) as draft:
+        (draft / "a").write_text("3")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "3"}
+    (path / "a").write_text("mine")
+    with atomic_folder(path, "model", overwritten=["a"]):
+        pass
+    assert tree(tmp_path) == {"folder": "/"}
+    assert f"overwritten in {path}: a" in caplog.text
+
+
 def test_ctrl_c_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rename = tmp_path / "folder", Path.rename
     write_folder(path, a="1")

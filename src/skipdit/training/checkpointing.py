@@ -138,7 +138,7 @@ def check_places(folder: Path, max_steps: int) -> None:
     """Raise `FileExistsError` where something of others has the name of a checkpoint that may be written."""
     for path in sorted(folder.glob("checkpoint-*")):
         if (step := step_of(path)) is not None and step <= max_steps:
-            check_replaceable(path, KIND)
+            check_replaceable(path, KIND, even_damaged=True)
 
 
 def set_aside(folder: Path) -> None:
@@ -186,7 +186,7 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, config: TrainConf
         without_moments=unreached,
     )
     path = checkpoint_path(folder, step)
-    with written(path), atomic_folder(path, KIND) as draft:
+    with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
         for name in FILES:
             save_file(tensors[name], draft / f"{name}.safetensors")
         (draft / "state.json").write_text(to_json(state), encoding="utf-8")
