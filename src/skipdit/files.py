@@ -152,7 +152,7 @@ def atomic_folder(
         mode = new.stat().st_mode & 0o777
         names = sorted(child.relative_to(new).as_posix() for child in new.rglob("*") if child.is_file())
         digests = {name: file_digest(new / name) for name in names if name != MARKER}
-        _write_marker(new, {kind: digests})
+        write_marker(new, {kind: digests})
         for child in new.rglob("*"):
             child.chmod(mode if child.is_dir() else mode & 0o666)
             _sync(child)
@@ -280,7 +280,8 @@ def check_whole(folder: Path, kind: str) -> None:
             raise ValueError(f"{printable(folder / name)} is missing or has changed")
 
 
-def _write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+def write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Say in a folder which files of it are ours: by the kind of run that wrote them, their digests."""
     write_text(folder / MARKER, to_json({"skipdit": version("skipdit"), "files": files}))
 
 
@@ -394,7 +395,7 @@ class OutputFolder:
         self._write(listed | {name: " ".join(sorted({digest} | before))})
 
     def _write(self, listed: Mapping[str, str]) -> None:
-        _write_marker(self.path, {**read_marker(self.path)["files"], self.kind: dict(listed)})
+        write_marker(self.path, {**read_marker(self.path)["files"], self.kind: dict(listed)})
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -16,7 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from skipdit.files import atomic_folder, check_replaceable, check_whole, read_marker, remove_ours, to_json
+from skipdit.files import (
+    atomic_folder,
+    check_replaceable,
+    check_whole,
+    read_marker,
+    remove_ours,
+    to_json,
+    write_marker,
+)
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
 from skipdit.untrusted import printable, read_json
@@ -144,18 +152,23 @@ def check_places(folder: Path, max_steps: int) -> None:
 def set_aside(folder: Path) -> None:
     """Move the checkpoints of an earlier run into `previous-run`, where they stay until a new one stands."""
     if checkpoints := list_checkpoints(folder):
+        place = folder / PREVIOUS
+        check_replaceable(place, PREVIOUS)
         drop_previous(folder)
-        (folder / PREVIOUS).mkdir(exist_ok=True)
+        place.mkdir(exist_ok=True)
+        write_marker(place, {PREVIOUS: {}})
         for path in checkpoints:
-            path.rename(folder / PREVIOUS / path.name)
-        LOGGER.warning("until a new checkpoint stands, those of before are in %s", printable(folder / PREVIOUS))
+            path.rename(place / path.name)
+        LOGGER.warning("until a new checkpoint stands, those of before are in %s", printable(place))
 
 
 def drop_previous(folder: Path) -> None:
-    for path in list_checkpoints(folder / PREVIOUS):
-        remove_ours(path)
-    with suppress(OSError):  # not there, or something of others is in it
-        (folder / PREVIOUS).rmdir()
+    """Delete what `set_aside` has moved."""
+    place = folder / PREVIOUS
+    if not place.is_symlink() and PREVIOUS in read_marker(place)["files"]:
+        for path in list_checkpoints(place):
+            remove_ours(path)
+        remove_ours(place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
