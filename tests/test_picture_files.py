@@ -70,11 +70,19 @@ def test_sixteen_bits_are_divided_by_257(value: int) -> None:
     assert on_white(Image.fromarray(np.full((1, 1), value, np.uint16))).getpixel((0, 0)) == (round(value / 257),) * 3
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_sixteen_bits_in_the_order_of_macs_are_read() -> None:
+    """As ImageJ writes them."""
+    picture = Image.frombytes("I;16B", RAMP.shape[::-1], (RAMP * 65535).astype(">u2").tobytes())
+    content = hostile.saved(picture, "TIFF")
+    assert content[:2] == b"MM"
+    assert np.abs(levels(content) - 255 * RAMP[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30, -1])
 def test_values_that_are_no_grey_are_refused(value: float) -> None:
     pixels = np.zeros((4, 4), np.float32)
     pixels[2, 2] = value
-    with pytest.raises(ValueError, match="too large or not finite"):
+    with pytest.raises(ValueError, match="below 0, too large or not finite"):
         on_white(Image.fromarray(pixels))
 
 

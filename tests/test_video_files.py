@@ -60,6 +60,15 @@ def test_animations_are_on_white_too(kind: str) -> None:
     assert clip[:, :, :14].min() > 250
 
 
+def test_a_default_image_is_no_frame() -> None:
+    red, green, blue = (Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue"))
+    buffer = io.BytesIO()
+    red.save(buffer, "PNG", save_all=True, append_images=[green, blue], default_image=True, duration=100)
+    for fps in (None, 10):
+        clip = decode_video(io.BytesIO(buffer.getvalue()), "apng", 2, fps=fps)
+        assert clip[:, 0, 0].tolist() == [[0, 255, 0], [0, 0, 255]]
+
+
 def cover_first() -> bytes:
     """A Matroska file whose first stream is a picture."""
     buffer = io.BytesIO()

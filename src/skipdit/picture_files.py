@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -137,14 +137,14 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Grey of more bits as L, or LA where one of its values is transparent."""
-    lowest, highest = cast(tuple[float, float], picture.getextrema())
-    scales = [scale for scale in FULL_SCALES[picture.mode[:4]] if highest <= scale]
-    is_finite = math.isfinite(lowest) and (picture.mode != "F" or not np.isnan(np.asarray(picture)).any())
-    if not scales or not is_finite:
-        raise ValueError(f"its values, from {lowest} to {highest}, are too large or not finite")
+    values = np.asarray(picture)
+    lowest, highest = values.min(), values.max()  # NaN where there is one
+    scales = [scale for scale in FULL_SCALES[picture.mode[:4]] if lowest >= 0 and highest <= scale]
+    if not scales:
+        raise ValueError(f"its values, from {lowest} to {highest}, are below 0, too large or not finite")
     levels = picture.convert("F").point(lambda value: value * (255 / scales[0]) + 0.5).convert("L")
     if (clear := picture.info.get("transparency")) is not None:
-        levels.putalpha(Image.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8)))
+        levels.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return levels
 
 

@@ -85,7 +85,8 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
         picture = Image.open(stream, formats=FORMATS)
     with picture:
         begin = Fraction(0)
-        for index in count():
+        # the default image of an APNG is for viewers that know no animations, and none of its frames
+        for index in count(1 if picture.info.get("default_image") else 0):
             with warnings.catch_warnings(action="ignore"):
                 try:
                     picture.seek(index)
