@@ -148,6 +148,17 @@ def test_projectors_are_named_and_dropped_when_asked(tmp_path: Path) -> None:
         load_model(tmp_path / "repa.pt", num_attention_heads=2, drop=("heads",))
 
 
+def test_what_lies_beside_the_model_is_named_and_dropped_when_asked(tmp_path: Path) -> None:
+    model = tiny_dit(num_layers=2)
+    beside = {"loss.logvar": torch.zeros(1), "first_stage_model.conv.weight": torch.zeros(4)}
+    content = {"state_dict": prefixed("model.diffusion_model.", official(model)) | beside}
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="drop can leave out what is not the model, of first_stage_model, loss, model"):
+        load_model(tmp_path / "last.ckpt", num_attention_heads=2)
+    loaded = load_model(tmp_path / "last.ckpt", num_attention_heads=2, drop=("loss", "first_stage_model"))
+    assert_same_weights(model, loaded)
+
+
 def test_hunyuan_under_the_keys_of_diffusers(tmp_path: Path) -> None:
     model = TINY_FAMILIES["HunyuanDiT2DModel"].build(num_units=4)
     save_file(model.state_dict(), tmp_path / "model.safetensors")

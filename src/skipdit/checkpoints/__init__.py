@@ -29,6 +29,7 @@ from skipdit.checkpoints.reading import (
     read_state_dict,
 )
 from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint
+from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files import atomic_file
 from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
@@ -134,7 +135,8 @@ def load_model(
         num_classes: needed where the class table has as many rows as a usual data set has classes: as many where no
             row means "no class", one less where the last one does.
         fusion: needed for a file with our keys and long skips; the official ones are `"replace"`.
-        drop: roots of keys that are left out, such as `"projectors"` of REPA. There must be some.
+        drop: roots of keys that are left out, such as `"projectors"` of REPA, or what lies beside `model` in a
+            checkpoint of Lightning. There must be some.
         variant: of the weights in a folder, such as `"fp16"`; by default the only one that there is.
         dtype: of the returned model.
 
@@ -164,7 +166,8 @@ def load_model(
         else:
             if variant is not None:
                 raise ValueError(f"variant is for a folder, got {variant!r} for a file")
-            state_dict = _without(dropped, read_state_dict(source, prefer))
+            # a name before all keys is seen as such when what lies beside the model is gone
+            state_dict = strip_prefixes(_without(dropped, read_state_dict(source, prefer)), prefer)
             model = assemble(_find_format(state_dict, told).read(state_dict, told), dtype)
         refuse_contradictions(model, told)
     except ValueError as error:

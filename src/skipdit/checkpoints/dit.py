@@ -120,9 +120,10 @@ def read(state_dict: StateDict, told: Told) -> Weights:
         return _make(options_of_file(sizes, told), tensors, names=names)
     if found & (our_roots - official_roots):
         return _make(options_of_file(_read_sizes(state_dict, {}, told), told), state_dict)
+    beside = f"; drop can leave out what is not the model, of {list_first(sorted(found), 9)}" if len(found) > 1 else ""
     raise ValueError(
         f"holds neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also hold Latte, "
-        "LatteT2V or HunyuanDiT; of other models give the folder)"
+        f"LatteT2V or HunyuanDiT; of other models give the folder{beside})"
     )
 
 
