@@ -334,6 +334,16 @@ def test_a_checkpoint_of_a_run_is_built_from_its_own_config(run: Path, tmp_path:
         load_source(str(copy), device="cpu")
 
 
+def test_a_damaged_checkpoint_of_a_run_is_not_sampled(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoint-0000002", tmp_path / "checkpoint-0000002")
+    weights = tmp_path / "checkpoint-0000002" / "ema.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=r"ema\.safetensors has changed since its run wrote it"):
+        load_source(str(weights.parent), device="cpu")
+
+
 @pytest.mark.parametrize("name", ["HunyuanDiT2DModel", "LatteTransformer3DModel", "Latte"])
 def test_checkpoints_of_the_other_tasks(name: str, tmp_path: Path) -> None:
     model, long_skip = TINY_FAMILIES[name].build(num_units=4), None

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from skipdit.checkpoints.keys import Told
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
+from skipdit.files import file_digest, read_marker
 from skipdit.untrusted import printable, read_json
 
 Value = TypeVar("Value")
@@ -30,7 +31,10 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[StateDict, Told]:
-    """The weights, averaged or not, under the model's own keys, and what the run's config tells of their model."""
+    """The weights, averaged or not, under the model's own keys, and what the run's config tells of their model.
+
+    `ValueError` where the weights are not those that the run wrote.
+    """
     config = read_run_config(folder)
     path = folder / STATE_NAME
     model, data = (_field(config, name, dict, path) for name in ("model", "data"))
@@ -45,7 +49,11 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
         given = getattr(told, name)
         if given is not None and value is not None and given != value:
             raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {given!r}")
-    state_dict = read_state_dict(folder / f"{prefer}.safetensors", prefer)
+    weights = folder / f"{prefer}.safetensors"
+    listed = read_marker(folder)["files"].get("checkpoint", {}).get(weights.name)
+    if listed is not None and file_digest(weights) != listed:
+        raise ValueError(f"{printable(weights)} has changed since its run wrote it: give another checkpoint")
+    state_dict = read_state_dict(weights, prefer)
     return state_dict, replace(told, **{name: value for name, value in said.items() if value is not None})
 
 
