@@ -101,7 +101,10 @@ class CacheRuntime:
             try:
                 output = self._step(call, stream)
             except BaseException:
-                self.streams.drop([this_run])
+                self.streams.end()  # the other branches of the run too
+                open_call = cast(LongSkipModel, model).open_call
+                if open_call is not None:
+                    open_call.state = None
                 raise
             self._warn_unless_reused(this_run)
         return output
