@@ -92,8 +92,9 @@ class CacheRuntime:
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.family.latents not in arguments or self.family.timestep not in arguments:
-            inspect.signature(type(model).forward).bind(model, *args, **kwargs)  # raises
+        for name in (self.family.latents, self.family.timestep):
+            if arguments.get(name) is None:
+                raise TypeError(f"a cached call of {self.model_name} needs its argument {name!r}")
         given = {name: arguments.get(name, default) for name, default in self.conditions.items()}
         with self.lock:
             this_run, stream = self.streams.next(arguments[self.family.timestep], arguments[self.family.latents], given)
