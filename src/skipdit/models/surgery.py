@@ -31,6 +31,7 @@ from skipdit.models.long_skip import (
     LongSkipLinks,
     LongSkipModel,
     OpenCall,
+    pair_segments,
     pair_units,
 )
 
@@ -427,16 +428,18 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
     if isinstance(model, LongSkipModel) and model.long_skip_links.sources:
         raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
     if isinstance(model, LongSkipModel):
-        num_units = model.long_skip_links.num_units
+        sizes = [model.long_skip_links.num_units]
     else:
-        num_units = len(_units(model, get_family(type(model))))
-    if not pair_units(num_units, config):
-        raise ValueError(f"there must be a pair to link, got num_pairs {config.num_pairs} for {num_units} units")
-    open_units(model)
-    linked = cast(Any, model)
+        sizes = [len(units) for units in _segments(model, get_family(type(model)))]
+    if not pair_segments(sizes, config):
+        raise ValueError(
+            f"there must be a pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
+        )
     hidden_size = 1
     for name in family.hidden_size if family else ("num_attention_heads", "attention_head_dim"):
-        hidden_size *= linked.config[name]
+        hidden_size *= cast(Any, model).config[name]
+    open_units(model)
+    linked = cast(Any, model)
     linked.set_long_skips(hidden_size, config)
     for block in linked.unit_entries():
         if block.long_skip is not None:
