@@ -117,7 +117,7 @@ class CacheRuntime:
         elif not self.family.counted:
             stream.costs = Costs.by_weights(call.model)
             output, reused = self.stepper.step(call, stream)
-        elif call.is_compiled:
+        elif call.has_graphs:  # a counter sees nothing inside them, and torch compiles nothing under one
             _, stream.costs = count_costs(call.model, call.eager)
             output, reused = self.stepper.step(call, stream)
         else:
