@@ -15,7 +15,7 @@ from torch import nn
 from skipdit.cache.compiled import Call
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
-from skipdit.cache.state import CacheSummary
+from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import Part, PartState, Stepper, make_stepper, parts_on
 from skipdit.cache.streams import Run, Stream, Streams
 from skipdit.models.branches import open_branches
@@ -124,9 +124,7 @@ class CacheRuntime:
             made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
             output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
-        stream.num_full += not reused
-        stream.num_reused += bool(reused)
-        stream.cost += stream.costs.of_step(reused)
+        stream.counts += Counts(int(not reused), int(bool(reused)), stream.costs.of_step(reused))
         self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
 

@@ -79,7 +79,7 @@ class Stream:
 
     places: of the last step, and of the one before it. new: the arguments by which it differed from the streams of the
     step before it. levels: noise levels of its steps since `states` are new. coming: of the run from this step on,
-    where they are known. costs: see `Costs`. compiled: the plans whose graphs have been called. cost: in full steps.
+    where they are known. costs: see `Costs`. compiled: the plans whose graphs have been called.
     """
 
     layout: tuple
@@ -91,9 +91,7 @@ class Stream:
     coming: list[float] = field(default_factory=list)
     costs: Costs | None = None
     compiled: set[ForwardPlan] = field(default_factory=set)
-    num_full: int = 0
-    num_reused: int = 0
-    cost: float = 0.0
+    counts: Counts = field(default_factory=Counts)
 
     def go_on(self, given: Conditions, place: float) -> None:
         """Make a step at this place, with conditions equal to those before."""
@@ -102,10 +100,6 @@ class Stream:
         self.conditions = given
         if place != self.places[0]:
             self.places = (place, self.places[0])
-
-    @property
-    def counts(self) -> Counts:
-        return Counts(self.num_full, self.num_reused, self.cost)
 
     @property
     def bytes_held(self) -> int:
