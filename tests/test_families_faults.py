@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, cached, disable_cache, enable_cache
+from skipdit.models.costs import flop_counter
 from skipdit.models.families import FAMILIES, Family, Segment
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
