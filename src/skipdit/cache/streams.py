@@ -175,17 +175,19 @@ class Run:
 
 class Streams:
     """All runs of one cached model. start: makes the states of a new stream. check: is told the noise levels of a run
-    that begins. scale: of the timestep argument to noise levels; below 0 where it rises as noise falls."""
+    that begins; over: is given runs that are over. scale: of the timestep argument to noise levels; below 0 where it
+    rises as noise falls."""
 
     def __init__(
         self,
         start: Callable[[], list[PartState]],
         check: Callable[[list[float]], None],
+        over: Callable[[list[Run]], None],
         scale: float,
         *,
         by_token: bool = False,
     ) -> None:
-        self.start, self.check, self.scale, self.by_token = start, check, scale, by_token
+        self.start, self.check, self.over, self.scale, self.by_token = start, check, over, scale, by_token
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         # of each watched scheduler the list on which a run has begun last
         self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
@@ -230,6 +232,8 @@ class Streams:
         if not run.streams:
             stream, fitting = None, []
             run.place = place
+            if before is not None:
+                self.over([before])
             self._begin(key, run)
         run.place = place
         run.level = run.levels[int(place)] if run.levels else level
@@ -357,7 +361,9 @@ class Streams:
         are the calls outside of any context."""
         thread, path = threading.get_ident(), _context.get()
         ended = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
-        self.drop([self.runs[key] for key in ended])
+        runs = [self.runs[key] for key in ended]
+        self.drop(runs)
+        self.over(runs)
 
     def drop(self, runs: list[Run]) -> None:
         """Drops what these hold; their counts stay for the summary."""
@@ -373,8 +379,13 @@ class Streams:
     @property
     def counts(self) -> Counts:
         """Of the current runs, or of those that have ended last."""
-        current = [run.counts for run in list(self.runs.values()) if run.last_call > self.ended_at]
+        current = [run.counts for run in self.current_runs]
         return sum(current, Counts()) if current else self.ended_counts
+
+    @property
+    def current_runs(self) -> list[Run]:
+        """Those that have been called since others ended."""
+        return [run for run in list(self.runs.values()) if run.last_call > self.ended_at]
 
 
 def _by_level(run: Run, level: float) -> tuple[Run, float]:
