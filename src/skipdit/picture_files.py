@@ -23,6 +23,7 @@ PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", 
 )
 MAX_PICTURE_BYTES = 2**28  # of a file
 MAX_PIXELS = 50 * 2**20  # of a picture when it is decoded; a baseline JPEG is decoded at a half, quarter or eighth
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # that pictures are resized to
 MAX_AVIF_PIXELS = 2**25  # its decoder has the picture in memory several times
 MAX_SCANS = 32  # of a progressive JPEG, each of which goes over the whole picture; cameras and editors write about 10
 STRIP_PIXELS = 2**20  # that are put on white at once
@@ -69,6 +70,14 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
     """`ValueError` where width times height is more than `max_pixels`."""
     if math.prod(size) > max_pixels:
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are read")
+
+
+def check_side(image_size: int) -> None:
+    """`ValueError` where pictures cannot be resized to this side."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size > MAX_SIDE:
+        raise ValueError(f"image_size must be at most {MAX_SIDE}, got {image_size}")
 
 
 @contextmanager
