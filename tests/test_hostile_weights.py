@@ -11,12 +11,14 @@ from typing import Any
 import hostile_runs
 import hostile_weights as hostile
 import pytest
+import torch
 from safetensors.torch import save
 
 from skipdit.cache.methods import load_schedule, parse_method
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
 from skipdit.loading import load_source
+from skipdit.models.dit import DiT
 
 
 def read_bytes(reader: Callable[[Path], Any], suffix: str, folder: Path, content: bytes) -> Any:
@@ -170,6 +172,16 @@ def test_small_archives_do_not_take_the_machine(name: str, message: str, tmp_pat
     with pytest.raises(ValueError, match=message) as caught:
         read_bytes(load_file, ".pt", tmp_path, one(hostile.archives, name))
     assert len(str(caught.value)) < 1000
+
+
+def test_a_wide_model_of_one_number_is_refused(tmp_path: Path) -> None:
+    """Under our keys every tensor fits every other; loaded, its layers would take 10 GiB."""
+    with torch.device("meta"):
+        model = DiT(num_layers=2, num_attention_heads=2, attention_head_dim=4096, sample_size=8, patch_size=2)
+    content = hostile.archive({key: torch.zeros(()).expand(tensor.shape) for key, tensor in model.state_dict().items()})
+    assert len(content) < 10_000
+    with pytest.raises(ValueError, match="is larger than its record of 4 bytes"):
+        read_bytes(lambda path: load_model(path, num_attention_heads=2, sample_size=8), ".pt", tmp_path, content)
 
 
 @pytest.mark.parametrize(

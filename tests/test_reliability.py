@@ -1,5 +1,6 @@
 """docs/reliability.md says what the code does, and names the tests that hold it."""
 
+import ast
 import asyncio
 import importlib
 import os
@@ -34,6 +35,22 @@ def test_every_named_test_file_exists(text: str, repo_root: Path) -> None:
     for line in re.findall(r"^\*`.*\*$", text, re.MULTILINE):
         for name in re.findall(r"`(?:tests/)?([\w*]+\.py)`", line):
             assert list((repo_root / "tests").glob(name)), name
+
+
+def test_every_fault_has_a_test_that_exists(text: str, repo_root: Path) -> None:
+    table = text.partition("\n## Every fault, and the test that holds it\n")[2]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and line != "| fault | test |"]
+    assert len(rows) > 100
+    defined: dict[str, set[str]] = {}
+    for row in rows:
+        named = re.findall(r"`tests/(\w+\.py)::(\w+)`", row)
+        assert named, row
+        for file, name in named:
+            if file not in defined:
+                tree = ast.parse((repo_root / "tests" / file).read_text(encoding="utf-8"))
+                defined[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name.startswith("test_"), row
+            assert name in defined[file], row
 
 
 def test_dependencies_begin_where_the_page_says(text: str, repo_root: Path) -> None:
