@@ -31,11 +31,13 @@ from diffusers import DDIMScheduler, FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading
 from families import TINY
 from test_families_pipelines import CASES, sample
-from tiny import TINY_FAMILIES
+from tiny import TINY_FAMILIES, flops_of
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, cached, disable_cache, enable_cache
+from skipdit.models.costs import flop_counter
 from skipdit.models.families import FAMILIES, Family, Segment
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
@@ -68,6 +70,15 @@ def test_flux_at_its_depths_saves_what_the_summary_says() -> None:
     assert saved >= 1.75
     assert cache.summary().compute_ratio == pytest.approx(saved, rel=0.02)
     assert cache.summary().num_units == 57
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_fused_attention_is_counted(name: str) -> None:
+    """torch's own counter has no row for that of CPUs; written out it is two products, which it has."""
+    model, given = TINY_FAMILIES[name].build(4), TINY_FAMILIES[name].arguments()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**given)
+    assert flops_of(lambda: model(**given)) == counter.get_total_flops()
 
 
 def test_auto_aims_at_what_is_counted() -> None:

@@ -1,7 +1,7 @@
 """Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -43,6 +43,7 @@ class Segment:
     second block is over time. What they output can be reused: a tensor, or a tuple."""
 
     def __post_init__(self) -> None:
+        _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
         if not self.lists:
             raise ValueError("lists must name at least one ModuleList of the model")
         if not self.streams:
@@ -55,12 +56,32 @@ class Segment:
         return self.fused or (self.streams[0] if len(self.streams) == 1 else "hidden_states")
 
 
+def _check_names(**names: tuple[str, ...]) -> None:
+    """Refuse one name where a tuple of names belongs: its letters would be taken for names."""
+    for role, given in names.items():
+        if isinstance(given, str):
+            raise ValueError(f"{role} must be a tuple of names, as ({given!r},), got {given!r}")
+
+
+ONE_SEGMENT = (Segment(),)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What skipdit must know of one class of transformers."""
+    """What skipdit must know of one class of transformers.
 
-    segments: tuple[Segment, ...] = (Segment(),)
+    A family of one segment has a short form: `block_lists`, `streams` and `branches` in place of `segments`.
+    `ValueError` where both are given.
+    """
+
+    segments: tuple[Segment, ...] = ONE_SEGMENT
     """In the order in which they run; units number through all of them."""
+    block_lists: InitVar[tuple[str, ...] | None] = None
+    """Short form: the `lists` of the only segment."""
+    streams: InitVar[tuple[str, ...] | None] = None
+    """Short form: the `streams` of the only segment."""
+    branches: InitVar[Named | None] = None
+    """Short form: the `branches` of the only segment."""
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     """Entries of the config whose product is the hidden size."""
     native_pairs: bool = False
@@ -83,7 +104,20 @@ class Family:
     changing: tuple[str, ...] = ()
     """Arguments that are new at every step and no condition: a second timestep, a control signal, audio latents."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, block_lists: tuple[str, ...] | None, streams: tuple[str, ...] | None, branches: Named | None
+    ) -> None:
+        _check_names(hidden_size=self.hidden_size, changing=self.changing)
+        short = {"block_lists": block_lists, "streams": streams, "branches": branches}
+        given: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
+        if given and self.segments is not ONE_SEGMENT:
+            raise ValueError(
+                "give either segments or block_lists, streams and branches, the short form of one segment: "
+                f"got segments and {', '.join(given)}"
+            )
+        if given:
+            options = {name.removeprefix("block_"): value for name, value in given.items()}
+            object.__setattr__(self, "segments", (Segment(**options),))
         if not self.segments:
             raise ValueError("segments must have at least one Segment")
         for before, segment in zip(self.segments, self.segments[1:], strict=False):
