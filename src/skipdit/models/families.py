@@ -39,8 +39,8 @@ class Segment:
     """Where a segment has one stream and the one before had several: which of those the model concatenates along their
     tokens, in this order."""
     branches: Named = field(default_factory=lambda: BRANCHES)
-    """By kind the attributes of a block, where it has them; the attention of a unit's second block is over time. What
-    they output can be reused: a tensor, or a tuple."""
+    """By kind the attributes of a block, where it has them, dotted where they are deeper; the attention of a unit's
+    second block is over time. What they output can be reused: a tensor, or a tuple."""
 
     def __post_init__(self) -> None:
         _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
@@ -178,7 +178,11 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": Family(segments=FLUX, timestep_scale=1000.0, changing=CONTROL),
     "GlmImageTransformer2DModel": Family(segments=IMAGE_STREAM),
     "HiDreamImageTransformer2DModel": Family(
-        segments=_two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True), timestep="timesteps"
+        segments=tuple(
+            replace(segment, branches={"attention": ("block.attn1",), "mlp": ("block.ff_i", "block.ff_t")})
+            for segment in _two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True)
+        ),
+        timestep="timesteps",
     ),
     "HunyuanDiT2DModel": Family(segments=WAN, native_pairs=True, changing=CONTROL[:1]),
     "HunyuanImageTransformer2DModel": Family(segments=HUNYUAN, changing=("timestep_r",)),
@@ -247,7 +251,19 @@ FAMILIES: dict[str, Family] = {
         segments=_units("visual_transformer_blocks"), hidden_size=("model_dim",), counted=False
     ),
     "Kandinsky6Transformer3DModel": Family(
-        segments=_units("visual_transformer_blocks", streams=("vis", "aud"), fused="vis"),
+        segments=_units(
+            "visual_transformer_blocks",
+            streams=("vis", "aud"),
+            fused="vis",
+            branches={
+                "attention": ("video_dec_block.self_attention", "audio_dec_block.self_attention"),
+                "cross_attention": (
+                    *("video_dec_block.cross_attention", "audio_dec_block.cross_attention"),
+                    *("va_cross_attention", "av_cross_attention"),
+                ),
+                "mlp": ("video_dec_block.feed_forward", "audio_dec_block.feed_forward"),
+            },
+        ),
         hidden_size=("model_dim",),
         changing=("audio_hidden_states",),
     ),
