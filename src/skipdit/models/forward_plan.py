@@ -1,8 +1,9 @@
 """What one forward call runs, stores and takes back: data that is made outside the graph.
 
 A call that reuses leaves out a *region* of the units' work and takes its result from an earlier call that stored it:
-whole units, as the streams after them or as what they add to the streams, or outputs of branches inside the units. A
-`ForwardPlan` says for each unit what happens there, in booleans and names; a `ForwardState` carries it out.
+whole units, as the streams after them or as what they add to the streams, or outputs of branches inside the units. In
+training a call may *route* tokens: deep units see only some of them. A `ForwardPlan` says for each unit what happens
+there, in booleans and names; a `ForwardState` carries it out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
@@ -112,6 +114,37 @@ class Branches(Region):
         return self.inputs and kind in self.kinds and unit in self.units
 
 
+KEPT_TOKENS = "kept tokens"  # in what a call is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRoute:
+    """Units `start` to `stop - 1` see only the tokens that are kept; the others come back before unit `stop`.
+
+    Which are kept the call is given in `stored`, as `kept_tokens(...)`. fill: the others come back as the model's
+    `fill_token` (arXiv 2510.21986), else as they were before unit `start` (arXiv 2501.04765). leaves_out: no token is
+    kept, and the units do not run.
+    """
+
+    start: int
+    stop: int
+    fill: bool = False
+    leaves_out: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < self.stop:
+            raise ValueError(f"tokens are routed past a range of units after unit 0, got {self.start} to {self.stop}")
+
+    def covers(self, unit: int) -> bool:
+        return self.start <= unit < self.stop
+
+
+def kept_tokens(kept: Tensor) -> Stored:
+    """Return what a call is given whose plan routes tokens: the indices of those that deep units see, rising, (batch,
+    kept); (1, kept) serves every sample."""
+    return {KEPT_TOKENS: {"kept": kept}}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The plan
 
@@ -135,7 +168,9 @@ class UnitPlan:
     regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
     skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
     branch the region that has its output, that takes its output, and that takes its input. asks: whether the plan's
-    question is put before this unit.
+    question is put before this unit. sheds, restores: whether tokens leave, or come back, before this unit. sees_kept:
+    whether it sees only the kept tokens. skip_sheds, skip_restores: whether tokens leave, or come back, on the way of
+    the skip that it takes.
     """
 
     runs: bool = True
@@ -148,10 +183,15 @@ class UnitPlan:
     keeps: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, str] = field(default_factory=dict)
     asks: bool = False
+    sheds: bool = False
+    restores: bool = False
+    sees_kept: bool = False
+    skip_sheds: bool = False
+    skip_restores: bool = False
 
     @property
     def is_boundary(self) -> bool:
-        return bool(self.begins or self.takes or self.stores or self.asks)
+        return bool(self.begins or self.takes or self.stores or self.asks or self.sheds or self.restores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +216,7 @@ class ForwardPlan:
 
     store: tuple[Region, ...] = ()
     reuse: tuple[Region, ...] = ()
+    route: TokenRoute | None = None
     units: tuple[UnitPlan, ...] = ()
     has_branches: bool = False
     question: Question | None = None
@@ -188,16 +229,26 @@ class ForwardPlan:
         store: Iterable[Region] = (),
         reuse: Iterable[Region] = (),
         asks_at: int | None = None,
+        route: TokenRoute | None = None,
     ) -> "ForwardPlan":
         """Make the plan of a model with these links. asks_at: the unit before which a question may be put. `ValueError`
-        where the model has fewer units."""
+        where the model has fewer units, or where tokens are routed and regions stored or reused."""
         store, reuse = tuple(store), tuple(reuse)
+        if route is not None and (store or reuse):
+            raise ValueError("a forward either routes tokens or stores and reuses regions")
+        if route is not None and route.stop > links.num_units:
+            raise ValueError(f"there are {links.num_units} units, got {route}")
         for region in (*store, *reuse):
             if region.bounds is not None and region.bounds[1] > links.num_units:
                 raise ValueError(f"there are {links.num_units} units, got {region}")
-        units = tuple(_unit_plan(links, unit, store, reuse, unit == asks_at) for unit in range(links.num_units + 1))
+        units = tuple(
+            _routed_unit_plan(links, unit, route)
+            if route is not None
+            else _unit_plan(links, unit, store, reuse, unit == asks_at)
+            for unit in range(links.num_units + 1)
+        )
         has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
-        return cls(store=store, reuse=reuse, units=units, has_branches=has_branches)
+        return cls(store=store, reuse=reuse, route=route, units=units, has_branches=has_branches)
 
 
 PLAIN = ForwardPlan()
@@ -248,8 +299,40 @@ def _unit_plan(
     )
 
 
+def _routed_unit_plan(links: LongSkipLinks, unit: int, route: TokenRoute) -> UnitPlan:
+    covered, source = route.covers(unit), links.sources.get(unit)
+    skip_covered = source is not None and route.covers(source)
+    return UnitPlan(
+        runs=not (covered and route.leaves_out),
+        sheds=unit == route.start,
+        restores=unit == route.stop,
+        sees_kept=covered and not route.leaves_out,
+        skip_sheds=source is not None and covered and not skip_covered,
+        skip_restores=skip_covered and not covered,
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One call
+
+
+def gather_tokens(
+    stream: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "rows kept dim"]:
+    """Return the kept tokens; each sample's serve rows / batch rows: the frames of a clip."""
+    return stream.gather(1, _index(stream, kept))
+
+
+def scatter_tokens(
+    stream: Float[Tensor, "rows kept dim"], over: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "rows tokens dim"]:
+    """Return `over` with the kept tokens from `stream`."""
+    return over.scatter(1, _index(stream, kept), stream.to(over.dtype))
+
+
+def _index(stream: Tensor, kept: Tensor) -> Tensor:
+    rows = kept.repeat_interleave(stream.shape[0] // kept.shape[0], dim=0)
+    return rows.unsqueeze(-1).expand(-1, -1, stream.shape[-1])
 
 
 @dataclass(eq=False)
@@ -295,7 +378,8 @@ class ForwardState:
     """What one forward call carries beside its streams. Made for the call, gone with it.
 
     given: what earlier calls stored, of each region that the plan reuses. stored: what this call stores. skips: outputs
-    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice.
+    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice. passed: where tokens are
+    routed, all of them as they were when some left. fill_token: (dim).
     """
 
     links: LongSkipLinks
@@ -307,18 +391,28 @@ class ForwardState:
     done: set[str] = field(init=False, default_factory=set)
     num_branch_calls: dict[str, int] = field(init=False, default_factory=dict)
     num_arrived: int = field(init=False, default=0)
+    passed: Tensor | None = field(init=False, default=None)
+    fill_token: Tensor | None = field(init=False, default=None)
     open_call: OpenCall | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.plan.reuse and self.given is None:
+        route = self.plan.route
+        if route is not None and not route.leaves_out:
+            if self.given is None or KEPT_TOKENS not in self.given:
+                raise ValueError("a plan that routes tokens needs those that are kept: give stored=kept_tokens(kept)")
+        elif self.plan.reuse and self.given is None:
             raise ValueError("a plan that reuses needs what an earlier call stored: give stored=")
-        if self.given is not None and not self.plan.reuse:
+        elif self.given is not None and not self.plan.reuse:
             raise ValueError("what an earlier call stored was given, but the plan says not what of it to reuse")
 
     @classmethod
     def begin(cls, model: LongSkipModel, plan: ForwardPlan, stored: Stored | None) -> "ForwardState":
         """Begin one forward of a model, whose branches see it where they are open."""
         state = cls(model.long_skip_links, plan, stored)
+        if plan.route is not None and plan.route.fill:
+            state.fill_token = model.fill_token
+            if state.fill_token is None:
+                raise ValueError("this model has no fill token: build it with LongSkipConfig(fill_token=True)")
         if model.open_call is not None:
             model.open_call.state, state.open_call = state, model.open_call
         return state
@@ -342,16 +436,21 @@ class ForwardState:
         at = self._at(unit)
         return at.is_boundary and (
             at.asks
+            or at.sheds
+            or at.restores
             or any(name not in self.entered for name in at.begins)
             or any(end.name not in self.done for end in (*at.takes, *at.stores))
         )
 
-    def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
+    def enter(self, unit: int, *streams: Any, routed: int = 0) -> tuple[Any, ...]:
         """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
-        the last one."""
+        the last one. routed: the index of the stream of which tokens may be routed."""
         if not self.is_boundary(unit):
             return streams
         at = self._at(unit)
+        if at.sheds or at.restores:
+            stream = self._restore(streams[routed]) if at.restores else self._shed(unit, streams[routed])
+            streams = (*streams[:routed], stream, *streams[routed + 1 :])
         for end in at.takes:
             if end.name not in self.done:
                 self.done.add(end.name)
@@ -404,6 +503,26 @@ class ForwardState:
         return tensor if writes is None else writes.apart(place, tensor, look=False)
 
     # ------------------------------------------------------------------------------------------------------------------
+    # Routed tokens
+
+    @property
+    def kept(self) -> Tensor:
+        """Which tokens units see that do not see all, (batch, kept)."""
+        assert self.given is not None
+        return self.given[KEPT_TOKENS]["kept"]
+
+    def _shed(self, unit: int, stream: Tensor) -> Tensor:
+        if self.passed is None:  # else a gradient-checkpointed unit runs again
+            self.passed = self._keep(str(unit), stream)
+        return stream if not self._at(unit).sees_kept else gather_tokens(stream, self.kept)
+
+    def _restore(self, stream: Tensor) -> Tensor:
+        assert self.plan.route is not None
+        assert self.passed is not None
+        others = self.passed if self.fill_token is None else self.fill_token.to(stream.dtype).expand_as(self.passed)
+        return others if self.plan.route.leaves_out else scatter_tokens(stream, others, self.kept)
+
+    # ------------------------------------------------------------------------------------------------------------------
     # Long skips
 
     def leave(self, unit: int, hidden_states: Tensor) -> Tensor:
@@ -434,9 +553,17 @@ class ForwardState:
         source = self.links.sources.get(unit)
         if source is None:
             return None
+        at = self._at(unit)
         skip = self.skips[source] if source in self.skips else self.given_skip(source)
+        if skip is None and at.skip_restores:
+            return self.passed
         if skip is None:
             raise ValueError(f"unit {unit} takes the skip of unit {source}, which was left out and is not stored")
+        if at.skip_sheds:
+            return gather_tokens(skip, self.kept)
+        if at.skip_restores:
+            assert self.passed is not None
+            return scatter_tokens(skip, self.passed, self.kept)
         return skip
 
     # ------------------------------------------------------------------------------------------------------------------

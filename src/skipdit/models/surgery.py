@@ -84,14 +84,15 @@ class UnitBlock(Remade, nn.Module):
                 call[place.positions[name]] = value
 
         if place.is_entry:
-            self._open.num_tokens = get(place.fused).shape[1]
             if place.joins:
                 state.join(place.joins)
             state.arrive(place.unit, get(place.fused))
             if state.is_boundary(place.unit):
-                streams = state.enter(place.unit, *(get(name) for name in place.streams))
+                routed = place.streams.index(place.fused)
+                streams = state.enter(place.unit, *(get(name) for name in place.streams), routed=routed)
                 for name, stream in zip(place.streams, streams, strict=True):
                     put(name, stream)
+            self._open.num_tokens = get(place.fused).shape[1]
         if state.runs(place.unit):
             if self.long_skip is not None:
                 put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
@@ -356,6 +357,7 @@ def open_units(model: nn.Module) -> None:
     opened = cast(Any, model)
     swap(opened, model_class)
     opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
+    opened.fill_token = None
     starts = opened.segment_starts()
     opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {}, starts)
 
@@ -387,7 +389,7 @@ def close_units(model: nn.Module) -> None:
     for block in blocks:
         del block._place, block._open, block.long_skip
         swap(block, type(block).__bases__[1])
-    del model.open_call, model._family, model.timestep_scale, model.long_skip_links
+    del model.open_call, model._family, model.timestep_scale, model.long_skip_links, model.fill_token
     swap(model, type(model).__bases__[1])
 
 
@@ -432,7 +434,24 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         if block.long_skip is not None:
             # the model's dtype: a block's first parameter may be one that stays in float32 (Wan)
             block.long_skip.to(next(block.parameters()).device, linked.dtype).train(model.training)
+    if linked.fill_token is not None:
+        first = next(model.parameters())
+        linked.fill_token.data = linked.fill_token.data.to(first.device, linked.dtype)
     linked.register_to_config(long_skip=config.to_dict())
+
+
+def add_fill_token(model: nn.Module) -> None:
+    """Give a model with long skips of ours a fill token, as `LongSkipConfig(fill_token=True)` does, where it has none.
+
+    `ValueError` where it has no long skips of ours.
+    """
+    linked = cast(Any, model)
+    if not isinstance(model, LongSkipModel) or linked.config.get("long_skip") is None:
+        raise ValueError(f"a fill token needs long skips that skipdit added: this {type(model).__name__} has none")
+    if model.fill_token is None:
+        long_skip = next(block.long_skip for block in cast(list[Any], model.unit_entries()) if block.long_skip)
+        model.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
+        linked.register_to_config(long_skip={**linked.config["long_skip"], "fill_token": True})
 
 
 def remove_long_skips(model: nn.Module) -> None:
@@ -450,6 +469,7 @@ def remove_long_skips(model: nn.Module) -> None:
             raise ValueError(f"hooks are on the forward of this {type(found).__name__}: remove them first")
         for block in cast(list[Any], model.unit_entries()):
             block.long_skip = None
+        linked.fill_token = None
         close_units(model)
         linked._internal_dict = FrozenDict({k: v for k, v in linked.config.items() if k != "long_skip"})
     else:

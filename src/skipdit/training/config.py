@@ -13,6 +13,7 @@ from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.training.routing import TokenRoutingConfig
 
 Precision = Literal["auto", "no", "bf16"]
 RateSchedule = Literal["constant", "cosine"]
@@ -74,6 +75,8 @@ class TrainConfig:
     """what the model predicts"""
     spectral: SpectralConfig | None = None
     """a constraint on spectral norms"""
+    routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
+    """tokens that pass by the deep units in training"""
     start_from: str | None = None
     """a model to go on from, a folder or a checkpoint; it gets the long skips that `model` asks for where it has none,
     and the size of the data where that is another"""
