@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
+from skipdit.models.routing import KEPT_TOKENS, TokenRoute, gather_tokens, scatter_tokens
 
 Values = Mapping[str, Tensor]  # of one region: the names are its own
 Stored = Mapping[str, Values]  # by the name of the region
@@ -112,37 +112,6 @@ class Branches(Region):
 
     def has_input(self, kind: str, unit: int) -> bool:
         return self.inputs and kind in self.kinds and unit in self.units
-
-
-KEPT_TOKENS = "kept tokens"  # in what a call is given
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRoute:
-    """Units `start` to `stop - 1` see only the tokens that are kept; the others come back before unit `stop`.
-
-    Which are kept the call is given in `stored`, as `kept_tokens(...)`. fill: the others come back as the model's
-    `fill_token` (arXiv 2510.21986), else as they were before unit `start` (arXiv 2501.04765). leaves_out: no token is
-    kept, and the units do not run.
-    """
-
-    start: int
-    stop: int
-    fill: bool = False
-    leaves_out: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.start < self.stop:
-            raise ValueError(f"tokens are routed past a range of units after unit 0, got {self.start} to {self.stop}")
-
-    def covers(self, unit: int) -> bool:
-        return self.start <= unit < self.stop
-
-
-def kept_tokens(kept: Tensor) -> Stored:
-    """Return what a call is given whose plan routes tokens: the indices of those that deep units see, rising, (batch,
-    kept); (1, kept) serves every sample."""
-    return {KEPT_TOKENS: {"kept": kept}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,25 +283,6 @@ def _routed_unit_plan(links: LongSkipLinks, unit: int, route: TokenRoute) -> Uni
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One call
-
-
-def gather_tokens(
-    stream: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
-) -> Float[Tensor, "rows kept dim"]:
-    """Return the kept tokens; each sample's serve rows / batch rows: the frames of a clip."""
-    return stream.gather(1, _index(stream, kept))
-
-
-def scatter_tokens(
-    stream: Float[Tensor, "rows kept dim"], over: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
-) -> Float[Tensor, "rows tokens dim"]:
-    """Return `over` with the kept tokens from `stream`."""
-    return over.scatter(1, _index(stream, kept), stream.to(over.dtype))
-
-
-def _index(stream: Tensor, kept: Tensor) -> Tensor:
-    rows = kept.repeat_interleave(stream.shape[0] // kept.shape[0], dim=0)
-    return rows.unsqueeze(-1).expand(-1, -1, stream.shape[-1])
 
 
 @dataclass(eq=False)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.data import ShuffledForever
 from skipdit.diffusion import Objective, sample_timesteps, training_loss
-from skipdit.models.forward_plan import PLAIN, ForwardPlan, kept_tokens
+from skipdit.models.forward_plan import PLAIN, ForwardPlan
+from skipdit.models.routing import kept_tokens
 from skipdit.tasks import Trainee
 from skipdit.training.config import TrainConfig
 from skipdit.training.routing import draw_kept_tokens

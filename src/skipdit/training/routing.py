@@ -11,8 +11,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from skipdit.models.forward_plan import PLAIN, ForwardPlan, TokenRoute
+from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.routing import TokenRoute
 from skipdit.options import check_numbers
 
 RoutingMode = Literal["off", "bypass", "fill"]
