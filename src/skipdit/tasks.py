@@ -27,7 +27,7 @@ from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v, resize_grid
 from skipdit.models.latte import Latte
-from skipdit.models.long_skip import LongSkipConfig, PlannedOutput
+from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
 from skipdit.options import check_numbers, check_positive
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
@@ -88,6 +88,11 @@ class Trainee:
     def num_tokens(self) -> int:
         """Of a picture, or of each frame."""
         return (self.items.size // cast(Any, self.model).config.patch_size) ** 2
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether the samples of a batch must keep the same tokens."""
+        return cast(LongSkipModel, self.model).shares_tokens
 
     def predict(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
-from skipdit.models.routing import KEPT_TOKENS, TokenRoute, gather_tokens, scatter_tokens
+from skipdit.models.routing import RoutedTokens, TokenRoute
 
 Values = Mapping[str, Tensor]  # of one region: the names are its own
 Stored = Mapping[str, Values]  # by the name of the region
@@ -328,8 +328,8 @@ class ForwardState:
     """What one forward call carries beside its streams. Made for the call, gone with it.
 
     given: what earlier calls stored, of each region that the plan reuses. stored: what this call stores. skips: outputs
-    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice. passed: where tokens are
-    routed, all of them as they were when some left. fill_token: (dim).
+    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice. tokens: where some are
+    routed.
     """
 
     links: LongSkipLinks
@@ -341,28 +341,21 @@ class ForwardState:
     done: set[str] = field(init=False, default_factory=set)
     num_branch_calls: dict[str, int] = field(init=False, default_factory=dict)
     num_arrived: int = field(init=False, default=0)
-    passed: Tensor | None = field(init=False, default=None)
-    fill_token: Tensor | None = field(init=False, default=None)
+    tokens: RoutedTokens | None = field(init=False, default=None)
     open_call: OpenCall | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        route = self.plan.route
-        if route is not None and not route.leaves_out:
-            if self.given is None or KEPT_TOKENS not in self.given:
-                raise ValueError("a plan that routes tokens needs those that are kept: give stored=kept_tokens(kept)")
-        elif self.plan.reuse and self.given is None:
+        if self.plan.reuse and self.given is None:
             raise ValueError("a plan that reuses needs what an earlier call stored: give stored=")
-        elif self.given is not None and not self.plan.reuse:
+        if self.given is not None and not self.plan.reuse and self.plan.route is None:
             raise ValueError("what an earlier call stored was given, but the plan says not what of it to reuse")
 
     @classmethod
     def begin(cls, model: LongSkipModel, plan: ForwardPlan, stored: Stored | None) -> "ForwardState":
         """Begin one forward of a model, whose branches see it where they are open."""
         state = cls(model.long_skip_links, plan, stored)
-        if plan.route is not None and plan.route.fill:
-            state.fill_token = model.fill_token
-            if state.fill_token is None:
-                raise ValueError("this model has no fill token: build it with LongSkipConfig(fill_token=True)")
+        if plan.route is not None:
+            state.tokens = RoutedTokens.begin(plan.route, stored, model.fill_token)
         if model.open_call is not None:
             model.open_call.state, state.open_call = state, model.open_call
         return state
@@ -381,6 +374,10 @@ class ForwardState:
     def runs(self, unit: int) -> bool:
         return self._at(unit).runs
 
+    def sees_kept(self, unit: int) -> bool:
+        """Whether a unit sees only the tokens that are kept."""
+        return self._at(unit).sees_kept
+
     def is_boundary(self, unit: int) -> bool:
         """Whether `enter` has something to store or to replace at this unit."""
         at = self._at(unit)
@@ -398,8 +395,12 @@ class ForwardState:
         if not self.is_boundary(unit):
             return streams
         at = self._at(unit)
-        if at.sheds or at.restores:
-            stream = self._restore(streams[routed]) if at.restores else self._shed(unit, streams[routed])
+        if self.tokens is not None and (at.sheds or at.restores):
+            stream = streams[routed]
+            if at.sheds:
+                stream = self.tokens.leave(stream, self._keep(str(unit), stream))
+            else:
+                stream = self.tokens.come_back(stream)
             streams = (*streams[:routed], stream, *streams[routed + 1 :])
         for end in at.takes:
             if end.name not in self.done:
@@ -417,9 +418,11 @@ class ForwardState:
             self.plan, self.given = question.plan, question.given
         return streams
 
-    def join(self, joins: tuple[int, ...]) -> None:
+    def join(self, joins: tuple[int, ...], routed: int) -> None:
         """Follow streams that are joined at the start of a segment, also for what entered earlier ones: the streams of
-        these indices are concatenated along their tokens."""
+        these indices are concatenated along their tokens. routed: the index of the stream of which tokens may be."""
+        if self.tokens is not None:
+            self.tokens.texts_first = joins[0] != routed
         for name, streams in self.entered.items():
             if len(streams) > 1:
                 joined = [streams[index] for index in joins]
@@ -453,26 +456,6 @@ class ForwardState:
         return tensor if writes is None else writes.apart(place, tensor, look=False)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Routed tokens
-
-    @property
-    def kept(self) -> Tensor:
-        """Which tokens units see that do not see all, (batch, kept)."""
-        assert self.given is not None
-        return self.given[KEPT_TOKENS]["kept"]
-
-    def _shed(self, unit: int, stream: Tensor) -> Tensor:
-        if self.passed is None:  # else a gradient-checkpointed unit runs again
-            self.passed = self._keep(str(unit), stream)
-        return stream if not self._at(unit).sees_kept else gather_tokens(stream, self.kept)
-
-    def _restore(self, stream: Tensor) -> Tensor:
-        assert self.plan.route is not None
-        assert self.passed is not None
-        others = self.passed if self.fill_token is None else self.fill_token.to(stream.dtype).expand_as(self.passed)
-        return others if self.plan.route.leaves_out else scatter_tokens(stream, others, self.kept)
-
-    # ------------------------------------------------------------------------------------------------------------------
     # Long skips
 
     def leave(self, unit: int, hidden_states: Tensor) -> Tensor:
@@ -486,10 +469,11 @@ class ForwardState:
 
     def arrive(self, unit: int, hidden_states: Tensor) -> None:
         """Keep these hidden states, which enter `unit`, as the output of every source unit below that has run. A unit
-        that the caller has left out (skip-layer guidance) outputs what entered it."""
+        that the caller has left out (skip-layer guidance), or past which all tokens are routed, outputs what entered
+        it."""
         sources = self.links.ordered_sources
         while self.num_arrived < len(sources) and sources[self.num_arrived] < unit:
-            if self.runs(sources[self.num_arrived]):
+            if self.runs(sources[self.num_arrived]) or self.tokens is not None:
                 self.leave(sources[self.num_arrived], hidden_states)
             self.num_arrived += 1
 
@@ -505,15 +489,12 @@ class ForwardState:
             return None
         at = self._at(unit)
         skip = self.skips[source] if source in self.skips else self.given_skip(source)
-        if skip is None and at.skip_restores:
-            return self.passed
         if skip is None:
             raise ValueError(f"unit {unit} takes the skip of unit {source}, which was left out and is not stored")
-        if at.skip_sheds:
-            return gather_tokens(skip, self.kept)
-        if at.skip_restores:
-            assert self.passed is not None
-            return scatter_tokens(skip, self.passed, self.kept)
+        if self.tokens is not None and at.skip_sheds:
+            return self.tokens.shed(skip)
+        if self.tokens is not None and at.skip_restores:
+            return self.tokens.restore(skip)
         return skip
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -229,6 +229,7 @@ class LongSkipModel:
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     timestep_scale: float = 1.0
+    shares_tokens: bool = False
     open_call: "OpenCall | None" = None
     is_cache_enabled: bool = False
 

@@ -33,6 +33,7 @@ from skipdit.models.long_skip import (
     OpenCall,
     pair_units,
 )
+from skipdit.models.routing import ByToken
 
 # weights with long skips go into files of another name, so that the plain class of diffusers refuses the folder instead
 # of leaving them out with a warning
@@ -45,7 +46,8 @@ class BlockPlace:
     are among its arguments.
 
     over_time: the block sees one patch over time, (b n) f d, not (b f) n d. joins: of the first block of a segment
-    whose streams are joined, the indices of those.
+    whose streams are joined, the indices of those, and that of the one with the tokens that may be routed. by_token:
+    which of its other inputs have an entry per token.
     """
 
     unit: int
@@ -55,7 +57,8 @@ class BlockPlace:
     streams: tuple[str, ...]
     fused: str
     positions: dict[str, int]
-    joins: tuple[int, ...]
+    joins: tuple[tuple[int, ...], int] | None
+    by_token: Mapping[str, ByToken]
 
 
 class UnitBlock(Remade, nn.Module):
@@ -85,7 +88,7 @@ class UnitBlock(Remade, nn.Module):
 
         if place.is_entry:
             if place.joins:
-                state.join(place.joins)
+                state.join(*place.joins)
             state.arrive(place.unit, get(place.fused))
             if state.is_boundary(place.unit):
                 routed = place.streams.index(place.fused)
@@ -94,6 +97,10 @@ class UnitBlock(Remade, nn.Module):
                     put(name, stream)
             self._open.num_tokens = get(place.fused).shape[1]
         if state.runs(place.unit):
+            if state.tokens is not None and state.sees_kept(place.unit):
+                for name, by_token in place.by_token.items():
+                    if name in kwargs or place.positions[name] < len(call):
+                        put(name, state.tokens.keep(get(name), by_token))
             if self.long_skip is not None:
                 put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
             output = super().forward(*call, **kwargs)
@@ -131,12 +138,18 @@ class RunsUnits(Remade, LongSkipModel):
     def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
         if self.open_call.state is not None:
             raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
+        if plan.route is not None:
+            self._family.check_route(type(self).__name__, self.long_skip_links.segment_starts, plan.route)
         state = ForwardState.begin(self, plan, stored)
         try:
             output = cast(Any, super()).forward(*args, **kwargs)
         finally:
             self.open_call.state = None
         return state.finish(output)
+
+    @property
+    def shares_tokens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._family.shares_tokens
 
     def segment_starts(self) -> tuple[int, ...]:
         sizes = [len(units) for units in _segments(cast(nn.Module, self), self._family)]
@@ -330,7 +343,10 @@ def open_units(model: nn.Module) -> None:
     writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
     model_class, open_call, places = long_skip_class(type(model)), OpenCall(writes=writes), []
     for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
-        before = family.segments[number - 1].streams if number else ()
+        joins = None
+        if segment.joins:
+            before = family.segments[number - 1]
+            joins = tuple(map(before.streams.index, segment.joins)), before.streams.index(before.fused_stream)
         for position, blocks in enumerate(members):
             unit = len(places)
             places.append(
@@ -343,9 +359,12 @@ def open_units(model: nn.Module) -> None:
                         streams=segment.streams,
                         fused=segment.fused_stream,
                         positions=_positions(block, segment),
-                        joins=tuple(
-                            before.index(name) for name in segment.joins if position == 0 and block is blocks[0]
-                        ),
+                        joins=joins if position == 0 and block is blocks[0] else None,
+                        by_token={
+                            name: by_token
+                            for name, by_token in (segment.by_token or {}).items()
+                            if by_token.of_rows == (block is not blocks[0])
+                        },
                     )
                     for block in blocks
                 ]
@@ -365,12 +384,14 @@ def open_units(model: nn.Module) -> None:
 def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
     """Return where a block's forward takes its streams. `ValueError` where it has no argument of such a name."""
     names = list(inspect.signature(type(block).forward).parameters)[1:]
-    missing = [name for name in segment.streams if name not in names]
+    wanted = (*segment.streams, *(segment.by_token or ()))
+    missing = [name for name in wanted if name not in names]
     if missing:
         raise ValueError(
-            f"streams must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {missing[0]!r}"
+            f"streams and what is by token must be arguments of {type(block).__name__}.forward ({', '.join(names)}), "
+            f"got {missing[0]!r}"
         )
-    return {name: names.index(name) for name in segment.streams}
+    return {name: names.index(name) for name in wanted}
 
 
 def close_units(model: nn.Module) -> None:

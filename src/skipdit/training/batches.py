@@ -32,7 +32,8 @@ def step_generator(config: TrainConfig, rank: int, step: int) -> torch.Generator
 @dataclass(frozen=True)
 class Batch:
     """x_start (b c h w) or (b f c h w) in [-1, 1], noise of its shape, timesteps (b), labels (b) or (b n): classes or
-    captions, some of them null. kept (b k): the tokens that deep units see; `None` where they see all, or none."""
+    captions, some of them null. kept (b k) or (1 k): the tokens that deep units see; `None` where they see all, or
+    none."""
 
     x_start: Tensor
     noise: Tensor
@@ -66,7 +67,9 @@ def prepare_batch(
         noise=torch.randn(pixels.shape, generator=generator),
         timesteps=sample_timesteps(config.objective, size, generator),
         labels=torch.where(dropped.view(-1, *[1] * (labels.ndim - 1)), task.null_label, labels),
-        kept=None if kept_share is None else draw_kept_tokens(size, task.num_tokens, kept_share, generator),
+        kept=None
+        if kept_share is None
+        else draw_kept_tokens(1 if task.shares_tokens else size, task.num_tokens, kept_share, generator),
     )
     tensors = {name: tensor for name, tensor in vars(batch).items() if tensor is not None}
     return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
