@@ -101,8 +101,8 @@ class Family:
         """`ValueError` where the tokens of such a model cannot be routed past these units."""
         if any(segment.by_token is None for segment in self.segments):
             raise ValueError(
-                f"the tokens of {name} cannot be routed: its blocks need all of them, or it is not known which of their "
-                "arguments have an entry per token (Segment.by_token)"
+                f"the tokens of {name} cannot be routed: its blocks need all of them, or it is not known which of "
+                "their arguments have an entry per token (Segment.by_token)"
             )
         for segment, start in zip(self.segments[1:], segment_starts, strict=True):
             if segment.joins and route.start >= start:

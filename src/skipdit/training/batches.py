@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipdit.data import ShuffledForever
 from skipdit.diffusion import Objective, sample_timesteps, training_loss
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
+from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import kept_tokens
 from skipdit.tasks import Trainee
 from skipdit.training.config import TrainConfig
-from skipdit.training.routing import draw_kept_tokens
+from skipdit.training.routing import StepKind, StepKinds, draw_kept_tokens, make_plans
 from skipdit.training.stopping import ignore_signals
 
 ALL_RANKS = 4098  # no process has it
@@ -87,15 +88,21 @@ def batch_loss(
     return training_loss(predict, objective, batch.x_start, batch.noise, batch.timesteps).loss.mean()
 
 
-def sample_flops(task: Trainee, config: TrainConfig, plan: ForwardPlan, device: torch.device) -> int:
-    """Count the FLOPs of one sample under a plan, forward and backward, by running it; leaves no gradient.
+def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) -> StepKinds:
+    """Return what the steps of a run do with their tokens, and count what one sample costs in each, by running it."""
+    plans = make_plans(config.routing, cast(LongSkipModel, task.model))
+    flops: dict[StepKind, int] = {kind: _sample_flops(task, config, kind, plans[kind], device) for kind in plans}
+    return StepKinds(config.routing, plans, flops)
+
+
+def _sample_flops(task: Trainee, config: TrainConfig, kind: StepKind, plan: ForwardPlan, device: torch.device) -> int:
+    """Forward and backward; leaves no gradient.
 
     Attention counts as two products forward and four backward, whichever kernel computes it; what gradient
     checkpointing computes again and what does not grow with the batch (spectral constraints) do not count.
     """
     pixels, labels = default_collate([task.data[0]])
-    routes = plan.route is not None and not plan.route.leaves_out
-    share = config.routing.share if routes else None
+    share = config.routing.share if kind == "routed" else None
     batch = prepare_batch(pixels, labels, config, task, step_generator(config, ALL_RANKS, 0), device, share)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         batch_loss(task, task.model, config.objective, batch, plan).backward()

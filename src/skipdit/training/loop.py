@@ -29,9 +29,9 @@ from skipdit.tasks import Trainee, make_task_scheduler, open_items
 from skipdit.training.batches import (
     ALL_RANKS,
     batch_loss,
+    find_step_kinds,
     load_batches,
     prepare_batch,
-    sample_flops,
     step_generator,
 )
 from skipdit.training.checkpointing import (
@@ -47,7 +47,7 @@ from skipdit.training.checkpointing import (
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
 from skipdit.training.reporter import Reporter, RunFolder, run_folder
-from skipdit.training.routing import StepKind, StepKinds, make_plans
+from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
 from skipdit.untrusted import printable
 from skipdit.videos import frame_grid
@@ -111,11 +111,7 @@ class _Run:
             add_fill_token(model)
         if config.stage == "long-skips-only":
             freeze_all_but_long_skips(model)
-        plans = make_plans(config.routing, self.units)
-        flops: dict[StepKind, int] = {
-            kind: sample_flops(self.task, config, plan, accelerator.device) for kind, plan in plans.items()
-        }
-        self.kinds, self.flops = StepKinds(config.routing, plans, flops), 0.0
+        self.kinds, self.flops = find_step_kinds(self.task, config, accelerator.device), 0.0
         self.constrained = config.spectral.modules(self.units) if config.spectral else None
         if config.spectral and self.constrained and config.spectral.form == "cap":
             cap_spectral_norm(self.constrained, config.spectral.maximum)

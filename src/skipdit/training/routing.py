@@ -81,13 +81,30 @@ class StepKinds:
     plans: Mapping[StepKind, ForwardPlan]
     flops: Mapping[StepKind, int]
 
+    @property
+    def dense_share(self) -> float:
+        """The share of the steps that make up the dense end."""
+        if self.config.mode == "off":
+            return 1.0
+        end, before, dense = self.config.dense_end, self._flops_before, self.flops["dense"]
+        return end * before / (dense * (1 - end) + before * end)
+
+    @property
+    def mean_flops(self) -> float:
+        """Of one sample, in the mean over the steps of a run."""
+        return (1 - self.dense_share) * self._flops_before + self.dense_share * self.flops["dense"]
+
+    @property
+    def _flops_before(self) -> float:
+        """In the mean over the steps before the dense end."""
+        drop = self.config.deep_drop
+        if self.config.mode == "off":
+            return 0.0
+        return (1 - drop) * self.flops["routed"] + (drop * self.flops["shallow"] if drop else 0.0)
+
     def first_dense_step(self, max_steps: int) -> int:
         """Return the step with which the dense end of a run begins."""
-        if self.config.mode == "off":
-            return 0
-        drop, end, dense = self.config.deep_drop, self.config.dense_end, self.flops["dense"]
-        before = (1 - drop) * self.flops["routed"] + (drop * self.flops["shallow"] if drop else 0.0)
-        return max_steps - round(max_steps * end * before / (dense * (1 - end) + before * end))
+        return max_steps - round(max_steps * self.dense_share)
 
     def at(self, step: int, max_steps: int, generator: torch.Generator) -> StepKind:
         """Return the kind of a step. generator: that of the step which all processes share."""
