@@ -89,6 +89,9 @@ class Trainee:
         """Of a picture, or of each frame."""
         return (self.items.size // cast(Any, self.model).config.patch_size) ** 2
 
+    def prepare(self) -> None:
+        """Compute what all steps need, which a first step would else compute."""
+
     @property
     def shares_tokens(self) -> bool:
         """Whether the samples of a batch must keep the same tokens."""
@@ -223,6 +226,9 @@ class Captioned(Trainee):
     @property
     def null_label(self) -> int:
         return len(self.items) * self.num_variants
+
+    def prepare(self) -> None:
+        _ = self.states
 
     @cached_property
     def states(self) -> PromptStates:

@@ -90,6 +90,7 @@ def batch_loss(
 
 def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) -> StepKinds:
     """Return what the steps of a run do with their tokens, and count what one sample costs in each, by running it."""
+    task.prepare()
     plans = make_plans(config.routing, cast(LongSkipModel, task.model))
     flops: dict[StepKind, int] = {kind: _sample_flops(task, config, kind, plans[kind], device) for kind in plans}
     return StepKinds(config.routing, plans, flops)
