@@ -33,9 +33,16 @@ from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.routing import TokenRoute, kept_tokens
 from skipdit.models.surgery import add_fill_token, add_long_skips, remove_long_skips
-from skipdit.training import TrainConfig, learning_rate_at, list_checkpoints, train
+from skipdit.training import (
+    TokenRoutingConfig,
+    TrainConfig,
+    draw_kept_tokens,
+    learning_rate_at,
+    list_checkpoints,
+    train,
+)
 from skipdit.training.batches import find_step_kinds
-from skipdit.training.routing import StepKinds, TokenRoutingConfig, draw_kept_tokens, make_plans
+from skipdit.training.routing import StepKinds, make_plans
 
 ALL = LongSkipConfig()
 PLAIN_MODELS: dict[str, Callable[[LongSkipConfig | None], Any]] = {

@@ -35,8 +35,15 @@ from skipdit.tasks import (
     open_items,
 )
 from skipdit.text import MAX_LENGTH, find_weights, load_encoder
-from skipdit.training import TrainConfig, learning_rate_at, list_checkpoints, prepare_batch, step_generator, train
-from skipdit.training.routing import TokenRoutingConfig
+from skipdit.training import (
+    TokenRoutingConfig,
+    TrainConfig,
+    learning_rate_at,
+    list_checkpoints,
+    prepare_batch,
+    step_generator,
+    train,
+)
 from skipdit.videos import write_gif
 
 NO_ENCODER = find_weights() is None or find_spec("transformers") is None
