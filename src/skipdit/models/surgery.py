@@ -382,16 +382,17 @@ def open_units(model: nn.Module) -> None:
 
 
 def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
-    """Return where a block's forward takes its streams. `ValueError` where it has no argument of such a name."""
-    names = list(inspect.signature(type(block).forward).parameters)[1:]
-    wanted = (*segment.streams, *(segment.by_token or ()))
-    missing = [name for name in wanted if name not in names]
-    if missing:
-        raise ValueError(
-            f"streams and what is by token must be arguments of {type(block).__name__}.forward ({', '.join(names)}), "
-            f"got {missing[0]!r}"
-        )
-    return {name: names.index(name) for name in wanted}
+    """Return where a block's forward takes its streams and what is by token. `ValueError` where it has no argument of
+    such a name."""
+    names, found = list(inspect.signature(type(block).forward).parameters)[1:], {}
+    for what, wanted in (("streams", segment.streams), ("by_token", segment.by_token or ())):
+        for name in wanted:
+            if name not in names:
+                raise ValueError(
+                    f"{what} must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {name!r}"
+                )
+            found[name] = names.index(name)
+    return found
 
 
 def close_units(model: nn.Module) -> None:
