@@ -13,11 +13,11 @@ import math
 import numpy as np
 
 from skipdit.cache import schedule as schedules
-from skipdit.cache.calibrate import Measured, Trials, measure
-from skipdit.cache.plan import choose, plan, predict_error
 from skipdit.cache.schedule import AutoSchedule, resolve
 from skipdit.cache.site import DeepFeatures
-from skipdit.calibration import CalibrateConfig, Sampling, progress
+from skipdit.calibration.calibrate import CalibrateConfig, Sampling, progress
+from skipdit.calibration.plan import choose, plan, predict_error
+from skipdit.calibration.trials import Measured, Trials, measure
 from skipdit.compare import SampleConfig, choose_wanted
 from skipdit.loading import load_source
 

@@ -11,8 +11,8 @@ import diffusers
 import torch
 from diffusers.models import transformers
 
-from skipdit.cache.costs import Costs
 from skipdit.files import write_text
+from skipdit.models.costs import Costs
 from skipdit.models.families import FAMILIES, OUT_OF_SCOPE, Family
 from skipdit.models.forward_plan import Units
 from skipdit.models.surgery import open_units

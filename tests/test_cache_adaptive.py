@@ -12,10 +12,10 @@ from einops import rearrange
 from tiny import inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
-from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.steppers import relative_change
+from skipdit.models.costs import flop_counter
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 

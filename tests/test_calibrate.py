@@ -9,14 +9,14 @@ import pytest
 import torch
 from tiny import listing, randomize, tiny_dit
 
-from skipdit.cache.calibrate import Trials, measure, probed_steps, smooth_errors, smooth_schedule
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
-from skipdit.cache.plan import GRID, choose, plan
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
-from skipdit.calibration import CalibrateConfig, Row, at_compute, calibrate
+from skipdit.calibration.calibrate import CalibrateConfig, Row, at_compute, calibrate
+from skipdit.calibration.plan import GRID, choose, plan
+from skipdit.calibration.trials import Trials, measure, probed_steps, smooth_errors, smooth_schedule
 from skipdit.cli import main
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import OutputFolder

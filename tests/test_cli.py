@@ -27,7 +27,7 @@ from skipdit.benchmark import (
     ModelBenchConfig,
     VideoBenchConfig,
 )
-from skipdit.calibration import CalibrateConfig
+from skipdit.calibration.calibrate import CalibrateConfig
 from skipdit.cli import COMMANDS, main
 from skipdit.compare import SampleConfig, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
@@ -245,8 +245,8 @@ def test_calibrating_and_analyzing_a_broken_model_ends_in_one_line(
 
 
 def test_a_broken_schedule_is_never_the_best(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    from skipdit.cache.calibrate import Trials, measure
-    from skipdit.calibration import Sampling, find_schedules
+    from skipdit.calibration.calibrate import Sampling, find_schedules
+    from skipdit.calibration.trials import Trials, measure
     from skipdit.loading import load_source
 
     source = load_source(str(model), device="cpu")

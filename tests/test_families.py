@@ -11,9 +11,9 @@ from families.reference import UNCOUNTED, Reference, largest_difference
 from families.table import tensors
 from torch import Tensor, nn
 
-from skipdit.cache.check import check_family
-from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.models.check import check_family
+from skipdit.models.costs import flop_counter
 from skipdit.models.families import FAMILIES, OUT_OF_SCOPE, Family, Segment
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, remove_long_skips

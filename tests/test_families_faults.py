@@ -10,8 +10,8 @@ from families import TINY
 from tiny import TINY_FAMILIES
 from torch import Tensor, nn
 
-from skipdit.cache.costs import flop_counter
 from skipdit.cache.enable import cache_summary, cached, disable_cache, enable_cache
+from skipdit.models.costs import flop_counter
 from skipdit.models.families import FAMILIES, Family, Segment
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips

@@ -13,10 +13,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
-from tiny import TINY_FAMILIES
+from tiny import TINY_FAMILIES, tiny_pipeline
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit.cache.enable import cache_summary, enable_cache
@@ -127,6 +128,18 @@ CASES: dict[str, Case] = {
         config={},
         separate=True,
     ),
+    "WanPipeline": Case(
+        family="WanTransformer3DModel",
+        make=lambda model: diffusers.WanPipeline(
+            None, None, None, UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), model
+        ),
+        options=lambda batch: {
+            "height": 64, "width": 64, "num_frames": 5, "guidance_scale": 3.0, "output_type": "latent",
+            "latents": noise(5, batch, 4, 2, 8, 8),
+        } | embeddings(batch, prompt_embeds=(5, 12)),
+        config={},
+        separate=True,
+    ),
 }  # fmt: skip
 
 
@@ -226,36 +239,127 @@ def test_a_run_that_would_never_reuse_is_refused(name: str) -> None:
     assert cache_summary(pipeline).steps_reused > 0
 
 
-class Asked(TorchDispatchMode):
-    """Counts the operations that wait for a device, as a number or an answer is wanted on the host."""
+class Asked:
+    """Counts inside the block what waits for a device, as a number or an answer is wanted on the host. `tolist` and
+    `numpy` are no operations on a CPU, so functions are watched as well."""
 
-    waiting = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "_unique2", "unique_dim", "unique_consecutive")
+    operations = (
+        *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"),
+        *("_unique2", "unique_dim", "unique_consecutive"),
+    )
+    functions = (Tensor.tolist, Tensor.numpy)
 
     def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().partition("::")[2].partition(".")[0]
-        if name in self.waiting:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        class Operations(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                name = func.name().partition("::")[2].partition(".")[0]
+                by_mask = name.startswith("index") and any(
+                    isinstance(each, Tensor) and each.dtype is torch.bool for each in args[1]
+                )
+                counts[name] += by_mask or name in Asked.operations
+                return func(*args, **(kwargs or {}))
+
+        class Functions(TorchFunctionMode):
+            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if func in Asked.functions:
+                    counts[func.__name__] += 1
+                return func(*args, **(kwargs or {}))
+
+        self.counts, self.modes = counts, (Operations(), Functions())
+
+    def __enter__(self) -> "Asked":
+        for mode in self.modes:
+            mode.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+    def more_than(self, other: "Asked") -> Counter[str]:
+        """What was asked more often than in the other block."""
+        return self.counts - other.counts
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_cache_asks_the_device_for_nothing(name: str) -> None:
-    """Flux and HunyuanDiT hand on copies of their timesteps."""
-    case, asked = CASES[name], []
-    pipeline = case.make(case.transformer())
+def test_what_waits_is_counted() -> None:
+    tensor = torch.arange(3.0)
+    questions: list[Callable[[], Any]] = [
+        tensor[0].item, tensor.tolist, tensor.numpy, tensor.nonzero, tensor.unique, lambda: float(tensor[1]),
+        lambda: bool(tensor[1]), lambda: torch.equal(tensor, tensor), lambda: tensor[tensor > 1],
+    ]  # fmt: skip
+    for number, question in enumerate(questions):
+        with Asked() as asked:
+            question()
+        assert asked.counts.total() >= 1, number
+    with Asked() as asked:
+        torch.where(tensor > 1, tensor, -tensor).sum().add_(tensor[:2].amax())
+    assert asked.counts.total() == 0
+
+
+SIZES = (2, 6)  # of a run whose questions are counted
+
+
+def asks(name: str, spec: str | None) -> tuple[Asked, CacheSummary | None]:
+    """A run of a pipeline, under a cache or none."""
+    if name == "ours":
+        pipeline: Any = tiny_pipeline()
+
+        def run() -> Any:
+            return pipeline([1, 2], num_inference_steps=SIZES[1], output_type="latent")
+    else:
+        case = CASES[name]
+        pipeline = case.make(case.transformer())
+
+        def run() -> Any:
+            return sample(pipeline, case, *SIZES)
+
     pipeline.set_progress_bar_config(disable=True)
-    for spec in (None, "N2", "auto"):
-        if spec is not None:
-            enable_cache(pipeline, spec)
-        with Asked() as mode:
-            sample(pipeline, case, 2, 8)
-        asked.append(mode.counts)
-    assert asked[1:] == [asked[0]] * 2
-    assert cache_summary(pipeline).steps_reused > 0
+    if spec is not None:
+        enable_cache(pipeline, spec)
+    with Asked() as mode:
+        run()
+    return mode, None if spec is None else cache_summary(pipeline)
+
+
+@pytest.mark.parametrize("name", [*CASES, "ours"])
+def test_a_cache_asks_the_device_for_nothing(name: str) -> None:
+    """Flux and HunyuanDiT hand on copies of their timesteps, Flux and Wan name their two guidance branches. A static
+    cache reads the list of timesteps, once per run; a probe is one number more at each step that could reuse."""
+    unasked, _ = asks(name, None)
+    branches = 2 if name in CASES and CASES[name].separate else 1
+    for spec in ("N2", "auto", "fora:N2"):
+        asked, summary = asks(name, spec)
+        assert asked.more_than(unasked) == {"tolist": branches}, spec
+        assert summary is not None
+        assert summary.steps_reused > 0
+    for spec in ("fbcache:100", "teacache:0"):
+        asked, summary = asks(name, spec)
+        assert asked.more_than(unasked) == {"tolist": branches, "_local_scalar_dense": branches * (SIZES[1] - 1)}, spec
+        assert summary is not None
+        assert (summary.steps_reused > 0) == spec.endswith("100")
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_on_a_bare_model_a_step_waits_once(name: str) -> None:
+    """For its timestep, and for the contents of conditioning that is made anew; where a probe is looked at, twice."""
+    family, kept = TINY_FAMILIES[name], TINY_FAMILIES[name].arguments()
+    model = family.build()
+
+    def step(timestep: float, *, anew: bool = False) -> Asked:
+        arguments = family.arguments(timestep) if anew else kept | {"timestep": family.arguments(timestep)["timestep"]}
+        with torch.no_grad(), Asked() as mode:
+            model(**arguments, return_dict=False)
+        return mode
+
+    plain = step(1000)
+    for spec, waits in (("delta:N2", 1), ("fora:N2", 1), ("fbcache:100", 2)):
+        enable_cache(model, spec)
+        step(1000)
+        for timestep, anew in ((900, False), (800, False), (700, True), (600, True)):
+            assert step(timestep, anew=anew).more_than(plain).total() == waits
+        assert cache_summary(model).steps_reused >= 2
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipdit.cache.plan import PlannedSchedule, ReuseErrors, choose, plan, predict_error
 from skipdit.cache.schedule import AutoSchedule, resolve
+from skipdit.calibration.plan import PlannedSchedule, ReuseErrors, choose, plan, predict_error
 
 Variants = tuple[int | None, ...]
 

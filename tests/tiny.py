@@ -10,9 +10,9 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
-from skipdit.cache.costs import flop_counter
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import MARKER
+from skipdit.models.costs import flop_counter
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig

@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from skipdit.cache.check import check_family as check_family
     from skipdit.cache.enable import cache_summary as cache_summary
     from skipdit.cache.enable import cached as cached
     from skipdit.cache.enable import disable_cache as disable_cache
     from skipdit.cache.enable import enable_cache as enable_cache
     from skipdit.cache.streams import cache_context as cache_context
     from skipdit.checkpoints import load_model as load_model
+    from skipdit.models.check import check_family as check_family
     from skipdit.models.dit import DiT as DiT
     from skipdit.models.families import Family as Family
     from skipdit.models.families import Segment as Segment
@@ -36,7 +36,7 @@ _MODULES = {
     "cache_context": "skipdit.cache.streams",
     "cache_summary": "skipdit.cache.enable",
     "cached": "skipdit.cache.enable",
-    "check_family": "skipdit.cache.check",
+    "check_family": "skipdit.models.check",
     "declare_family": "skipdit.models.families",
     "disable_cache": "skipdit.cache.enable",
     "enable_cache": "skipdit.cache.enable",

@@ -270,8 +270,8 @@ def calibrate(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from skipdit.calibration import CalibrateConfig, claim
-    from skipdit.calibration import calibrate as run
+    from skipdit.calibration.calibrate import CalibrateConfig, claim
+    from skipdit.calibration.calibrate import calibrate as run
     from skipdit.files import output_folder
     from skipdit.loading import ObjectiveName, load_source
 

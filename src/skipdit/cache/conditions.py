@@ -1,6 +1,6 @@
 """Tells the conditioning of one call from that of another, and asks the device for as little as that takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,15 @@ def _is_choice(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, str))
 
 
+def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among arguments, also those in lists: Z-Image takes its text states as one tensor per sample."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, list):
+            yield from _tensors({f"{name}.{index}": each for index, each in enumerate(value)})
+
+
 class Conditions:
     """The arguments of one call that tell its stream from others: tensors, and choices such as `skip_layers`.
 
@@ -44,7 +53,7 @@ class Conditions:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.choices = {name: value for name, value in arguments.items() if _is_choice(value)}
-        self.tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        self.tensors = dict(_tensors(arguments))
         self.versions = {name: _version(tensor) for name, tensor in self.tensors.items()}
         self.sums: dict[str, Tensor | float] = {}
 

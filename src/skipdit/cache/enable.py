@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from torch import nn
 
-from skipdit.cache.costs import Costs
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import CacheRuntime
@@ -21,6 +20,7 @@ from skipdit.cache.steppers import Part, Stepper, make_stepper
 from skipdit.cache.streams import branch_context
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import Remade, swap
+from skipdit.models.costs import Costs
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import close_units, open_units

@@ -23,7 +23,7 @@ from skipdit.untrusted import printable, read_json
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a calibrated schedule was measured on. weights: see `skipdit.cache.calibrate.fingerprint`."""
+    """What a calibrated schedule was measured on. weights: see `skipdit.cache.fingerprint`."""
 
     model: str
     num_units: int

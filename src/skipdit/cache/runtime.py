@@ -13,13 +13,13 @@ from typing import Any, cast
 from torch import nn
 
 from skipdit.cache.compiled import Call
-from skipdit.cache.costs import Costs, count_costs
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import Part, PartState, Stepper, make_stepper, parts_on
 from skipdit.cache.streams import Run, Stream, Streams
 from skipdit.models.branches import open_branches
+from skipdit.models.costs import Costs, count_costs
 from skipdit.models.families import Family, find_family
 from skipdit.models.forward_plan import Branches
 from skipdit.models.long_skip import LongSkipModel

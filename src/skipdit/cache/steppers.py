@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call
-from skipdit.cache.costs import Costs
 from skipdit.cache.gates import AdaptiveSchedule, Gate
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Derivatives, Values
 from skipdit.cache.ranks import agreed
 from skipdit.cache.schedule import Decision, ExplicitSchedule, Schedule
+from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan, Question, Region, Stored, Units
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
 

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from skipdit.cache.conditions import Conditions, read
-from skipdit.cache.costs import Costs
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import PartState
+from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
 # more streams of one run are not guidance but calls that the cache misunderstands
@@ -95,6 +95,14 @@ class Stream:
     num_reused: int = 0
     cost: float = 0.0
 
+    def go_on(self, given: Conditions, place: float) -> None:
+        """Make a step at this place, with conditions equal to those before."""
+        given.sums = self.conditions.sums | given.sums
+        given.add_checksums()
+        self.conditions = given
+        if place != self.places[0]:
+            self.places = (place, self.places[0])
+
     @property
     def counts(self) -> Counts:
         return Counts(self.num_full, self.num_reused, self.cost)
@@ -134,9 +142,27 @@ class Run:
         """The noise levels of the steps from this one on, where they are known."""
         return self.levels[int(self.place) :] if self.levels else []
 
+    @property
+    def latest(self) -> list[Stream]:
+        """The streams that have made the run's last step."""
+        return [each for each in self.streams if each.places[0] == self.place]
+
+    def follow_levels(self) -> None:
+        """Go on by the timesteps of the calls, no more by a list."""
+        for stream in self.streams:
+            stream.places = (-stream.levels[-1], -stream.levels[-1])
+        self.order, self.levels, self.place = None, [], max(stream.places[0] for stream in self.streams)
+
     def drop(self, stream: Stream) -> None:
         self.streams.remove(stream)
         self.dropped += stream.counts
+
+    def make_room(self) -> None:
+        """For one more stream: the least recently called goes, and the first time that is said."""
+        if len(self.streams) == MAX_STREAMS:
+            if self.dropped == Counts():
+                warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=5)
+            self.drop(self.streams[0])
 
     def find(self, fitting: list[Stream], given: Conditions, place: float) -> tuple[Stream | None, set[str]]:
         """The stream of an equal conditioning, else what is new since the nearest stream of an earlier step. What is
@@ -189,9 +215,42 @@ class Streams:
     def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
         """The run and the stream of which a call is the next step; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
-        before, given = self.runs.pop(key, None), Conditions(conditions)
-        layout = layout_of(latents)
-        order, place = self._known_place(timestep, before)
+        given, layout = Conditions(conditions), layout_of(latents)
+        run, place, stream, fitting = self._place(key, timestep, given, layout)
+        if place < run.place or (run.levels and place >= len(run.levels)):
+            run, place = Run(run.order, run.levels, level=run.level), place if place < run.place else 0
+        if not run.streams:
+            stream, fitting, run.place = None, [], place
+            self._begin(key, run)
+        run.place = place
+        run.level = run.levels[int(place)] if run.levels else run.level
+
+        new: set[str] = set()
+        if stream is None and fitting:
+            stream, new = run.find(fitting, given, place)
+        if stream is None:
+            given.add_checksums()
+            run.make_room()
+            stream = Stream(layout, given, self.start(), (place, place), new)
+        else:
+            run.streams.remove(stream)
+            if self._went_on(key, run, stream.places[0], place):
+                stream.states, stream.levels = self.start(), []
+            stream.go_on(given, place)
+        stream.levels.append(run.level)
+        stream.coming = run.coming
+        run.streams.append(stream)  # the last called stands last
+        self._keep(key, run)
+        return run, stream
+
+    def _place(
+        self, key: Key, timestep: Any, given: Conditions, layout: tuple
+    ) -> tuple[Run, float, Stream | None, list[Stream]]:
+        """A call's run and its place there; its stream, where the very same tensors tell it; and the streams of its
+        shape. What must be read is read at once."""
+        before = self.runs.pop(key, None)
+        branches = [each for name, each in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
+        order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [each for each in run.streams if each.layout == layout]
         same = [each for each in fitting if not given.differing(each.conditions) - run.changing]
@@ -199,52 +258,27 @@ class Streams:
         unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
         stream = same[0] if len(same) == 1 and not unsure else None
 
+        if place is None and isinstance(timestep, Tensor) and timestep.ndim > 1 and stream in run.latest:
+            # each frame has a scheduler of its own, and that of the pipeline stands still (diffusion forcing)
+            order = run.follow_levels()
+
         levels = [] if isinstance(order, Tensor) else self._levels(timestep)
-        compared = [each.conditions for each in fitting] if stream is None else []
-        answers = given.compare(compared, levels)
+        answers = given.compare([each.conditions for each in fitting] if stream is None else [], levels)
         level = self._level(answers) if levels else 0.0
         if order is None:
             run, place = _by_level(run, level)
         elif place is None:  # of a list, by counting: a stream that has made the run's step makes the next one
             place = 0 if not run.streams else run.place + (stream is not None and stream.places[0] == run.place)
+        run.level = level
         assert place is not None
-        if place < run.place or (run.levels and place >= len(run.levels)):
-            run, place = Run(order, run.levels), place if place < run.place else 0
-        if not run.streams:
-            stream, fitting = None, []
-            run.place = place
-            self._begin(key, run)
-        run.place = place
-        run.level = run.levels[int(place)] if run.levels else level
+        return run, place, stream, fitting
 
-        new: set[str] = set()
-        if stream is None and fitting:
-            stream, new = run.find(fitting, given, place)
-        if stream is None:
-            if len(run.streams) == MAX_STREAMS:
-                if run.dropped == Counts():
-                    warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=4)
-                run.drop(run.streams[0])
-            given.add_checksums()
-            stream = Stream(layout, given, self.start(), (place, place), new)
-        else:
-            given.sums = stream.conditions.sums | given.sums
-            given.add_checksums()
-            stream.conditions = given
-            run.streams.remove(stream)
-            if self._went_on(key, run, stream.places[0], place):
-                stream.states, stream.levels = self.start(), []
-            if place != stream.places[0]:
-                stream.places = (place, stream.places[0])
-        stream.levels.append(run.level)
-        stream.coming = run.coming
-        run.streams.append(stream)  # the last called stands last
+    def _keep(self, key: Key, run: Run) -> None:
         self.runs[key] = run
         if len(self.runs) > MAX_RUNS:
             del self.runs[next(iter(self.runs))]
         self.num_calls += 1
         run.last_call = self.num_calls
-        return run, stream
 
     # ------------------------------------------------------------------------------------------------------------------
     # Where a call stands
@@ -254,8 +288,9 @@ class Streams:
         schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
         return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
 
-    def _known_place(self, timestep: Any, run: Run | None) -> tuple[Any, float | None]:
-        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read."""
+    def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
+        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read.
+        branches: others of the same run, by name."""
         lists, told = self._lists(), _told.get()
         tables = [] if run is None or not isinstance(run.order, Tensor) else [run.order]
         for entry in (timestep, told.get("timestep")):
@@ -268,6 +303,8 @@ class Streams:
             current = None
         if current is None and len(fresh) == 1 and not _is_entry(timestep):
             current = fresh[0]
+        if current is None and run is None and not _is_entry(timestep):  # a branch that begins after others
+            current = next((key for key, table in lists.items() if any(table is each.order for each in branches)), None)
         index, count = told.get("step_index"), told.get("num_inference_steps")
         if current is None:
             return (None, None) if index is None else (TOLD, index)
@@ -277,7 +314,8 @@ class Streams:
         if index is None:
             index = getattr(current, "step_index", None)
         if index is None and (run is None or run.order is not table):
-            index = getattr(current, "begin_index", None) or 0
+            begun = [int(each.place) for each in branches if each.order is table]
+            index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
     def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:

@@ -119,6 +119,7 @@ class Family:
 
 TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
 IMAGE_FIRST = ("hidden_states", "encoder_hidden_states")
+CONTROL = "controlnet_block_samples", "controlnet_single_block_samples"
 RISES = -1000.0  # the argument is 1 - t / 1000
 
 
@@ -151,8 +152,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "BriaFibo2Transformer2DModel": Family(segments=LAYERS_OF_X, hidden_size=("dim",), timestep_scale=1000.0),
     "BriaFiboTransformer2DModel": Family(segments=FLUX_JOINED),
-    "BriaTransformer2DModel": Family(segments=FLUX),
-    "ChromaTransformer2DModel": Family(segments=FLUX_JOINED, timestep_scale=1000.0),
+    "BriaTransformer2DModel": Family(segments=FLUX, changing=CONTROL),
+    "ChromaTransformer2DModel": Family(segments=FLUX_JOINED, timestep_scale=1000.0, changing=CONTROL),
     "CogView3PlusTransformer2DModel": Family(segments=IMAGE_STREAM),
     "CogView4Transformer2DModel": Family(segments=IMAGE_STREAM),
     "DiTTransformer2DModel": Family(),
@@ -163,16 +164,12 @@ FAMILIES: dict[str, Family] = {
         timestep_scale=1000.0,
         changing=("target_timestep",),
     ),
-    "FluxTransformer2DModel": Family(
-        segments=FLUX,
-        timestep_scale=1000.0,
-        changing=("controlnet_block_samples", "controlnet_single_block_samples"),
-    ),
+    "FluxTransformer2DModel": Family(segments=FLUX, timestep_scale=1000.0, changing=CONTROL),
     "GlmImageTransformer2DModel": Family(segments=IMAGE_STREAM),
     "HiDreamImageTransformer2DModel": Family(
         segments=_two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True), timestep="timesteps"
     ),
-    "HunyuanDiT2DModel": Family(segments=WAN, native_pairs=True),
+    "HunyuanDiT2DModel": Family(segments=WAN, native_pairs=True, changing=CONTROL[:1]),
     "HunyuanImageTransformer2DModel": Family(segments=HUNYUAN, changing=("timestep_r",)),
     "Ideogram4Transformer2DModel": Family(segments=LAYERS, timestep_scale=RISES),
     "JoyImageEditPlusTransformer3DModel": Family(

@@ -137,9 +137,9 @@ class UnitPlan:
     regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
     skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
     branch the region that has its output, that takes its output, and that takes its input. asks: whether the plan's
-    question is put before this unit. sheds, restores: whether tokens leave, or come back, before this unit. sees_kept:
-    whether it sees only the kept tokens. skip_sheds, skip_restores: whether tokens leave, or come back, on the way of
-    the skip that it takes.
+    question is put before this unit. is_idle: the streams pass it as they are, and nothing is due here. sheds,
+    restores: whether tokens leave, or come back, before this unit. sees_kept: whether it sees only the kept tokens.
+    skip_sheds, skip_restores: whether tokens leave, or come back, on the way of the skip that it takes.
     """
 
     runs: bool = True
@@ -152,6 +152,7 @@ class UnitPlan:
     keeps: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, str] = field(default_factory=dict)
     asks: bool = False
+    is_idle: bool = False
     sheds: bool = False
     restores: bool = False
     sees_kept: bool = False
@@ -179,14 +180,16 @@ class Question:
 class ForwardPlan:
     """What one forward call stores, and what it takes from an earlier one.
 
-    units: what happens at each unit, and after the last. Numbers that change from call to call would be symbols to
-    `torch.compile`, so what a forward reads of it are booleans and names at fixed places.
+    units: what happens at each unit, and after the last. idle: the units that are passed as if they were not there.
+    Numbers that change from call to call would be symbols to `torch.compile`, so what a forward reads of it are
+    booleans and names at fixed places.
     """
 
     store: tuple[Region, ...] = ()
     reuse: tuple[Region, ...] = ()
     route: TokenRoute | None = None
     units: tuple[UnitPlan, ...] = ()
+    idle: frozenset[int] = frozenset()
     has_branches: bool = False
     question: Question | None = None
 
@@ -217,7 +220,8 @@ class ForwardPlan:
             for unit in range(links.num_units + 1)
         )
         has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
-        return cls(store=store, reuse=reuse, route=route, units=units, has_branches=has_branches)
+        idle = frozenset(number for number, unit in enumerate(units) if unit.is_idle)
+        return cls(store=store, reuse=reuse, route=route, units=units, idle=idle, has_branches=has_branches)
 
 
 PLAIN = ForwardPlan()
@@ -250,21 +254,24 @@ def _unit_plan(
             kind: region.name for kind in get_args(BranchKind) for region in regions if getattr(region, has)(kind, unit)
         }
 
+    runs = not any(region.leaves_out(unit) for region in reuse)
+    given_skip = next((region.name for region in reuse if passes(region)), None)
+    ranges = [region for region in (*store, *reuse) if isinstance(region, Units)]
+    is_due = unit in links.segment_starts or any(
+        unit == region.stop or (region.delta and unit == region.start) for region in ranges
+    )
     return UnitPlan(
-        runs=not any(region.leaves_out(unit) for region in reuse),
-        begins=tuple(
-            region.name
-            for region in (*store, *reuse)
-            if isinstance(region, Units) and region.delta and region.leaves_out(unit)
-        ),
+        runs=runs,
+        begins=tuple(region.name for region in ranges if region.delta and region.leaves_out(unit)),
         takes=ends(reuse),
         stores=ends(store),
         keeps_skip=tuple(region.name for region in store if passes(region)),
-        given_skip=next((region.name for region in reuse if passes(region)), None),
+        given_skip=given_skip,
         reuses=by_kind(reuse, "has_branch"),
         keeps=by_kind(store, "has_branch"),
         probes=by_kind(store, "has_input"),
         asks=asks,
+        is_idle=not (runs or given_skip or is_due or asks) and unit < links.num_units - 1,
     )
 
 
@@ -392,7 +399,7 @@ class ForwardState:
     def enter(self, unit: int, *streams: Any, routed: int = 0) -> tuple[Any, ...]:
         """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
         the last one. routed: the index of the stream of which tokens may be routed."""
-        if not self.is_boundary(unit):
+        if unit in self.plan.idle or not self.is_boundary(unit):
             return streams
         at = self._at(unit)
         if self.tokens is not None and (at.sheds or at.restores):

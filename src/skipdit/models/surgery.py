@@ -69,6 +69,16 @@ class UnitBlock(Remade, nn.Module):
     _open: OpenCall
     long_skip: LongSkip | None
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        place, state = self._place, self._open.state
+        if state is None or place.unit not in state.plan.idle or self._is_hooked():
+            return super().__call__(*args, **kwargs)
+        streams = [kwargs[name] if name in kwargs else args[place.positions[name]] for name in place.streams]
+        return streams[0] if len(streams) == 1 else tuple(streams)
+
+    def _is_hooked(self) -> bool:
+        return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         place, state = self._place, self._open.state
         if state is None:

@@ -3,7 +3,7 @@ blocks included.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -20,9 +20,15 @@ class Costs:
 
     units: tuple[float, ...]
     branches: Mapping[tuple[str, int], float]
+    known: dict[tuple[Region, ...], float] = field(init=False, repr=False, default_factory=dict)
 
     def of_step(self, reuse: tuple[Region, ...]) -> float:
         """Return the share of a full step that a step costs which reuses these regions."""
+        if reuse not in self.known:
+            self.known[reuse] = self._of_step(reuse)
+        return self.known[reuse]
+
+    def _of_step(self, reuse: tuple[Region, ...]) -> float:
         saved = sum(cost for unit, cost in enumerate(self.units) if any(each.leaves_out(unit) for each in reuse))
         saved += sum(
             cost

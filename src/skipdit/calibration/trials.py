@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from skipdit.cache.compiled import Call
 from skipdit.cache.enable import Cache, cached
 from skipdit.cache.methods import EVERY, CacheMethod
-from skipdit.cache.plan import ReuseErrors
 from skipdit.cache.predictor import Derivatives, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.cache.steppers import Part, Stepper, StepState, relative_change
+from skipdit.calibration.plan import ReuseErrors
+from skipdit.models.check import first_tensor
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored, Values
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 
@@ -160,13 +161,6 @@ def recorded(
     method = CacheMethod(schedule=IntervalSchedule(interval=1), site=site)
     with cached(pipeline, method, make=make) as cache:
         yield cache, cast(Steps, cache.runtimes[0].stepper)
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of a model's output, the prediction."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
 
 
 def probed_steps(num_steps: int, num_probed: int) -> list[int]:

@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from skipdit.cache.calibrate import first_tensor
-from skipdit.cache.methods import EVERY
 from skipdit.models.branches import close_branches, open_branches
 from skipdit.models.families import Family, get_family
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Units
@@ -88,7 +86,7 @@ def _check(model: nn.Module, name: str, given: dict[str, Any]) -> FamilyCheck:
             region = Units(start=1, stop=stop, delta=delta)
             _check_reuse(model, name, given, expected, region, "streams, their order or joins do not fit")
         found = {place.kind for place in linked.branches()}
-        kinds: tuple[BranchKind, ...] = tuple(kind for kind in EVERY if kind in found)
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in get_args(BranchKind) if kind in found)
         open_branches(linked)
         for kind in kinds:
             region = Branches(kinds=(kind,), units=tuple(range(num_units)))
@@ -102,6 +100,13 @@ def _check(model: nn.Module, name: str, given: dict[str, Any]) -> FamilyCheck:
     finally:
         close_branches(linked)
         close_units(model)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of a model's output, the prediction."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output
 
 
 def _check_reuse(

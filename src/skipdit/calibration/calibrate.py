@@ -14,13 +14,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from skipdit.cache.calibrate import Measured, Trials, measure, smooth_errors, smooth_schedule
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import EVERY, METHODS, CacheMethod, MadeFor, parse_method
-from skipdit.cache.plan import choose, plan
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import BranchOutputs, Site
+from skipdit.calibration.plan import choose, plan
+from skipdit.calibration.trials import Measured, Trials, measure, smooth_errors, smooth_schedule
 from skipdit.compare import SampleConfig, choose_wanted, versions
 from skipdit.files import OutputFolder, to_json
 from skipdit.loading import Source
