@@ -23,6 +23,7 @@ ReleaseDType = Literal["float32", "bfloat16"]
 Stage = Literal["full", "long-skips-only"]
 AnyModelConfig = ModelConfig | VideoModelConfig | TextToImageModelConfig | TextToVideoModelConfig
 
+MAX_WORKERS = 256  # each is a process
 MAX_SEED = 2**31 - 1  # so that (seed, step, rank) fits into the 64 bits of a generator's seed
 
 
@@ -153,6 +154,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
+        if self.num_workers > MAX_WORKERS:
+            raise ValueError(f"num_workers must be at most {MAX_WORKERS}, got {self.num_workers}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for name in ("label_dropout", "ema_decay", "adam_betas"):
