@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import hostile_media as hostile
@@ -217,10 +218,49 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
         open_picture(hostile.many_scans(400), "many")
 
 
-def test_large_texts_are_named() -> None:
-    assert open_picture(hostile.text_png(2**19), "some").size == (32, 24)
-    with pytest.raises(ValueError, match="cannot read the picture workflow: Decompressed data too large"):
-        open_picture(hostile.text_png(2**21), "workflow")
+LONG = zlib.compress(b"x" * 2**21)
+NOTES = {
+    "zTXt": hostile.chunk(b"zTXt", b"workflow\0\0" + LONG),
+    "iTXt": hostile.chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+    "tEXt": 5 * hostile.chunk(b"tEXt", b"prompt\0" + b"x" * 2**24),
+    "iCCP": hostile.chunk(b"iCCP", b"profile\0\0" + LONG),
+    "checksum": hostile.chunk(b"tEXt", b"prompt\0x")[:-1] + b"?",
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+@pytest.mark.parametrize("place", ["IDAT", "IEND"])
+def test_long_texts_and_profiles_of_a_png_do_no_harm(name: str, place: str, tmp_path: Path) -> None:
+    """Pillow refuses a picture for one of more than 1 MiB, or 64 MiB of all, and for a wrong checksum of one."""
+    plain = hostile.saved(scene(), "PNG")
+    at = plain.index(place.encode()) - 4
+    content = plain[:at] + NOTES[name] + plain[at:]
+    assert np.array_equal(levels(content), hostile.scene())
+    (tmp_path / "a.png").write_bytes(content)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "a.png", "a")), hostile.scene())
+    check_picture(content, "picture")
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+EXIF = b"\nexif\n%8d\n%s\n" % (26, b"49492a00080000000100120103000100000003000000" + b"00000000")
+
+
+@pytest.mark.parametrize("texts", [
+    hostile.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+    hostile.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(EXIF)),
+])  # fmt: skip
+def test_texts_of_a_png_that_tell_its_orientation_are_read(texts: bytes) -> None:
+    plain = hostile.saved(scene(), "PNG")
+    at = plain.index(b"IDAT") - 4
+    content = plain[:at] + NOTES["zTXt"] + texts + plain[at:]
+    assert np.array_equal(levels(content), hostile.scene()[::-1, ::-1])
+
+
+def test_a_png_of_many_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_files, "MAX_PNG_CHUNKS", 100)
+    assert open_picture(hostile.png(8, 8, extra=97 * hostile.chunk(b"teSt", b"")), "some").size == (8, 8)
+    with pytest.raises(ValueError, match="cannot read the picture many: it has more than 100 chunks"):
+        open_picture(hostile.png(8, 8, extra=98 * hostile.chunk(b"teSt", b"")), "many")
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "dead link"])

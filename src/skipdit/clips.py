@@ -33,7 +33,8 @@ class ClipConfig:
     image_size: side in pixels; other frames are resized on the shorter side and cropped in the centre.
     num_frames, frame_interval: the first `num_frames` of every `frame_interval`-th frame make the clip.
     fps: frames are first taken at so many per second, by the time at which they show; None takes each frame once,
-    whatever its time, so that clips of other frame rates move faster or slower. Folders of frames have no times.
+    whatever its time, so that clips of other frame rates move faster or slower. Folders of frames have no times:
+    of them the interval alone counts, with a warning.
     clip_column, label_column: of a parquet file.
     caption_column: of a parquet file, a text or a list of texts; None takes the class name.
     num_pictures: single frames of other clips that come along with each clip, for joint image-video training.
@@ -171,6 +172,11 @@ def clips_from_folder(folder: Path, config: ClipConfig) -> LabelledClips:
     file, or the class name.
     """
     found = scan_classes(folder, VIDEO_SUFFIXES, "videos", frame_folders=True)
+    if config.fps is not None and (num_timeless := sum(path.is_dir() for path in found.items)):
+        LOGGER.warning(
+            "fps has no effect on %d clips of %s that are folders of frames: these have no times, only frame_interval",
+            *(num_timeless, printable_path(folder)),
+        )
 
     def name(index: int) -> str:
         return printable_path(found.items[index])

@@ -1,7 +1,8 @@
 """From a path to tensors, without unpickling strangers' objects: files, folders of `save_pretrained`, their config."""
 
+import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ MAX_SHARDS = 1000
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:
     """The tensors of a file; of a training checkpoint that holds both `model` and `ema`, the preferred ones."""
     return pick_weights(_read_tensors(path), prefer)
+
+
+def read_training(path: Path, prefer: Preference) -> tuple[StateDict, dict[str, Any]]:
+    """As `read_state_dict`, and what the training was told: the `args` that facebookresearch's train.py saves."""
+    content = _read_tensors(path)
+    args = content.get("args") if isinstance(content, Mapping) else None
+    told = vars(args) if isinstance(args, argparse.Namespace) else args
+    return pick_weights(content, prefer), dict(told) if isinstance(told, Mapping) else {}
 
 
 def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
