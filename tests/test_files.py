@@ -1,8 +1,10 @@
 """Whole files and folders, markers, locks: nothing of a user's is lost, whatever happens in between."""
 
+import errno
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -88,8 +90,21 @@ def test_files_are_on_disk_before_they_take_their_place(tmp_path: Path, monkeypa
     order.clear()
     write_folder(tmp_path / "folder", weights="1")
     marker, whole = order.index("place"), len(order) - 1 - order[::-1].index("place")
-    assert order[marker + 1 : whole] == ["fsync"] * 4  # the folder of the marker, both files, the folder
+    assert order[marker + 1 : whole] == ["fsync"] * 5  # the folder of the marker, both files, the folder, its name
     assert order[whole:] == ["place", "fsync"]
+
+
+def test_a_file_system_that_syncs_no_folders_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    write_folder(tmp_path / "folder", a="1")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,6 +195,42 @@ def test_the_old_folder_is_back_if_a_rename_fails(
     monkeypatch.setattr(Path, "rename", fail_once)
     with pytest.raises(error):
         write_folder(path, a="2")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
+
+
+def test_ctrl_c_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "folder", Path.rename
+    write_folder(path, a="1")
+
+    def interrupted(source: Path, target: Path) -> Path:
+        moved = rename(source, target)
+        if source == path:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, a="2")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
+
+
+def test_what_cannot_be_put_back_is_kept_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, rename = tmp_path / "folder", Path.rename
+    write_folder(path, a="1")
+
+    def fails(source: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError("injected")
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="injected"):
+            write_folder(path, a="2")
+    assert "could not be moved back, and stays: injected" in caplog.text
+    clean_up(tmp_path)
     assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
 

@@ -4,6 +4,7 @@ The marker, a file `skipdit.json`, says which kind of run wrote which files of a
 not list belongs to somebody else and stays where it is.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from skipdit.processes import Process, locked, this_process
-from skipdit.untrusted import open_regular, printable, read_json
+from skipdit.untrusted import open_regular, printable, read_bytes, read_json
 
 LOGGER = logging.getLogger(__name__)
 
@@ -144,11 +145,15 @@ def atomic_folder(path: Path, kind: str, *, overwritten: Collection[str] = ()) -
             _sync(child)
         _sync(new)
         (work / "target").write_text(path.name, encoding="utf-8")
+        _sync(work / "target")
         _swap(path, work, overwritten)
 
 
 def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
-    """Move `path` to `work/old` and `work/new` to `path`; then what is a user's from the one to the other."""
+    """Move `path` to `work/old` and `work/new` to `path`; then what is a user's from the one to the other.
+
+    Where that fails, `_remove_draft` puts `work/old` back.
+    """
     old, new, going = work / "old", work / "new", []
     if path.is_dir():
         strays = _strays(path)
@@ -158,12 +163,7 @@ def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
         if going:
             LOGGER.warning("overwritten in %s: %s", printable(path), ", ".join(printable(name, 60) for name in going))
         path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        if old.is_dir():
-            old.rename(path)
-        raise
+    new.rename(path)
     _sync(path.parent)
     for name in going:
         (old / name).unlink()
@@ -389,14 +389,6 @@ def clean_up(folder: Path) -> None:
         process = Process.parse(draft.name.removeprefix(DRAFT).partition(".")[0])
         if process is None or draft.name in _live_drafts or (process != this_process() and not process.has_ended()):
             continue
-        old, target = draft / "old", draft / "target"
-        if old.is_dir() and target.is_file():
-            path = folder / Path(target.read_text(encoding="utf-8")).name
-            if os.path.lexists(path):
-                _keep_strays(old, path)
-            else:
-                old.rename(path)
-                LOGGER.warning("%s is in its place again: a run that was killed had moved it", printable(path))
         _remove_draft(draft)
 
 
@@ -413,14 +405,27 @@ def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _remove_draft(draft: Path) -> None:
-    """Remove a draft; of a folder that was replaced, only what its marker lists, if anything is left in it."""
-    if draft.is_dir():
-        if (draft / "old").is_dir() and _strays(draft / "old"):
+    """Remove a draft. A folder that it has moved aside goes back, or what a user put into it to the one that took its
+    place; what cannot be moved stays in the draft."""
+    old, target = draft / "old", draft / "target"
+    if not draft.is_dir():
+        draft.unlink(missing_ok=True)
+        return
+    if old.is_dir():
+        try:
+            path = draft.parent / Path(read_bytes(target, 2**12).decode()).name
+            if os.path.lexists(path):
+                _keep_strays(old, path)
+            else:
+                old.rename(path)
+                LOGGER.warning("%s is in its place again, from which a failed run had moved it", printable(path))
+        except (OSError, ValueError) as error:
+            LOGGER.warning("%s could not be moved back, and stays: %s", printable(old), error)
+            return
+        if old.is_dir() and _strays(old):
             LOGGER.warning("%s holds files that skipdit did not write, and stays", printable(draft))
             return
-        shutil.rmtree(draft, ignore_errors=True)
-    else:
-        draft.unlink(missing_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def absolute(path: Path) -> Path:
@@ -429,10 +434,13 @@ def absolute(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Wait until a file or folder is on disk; of a folder, where the file system can do that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # fsync(2), EINVAL: some network and FUSE file systems know it of files only
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
