@@ -85,6 +85,17 @@ def test_auto_refuses_what_one_full_step_cannot_reach(num_units: int, speedup: f
     enable_cache(tiny_dit(num_units), f"auto:{float(most) - 0.1:.1f}")
 
 
+def test_what_counting_puts_out_of_reach_is_said_once() -> None:
+    """On a bare model each step is decided anew."""
+    model, (latents, labels) = tiny_dit(8), inputs()
+    enable_cache(model, "auto:3.7")
+    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        warnings.simplefilter("always")
+        for timestep in (900, 800, 700, 600):
+            model(latents, torch.tensor(timestep), labels)
+    assert [str(each.message).partition(":")[0] for each in warned] == ["a speedup of 3.7 is out of reach"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is left behind
 

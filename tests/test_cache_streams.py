@@ -419,6 +419,38 @@ def test_a_scheduler_whose_timesteps_rise_as_noise_falls_has_its_window_at_the_n
     assert full_steps(model, model.blocks[2].attn, run) == [0, 1, 2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("inverted", [None, False, True], ids=["EDM", "falls", "rises"])
+def test_timesteps_on_a_scale_of_their_own_have_the_same_window(inverted: bool | None) -> None:
+    """Those of EDM (Cosmos, StableAudio) are functions of log sigma, half of them below 0: nothing was stored there.
+    Others count to 1 (OmniGen, AceStep): `auto` stayed full."""
+    pipeline, sigmas = tiny_pipeline(), [1 - step / 20 for step in range(20)]
+    model, (latents, labels) = pipeline.transformer, inputs()
+    pipeline.scheduler = (
+        diffusers.EDMEulerScheduler()
+        if inverted is None
+        else FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, invert_sigmas=inverted)
+    )
+    pipeline.scheduler.set_timesteps(20) if inverted is None else pipeline.scheduler.set_timesteps(sigmas=sigmas)
+    for spec, fewest in (("N2", 10), ("auto", 7), ("N2-700-200", 2)):
+        enable_cache(pipeline, spec)
+        for timestep in pipeline.scheduler.timesteps:
+            model(latents, timestep, labels)
+        (run,) = model._skipdit_cache.streams.runs.values()
+        assert run.levels == sorted(run.levels, reverse=True)
+        assert 1000 >= run.levels[0] > 900
+        assert 100 > run.levels[-1] >= 0
+        assert counts(pipeline)[1] >= fewest
+
+
+def test_a_context_may_tell_nothing() -> None:
+    model, (latents, labels) = tiny_dit(), inputs()
+    enable_cache(model, "N2")
+    for timestep in STEPS:
+        with model.cache_context("cond", step_index=None, num_inference_steps=None, timestep=None):
+            model(latents, torch.tensor(timestep), labels)
+    assert counts(model) == (2, 2)
+
+
 def test_what_a_context_tells_is_believed() -> None:
     """Of one step each, at one timestep: only their place tells that each is a run."""
     model, (latents, labels) = tiny_dit(), inputs()

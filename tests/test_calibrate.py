@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,18 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
+from skipdit.cache.steppers import Part
 from skipdit.calibration.calibrate import CalibrateConfig, Row, at_compute, calibrate
 from skipdit.calibration.plan import GRID, choose, plan
-from skipdit.calibration.trials import Trials, measure, probed_steps, smooth_errors, smooth_schedule
+from skipdit.calibration.trials import (
+    RecordingSteps,
+    Trials,
+    measure,
+    probed_steps,
+    recorded,
+    smooth_errors,
+    smooth_schedule,
+)
 from skipdit.cli import main
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import OutputFolder
@@ -114,6 +124,19 @@ def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline
         assert cost == pytest.approx(flops_of(lambda: sample(pipeline, 2)) / full - 1)  # a full step and a reused one
         disable_cache(pipeline)
     assert np.all(measured.sensitivity > 0)
+
+
+def test_what_a_recorded_run_held_goes_with_it(pipeline: ClassToImagePipeline) -> None:
+    """Of each run of a pass in several batches all stored steps were kept until the last had ended."""
+
+    def make(model: Any, parts: list[Part]) -> RecordingSteps:
+        return RecordingSteps(model, parts, Trials(max_age=2), lambda: None)
+
+    with recorded(pipeline, DeepFeatures(), make) as (_, steps):
+        for _ in range(2):
+            pipeline([1], num_inference_steps=3, output_type="latent")
+            assert len(steps.seen) == 3
+            assert not steps.history
 
 
 def test_probed_steps_are_denser_at_the_ends() -> None:

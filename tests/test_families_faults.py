@@ -362,6 +362,17 @@ def test_a_timestep_may_be_a_number(timestep: Any) -> None:
     assert cache_summary(model).steps_reused == 1
 
 
+@pytest.mark.parametrize("given", [{}, {"timestep": None}])
+def test_a_call_without_a_timestep_is_told(given: dict[str, None]) -> None:
+    """These classes have `None` as its default."""
+    model = TINY_FAMILIES["PixArtTransformer2DModel"].build(4)
+    enable_cache(model, "delta:N2")
+    arguments = TINY_FAMILIES["PixArtTransformer2DModel"].arguments()
+    del arguments["timestep"]
+    with pytest.raises(TypeError, match="PixArtTransformer2DModel needs its argument 'timestep'"):
+        model(**arguments, **given)
+
+
 def test_a_pipeline_without_a_transformer_is_told() -> None:
     pipeline: Any = diffusers.WanPipeline(None, None, None, DDIMScheduler(), None)
     with pytest.raises(ValueError, match="has no transformer to cache, only scheduler"):

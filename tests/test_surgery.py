@@ -397,6 +397,20 @@ def test_a_cached_model_saves_and_its_class_loads(tmp_path: Path) -> None:
     assert torch.equal(run(loaded, family.arguments()), expected)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "config"), [((4, 6), LongSkipConfig(num_pairs=5)), ((1, 1), LongSkipConfig())], ids=["more", "none"]
+)
+def test_pairs_are_counted_within_a_segment_before_anything_changes(
+    lengths: tuple[int, int], config: LongSkipConfig
+) -> None:
+    """10 units have 5 pairs, but segments of 4 and 6 at most 3: the model was left open."""
+    model = TINY_FAMILIES["FluxTransformer2DModel"].build(lengths[0], num_single_layers=lengths[1])
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="num_pairs"):
+        add_long_skips(model, config)
+    assert [type(module) for module in model.modules()] == classes
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = build("DiTTransformer2DModel", True)
     del model.transformer_blocks[5].long_skip.proj.bias

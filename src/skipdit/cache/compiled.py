@@ -51,9 +51,22 @@ class Call:
         output = map_tensors(planned.output, Tensor.clone)
         return PlannedOutput(output, {name: _each(values, Tensor.clone) for name, values in planned.stored.items()})
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the model or any part of it is compiled, as after `model.compile_repeated_blocks()`."""
+        return any(module._compiled_call_impl is not None for module in self.model.modules())
+
     def eager(self) -> Any:
-        """Run the model in full and without its graphs."""
-        return self.model._call_impl(*self.args, **self.kwargs)
+        """Run the model in full and without any graphs."""
+        compiled = [module for module in self.model.modules() if module._compiled_call_impl is not None]
+        graphs = {module: module._compiled_call_impl for module in compiled}
+        try:
+            for module in compiled:
+                module._compiled_call_impl = None
+            return self.run(*self.args, **self.kwargs)
+        finally:
+            for module, graph in graphs.items():
+                module._compiled_call_impl = graph
 
 
 def may_replay(device: torch.device) -> bool:

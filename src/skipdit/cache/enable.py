@@ -19,7 +19,7 @@ from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import Part, Stepper, make_stepper
 from skipdit.cache.streams import branch_context
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import Remade, swap
+from skipdit.models.class_swap import Remade, swap, swapped_class
 from skipdit.models.costs import Costs
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
@@ -62,14 +62,7 @@ class CachedModel(Remade, nn.Module):
 
 @lru_cache
 def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
-    """Make the cached subclass, of the same name, so that a saved config names the model."""
-    namespace = {
-        "__module__": model_class.__module__,
-        "__qualname__": model_class.__qualname__,
-        "__doc__": model_class.__doc__,
-        "_made_by": (_cached_class, model_class),
-    }
-    return type(model_class.__name__, (CachedModel, model_class), namespace)
+    return swapped_class(CachedModel, model_class, _made_by=(_cached_class, model_class))
 
 
 def models_of(target: nn.Module | Pipeline) -> list[nn.Module]:

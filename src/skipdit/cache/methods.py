@@ -70,7 +70,7 @@ class CacheMethod:
         order = self.predictor.order
         name = next((name for name, row in METHODS.items() if row.is_like(self)), type(self.site).__name__)
         prefix, suffix = "" if name == "skip" else f"{name}:", f"-o{order}" if order else ""
-        return f"{prefix}{self.schedule}{self.site.options}{suffix}"
+        return f"{prefix}{self.schedule}{''.join(f'-k{k}' for k in self.site.shallow_units)}{suffix}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,8 +119,7 @@ class Published:
         """Whether a method of one part has this row's site and kind of predictor."""
         if self.site is None or method.others or method.probe is not None:
             return False
-        options = re.findall(r"\d+", method.site.options)
-        here = self.site(tuple(map(int, options)))
+        here = self.site(method.site.shallow_units)
         return here == method.site and (self.order > 0) == (method.predictor.order > 0)
 
     @property

@@ -15,7 +15,7 @@ from torch import nn
 from skipdit.cache.compiled import Call
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
-from skipdit.cache.state import CacheSummary
+from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import Part, PartState, Stepper, make_stepper, parts_on
 from skipdit.cache.streams import Run, Stream, Streams
 from skipdit.models.branches import open_branches
@@ -94,8 +94,9 @@ class CacheRuntime:
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.family.latents not in arguments or self.family.timestep not in arguments:
-            inspect.signature(type(model).forward).bind(model, *args, **kwargs)  # raises
+        for name in (self.family.latents, self.family.timestep):
+            if arguments.get(name) is None:
+                raise TypeError(f"a cached call of {self.model_name} needs its argument {name!r}")
         given = {name: arguments.get(name, default) for name, default in self.conditions.items()}
         with self.lock:
             this_run, stream = self.streams.next(arguments[self.family.timestep], arguments[self.family.latents], given)
@@ -103,7 +104,10 @@ class CacheRuntime:
             try:
                 output = self._step(call, stream)
             except BaseException:
-                self.streams.drop([this_run])
+                self.streams.end()  # the other branches of the run too
+                open_call = cast(LongSkipModel, model).open_call
+                if open_call is not None:
+                    open_call.state = None
                 raise
             if len(this_run.coming) == 1 and self.method.schedule.is_adaptive:
                 self._warn_unless_reused(self.streams.current_runs)
@@ -116,16 +120,14 @@ class CacheRuntime:
         elif not self.family.counted:
             stream.costs = Costs.by_weights(call.model)
             output, reused = self.stepper.step(call, stream)
-        elif call.is_compiled:
+        elif call.has_graphs:  # a counter sees nothing inside them, and torch compiles nothing under one
             _, stream.costs = count_costs(call.model, call.eager)
             output, reused = self.stepper.step(call, stream)
         else:
             made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
             output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
-        stream.num_full += not reused
-        stream.num_reused += bool(reused)
-        stream.cost += stream.costs.of_step(reused)
+        stream.counts += Counts(int(not reused), int(bool(reused)), stream.costs.of_step(reused))
         self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
 

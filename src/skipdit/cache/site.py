@@ -17,8 +17,8 @@ class Site(Protocol):
         ...
 
     @property
-    def options(self) -> str:
-        """Its part of a spec."""
+    def shallow_units(self) -> tuple[int, ...]:
+        """What a spec says of it: each -k."""
         ...
 
 
@@ -37,13 +37,13 @@ class DeepFeatures:
                 "effect: skipdit.declare_family tells where its units are, skipdit.add_long_skips gives it long skips"
             )
         links = model.long_skip_links
-        for k in (self.num_shallow_units, *self.others):
+        for k in self.shallow_units:
             links.check_num_shallow_units(k)
-        return tuple(Units(start=k, stop=links.num_units - k) for k in (self.num_shallow_units, *self.others))
+        return tuple(Units(start=k, stop=links.num_units - k) for k in self.shallow_units)
 
     @property
-    def options(self) -> str:
-        return "".join(f"-k{k}" for k in (self.num_shallow_units, *self.others))
+    def shallow_units(self) -> tuple[int, ...]:
+        return (self.num_shallow_units, *self.others)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class UnitRange:
         return (Units(start=num_first, stop=num_units - num_last, delta=self.delta),)
 
     @property
-    def options(self) -> str:
-        return f"-k{self.num_shallow_units}" if self.num_shallow_units else ""
+    def shallow_units(self) -> tuple[int, ...]:
+        return () if self.num_shallow_units is None else (self.num_shallow_units,)
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Inner:
         return (DeepFeatures if linked else UnitRange)(self.num_shallow_units).regions(model)
 
     @property
-    def options(self) -> str:
-        return f"-k{self.num_shallow_units}"
+    def shallow_units(self) -> tuple[int, ...]:
+        return (self.num_shallow_units,)
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Stack:
         return (Units(start=1, stop=num_units, delta=True),)
 
     @property
-    def options(self) -> str:
-        return ""
+    def shallow_units(self) -> tuple[int, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class BranchOutputs:
         return (Branches(kinds=kinds, units=tuple(units)),)
 
     @property
-    def options(self) -> str:
-        return ""
+    def shallow_units(self) -> tuple[int, ...]:
+        return ()
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class ScheduledSteps:
         self.parts = parts
         self.links = cast(LongSkipModel, model).long_skip_links
         self.plans: dict[tuple[Decision, ...], ForwardPlan] = {}
+        self.schedules: dict[tuple[int, Costs | None], Schedule] = {}
         self.decided: dict[tuple[int, Costs | None, tuple[float, ...]], list[Decision]] = {}
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
@@ -157,7 +158,7 @@ class ScheduledSteps:
         left_out: set[int] = set()
         for index in reversed(range(len(self.parts))):
             part, state = self.parts[index], stream.states[index]
-            decision = self._decide(index, part, state, stream) if state.stored else None
+            decision = self._decide(index, state, stream) if state.stored else None
             if decision is not None and len(self.parts) > 1 and part.regions[decision].bounds is not None:
                 units = set(part.regions[decision].covered)
                 decision = None if units & left_out else decision
@@ -165,26 +166,29 @@ class ScheduledSteps:
             decisions.append(decision)
         return tuple(reversed(decisions))
 
-    def _decide(self, index: int, part: Part, state: PartState, stream: StepState) -> Decision:
+    def _decide(self, index: int, state: PartState, stream: StepState) -> Decision:
         if state.gate is not None:
             return 0 if state.gate.opens() else None
         whole = (*stream.levels, *stream.coming[1:])
         key = index, stream.costs, whole
-        if key not in self.decided:
+        decided = self.decided.get(key)
+        if decided is None:
             if len(self.decided) > MAX_DECIDED:
                 self.decided.clear()
-            self.decided[key] = self.schedule_of(part, stream.costs).decisions(whole)
-        return self.decided[key][len(stream.levels) - 1]
+            decided = self.decided[key] = self.schedule_of(index, stream.costs).decisions(whole)
+        return decided[len(stream.levels) - 1]
 
-    def schedule_of(self, part: Part, costs: Costs | None) -> Schedule:
+    def schedule_of(self, index: int, costs: Costs | None) -> Schedule:
         """Return the schedule of a part, where it depends on costs for those that were counted."""
-        if costs is None:
-            return part.schedule
-        try:
-            return part.schedule.for_cost(costs.of_step(part.regions[:1]))
-        except ValueError as error:
-            warnings.warn(f"{error}: as much as possible is reused", stacklevel=2)
-            return part.schedule
+        key, part = (index, costs), self.parts[index]
+        if key not in self.schedules:
+            self.schedules[key] = part.schedule
+            try:
+                if costs is not None:
+                    self.schedules[key] = part.schedule.for_cost(costs.of_step(part.regions[:1]))
+            except ValueError as error:
+                warnings.warn(f"{error}: as much as possible is reused", stacklevel=2)
+        return self.schedules[key]
 
     def plan_of(self, decisions: tuple[Decision, ...]) -> ForwardPlan:
         """Return what parts store that are full, and take that reuse; a part some of whose units are left out for

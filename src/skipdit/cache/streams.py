@@ -79,7 +79,7 @@ class Stream:
 
     places: of the last step, and of the one before it. new: the arguments by which it differed from the streams of the
     step before it. levels: noise levels of its steps since `states` are new. coming: of the run from this step on,
-    where they are known. costs: see `Costs`. compiled: the plans whose graphs have been called. cost: in full steps.
+    where they are known. costs: see `Costs`. compiled: the plans whose graphs have been called.
     """
 
     layout: tuple
@@ -91,9 +91,7 @@ class Stream:
     coming: list[float] = field(default_factory=list)
     costs: Costs | None = None
     compiled: set[ForwardPlan] = field(default_factory=set)
-    num_full: int = 0
-    num_reused: int = 0
-    cost: float = 0.0
+    counts: Counts = field(default_factory=Counts)
 
     def go_on(self, given: Conditions, place: float) -> None:
         """Make a step at this place, with conditions equal to those before."""
@@ -102,10 +100,6 @@ class Stream:
         self.conditions = given
         if place != self.places[0]:
             self.places = (place, self.places[0])
-
-    @property
-    def counts(self) -> Counts:
-        return Counts(self.num_full, self.num_reused, self.cost)
 
     @property
     def bytes_held(self) -> int:
@@ -301,7 +295,7 @@ class Streams:
                     return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
         current = next((each for each, table in lists.items() if run is not None and table is run.order), None)
         fresh = [each for each, table in lists.items() if self.begun.get(each) is not table]
-        if current is not None and fresh and not self._goes_on(timestep, run, [lists[each] for each in fresh]):
+        if current is not None and fresh and not self._goes_on(timestep, run, fresh):
             current = None
         if current is None and len(fresh) == 1 and not _is_entry(timestep):
             current = fresh[0]
@@ -320,16 +314,17 @@ class Streams:
             index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
-    def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:
+    def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Any]) -> bool:
         """Whether a copied timestep is the next of its run, not the first of another scheduler's new list. Reads it."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [float(table[0]) for table in fresh]
+        coming, first = run.coming[:2], [noise_levels(each, each.timesteps[:1])[0] for each in fresh]
         return any(_near(level, each) for each in coming) and not any(_near(level, each) for each in first)
 
     def _levels(self, timestep: Any) -> list[Tensor]:
         """What is to be read of a timestep: of the noisiest token of a sample, the highest and the lowest."""
-        timestep = torch.as_tensor(_told.get().get("timestep", timestep))
+        told = _told.get().get("timestep")
+        timestep = torch.as_tensor(timestep if told is None else told)
         if timestep.numel() == 1:
             return [timestep.reshape(())]
         tokens = timestep.reshape(1 if self.by_token else len(timestep), -1)
@@ -352,8 +347,7 @@ class Streams:
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
-                run.levels = [1000 - level for level in table.tolist()] if inverted else table.tolist()
+                run.levels = noise_levels(scheduler, table)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
@@ -416,6 +410,16 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     for stream in run.streams:
         stream.places = (run.level, run.level)
     return run, level
+
+
+def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
+    """Return the noise levels, from 0 to 1000, of the first timesteps of a scheduler's list. Reads them."""
+    if getattr(scheduler, "precondition_noise", None) is not None:  # EDM's timesteps are functions of log sigma
+        return [2000 / math.pi * math.atan(sigma) for sigma in scheduler.sigmas[: len(timesteps)].tolist()]
+    scale = 1000 / getattr(scheduler.config, "num_train_timesteps", 1000)
+    levels = [timestep * scale for timestep in timesteps.tolist()]
+    inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
+    return [1000 - level for level in levels] if inverted else levels
 
 
 def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:

@@ -318,7 +318,7 @@ FAMILIES: dict[str, Family] = {
     "LongCatAudioDiTTransformer": Family(segments=WAN, hidden_size=("dit_dim",), timestep_scale=RISES),
     "MiniMaxMusic3Transformer1DModel": Family(timestep_scale=RISES),
     "StableAudio3DiTModel": Family(hidden_size=("embed_dim",), timestep_scale=1000.0),
-    "StableAudioDiTModel": Family(),
+    "StableAudioDiTModel": Family(timestep_scale=1000.0),
 }
 FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
 

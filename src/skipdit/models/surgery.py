@@ -31,6 +31,7 @@ from skipdit.models.long_skip import (
     LongSkipLinks,
     LongSkipModel,
     OpenCall,
+    pair_segments,
     pair_units,
 )
 from skipdit.models.routing import ByToken
@@ -72,9 +73,16 @@ class UnitBlock(Remade, nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         place, state = self._place, self._open.state
         if state is None or place.unit not in state.plan.idle or self._is_hooked():
-            return super().__call__(*args, **kwargs)
+            return self._call_impl(*args, **kwargs)
         streams = [kwargs[name] if name in kwargs else args[place.positions[name]] for name in place.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what the block's own class computes, and nothing of what a plan says: blocks of one class share their
+        graphs, and so do all steps. Under a plan that looks into branches a block runs without its graph."""
+        compiled: Any = torch.compile(super().forward, *args, **options)
+        compiled.options = args, options
+        self._compiled_call_impl = compiled
 
     def _is_hooked(self) -> bool:
         return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
@@ -113,7 +121,8 @@ class UnitBlock(Remade, nn.Module):
                         put(name, state.tokens.keep(get(name), by_token))
             if self.long_skip is not None:
                 put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
-            output = super().forward(*call, **kwargs)
+            compiled = None if state.plan.has_branches else self._compiled_call_impl
+            output = (compiled or super().forward)(*call, **kwargs)
         else:
             if place.is_entry:
                 # a model that hands skips on by itself takes what leaves this unit for one (HunyuanDiT)
@@ -341,8 +350,8 @@ def _native_links(num_units: int) -> LongSkipLinks:
 def open_units(model: nn.Module) -> None:
     """Make a transformer of diffusers run its units under a `ForwardState`, with no new weights and the same output.
 
-    `ValueError` where its family is unknown or does not fit, or hooks are on its forward (offloading: set it up
-    afterwards). The model is then what it was.
+    `ValueError` where its family is unknown or does not fit, hooks are on its forward (offloading: set it up
+    afterwards), or its blocks are compiled. The model is then what it was.
     """
     if isinstance(model, LongSkipModel):
         return
@@ -350,6 +359,8 @@ def open_units(model: nn.Module) -> None:
     segments = _segments(model, family)
     units = _units(model, family)
     refuse_hooked((model, *(block for blocks in units for block in blocks)))
+    if any(block._compiled_call_impl is not None for blocks in units for block in blocks):
+        raise ValueError(f"blocks of this {type(model).__name__} are compiled: call skipdit first, then compile them")
     writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
     model_class, open_call, places = long_skip_class(type(model)), OpenCall(writes=writes), []
     for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
@@ -421,6 +432,9 @@ def close_units(model: nn.Module) -> None:
     for block in blocks:
         del block._place, block._open, block.long_skip
         swap(block, type(block).__bases__[1])
+        if block._compiled_call_impl is not None:
+            args, options = block._compiled_call_impl.options
+            block.compile(*args, **options)
     del model.open_call, model._family, model.timestep_scale, model.long_skip_links, model.fill_token
     swap(model, type(model).__bases__[1])
 
@@ -451,16 +465,18 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
     if isinstance(model, LongSkipModel) and model.long_skip_links.sources:
         raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
     if isinstance(model, LongSkipModel):
-        num_units = model.long_skip_links.num_units
+        sizes = [model.long_skip_links.num_units]
     else:
-        num_units = len(_units(model, get_family(type(model))))
-    if not pair_units(num_units, config):
-        raise ValueError(f"there must be a pair to link, got num_pairs {config.num_pairs} for {num_units} units")
-    open_units(model)
-    linked = cast(Any, model)
+        sizes = [len(units) for units in _segments(model, get_family(type(model)))]
+    if not pair_segments(sizes, config):
+        raise ValueError(
+            f"there must be a pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
+        )
     hidden_size = 1
     for name in family.hidden_size if family else ("num_attention_heads", "attention_head_dim"):
-        hidden_size *= linked.config[name]
+        hidden_size *= cast(Any, model).config[name]
+    open_units(model)
+    linked = cast(Any, model)
     linked.set_long_skips(hidden_size, config)
     for block in linked.unit_entries():
         if block.long_skip is not None:
