@@ -141,14 +141,16 @@ class CacheRuntime:
     def _warn_unless_reused(self, runs: list[Run]) -> None:
         """Warn once, and name the cause, where runs of several steps that are over have never reused."""
         streams = [stream for run in runs for stream in run.streams]
-        longest = max(streams, key=lambda each: each.num_full, default=None)
-        if longest is None or longest.num_full < 2 or any(run.warned or run.counts.reused for run in runs):
+        longest = max(streams, key=lambda each: each.counts.full, default=None)
+        if longest is None or longest.counts.full < 2 or any(run.warned or run.counts.reused for run in runs):
             return
         cause = self._why_never(longest.levels)
         if cause is not None:
             for run in runs:
                 run.warned = True
-            warnings.warn(f"cache {self.method} has not reused once in {longest.num_full} steps: {cause}", stacklevel=3)
+            warnings.warn(
+                f"cache {self.method} has not reused once in {longest.counts.full} steps: {cause}", stacklevel=3
+            )
 
     def _why_never(self, levels: list[float]) -> str | None:
         """Return why a run of these noise levels has never reused; `None` where that is no mistake."""
