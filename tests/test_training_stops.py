@@ -139,6 +139,7 @@ def test_on_a_terminal_the_cursor_comes_back_and_a_lost_terminal_does_no_harm(
     out, said = tmp_path / "run", bytearray()
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
         os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(tmp_path / "data"), str(out)])
 
     def read() -> None:
