@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ import skipdit.training.loop
 from skipdit.files import DRAFT
 from skipdit.processes import LOCK, locked
 from skipdit.training import Stopped, TrainConfig, train
+from skipdit.training.batches import has_failed
 from skipdit.training.checkpointing import PREVIOUS, list_checkpoints
 from skipdit.training.stopping import stoppable
 
@@ -137,6 +139,7 @@ def test_on_a_terminal_the_cursor_comes_back_and_a_lost_terminal_does_no_harm(
     out, said = tmp_path / "run", bytearray()
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
         os.execv(sys.executable, [sys.executable, "-c", COMMAND, str(tmp_path / "data"), str(out)])
 
     def read() -> None:
@@ -298,6 +301,37 @@ def test_a_dead_data_worker_is_said_in_one_line(config: TrainConfig, tmp_path: P
     assert line.startswith("ChildProcessError(")
     assert "a process that loads data died" in line
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+
+class Noticed(ForkProcess):
+    """A process of whose end Python learns no earlier than when it is waited for."""
+
+    def join(self, timeout: float | None = None) -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        super().join(timeout)
+
+
+def test_a_data_worker_whose_end_is_noticed_late_has_failed() -> None:
+    """The broken pipe of a dead worker may be seen before its signal, at which PyTorch raises."""
+
+    def raise_as_torch_does(*_: object) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal: Killed.")
+
+    workers = [Noticed(target=time.sleep, args=(60,)) for _ in range(2)]
+    before = signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    try:
+        for worker in workers:
+            worker.start()
+        assert not has_failed(workers)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+        os.kill(workers[0].pid or 0, signal.SIGKILL)
+        os.waitid(os.P_PID, workers[0].pid or 0, os.WEXITED | os.WNOWAIT)
+        assert has_failed(workers)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        workers[1].kill()
+        for worker in workers:
+            worker.join()
 
 
 def test_no_worker_is_left_after_a_run(config: TrainConfig, tmp_path: Path) -> None:

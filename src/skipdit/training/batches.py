@@ -1,8 +1,9 @@
 """What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, rank, step)."""
 
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import torch
@@ -136,9 +137,7 @@ def load_batches(
         yield batches
     except Exception as error:
         # PyTorch raises where the loop happens to be, or the pipe breaks, or somebody makes another error of either
-        for worker in workers:
-            worker.join(timeout=0.1)
-        if not any(worker.exitcode for worker in workers):
+        if not has_failed(workers):
             raise
         raise ChildProcessError(
             "a process that loads data died, perhaps for lack of memory: the same command goes on from the last "
@@ -147,3 +146,13 @@ def load_batches(
     finally:
         if workers:
             batches._shutdown_workers()  # else they end with the last reference, which a traceback may hold
+
+
+def has_failed(workers: Sequence[BaseProcess]) -> bool:
+    """Whether a process has ended with an error. PyTorch's handler of SIGCHLD raises wherever Python is, also here."""
+    for _ in range(len(workers) + 1):
+        with suppress(RuntimeError):
+            for worker in workers:
+                worker.join(timeout=0.1)
+            return any(worker.exitcode for worker in workers)
+    return True
