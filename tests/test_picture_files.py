@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from skipdit import picture_files
+from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig, open_pictures
-from skipdit.picture_files import MAX_PIXELS, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
+from skipdit.picture_files import MAX_PIXELS, MAX_SIDE, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
 
 RAMP = np.tile(np.linspace(0, 1, 48), (32, 1))
 
@@ -176,8 +177,19 @@ def test_sizes_are_checked_before_anything_is_decoded() -> None:
     for read in (open_picture, check_picture):
         with pytest.raises(ValueError, match=r"it has 13300 x 13300 pixels, at most 52,428,800 are read"):
             read(huge, "huge")
-    thin = open_picture(hostile.png(1, 1_000_000), "thin")
-    assert to_rgb(thin, 64).size == (64, 64)
+
+
+@pytest.mark.parametrize("height", [1_000_000, 10_000_000])
+def test_a_thin_picture_is_not_made_larger_before_the_crop(height: int) -> None:
+    """Resized on its shorter side, one of these would have 64 x 640,000,000 pixels."""
+    assert to_rgb(open_picture(hostile.png(1, height, depth=1, color=0), "thin"), 64).size == (64, 64)
+
+
+@pytest.mark.parametrize("config", [DataConfig, ClipConfig])
+def test_a_side_beyond_every_picture_is_refused(config: type) -> None:
+    assert config(image_size=MAX_SIDE).image_size ** 2 <= MAX_PIXELS
+    with pytest.raises(ValueError, match="image_size must be at most 7240, got 100000"):
+        config(image_size=100_000)
 
 
 def test_a_large_jpeg_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

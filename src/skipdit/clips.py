@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from skipdit.data import MAX_CACHED_BYTES, check_no_caption_column, emoji_captions, pad_captions
 from skipdit.folders import frames_in, scan_classes
-from skipdit.picture_files import to_rgb
+from skipdit.picture_files import check_side, to_rgb
 from skipdit.tables import Table, find_tables, read_table
 from skipdit.untrusted import printable, printable_path
 from skipdit.video_files import VIDEO_SUFFIXES
@@ -53,7 +53,8 @@ class ClipConfig:
     on_broken: OnBroken = "refuse"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_frames", "frame_interval"):
+        check_side(self.image_size)
+        for name in ("num_frames", "frame_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < float("inf"):

@@ -24,6 +24,7 @@ PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", 
 )
 MAX_PICTURE_BYTES = 2**28  # of a file
 MAX_PIXELS = 50 * 2**20  # of a picture when it is decoded; a baseline JPEG is decoded at a half, quarter or eighth
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # that pictures are resized to
 MAX_AVIF_PIXELS = 2**25  # its decoder has the picture in memory several times
 MAX_PNG_CHUNKS = 2**18
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
@@ -74,6 +75,14 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
     """`ValueError` where width times height is more than `max_pixels`."""
     if math.prod(size) > max_pixels:
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are read")
+
+
+def check_side(image_size: int) -> None:
+    """`ValueError` where pictures cannot be resized to this side."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size > MAX_SIDE:
+        raise ValueError(f"image_size must be at most {MAX_SIDE}, got {image_size}")
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from skipdit.checkpoints.reading import (
     read_training,
 )
 from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint
-from skipdit.files import atomic_file
+from skipdit.files import atomic_file, clean_up
 from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips
@@ -232,6 +232,7 @@ def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
     tensors = {key: tensor.contiguous() for key, tensor in to_official(model).items()}
+    clean_up(target.parent)
     with atomic_file(target) as draft:
         save_file(tensors, draft, metadata={"format": "pt"})
 

@@ -59,7 +59,11 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
     for name in names:
         if not name or Path(name).name != name:
             raise ValueError(f"{printable(path)} names {printable(name)!r}, which is not a file beside it")
-        shard = pick_weights(_read_tensors(folder / name), "ema")
+        content = _read_tensors(folder / name)
+        try:
+            shard = pick_weights(content, "ema")
+        except ValueError as error:
+            raise ValueError(f"{printable(name)} {error}") from error
         if twice := [key for key in shard if key in tensors]:
             raise ValueError(f"{printable(name)} holds {list_first(twice)}, which another of the files holds too")
         tensors |= shard
