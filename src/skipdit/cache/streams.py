@@ -352,8 +352,12 @@ class Streams:
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
-                run.levels = [1000 - level for level in table.tolist()] if inverted else table.tolist()
+                config = scheduler.config
+                run.levels = noise_levels(
+                    table.tolist(),
+                    config.get("num_train_timesteps", 1000),
+                    inverted=config.get("invert_sigmas", False),
+                )
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
@@ -416,6 +420,24 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     for stream in run.streams:
         stream.places = (run.level, run.level)
     return run, level
+
+
+def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inverted: bool = False) -> list[float]:
+    """Return the noise levels, from 0 to 1000, of a scheduler's list.
+
+    Lists from 0 to 1 are as long as others. inverted: the list rises as noise falls, as one from 0 to 1 does that rises
+    (Mochi, OmniGen, MiniMax-H3). Of sigmas above 1, and of logarithms of them (c_noise of EDM, arXiv 2206.00364, table
+    1), the level is the share of noise sigma / (1 + sigma).
+    """
+    most = max(timesteps)
+    full = 1 if most <= 1 else num_train_timesteps
+    if inverted or (full == 1 and timesteps[-1] > timesteps[0]):
+        return [1000 * (1 - each / full) for each in timesteps]
+    if min(timesteps) < 0 and most < 10:
+        return [1000 / (1 + math.exp(-4 * each)) for each in timesteps]
+    if most > 1.001 * full:
+        return [1000 * each / (full + each) for each in timesteps]
+    return timesteps if full == 1000 else [1000 * each / full for each in timesteps]
 
 
 def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:

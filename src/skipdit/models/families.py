@@ -238,7 +238,7 @@ FAMILIES: dict[str, Family] = {
         timestep="vision_timesteps",
         changing=("sound_tokens", "sound_timesteps", "action_tokens", "action_timesteps"),
     ),
-    "CosmosTransformer3DModel": Family(changing=("block_controlnet_hidden_states",)),
+    "CosmosTransformer3DModel": Family(timestep_scale=1000.0, changing=("block_controlnet_hidden_states",)),
     "EasyAnimateTransformer3DModel": Family(segments=IMAGE_STREAM),
     "HeliosTransformer3DModel": Family(segments=WAN),
     "HunyuanVideo15Transformer3DModel": Family(segments=IMAGE_STREAM, changing=("timestep_r",)),
@@ -275,6 +275,7 @@ FAMILIES: dict[str, Family] = {
     "LatteTransformer3DModel": Family(segments=_units("transformer_blocks", "temporal_transformer_blocks")),
     "MiniMaxH3Transformer3DModel": Family(
         hidden_size=("hidden_size",),
+        timestep_scale=RISES,
         timestep_by_token=True,
         changing=("audio_hidden_states", "timestep_indices"),
     ),
@@ -295,7 +296,7 @@ FAMILIES: dict[str, Family] = {
     "LongCatAudioDiTTransformer": Family(segments=WAN, hidden_size=("dit_dim",), timestep_scale=RISES),
     "MiniMaxMusic3Transformer1DModel": Family(timestep_scale=RISES),
     "StableAudio3DiTModel": Family(hidden_size=("embed_dim",), timestep_scale=1000.0),
-    "StableAudioDiTModel": Family(),
+    "StableAudioDiTModel": Family(timestep_scale=1000.0),
 }
 FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
 
