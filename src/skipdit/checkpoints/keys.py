@@ -258,7 +258,8 @@ def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str
     if num_pairs == 0:
         return None
     norm = "layer_norm" if any(key.endswith(".bias") for key in norms) else "rms_norm"
-    return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm}
+    fill = {"fill_token": True} if "fill_token" in keys else {}
+    return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm, **fill}
 
 
 def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> dict[str, Any] | None:

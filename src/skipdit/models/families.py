@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from skipdit.models.long_skip import BranchKind
+from skipdit.models.routing import ByToken, TokenRoute
 
 Named = Mapping[BranchKind, tuple[str, ...]]
 
@@ -41,6 +42,9 @@ class Segment:
     branches: Named = field(default_factory=lambda: BRANCHES)
     """By kind the attributes of a block, where it has them, dotted where they are deeper; the attention of a unit's
     second block is over time. What they output can be reused: a tensor, or a tuple."""
+    by_token: Mapping[str, ByToken] | None = None
+    """Arguments of a block beside its streams that have an entry per token of the fused stream, so that tokens can be
+    routed; `None` where that is not known, or cannot be right."""
 
     def __post_init__(self) -> None:
         _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
@@ -126,6 +130,25 @@ class Family:
                     f"joins must be streams of the segment before, {', '.join(before.streams)}, for one stream, "
                     f"got {', '.join(segment.joins)} for {', '.join(segment.streams)}"
                 )
+
+    def check_route(self, name: str, segment_starts: tuple[int, ...], route: TokenRoute) -> None:
+        """`ValueError` where the tokens of such a model cannot be routed past these units."""
+        if any(segment.by_token is None for segment in self.segments):
+            raise ValueError(
+                f"the tokens of {name} cannot be routed: its blocks need all of them, or it is not known which of "
+                "their arguments have an entry per token (Segment.by_token)"
+            )
+        for segment, start in zip(self.segments[1:], segment_starts, strict=True):
+            if segment.joins and route.start >= start:
+                raise ValueError(
+                    f"tokens of {name} must leave before unit {start}, where text joins them, got {route.start}"
+                )
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether the samples of a batch share what blocks know of their tokens, and so must keep the same ones."""
+        entries = [each for segment in self.segments for each in (segment.by_token or {}).values()]
+        return any(each.dim == 0 and not each.of_rows for each in entries)
 
 
 TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
@@ -299,6 +322,54 @@ FAMILIES: dict[str, Family] = {
     "StableAudioDiTModel": Family(timestep_scale=1000.0),
 }
 FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
+
+ROTARY, ROTARY_WITH_TEXT = {"image_rotary_emb": ByToken()}, {"image_rotary_emb": ByToken(text="before")}
+ROTARY_WAN = {"rotary_emb": ByToken(dim=1), "temb": ByToken(dim=1, ndim=4)}
+MASK_WITH_TEXT = {"attention_mask": ByToken(dim=-1, text="after")}
+
+# the classes whose tokens can be routed, and what their blocks take with an entry per token; of each segment, or of all
+BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] = {
+    "AllegroTransformer3DModel": {"image_rotary_emb": ByToken(dim=1, index=1)},
+    "AuraFlowTransformer2DModel": {},
+    "BriaFiboTransformer2DModel": ROTARY_WITH_TEXT,
+    "BriaTransformer2DModel": ROTARY_WITH_TEXT,
+    "ChromaTransformer2DModel": ROTARY_WITH_TEXT | {"attention_mask": ByToken(dim=1, text="before")},
+    "ChronoEditTransformer3DModel": ROTARY_WAN,
+    "CogVideoXTransformer3DModel": ROTARY,
+    "CogView3PlusTransformer2DModel": {},
+    "CogView4Transformer2DModel": ROTARY,
+    "CosmosTransformer3DModel": ROTARY | {"extra_pos_emb": ByToken(dim=1)},
+    "DiTTransformer2DModel": {},
+    "EasyAnimateTransformer3DModel": ROTARY,
+    "Flux2Transformer2DModel": ROTARY_WITH_TEXT,
+    "FluxTransformer2DModel": ROTARY_WITH_TEXT,
+    "HunyuanDiT2DModel": ROTARY,
+    "HunyuanImageTransformer2DModel": ROTARY | MASK_WITH_TEXT,
+    "HunyuanVideo15Transformer3DModel": {"freqs_cis": ByToken()},
+    "HunyuanVideoTransformer3DModel": ({"freqs_cis": ByToken()} | MASK_WITH_TEXT, ROTARY | MASK_WITH_TEXT),
+    "LTXVideoTransformer3DModel": {"image_rotary_emb": ByToken(dim=1), "temb": ByToken(dim=1)},
+    "LatteTransformer3DModel": {"timestep": ByToken(of_rows=True)},
+    "LongCatImageTransformer2DModel": ROTARY_WITH_TEXT,
+    "LuminaNextDiT2DModel": {"attention_mask": ByToken(dim=1), "image_rotary_emb": ByToken(dim=1)},
+    "MochiTransformer3DModel": ROTARY,
+    "MotifVideoTransformer3DModel": ROTARY | MASK_WITH_TEXT,
+    "OvisImageTransformer2DModel": ROTARY_WITH_TEXT,
+    "PRXTransformer2DModel": {"image_rotary_emb": ByToken(dim=2)},
+    "PixArtTransformer2DModel": {},
+    "QwenImageTransformer2DModel": {"image_rotary_emb": ByToken(index=0), "modulate_index": ByToken(dim=1)},
+    "SD3Transformer2DModel": {},
+    "SkyReelsV2Transformer3DModel": ROTARY_WAN,
+    "WanTransformer3DModel": ROTARY_WAN,
+}
+
+
+def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]) -> Family:
+    each = by_token if isinstance(by_token, tuple) else (by_token,) * len(family.segments)
+    segments = zip(family.segments, each, strict=True)
+    return replace(family, segments=tuple(replace(segment, by_token=names) for segment, names in segments))
+
+
+FAMILIES |= {name: _with_tokens(FAMILIES[name], by_token) for name, by_token in BY_TOKEN.items()}
 
 # transformers of diffusers 0.42 that have no row, and why
 OUT_OF_SCOPE: dict[str, str] = {
