@@ -347,7 +347,12 @@ class Streams:
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                run.levels = noise_levels(scheduler, table)
+                config = scheduler.config
+                run.levels = noise_levels(
+                    table.tolist(),
+                    config.get("num_train_timesteps", 1000),
+                    inverted=config.get("invert_sigmas", False),
+                )
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
@@ -412,14 +417,26 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     return run, level
 
 
-def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
-    """Return the noise levels, from 0 to 1000, of the first timesteps of a scheduler's list. Reads them."""
-    if getattr(scheduler, "precondition_noise", None) is not None:  # EDM's timesteps are functions of log sigma
-        return [2000 / math.pi * math.atan(sigma) for sigma in scheduler.sigmas[: len(timesteps)].tolist()]
-    scale = 1000 / getattr(scheduler.config, "num_train_timesteps", 1000)
-    levels = [timestep * scale for timestep in timesteps.tolist()]
-    inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
-    return [1000 - level for level in levels] if inverted else levels
+def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inverted: bool = False) -> list[float]:
+    """Return the noise levels, from 0 to 1000, of a scheduler's list.
+
+    inverted: the list rises as noise falls (Mochi); of one that goes from 0 to 1 that is known (OmniGen, MiniMax-H3).
+    Of sigmas above 1 (Cosmos 2), and of their logarithms (c_noise of EDM, arXiv 2206.00364, table 1), a level is the
+    share of noise, sigma / (1 + sigma).
+    """
+    most = max(timesteps)
+    full = 1 if most <= 1 else num_train_timesteps
+    if inverted or (full == 1 and timesteps[-1] > timesteps[0]):
+        shares = [1 - each / full for each in timesteps]
+    elif min(timesteps) < 0 and most < 10:
+        shares = [1 / (1 + math.exp(-4 * each)) for each in timesteps]
+    elif most > 1.001 * full:
+        shares = [each / (full + each) for each in timesteps]
+    elif full == 1000:
+        return timesteps
+    else:
+        shares = [each / full for each in timesteps]
+    return [round(1000 * share, 3) for share in shares]
 
 
 def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
