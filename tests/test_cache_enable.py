@@ -241,7 +241,7 @@ def test_copies_cache_in_the_same_way_and_share_no_state(name: str, way: str) ->
     def run(each: Any, num_steps: int = 4) -> list[torch.Tensor]:
         return [each(**family.arguments(900 - 100 * i, seed=i), return_dict=False)[0] for i in range(num_steps)]
 
-    for spec in (None, "delta:N2", "fbcache:0.5"):
+    for spec in (None, "delta:N2", "fbcache:100"):
         if spec is not None:
             enable_cache(model, spec)
         expected = run(model)

@@ -56,7 +56,9 @@ class CacheRuntime:
     def reset(self) -> None:
         self.lock = threading.RLock()  # one step at a time: threads take turns
         by_token = self.family.timestep_by_token
-        self.streams = Streams(self._start, self._check_reuses, self.timestep_scale, by_token=by_token)
+        self.streams = Streams(
+            self._start, self._check_reuses, self._warn_unless_reused, self.timestep_scale, by_token=by_token
+        )
         self.costs: dict[tuple[Any, ...], Costs] = {}
         self.peak_bytes_held = 0
 
@@ -103,7 +105,8 @@ class CacheRuntime:
             except BaseException:
                 self.streams.drop([this_run])
                 raise
-            self._warn_unless_reused(this_run)
+            if len(this_run.coming) == 1 and self.method.schedule.is_adaptive:
+                self._warn_unless_reused(self.streams.current_runs)
         return output
 
     def _step(self, call: Call, stream: Stream) -> Any:
@@ -133,16 +136,30 @@ class CacheRuntime:
         if all(all(resolve(part.schedule, levels)) for part in self.parts):
             raise ValueError(f"cache {self.method} would never reuse in {len(levels)} steps")
 
-    def _warn_unless_reused(self, run: Run) -> None:
-        """Warn at the last step of a run whose adaptive schedule has never reused."""
-        if len(run.coming) != 1 or not self.method.schedule.is_adaptive or self.method.may_stay_full:
+    def _warn_unless_reused(self, runs: list[Run]) -> None:
+        """Warn once, and name the cause, where runs of several steps that are over have never reused."""
+        streams = [stream for run in runs for stream in run.streams]
+        longest = max(streams, key=lambda each: each.num_full, default=None)
+        if longest is None or longest.num_full < 2 or any(run.warned or run.counts.reused for run in runs):
             return
-        steps = max(stream.counts.full for stream in run.streams)
-        if not (run.warned or self.streams.counts.reused) and steps > 1:
-            run.warned = True
-            warnings.warn(
-                f"cache {self.method} has not reused once in {steps} steps: raise its threshold", stacklevel=3
-            )
+        cause = self._why_never(longest.levels)
+        if cause is not None:
+            for run in runs:
+                run.warned = True
+            warnings.warn(f"cache {self.method} has not reused once in {longest.num_full} steps: {cause}", stacklevel=3)
+
+    def _why_never(self, levels: list[float]) -> str | None:
+        """Return why a run of these noise levels has never reused; `None` where that is no mistake."""
+        schedules, most, least = [part.schedule for part in self.parts], max(levels), min(levels)
+        if self.method.schedule.is_adaptive:
+            return None if self.method.may_stay_full else "raise its threshold"
+        if most <= 1.5 and any(set(each.decisions([1000 * level for level in levels])) != {None} for each in schedules):
+            return f"timesteps are {most:g} to {least:g}, not 1000 to 0: timestep_scale of its Family does not fit"
+        if self.method.may_stay_full:
+            return None
+        return (
+            f"timesteps from {most:g} to {least:g}, all that this {self.model_name} was called at, are full by schedule"
+        )
 
     # ------------------------------------------------------------------------------------------------------------------
     # The end of a run, and what is said about it

@@ -152,11 +152,19 @@ class Probe:
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not self.inputs:
             return (Units(start=0, stop=1, delta=True, skips=False),)
+        if not any(place.unit == 0 and place.kind == "attention" for place in cast(LongSkipModel, model).branches()):
+            raise ValueError(
+                f"{type(model).__name__} has no attention in its first unit that skipdit knows of, which is what this "
+                "cache looks at: name it in the branches of skipdit.declare_family"
+            )
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
 
 
 def known_units(model: nn.Module) -> int:
     """How many units a model has; `ValueError` where skipdit does not know them."""
     if not isinstance(model, LongSkipModel):
-        raise ValueError(f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused")
+        raise ValueError(
+            f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused: "
+            "skipdit.declare_family tells where its units are"
+        )
     return model.long_skip_links.num_units

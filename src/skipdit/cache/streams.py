@@ -190,17 +190,19 @@ class Run:
 
 class Streams:
     """All runs of one cached model. start: makes the states of a new stream. check: is told the noise levels of a run
-    that begins. scale: of the timestep argument to noise levels; below 0 where it rises as noise falls."""
+    that begins; over: is given runs that are over. scale: of the timestep argument to noise levels; below 0 where it
+    rises as noise falls."""
 
     def __init__(
         self,
         start: Callable[[], list[PartState]],
         check: Callable[[list[float]], None],
+        over: Callable[[list[Run]], None],
         scale: float,
         *,
         by_token: bool = False,
     ) -> None:
-        self.start, self.check, self.scale, self.by_token = start, check, scale, by_token
+        self.start, self.check, self.over, self.scale, self.by_token = start, check, over, scale, by_token
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         # of each watched scheduler the list on which a run has begun last
         self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
@@ -215,12 +217,13 @@ class Streams:
     def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
         """The run and the stream of which a call is the next step; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
-        given, layout = Conditions(conditions), layout_of(latents)
-        run, place, stream, fitting = self._place(key, timestep, given, layout)
+        given, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
+        run, place, stream, fitting = self._place(key, before, timestep, given, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
             run, place = Run(run.order, run.levels, level=run.level), place if place < run.place else 0
         if not run.streams:
             stream, fitting, run.place = None, [], place
+            self.over([] if before is None else [before])
             self._begin(key, run)
         run.place = place
         run.level = run.levels[int(place)] if run.levels else run.level
@@ -244,11 +247,10 @@ class Streams:
         return run, stream
 
     def _place(
-        self, key: Key, timestep: Any, given: Conditions, layout: tuple
+        self, key: Key, before: Run | None, timestep: Any, given: Conditions, layout: tuple
     ) -> tuple[Run, float, Stream | None, list[Stream]]:
         """A call's run and its place there; its stream, where the very same tensors tell it; and the streams of its
         shape. What must be read is read at once."""
-        before = self.runs.pop(key, None)
         branches = [each for name, each in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
         order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
@@ -374,7 +376,9 @@ class Streams:
         are the calls outside of any context."""
         thread, path = threading.get_ident(), _context.get()
         ended = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
-        self.drop([self.runs[key] for key in ended])
+        runs = [self.runs[key] for key in ended]
+        self.drop(runs)
+        self.over(runs)
 
     def drop(self, runs: list[Run]) -> None:
         """Drops what these hold; their counts stay for the summary."""
@@ -390,8 +394,13 @@ class Streams:
     @property
     def counts(self) -> Counts:
         """Of the current runs, or of those that have ended last."""
-        current = [run.counts for run in list(self.runs.values()) if run.last_call > self.ended_at]
+        current = [run.counts for run in self.current_runs]
         return sum(current, Counts()) if current else self.ended_counts
+
+    @property
+    def current_runs(self) -> list[Run]:
+        """Those that have been called since others ended."""
+        return [run for run in list(self.runs.values()) if run.last_call > self.ended_at]
 
 
 def _by_level(run: Run, level: float) -> tuple[Run, float]:

@@ -1,7 +1,7 @@
 """Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -40,13 +40,14 @@ class Segment:
     """Where a segment has one stream and the one before had several: which of those the model concatenates along their
     tokens, in this order."""
     branches: Named = field(default_factory=lambda: BRANCHES)
-    """By kind the attributes of a block, where it has them; the attention of a unit's second block is over time. What
-    they output can be reused: a tensor, or a tuple."""
+    """By kind the attributes of a block, where it has them, dotted where they are deeper; the attention of a unit's
+    second block is over time. What they output can be reused: a tensor, or a tuple."""
     by_token: Mapping[str, ByToken] | None = None
     """Arguments of a block beside its streams that have an entry per token of the fused stream, so that tokens can be
     routed; `None` where that is not known, or cannot be right."""
 
     def __post_init__(self) -> None:
+        _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
         if not self.lists:
             raise ValueError("lists must name at least one ModuleList of the model")
         if not self.streams:
@@ -59,12 +60,32 @@ class Segment:
         return self.fused or (self.streams[0] if len(self.streams) == 1 else "hidden_states")
 
 
+def _check_names(**names: tuple[str, ...]) -> None:
+    """Refuse one name where a tuple of names belongs: its letters would be taken for names."""
+    for role, given in names.items():
+        if isinstance(given, str):
+            raise ValueError(f"{role} must be a tuple of names, as ({given!r},), got {given!r}")
+
+
+ONE_SEGMENT = (Segment(),)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What skipdit must know of one class of transformers."""
+    """What skipdit must know of one class of transformers.
 
-    segments: tuple[Segment, ...] = (Segment(),)
+    A family of one segment has a short form: `block_lists`, `streams` and `branches` in place of `segments`.
+    `ValueError` where both are given.
+    """
+
+    segments: tuple[Segment, ...] = ONE_SEGMENT
     """In the order in which they run; units number through all of them."""
+    block_lists: InitVar[tuple[str, ...] | None] = None
+    """Short form: the `lists` of the only segment."""
+    streams: InitVar[tuple[str, ...] | None] = None
+    """Short form: the `streams` of the only segment."""
+    branches: InitVar[Named | None] = None
+    """Short form: the `branches` of the only segment."""
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     """Entries of the config whose product is the hidden size."""
     native_pairs: bool = False
@@ -87,7 +108,20 @@ class Family:
     changing: tuple[str, ...] = ()
     """Arguments that are new at every step and no condition: a second timestep, a control signal, audio latents."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, block_lists: tuple[str, ...] | None, streams: tuple[str, ...] | None, branches: Named | None
+    ) -> None:
+        _check_names(hidden_size=self.hidden_size, changing=self.changing)
+        short = {"block_lists": block_lists, "streams": streams, "branches": branches}
+        given: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
+        if given and self.segments is not ONE_SEGMENT:
+            raise ValueError(
+                "give either segments or block_lists, streams and branches, the short form of one segment: "
+                f"got segments and {', '.join(given)}"
+            )
+        if given:
+            options = {name.removeprefix("block_"): value for name, value in given.items()}
+            object.__setattr__(self, "segments", (Segment(**options),))
         if not self.segments:
             raise ValueError("segments must have at least one Segment")
         for before, segment in zip(self.segments, self.segments[1:], strict=False):
@@ -167,7 +201,11 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": Family(segments=FLUX, timestep_scale=1000.0, changing=CONTROL),
     "GlmImageTransformer2DModel": Family(segments=IMAGE_STREAM),
     "HiDreamImageTransformer2DModel": Family(
-        segments=_two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True), timestep="timesteps"
+        segments=tuple(
+            replace(segment, branches={"attention": ("block.attn1",), "mlp": ("block.ff_i", "block.ff_t")})
+            for segment in _two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True)
+        ),
+        timestep="timesteps",
     ),
     "HunyuanDiT2DModel": Family(segments=WAN, native_pairs=True, changing=CONTROL[:1]),
     "HunyuanImageTransformer2DModel": Family(segments=HUNYUAN, changing=("timestep_r",)),
@@ -236,7 +274,19 @@ FAMILIES: dict[str, Family] = {
         segments=_units("visual_transformer_blocks"), hidden_size=("model_dim",), counted=False
     ),
     "Kandinsky6Transformer3DModel": Family(
-        segments=_units("visual_transformer_blocks", streams=("vis", "aud"), fused="vis"),
+        segments=_units(
+            "visual_transformer_blocks",
+            streams=("vis", "aud"),
+            fused="vis",
+            branches={
+                "attention": ("video_dec_block.self_attention", "audio_dec_block.self_attention"),
+                "cross_attention": (
+                    *("video_dec_block.cross_attention", "audio_dec_block.cross_attention"),
+                    *("va_cross_attention", "av_cross_attention"),
+                ),
+                "mlp": ("video_dec_block.feed_forward", "audio_dec_block.feed_forward"),
+            },
+        ),
         hidden_size=("model_dim",),
         changing=("audio_hidden_states",),
     ),

@@ -170,7 +170,8 @@ class LongSkipLinks:
         if not self.sources:
             raise ValueError(
                 "this model has no long skips, so there are no deep features to reuse behind them: "
-                "build it with long_skip=LongSkipConfig(), or call skipdit.add_long_skips(model)"
+                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse what units in "
+                "the middle add, with delta:"
             )
         if not 1 <= num_shallow_units <= self.max_num_shallow_units:
             raise ValueError(

@@ -323,7 +323,7 @@ def _branches(model: nn.Module, family: Family) -> list[BranchPlace]:
     for segment, units in zip(family.segments, _segments(model, family), strict=True):
         for blocks in units:
             for number, block in enumerate(blocks):
-                children = dict(block.named_children())
+                children = dict(block.named_modules())
                 found += [
                     BranchPlace(kind_in(kind, number), unit, f"{number}.{name}", children[name])
                     for kind, names in segment.branches.items()
