@@ -127,8 +127,8 @@ import sys
 from skipdit.cli import main
 main(["train", "emoji", "--data.source", sys.argv[1], "--data.image-size", "8", "--model.num-layers", "2",
       "--model.num-attention-heads", "2", "--model.attention-head-dim", "8", "--model.patch-size", "4", "--batch-size",
-      "4", "--sample-every", "0", "--checkpoint-every", "1000000", "--max-steps", "1000000", "--log-every", "1",
-      "--device", "cpu", "--out", sys.argv[2]])
+      "4", "--routing.mode", "off", "--sample-every", "0", "--checkpoint-every", "1000000", "--max-steps", "1000000",
+      "--log-every", "1", "--device", "cpu", "--out", sys.argv[2]])
 """
 
 
@@ -375,6 +375,7 @@ def test_the_command_line_follows_its_own_advice(tmp_path: Path, capsys: pytest.
     options = ["train", "emoji", "--data.source", str(make_data(tmp_path / "data")), "--data.image-size", "8",
                "--model.num-layers", "2", "--model.num-attention-heads", "2", "--model.attention-head-dim", "8",
                "--model.patch-size", "4", "--batch-size", "4", "--sample-every", "0", "--checkpoint-every", "1",
+               "--routing.mode", "off",
                "--log-every", "1", "--max-steps", "4", "--warmup-steps", "0", "--precision", "no", "--device", "cpu",
                "--out", str(tmp_path / "run")]  # fmt: skip
     main([*options, "--max-steps", "1"])
