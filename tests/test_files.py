@@ -198,6 +198,25 @@ def test_the_old_folder_is_back_if_a_rename_fails(
     assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
 
+def test_a_file_of_ours_that_a_user_has_changed_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "folder"
+    write_folder(path, a="1", b="1")
+    (path / "a").write_text("mine")
+    with pytest.raises(FileExistsError, match="folder holds a, changed since skipdit wrote it"):
+        write_folder(path, a="2")
+    with pytest.raises(FileExistsError, match="b, changed"), atomic_folder(path, "model", overwritten=["a"]):
+        (path / "b").write_text("changed while the new one was made")
+    assert tree(tmp_path)["folder/a"] == "mine"
+    with atomic_folder(path, "model", even_damaged=True) as draft:
+        (draft / "a").write_text("3")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "3"}
+    (path / "a").write_text("mine")
+    with atomic_folder(path, "model", overwritten=["a"]):
+        pass
+    assert tree(tmp_path) == {"folder": "/"}
+    assert f"overwritten in {path}: a" in caplog.text
+
+
 def test_ctrl_c_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rename = tmp_path / "folder", Path.rename
     write_folder(path, a="1")
@@ -303,6 +322,11 @@ def test_a_changed_file_is_found(tmp_path: Path) -> None:
 def test_a_strange_marker_is_none(tmp_path: Path, marker: str) -> None:
     (tmp_path / MARKER).write_text(marker)
     assert read_marker(tmp_path)["files"] == {}
+    with pytest.raises(FileExistsError, match=r"skipdit\.json is no file that skipdit wrote"):
+        OutputFolder(tmp_path, "sample", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"skipdit\.json"), atomic_folder(tmp_path, "model", overwritten="*"):
+        pass
+    assert (tmp_path / MARKER).read_text() == marker
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -444,6 +468,15 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         pass
     assert tree(tmp_path) == {"run": "/", "other": "/"}
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(OSError, match=LOCK), locked(tmp_path / "run"):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
 HOLDS = """
