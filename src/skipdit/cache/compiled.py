@@ -1,4 +1,4 @@
-"""One call of a model, to be made under one or several plans; what a CUDA graph returns gets buffers of its own."""
+"""One call of a model, made under one or several plans; what a CUDA graph returns is copied."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,15 +13,15 @@ from skipdit.models.forward_plan import ForwardPlan, Stored
 from skipdit.models.long_skip import PlannedOutput
 
 MAX_GRAPHS = 64
-"""Of one forward `torch.compile` makes 8 graphs by default; here each plan has one per kind of shapes."""
+"""By default `torch.compile` makes at most 8 graphs of one forward; here each plan has one per kind of shapes."""
 
 
 @dataclass
 class Call:
     """A forward call of a cached model.
 
-    run: calls the model, and takes `plan` and `stored` beside its arguments. seen: the plans whose graphs have been
-    called with these shapes.
+    run: calls the model, and takes `plan` and `stored` in addition to its arguments. seen: the plans whose graphs have
+    been called with these shapes.
     """
 
     model: nn.Module

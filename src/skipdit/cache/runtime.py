@@ -1,7 +1,7 @@
 """The cache of one model: makes each of its calls a full or a reuse step.
 
-What a step does is decided outside whatever `model.compile()` has compiled, so that it runs one of a few whole graphs.
-State belongs to a run, never to the model: `streams` has the one rule for what a run is.
+What a step does is decided outside whatever `model.compile()` compiled, so that it runs one of a few whole graphs.
+State belongs to a run, never to the model; the one rule for what a run is stands in `streams`.
 """
 
 import inspect
@@ -28,9 +28,10 @@ OURS = Family()
 
 
 class CacheRuntime:
-    """The cache of one model. opened: whether its units were opened for the cache alone.
+    """The cache of one model.
 
-    make: what makes the steps, by default what the method says.
+    opened: whether the model's units were opened for the cache alone. make: builds the stepper; by default, what the
+    method says.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class CacheRuntime:
         return [PartState.of(part) for part in self.parts]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, or in a file: it caches in the same way and shares no state."""
+        """Return the state of a copy, or of a pickle: it caches in the same way and shares no state."""
         return {name: value for name, value in vars(self).items() if name not in ("lock", "streams", "costs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,7 +79,7 @@ class CacheRuntime:
         self.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheRuntime":
-        """Copied with its pipeline, it watches the copied pipeline's scheduler."""
+        """Copy; together with its pipeline, the copy watches the copied pipeline's scheduler."""
         copy = object.__new__(type(self))
         copy.__setstate__(self.__getstate__())
         for pipeline in self.streams.pipelines:
@@ -90,7 +91,7 @@ class CacheRuntime:
     # One call
 
     def call(self, model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make one call of the model, by `run`, the next step of its stream."""
+        """Make one call of the model, through `run`, as the next step of its stream."""
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
@@ -132,7 +133,7 @@ class CacheRuntime:
         return output
 
     def _check_reuses(self, levels: list[float]) -> None:
-        """Raise `ValueError` where a run of several steps, of these noise levels, would never reuse."""
+        """Raise `ValueError` where a run of several steps at these noise levels would never reuse."""
         if self.method.may_stay_full or self.method.schedule.is_adaptive or len(levels) < 2:
             return
         if all(all(resolve(part.schedule, levels)) for part in self.parts):
@@ -166,7 +167,7 @@ class CacheRuntime:
         )
 
     # ------------------------------------------------------------------------------------------------------------------
-    # The end of a run, and what is said about it
+    # The end of a run, and its summary
 
     def end_runs(self) -> None:
         """Drop what this thread's runs in the current context hold; their counts stay for the summary."""
@@ -190,7 +191,8 @@ class CacheRuntime:
 
 def arguments_of(model_class: type[nn.Module], family: Family) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return the names of a forward's arguments, and the defaults of those that may tell one stream of calls from
-    another. Of the class: what a hook leaves on the instance may have the signature of an unbound function."""
+    another. They are read from the class: what a hook leaves on an instance may have an unbound function's signature.
+    """
     _, *parameters = inspect.signature(model_class.forward).parameters.values()
     others = {family.latents, family.timestep, *family.changing, "return_dict", "plan", "stored"}
     conditions = {each.name: each.default for each in parameters if each.name not in others}

@@ -1,4 +1,4 @@
-"""WHAT is reused. A site says which region of the units' work a step stores, and which it leaves out."""
+"""WHAT is reused: a site says which region of the units' work full steps store and reuse steps leave out."""
 
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
@@ -12,20 +12,20 @@ from skipdit.models.long_skip import BranchKind, LongSkipModel
 @runtime_checkable
 class Site(Protocol):
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        """What this model can reuse here, one a variant of a reuse step, which a schedule chooses by its place; a full
-        step stores all. `ValueError` where the model has nothing to reuse here; none where that is no matter."""
+        """Return what this model can reuse here: one region per variant of a reuse step, among which a schedule chooses
+        by index. A full step stores all of them. `ValueError` where there is nothing, unless the site is optional."""
         ...
 
     @property
     def shallow_units(self) -> tuple[int, ...]:
-        """What a spec says of it: each -k."""
+        """The numbers that a spec gives as -k."""
         ...
 
 
 @dataclass(frozen=True)
 class DeepFeatures:
-    """The hidden states that enter the deep units, behind the long skips (arXiv 2411.17616): on a reuse step the
-    `num_shallow_units` first and last units run. others: more such numbers, of which a schedule may choose."""
+    """The hidden states that enter the last units, behind the long skips (arXiv 2411.17616): at a reuse step the first
+    and last `num_shallow_units` units run. others: more such numbers, among which a schedule may choose."""
 
     num_shallow_units: int = 1
     others: tuple[int, ...] = ()
@@ -48,12 +48,12 @@ class DeepFeatures:
 
 @dataclass(frozen=True)
 class UnitRange:
-    """Units between the first and the last few that still run: as what they add to the hidden states, `delta` (the
-    offset of Delta-DiT, arXiv 2406.01125), or as what leaves them. Needs no long skips; those into units that run come
-    from the store where their source does not run.
+    """Units between the first and last few, which still run: with `delta`, what they add to the hidden states (the
+    offset of Delta-DiT, arXiv 2406.01125), otherwise what leaves them. Needs no long skips; a long skip into a unit
+    that runs comes from the store where its source does not run.
 
-    Of 2 `num_shallow_units` units that run, half are first and half last, or all are `at` one end; `None` is half of
-    all units (Faster Diffusion, arXiv 2312.09608).
+    Twice `num_shallow_units` units run, half of them first and half last, or all `at` one end; `None` means half of all
+    units (Faster Diffusion, arXiv 2312.09608).
     """
 
     num_shallow_units: int | None = 1
@@ -82,7 +82,7 @@ class UnitRange:
 
 @dataclass(frozen=True)
 class Inner:
-    """`DeepFeatures` where the model has long skips, else what the units in the middle add."""
+    """`DeepFeatures` where the model has long skips, otherwise what the units in the middle add."""
 
     num_shallow_units: int = 1
 
@@ -98,13 +98,13 @@ class Inner:
 
 @dataclass(frozen=True)
 class Stack:
-    """What all units behind the first have added (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs on
-    every step, and adaptive schedules look at it."""
+    """What all units after the first add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs at every step,
+    and adaptive schedules look at it."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         if num_units < 2:
-            raise ValueError(f"there must be a unit behind the first, got {num_units}")
+            raise ValueError(f"there must be a unit after the first, got {num_units}")
         return (Units(start=1, stop=num_units, delta=True),)
 
     @property
@@ -114,8 +114,8 @@ class Stack:
 
 @dataclass(frozen=True)
 class BranchOutputs:
-    """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the
-    `num_shallow_units` first and last ones. optional: a model may have none of them."""
+    """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the first
+    and last `num_shallow_units`. optional: a model may have none of them."""
 
     kinds: tuple[BranchKind, ...]
     num_shallow_units: int | None = None
@@ -144,8 +144,8 @@ class BranchOutputs:
 
 @dataclass(frozen=True)
 class Probe:
-    """What an adaptive schedule looks at: what the first unit has added, or, with `inputs`, what enters its attention
-    (behind the modulation by the timestep)."""
+    """What an adaptive schedule looks at: what the first unit adds, or with `inputs` what enters its attention (after
+    the modulation by the timestep)."""
 
     inputs: bool = False
 
@@ -161,7 +161,7 @@ class Probe:
 
 
 def known_units(model: nn.Module) -> int:
-    """How many units a model has; `ValueError` where skipdit does not know them."""
+    """Return the number of units of a model; `ValueError` where skipdit does not know them."""
     if not isinstance(model, LongSkipModel):
         raise ValueError(
             f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused: "
