@@ -20,12 +20,11 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenois
 from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from families import EXPECTED_WARNINGS, TINY
 from families.table import randomize
-from test_families_pipelines import Asked, noise
+from test_families_pipelines import Asked, karras, noise
 from torch import Tensor, nn
 
 from skipdit.cache.enable import TRANSFORMERS, cache_summary, disable_cache, enable_cache
 from skipdit.cache.schedule import IntervalSchedule
-from skipdit.cache.streams import noise_levels
 
 diffusers: Any = diffusers_package  # whose pipelines may lack parts
 
@@ -339,13 +338,6 @@ def cosmos(pipeline_class: Any, scheduler: Any, **options: Any) -> tuple[Any, di
     return pipeline, RUN | BOTH | {"height": 64, "width": 64} | options
 
 
-def karras(sigma_max: float) -> Any:
-    """As Cosmos 2 has it: its sigmas go far above 1."""
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-    scheduler.register_to_config(sigma_max=sigma_max, sigma_min=0.002, final_sigmas_type="sigma_min")
-    return scheduler
-
-
 class OmniGen(DiffusionPipeline):
     """The loop of OmniGenPipeline, which needs torchvision for its prompts: a list from 0 to 1 that rises."""
 
@@ -573,33 +565,3 @@ def test_a_pipeline(name: str) -> None:
     disable_cache(pipeline)
     assert [type(module) for model in transformers_of(pipeline) for module in model.modules()] == classes
     assert torch.equal(sample(pipeline, options), plain)
-
-
-@pytest.mark.parametrize("scheduler", [
-    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),  # Mochi
-    diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),  # OmniGen
-    diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1),  # ACE-Step
-    diffusers.FlowMatchHeunDiscreteScheduler(),
-    diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    diffusers.DDIMScheduler(),
-    diffusers.DDIMScheduler(num_train_timesteps=4000),
-    diffusers.HeunDiscreteScheduler(),
-    diffusers.MiniMaxH3Scheduler(shift=1.0),
-    diffusers.EDMEulerScheduler(sigma_max=80.0),
-    diffusers.EDMDPMSolverMultistepScheduler(sigma_max=80.0),
-    karras(80.0),
-])  # fmt: skip
-def test_noise_levels_of_schedulers_fall_from_1000(scheduler: Any) -> None:
-    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=[1 - step / 20 for step in range(20)])
-    else:
-        scheduler.set_timesteps(20)
-    levels = noise_levels(
-        scheduler.timesteps.tolist(),
-        scheduler.config.get("num_train_timesteps", 1000),
-        inverted=scheduler.config.get("invert_sigmas", False),
-    )
-    assert levels == sorted(levels, reverse=True)
-    assert 940 < levels[0] <= 1000
-    assert 0 <= levels[-1] < 150
