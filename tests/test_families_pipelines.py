@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.state import CacheSummary
-from skipdit.cache.streams import noise_levels
+from skipdit.diffusion import noise_levels
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 
