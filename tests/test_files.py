@@ -1,8 +1,10 @@
 """Whole files and folders, markers, locks: nothing of a user's is lost, whatever happens in between."""
 
+import errno
 import logging
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -88,8 +90,21 @@ def test_files_are_on_disk_before_they_take_their_place(tmp_path: Path, monkeypa
     order.clear()
     write_folder(tmp_path / "folder", weights="1")
     marker, whole = order.index("place"), len(order) - 1 - order[::-1].index("place")
-    assert order[marker + 1 : whole] == ["fsync"] * 4  # the folder of the marker, both files, the folder
+    assert order[marker + 1 : whole] == ["fsync"] * 5  # the folder of the marker, both files, the folder, its name
     assert order[whole:] == ["place", "fsync"]
+
+
+def test_a_file_system_that_syncs_no_folders_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def of_files(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", of_files)
+    write_folder(tmp_path / "folder", a="1")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,6 +198,61 @@ def test_the_old_folder_is_back_if_a_rename_fails(
     assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
 
+def test_a_file_of_ours_that_a_user_has_changed_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "folder"
+    write_folder(path, a="1", b="1")
+    (path / "a").write_text("mine")
+    with pytest.raises(FileExistsError, match="folder holds a, changed since skipdit wrote it"):
+        write_folder(path, a="2")
+    with pytest.raises(FileExistsError, match="b, changed"), atomic_folder(path, "model", overwritten=["a"]):
+        (path / "b").write_text("changed while the new one was made")
+    assert tree(tmp_path)["folder/a"] == "mine"
+    with atomic_folder(path, "model", even_damaged=True) as draft:
+        (draft / "a").write_text("3")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "3"}
+    (path / "a").write_text("mine")
+    with atomic_folder(path, "model", overwritten=["a"]):
+        pass
+    assert tree(tmp_path) == {"folder": "/"}
+    assert f"overwritten in {path}: a" in caplog.text
+
+
+def test_ctrl_c_between_the_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "folder", Path.rename
+    write_folder(path, a="1")
+
+    def interrupted(source: Path, target: Path) -> Path:
+        moved = rename(source, target)
+        if source == path:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(path, a="2")
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
+
+
+def test_what_cannot_be_put_back_is_kept_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, rename = tmp_path / "folder", Path.rename
+    write_folder(path, a="1")
+
+    def fails(source: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError("injected")
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="injected"):
+            write_folder(path, a="2")
+    assert "could not be moved back, and stays: injected" in caplog.text
+    clean_up(tmp_path)
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -252,6 +322,11 @@ def test_a_changed_file_is_found(tmp_path: Path) -> None:
 def test_a_strange_marker_is_none(tmp_path: Path, marker: str) -> None:
     (tmp_path / MARKER).write_text(marker)
     assert read_marker(tmp_path)["files"] == {}
+    with pytest.raises(FileExistsError, match=r"skipdit\.json is no file that skipdit wrote"):
+        OutputFolder(tmp_path, "sample", overwrite=True)
+    with pytest.raises(FileExistsError, match=r"skipdit\.json"), atomic_folder(tmp_path, "model", overwritten="*"):
+        pass
+    assert (tmp_path / MARKER).read_text() == marker
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,6 +468,15 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     with locked(tmp_path / "run"):
         pass
     assert tree(tmp_path) == {"run": "/", "other": "/"}
+
+
+def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "thesis.tex")
+    with pytest.raises(OSError, match=LOCK), locked(tmp_path / "run"):
+        pass
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
 
 
 HOLDS = """

@@ -567,7 +567,8 @@ def test_an_unreadable_picture_ends_training_in_one_line(tmp_path: Path, capsys:
 def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     main(["train", "emoji", "--max-steps", "2", "--batch-size", "2", "--model.num-layers", "2",
-          "--model.attention-head-dim", "8", "--sample-every", "0", "--device", "cpu", "--out", str(out)])  # fmt: skip
+          "--model.attention-head-dim", "8", "--routing.mode", "off", "--sample-every", "0", "--device", "cpu",
+          "--out", str(out)])  # fmt: skip
     assert f"skipdit sample --model {out}" in capsys.readouterr().out.replace("\n", "")
     main(["info", str(out / "pipeline")])
     assert "long skips: 0 -> 1 (replace)" in capsys.readouterr().out

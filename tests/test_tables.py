@@ -14,7 +14,7 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from skipdit import data, tables
+from skipdit import data, parquet_pages, tables
 from skipdit.clips import ClipConfig, open_clips
 from skipdit.data import DataConfig, LabelledPictures, from_datasets, open_pictures
 from skipdit.parquet_pages import measure_columns
@@ -139,6 +139,17 @@ def test_shards_are_one_data_set(rows: Any, tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+@pytest.mark.parametrize("names", [["dog", "cat"], None])
+def test_shards_of_other_classes_are_refused(names: list[str] | None, tmp_path: Path) -> None:
+    for number, given in enumerate((["cat", "dog"], names)):
+        table = pa.table({"image": [RED, BLUE], "label": [0, 1]})
+        features = {"label": {"_type": "ClassLabel", "names": given}} if given else {}
+        info: Any = {"huggingface": json.dumps({"info": {"features": features}})}
+        parquet.write_table(table.replace_schema_metadata(info), tmp_path / f"{number}.parquet")
+    with pytest.raises(ValueError, match=r"1\.parquet: its classes are others than those of .*0\.parquet"):
+        opened(tmp_path)
+
+
 def test_a_split_is_found_by_its_name(rows: Any, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     rows.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
@@ -249,6 +260,33 @@ def test_arrow_is_not_asked_for_what_ends_the_process(tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with contextlib.suppress(ValueError):
         opened(tmp_path / name)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\x19\xf7" + b"\xff" * 8 + b"\x7f",  # a list of 2**63 doubles
+        b"\x15" + b"\xff" * 2**20,  # a number of a million bytes
+    ],
+)
+def test_a_header_takes_no_longer_than_its_length(header: bytes) -> None:
+    file = io.BytesIO()
+    parquet.write_table(pa.table({"label": np.arange(2**20)}), file, use_dictionary=False, compression="none")
+    file.seek(parquet.read_metadata(file).row_group(0).column(0).data_page_offset)
+    file.write(header)
+    with pytest.raises(ValueError, match="has no header"):
+        measure_columns(file, [0], 1)
+
+
+def test_pages_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many row groups that stand in one place take a time that their footer alone decides."""
+    file = io.BytesIO()
+    parquet.write_table(pa.table({"label": np.arange(9)}), file)
+    read_footer = parquet_pages._read_footer
+    monkeypatch.setattr(parquet_pages, "_read_footer", lambda file: {4: read_footer(file)[4] * 99})
+    with pytest.raises(ValueError, match="its columns have more bytes than the file"):
+        measure_columns(file, [0], 1)
 
 
 def test_rows_and_values_are_counted_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

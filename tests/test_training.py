@@ -164,7 +164,7 @@ def test_twenty_steps_of_the_emoji_recipe(tmp_path: Path) -> None:
     """The losses of the first and the last step are pinned; float32 on one thread."""
     config = dataclasses.replace(
         RECIPES["emoji"](), max_steps=20, batch_size=4, precision="no", sample_every=0, log_every=1,
-        model=ModelConfig(num_layers=4, num_attention_heads=2, attention_head_dim=16, patch_size=16),
+        model=ModelConfig(num_layers=6, num_attention_heads=2, attention_head_dim=16, patch_size=16),
     )  # fmt: skip
     train(config, tmp_path, device="cpu")
     losses = [entry["loss"] for entry in read_log(tmp_path)]

@@ -19,9 +19,11 @@ from skipdit.diffusion import Objective
 from skipdit.files import MARKER, atomic_folder, file_digest, read_marker
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.processes import locked
+from skipdit.recipes import RECIPES
 from skipdit.tasks import ModelConfig, TextToImageModelConfig
 from skipdit.training import SpectralConfig, TrainConfig, learning_rate_at, train
 from skipdit.training.checkpointing import PREVIOUS, checkpoint_path, list_checkpoints, step_of
+from skipdit.training.reporter import refuse_inputs
 
 
 @pytest.fixture
@@ -135,6 +137,17 @@ def test_old_checkpoints_stay_until_a_new_one_stands(
     train(dataclasses.replace(config, max_steps=4, seed=1), out, resume=False, device="cpu")
     assert checkpoint_names(out) == ["checkpoint-0000003", "checkpoint-0000004"]
     assert not (out / PREVIOUS).exists()
+
+
+def test_a_folder_of_a_user_for_a_previous_run_stays(run: tuple[TrainConfig, Path]) -> None:
+    config, out = run
+    shutil.copytree(out / "checkpoint-0000003", out / PREVIOUS / "checkpoint-0000003")
+    train(longer(config), out, device="cpu")
+    assert checkpoint_names(out / PREVIOUS) == ["checkpoint-0000003"]
+    with pytest.raises(FileExistsError, match="previous-run was not written by skipdit"):
+        train(config, out, resume=False, device="cpu")
+    assert checkpoint_names(out) == ["checkpoint-0000006", "checkpoint-0000008"]
+    assert checkpoint_names(out / PREVIOUS) == ["checkpoint-0000003"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -389,6 +402,24 @@ def test_an_input_that_would_be_replaced_is_refused(inside: str, run: tuple[Trai
         with pytest.raises(ValueError, match="input"):
             train(dataclasses.replace(config, **changed), out, device="cpu")
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_run_in_its_data_is_refused_and_leaves_nothing_there(config: TrainConfig) -> None:
+    data = Path(config.data.source)
+    with pytest.raises(ValueError, match="lies in the data"):
+        train(config, data / "runs" / "first", device="cpu")
+    assert names(data) == ["blue", "green", "red"]
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-clips"])
+def test_a_run_may_be_called_as_what_is_bundled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = RECIPES[name]()
+    for folder in ("emoji", "emoji-clips"):
+        Path(folder).mkdir()
+        refuse_inputs(Path(folder), config)
+    with pytest.raises(ValueError, match="is an input"):
+        refuse_inputs(Path("emoji"), dataclasses.replace(config, start_from="emoji"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -313,7 +313,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (16, 16), "red").save(folder / "data" / name / "0.png")
     sizes = {"data.image-size": 16, "model.num-layers": 4, "model.num-attention-heads": 2, "model.patch-size": 4}
     sizes |= {"model.attention-head-dim": 8, "batch-size": 2, "max-steps": 4, "checkpoint-every": 2, "sample-every": 0}
-    sizes |= {"release-dtype": "float32"}
+    sizes |= {"release-dtype": "float32", "routing.num-shallow-units": 1}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     source, out = str(folder / "data"), str(folder / "run")
     main(["train", "emoji", "--data.source", source, "--out", out, "--device", "cpu", *options])

@@ -4,6 +4,7 @@ The marker, a file `skipdit.json`, says which kind of run wrote which files of a
 not list belongs to somebody else and stays where it is.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from skipdit.processes import Process, locked, this_process
-from skipdit.untrusted import open_regular, printable, read_json
+from skipdit.untrusted import open_regular, printable, read_bytes, read_json
 
 LOGGER = logging.getLogger(__name__)
 
@@ -91,10 +92,12 @@ def _plain(value: Any) -> Any:
 # A folder that is replaced as a whole
 
 
-def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = ()) -> None:
-    """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote.
+def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), *, even_damaged: bool = False) -> None:
+    """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote
+    and nobody has changed since.
 
     Also where it is a link, or somebody works inside it. overwritten: patterns of files that go, whoever wrote them.
+    even_damaged: files of ours go also where they have changed.
     """
     path = absolute(path)
     if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -107,6 +110,15 @@ def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = ()) 
     if kind not in read_marker(path)["files"] and not overwritten:
         shown = _list_names(child.name for child in path.iterdir())
         raise FileExistsError(f"{where} was not written by skipdit as a {kind} (it holds {shown}): give a new folder")
+    check_marker(path)
+    if not even_damaged:
+        _check_unchanged(path, overwritten)
+
+
+def _check_unchanged(path: Path, overwritten: Collection[str]) -> None:
+    if changed := [name for name in _changed(path) if not _is_any(name, overwritten)]:
+        what = f"{_list_names(changed)}, changed since skipdit wrote it"
+        raise FileExistsError(f"{printable(path)} holds {what}: give a new folder, or --overwrite")
 
 
 def check_apart(target: Path, inputs: Iterable[Path]) -> None:
@@ -118,17 +130,19 @@ def check_apart(target: Path, inputs: Iterable[Path]) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, kind: str, *, overwritten: Collection[str] = ()) -> Iterator[Path]:
+def atomic_folder(
+    path: Path, kind: str, *, overwritten: Collection[str] = (), even_damaged: bool = False
+) -> Iterator[Path]:
     """Yield a draft folder that takes the place of `path` when the block ends without an error, with a marker in it.
 
     What a user put into the folder of before stays in the new one. If anything fails on the way, the folder of before
     is in its place again; a process that was killed leaves that to the next one (`clean_up`).
     kind: what the marker calls the folder. overwritten: patterns of names of files that go, and are told, also where
-    somebody else wrote them. `FileExistsError` as `check_replaceable` says.
+    somebody else wrote them. `FileExistsError`, and even_damaged, as `check_replaceable` says.
     """
     path = absolute(path)
     clean_up(path.parent)
-    check_replaceable(path, kind, overwritten)
+    check_replaceable(path, kind, overwritten, even_damaged=even_damaged)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _draft(path.parent) as work:
         work.mkdir(mode=0o777)
@@ -138,42 +152,57 @@ def atomic_folder(path: Path, kind: str, *, overwritten: Collection[str] = ()) -
         mode = new.stat().st_mode & 0o777
         names = sorted(child.relative_to(new).as_posix() for child in new.rglob("*") if child.is_file())
         digests = {name: file_digest(new / name) for name in names if name != MARKER}
-        _write_marker(new, {kind: digests})
+        write_marker(new, {kind: digests})
         for child in new.rglob("*"):
             child.chmod(mode if child.is_dir() else mode & 0o666)
             _sync(child)
         _sync(new)
         (work / "target").write_text(path.name, encoding="utf-8")
+        _sync(work / "target")
+        if path.is_dir() and not even_damaged:
+            _check_unchanged(path, overwritten)
         _swap(path, work, overwritten)
 
 
 def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
-    """Move `path` to `work/old` and `work/new` to `path`; then what is a user's from the one to the other."""
+    """Move `path` to `work/old` and `work/new` to `path`; then what is a user's from the one to the other.
+
+    Where that fails, `_remove_draft` puts `work/old` back.
+    """
     old, new, going = work / "old", work / "new", []
     if path.is_dir():
         strays = _strays(path)
-        going = [name for name in strays if any(_matches(name, pattern) for pattern in overwritten)]
+        going = [name for name in (*strays, *(_changed(path) if overwritten else ())) if _is_any(name, overwritten)]
         if taken := [name for name in strays if os.path.lexists(new / name) and name not in going]:
             raise FileExistsError(f"{printable(path)} holds files that skipdit did not write: {_list_names(taken)}")
         if going:
             LOGGER.warning("overwritten in %s: %s", printable(path), ", ".join(printable(name, 60) for name in going))
         path.rename(old)
-    try:
-        new.rename(path)
-    except BaseException:
-        if old.is_dir():
-            old.rename(path)
-        raise
+    new.rename(path)
     _sync(path.parent)
     for name in going:
         (old / name).unlink()
     _keep_strays(old, path)
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether a path matches, folder by folder: `*` is no path."""
-    parts = list(zip(name.split("/"), pattern.split("/"), strict=False))
-    return name.count("/") == pattern.count("/") and all(fnmatchcase(part, wanted) for part, wanted in parts)
+def _is_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a path matches one of the patterns, folder by folder: `*` is no path."""
+    parts = name.split("/")
+    return any(
+        len(parts) == len(pattern.split("/")) and all(map(fnmatchcase, parts, pattern.split("/")))
+        for pattern in patterns
+    )
+
+
+def _changed(folder: Path) -> list[str]:
+    """Return the files that the marker of a folder lists and somebody has changed."""
+    listed = {name: digest for names in read_marker(folder)["files"].values() for name, digest in names.items()}
+    return [name for name, digest in listed.items() if (folder / name).is_file() and not _is_as(folder / name, digest)]
+
+
+def _is_as(path: Path, listed: str) -> bool:
+    """Whether a file is as a marker lists it."""
+    return listed == GROWING or file_digest(path) in listed.split()
 
 
 def _strays(folder: Path) -> list[str]:
@@ -235,6 +264,12 @@ def read_marker(folder: Path) -> Marker:
     return marker if inside else Marker(skipdit="", files={})
 
 
+def check_marker(folder: Path) -> None:
+    """Raise `FileExistsError` where a folder has something of others in the place of a marker."""
+    if os.path.lexists(folder / MARKER) and not read_marker(folder)["skipdit"]:
+        raise FileExistsError(f"{printable(folder / MARKER)} is no file that skipdit wrote: give another folder")
+
+
 def check_whole(folder: Path, kind: str) -> None:
     """Raise `ValueError` where a listed file is missing or has changed, or the marker is of another kind."""
     listed = read_marker(folder)["files"].get(kind)
@@ -245,7 +280,8 @@ def check_whole(folder: Path, kind: str) -> None:
             raise ValueError(f"{printable(folder / name)} is missing or has changed")
 
 
-def _write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+def write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Say in a folder which files of it are ours: by the kind of run that wrote them, their digests."""
     write_text(folder / MARKER, to_json({"skipdit": version("skipdit"), "files": files}))
 
 
@@ -273,7 +309,7 @@ class OutputFolder:
     It replaces and removes only what an earlier run of that kind wrote and nobody has changed since; with `overwrite`,
     also other files of those names, each of which is said.
 
-    `OSError` where nothing can be written into it.
+    `OSError` where nothing can be written into it, or another `skipdit.json` is there.
     """
 
     def __init__(self, path: Path, kind: str, *, overwrite: bool = False) -> None:
@@ -281,6 +317,7 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with _draft(self.path) as draft:
             draft.touch()
+        check_marker(self.path)
         self._made: set[str] = set()
         for folder in {self.path, *((self.path / name).parent for name in self._listed())}:
             clean_up(folder)
@@ -348,8 +385,7 @@ class OutputFolder:
         path = self.path / name
         if not os.path.lexists(path):
             return False
-        listed = self._listed().get(name, "")
-        return not path.is_file() or (listed != GROWING and file_digest(path) not in listed.split())
+        return not path.is_file() or not _is_as(path, self._listed().get(name, ""))
 
     def _list(self, name: str, digest: str) -> None:
         """Before a draft takes its place, beside the file of before: whichever a killed run leaves is listed."""
@@ -359,7 +395,7 @@ class OutputFolder:
         self._write(listed | {name: " ".join(sorted({digest} | before))})
 
     def _write(self, listed: Mapping[str, str]) -> None:
-        _write_marker(self.path, {**read_marker(self.path)["files"], self.kind: dict(listed)})
+        write_marker(self.path, {**read_marker(self.path)["files"], self.kind: dict(listed)})
 
 
 @contextmanager
@@ -389,14 +425,6 @@ def clean_up(folder: Path) -> None:
         process = Process.parse(draft.name.removeprefix(DRAFT).partition(".")[0])
         if process is None or draft.name in _live_drafts or (process != this_process() and not process.has_ended()):
             continue
-        old, target = draft / "old", draft / "target"
-        if old.is_dir() and target.is_file():
-            path = folder / Path(target.read_text(encoding="utf-8")).name
-            if os.path.lexists(path):
-                _keep_strays(old, path)
-            else:
-                old.rename(path)
-                LOGGER.warning("%s is in its place again: a run that was killed had moved it", printable(path))
         _remove_draft(draft)
 
 
@@ -413,14 +441,27 @@ def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _remove_draft(draft: Path) -> None:
-    """Remove a draft; of a folder that was replaced, only what its marker lists, if anything is left in it."""
-    if draft.is_dir():
-        if (draft / "old").is_dir() and _strays(draft / "old"):
+    """Remove a draft. A folder that it has moved aside goes back, or what a user put into it to the one that took its
+    place; what cannot be moved stays in the draft."""
+    old, target = draft / "old", draft / "target"
+    if not draft.is_dir():
+        draft.unlink(missing_ok=True)
+        return
+    if old.is_dir():
+        try:
+            path = draft.parent / Path(read_bytes(target, 2**12).decode()).name
+            if os.path.lexists(path):
+                _keep_strays(old, path)
+            else:
+                old.rename(path)
+                LOGGER.warning("%s is in its place again, from which a failed run had moved it", printable(path))
+        except (OSError, ValueError) as error:
+            LOGGER.warning("%s could not be moved back, and stays: %s", printable(old), error)
+            return
+        if old.is_dir() and _strays(old):
             LOGGER.warning("%s holds files that skipdit did not write, and stays", printable(draft))
             return
-        shutil.rmtree(draft, ignore_errors=True)
-    else:
-        draft.unlink(missing_ok=True)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def absolute(path: Path) -> Path:
@@ -429,10 +470,13 @@ def absolute(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Wait until a file or folder is on disk; of a folder, where the file system can do that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:  # fsync(2), EINVAL: some network and FUSE file systems know it of files only
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

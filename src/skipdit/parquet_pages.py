@@ -24,13 +24,17 @@ class Sizes(NamedTuple):
 def measure_columns(file: BinaryIO, columns: Collection[int], num_columns: int) -> Sizes:
     """Return what the pages of these columns say, counted as the leaves of the schema. `ValueError` where they cannot
     be read."""
-    num_bytes = largest = num_values = 0
+    num_bytes = largest = num_values = num_packed = 0
     for group in _rows_of(_read_footer(file).get(4)):  # row_groups
         chunks = _rows_of(group.get(1))  # columns
         if len(chunks) != num_columns:
             raise ValueError(f"a row group has {len(chunks)} columns, not {num_columns}")
         for column in columns if group.get(3) != 0 else ():  # num_rows
-            decoded, values = _measure_chunk(file, chunks[column].get(3))  # meta_data
+            start, length = _find_chunk(chunks[column].get(3))  # meta_data
+            num_packed += length
+            if num_packed > file.seek(0, os.SEEK_END):
+                raise ValueError("its columns have more bytes than the file")
+            decoded, values = _measure_chunk(file, start, start + length)
             num_bytes, largest, num_values = num_bytes + decoded, max(largest, decoded), max(num_values, values)
     return Sizes(num_bytes, largest, num_values)
 
@@ -53,15 +57,19 @@ def _read_footer(file: BinaryIO) -> dict[int, Any]:
         raise ValueError("its footer is not as expected") from error
 
 
-def _measure_chunk(file: BinaryIO, metadata: Any) -> tuple[int, int]:
-    """What the pages of one chunk of a column decode to, and their values."""
+def _find_chunk(metadata: Any) -> tuple[int, int]:
+    """Where one chunk of a column begins, and its length."""
     # total_compressed_size, data_page_offset, dictionary_page_offset
     length, data, dictionary = (metadata.get(n) for n in (7, 9, 11)) if isinstance(metadata, dict) else (None,) * 3
     if not (_is_size(length) and _is_size(data)):
         raise ValueError("its footer says no place of a column")
-    start = place = dictionary if _is_size(dictionary) and 0 < dictionary < data else data
+    return dictionary if _is_size(dictionary) and 0 < dictionary < data else data, length
+
+
+def _measure_chunk(file: BinaryIO, place: int, end: int) -> tuple[int, int]:
+    """What the pages of one chunk of a column decode to, and their values."""
     num_bytes = num_values = 0
-    while place < start + length:
+    while place < end:
         header, header_length = _read_header(file, place)
         unpacked, packed = header.get(2), header.get(3)  # uncompressed_page_size, compressed_page_size
         # num_values of a data page, of one of version 2
@@ -100,13 +108,13 @@ class _Compact:
         return self.content[self.place - 1]
 
     def varint(self) -> int:
-        number = shift = 0
-        while True:
+        number = 0
+        for shift in range(0, 70, 7):  # of 64 bits
             byte = self.byte()
             number |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return number
-            shift += 7
+        raise IndexError("a number has more than 64 bits")
 
     def integer(self) -> int:
         number = self.varint()
@@ -133,7 +141,10 @@ class _Compact:
                 self.place += length
             case 9 | 10:
                 byte = self.byte()
-                return [self.value(byte & 0x0F) for _ in range(self.varint() if byte >> 4 == 15 else byte >> 4)]
+                count = self.varint() if byte >> 4 == 15 else byte >> 4
+                if count > len(self.content) - self.place:  # each entry has a byte or more
+                    raise IndexError("a list is longer than the content")
+                return [self.value(byte & 0x0F) for _ in range(count)]
             case 12:
                 return self.struct()
             case _:

@@ -104,7 +104,7 @@ os.register_at_fork(after_in_child=_let_go)
 def _take(path: Path) -> int:
     """Return a handle that holds the lock. The kernel lets go of it when the process ends, however that happens."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(handle, path)
             if _is_still(handle, path):

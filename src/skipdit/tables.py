@@ -116,7 +116,12 @@ def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), pl
         with open_regular(path) as file, _refusing(what):
             source = _Parquet(file) if path.suffix.lower() == ".parquet" else _Stream(path)
             check_columns(source.schema, encoded, plain)
-            class_names |= class_names_of(source.schema, what)
+            found = {each: names for each, names in class_names_of(source.schema, what).items() if each in plain}
+            if path != paths[0] and found != class_names:
+                raise ValueError(
+                    f"its classes are others than those of {printable_path(paths[0])}, or in another order"
+                )
+            class_names = found
             num_bytes, most = 0, FREE_BYTES + MAX_EXPANSION * path.stat().st_size
             for batch in source.batches(encoded, wanted, most):
                 num_rows += batch.num_rows

@@ -60,3 +60,14 @@ def test_methods(name: str) -> None:
     disable_cache(model)
     assert [type(module) for module in model.modules()] == classes
     assert same(run(name, model, 1), expected[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_timestep_is_on_the_scale_of_its_family(name: str) -> None:
+    """From 1000 down, as noise falls; of GLM-Image one less."""
+    family = FAMILIES[name]
+    for step in range(NUM_STEPS):
+        timestep = torch.as_tensor(TINY[name].inputs(step, NUM_STEPS)[family.timestep]).float()
+        noisiest = float(timestep.min() if family.timestep_scale < 0 else timestep.max())
+        level = noisiest * family.timestep_scale + (1000 if family.timestep_scale < 0 else 0)
+        assert level == pytest.approx(1000 * (1 - step / NUM_STEPS), abs=1.01)

@@ -25,6 +25,7 @@ from torch import Tensor
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import PartState
+from skipdit.diffusion import noise_levels
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
@@ -324,7 +325,7 @@ class Streams:
         """Whether a copied timestep continues its run, rather than starting another scheduler's new list. Reads it."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [noise_levels(each, each.timesteps[:1])[0] for each in fresh]
+        coming, first = run.coming[:2], [_levels_of(each)[0] for each in fresh]
         return any(_near(level, each) for each in coming) and not any(_near(level, each) for each in first)
 
     def _levels(self, timestep: Any) -> list[Tensor]:
@@ -352,7 +353,7 @@ class Streams:
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                run.levels = noise_levels(scheduler, table)
+                run.levels = _levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
@@ -422,14 +423,11 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     return run, level
 
 
-def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
-    """Return the noise levels, from 0 to 1000, of timesteps at the start of a scheduler's list. Reads them."""
-    if getattr(scheduler, "precondition_noise", None) is not None:  # EDM's timesteps are functions of log sigma
-        return [2000 / math.pi * math.atan(sigma) for sigma in scheduler.sigmas[: len(timesteps)].tolist()]
-    scale = 1000 / getattr(scheduler.config, "num_train_timesteps", 1000)
-    levels = [timestep * scale for timestep in timesteps.tolist()]
-    inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
-    return [1000 - level for level in levels] if inverted else levels
+def _levels_of(scheduler: Any) -> list[float]:
+    """Return the noise levels of a scheduler's list, which is read."""
+    config = scheduler.config
+    num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
+    return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
 
 
 def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:

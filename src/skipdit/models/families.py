@@ -261,7 +261,7 @@ FAMILIES: dict[str, Family] = {
         timestep="vision_timesteps",
         changing=("sound_tokens", "sound_timesteps", "action_tokens", "action_timesteps"),
     ),
-    "CosmosTransformer3DModel": Family(changing=("block_controlnet_hidden_states",)),
+    "CosmosTransformer3DModel": Family(timestep_scale=1000.0, changing=("block_controlnet_hidden_states",)),
     "EasyAnimateTransformer3DModel": Family(segments=IMAGE_STREAM),
     "HeliosTransformer3DModel": Family(segments=WAN),
     "HunyuanVideo15Transformer3DModel": Family(segments=IMAGE_STREAM, changing=("timestep_r",)),
@@ -298,6 +298,7 @@ FAMILIES: dict[str, Family] = {
     "LatteTransformer3DModel": Family(segments=_units("transformer_blocks", "temporal_transformer_blocks")),
     "MiniMaxH3Transformer3DModel": Family(
         hidden_size=("hidden_size",),
+        timestep_scale=RISES,
         timestep_by_token=True,
         changing=("audio_hidden_states", "timestep_indices"),
     ),

@@ -1,13 +1,15 @@
 """What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, rank, step)."""
 
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,7 +91,7 @@ def batch_loss(
 
 
 def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) -> StepKinds:
-    """Return what the steps of a run do with their tokens, and count what one sample costs in each, by running it."""
+    """Return what the steps of a run do with their tokens, and count what one sample costs in each."""
     task.prepare()
     plans = make_plans(config.routing, cast(LongSkipModel, task.model))
     flops: dict[StepKind, int] = {kind: _sample_flops(task, config, kind, plans[kind], device) for kind in plans}
@@ -97,7 +99,7 @@ def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) ->
 
 
 def _sample_flops(task: Trainee, config: TrainConfig, kind: StepKind, plan: ForwardPlan, device: torch.device) -> int:
-    """Forward and backward; leaves no gradient.
+    """Forward and backward, on tensors that have shapes and no memory, so that nothing is computed.
 
     Attention counts as two products forward and four backward, whichever kernel computes it; what gradient
     checkpointing computes again and what does not grow with the batch (spectral constraints) do not count.
@@ -105,9 +107,10 @@ def _sample_flops(task: Trainee, config: TrainConfig, kind: StepKind, plan: Forw
     pixels, labels = default_collate([task.data[0]])
     share = config.routing.share if kind == "routed" else None
     batch = prepare_batch(pixels, labels, config, task, step_generator(config, ALL_RANKS, 0), device, share)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        batch_loss(task, task.model, config.objective, batch, plan).backward()
-    task.model.zero_grad()
+    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # private to torch; a test holds the count to that of real steps
+    with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(batch_loss(task, task.model, config.objective, batch, plan), trained, allow_unused=True)
     return counter.get_total_flops()
 
 
@@ -136,9 +139,7 @@ def load_batches(
         yield batches
     except Exception as error:
         # PyTorch raises where the loop happens to be, or the pipe breaks, or somebody makes another error of either
-        for worker in workers:
-            worker.join(timeout=0.1)
-        if not any(worker.exitcode for worker in workers):
+        if not has_failed(workers):
             raise
         raise ChildProcessError(
             "a process that loads data died, perhaps for lack of memory: the same command goes on from the last "
@@ -147,3 +148,13 @@ def load_batches(
     finally:
         if workers:
             batches._shutdown_workers()  # else they end with the last reference, which a traceback may hold
+
+
+def has_failed(workers: Sequence[BaseProcess]) -> bool:
+    """Whether a process has ended with an error. PyTorch's handler of SIGCHLD raises wherever Python is, also here."""
+    for _ in range(len(workers) + 1):
+        with suppress(RuntimeError):
+            for worker in workers:
+                worker.join(timeout=0.1)
+            return any(worker.exitcode for worker in workers)
+    return True

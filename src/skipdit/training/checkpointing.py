@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -16,7 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from skipdit.files import atomic_folder, check_replaceable, check_whole, read_marker, remove_ours, to_json
+from skipdit.files import (
+    atomic_folder,
+    check_replaceable,
+    check_whole,
+    read_marker,
+    remove_ours,
+    to_json,
+    write_marker,
+)
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
 from skipdit.untrusted import printable, read_json
@@ -140,24 +148,29 @@ def check_places(folder: Path, max_steps: int) -> None:
     """Raise `FileExistsError` where something of others has the name of a checkpoint that may be written."""
     for path in sorted(folder.glob("checkpoint-*")):
         if (step := step_of(path)) is not None and step <= max_steps:
-            check_replaceable(path, KIND)
+            check_replaceable(path, KIND, even_damaged=True)
 
 
 def set_aside(folder: Path) -> None:
     """Move the checkpoints of an earlier run into `previous-run`, where they stay until a new one stands."""
     if checkpoints := list_checkpoints(folder):
+        place = folder / PREVIOUS
+        check_replaceable(place, PREVIOUS)
         drop_previous(folder)
-        (folder / PREVIOUS).mkdir(exist_ok=True)
+        place.mkdir(exist_ok=True)
+        write_marker(place, {PREVIOUS: {}})
         for path in checkpoints:
-            path.rename(folder / PREVIOUS / path.name)
-        LOGGER.warning("until a new checkpoint stands, those of before are in %s", printable(folder / PREVIOUS))
+            path.rename(place / path.name)
+        LOGGER.warning("until a new checkpoint stands, those of before are in %s", printable(place))
 
 
 def drop_previous(folder: Path) -> None:
-    for path in list_checkpoints(folder / PREVIOUS):
-        remove_ours(path)
-    with suppress(OSError):  # not there, or something of others is in it
-        (folder / PREVIOUS).rmdir()
+    """Delete what `set_aside` has moved."""
+    place = folder / PREVIOUS
+    if not place.is_symlink() and PREVIOUS in read_marker(place)["files"]:
+        for path in list_checkpoints(place):
+            remove_ours(path)
+        remove_ours(place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,7 +204,7 @@ def save_checkpoint(
         without_moments=unreached,
     )
     path = checkpoint_path(folder, step)
-    with written(path), atomic_folder(path, KIND) as draft:
+    with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
         for name in FILES:
             save_file(tensors[name], draft / f"{name}.safetensors")
         (draft / "state.json").write_text(to_json(state), encoding="utf-8")

@@ -42,7 +42,6 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, *, overwrite: bool) -> None:
         self.path, self.config = absolute(path), config
         self.overwritten = PIPELINE_FILES if overwrite else ()
-        self._refuse_inputs()
         self.files = OutputFolder(self.path, "training", overwrite=overwrite)
         clean_up(self.path / SAMPLES)
         self.files.claim([CONFIG, LOG, *self._samples_in_the_way()])
@@ -51,16 +50,6 @@ class RunFolder:
         check_replaceable(pipeline, PIPELINE, self.overwritten)
         if overwrite and pipeline.is_dir() and PIPELINE not in read_marker(pipeline)["files"]:
             LOGGER.warning("in %s, %s are going to be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
-
-    def _refuse_inputs(self) -> None:
-        config = self.config
-        given = (config.start_from, config.data.source, getattr(config.model, "inflate", None))
-        inputs = [Path(name) for name in given if name is not None and Path(name).exists()]
-        if self.path.resolve() in [path.resolve() for path in inputs]:
-            raise ValueError(f"{printable(self.path)} is an input of this run: give another --out")
-        replaced = (PIPELINE, SAMPLES, PREVIOUS)
-        for target in (*(self.path / name for name in replaced), *list_checkpoints(self.path)):
-            check_apart(target, inputs)
 
     def _samples_in_the_way(self) -> Iterator[str]:
         every, last = self.config.sample_every, self.config.max_steps
@@ -94,6 +83,22 @@ class RunFolder:
             yield draft
 
 
+def refuse_inputs(out: Path, config: TrainConfig) -> None:
+    """`ValueError` where a run would replace one of its inputs, or write into its data."""
+    source, inflated = config.data.source, getattr(config.model, "inflate", None)
+    # by default the data is the bundled one
+    data = None if source == type(config.data).source or not Path(source).exists() else Path(source)
+    names = (config.start_from, None if inflated == "emoji" else inflated)
+    inputs = [Path(name) for name in names if name is not None and Path(name).exists()] + ([data] if data else [])
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"{printable(out)} is an input of this run: give another --out")
+    if data is not None and data.resolve() in out.resolve().parents:
+        raise ValueError(f"{printable(out)} lies in the data, {printable(data)}, and would be read: give another --out")
+    replaced = (PIPELINE, SAMPLES, PREVIOUS)
+    for target in (*(out / name for name in replaced), *list_checkpoints(out)):
+        check_apart(target, inputs)
+
+
 @contextmanager
 def run_folder(
     accelerator: Accelerator, path: Path, config: TrainConfig, *, overwrite: bool
@@ -104,6 +109,7 @@ def run_folder(
         folders: list[RunFolder] = []
 
         def hold() -> None:
+            refuse_inputs(absolute(path), config)
             held.enter_context(locked(absolute(path)))
             folders.append(RunFolder(path, config, overwrite=overwrite))
 

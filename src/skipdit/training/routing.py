@@ -52,9 +52,13 @@ class TokenRoutingConfig:
     def route(self, num_units: int) -> TokenRoute:
         """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
         most = (num_units - 1) // 2
+        if not most:
+            raise ValueError(
+                f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
+            )
         if self.num_shallow_units > most:
             raise ValueError(
-                f"num_shallow_units must be at most {most} for {num_units} units, got {self.num_shallow_units}"
+                f"routing.num_shallow_units must be at most {most} for {num_units} units, got {self.num_shallow_units}"
             )
         start, stop = self.num_shallow_units, num_units - self.num_shallow_units
         return TokenRoute(start=start, stop=stop, fill=self.mode == "fill")
