@@ -106,6 +106,21 @@ def test_a_second_pipeline_over_the_same_transformer() -> None:
         assert ran == list(range(0, num_steps, 2))
 
 
+def test_a_run_goes_on_while_another_pipeline_has_a_new_list() -> None:
+    """Copied timesteps tell of which of the two lists they are."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    model = pipeline.transformer
+    second = ClassToImagePipeline(model, DDIMScheduler.from_config(pipeline.scheduler.config))
+    enable_cache(pipeline, "N2")
+    enable_cache(second, "N2")
+    pipeline.scheduler.set_timesteps(10)
+    for step, timestep in enumerate(pipeline.scheduler.timesteps):
+        if step == 4:
+            second.scheduler.set_timesteps(7)
+        model(latents, timestep.clone(), labels)
+    assert counts(model) == (5, 5)
+
+
 def test_repeated_timesteps_are_steps_of_one_run(tmp_path: Path) -> None:
     """Heun's: 15 calls at 8 timesteps, the last two at 0, behind which an interval starts anew."""
     pipeline = tiny_pipeline()
