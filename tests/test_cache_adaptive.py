@@ -376,7 +376,7 @@ def test_the_cost_of_reused_branches_is_what_stands_around_them() -> None:
 def test_what_a_probe_holds_is_counted() -> None:
     unit = 2 * 16 * 32 * 4  # batch, tokens, width, float32
     for method in ("fbcache", "teacache"):
-        model = cached(f"{method}:0.5")
+        model = cached(f"{method}:0.75")
         run(Cached(model).step)
         assert cache_summary(model).bytes_held == 2 * unit
         model._reset_stateful_cache()

@@ -234,7 +234,7 @@ def test_the_contract(method: str, name: str, long_skips: bool, tmp_path: Path) 
     runtime = model._skipdit_cache
     if len(runtime.parts) == 1 and not runtime.method.schedule.is_adaptive:
         (costs,) = runtime.costs.values()
-        full = resolve(runtime.stepper.schedule_of(runtime.parts[0], costs), TIMESTEPS)
+        full = resolve(runtime.stepper.schedule_of(0, costs), TIMESTEPS)
         assert loop.full == [step for step, is_full in enumerate(full) if is_full]
     summary = cache_summary(model)
     assert summary.compute_ratio > 1

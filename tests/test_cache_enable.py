@@ -59,7 +59,7 @@ def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe |
 ])  # fmt: skip
 def test_what_is_reused_lies_behind_the_probe(site: Any) -> None:
     model = tiny_dit()
-    with pytest.raises(ValueError, match="what is reused must be units behind them"):
+    with pytest.raises(ValueError, match="what is reused must be units after them"):
         enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=Probe()))
     assert not isinstance(model, CachedModel)
 
@@ -83,6 +83,17 @@ def test_auto_refuses_what_one_full_step_cannot_reach(num_units: int, speedup: f
     with pytest.raises(ValueError, match=f"at most {most} is possible"):
         enable_cache(tiny_dit(num_units), f"auto:{speedup}")
     enable_cache(tiny_dit(num_units), f"auto:{float(most) - 0.1:.1f}")
+
+
+def test_what_counting_puts_out_of_reach_is_said_once() -> None:
+    """On a bare model each step is decided anew."""
+    model, (latents, labels) = tiny_dit(8), inputs()
+    enable_cache(model, "auto:3.7")
+    with warnings.catch_warnings(record=True) as warned, torch.no_grad():
+        warnings.simplefilter("always")
+        for timestep in (900, 800, 700, 600):
+            model(latents, torch.tensor(timestep), labels)
+    assert [str(each.message).partition(":")[0] for each in warned] == ["a speedup of 3.7 is out of reach"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,7 +252,7 @@ def test_copies_cache_in_the_same_way_and_share_no_state(name: str, way: str) ->
     def run(each: Any, num_steps: int = 4) -> list[torch.Tensor]:
         return [each(**family.arguments(900 - 100 * i, seed=i), return_dict=False)[0] for i in range(num_steps)]
 
-    for spec in (None, "delta:N2", "fbcache:0.5"):
+    for spec in (None, "delta:N2", "fbcache:100"):
         if spec is not None:
             enable_cache(model, spec)
         expected = run(model)

@@ -121,6 +121,48 @@ def fresh_compiler() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Blocks that are compiled each for itself
+
+
+FLUX = "FluxTransformer2DModel"
+
+
+@torch.no_grad()
+def run_flux(model: nn.Module) -> list[Tensor]:
+    return [model(**TINY_FAMILIES[FLUX].arguments(each), return_dict=False)[0] for each in (900.0, 800.0, 700.0, 600.0)]
+
+
+@pytest.mark.parametrize("spec", ["delta:N2", "fbcache:0.9", "N2", "fora:N2"])
+def test_compiled_blocks_share_one_graph_per_class(spec: str) -> None:
+    """22 units made as many graphs, of which torch allows 8; and the first step, under a counter, compiled none."""
+    model = TINY_FAMILIES[FLUX].build(12, num_single_layers=10)
+    if spec == "N2":
+        add_long_skips(model, LongSkipConfig(fusion="residual"))
+    enable_cache(model, spec)
+    expected, ratio = run_flux(model), cache_summary(model).compute_ratio
+    assert ratio > 1
+    counter = CompileCounter()
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    enable_cache(model, spec)  # counts its costs again
+    assert equal(run_flux(model), expected)
+    assert cache_summary(model).compute_ratio == ratio
+    # two classes of blocks, one of which sees two layouts of memory; what looks into branches runs without graphs
+    assert counter.frame_count in ((0,) if spec == "fora:N2" else (2, 3))
+    disable_cache(model)
+    assert torch.equal(run_flux(model)[0], expected[0])
+    assert counter.frame_count > 0
+
+
+def test_blocks_that_are_compiled_already_are_refused() -> None:
+    model = TINY_FAMILIES[FLUX].build(3)
+    classes = [type(module) for module in model.modules()]
+    model.compile_repeated_blocks(backend="eager")
+    with pytest.raises(ValueError, match="call skipdit first, then compile them"):
+        enable_cache(model, "delta:N2")
+    assert [type(module) for module in model.modules()] == classes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Graphs
 
 

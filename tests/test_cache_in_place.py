@@ -18,7 +18,7 @@ from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 
 WAYS = ("nowhere", "input", "buffer", "branch")
-SPECS = (None, "N3", "skip-taylor:N3", "delta:N3", "faster-diffusion:N3", "fora:N3", "fbcache:0.3", "teacache:0.3")
+SPECS = (None, "N3", "skip-taylor:N3", "delta:N3", "faster-diffusion:N3", "fora:N3", "fbcache:0.3", "teacache:0.5")
 LISTED = [name for name in TINY_FAMILIES if name in FAMILIES]
 
 
@@ -27,12 +27,12 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, way: str) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm, self.attn = nn.LayerNorm(dim), nn.Linear(dim, dim)
         self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.way, self.buffer = way, torch.empty(2, 5, dim)
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        update = self.ff(self.norm(hidden_states) + temb)
+        update = self.ff(self.attn(self.norm(hidden_states) + temb))
         if self.way == "branch":
             update += hidden_states
             return update
@@ -61,7 +61,9 @@ class InPlaceTransformer(ModelMixin, ConfigMixin):
 
 @pytest.fixture(autouse=True)
 def _declared() -> Iterator[None]:
-    family = Family(segments=(Segment(lists=("layers",), branches={"mlp": ("ff",)}),), hidden_size=("dim",))
+    family = Family(
+        segments=(Segment(lists=("layers",), branches={"attention": ("attn",), "mlp": ("ff",)}),), hidden_size=("dim",)
+    )
     declare_family(InPlaceTransformer, family)
     yield
     del FAMILIES["InPlaceTransformer"]

@@ -596,6 +596,49 @@ def test_a_pipeline_is_saved_and_loaded_under_a_cache(tmp_path: Path) -> None:
     assert torch.equal(sample(loaded), expected)
 
 
+@pytest.mark.parametrize(("spec", "made"), [("N2", (3, 2)), ("fora:N2", (3, 2)), ("fbcache:0.000001", (5, 0))])
+def test_a_step_that_raises_leaves_nothing_behind(spec: str, made: tuple[int, int]) -> None:
+    """Neither what other branches of its run hold, nor what it has stored itself until then: memory may be why. Nor a
+    warning that it has never reused, in place of the error."""
+    model, family = build("DiT"), TINY_FAMILIES["DiT"]
+    enable_cache(model, spec)
+
+    def call(timestep: int) -> None:
+        for name in ("cond", "uncond"):
+            with model.cache_context(name), torch.no_grad():
+                model(**family.arguments(timestep))
+
+    call(900)
+    call(800)
+    assert cache_summary(model).bytes_held > 0
+    stop_at(model.blocks[-1], 2)
+    with pytest.raises(Stopped):
+        call(700)
+    assert cache_summary(model).bytes_held == 0
+    assert counts(model) == made
+    assert model.open_call is None or model.open_call.state is None
+
+
+def test_costs_are_counted_apart_from_what_other_threads_run() -> None:
+    """They were counted by hooks on all modules of the process, by name."""
+    model, other = build("DiT"), build("DiT")
+    enable_cache(model, "N2")
+    run(model, "DiT")
+    (expected,) = model._skipdit_cache.costs.values()
+    enable_cache(model, "N2")
+
+    def beside(*_: Any) -> None:
+        thread = threading.Thread(target=run, args=(other, "DiT"))
+        thread.start()
+        thread.join()
+
+    hook = model.blocks[1].register_forward_pre_hook(beside)
+    run(model, "DiT")
+    hook.remove()
+    (costs,) = model._skipdit_cache.costs.values()
+    assert costs.units == expected.units
+
+
 @pytest.mark.parametrize("name", ["DiT", FLUX])
 def test_threads_with_copies_of_their_own_do_not_mix(name: str) -> None:
     model = build(name)

@@ -106,6 +106,21 @@ def test_a_second_pipeline_over_the_same_transformer() -> None:
         assert ran == list(range(0, num_steps, 2))
 
 
+def test_a_run_goes_on_while_another_pipeline_has_a_new_list() -> None:
+    """Copied timesteps tell of which of the two lists they are."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    model = pipeline.transformer
+    second = ClassToImagePipeline(model, DDIMScheduler.from_config(pipeline.scheduler.config))
+    enable_cache(pipeline, "N2")
+    enable_cache(second, "N2")
+    pipeline.scheduler.set_timesteps(10)
+    for step, timestep in enumerate(pipeline.scheduler.timesteps):
+        if step == 4:
+            second.scheduler.set_timesteps(7)
+        model(latents, timestep.clone(), labels)
+    assert counts(model) == (5, 5)
+
+
 def test_repeated_timesteps_are_steps_of_one_run(tmp_path: Path) -> None:
     """Heun's: 15 calls at 8 timesteps, the last two at 0, behind which an interval starts anew."""
     pipeline = tiny_pipeline()
@@ -417,6 +432,38 @@ def test_a_scheduler_whose_timesteps_rise_as_noise_falls_has_its_window_at_the_n
             pipeline.scheduler.step(out[:, :4], timestep, latents)
 
     assert full_steps(model, model.blocks[2].attn, run) == [0, 1, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("inverted", [None, False, True], ids=["EDM", "falls", "rises"])
+def test_timesteps_on_a_scale_of_their_own_have_the_same_window(inverted: bool | None) -> None:
+    """Those of EDM (Cosmos, StableAudio) are functions of log sigma, half of them below 0: nothing was stored there.
+    Others count to 1 (OmniGen, AceStep): `auto` stayed full."""
+    pipeline, sigmas = tiny_pipeline(), [1 - step / 20 for step in range(20)]
+    model, (latents, labels) = pipeline.transformer, inputs()
+    pipeline.scheduler = (
+        diffusers.EDMEulerScheduler()
+        if inverted is None
+        else FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, invert_sigmas=inverted)
+    )
+    pipeline.scheduler.set_timesteps(20) if inverted is None else pipeline.scheduler.set_timesteps(sigmas=sigmas)
+    for spec, fewest in (("N2", 10), ("auto", 7), ("N2-700-200", 2)):
+        enable_cache(pipeline, spec)
+        for timestep in pipeline.scheduler.timesteps:
+            model(latents, timestep, labels)
+        (run,) = model._skipdit_cache.streams.runs.values()
+        assert run.levels == sorted(run.levels, reverse=True)
+        assert 1000 >= run.levels[0] > 900
+        assert 100 > run.levels[-1] >= 0
+        assert counts(pipeline)[1] >= fewest
+
+
+def test_a_context_may_tell_nothing() -> None:
+    model, (latents, labels) = tiny_dit(), inputs()
+    enable_cache(model, "N2")
+    for timestep in STEPS:
+        with model.cache_context("cond", step_index=None, num_inference_steps=None, timestep=None):
+            model(latents, torch.tensor(timestep), labels)
+    assert counts(model) == (2, 2)
 
 
 def test_what_a_context_tells_is_believed() -> None:

@@ -1,22 +1,33 @@
 """Calibration: what is recorded is what reuse gives, schedules are files, the command writes what it says."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny import listing, randomize, tiny_dit
+from tiny import flops_of, listing, randomize, tiny_dit
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
+from skipdit.cache.steppers import Part
 from skipdit.calibration.calibrate import CalibrateConfig, Row, at_compute, calibrate
 from skipdit.calibration.plan import GRID, choose, plan
-from skipdit.calibration.trials import Trials, measure, probed_steps, smooth_errors, smooth_schedule
+from skipdit.calibration.trials import (
+    RecordingSteps,
+    Trials,
+    measure,
+    probed_steps,
+    recorded,
+    smooth_errors,
+    smooth_schedule,
+)
 from skipdit.cli import main
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import OutputFolder
@@ -103,9 +114,29 @@ def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline
         summary = cache_summary(pipeline)
         disable_cache(pipeline)
         assert summary.steps_full == len(chosen.full_steps)
-        assert 1 / summary.compute_ratio == pytest.approx(chosen.cost, abs=1 / GRID)  # costs are planned on a grid
-    assert measured.reuse_costs == pytest.approx((2 / 6, 4 / 6), rel=0.06)  # of the units; what stands around them adds
+        costs = [1.0 if each is None else measured.reuse_costs[each] for each in chosen.variants]
+        assert 1 / summary.compute_ratio == pytest.approx(sum(costs) / NUM_STEPS)
+        planned = [math.ceil(cost * GRID) / GRID for cost in costs]  # on a grid, rounded up
+        assert chosen.cost == pytest.approx(sum(planned) / NUM_STEPS)
+    full = flops_of(lambda: sample(pipeline, 1))
+    for k, cost in zip((1, 2), measured.reuse_costs, strict=True):
+        enable_cache(pipeline, f"N2-k{k}")
+        assert cost == pytest.approx(flops_of(lambda: sample(pipeline, 2)) / full - 1)  # a full step and a reused one
+        disable_cache(pipeline)
     assert np.all(measured.sensitivity > 0)
+
+
+def test_what_a_recorded_run_held_goes_with_it(pipeline: ClassToImagePipeline) -> None:
+    """Of each run of a pass in several batches all stored steps were kept until the last had ended."""
+
+    def make(model: Any, parts: list[Part]) -> RecordingSteps:
+        return RecordingSteps(model, parts, Trials(max_age=2), lambda: None)
+
+    with recorded(pipeline, DeepFeatures(), make) as (_, steps):
+        for _ in range(2):
+            pipeline([1], num_inference_steps=3, output_type="latent")
+            assert len(steps.seen) == 3
+            assert not steps.history
 
 
 def test_probed_steps_are_denser_at_the_ends() -> None:
@@ -130,6 +161,9 @@ def test_smoothcache_reuses_where_outputs_hardly_change(pipeline: ClassToImagePi
     disable_cache(pipeline)
     assert (summary.steps_full, summary.steps_reused) == (2, 5)
     assert summary.compute_ratio == pytest.approx(changes.compute_ratio(always))
+    full = flops_of(lambda: sample(pipeline))
+    enable_cache(pipeline, always)
+    assert summary.compute_ratio == pytest.approx(full / flops_of(lambda: sample(pipeline)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -184,6 +184,25 @@ def test_converting_overwrites_no_file(model: Path, tmp_path: Path, capsys: pyte
     assert weights.read_bytes() == before
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from skipdit.cli import main
+Path.replace = lambda source, target: os.kill(os.getpid(), signal.SIGKILL)
+main(["convert", sys.argv[1], "--to", "official", "--out", sys.argv[2]])
+"""
+
+
+def test_the_draft_of_a_killed_conversion_goes_with_the_next(model: Path, out: Path) -> None:
+    target = out / "official.safetensors"
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(model), str(target)], check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    (draft,) = out.iterdir()
+    assert draft.name.startswith(DRAFT)
+    main(["convert", str(model), "--to", "official", "--out", str(target)])
+    assert list(out.iterdir()) == [target]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # NaN
 
@@ -282,6 +301,12 @@ def test_options_that_are_not_finite_are_refused(config: type, value: float) -> 
 def test_seeds_are_those_of_pytorch(config: type, seed: int) -> None:
     with pytest.raises(ValueError, match=f"seed must be between 0 and 9223372036854775807, got {seed}"):
         config(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [2**33, 2**63 - 1])
+def test_every_seed_of_pytorch_samples(seed: int, model: Path, out: Path) -> None:
+    main(["sample", "--model", str(model), *QUICK, "--seed", str(seed), "--out", str(out)])
+    assert json.loads((out / "report.json").read_text())["config"]["seed"] == seed
 
 
 def test_targets_that_are_not_finite_are_refused() -> None:

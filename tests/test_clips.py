@@ -3,6 +3,7 @@
 import io
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -191,6 +192,24 @@ def test_a_parquet_file_of_any_encoding(tmp_path: Path, folder: Path) -> None:
     assert open_clips(ClipConfig(**config, on_broken="skip")).captions == [("b",), ("a",)]
     with pytest.raises(ValueError, match="no column 'clip', only film, kind, text"):
         open_clips(ClipConfig(source=str(path), label_column="kind"))
+
+
+@pytest.mark.parametrize("on_broken", ["refuse", "skip"])
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([1, 2], "int64"),
+        (["a.mp4", "b.mp4"], "string"),
+        ([[b"a"], [b"b"]], "list<"),
+        ([{"path": "a.mp4"}, {"path": "b.mp4"}], "struct<path: string>"),
+        (pa.nulls(2), "null"),
+    ],
+)
+def test_a_column_that_holds_no_clips_is_named(values: Any, found: str, on_broken: Any, tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"clip": values, "label": ["a", "b"]}), tmp_path / "set.parquet")
+    config = ClipConfig(source=str(tmp_path / "set.parquet"), num_frames=2, on_broken=on_broken)
+    with pytest.raises(ValueError, match=rf"set\.parquet: clip must hold bytes or \{{bytes, path\}}, got {found}"):
+        open_clips(config)
 
 
 def test_sources_that_cannot_be_had_are_named(tmp_path: Path) -> None:

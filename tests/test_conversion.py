@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import listing
+from tiny import flops_of, listing
 from torch import Tensor
 
 import skipdit.training.loop
@@ -295,19 +295,24 @@ def test_the_loss_is_that_of_training(bench: Bench) -> None:
 
 
 def test_runs_of_one_interval_compute_alike(bench: Bench) -> None:
+    folders = {name: bench.runs / name / "pipeline" for name in STARTS}
+    tasks = conversion.build_models(bench.stages, open_pictures(bench.stages[PLAIN].data), folders, "cpu")
     for model in bench.models:
+        task, trained = tasks[model], bench.stages[PLAIN]
+        in_full = flops_of(lambda: conversion.sample(task, trained, CONFIG, 6))  # noqa: B023
         runs = [row for row in bench.rows if row.model == model]
         linked = bench.models[model].long_skips != "none"
         expected = ["N2"] * linked + ["delta:N2", "fewer than N2"]
         expected += ["N3"] * linked + ["delta:N3", "fewer than N3"]
         assert [row.run for row in runs] == expected
         for caches, fewer in ((runs[: 1 + linked], runs[1 + linked]), (runs[2 + linked : -1], runs[-1])):
-            (full,) = {row.steps_full for row in caches}
-            units = 6 / (full + (6 - full) * 2 / 4)
+            assert len({row.steps_full for row in caches}) == 1
             for row in caches:
-                assert 0.9 * units < row.compute_ratio < 1.02 * units  # long skips cost a little too
-            assert fewer.num_steps == fewer.steps_full == math.ceil(6 / caches[0].compute_ratio)
-            assert fewer.compute_ratio <= caches[0].compute_ratio
+                run = flops_of(lambda: conversion.sample_cached(task, trained, CONFIG, row.run))  # noqa: B023
+                assert row.compute_ratio == pytest.approx(in_full / run)
+            (ratio,) = {row.compute_ratio for row in caches}
+            assert fewer.num_steps == fewer.steps_full == math.ceil(6 / ratio)
+            assert fewer.compute_ratio <= ratio
     assert all(row.psnr.finite_mean is not None and row.ssim.mean <= 1 for row in bench.rows)
 
 

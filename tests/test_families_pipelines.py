@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.state import CacheSummary
+from skipdit.diffusion import noise_levels
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 
@@ -360,6 +361,43 @@ def test_on_a_bare_model_a_step_waits_once(name: str) -> None:
         for timestep, anew in ((900, False), (800, False), (700, True), (600, True)):
             assert step(timestep, anew=anew).more_than(plain).total() == waits
         assert cache_summary(model).steps_reused >= 2
+
+
+def karras(sigma_max: float) -> Any:
+    """As Cosmos 2 has it: its sigmas go far above 1."""
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_max=sigma_max, sigma_min=0.002, final_sigmas_type="sigma_min")
+    return scheduler
+
+
+@pytest.mark.parametrize("scheduler", [
+    diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True),  # Mochi
+    diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),  # OmniGen
+    diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1),  # ACE-Step
+    diffusers.FlowMatchHeunDiscreteScheduler(),
+    diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    diffusers.DDIMScheduler(),
+    diffusers.DDIMScheduler(num_train_timesteps=4000),
+    diffusers.HeunDiscreteScheduler(),
+    diffusers.MiniMaxH3Scheduler(shift=1.0),
+    diffusers.EDMEulerScheduler(sigma_max=80.0),
+    diffusers.EDMDPMSolverMultistepScheduler(sigma_max=80.0),
+    karras(80.0),
+])  # fmt: skip
+def test_noise_levels_of_schedulers_fall_from_1000(scheduler: Any) -> None:
+    if isinstance(scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=[1 - step / 20 for step in range(20)])
+    else:
+        scheduler.set_timesteps(20)
+    levels = noise_levels(
+        scheduler.timesteps.tolist(),
+        scheduler.config.get("num_train_timesteps", 1000),
+        inverted=scheduler.config.get("invert_sigmas", False),
+    )
+    assert levels == sorted(levels, reverse=True)
+    assert 940 < levels[0] <= 1000
+    assert 0 <= levels[-1] < 150
 
 
 if __name__ == "__main__":

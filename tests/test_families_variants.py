@@ -1,6 +1,7 @@
 """A cache under pipelines that do more than turn text into pictures: pictures and control signals as conditions,
 timesteps per token or frame, two transformers, a third call for guidance, pipelines made of blocks."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers as diffusers_package
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from diffusers.modular_pipelines.qwenimage.modular_blocks_qwenimage import QwenImageCoreDenoiseStep
@@ -18,7 +20,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenois
 from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from families import EXPECTED_WARNINGS, TINY
 from families.table import randomize
-from test_families_pipelines import Asked, noise
+from test_families_pipelines import Asked, karras, noise
 from torch import Tensor, nn
 
 from skipdit.cache.enable import TRANSFORMERS, cache_summary, disable_cache, enable_cache
@@ -37,13 +39,14 @@ class Variant:
 
     make: the pipeline, and the options of its call. calls: of its transformers, in order, each by the letter of its
     stream. level: the noise level, from 0 to 1000, of a timestep argument. reads: whether a static cache cannot know
-    without asking the device where a call stands.
+    without asking the device where a call stands. start: of a window in which each transformer reuses.
     """
 
     make: Callable[[], tuple[Any, dict[str, Any]]]
     calls: str
     level: Callable[[float], float] = lambda timestep: timestep
     reads: bool = False
+    start: int = 700
 
     def expected(self, levels: list[float], schedule: IntervalSchedule) -> str:
         """What each call does, by the formula: `F` is full, `r` reuses."""
@@ -65,6 +68,11 @@ def from_zero(timestep: float) -> float:
 
 def rising(timestep: float) -> float:
     return 1000 - timestep
+
+
+def from_logarithm(timestep: float) -> float:
+    """EDM's c_noise, a quarter of the logarithm of sigma: the share of noise, sigma / (1 + sigma)."""
+    return 1000 / (1 + math.exp(-4 * timestep))
 
 
 @dataclass
@@ -319,6 +327,36 @@ def mochi() -> tuple[Any, dict[str, Any]]:
     return pipeline, RUN | text | options
 
 
+def cosmos(pipeline_class: Any, scheduler: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    pipeline = pipeline_class(
+        scheduler=scheduler,
+        vae=None,
+        transformer=tiny("CosmosTransformer3DModel"),
+        safety_checker=wan_vae(),  # any model: it would be shown prompts and pixels, of which there are none
+        **no_encoders(""),
+    )
+    return pipeline, RUN | BOTH | {"height": 64, "width": 64} | options
+
+
+class OmniGen(DiffusionPipeline):
+    """The loop of OmniGenPipeline, which needs torchvision for its prompts: a list from 0 to 1 that rises."""
+
+    def __init__(self, transformer: Any, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps: int, generator: torch.Generator) -> tuple[Tensor]:
+        given = TINY["OmniGenTransformer2DModel"].inputs(0, num_inference_steps)
+        latents = torch.randn(2, 4, 8, 8, generator=generator)
+        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist())
+        for time in self.scheduler.timesteps:
+            out = self.transformer(**given | {"hidden_states": latents, "timestep": time.expand(2)}, return_dict=False)
+            latents = self.scheduler.step(out[0], time, latents, return_dict=False)[0]
+        self.maybe_free_model_hooks()
+        return (latents,)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pipelines made of blocks
 
@@ -428,13 +466,14 @@ VARIANTS: dict[str, Variant] = {
         level=from_zero,
     ),
     "Wan 2.2": Variant(  # the first transformer down to a noise level of 600
-        make=lambda: wan(diffusers.WanPipeline, two=True, num_inference_steps=8), calls="cu" * 4 + "CU" * 4
+        make=lambda: wan(diffusers.WanPipeline, two=True, num_inference_steps=8), calls="cu" * 4 + "CU" * 4, start=900
     ),
     "Wan 2.2 from a picture": Variant(
         make=lambda: wan(
             diffusers.WanImageToVideoPipeline, two=True, in_channels=10, image=image(16), num_inference_steps=8
         ),
         calls="cu" * 4 + "CU" * 4,
+        start=900,
     ),
     "Wan 2.2 TI2V": Variant(make=lambda: wan(diffusers.WanPipeline, expand_timesteps=True), calls="cu" * 6),
     "Wan 2.2 TI2V from a picture": Variant(
@@ -448,6 +487,29 @@ VARIANTS: dict[str, Variant] = {
     "LTX from a picture": Variant(make=lambda: ltx(diffusers.LTXImageToVideoPipeline), calls="b" * 6),
     "LTX from a condition": Variant(make=lambda: ltx(diffusers.LTXConditionPipeline, strength=0.9), calls="b" * 6),
     "Mochi": Variant(make=mochi, calls="b" * 6, level=rising),
+    "OmniGen": Variant(
+        make=lambda: (
+            OmniGen(
+                tiny("OmniGenTransformer2DModel"),
+                diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),
+            ),
+            {"num_inference_steps": 6},
+        ),
+        calls="b" * 6,
+        level=from_zero,
+    ),
+    "Cosmos": Variant(
+        make=lambda: cosmos(
+            diffusers.CosmosTextToWorldPipeline,
+            diffusers.EDMEulerScheduler(sigma_max=80.0, sigma_data=0.5),
+            num_frames=9,
+        ),
+        calls="cu" * 6,
+        level=from_logarithm,
+    ),
+    "Cosmos 2": Variant(
+        make=lambda: cosmos(diffusers.Cosmos2TextToImagePipeline, karras(80.0)), calls="cu" * 6, level=from_one
+    ),
     "Flux of blocks": Variant(
         make=lambda: modular(FluxCoreDenoiseStep, TEXT | POOLED, transformer=tiny("FluxTransformer2DModel")),
         calls="c" * 6,
@@ -463,7 +525,7 @@ VARIANTS: dict[str, Variant] = {
         calls="cu" * 6,
         level=from_one,
     ),
-    "Wan 2.2 of blocks": Variant(make=modular_wan22, calls="cu" * 2 + "CU" * 6),
+    "Wan 2.2 of blocks": Variant(make=modular_wan22, calls="cu" * 2 + "CU" * 6, start=900),
     "Z-Image of blocks": Variant(make=modular_z_image, calls="cu" * 6, level=from_zero),
 }
 
@@ -485,7 +547,7 @@ def test_a_pipeline(name: str) -> None:
     num_calls = len(variant.calls)
     assert cache_summary(pipeline).steps_reused == 0
 
-    for interval, start, stop in ((2, 1000, 0), (3, 700, 100)):
+    for interval, start, stop in ((2, 1000, 0), (3, variant.start, 100)):
         schedule = IntervalSchedule(interval=interval, start_timestep=start, stop_timestep=stop)
         enable_cache(pipeline, f"delta:N{interval}-{start}-{stop}")
         with watched(pipeline, variant.level) as seen, Asked() as asked:

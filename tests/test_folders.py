@@ -2,10 +2,12 @@
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import hostile_media as hostile
 import pytest
+import torch
 from PIL import Image
 
 from skipdit import folders
@@ -187,6 +189,18 @@ def test_a_folder_of_frames_is_a_clip(tmp_path: Path) -> None:
     twice = open_clips(ClipConfig(source=str(tmp_path / "run"), num_frames=6, frame_interval=2, image_size=8))
     assert (twice.label_names, twice.labels) == (["run"], [0, 0])
     assert shades(twice[1][0]) == [0, 2, 4, 6, 8, 10]
+
+
+def test_folders_of_frames_have_no_times_which_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put_frames(tmp_path / "run" / "a")
+    put_frames(tmp_path / "run" / "b")
+    config = ClipConfig(source=str(tmp_path), num_frames=6, image_size=8)
+    plain = open_clips(config)
+    assert not caplog.records
+    timed = open_clips(replace(config, fps=5.0))
+    assert all(torch.equal(timed[index][0], plain[index][0]) for index in range(2))
+    (record,) = caplog.records
+    assert "fps has no effect on 2 clips" in record.getMessage()
 
 
 def test_frames_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:

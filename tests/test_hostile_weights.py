@@ -11,12 +11,14 @@ from typing import Any
 import hostile_runs
 import hostile_weights as hostile
 import pytest
+import torch
 from safetensors.torch import save
 
 from skipdit.cache.methods import load_schedule, parse_method
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
 from skipdit.loading import load_source
+from skipdit.models.dit import DiT
 
 
 def read_bytes(reader: Callable[[Path], Any], suffix: str, folder: Path, content: bytes) -> Any:
@@ -150,6 +152,7 @@ def one(builder: Callable[..., Any], name: str) -> Any:
     [
         ("stride 0", "is larger than its record of 4 bytes"),
         ("many positions", "is larger than its record of 4 bytes"),
+        ("2^40 positions", "is larger than its record of 4 bytes"),
         ("one storage, many keys", "bytes, of which the file holds"),
         ("deflated pickle", "its records are compressed"),
         ("large pickle", "its data.pkl has more than the 8,388,608 bytes"),
@@ -157,6 +160,7 @@ def one(builder: Callable[..., Any], name: str) -> Any:
         ("many layers", "its keys number 3,000 layers, at most 256"),
         ("sparse", r"would call torch\._utils\._rebuild_sparse_tensor"),
         ("meta", r"would call torch\._utils\._rebuild_meta_tensor_no_storage"),
+        ("nested tensor", r"would call torch\._utils\._rebuild_nested_tensor"),
         ("bytearray", r"would call __builtin__\.bytearray"),
         ("print", r"would call __builtin__\.print"),
         ("deep", "nested deeper than 16|must hold"),
@@ -168,6 +172,35 @@ def test_small_archives_do_not_take_the_machine(name: str, message: str, tmp_pat
     with pytest.raises(ValueError, match=message) as caught:
         read_bytes(load_file, ".pt", tmp_path, one(hostile.archives, name))
     assert len(str(caught.value)) < 1000
+
+
+def test_a_wide_model_of_one_number_is_refused(tmp_path: Path) -> None:
+    """Under our keys every tensor fits every other; loaded, its layers would take 10 GiB."""
+    with torch.device("meta"):
+        model = DiT(num_layers=2, num_attention_heads=2, attention_head_dim=4096, sample_size=8, patch_size=2)
+    content = hostile.archive({key: torch.zeros(()).expand(tensor.shape) for key, tensor in model.state_dict().items()})
+    assert len(content) < 10_000
+    with pytest.raises(ValueError, match="is larger than its record of 4 bytes"):
+        read_bytes(lambda path: load_model(path, num_attention_heads=2, sample_size=8), ".pt", tmp_path, content)
+
+
+@pytest.mark.parametrize(
+    ("records", "change", "message"),
+    [
+        ("data.pkl", lambda data: b"\x80\x02](K\x00K\x01u.", "damaged"),  # SETITEMS on a list
+        ("data/0", lambda data: data[:-4], "2 of its storages have 2,048 bytes, of its records 1"),
+        ("", lambda data: data[:4], "damaged"),  # beyond the end of the file
+    ],
+)
+def test_archives_that_corrupted_memory_are_refused(
+    records: str, change: Callable[[bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    """The two patterns of CVE-2026-24747, for which torch has its lower bound."""
+    whole = hostile.archive(hostile.official())
+    wanted = f"/{records}" if records else "/data/"
+    content = hostile.repacked(whole, lambda name, data: change(data) if wanted in name else data)
+    with pytest.raises(ValueError, match=rf"hostile\.pt is not a readable PyTorch checkpoint: {message}"):
+        read_bytes(load_file, ".pt", tmp_path, content)
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(tmp_path: Path) -> None:
@@ -251,10 +284,12 @@ def test_other_odd_files_of_pipelines(tmp_path: Path) -> None:
         return str(caught.value)
 
     index, scheduler = "model_index.json", "scheduler/scheduler_config.json"
-    assert "no _class_name" in refusal(index, _class_name=["ClassToImagePipeline"])
-    assert "no library and class for its vae" in refusal(index, vae=[])
+    for name in (["ClassToImagePipeline"], {"name": "ClassToImagePipeline"}, None):
+        assert "no _class_name" in refusal(index, _class_name=name)
+    for part in ("vae", "scheduler"):
+        assert f"no library and class for its {part}" in refusal(index, **{part: []})
     assert "'PNDM' is no scheduler of diffusers" in refusal(index, scheduler=["diffusers", "PNDM"])
-    assert "must be names by number" in refusal(index, id2label={"0": 3})
+    assert "must be names by number" in refusal(index, id2label={"0": "cat", "1": 3})
     assert "must number 10 classes, got 'one'" in refusal(index, id2label={"one": "cat"})
     assert "makes no scheduler" in refusal(scheduler, beta_schedule="cubic")
     assert "steps_offset must be 0 or 1, got 900" in refusal(scheduler, steps_offset=900)
@@ -265,15 +300,48 @@ def test_other_odd_files_of_pipelines(tmp_path: Path) -> None:
     assert "layers_per_block must be 0 to 256" in refusal("vae/config.json", layers_per_block=10**9)
 
 
+@pytest.mark.parametrize("name", [name for name in hostile.pipeline_folder() if name.endswith(".json")])
+@pytest.mark.parametrize("content", [b'{"a": ' + b"[" * 1000 + b"]" * 1000 + b"}", b"[" * 10**6])
+def test_nesting_is_refused_in_every_file_of_a_pipeline(name: str, content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nested too deeply") as caught:
+        read_files(load_pipeline, tmp_path, hostile.pipeline_folder() | {name: content})
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("index", ["safetensors", "bin"])
+def test_nesting_is_refused_in_an_index(index: str, tmp_path: Path) -> None:
+    files = {"config.json": hostile.family_folder("DiT")["config.json"]}
+    files[f"diffusion_pytorch_model.{index}.index.json"] = hostile.DEEP.encode()
+    with pytest.raises(ValueError, match=r"index\.json is nested too deeply"):
+        read_files(load_model, tmp_path, files)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": [1]}, 5, None])
+def test_a_shard_that_holds_no_state_dict_is_named(content: object, tmp_path: Path) -> None:
+    files = {"config.json": hostile.family_folder("DiT")["config.json"], "one.bin": hostile.archive(content)}
+    files["diffusion_pytorch_model.bin.index.json"] = b'{"weight_map": {"a": "one.bin"}}'
+    with pytest.raises(ValueError, match=r"one\.bin must hold"):
+        read_files(load_model, tmp_path, files)
+
+
+def test_a_schedule_without_end_does_not_hold_up_its_pipeline(tmp_path: Path) -> None:
+    """Also where nobody asks for a schedule."""
+    files = hostile.pipeline_folder() | {"schedules/3x.json": next(hostile.schedules())[1]}
+    with pytest.raises(ValueError, match=r"3x\.json is not a schedule: .* <= 1000"):
+        read_files(load_pipeline, tmp_path, files)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"full_steps": [0, 1.9]}, "Expected `int`, got `float`"),
         ({"full_steps": "02"}, "Expected `array"),
         ({"order": True}, "got `bool`"),
+        ({"order": 1.9}, "Expected `int`, got `float`"),
         ({"timesteps": [999, 749, 499, None]}, "Expected `float`, got `null`"),
         ({"num_shallow_units": [None]}, "Expected `int`, got `null`"),
         ({"num_shallow_units": [[]]}, "Expected `int`, got `array`"),
+        ({"num_shallow_units": ["a"]}, "Expected `int`, got `str`"),
         ({"methd": "skip"}, "unknown field `methd`"),
         ({"made_for": {"model": 1}}, "made_for"),
         ({"parts": []}, "length >= 1"),
@@ -286,6 +354,16 @@ def test_schedules_are_read_strictly(changes: dict[str, Any], message: str, tmp_
     with pytest.raises(ValueError, match=r"hostile\.json is not a schedule: ") as caught:
         read_bytes(load_schedule, ".json", tmp_path, json.dumps(fields).encode())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "1" + "0" * 400])
+@pytest.mark.parametrize("before", ["999, 749", "0, 2"])  # timesteps, full_steps
+def test_numbers_without_end_are_refused_in_a_schedule(number: str, before: str, tmp_path: Path) -> None:
+    text = hostile.schedule_bytes().decode()
+    assert text.count(f"[{before}") == 1
+    with pytest.raises(ValueError, match=r"hostile\.json is not a schedule: is not valid JSON: ") as caught:
+        read_bytes(load_schedule, ".json", tmp_path, text.replace(f"[{before}", f"[{number}, 2").encode())
+    assert len(str(caught.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ['{"full_steps": [NaN]}', '{"order": 1, "order": 1}', hostile.DEEP, "5", "[]"])

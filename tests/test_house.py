@@ -101,7 +101,8 @@ def test_package_ships_its_assets() -> None:
     assert package.joinpath("py.typed").is_file()
     emoji = package.joinpath("assets", "emoji")
     licences = emoji.joinpath("LICENSES.md").read_text(encoding="utf-8")
-    assert "Microsoft Corporation" in licences
+    assert "Copyright (c) Microsoft Corporation" in licences
+    assert "Copyright (c) 2023 LobeHub" in licences
     assert "Miles Johnson" in licences
     with importlib.resources.as_file(emoji.joinpath("fluent_emoji_64.parquet")) as path:
         table = pq.read_table(path)

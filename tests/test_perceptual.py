@@ -118,6 +118,13 @@ def test_pictures_may_have_any_size(size: tuple[int, int]) -> None:
     ]
 
 
+def test_other_weights_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(b"no pickle")
+    monkeypatch.setattr(perceptual, "find_weights", lambda: tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth is not the file that skipdit was tested with"):
+        load_feature_network.__wrapped__()
+
+
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(perceptual, "WEIGHTS_PACKAGE", "no_such_package")
     assert perceptual.find_weights() is None

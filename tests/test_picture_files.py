@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import hostile_media as hostile
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from skipdit import picture_files
+from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig, open_pictures
-from skipdit.picture_files import MAX_PIXELS, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
+from skipdit.picture_files import MAX_PIXELS, MAX_SIDE, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
 
 RAMP = np.tile(np.linspace(0, 1, 48), (32, 1))
 
@@ -183,8 +185,19 @@ def test_sizes_are_checked_before_anything_is_decoded() -> None:
     for read in (open_picture, check_picture):
         with pytest.raises(ValueError, match=r"it has 13300 x 13300 pixels, at most 52,428,800 are read"):
             read(huge, "huge")
-    thin = open_picture(hostile.png(1, 1_000_000), "thin")
-    assert to_rgb(thin, 64).size == (64, 64)
+
+
+@pytest.mark.parametrize("height", [1_000_000, 10_000_000])
+def test_a_thin_picture_is_not_made_larger_before_the_crop(height: int) -> None:
+    """Resized on its shorter side, one of these would have 64 x 640,000,000 pixels."""
+    assert to_rgb(open_picture(hostile.png(1, height, depth=1, color=0), "thin"), 64).size == (64, 64)
+
+
+@pytest.mark.parametrize("config", [DataConfig, ClipConfig])
+def test_a_side_beyond_every_picture_is_refused(config: type) -> None:
+    assert config(image_size=MAX_SIDE).image_size ** 2 <= MAX_PIXELS
+    with pytest.raises(ValueError, match="image_size must be at most 7240, got 100000"):
+        config(image_size=100_000)
 
 
 def test_a_large_jpeg_is_decoded_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,10 +226,49 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
         open_picture(hostile.many_scans(400), "many")
 
 
-def test_large_texts_are_named() -> None:
-    assert open_picture(hostile.text_png(2**19), "some").size == (32, 24)
-    with pytest.raises(ValueError, match="cannot read the picture workflow: Decompressed data too large"):
-        open_picture(hostile.text_png(2**21), "workflow")
+LONG = zlib.compress(b"x" * 2**21)
+NOTES = {
+    "zTXt": hostile.chunk(b"zTXt", b"workflow\0\0" + LONG),
+    "iTXt": hostile.chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG),
+    "tEXt": 5 * hostile.chunk(b"tEXt", b"prompt\0" + b"x" * 2**24),
+    "iCCP": hostile.chunk(b"iCCP", b"profile\0\0" + LONG),
+    "checksum": hostile.chunk(b"tEXt", b"prompt\0x")[:-1] + b"?",
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+@pytest.mark.parametrize("place", ["IDAT", "IEND"])
+def test_long_texts_and_profiles_of_a_png_do_no_harm(name: str, place: str, tmp_path: Path) -> None:
+    """Pillow refuses a picture for one of more than 1 MiB, or 64 MiB of all, and for a wrong checksum of one."""
+    plain = hostile.saved(scene(), "PNG")
+    at = plain.index(place.encode()) - 4
+    content = plain[:at] + NOTES[name] + plain[at:]
+    assert np.array_equal(levels(content), hostile.scene())
+    (tmp_path / "a.png").write_bytes(content)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "a.png", "a")), hostile.scene())
+    check_picture(content, "picture")
+
+
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+EXIF = b"\nexif\n%8d\n%s\n" % (26, b"49492a00080000000100120103000100000003000000" + b"00000000")
+
+
+@pytest.mark.parametrize("texts", [
+    hostile.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP),
+    hostile.chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(EXIF)),
+])  # fmt: skip
+def test_texts_of_a_png_that_tell_its_orientation_are_read(texts: bytes) -> None:
+    plain = hostile.saved(scene(), "PNG")
+    at = plain.index(b"IDAT") - 4
+    content = plain[:at] + NOTES["zTXt"] + texts + plain[at:]
+    assert np.array_equal(levels(content), hostile.scene()[::-1, ::-1])
+
+
+def test_a_png_of_many_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picture_files, "MAX_PNG_CHUNKS", 100)
+    assert open_picture(hostile.png(8, 8, extra=97 * hostile.chunk(b"teSt", b"")), "some").size == (8, 8)
+    with pytest.raises(ValueError, match="cannot read the picture many: it has more than 100 chunks"):
+        open_picture(hostile.png(8, 8, extra=98 * hostile.chunk(b"teSt", b"")), "many")
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device", "dead link"])

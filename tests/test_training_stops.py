@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ import skipdit.training.loop
 from skipdit.files import DRAFT
 from skipdit.processes import LOCK, locked
 from skipdit.training import Stopped, TrainConfig, train
+from skipdit.training.batches import has_failed
 from skipdit.training.checkpointing import PREVIOUS, list_checkpoints
 from skipdit.training.stopping import stoppable
 
@@ -39,6 +42,16 @@ from skipdit.training.stopping import stoppable
 @pytest.fixture
 def config(tmp_path: Path) -> TrainConfig:
     return make_config(make_data(tmp_path / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """Signals that a shell's background job or nohup ignores."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def endless(config: TrainConfig) -> TrainConfig:
@@ -125,8 +138,8 @@ import sys
 from skipdit.cli import main
 main(["train", "emoji", "--data.source", sys.argv[1], "--data.image-size", "8", "--model.num-layers", "2",
       "--model.num-attention-heads", "2", "--model.attention-head-dim", "8", "--model.patch-size", "4", "--batch-size",
-      "4", "--sample-every", "0", "--checkpoint-every", "1000000", "--max-steps", "1000000", "--log-every", "1",
-      "--device", "cpu", "--out", sys.argv[2]])
+      "4", "--routing.mode", "off", "--sample-every", "0", "--checkpoint-every", "1000000", "--max-steps", "1000000",
+      "--log-every", "1", "--device", "cpu", "--out", sys.argv[2]])
 """
 
 
@@ -300,6 +313,40 @@ def test_a_dead_data_worker_is_said_in_one_line(config: TrainConfig, tmp_path: P
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
 
+class NoticedLate(ForkProcess):
+    """A process whose end Python learns of no earlier than when it is first waited for."""
+
+    noticed = False
+
+    def join(self, timeout: float | None = None) -> None:
+        if not self.noticed:
+            self.noticed = True
+            signal.raise_signal(signal.SIGCHLD)
+        super().join(timeout)
+
+
+def test_a_data_worker_whose_end_is_noticed_late_has_failed() -> None:
+    """The broken pipe of a dead worker may be seen before its signal, at which PyTorch raises wherever Python is."""
+
+    def raise_as_torch_does(*_: object) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal: Killed.")
+
+    worker, other = NoticedLate(target=time.sleep, args=(60,)), ForkProcess(target=time.sleep, args=(60,))
+    worker.start()
+    other.start()
+    assert not has_failed([other])
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid or 0, os.WEXITED | os.WNOWAIT)
+    before = signal.signal(signal.SIGCHLD, raise_as_torch_does)
+    try:
+        assert has_failed([worker, other])
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+        other.kill()
+        other.join()
+    assert worker.noticed
+
+
 def test_no_worker_is_left_after_a_run(config: TrainConfig, tmp_path: Path) -> None:
     import multiprocessing
 
@@ -341,6 +388,7 @@ def test_the_command_line_follows_its_own_advice(tmp_path: Path, capsys: pytest.
     options = ["train", "emoji", "--data.source", str(make_data(tmp_path / "data")), "--data.image-size", "8",
                "--model.num-layers", "2", "--model.num-attention-heads", "2", "--model.attention-head-dim", "8",
                "--model.patch-size", "4", "--batch-size", "4", "--sample-every", "0", "--checkpoint-every", "1",
+               "--routing.mode", "off",
                "--log-every", "1", "--max-steps", "4", "--warmup-steps", "0", "--precision", "no", "--device", "cpu",
                "--out", str(tmp_path / "run")]  # fmt: skip
     main([*options, "--max-steps", "1"])

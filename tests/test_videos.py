@@ -1,6 +1,8 @@
 """Videos written and read back, broken ones named, clips as pictures."""
 
 import io
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,6 +107,30 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
         read_video(tmp_path / "none.mp4", 1)
     with pytest.raises(ValueError, match="start at least 0, got 0, 1 and 0"):
         decode_video(io.BytesIO(b""), "none", 0)
+
+
+WRITES = """
+import sys
+import numpy as np
+from skipdit.videos import write_gif, write_mp4
+frames = np.load(sys.argv[1])
+write_gif(sys.argv[2] + ".gif", frames, 8)
+write_mp4(sys.argv[2] + ".mp4", frames, 8)
+write_mp4(sys.argv[2] + "-mpeg4.mp4", frames, 8, encoders=["mpeg4"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc fills new memory as it is told")
+def test_the_same_frames_are_the_same_bytes_whatever_was_in_memory(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 60, (8, 224, 424, 1), dtype=np.uint8)
+    np.save(tmp_path / "frames.npy", moving_disc(8, 224, 424) // 2 + noise)
+    names = [str(tmp_path / name) for name in ("first", "second")]
+    for name, fill in zip(names, ("1", "170"), strict=True):
+        command = [sys.executable, "-c", WRITES, str(tmp_path / "frames.npy"), name]
+        subprocess.run(command, env=os.environ | {"MALLOC_PERTURB_": fill}, check=True, timeout=600)
+    for suffix in (".gif", ".mp4", "-mpeg4.mp4"):
+        first, second = (Path(name + suffix).read_bytes() for name in names)
+        assert first == second, suffix
 
 
 @pytest.mark.parametrize("encoders", [("libx264",), ("no_such_encoder", "mpeg4")])

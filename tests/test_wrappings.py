@@ -1,5 +1,6 @@
 """Checkpoints as people have them: prefixes, wrappings, names, averages, variants, runs, objectives, autoencoders."""
 
+import argparse
 import json
 import os
 import shutil
@@ -201,6 +202,38 @@ def test_num_classes_must_fit_a_folder_and_a_latte(tmp_path: Path) -> None:
     assert not load_model(tmp_path / "ten_rows.safetensors", num_attention_heads=2, num_classes=10).config.null_class
 
 
+@pytest.mark.parametrize("args", [argparse.Namespace, dict])
+@pytest.mark.parametrize(("num_rows", "noted", "num_classes"), [(10, 10, 10), (10, 9, 9), (4, 4, 4), (4, 3, 3)])
+def test_a_training_checkpoint_tells_its_classes(
+    args: Any, num_rows: int, noted: int, num_classes: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = official(tiny_dit(num_layers=2, num_classes=num_rows - 1))
+    torch.save({"ema": tensors, "args": args(num_classes=noted, model="DiT-XL/2")}, tmp_path / "0050000.pt")
+    config = load_model(tmp_path / "0050000.pt", num_attention_heads=2).config
+    assert (config.num_classes, config.null_class) == (num_classes, num_classes < num_rows)
+    other = 2 * num_rows - 1 - noted
+    assert load_model(tmp_path / "0050000.pt", num_attention_heads=2, num_classes=other).config.num_classes == other
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("noted", [1000, 0, True, "10", 10.0, None, [10]])
+def test_what_does_not_fit_the_class_table_tells_nothing(noted: Any, tmp_path: Path) -> None:
+    tensors = official(tiny_dit(num_layers=2, num_classes=9))
+    torch.save({"ema": tensors, "args": argparse.Namespace(num_classes=noted)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="num_classes must be given: the class table has 10 row"):
+        load_model(tmp_path / "model.pt", num_attention_heads=2)
+
+
+@pytest.mark.parametrize(("num_classes", "warned"), [(3, True), (37, True), (10, False), (1000, False)])
+def test_a_null_row_that_is_a_guess_is_named(
+    num_classes: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(official(tiny_dit(num_layers=2, num_classes=num_classes)), tmp_path / "model.safetensors")
+    assert load_model(tmp_path / "model.safetensors", num_attention_heads=2).config.num_classes == num_classes
+    text = f"the last of the {num_classes + 1} rows of the class table is taken to mean no class"
+    assert [text in record.getMessage() for record in caplog.records] == [True] * warned
+
+
 # --- folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,7 +324,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (16, 16), "red").save(folder / "data" / name / "0.png")
     sizes = {"data.image-size": 16, "model.num-layers": 4, "model.num-attention-heads": 2, "model.patch-size": 4}
     sizes |= {"model.attention-head-dim": 8, "batch-size": 2, "max-steps": 4, "checkpoint-every": 2, "sample-every": 0}
-    sizes |= {"release-dtype": "float32"}
+    sizes |= {"release-dtype": "float32", "routing.num-shallow-units": 1}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     source, out = str(folder / "data"), str(folder / "run")
     main(["train", "emoji", "--data.source", source, "--out", out, "--device", "cpu", *options])
@@ -309,6 +342,26 @@ def test_a_run_is_sampled_by_its_pipeline_or_its_newest_checkpoint(run: Path, tm
     assert type(newest.scheduler) is type(whole.scheduler)
     assert newest.scheduler.config.prediction_type == whole.scheduler.config.prediction_type
     assert newest.transformer.config.num_attention_heads == 2
+
+
+def test_a_checkpoint_of_a_run_of_nine_classes_is_not_asked_about(run: Path, tmp_path: Path) -> None:
+    """Ten rows: of a stranger's file nobody knows whether the last means no class."""
+    copy = tmp_path / "checkpoint-0000002"
+    shutil.copytree(run / "checkpoint-0000002", copy)
+    for kind in ("ema", "model"):
+        weights = load_file(copy / f"{kind}.safetensors")
+        save_file(weights | {"class_embedder.weight": torch.randn(10, 16)}, copy / f"{kind}.safetensors")
+    state = json.loads((copy / "state.json").read_text())
+    state["data"]["class_names"] = [f"class {number}" for number in range(9)]
+    (copy / "state.json").write_text(json.dumps(state))
+    config = load_source(str(copy), device="cpu").sampler.pipeline.transformer.config
+    assert (config.num_classes, config.null_class) == (9, True)
+    with pytest.raises(ValueError, match="num_classes is 9 in this checkpoint, got 10"):
+        load_model(copy, num_classes=10)
+    for data in ([], {"class_names": 9}, None):
+        (copy / "state.json").write_text(json.dumps(state | {"data": data}))
+        with pytest.raises(ValueError, match="num_classes must be given"):
+            load_model(copy)
 
 
 def test_a_checkpoint_of_a_run_is_built_from_its_own_config(run: Path, tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ def _train_and_exit(config: TrainConfig, out: Path, log: Path, act: Callable[[],
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     from skipdit.training import Stopped
 
     if act is not None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from skipdit.data import MAX_CACHED_BYTES, check_no_caption_column, emoji_captions, pad_captions
 from skipdit.folders import frames_in, scan_classes
-from skipdit.picture_files import to_rgb
+from skipdit.picture_files import check_side, to_rgb
 from skipdit.tables import Table, find_tables, read_table
 from skipdit.untrusted import printable, printable_path
 from skipdit.video_files import VIDEO_SUFFIXES
@@ -33,7 +33,8 @@ class ClipConfig:
     image_size: side in pixels; other frames are resized on the shorter side and cropped in the centre.
     num_frames, frame_interval: the first `num_frames` of every `frame_interval`-th frame make the clip.
     fps: frames are first taken at so many per second, by the time at which they show; None takes each frame once,
-    whatever its time, so that clips of other frame rates move faster or slower. Folders of frames have no times.
+    whatever its time, so that clips of other frame rates move faster or slower. Folders of frames have no times:
+    of them the interval alone counts, with a warning.
     clip_column, label_column: of a parquet file.
     caption_column: of a parquet file, a text or a list of texts; None takes the class name.
     num_pictures: single frames of other clips that come along with each clip, for joint image-video training.
@@ -52,7 +53,8 @@ class ClipConfig:
     on_broken: OnBroken = "refuse"
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_frames", "frame_interval"):
+        check_side(self.image_size)
+        for name in ("num_frames", "frame_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < float("inf"):
@@ -170,6 +172,11 @@ def clips_from_folder(folder: Path, config: ClipConfig) -> LabelledClips:
     file, or the class name.
     """
     found = scan_classes(folder, VIDEO_SUFFIXES, "videos", frame_folders=True)
+    if config.fps is not None and (num_timeless := sum(path.is_dir() for path in found.items)):
+        LOGGER.warning(
+            "fps has no effect on %d clips of %s that are folders of frames: these have no times, only frame_interval",
+            *(num_timeless, printable_path(folder)),
+        )
 
     def name(index: int) -> str:
         return printable_path(found.items[index])

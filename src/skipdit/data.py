@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from skipdit.folders import as_captions, scan_classes
-from skipdit.picture_files import PICTURE_SUFFIXES, check_picture, open_picture, reason_of, to_rgb
+from skipdit.picture_files import PICTURE_SUFFIXES, check_picture, check_side, open_picture, reason_of, to_rgb
 from skipdit.tables import find_tables, read_table, to_classes
 from skipdit.untrusted import printable, printable_path
 
@@ -43,8 +43,7 @@ class DataConfig:
     split: str = "train"
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+        check_side(self.image_size)
 
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):

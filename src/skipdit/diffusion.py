@@ -325,3 +325,25 @@ def objective_of(scheduler: ConfigMixin) -> Objective:
     process = "flow" if scheduler.config.get("use_flow_sigmas", False) else "ddpm"
     learned = scheduler.config.get("variance_type") == "learned_range"
     return Objective(process=process, prediction_type=scheduler.config["prediction_type"], learned_variance=learned)
+
+
+def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inverted: bool = False) -> list[float]:
+    """Return the noise levels, from 0 to 1000, of a scheduler's list.
+
+    inverted: the list rises as noise falls (Mochi); of one that goes from 0 to 1 that is known (OmniGen, MiniMax-H3).
+    Of sigmas above 1 (Cosmos 2), and of their logarithms (c_noise of EDM, arXiv 2206.00364, table 1), a level is the
+    share of noise, sigma / (1 + sigma).
+    """
+    most = max(timesteps)
+    full = 1 if most <= 1 else num_train_timesteps
+    if inverted or (full == 1 and timesteps[-1] > timesteps[0]):
+        shares = [1 - each / full for each in timesteps]
+    elif min(timesteps) < 0 and most < 10:
+        shares = [1 / (1 + math.exp(-4 * each)) for each in timesteps]
+    elif most > 1.001 * full:
+        shares = [each / (full + each) for each in timesteps]
+    elif full == 1000:
+        return timesteps
+    else:
+        shares = [each / full for each in timesteps]
+    return [round(1000 * share, 3) for share in shares]

@@ -6,11 +6,12 @@ Pillow is told which formats it may try: its others run programs (EPS starts Gho
 import io
 import math
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -23,7 +24,12 @@ PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", 
 )
 MAX_PICTURE_BYTES = 2**28  # of a file
 MAX_PIXELS = 50 * 2**20  # of a picture when it is decoded; a baseline JPEG is decoded at a half, quarter or eighth
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # that pictures are resized to
 MAX_AVIF_PIXELS = 2**25  # its decoder has the picture in memory several times
+MAX_PNG_CHUNKS = 2**18
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+PNG_NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # PNG 11.3.2.3 and 11.3.3: a colour profile, and texts
+PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may tell it
 MAX_SCANS = 32  # of a progressive JPEG, each of which goes over the whole picture; cameras and editors write about 10
 STRIP_PIXELS = 2**20  # that are put on white at once
 DEEP_MODES = ("I", "F")
@@ -71,6 +77,14 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are read")
 
 
+def check_side(image_size: int) -> None:
+    """`ValueError` where pictures cannot be resized to this side."""
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size > MAX_SIDE:
+        raise ValueError(f"image_size must be at most {MAX_SIDE}, got {image_size}")
+
+
 @contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """The picture of a file or of bytes. Whatever Pillow raises or warns of becomes one `ValueError`."""
@@ -81,13 +95,40 @@ def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
         ):
             if file.seek(0, os.SEEK_END) > MAX_PICTURE_BYTES:
                 raise ValueError(f"it is larger than the {MAX_PICTURE_BYTES:,} bytes that are read")
-            file.seek(0)
-            with Image.open(file, formats=FORMATS) as picture:
+            with Image.open(_without_notes(file), formats=FORMATS) as picture:
                 _shrink_jpeg(picture, file)
                 check_size(picture.size, MAX_AVIF_PIXELS if picture.format == "AVIF" else MAX_PIXELS)
                 yield picture
     except Exception as error:  # decoders of damaged files raise of every kind
         raise ValueError(f"cannot read the picture {name}: {reason_of(error)}") from error
+
+
+def _without_notes(file: BinaryIO) -> BinaryIO:
+    """Return the file, or where it is a PNG with texts or a colour profile, a copy without them: Pillow refuses a
+    picture with more than 1 MiB of one, and here none is used."""
+    file.seek(0)
+    edges = [0, *_notes_of(file)] if file.read(len(PNG_HEAD)) == PNG_HEAD else [0]
+    file.seek(0)
+    if len(edges) == 1:
+        return file
+    content = file.read()
+    return io.BytesIO(b"".join(content[a:b] for a, b in zip(edges[::2], [*edges[1::2], None], strict=True)))
+
+
+def _notes_of(file: BinaryIO) -> Iterator[int]:
+    """Yield where each chunk of a PNG that holds notes begins and ends."""
+    start = len(PNG_HEAD)
+    for _ in range(MAX_PNG_CHUNKS):
+        file.seek(start)
+        head = file.read(8 + max(map(len, PNG_ORIENTATIONS)))
+        length, kind = struct.unpack_from(">I4s", head) if len(head) >= 8 else (0, b"IEND")
+        if kind == b"IEND":
+            return
+        end = start + 12 + length
+        if kind in PNG_NOTES and not head[8:].startswith(PNG_ORIENTATIONS):
+            yield from (start, end)
+        start = end
+    raise ValueError(f"it has more than {MAX_PNG_CHUNKS:,} chunks")
 
 
 def _shrink_jpeg(picture: Image.Image, file: Any) -> None:

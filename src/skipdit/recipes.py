@@ -8,7 +8,7 @@ from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
-from skipdit.training import TrainConfig
+from skipdit.training import TokenRoutingConfig, TrainConfig
 
 # x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with
 PIXELS = Objective(
@@ -26,6 +26,8 @@ def emoji() -> TrainConfig:
 
     `skipdit train emoji --out runs/emoji`
 
+    Its tokens are routed past the deep units (`docs/training.md`); the bundled weights were trained without:
+
     Two CPU cores with AVX512-BF16, torch 2.13.0: loss 0.19 at step 170, 0.09 at 1,500, 0.062 at 7,000 (single batches),
     about 55 pictures a second where nothing else ran. `benchmarks/emoji_training.jsonl` is the log; the first
     2,000 steps had max_steps 8000, and it was paused now and then, which its speed includes.
@@ -34,6 +36,7 @@ def emoji() -> TrainConfig:
         data=DataConfig(source="emoji", image_size=64),
         model=ModelConfig(num_layers=24, num_attention_heads=4, attention_head_dim=44, patch_size=8),
         objective=PIXELS,
+        routing=TokenRoutingConfig(mode="bypass"),
         max_steps=7000,
         batch_size=32,
         learning_rate=8e-4,
@@ -111,6 +114,8 @@ def emoji_text() -> TrainConfig:
 
     `skipdit train emoji-text --out runs/emoji-text` (needs `pip install "skipdit[text]"`)
 
+    Tokens are routed as in `emoji`, and the bundled weights were trained without:
+
     One CPU core (AVX2, float32) that other work shared, torch 2.13.0: mean loss 0.72 over the first 100 steps, 0.107
     around step 900, 0.090 over the last 100, 4 to 18 pictures a second. `benchmarks/emoji_text_training.jsonl` is the
     log; max_steps was 2500, 1100, 1900 and 1700 in turn, from steps 1, 401, 501 and 1301.
@@ -119,6 +124,7 @@ def emoji_text() -> TrainConfig:
         data=DataConfig(source="emoji", image_size=64),
         model=TextToImageModelConfig(num_layers=10, num_attention_heads=4, attention_head_dim=44, patch_size=8),
         objective=PIXELS,
+        routing=TokenRoutingConfig(mode="bypass"),
         max_steps=1700,
         batch_size=32,
         learning_rate=1e-3,

@@ -24,9 +24,10 @@ from skipdit.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.models.dit import DiT
+from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v, resize_grid
 from skipdit.models.latte import Latte
-from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
 from skipdit.options import check_numbers, check_positive
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
@@ -83,9 +84,43 @@ class Trainee:
     def null_label(self) -> int:
         raise NotImplementedError
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        """The prediction for pixels (b c h w) or (b f c h w), by `model`, which is `self.model` or wraps it."""
+    @property
+    def num_tokens(self) -> int:
+        """Of a picture, or of each frame."""
+        return (self.items.size // cast(Any, self.model).config.patch_size) ** 2
+
+    def prepare(self) -> None:
+        """Compute what all steps need, which a first step would else compute."""
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether the samples of a batch must keep the same tokens."""
+        return cast(LongSkipModel, self.model).shares_tokens
+
+    def predict(
+        self,
+        model: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        labels: Tensor,
+        *,
+        plan: ForwardPlan = PLAIN,
+        stored: Stored | None = None,
+    ) -> Tensor:
+        """The prediction for pixels (b c h w) or (b f c h w), by `model`, which is `self.model` or wraps it.
+
+        plan, stored: of the model's forward.
+        """
+        output = self.call(model, noisy, timesteps, labels, plan=plan, stored=stored)
+        return self.prediction(output.output.sample if isinstance(output, PlannedOutput) else output.sample)
+
+    def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
+        """Call the model; plan: handed on to its forward."""
         raise NotImplementedError
+
+    def prediction(self, sample: Tensor) -> Tensor:
+        """What of a model's output the loss is computed of."""
+        return sample
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> Sampler:
         """What samples the trained model."""
@@ -107,7 +142,7 @@ def _label_names(items: Items) -> dict[str, str]:
 
 def _with_long_skips(model: nn.Module, config: LongSkipConfig | None) -> nn.Module:
     own = cast(Any, model).config.get("long_skip")
-    if own and config is not None and dict(own) != config.to_dict():
+    if own and config is not None and LongSkipConfig.from_dict(own) != config:
         LOGGER.warning("start_from has long skips of its own, which stay: model.long_skip has no effect")
     if config is not None and not own:
         add_long_skips(model, config)
@@ -131,8 +166,8 @@ class ClassToImage(Trainee):
     def null_label(self) -> int:
         return cast(DiT, self.model).null_class_label
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-        return model(noisy, timesteps, class_labels=labels).sample
+    def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
+        return model(noisy, timesteps, class_labels=labels, **plan)
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToImageSampler:
         return ClassToImageSampler(ClassToImagePipeline(cast(DiT, model), scheduler, id2label=_label_names(self.items)))
@@ -148,11 +183,11 @@ class ClassToVideo(Trainee):
     def null_label(self) -> int:
         return cast(Latte, self.model).null_class_label
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
         if labels.ndim == 1:
-            return model(noisy, timesteps, class_labels=labels).sample
+            return model(noisy, timesteps, class_labels=labels, **plan)
         pictures = {"num_images": labels.shape[1] - 1, "image_class_labels": labels[:, 1:]}
-        return model(noisy, timesteps, class_labels=labels[:, 0], **pictures).sample
+        return model(noisy, timesteps, class_labels=labels[:, 0], **pictures, **plan)
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToVideoSampler:
         return ClassToVideoSampler(
@@ -192,6 +227,9 @@ class Captioned(Trainee):
     def null_label(self) -> int:
         return len(self.items) * self.num_variants
 
+    def prepare(self) -> None:
+        _ = self.states
+
     @cached_property
     def states(self) -> PromptStates:
         captions = [caption for variants in self.items.captions for caption in variants]
@@ -215,7 +253,7 @@ class Captioned(Trainee):
 class TextToImage(Captioned):
     """A HunyuanDiT on pictures with captions."""
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
         states = self.states[labels.cpu()].to(noisy.device, torch.float32)
         own = cast(Any, self.model)
         grid = own.config.sample_size // own.config.patch_size
@@ -227,7 +265,7 @@ class TextToImage(Captioned):
             device=noisy.device,
             output_type="pt",
         )
-        output = model(
+        return model(
             noisy,
             timesteps.to(noisy.dtype),
             encoder_hidden_states=states.pooled[:, None],
@@ -235,8 +273,11 @@ class TextToImage(Captioned):
             encoder_hidden_states_t5=states.tokens,
             text_embedding_mask_t5=states.mask,
             image_rotary_emb=rotary,
+            **plan,
         )
-        return output.sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
+
+    def prediction(self, sample: Tensor) -> Tensor:
+        return sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToImageSampler:
         return text_to_image_sampler(cast(Any, model), scheduler)
@@ -246,10 +287,12 @@ class TextToImage(Captioned):
 class TextToVideo(Captioned):
     """diffusers' Latte on clips with captions."""
 
-    def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
         states = self.states[labels.cpu()].to(noisy.device, torch.float32)
-        output = model(noisy.transpose(1, 2), timestep=timesteps, encoder_hidden_states=states.tokens)
-        return output.sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
+        return model(noisy.transpose(1, 2), timestep=timesteps, encoder_hidden_states=states.tokens, **plan)
+
+    def prediction(self, sample: Tensor) -> Tensor:
+        return sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToVideoSampler:
         return text_to_video_sampler(cast(Any, model), scheduler)

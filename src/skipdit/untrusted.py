@@ -113,11 +113,11 @@ def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite
             parse_int=_bounded,
         )
     except RecursionError as error:
-        raise ValueError(f"{name} is nested too deeply") from error
+        raise ValueError(f"{name} is nested too deeply: at most {MAX_JSON_DEPTH} levels are read") from error
     except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
         raise ValueError(f"{name} is not valid JSON: {printable(error)}") from error
     if _depth_exceeds(value, MAX_JSON_DEPTH):
-        raise ValueError(f"{name} is nested deeper than {MAX_JSON_DEPTH}")
+        raise ValueError(f"{name} is nested too deeply: at most {MAX_JSON_DEPTH} levels are read")
     try:
         return msgspec.convert(value, type=kind, strict=True)
     except msgspec.ValidationError as error:

@@ -42,8 +42,8 @@ def minimax_h3(step: Step) -> dict:
         return torch.stack([counts, counts % 4, counts % 2], dim=1).float()
 
     tags = step.keep("tags", lambda: torch.tensor([1] * 4 + [2] * 6 + [0] * 16))
-    levels = torch.where(tags == 2, 1000 * step.sigma**2, 1000 * step.sigma)
-    distinct, indices = torch.unique(levels, sorted=True, return_inverse=True)  # one at the first step, then two
+    times = torch.where(tags == 2, 1 - step.sigma**2, 1 - step.sigma)  # 1 is clean
+    distinct, indices = torch.unique(times, sorted=True, return_inverse=True)  # one at the first step, then two
     return {
         "hidden_states": step.latents(step.batch, 16, 4),
         "audio_hidden_states": step.latents(step.batch, 6, 3, seed=8),

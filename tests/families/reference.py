@@ -13,7 +13,8 @@ Where the model adds something behind a unit (ControlNet residuals, hints, adapt
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -240,3 +241,52 @@ def largest_difference(first: Any, second: Any) -> float:
     """Between the tensors of two outputs."""
     pairs = zip(tensors(first), tensors(second), strict=True)
     return max(float((a.float() - b.float()).abs().max()) for a, b in pairs)
+
+
+class BranchReference:
+    """Full and reuse steps that take the outputs of branches, by name modules of the units' blocks, from full
+    steps: as they were, or with `order` 1 along the line through the last two."""
+
+    def __init__(self, tiny: TinyTransformer, model: nn.Module, names: Iterable[str], order: int = 0) -> None:
+        self.tiny, self.model, self.order = tiny, model, order
+        blocks = [block for unit in tiny.units(model) for block in unit]
+        self.branches = [child for block in blocks for name, child in block.named_modules() if name in names]
+        # by module, of each of its calls in one forward
+        self.last: dict[nn.Module, list[Any]] = {}
+        self.before: dict[nn.Module, list[Any]] = {}
+        self.distance, self.age = 0, 0
+
+    def full(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        self.before, self.last = self.last, {branch: [] for branch in self.branches}
+        self.distance, self.age = self.age + 1, 0
+
+        def keep(branch: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.last[branch].append(clone(output))
+
+        return self._run(keep, kwargs)
+
+    def reuse(self, kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        self.age += 1
+        numbers: Counter[nn.Module] = Counter()
+
+        def replace(branch: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            number, numbers[branch] = numbers[branch], numbers[branch] + 1
+            value = self.last[branch][number]
+            if self.order and self.before:
+                return self._along(value, self.before[branch][number])
+            return clone(value)
+
+        return self._run(replace, kwargs)
+
+    def _along(self, value: Any, before: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value + (value - before) / self.distance * self.age
+        return type(value)(None if a is None else self._along(a, b) for a, b in zip(value, before, strict=True))
+
+    def _run(self, hook: Callable[..., Any], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
+        handles = [branch.register_forward_hook(hook) for branch in self.branches]
+        with torch.no_grad():
+            outputs = self.tiny.outputs(self.model(**kwargs))
+        for handle in handles:
+            handle.remove()
+        return outputs

@@ -180,9 +180,8 @@ def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: Traine
 def losses_of(task: Trainee, trained: TrainConfig, batch: Batch) -> Tensor:
     """The training loss of each picture of a batch (b), in float32."""
     losses = []
-    for x_start, noise, timesteps, labels in zip(
-        *(tensor.split(LOSS_BATCH_SIZE) for tensor in vars(batch).values()), strict=True
-    ):
+    tensors = batch.x_start, batch.noise, batch.timesteps, batch.labels
+    for x_start, noise, timesteps, labels in zip(*(each.split(LOSS_BATCH_SIZE) for each in tensors), strict=True):
 
         def predict(noisy: Tensor, timesteps: Tensor, labels: Tensor = labels) -> Tensor:
             return task.predict(task.model, noisy, timesteps, labels)

@@ -1,4 +1,4 @@
-"""One call of a model, to be made under one or several plans; what a CUDA graph returns gets buffers of its own."""
+"""One call of a model, made under one or several plans; what a CUDA graph returns is copied."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,15 +13,15 @@ from skipdit.models.forward_plan import ForwardPlan, Stored
 from skipdit.models.long_skip import PlannedOutput
 
 MAX_GRAPHS = 64
-"""Of one forward `torch.compile` makes 8 graphs by default; here each plan has one per kind of shapes."""
+"""By default `torch.compile` makes at most 8 graphs of one forward; here each plan has one per kind of shapes."""
 
 
 @dataclass
 class Call:
     """A forward call of a cached model.
 
-    run: calls the model, and takes `plan` and `stored` beside its arguments. seen: the plans whose graphs have been
-    called with these shapes.
+    run: calls the model, and takes `plan` and `stored` in addition to its arguments. seen: the plans whose graphs have
+    been called with these shapes.
     """
 
     model: nn.Module
@@ -51,9 +51,22 @@ class Call:
         output = map_tensors(planned.output, Tensor.clone)
         return PlannedOutput(output, {name: _each(values, Tensor.clone) for name, values in planned.stored.items()})
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether the model or any part of it is compiled, as after `model.compile_repeated_blocks()`."""
+        return any(module._compiled_call_impl is not None for module in self.model.modules())
+
     def eager(self) -> Any:
-        """Run the model in full and without its graphs."""
-        return self.model._call_impl(*self.args, **self.kwargs)
+        """Run the model in full and without any graphs."""
+        compiled = [module for module in self.model.modules() if module._compiled_call_impl is not None]
+        graphs = {module: module._compiled_call_impl for module in compiled}
+        try:
+            for module in compiled:
+                module._compiled_call_impl = None
+            return self.run(*self.args, **self.kwargs)
+        finally:
+            for module, graph in graphs.items():
+                module._compiled_call_impl = graph
 
 
 def may_replay(device: torch.device) -> bool:

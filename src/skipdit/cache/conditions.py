@@ -1,4 +1,4 @@
-"""Tells the conditioning of one call from that of another, and asks the device for as little as that takes."""
+"""Tells the conditioning of one call from that of another, asking the device for as little as possible."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def read(questions: list[Tensor]) -> list[float]:
-    """The numbers on the host, after one wait for the device."""
+    """Return the numbers on the host, after a single wait for the device."""
     if len(questions) < 2:
         return [each.item() for each in questions]
     device = questions[-1].device
@@ -17,12 +17,12 @@ def read(questions: list[Tensor]) -> list[float]:
 
 
 def _version(tensor: Tensor) -> int | None:
-    """What grows where a tensor is written in place; tensors of inference mode do not count."""
+    """Return a counter of writes in place; tensors of inference mode have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A number by which contents differ, on the tensor's device and not read."""
+    """Return a number that differs where contents do; it stays on the tensor's device and is not read."""
     flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     flat = flat.reshape(-1).to(torch.float32 if tensor.device.type == "mps" else torch.float64)
     weights = torch.arange(1, len(flat) + 1, dtype=flat.dtype, device=flat.device).mul_(0.6180339887498949).frac_()
@@ -30,14 +30,14 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def _is_choice(value: Any) -> bool:
-    """Whether an argument says what a model does, as SD3's `skip_layers`; a number with a fraction is a strength."""
+    """Whether an argument chooses what a model does, as SD3's `skip_layers` does; a float is a strength, no choice."""
     if isinstance(value, (list, tuple)):
         return all(_is_choice(each) for each in value)
     return value is None or isinstance(value, (bool, int, str))
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among arguments, also those in lists: Z-Image takes its text states as one tensor per sample."""
+    """Yield the tensors among arguments and in lists: Z-Image takes its text states as one tensor per sample."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
@@ -58,11 +58,11 @@ class Conditions:
         self.sums: dict[str, Tensor | float] = {}
 
     def same(self, name: str, other: "Conditions") -> bool:
-        """Whether both have the very same tensor, not written in between."""
+        """Whether both have the very same tensor, and it was not written in between."""
         return self.tensors.get(name) is other.tensors.get(name) and self.versions.get(name) == other.versions.get(name)
 
     def add_checksums(self, known: "Sequence[Conditions]" = ()) -> None:
-        """Of all tensors, as far as there are none yet. known: other calls, which may have been given the same ones."""
+        """Add the checksums of all tensors that have none yet. known: other calls, which may share some of them."""
         for name, tensor in self.tensors.items():
             if name not in self.sums:
                 sums = (each.sums[name] for each in known if name in each.sums and self.same(name, each))
@@ -70,7 +70,7 @@ class Conditions:
                 self.sums[name] = checksum(tensor) if value is None else value
 
     def compare(self, others: "Sequence[Conditions]", questions: list[Tensor]) -> list[float]:
-        """The answers to some questions. The checksums of this call and of the others are read in the same wait."""
+        """Return the answers to some questions, reading the checksums of this and the other calls in the same wait."""
         if others:
             self.add_checksums(others)
         compared = (self, *others) if others else ()
@@ -83,12 +83,12 @@ class Conditions:
         return answers[: len(questions)]
 
     def differing(self, other: "Conditions") -> set[str]:
-        """The names of other choices, and of tensors that are not the very same."""
+        """Return the names of choices that differ, and of tensors that are not the very same."""
         tensors = self.tensors.keys() | other.tensors.keys()
         return self._chosen(other) | {name for name in tensors if not self.same(name, other)}
 
     def unequal(self, other: "Conditions") -> set[str]:
-        """The names of other choices and contents; the checksums of both have been read."""
+        """Return the names of choices and contents that differ; the checksums of both must have been read."""
         shared = self.tensors.keys() & other.tensors.keys()
         return (
             self._chosen(other)

@@ -19,7 +19,7 @@ from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import Part, Stepper, make_stepper
 from skipdit.cache.streams import branch_context
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import Remade, swap
+from skipdit.models.class_swap import Remade, swap, swapped_class
 from skipdit.models.costs import Costs
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
@@ -30,7 +30,7 @@ TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline: Wan
 
 
 class CachedModel(Remade, nn.Module):
-    """Mixed in front of a model's class while its cache is on; `_cached_class` makes the final subclass."""
+    """Mixed in before a model's class while its cache is on; `_cached_class` makes the final subclass."""
 
     _skipdit_cache: CacheRuntime
     is_cache_enabled = True
@@ -49,7 +49,7 @@ class CachedModel(Remade, nn.Module):
         with branch_context(name, **where), cast(Any, super()).cache_context(name, **where):
             yield
 
-    # what makes another model of this class makes it without the cache
+    # other models that are made through this class have no cache
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
@@ -62,18 +62,11 @@ class CachedModel(Remade, nn.Module):
 
 @lru_cache
 def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
-    """Make the cached subclass, of the same name, so that a saved config names the model."""
-    namespace = {
-        "__module__": model_class.__module__,
-        "__qualname__": model_class.__qualname__,
-        "__doc__": model_class.__doc__,
-        "_made_by": (_cached_class, model_class),
-    }
-    return type(model_class.__name__, (CachedModel, model_class), namespace)
+    return swapped_class(CachedModel, model_class, _made_by=(_cached_class, model_class))
 
 
 def models_of(target: nn.Module | Pipeline) -> list[nn.Module]:
-    """Return what a cache of this target is on: the model, or all transformers of a pipeline."""
+    """Return the models that a cache of this target is on: the model itself, or all transformers of a pipeline."""
     if isinstance(target, Pipeline):
         components = target.components
         found = [components[name] for name in TRANSFORMERS if components.get(name) is not None]
@@ -108,17 +101,18 @@ def enable_cache(
     *,
     make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
 ) -> None:
-    """Make every later call of the model a full or a reuse step; a cache that is on already is replaced.
+    """Make every later call of the model a full or a reuse step; a cache that is already on is replaced.
 
-    target: a pipeline, all of whose transformers are cached and whose scheduler's timesteps are then known, or a model,
-        which reads each timestep from its call: one of ours, or a transformer of diffusers whose units skipdit knows,
-        with long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
-    spec: `"auto"`, `"N2-700-50"`, any other of `skipdit.cache.methods`, a `CacheMethod`, or a schedule.json's path.
-    make: what makes the steps in place of what the spec says; for measuring.
+    target: a pipeline, all of whose transformers are cached and whose scheduler's timesteps are then known; or a model,
+        for which each timestep is read from its call: one of ours, or a transformer of diffusers whose units skipdit
+        knows, with long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
+    spec: `"auto"`, `"N2-700-50"`, any other spec of `skipdit.cache.methods`, a `CacheMethod`, or the path of a
+        schedule.json.
+    make: builds the stepper, in place of the one that the spec asks for; for measuring.
 
     Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
-    pairs, a window that is empty; at the first step of a pipeline's run, a schedule that reuses in none of its steps.
-    After an error the target is what it was.
+    pairs, an empty window; at the first step of a pipeline's run, a schedule that reuses in none of its steps. After an
+    error the target is what it was.
     """
     method, models = parse_method(spec), models_of(target)
     pipeline = target if isinstance(target, Pipeline) else None
@@ -173,7 +167,7 @@ def _close(model: nn.Module, *, opened: bool) -> None:
 
 
 def disable_cache(target: nn.Module | Pipeline) -> None:
-    """Make the model what it was; nothing stays stored. Without a cache this does nothing."""
+    """Make the model what it was; nothing stays stored. Does nothing without a cache."""
     for model in models_of(target):
         if isinstance(model, CachedModel):
             opened = model._skipdit_cache.opened
@@ -188,7 +182,7 @@ def _uncache(model: CachedModel) -> None:
 
 @lru_cache
 def _plain_class(model_class: type) -> type:
-    """Return the class without the cache's, also where `fully_shard` has put one on top of it since."""
+    """Return the class without the cache's, also where `fully_shard` has since put one on top of it."""
     first, *others = model_class.__bases__
     if first is CachedModel:
         return others[0]
@@ -198,24 +192,24 @@ def _plain_class(model_class: type) -> type:
 
 
 def cache_summary(target: nn.Module | Pipeline) -> CacheSummary:
-    """Return what the cache did in the current run, or in the last one; of a pipeline of two transformers, in both.
-    `ValueError` without a cache."""
+    """Return what the cache did in the current run, or in the last one; for a pipeline of two transformers, in both
+    together. `ValueError` without a cache."""
     return Cache(_runtimes_of(target)).summary()
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache that `cached` has switched on. runtimes: of each of the target's models."""
+    """A cache that `cached` switched on. runtimes: one per model of the target."""
 
     runtimes: list[CacheRuntime]
 
     def summary(self) -> CacheSummary:
-        """Return what the cache did in the current run, or in the last one; also after it was switched off."""
+        """Return what the cache did in the current run, or in the last one, also after it was switched off."""
         first, *others = [runtime.summary() for runtime in self.runtimes]
         return first.together_with(others)
 
     def costs(self) -> Costs:
-        """Return what the parts of the first model cost, as its last run has counted them."""
+        """Return what the parts of the first model cost, as counted in its last run."""
         return list(self.runtimes[0].costs.values())[-1]
 
 
@@ -226,7 +220,7 @@ def cached(
     *,
     make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
 ) -> Iterator[Cache]:
-    """Switch a cache on inside the block, and off at its end; arguments as of `enable_cache`.
+    """Switch a cache on inside the block, and off at its end; takes the arguments of `enable_cache`.
 
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """

@@ -1,4 +1,4 @@
-"""Which model a schedule was made for, and whether it is used on another."""
+"""Tells which model a schedule was made for, and whether it is used on another one."""
 
 import hashlib
 import warnings
@@ -14,9 +14,12 @@ NUM_SAMPLED = 64  # entries of each weight
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell weights from others: from names, shapes and evenly spaced entries of all of them,
-    so that it takes a moment whatever the size. The same on every device, and another in another dtype. `ValueError`
-    where weights are on the meta device, as offloading leaves them there."""
+    """Return 16 hexadecimal digits that identify a model's weights.
+
+    They come from the name, shape and some evenly spaced entries of each weight, so they take a moment whatever the
+    size. They are the same on every device, and differ between dtypes. `ValueError` where weights are on the meta
+    device, where offloading leaves them.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if weight.is_meta:
@@ -33,8 +36,8 @@ def _sampled(weight: Tensor) -> Tensor:
 
 
 def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -> None:
-    """`ValueError` where a schedule was calibrated on another kind of model; a warning where only the weights or the
-    scheduler differ, for which it may be less good. Weights that are offloaded are not compared."""
+    """Raise `ValueError` where a schedule was calibrated on another kind of model; warn where only the weights or the
+    scheduler differ, as it may then be less good. Offloaded weights are not compared."""
     name, num_units = type(model).__name__, cast(LongSkipModel, model).long_skip_links.num_units
     if (name, num_units) != (made_for.model, made_for.num_units):
         raise ValueError(

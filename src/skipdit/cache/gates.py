@@ -1,4 +1,4 @@
-"""WHEN, by what a step shows: a gate looks at how something has changed, and lets a step reuse or not."""
+"""WHEN, from what a step shows: a gate looks at how much something has changed, and lets a step reuse or not."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from skipdit.cache.schedule import Decision, Schedule
 
 
 class Gate:
-    """Of one stream of calls: says whether its next step may reuse. Abstract.
+    """Decides for one stream of calls whether its next step may reuse. Abstract.
 
-    A change is a relative L1 distance, as `skipdit.cache.steppers.relative_change` has it.
+    A change is a relative L1 distance, as in `skipdit.cache.steppers.relative_change`.
     """
 
     def opens(self) -> bool:
@@ -18,22 +18,22 @@ class Gate:
         return True
 
     def accepts(self, change: float) -> bool:
-        """Whether a step reuses whose probe has changed so much."""
+        """Whether a step reuses, given how much its probe has changed."""
         return True
 
     def observe(self, change: float, distance: int) -> None:
-        """Learn that what is stored has changed by `change` over `distance` steps, at a full step."""
+        """Note, at a full step, that what is stored changed by `change` over `distance` steps."""
 
     def advance(self, *, full: bool) -> None:
-        """Count a step that has been run."""
+        """Count a step that has run."""
 
 
 class AdaptiveSchedule(Schedule):
-    """What schedules have in common that decide by a change. A threshold of 0 never reuses. Abstract."""
+    """What the schedules that decide by a change have in common. A threshold of 0 never reuses. Abstract."""
 
     is_adaptive = True
     follows_each_step = False
-    """Whether a change is that since the last step, not since the last full one."""
+    """Whether changes are measured from the last step instead of the last full one."""
     threshold: float
 
     def __post_init__(self) -> None:
@@ -57,8 +57,8 @@ class AdaptiveSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSchedule(AdaptiveSchedule):
-    """A step reuses while a probe, seen before the decision, is nearer than `threshold`: to the last full step's
-    (First-Block-Cache), or, with `accumulate`, while the sum of its changes from step to step is (TeaCache).
+    """A step reuses while its probe, taken before the decision, differs by less than `threshold` from that of the last
+    full step (First-Block-Cache), or, with `accumulate`, while its changes from step to step add up to less (TeaCache).
 
     coefficients: of a polynomial, highest power first, that turns a change of the probe into one of the output.
     """
@@ -92,8 +92,8 @@ class ProbeGate(Gate):
 
 @dataclass(frozen=True, kw_only=True)
 class RateSchedule(AdaptiveSchedule):
-    """After a full step as many steps reuse as fit below `threshold` at the rate at which the stored value has changed
-    since the full step before (AdaCache, arXiv 2411.02397, whose codebook is read as this rule), at most
+    """After a full step, as many steps reuse as fit below `threshold` at the rate at which the stored values changed
+    since the previous full step (AdaCache, arXiv 2411.02397, whose codebook is read as this rule), but at most
     `max_reused`."""
 
     threshold: float

@@ -1,4 +1,4 @@
-"""Every cache method is a choice of when x what x how; the ones with a name are rows of one table."""
+"""Every cache method is a choice of when x what x how; those with a name are rows of one table."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ from skipdit.untrusted import printable, read_json
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a calibrated schedule was measured on. weights: see `skipdit.cache.fingerprint`."""
+    """What a calibrated schedule was measured on. weights: their `skipdit.cache.fingerprint`."""
 
     model: str
     num_units: int
@@ -36,8 +36,8 @@ class MadeFor:
 class CacheMethod:
     """When (`schedule`), what (`site`) and how (`predictor`).
 
-    probe: what an adaptive schedule looks at before it decides. others: more choices that hold at the same time for
-    other parts of the model. made_for: where the schedule was calibrated. spec: what it was written as.
+    probe: what an adaptive schedule looks at before it decides. others: further choices, for other parts of the model
+    at the same time. made_for: what the schedule was calibrated on. spec: how it was written.
     """
 
     schedule: Schedule
@@ -50,7 +50,9 @@ class CacheMethod:
 
     def __post_init__(self) -> None:
         if self.schedule.is_adaptive and self.others:
-            raise ValueError("an adaptive schedule decides for the whole step: it goes with no other choice")
+            raise ValueError(
+                "an adaptive schedule decides for the whole step, so it cannot be combined with another choice"
+            )
         if (self.probe is not None) != isinstance(self.schedule, ProbeSchedule):
             raise ValueError(
                 f"a ProbeSchedule and a probe go together, got {type(self.schedule).__name__} and probe {self.probe}"
@@ -70,7 +72,7 @@ class CacheMethod:
         order = self.predictor.order
         name = next((name for name, row in METHODS.items() if row.is_like(self)), type(self.site).__name__)
         prefix, suffix = "" if name == "skip" else f"{name}:", f"-o{order}" if order else ""
-        return f"{prefix}{self.schedule}{self.site.options}{suffix}"
+        return f"{prefix}{self.schedule}{''.join(f'-k{k}' for k in self.site.shallow_units)}{suffix}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -79,7 +81,7 @@ class CacheMethod:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a spec says behind the name. shallow_units: each -k, or none."""
+    """What a spec says after the name. shallow_units: the numbers given as -k."""
 
     schedule: IntervalSchedule
     shallow_units: tuple[int, ...] = ()
@@ -92,7 +94,7 @@ class Options:
     def part(
         self, site: Site, *, stretch: int = 1, start: float | None = None, stop: float | None = None
     ) -> CacheMethod:
-        """A choice with `stretch` times the interval, and another window where one is given."""
+        """Return a choice with `stretch` times the interval, and another window where one is given."""
         schedule = IntervalSchedule(
             interval=self.schedule.interval * stretch,
             start_timestep=self.schedule.start_timestep if start is None else start,
@@ -103,9 +105,11 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A named method. source: where it is from, and where this differs. order: its Taylor order by default, 0 has no
-    other. parts: its choices, for an interval; adaptive: its choice, for a threshold; `None` where it has no such spec.
-    site: what a schedule.json of this name reuses; takes_k: whether it has -k.
+    """A named method.
+
+    source: where it is from, and how this differs. order: its default Taylor order; with 0 it takes no -o. parts: its
+    choices, for an interval; adaptive: its choice, for a threshold; `None` where it has no such spec. site: what a
+    schedule.json of this name reuses. takes_k: whether it takes -k.
     """
 
     source: str
@@ -119,8 +123,7 @@ class Published:
         """Whether a method of one part has this row's site and kind of predictor."""
         if self.site is None or method.others or method.probe is not None:
             return False
-        options = re.findall(r"\d+", method.site.options)
-        here = self.site(tuple(map(int, options)))
+        here = self.site(method.site.shallow_units)
         return here == method.site and (self.order > 0) == (method.predictor.order > 0)
 
     @property
@@ -281,10 +284,10 @@ SPEC_FORM = (
 
 
 def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
-    """A method from a spec string, the path of a schedule (`.json`), or itself.
+    """Return the method of a spec string or of a schedule's path (`.json`); a method is returned as it is.
 
-    `ValueError` on a spec that is not of the form, names an unknown method, or could never reuse; `FileNotFoundError`
-    on a schedule that is not there.
+    `ValueError` for a spec that is not of the form, names an unknown method, or could never reuse; `FileNotFoundError`
+    for a schedule that does not exist.
     """
     if isinstance(spec, CacheMethod):
         return spec
@@ -368,7 +371,7 @@ class PartFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A schedule.json. What `skipdit calibrate` says beside it, where a schedule comes from, is not read."""
+    """A schedule.json. What `skipdit calibrate` adds about a schedule's origin has no effect."""
 
     num_inference_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULE_STEPS)]
     full_steps: Steps | None = None
@@ -388,12 +391,12 @@ class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def load_schedule(path: Path) -> CacheMethod:
-    """An explicit schedule, written by hand or by `skipdit calibrate`.
+    """Return an explicit schedule, written by hand or by `skipdit calibrate`.
 
-    `{"full_steps": [0, 2], "num_inference_steps": 4}` and, where wanted, `method` (a row of `METHODS`, by default
-    skip), `num_shallow_units` (a number, or a list of those that `variants` counts in), `order`, `timesteps`,
-    `variants`, and `made_for`; or instead of `full_steps` and `method`: `parts`, a list of
-    `{"kinds": [...], "full_steps": [...]}`. Any other field is an error, and so is a number of another type.
+    `{"full_steps": [0, 2], "num_inference_steps": 4}` and optionally `method` (a row of `METHODS`, by default skip),
+    `num_shallow_units` (a number, or a list that `variants` indexes), `order`, `timesteps`, `variants` and `made_for`;
+    or, in place of `full_steps` and `method`, `parts`: a list of `{"kinds": [...], "full_steps": [...]}`. Any other
+    field is an error, and so is a number of another type.
     """
     try:
         fields = read_json(path, ScheduleFields, infinite=("predicted_psnr_db", "measured_psnr_db"))

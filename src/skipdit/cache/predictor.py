@@ -1,4 +1,4 @@
-"""HOW stored values become today's: held as they are, or extrapolated."""
+"""HOW stored values become those of the current step: held as they are, or extrapolated."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ Derivatives = tuple[Values, ...]
 class TaylorPredictor:
     """Taylor expansion of order m in the step count, from differences of full steps (TaylorSeer, arXiv 2503.06923).
 
-    Order 0 holds the stored values. `stored[i]` are the i-th derivatives, so m + 1 tensors are held of each; as long as
-    fewer full steps were seen the order is lower.
+    Order 0 holds the stored values. `stored[i]` are the i-th derivatives, so m + 1 tensors are held for each value;
+    while fewer full steps have been seen, the order is lower.
     """
 
     order: int = 0
@@ -25,7 +25,7 @@ class TaylorPredictor:
             raise ValueError(f"the Taylor order must be between 0 (hold) and 4, got {self.order}")
 
     def update(self, stored: Derivatives, values: Values, distance: int) -> Derivatives:
-        """Derivatives at a new full step, `distance` steps after the one in `stored` (empty on the first)."""
+        """Return the derivatives at a new full step, `distance` steps after that of `stored` (empty at the first)."""
         derivatives = [values]
         for previous in stored[: self.order]:
             last = derivatives[-1]
@@ -33,7 +33,7 @@ class TaylorPredictor:
         return tuple(derivatives)
 
     def predict(self, stored: Derivatives, distance: int) -> Values:
-        """The values `distance` steps after the last full one."""
+        """Return the values `distance` steps after the last full one."""
         if len(stored) == 1:
             return stored[0]
         factors = [distance**order / math.factorial(order) for order in range(1, len(stored))]

@@ -1,4 +1,4 @@
-"""Ranks that hold shards of one model must step alike: each gathers the weights of a unit only while all run it."""
+"""Ranks that hold shards of one model must decide alike: a unit's weights are gathered only while all ranks run it."""
 
 import math
 
@@ -8,8 +8,8 @@ from torch import nn
 
 
 def agreed(change: float, model: nn.Module) -> float:
-    """The largest change on all ranks that share the weights of this model (FSDP2, tensor parallel), so that all of
-    them decide alike; the change itself where each rank has all weights, as under DDP."""
+    """Return the largest change on all ranks that share this model's weights (FSDP2, tensor parallel), so that all of
+    them decide alike; where each rank has all weights, as under DDP, the change itself."""
     if not (dist.is_available() and dist.is_initialized()):
         return change
     for device_type, group in _shard_groups(model):
@@ -20,7 +20,7 @@ def agreed(change: float, model: nn.Module) -> float:
 
 
 def _shard_groups(model: nn.Module) -> "list[tuple[str, dist.ProcessGroup]]":
-    """The groups of ranks over which a weight is sharded now, in the same order on all of them."""
+    """Return the groups of ranks over which weights are sharded, in the same order on all ranks."""
     from torch.distributed.tensor import DTensor
 
     groups = {}

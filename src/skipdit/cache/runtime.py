@@ -1,7 +1,7 @@
 """The cache of one model: makes each of its calls a full or a reuse step.
 
-What a step does is decided outside whatever `model.compile()` has compiled, so that it runs one of a few whole graphs.
-State belongs to a run, never to the model: `streams` has the one rule for what a run is.
+What a step does is decided outside whatever `model.compile()` compiled, so that it runs one of a few whole graphs.
+State belongs to a run, never to the model; the one rule for what a run is stands in `streams`.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from torch import nn
 from skipdit.cache.compiled import Call
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
-from skipdit.cache.state import CacheSummary
+from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import Part, PartState, Stepper, make_stepper, parts_on
 from skipdit.cache.streams import Run, Stream, Streams
 from skipdit.models.branches import open_branches
@@ -28,9 +28,10 @@ OURS = Family()
 
 
 class CacheRuntime:
-    """The cache of one model. opened: whether its units were opened for the cache alone.
+    """The cache of one model.
 
-    make: what makes the steps, by default what the method says.
+    opened: whether the model's units were opened for the cache alone. make: builds the stepper; by default, what the
+    method says.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class CacheRuntime:
     def reset(self) -> None:
         self.lock = threading.RLock()  # one step at a time: threads take turns
         by_token = self.family.timestep_by_token
-        self.streams = Streams(self._start, self._check_reuses, self.timestep_scale, by_token=by_token)
+        self.streams = Streams(
+            self._start, self._check_reuses, self._warn_unless_reused, self.timestep_scale, by_token=by_token
+        )
         self.costs: dict[tuple[Any, ...], Costs] = {}
         self.peak_bytes_held = 0
 
@@ -68,7 +71,7 @@ class CacheRuntime:
         return [PartState.of(part) for part in self.parts]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, or in a file: it caches in the same way and shares no state."""
+        """Return the state of a copy, or of a pickle: it caches in the same way and shares no state."""
         return {name: value for name, value in vars(self).items() if name not in ("lock", "streams", "costs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,7 +79,7 @@ class CacheRuntime:
         self.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheRuntime":
-        """Copied with its pipeline, it watches the copied pipeline's scheduler."""
+        """Copy; together with its pipeline, the copy watches the copied pipeline's scheduler."""
         copy = object.__new__(type(self))
         copy.__setstate__(self.__getstate__())
         for pipeline in self.streams.pipelines:
@@ -88,12 +91,13 @@ class CacheRuntime:
     # One call
 
     def call(self, model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make one call of the model, by `run`, the next step of its stream."""
+        """Make one call of the model, through `run`, as the next step of its stream."""
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        if self.family.latents not in arguments or self.family.timestep not in arguments:
-            inspect.signature(type(model).forward).bind(model, *args, **kwargs)  # raises
+        for name in (self.family.latents, self.family.timestep):
+            if arguments.get(name) is None:
+                raise TypeError(f"a cached call of {self.model_name} needs its argument {name!r}")
         given = {name: arguments.get(name, default) for name, default in self.conditions.items()}
         with self.lock:
             this_run, stream = self.streams.next(arguments[self.family.timestep], arguments[self.family.latents], given)
@@ -101,9 +105,13 @@ class CacheRuntime:
             try:
                 output = self._step(call, stream)
             except BaseException:
-                self.streams.drop([this_run])
+                self.streams.drop(self.streams.own_runs)  # the other branches of the run too
+                open_call = cast(LongSkipModel, model).open_call
+                if open_call is not None:
+                    open_call.state = None
                 raise
-            self._warn_unless_reused(this_run)
+            if len(this_run.coming) == 1 and self.method.schedule.is_adaptive:
+                self._warn_unless_reused(self.streams.current_runs)
         return output
 
     def _step(self, call: Call, stream: Stream) -> Any:
@@ -113,39 +121,53 @@ class CacheRuntime:
         elif not self.family.counted:
             stream.costs = Costs.by_weights(call.model)
             output, reused = self.stepper.step(call, stream)
-        elif call.is_compiled:
+        elif call.has_graphs:  # a counter sees nothing inside them, and torch compiles nothing under one
             _, stream.costs = count_costs(call.model, call.eager)
             output, reused = self.stepper.step(call, stream)
         else:
             made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
             output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
-        stream.num_full += not reused
-        stream.num_reused += bool(reused)
-        stream.cost += stream.costs.of_step(reused)
+        stream.counts += Counts(int(not reused), int(bool(reused)), stream.costs.of_step(reused))
         self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
 
     def _check_reuses(self, levels: list[float]) -> None:
-        """Raise `ValueError` where a run of several steps, of these noise levels, would never reuse."""
+        """Raise `ValueError` where a run of several steps at these noise levels would never reuse."""
         if self.method.may_stay_full or self.method.schedule.is_adaptive or len(levels) < 2:
             return
         if all(all(resolve(part.schedule, levels)) for part in self.parts):
             raise ValueError(f"cache {self.method} would never reuse in {len(levels)} steps")
 
-    def _warn_unless_reused(self, run: Run) -> None:
-        """Warn at the last step of a run whose adaptive schedule has never reused."""
-        if len(run.coming) != 1 or not self.method.schedule.is_adaptive or self.method.may_stay_full:
+    def _warn_unless_reused(self, runs: list[Run]) -> None:
+        """Warn once, and name the cause, where runs of several steps that are over have never reused."""
+        streams = [stream for run in runs for stream in run.streams]
+        longest = max(streams, key=lambda each: each.counts.full, default=None)
+        if longest is None or longest.counts.full < 2 or any(run.warned or run.counts.reused for run in runs):
             return
-        steps = max(stream.counts.full for stream in run.streams)
-        if not (run.warned or self.streams.counts.reused) and steps > 1:
-            run.warned = True
+        cause = self._why_never(longest.levels)
+        if cause is not None:
+            for run in runs:
+                run.warned = True
             warnings.warn(
-                f"cache {self.method} has not reused once in {steps} steps: raise its threshold", stacklevel=3
+                f"cache {self.method} has not reused once in {longest.counts.full} steps: {cause}", stacklevel=3
             )
 
+    def _why_never(self, levels: list[float]) -> str | None:
+        """Return why a run of these noise levels has never reused; `None` where that is no mistake."""
+        schedules, most, least = [part.schedule for part in self.parts], max(levels), min(levels)
+        if self.method.schedule.is_adaptive:
+            return None if self.method.may_stay_full else "raise its threshold"
+        if most <= 1.5 and any(set(each.decisions([1000 * level for level in levels])) != {None} for each in schedules):
+            return f"timesteps are {most:g} to {least:g}, not 1000 to 0: timestep_scale of its Family does not fit"
+        if self.method.may_stay_full:
+            return None
+        return (
+            f"timesteps from {most:g} to {least:g}, all that this {self.model_name} was called at, are full by schedule"
+        )
+
     # ------------------------------------------------------------------------------------------------------------------
-    # The end of a run, and what is said about it
+    # The end of a run, and its summary
 
     def end_runs(self) -> None:
         """Drop what this thread's runs in the current context hold; their counts stay for the summary."""
@@ -169,7 +191,8 @@ class CacheRuntime:
 
 def arguments_of(model_class: type[nn.Module], family: Family) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Return the names of a forward's arguments, and the defaults of those that may tell one stream of calls from
-    another. Of the class: what a hook leaves on the instance may have the signature of an unbound function."""
+    another. They are read from the class: what a hook leaves on an instance may have an unbound function's signature.
+    """
     _, *parameters = inspect.signature(model_class.forward).parameters.values()
     others = {family.latents, family.timestep, *family.changing, "return_dict", "plan", "stored"}
     conditions = {each.name: each.default for each in parameters if each.name not in others}

@@ -1,6 +1,6 @@
 """WHEN a step runs in full and when it reuses, as a pure function of the timesteps seen; no tensors here.
 
-Timesteps are noise levels on the scale from 0 to 1000, falling. What decides by what a step shows is in `gates.py`.
+Timesteps are falling noise levels on a scale from 0 to 1000. What decides from what a step shows is in `gates.py`.
 """
 
 from bisect import bisect_left
@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-# None: the step is full; a number: it reuses, in this variant of the site (the first is 0)
+# None: the step is full; a number: it reuses, in this variant of the site (counted from 0)
 Decision = int | None
 
 
 class Schedule:
-    """What decides whether a step is full. Abstract."""
+    """Decides whether a step is full. Abstract."""
 
     is_adaptive = False
-    """Whether it decides by what it sees, so that nobody can tell before."""
+    """Whether it decides from what a step shows, so that nothing is known in advance."""
     may_stay_full = False
-    """Whether a run without any reuse is no mistake."""
+    """Whether a run without any reuse is acceptable."""
 
     def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        """Return what each step of a run does that has seen these timesteps so far. `ValueError` where the schedule was
-        not made for such a run, or decides by what it sees."""
+        """Return what each step of a run does, given its timesteps so far. `ValueError` where the schedule was not made
+        for such a run, or is adaptive."""
         raise NotImplementedError
 
     def check(self, timesteps: Sequence[float]) -> None:
@@ -34,14 +34,14 @@ class Schedule:
         return True
 
     def for_cost(self, reuse_cost: float) -> Any:
-        """Return the schedule where a reuse step costs this share of a full one."""
+        """Return the schedule for when a reuse step costs this share of a full one."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalSchedule(Schedule):
     """Every `interval`-th step is full, and so is every step at or above `start_timestep`. After a step at or below
-    `stop_timestep` the count starts anew and nothing is stored (the authors' counting, arXiv 2411.17616).
+    `stop_timestep` the count starts again and nothing stays stored (the authors' counting, arXiv 2411.17616).
 
     Interval 1 never reuses: it is the control that must be bit-equal to no cache.
     """
@@ -82,7 +82,7 @@ class IntervalSchedule(Schedule):
 
 
 def check_variants(variants: tuple[Any, ...]) -> None:
-    """`ValueError` unless each is a whole number from 0, or `None`."""
+    """Raise `ValueError` unless each is `None` or a whole number of at least 0."""
     if any(variant is not None and (type(variant) is not int or variant < 0) for variant in variants):
         raise ValueError(f"variants must be whole numbers from 0, got {variants}")
 
@@ -91,9 +91,9 @@ def check_variants(variants: tuple[Any, ...]) -> None:
 class ExplicitSchedule(Schedule):
     """The listed steps (counted from 0, the first always among them) are full, all others reuse.
 
-    timesteps: of the run that it was made for, in sampling order; then it maps to other runs: a step is full where a
-    full timestep was passed since the step before. variants: of each step the variant in which it reuses, `None` for
-    full ones; by default 0.
+    timesteps: of the run that it was made for, in sampling order. With them it maps to other runs: a step is full where
+    a full timestep was passed since the previous step. variants: the variant in which each step reuses, `None` for full
+    ones; by default 0.
     """
 
     full_steps: tuple[int, ...]
@@ -141,15 +141,15 @@ class ExplicitSchedule(Schedule):
 
     @property
     def num_variants(self) -> int:
-        """How many variants its site must have."""
+        """The number of variants that its site must have."""
         return 1 + max((variant for variant in self.variants if variant is not None), default=0)
 
     def position(self, timestep: float) -> int:
-        """The number of its steps before the first at or below `timestep`."""
+        """Return the number of its steps before the first at or below `timestep`."""
         return bisect_left(self.timesteps, -timestep - 1e-3, key=lambda each: -each)
 
     def variant_at(self, step: int) -> int:
-        """The variant of a reusing step; of a full one that of the next step that reuses, or else the last."""
+        """Return the variant of a step that reuses; for a full one, of the next that reuses, or else of the last."""
         if not self.variants:
             return 0
         later = (*self.variants[min(step, self.num_inference_steps - 1) :], *reversed(self.variants))
@@ -159,20 +159,20 @@ class ExplicitSchedule(Schedule):
         return f"{len(self.full_steps)}of{self.num_inference_steps}"
 
 
-# By timestep, how dense full steps want to be: learned from the bundled class-to-image model alone, by
-# `benchmarks/learn_auto.py`; `benchmarks/calibration.md` has it on models that it was not learned from.
+# How dense full steps should be at each timestep: learned from the bundled class-to-image model alone, by
+# `benchmarks/learn_auto.py`; `benchmarks/calibration.md` shows it on models that it was not learned from.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
 AUTO_DENSITY = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
 
 
-NOMINAL_STEPS = 50  # of the run on which a speedup is aimed at
+NOMINAL_STEPS = 50  # of the run for which a speedup is meant
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSchedule(Schedule):
-    """Full at the start and at the end, sparse in the middle, with distances that grow evenly: a step is full once the
-    densities of the steps since the last full one add up to 1. As dense as to save compute by at least `speedup` on a
-    run of 50 steps whose timesteps are spread evenly; by about as much on others."""
+    """Full steps are dense at the start and at the end, and sparse in the middle: a step is full once the densities of
+    the steps since the last full one add up to 1. The densities are scaled so that a run of 50 evenly spaced
+    timesteps saves compute by at least `speedup`, and other runs by about as much."""
 
     speedup: float = 1.8
     reuse_cost: float = 0.0
@@ -200,7 +200,7 @@ class AutoSchedule(Schedule):
 
 @lru_cache
 def auto_scale(speedup: float, reuse_cost: float) -> float:
-    """By what the densities are to be multiplied; the first step is full in any case."""
+    """Return the factor by which densities are multiplied; the first step is full in any case."""
     wanted = (NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost)
     timesteps = [1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS)]
     low, high = 0.0, 100.0
@@ -212,7 +212,7 @@ def auto_scale(speedup: float, reuse_cost: float) -> float:
 
 
 def _by_density(timesteps: Sequence[float], scale: float) -> list[Decision]:
-    """A step is full once the densities of the steps since the last full one add up to 1."""
+    """Make a step full once the densities of the steps since the last full one add up to 1."""
     found: list[Decision] = []
     account = 0.0
     for timestep in timesteps:
@@ -225,7 +225,7 @@ def _by_density(timesteps: Sequence[float], scale: float) -> list[Decision]:
 
 @lru_cache(maxsize=4096)
 def density_at(timestep: float) -> float:
-    """`AUTO_DENSITY`, linear in between."""
+    """Return `AUTO_DENSITY` at a timestep, linear in between."""
     right = min(max(bisect_left(AUTO_TIMESTEPS, timestep), 1), len(AUTO_TIMESTEPS) - 1)
     low, high = AUTO_TIMESTEPS[right - 1], AUTO_TIMESTEPS[right]
     share = min(max((timestep - low) / (high - low), 0.0), 1.0)
@@ -235,7 +235,7 @@ def density_at(timestep: float) -> float:
 def resolve(schedule: Schedule, timesteps: Sequence[float]) -> tuple[bool, ...]:
     """Return for each of a run's timesteps, in sampling order, whether its step is full.
 
-    `ValueError` where the schedule was not made for such a run, or decides by what it sees.
+    `ValueError` where the schedule was not made for such a run, or is adaptive.
     """
     schedule.check(timesteps)
     return tuple(decision is None for decision in schedule.decisions(timesteps))

@@ -1,4 +1,4 @@
-"""WHAT is reused. A site says which region of the units' work a step stores, and which it leaves out."""
+"""WHAT is reused: a site says which region of the units' work full steps store and reuse steps leave out."""
 
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
@@ -12,20 +12,20 @@ from skipdit.models.long_skip import BranchKind, LongSkipModel
 @runtime_checkable
 class Site(Protocol):
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        """What this model can reuse here, one a variant of a reuse step, which a schedule chooses by its place; a full
-        step stores all. `ValueError` where the model has nothing to reuse here; none where that is no matter."""
+        """Return what this model can reuse here: one region per variant of a reuse step, among which a schedule chooses
+        by index. A full step stores all of them. `ValueError` where there is nothing, unless the site is optional."""
         ...
 
     @property
-    def options(self) -> str:
-        """Its part of a spec."""
+    def shallow_units(self) -> tuple[int, ...]:
+        """The numbers that a spec gives as -k."""
         ...
 
 
 @dataclass(frozen=True)
 class DeepFeatures:
-    """The hidden states that enter the deep units, behind the long skips (arXiv 2411.17616): on a reuse step the
-    `num_shallow_units` first and last units run. others: more such numbers, of which a schedule may choose."""
+    """The hidden states that enter the last units, behind the long skips (arXiv 2411.17616): at a reuse step the first
+    and last `num_shallow_units` units run. others: more such numbers, among which a schedule may choose."""
 
     num_shallow_units: int = 1
     others: tuple[int, ...] = ()
@@ -37,23 +37,23 @@ class DeepFeatures:
                 "effect: skipdit.declare_family tells where its units are, skipdit.add_long_skips gives it long skips"
             )
         links = model.long_skip_links
-        for k in (self.num_shallow_units, *self.others):
+        for k in self.shallow_units:
             links.check_num_shallow_units(k)
-        return tuple(Units(start=k, stop=links.num_units - k) for k in (self.num_shallow_units, *self.others))
+        return tuple(Units(start=k, stop=links.num_units - k) for k in self.shallow_units)
 
     @property
-    def options(self) -> str:
-        return "".join(f"-k{k}" for k in (self.num_shallow_units, *self.others))
+    def shallow_units(self) -> tuple[int, ...]:
+        return (self.num_shallow_units, *self.others)
 
 
 @dataclass(frozen=True)
 class UnitRange:
-    """Units between the first and the last few that still run: as what they add to the hidden states, `delta` (the
-    offset of Delta-DiT, arXiv 2406.01125), or as what leaves them. Needs no long skips; those into units that run come
-    from the store where their source does not run.
+    """Units between the first and last few, which still run: with `delta`, what they add to the hidden states (the
+    offset of Delta-DiT, arXiv 2406.01125), otherwise what leaves them. Needs no long skips; a long skip into a unit
+    that runs comes from the store where its source does not run.
 
-    Of 2 `num_shallow_units` units that run, half are first and half last, or all are `at` one end; `None` is half of
-    all units (Faster Diffusion, arXiv 2312.09608).
+    Twice `num_shallow_units` units run, half of them first and half last, or all `at` one end; `None` means half of all
+    units (Faster Diffusion, arXiv 2312.09608).
     """
 
     num_shallow_units: int | None = 1
@@ -76,13 +76,13 @@ class UnitRange:
         return (Units(start=num_first, stop=num_units - num_last, delta=self.delta),)
 
     @property
-    def options(self) -> str:
-        return f"-k{self.num_shallow_units}" if self.num_shallow_units else ""
+    def shallow_units(self) -> tuple[int, ...]:
+        return () if self.num_shallow_units is None else (self.num_shallow_units,)
 
 
 @dataclass(frozen=True)
 class Inner:
-    """`DeepFeatures` where the model has long skips, else what the units in the middle add."""
+    """`DeepFeatures` where the model has long skips, otherwise what the units in the middle add."""
 
     num_shallow_units: int = 1
 
@@ -92,30 +92,30 @@ class Inner:
         return (DeepFeatures if linked else UnitRange)(self.num_shallow_units).regions(model)
 
     @property
-    def options(self) -> str:
-        return f"-k{self.num_shallow_units}"
+    def shallow_units(self) -> tuple[int, ...]:
+        return (self.num_shallow_units,)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """What all units behind the first have added (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs on
-    every step, and adaptive schedules look at it."""
+    """What all units after the first add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs at every step,
+    and adaptive schedules look at it."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         if num_units < 2:
-            raise ValueError(f"there must be a unit behind the first, got {num_units}")
+            raise ValueError(f"there must be a unit after the first, got {num_units}")
         return (Units(start=1, stop=num_units, delta=True),)
 
     @property
-    def options(self) -> str:
-        return ""
+    def shallow_units(self) -> tuple[int, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
 class BranchOutputs:
-    """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the
-    `num_shallow_units` first and last ones. optional: a model may have none of them."""
+    """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the first
+    and last `num_shallow_units`. optional: a model may have none of them."""
 
     kinds: tuple[BranchKind, ...]
     num_shallow_units: int | None = None
@@ -138,25 +138,33 @@ class BranchOutputs:
         return (Branches(kinds=kinds, units=tuple(units)),)
 
     @property
-    def options(self) -> str:
-        return ""
+    def shallow_units(self) -> tuple[int, ...]:
+        return ()
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What an adaptive schedule looks at: what the first unit has added, or, with `inputs`, what enters its attention
-    (behind the modulation by the timestep)."""
+    """What an adaptive schedule looks at: what the first unit adds, or with `inputs` what enters its attention (after
+    the modulation by the timestep)."""
 
     inputs: bool = False
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not self.inputs:
             return (Units(start=0, stop=1, delta=True, skips=False),)
+        if not any(place.unit == 0 and place.kind == "attention" for place in cast(LongSkipModel, model).branches()):
+            raise ValueError(
+                f"{type(model).__name__} has no attention in its first unit that skipdit knows of, which is what this "
+                "cache looks at: name it in the branches of skipdit.declare_family"
+            )
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
 
 
 def known_units(model: nn.Module) -> int:
-    """How many units a model has; `ValueError` where skipdit does not know them."""
+    """Return the number of units of a model; `ValueError` where skipdit does not know them."""
     if not isinstance(model, LongSkipModel):
-        raise ValueError(f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused")
+        raise ValueError(
+            f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused: "
+            "skipdit.declare_family tells where its units are"
+        )
     return model.long_skip_links.num_units

@@ -1,4 +1,4 @@
-"""What a cache says about a run."""
+"""What a cache reports about a run."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Counts:
-    """Of steps. cost: in full steps."""
+    """Numbers of steps. cost: of all of them, in full steps."""
 
     full: int = 0
     reused: int = 0
@@ -19,10 +19,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What the cache did in the current run, or in the last one that has ended.
+    """What the cache did in the current run, or in the last one that ended.
 
-    reused: what a reuse step takes from the store, one entry a variant. `compute_ratio`: the work of all steps in full
-    over the work done, in FLOPs of the whole model. `bytes_held`: now. `peak_bytes_held`: since enabled.
+    reused: what a reuse step takes from the store, one entry per variant. compute_ratio: the work of as many full steps
+    over the work done, in FLOPs of the whole model. bytes_held: now. peak_bytes_held: since the cache was enabled.
     """
 
     method: str
@@ -36,7 +36,7 @@ class CacheSummary:
     peak_bytes_held: int
 
     def together_with(self, others: Sequence["CacheSummary"]) -> "CacheSummary":
-        """Return the summary of several models that share a run, as if each step were of one model."""
+        """Return the summary of several models that share a run, as if all steps were one model's."""
         everything = (self, *others)
         steps = [each.steps_full + each.steps_reused for each in everything]
         cost = sum(count / each.compute_ratio for count, each in zip(steps, everything, strict=True))
@@ -53,7 +53,7 @@ class CacheSummary:
         return asdict(self)
 
     def to_markdown(self) -> str:
-        """A table, one row a figure."""
+        """Return a table with one row per figure."""
         entries = self.to_dict() | {"reused": ", ".join(self.reused), "compute_ratio": f"{self.compute_ratio:.3f}"}
         rows = [f"| {name.replace('_', ' ')} | {value} |" for name, value in entries.items()]
         return "\n".join(("| cache | |", "| --- | --- |", *rows))

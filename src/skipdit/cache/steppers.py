@@ -1,4 +1,4 @@
-"""How one step is made: by a schedule, or by a probe that is seen on the way. What a stepper keeps is in its stream."""
+"""How one step is made: by a schedule, or by a probe taken on the way. What a step leaves behind is in its stream."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ MAX_DECIDED = 1024  # runs whose decisions are remembered
 
 @dataclass(frozen=True)
 class Part:
-    """One choice of a method on one model: the region of each variant, and what its adaptive schedule looks at."""
+    """One choice of a method on one model: the region of each variant, and what an adaptive schedule looks at."""
 
     method: CacheMethod
     regions: tuple[Region, ...]
@@ -37,7 +37,7 @@ class Part:
 
 
 def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
-    """Return the choices of a method for which this model has a site; `ValueError` where it has none."""
+    """Return the choices of a method for which this model has a site; `ValueError` where there are none."""
     parts = []
     for each in method.parts:
         regions = each.site.regions(model)
@@ -60,8 +60,8 @@ def parts_on(method: CacheMethod, model: nn.Module) -> list[Part]:
 class PartState:
     """What one choice of a method keeps in one stream.
 
-    stored: of each region its derivatives. steps_since_full: counts from the last full step. gate: of an adaptive
-    schedule. probe: what it saw, at the last full step or at the last step.
+    gate: of an adaptive schedule. stored: the derivatives of each region. steps_since_full: counted from the last full
+    step. probe: what was seen at the last full step, or at the last step.
     """
 
     gate: Gate | None
@@ -80,7 +80,7 @@ class PartState:
         return [tensor for values in (*derivatives, *self.probe.values()) for tensor in values.values()]
 
     def keep(self, part: Part, stored: Stored) -> None:
-        """Take over what a full step has stored of the part's regions."""
+        """Keep what a full step stored of the part's regions."""
         found = {region.name: stored[region.name] for region in part.regions if stored.get(region.name)}
         predictor = part.method.predictor
         self.stored = {
@@ -100,8 +100,11 @@ class PartState:
 
 
 class StepState(Protocol):
-    """What a stepper sees of a stream. levels: noise levels of its steps so far, this one included. coming: of the run
-    from this step on, where they are known. costs: of its shapes, once they have been counted."""
+    """What a stepper sees of a stream.
+
+    levels: noise levels of its steps so far, including this one. coming: those of the run from this step on, where they
+    are known. costs: for its shapes, once they have been counted.
+    """
 
     states: list[PartState]
     levels: list[float]
@@ -115,17 +118,18 @@ class Stepper(Protocol):
     parts: list[Part]
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
-        """Make the next step of a stream; return what the model returns, and the regions that were reused."""
+        """Make the next step of a stream; return the model's output, and the regions that were reused."""
         ...
 
 
 class ScheduledSteps:
-    """Steps that a schedule decides before they run; an adaptive one by what earlier steps have stored."""
+    """Steps that are decided before they run: by a static schedule, or by what earlier steps stored."""
 
     def __init__(self, model: nn.Module, parts: list[Part]) -> None:
         self.parts = parts
         self.links = cast(LongSkipModel, model).long_skip_links
         self.plans: dict[tuple[Decision, ...], ForwardPlan] = {}
+        self.schedules: dict[tuple[int, Costs | None], Schedule] = {}
         self.decided: dict[tuple[int, Costs | None, tuple[float, ...]], list[Decision]] = {}
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
@@ -151,13 +155,13 @@ class ScheduledSteps:
         return output, plan.reuse
 
     def decisions(self, stream: StepState) -> tuple[Decision, ...]:
-        """Return what each part does; one does not reuse where a later one leaves out some of its units, nor where it
-        has nothing stored."""
+        """Return what each part does. A part does not reuse where it has nothing stored, or where a later part leaves
+        out some of its units."""
         decisions: list[Decision] = []
         left_out: set[int] = set()
         for index in reversed(range(len(self.parts))):
             part, state = self.parts[index], stream.states[index]
-            decision = self._decide(index, part, state, stream) if state.stored else None
+            decision = self._decide(index, state, stream) if state.stored else None
             if decision is not None and len(self.parts) > 1 and part.regions[decision].bounds is not None:
                 units = set(part.regions[decision].covered)
                 decision = None if units & left_out else decision
@@ -165,30 +169,33 @@ class ScheduledSteps:
             decisions.append(decision)
         return tuple(reversed(decisions))
 
-    def _decide(self, index: int, part: Part, state: PartState, stream: StepState) -> Decision:
+    def _decide(self, index: int, state: PartState, stream: StepState) -> Decision:
         if state.gate is not None:
             return 0 if state.gate.opens() else None
         whole = (*stream.levels, *stream.coming[1:])
         key = index, stream.costs, whole
-        if key not in self.decided:
+        decided = self.decided.get(key)
+        if decided is None:
             if len(self.decided) > MAX_DECIDED:
                 self.decided.clear()
-            self.decided[key] = self.schedule_of(part, stream.costs).decisions(whole)
-        return self.decided[key][len(stream.levels) - 1]
+            decided = self.decided[key] = self.schedule_of(index, stream.costs).decisions(whole)
+        return decided[len(stream.levels) - 1]
 
-    def schedule_of(self, part: Part, costs: Costs | None) -> Schedule:
-        """Return the schedule of a part, where it depends on costs for those that were counted."""
-        if costs is None:
-            return part.schedule
-        try:
-            return part.schedule.for_cost(costs.of_step(part.regions[:1]))
-        except ValueError as error:
-            warnings.warn(f"{error}: as much as possible is reused", stacklevel=2)
-            return part.schedule
+    def schedule_of(self, index: int, costs: Costs | None) -> Schedule:
+        """Return the schedule of a part; if it depends on costs, for those that were counted."""
+        key, part = (index, costs), self.parts[index]
+        if key not in self.schedules:
+            self.schedules[key] = part.schedule
+            try:
+                if costs is not None:
+                    self.schedules[key] = part.schedule.for_cost(costs.of_step(part.regions[:1]))
+            except ValueError as error:
+                warnings.warn(f"{error}: as much as possible is reused", stacklevel=2)
+        return self.schedules[key]
 
     def plan_of(self, decisions: tuple[Decision, ...]) -> ForwardPlan:
-        """Return what parts store that are full, and take that reuse; a part some of whose units are left out for
-        another stores nothing. The same object for the same decisions, so that a compiled model sees few."""
+        """Return the plan of a step: full parts store, others reuse, and a part some of whose units are left out for
+        another stores nothing. Equal decisions give the same object, so that a compiled model sees few."""
         if decisions not in self.plans:
             pairs = list(zip(self.parts, decisions, strict=True))
             reuse = tuple(part.regions[decision] for part, decision in pairs if decision is not None)
@@ -202,8 +209,9 @@ class ScheduledSteps:
 class ProbedSteps:
     """Steps that look at the first units, the head, before they decide about the others.
 
-    A model that is not compiled decides within its forward: there the comparison is all that a step costs which does
-    not reuse. A compiled one runs the graph that reuses and, where it must not, that of the rest behind the head.
+    A model that is not compiled decides within its forward: a step that does not reuse costs no more than the
+    comparison. A compiled one runs the graph that reuses and, if that is refused, the graph of the units after the
+    head.
     """
 
     def __init__(self, model: nn.Module, parts: list[Part]) -> None:
@@ -212,7 +220,7 @@ class ProbedSteps:
         region, *others = part.regions
         if others or not isinstance(region, Units) or region.start == 0:
             raise ValueError(
-                "a probe is seen in the first units, before the decision, so what is reused must be units behind them "
+                "a probe is taken in the first units, before the decision, so what is reused must be units after them "
                 f"(Stack, DeepFeatures of one number of units, UnitRange), got {', '.join(map(str, part.regions))}"
             )
         links: LongSkipLinks = cast(LongSkipModel, model).long_skip_links
@@ -238,8 +246,8 @@ class ProbedSteps:
             output, stored = call(self.reuse, {self.region.name: state.predict(part, self.region)})
             full = not accepts(stored)
             if full:
-                output, behind = call(self.rest, {self.head.name: stored[self.head.name]})
-                stored = {**stored, **behind}
+                output, rest = call(self.rest, {self.head.name: stored[self.head.name]})
+                stored = {**stored, **rest}
         else:
             answers: list[bool] = []
 
@@ -252,7 +260,7 @@ class ProbedSteps:
             output, stored = call(dataclasses.replace(self.full, question=question))
             full = True not in answers
         if full:
-            # a unit without the block that is looked at stores nothing
+            # where the block that the probe looks at is left out, nothing is stored
             state.keep(part, stored)
         if full or schedule.follows_each_step:
             state.probe = {region.name: stored[region.name] for region in part.probe if region.name in stored}
@@ -265,8 +273,8 @@ def make_stepper(model: nn.Module, parts: list[Part]) -> Stepper:
 
 
 def relative_change(stored: Stored, before: Stored) -> float:
-    """Return the L1 distance of two sets of values over the L1 norm of the second, 0 where they are equal and NaN where
-    there is nothing to compare. Waits for the device, once."""
+    """Return the L1 distance between two sets of values over the L1 norm of the second: 0 where they are equal, NaN
+    where there is nothing to compare. Waits for the device, once."""
     pairs = [(value, before[name][key]) for name, values in stored.items() for key, value in values.items()]
     if not pairs:
         return math.nan

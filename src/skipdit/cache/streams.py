@@ -1,12 +1,12 @@
-"""Finds the stream of which a call is the next step.
+"""Finds the stream that a call continues.
 
 A *stream* is a name (`cache_context`), a shape and a conditioning; every call of a stream is its next step. A *run* is
 over when the pipeline says so (`_reset_stateful_cache`), when a watched scheduler has a new list of timesteps, or when
-the timestep turns back. What `cache_context(name, step_index=..., timestep=...)` tells is believed.
+the timestep turns back. What `cache_context(name, step_index=..., timestep=...)` says is believed.
 
-Under a watched scheduler a step is known by its place in the list, and the device is asked for nothing. Of a bare model
-the timestep is read once per call. Conditioning is known by the tensors themselves; only where they are made anew from
-step to step are their contents compared, as checksums in the same reading.
+Under a watched scheduler a step is known by its place in the list, and the device is asked for nothing. For a bare
+model the timestep is read once per call. Conditioning is known by the tensors themselves; only where they are created
+anew at each step are their contents compared, as checksums that are read together with the timestep.
 """
 
 import math
@@ -25,28 +25,29 @@ from torch import Tensor
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import PartState
+from skipdit.diffusion import noise_levels
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
-# more streams of one run are not guidance but calls that the cache misunderstands
+# more streams than this in one run are not guidance: the cache misunderstands its calls
 MAX_STREAMS = 16
-# of more runs the least recently called are dropped
+# beyond this many runs, the least recently called are dropped
 MAX_RUNS = 64
 
 _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
 _branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
 _told: ContextVar[Mapping[str, Any]] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
 
-TOLD = "told"  # the order of calls whose places `cache_context` tells
-Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names of the model's own `cache_context`
+TOLD = "told"  # the order of calls whose places come from `cache_context`
+Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names from the model's own `cache_context`
 
 
 @contextmanager
 def cache_context(name: str) -> Iterator[None]:
-    """Keeps the calls inside, the run `name`, apart from all others. Contexts nest.
+    """Keep the calls inside, the run `name`, apart from all others. Contexts nest.
 
-    Needed only where one thread makes steps of several runs in turn; a pipeline of ours enters one by itself, and
-    guidance branches that differ in their conditioning are told apart without it.
+    Needed only where one thread alternates between steps of several runs; our own pipelines enter one by themselves,
+    and guidance branches that differ in their conditioning are told apart without it.
     """
     with _entered(_context, (*_context.get(), name)):
         yield
@@ -54,8 +55,8 @@ def cache_context(name: str) -> Iterator[None]:
 
 @contextmanager
 def branch_context(name: str, **where: Any) -> Iterator[None]:
-    """Keeps the calls inside, a branch of the current run, apart from its others; they end with it. where: the place
-    in the loop, as diffusers' `CacheContext` has it."""
+    """Keep the calls inside, a branch of the current run, apart from its other branches; all end together. where: the
+    place in the loop, with the fields of diffusers' `CacheContext`."""
     with _entered(_branch, (*_branch.get(), name)), _entered(_told, where):
         yield
 
@@ -77,9 +78,10 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 class Stream:
     """The calls of one name, shape and conditioning: what they have stored, and their counts.
 
-    places: of the last step, and of the one before it. new: the arguments by which it differed from the streams of the
-    step before it. levels: noise levels of its steps since `states` are new. coming: of the run from this step on,
-    where they are known. costs: see `Costs`. compiled: the plans whose graphs have been called. cost: in full steps.
+    places: of the last step, and of the one before it. new: the arguments in which it differed, when it began, from the
+    streams of the previous step. levels: noise levels of its steps since `states` was last renewed. coming: noise
+    levels of the run from this step on, where they are known. costs: see `Costs`. compiled: the plans whose graphs have
+    been called.
     """
 
     layout: tuple
@@ -91,12 +93,10 @@ class Stream:
     coming: list[float] = field(default_factory=list)
     costs: Costs | None = None
     compiled: set[ForwardPlan] = field(default_factory=set)
-    num_full: int = 0
-    num_reused: int = 0
-    cost: float = 0.0
+    counts: Counts = field(default_factory=Counts)
 
     def go_on(self, given: Conditions, place: float) -> None:
-        """Make a step at this place, with conditions equal to those before."""
+        """Record a step at this place, whose conditions equal the previous ones."""
         given.sums = self.conditions.sums | given.sums
         given.add_checksums()
         self.conditions = given
@@ -104,22 +104,21 @@ class Stream:
             self.places = (place, self.places[0])
 
     @property
-    def counts(self) -> Counts:
-        return Counts(self.num_full, self.num_reused, self.cost)
-
-    @property
     def bytes_held(self) -> int:
-        """Of the memory behind what is stored: a view counts as all that it keeps, what is stored twice counts once."""
+        """Size of the memory that is kept alive: a view counts as the whole tensor, and shared memory counts once."""
         storages = [tensor.untyped_storage() for state in self.states for tensor in state.tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(eq=False)
 class Run:
-    """The streams of one name. order: what says which step comes after which: the list of a watched scheduler, `TOLD`,
-    or `None`, the timestep. place: of the last call, which grows from step to step. level: its noise level, from 0 to
-    1000; levels: of the whole list. rises: the timestep of a bare model grows; risen: the run before had one step, at a
-    lower timestep. changing: arguments that are new at each call. dropped: the counts of streams kept no more."""
+    """The streams of one name.
+
+    order: what orders the steps: the list of a watched scheduler, `TOLD`, or `None` for the timestep itself. place: of
+    the last call; it grows from step to step. level: its noise level, from 0 to 1000. levels: of the whole list.
+    rises: whether the timestep of a bare model grows. risen: whether the previous run had one step, at a lower
+    timestep. changing: arguments that are new at each call. dropped: the counts of streams that are no longer kept.
+    """
 
     order: Any
     levels: list[float] = field(default_factory=list)
@@ -144,11 +143,11 @@ class Run:
 
     @property
     def latest(self) -> list[Stream]:
-        """The streams that have made the run's last step."""
+        """The streams that took part in the run's last step."""
         return [each for each in self.streams if each.places[0] == self.place]
 
     def follow_levels(self) -> None:
-        """Go on by the timesteps of the calls, no more by a list."""
+        """From now on, order the steps by the timesteps of the calls instead of by a list."""
         for stream in self.streams:
             stream.places = (-stream.levels[-1], -stream.levels[-1])
         self.order, self.levels, self.place = None, [], max(stream.places[0] for stream in self.streams)
@@ -158,15 +157,15 @@ class Run:
         self.dropped += stream.counts
 
     def make_room(self) -> None:
-        """For one more stream: the least recently called goes, and the first time that is said."""
+        """Make room for one more stream: the least recently called one goes, with a warning the first time."""
         if len(self.streams) == MAX_STREAMS:
             if self.dropped == Counts():
                 warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=5)
             self.drop(self.streams[0])
 
     def find(self, fitting: list[Stream], given: Conditions, place: float) -> tuple[Stream | None, set[str]]:
-        """The stream of an equal conditioning, else what is new since the nearest stream of an earlier step. What is
-        new at two steps in a row is no condition, unless it tells calls of one step apart."""
+        """Return the stream of an equal conditioning, or else what is new since the nearest stream of an earlier step.
+        What is new at two steps in a row is no condition, unless it tells calls of one step apart."""
         unequal = {stream: given.unequal(stream.conditions) - self.changing for stream in fitting}
         equal = next((stream for stream in reversed(fitting) if not unequal[stream]), None)
         waiting = [stream for stream in reversed(fitting) if stream.places[0] < place]
@@ -189,38 +188,43 @@ class Run:
 
 
 class Streams:
-    """All runs of one cached model. start: makes the states of a new stream. check: is told the noise levels of a run
-    that begins. scale: of the timestep argument to noise levels; below 0 where it rises as noise falls."""
+    """All runs of one cached model.
+
+    start: makes the states of a new stream. check: is given the noise levels of each run that begins. over: is given
+    runs that are over. scale: from the timestep argument to noise levels; below 0 where it rises as noise falls.
+    """
 
     def __init__(
         self,
         start: Callable[[], list[PartState]],
         check: Callable[[list[float]], None],
+        over: Callable[[list[Run]], None],
         scale: float,
         *,
         by_token: bool = False,
     ) -> None:
-        self.start, self.check, self.scale, self.by_token = start, check, scale, by_token
+        self.start, self.check, self.over, self.scale, self.by_token = start, check, over, scale, by_token
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
-        # of each watched scheduler the list on which a run has begun last
+        # for each watched scheduler, the list on which a run began last
         self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         self.runs: dict[Key, Run] = {}
         self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
 
     def watch(self, pipeline: Any) -> None:
-        """Follows the scheduler of a pipeline. Copied timesteps belong to lists that it makes from now on."""
+        """Follow the scheduler of a pipeline. Copied timesteps belong to lists that it makes from now on."""
         self.pipelines.add(pipeline)
         self.begun |= self._lists()
 
     def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
-        """The run and the stream of which a call is the next step; either may be new."""
+        """Return the run and the stream that a call continues; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
-        given, layout = Conditions(conditions), layout_of(latents)
-        run, place, stream, fitting = self._place(key, timestep, given, layout)
+        given, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
+        run, place, stream, fitting = self._place(key, before, timestep, given, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
             run, place = Run(run.order, run.levels, level=run.level), place if place < run.place else 0
         if not run.streams:
             stream, fitting, run.place = None, [], place
+            self.over([] if before is None else [before])
             self._begin(key, run)
         run.place = place
         run.level = run.levels[int(place)] if run.levels else run.level
@@ -244,17 +248,16 @@ class Streams:
         return run, stream
 
     def _place(
-        self, key: Key, timestep: Any, given: Conditions, layout: tuple
+        self, key: Key, before: Run | None, timestep: Any, given: Conditions, layout: tuple
     ) -> tuple[Run, float, Stream | None, list[Stream]]:
-        """A call's run and its place there; its stream, where the very same tensors tell it; and the streams of its
-        shape. What must be read is read at once."""
-        before = self.runs.pop(key, None)
+        """Return a call's run and its place there; its stream, where the very same tensors identify it; and the streams
+        of its shape. Whatever must be read is read at once."""
         branches = [each for name, each in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
         order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [each for each in run.streams if each.layout == layout]
         same = [each for each in fitting if not given.differing(each.conditions) - run.changing]
-        # nobody can tell whether a tensor of inference mode was written between two calls of one step
+        # for a tensor of inference mode, nobody can tell whether it was written between two calls of one step
         unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
         stream = same[0] if len(same) == 1 and not unsure else None
 
@@ -267,7 +270,7 @@ class Streams:
         level = self._level(answers) if levels else 0.0
         if order is None:
             run, place = _by_level(run, level)
-        elif place is None:  # of a list, by counting: a stream that has made the run's step makes the next one
+        elif place is None:  # counted: a stream that has already made the run's current step makes the next one
             place = 0 if not run.streams else run.place + (stream is not None and stream.places[0] == run.place)
         run.level = level
         assert place is not None
@@ -284,13 +287,13 @@ class Streams:
     # Where a call stands
 
     def _lists(self) -> dict[Any, Tensor]:
-        """Of each watched scheduler its timesteps; one that has not been set up lists every timestep that there is."""
+        """Return the timesteps of each watched scheduler; one that has not been set up lists all that there are."""
         schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
         return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
 
     def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
-        """What orders the run's calls, and this call's place without asking: `None` where it is counted or read.
-        branches: others of the same run, by name."""
+        """Return what orders the run's calls, and this call's place as far as it is known without asking the device:
+        `None` where it must be counted or read. branches: the other named branches of the same run."""
         lists, told = self._lists(), _told.get()
         tables = [] if run is None or not isinstance(run.order, Tensor) else [run.order]
         for entry in (timestep, told.get("timestep")):
@@ -299,7 +302,7 @@ class Streams:
                     return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
         current = next((each for each, table in lists.items() if run is not None and table is run.order), None)
         fresh = [each for each, table in lists.items() if self.begun.get(each) is not table]
-        if current is not None and fresh and not self._goes_on(timestep, run, [lists[each] for each in fresh]):
+        if current is not None and fresh and not self._goes_on(timestep, run, fresh):
             current = None
         if current is None and len(fresh) == 1 and not _is_entry(timestep):
             current = fresh[0]
@@ -318,16 +321,17 @@ class Streams:
             index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
-    def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Tensor]) -> bool:
-        """Whether a copied timestep is the next of its run, not the first of another scheduler's new list. Reads it."""
+    def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Any]) -> bool:
+        """Whether a copied timestep continues its run, rather than starting another scheduler's new list. Reads it."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [float(table[0]) for table in fresh]
+        coming, first = run.coming[:2], [_levels_of(each)[0] for each in fresh]
         return any(_near(level, each) for each in coming) and not any(_near(level, each) for each in first)
 
     def _levels(self, timestep: Any) -> list[Tensor]:
-        """What is to be read of a timestep: of the noisiest token of a sample, the highest and the lowest."""
-        timestep = torch.as_tensor(_told.get().get("timestep", timestep))
+        """Return what must be read of a timestep: the highest and lowest over samples, each of its noisiest token."""
+        told = _told.get().get("timestep")
+        timestep = torch.as_tensor(timestep if told is None else told)
         if timestep.numel() == 1:
             return [timestep.reshape(())]
         tokens = timestep.reshape(1 if self.by_token else len(timestep), -1)
@@ -345,13 +349,11 @@ class Streams:
         return read[0] if scale == 1 else round(read[0] * scale + (1000 if scale < 0 else 0), 3)
 
     def _begin(self, key: Key, run: Run) -> None:
-        """Drops what can be continued no more: of this name's other branches under another list, of threads that have
-        ended."""
+        """Drop runs that can no longer be continued: branches under another list, and runs of threads that ended."""
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's: timesteps rise, noise falls
-                run.levels = [1000 - level for level in table.tolist()] if inverted else table.tolist()
+                run.levels = _levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
@@ -360,7 +362,7 @@ class Streams:
         self.check(run.coming)
 
     def _went_on(self, key: Key, run: Run, last: float, place: float) -> bool:
-        """Whether other streams of the run have made a step between these two places."""
+        """Whether other streams of the run made a step between these two places."""
         others = [each for name, each in self.runs.items() if name[:2] == key[:2] and each.order is run.order]
         return any(
             last < each < place for other in (run, *others) for stream in other.streams for each in stream.places
@@ -370,14 +372,21 @@ class Streams:
     # The end of a run
 
     def end(self) -> None:
-        """Drops what the runs of this thread in the current context hold, all branches. Outside of any context these
-        are the calls outside of any context."""
+        """Drop what this thread's runs in the current context hold."""
+        runs = self.own_runs
+        self.drop(runs)
+        self.over(runs)
+
+    @property
+    def own_runs(self) -> list[Run]:
+        """This thread's runs in the current context, all branches. Outside of any context, these are the runs that were
+        called outside of any."""
         thread, path = threading.get_ident(), _context.get()
-        ended = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
-        self.drop([self.runs[key] for key in ended])
+        own = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
+        return [self.runs[key] for key in own]
 
     def drop(self, runs: list[Run]) -> None:
-        """Drops what these hold; their counts stay for the summary."""
+        """Drop what these runs hold; their counts stay for the summary."""
         if runs:
             self.ended_at = self.num_calls
             self.ended_counts = sum((run.counts for run in runs), Counts())
@@ -389,14 +398,19 @@ class Streams:
 
     @property
     def counts(self) -> Counts:
-        """Of the current runs, or of those that have ended last."""
-        current = [run.counts for run in list(self.runs.values()) if run.last_call > self.ended_at]
+        """The counts of the current runs, or of those that ended last."""
+        current = [run.counts for run in self.current_runs]
         return sum(current, Counts()) if current else self.ended_counts
+
+    @property
+    def current_runs(self) -> list[Run]:
+        """The runs that were called since others ended."""
+        return [run for run in list(self.runs.values()) if run.last_call > self.ended_at]
 
 
 def _by_level(run: Run, level: float) -> tuple[Run, float]:
-    """The run of a bare model at this noise level, and its place there. A run falls; it rises after two steps that have
-    risen, as in an inversion by hand."""
+    """Return the run of a bare model at this noise level, and the place there. A run falls; after two steps that rose,
+    as in an inversion by hand, it rises."""
     place = level if run.rises else -level
     if not run.streams or place >= run.place:
         return run, place
@@ -409,8 +423,15 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     return run, level
 
 
+def _levels_of(scheduler: Any) -> list[float]:
+    """Return the noise levels of a scheduler's list, which is read."""
+    config = scheduler.config
+    num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
+    return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
+
+
 def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
-    """Return shape, dtype and device of latents; of lists of them (Z-Image, one per sample) all shapes."""
+    """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
     if isinstance(latents, Tensor):
         return latents.shape, latents.dtype, latents.device
     layouts = [layout_of(each) for each in latents]
@@ -423,7 +444,7 @@ def _is_entry(timestep: Any) -> bool:
 
 
 def _shares_memory(timestep: Any, table: Tensor) -> bool:
-    """Whether a timestep is a view of an entry of this list, as pipelines hand them on."""
+    """Whether a timestep is a view of an entry of this list, as pipelines pass them."""
     return _is_one(timestep) and timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
@@ -432,5 +453,5 @@ def _is_one(timestep: Any) -> bool:
 
 
 def _near(level: float, other: float) -> bool:
-    """As near as bfloat16 leaves them."""
+    """Whether two levels are equal up to what rounding to bfloat16 does."""
     return abs(level - other) < 0.01 + 0.008 * abs(other)

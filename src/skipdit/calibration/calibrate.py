@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import cached
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import EVERY, METHODS, CacheMethod, MadeFor, parse_method
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, resolve
@@ -85,7 +84,7 @@ class CalibrateConfig:
             raise ValueError(f"refine must be at least 0, got {self.refine}")
         if self.seed == self.held_out_seed:
             raise ValueError(f"held_out_seed must differ from seed, got {self.seed} for both")
-        known = tuple(map(int, re.findall(r"\d+", self.site.options)))
+        known = self.site.shallow_units
         if self.shallow_units not in (known, type(self).shallow_units):
             raise ValueError(
                 f"shallow_units of {self.method} must be "
@@ -139,12 +138,8 @@ class Sampling:
         return samples.cpu()
 
     def cached(self, method: CacheMethod, seed: int | None = None) -> tuple[Tensor, Any]:
-        pipeline = self.source.sampler.pipeline
-        enable_cache(pipeline, method)
-        try:
-            return self(seed), cache_summary(pipeline)
-        finally:
-            disable_cache(pipeline)
+        with cached(self.source.sampler.pipeline, method) as cache:
+            return self(seed), cache.summary()
 
 
 def score(samples: Tensor, reference: Tensor) -> PairedScore:
@@ -362,11 +357,8 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
 
 
 def num_units_of(pipeline: Any, site: Site) -> int:
-    enable_cache(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=site))
-    try:
-        return cache_summary(pipeline).num_units
-    finally:
-        disable_cache(pipeline)
+    with cached(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=site)) as cache:
+        return cache.summary().num_units
 
 
 def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:

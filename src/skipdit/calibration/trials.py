@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -97,7 +98,7 @@ class RecordingSteps:
         links = cast(LongSkipModel, model).long_skip_links
         self.full = ForwardPlan.of(links, store=self.regions)
         self.reuse = [ForwardPlan.of(links, reuse=(region,)) for region in self.regions]
-        self.history: dict[int, deque[Stored]] = {}
+        self.history: WeakKeyDictionary[StepState, deque[Stored]] = WeakKeyDictionary()
         # of each order: (variant, step, spacing, age) -> mean squared errors
         self.errors: dict[int, dict[tuple[int, int, int, int], list[float]]] = {order: {} for order in trials.orders}
         self.seen: list[float] = []
@@ -106,7 +107,7 @@ class RecordingSteps:
         output, stored = call(self.full)
         sample = first_tensor(output).float()
         history = self.history.setdefault(
-            id(stream), deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
+            stream, deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
         )
         step = len(stream.levels) - 1
         if step == len(self.seen):
@@ -252,14 +253,14 @@ class ChangeRecordingSteps:
         whole = cast(Branches, parts[0].regions[0])
         self.kinds: dict[BranchKind, Branches] = {kind: replace(whole, kinds=(kind,)) for kind in whole.kinds}
         self.full = ForwardPlan.of(cast(LongSkipModel, model).long_skip_links, store=tuple(self.kinds.values()))
-        self.history: dict[int, deque[Stored]] = {}
+        self.history: WeakKeyDictionary[StepState, deque[Stored]] = WeakKeyDictionary()
         self.max_age = max_age
         self.changes: dict[tuple[BranchKind, int, int], list[float]] = {}
         self.seen: list[float] = []
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
         output, stored = call(self.full)
-        history = self.history.setdefault(id(stream), deque(maxlen=self.max_age))
+        history = self.history.setdefault(stream, deque(maxlen=self.max_age))
         step = len(stream.levels) - 1
         if step == len(self.seen):
             self.seen.append(stream.levels[-1])

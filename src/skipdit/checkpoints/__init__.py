@@ -6,7 +6,7 @@ One module a family holds its key tables and both directions; this one finds out
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints import dit, hunyuan, latte, latte_t2v
 from skipdit.checkpoints.dit import DIFFUSERS_KEYS, OFFICIAL_KEYS, from_diffusers
-from skipdit.checkpoints.keys import Told, Weights, assemble, check_options, make_model, refuse_contradictions
+from skipdit.checkpoints.keys import (
+    Told,
+    Weights,
+    assemble,
+    check_options,
+    find_num_classes,
+    make_model,
+    refuse_contradictions,
+)
 from skipdit.checkpoints.reading import (
     SAFETENSORS_SUFFIX,
     Preference,
@@ -26,11 +34,11 @@ from skipdit.checkpoints.reading import (
     list_first,
     read_config,
     read_folder_tensors,
-    read_state_dict,
+    read_training,
 )
 from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint
 from skipdit.checkpoints.wrappings import strip_prefixes
-from skipdit.files import atomic_file
+from skipdit.files import atomic_file, clean_up
 from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips
@@ -133,7 +141,7 @@ def load_model(
         num_frames: needed for a file with our keys of a Latte, and makes it one; `temp_embed` tells it of an official
             one. Of text-to-video files this and `sample_size` are needed where the size is not the published one.
         num_classes: needed where the class table has as many rows as a usual data set has classes: as many where no
-            row means "no class", one less where the last one does.
+            row means "no class", one less where the last one does. The `args` of a training checkpoint tell it.
         fusion: needed for a file with our keys and long skips; the official ones are `"replace"`.
         drop: roots of keys that are left out, such as `"projectors"` of REPA, or what lies beside `model` in a
             checkpoint of Lightning. There must be some.
@@ -166,9 +174,13 @@ def load_model(
         else:
             if variant is not None:
                 raise ValueError(f"variant is for a folder, got {variant!r} for a file")
+            whole, args = read_training(source, prefer)
             # a name before all keys is seen as such when what lies beside the model is gone
-            state_dict = strip_prefixes(_without(dropped, read_state_dict(source, prefer)), prefer)
-            model = assemble(_find_format(state_dict, told).read(state_dict, told), dtype)
+            state_dict = strip_prefixes(_without(dropped, whole), prefer)
+            known = told
+            if told.num_classes is None:
+                known = replace(told, num_classes=find_num_classes(args.get("num_classes"), state_dict))
+            model = assemble(_find_format(state_dict, known).read(state_dict, known), dtype)
         refuse_contradictions(model, told)
     except ValueError as error:
         raise ValueError(_with_name(source, str(error))) from error
@@ -223,6 +235,7 @@ def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
     tensors = {key: tensor.contiguous() for key, tensor in to_official(model).items()}
+    clean_up(target.parent)
     with atomic_file(target) as draft:
         save_file(tensors, draft, metadata={"format": "pt"})
 

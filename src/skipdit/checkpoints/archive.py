@@ -7,6 +7,7 @@ tensors and a pickle of 1.5 MB.
 import argparse
 import pickletools
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ def read_archive(path: Path) -> Any:
     `ValueError` where the archive is damaged, holds anything else, or would take more memory than its size says.
     """
     try:
-        _check_records(path)
+        records = _check_records(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        _check_storages(list(_tensors(content)), path.stat().st_size)
+        _check_storages(list(_tensors(content)), path.stat().st_size, records)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # zipfile, struct, pickle and torch raise a dozen types on a damaged archive
@@ -59,7 +60,8 @@ def read_archive(path: Path) -> Any:
     return content
 
 
-def _check_records(path: Path) -> None:
+def _check_records(path: Path) -> Counter[int]:
+    """Return how many records there are of each size."""
     with open_regular(path) as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("truncated, or not written by torch.save of PyTorch 1.6 or newer")
@@ -79,6 +81,7 @@ def _check_records(path: Path) -> None:
             if (broken := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of its record {printable(broken)} is wrong")
             _check_pickle(archive.read(pickles[0]))
+            return Counter(record.file_size for record in records)
 
 
 def _check_pickle(content: bytes) -> None:
@@ -121,8 +124,9 @@ def _tensors(content: Any) -> Iterator[Tensor]:
         raise ValueError(f"it is nested deeper than {MAX_NESTING}")
 
 
-def _check_storages(tensors: list[Tensor], file_size: int) -> None:
-    """Refuse tensors that are larger than what the file holds of them: of stride 0, or many of one storage."""
+def _check_storages(tensors: list[Tensor], file_size: int, records: Counter[int]) -> None:
+    """Refuse tensors that are larger than what the file holds of them: of stride 0, many of one storage, or of storages
+    that reach beyond their record, which torch does not look at where it maps a file."""
     storages, total = {}, 0
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -135,6 +139,9 @@ def _check_storages(tensors: list[Tensor], file_size: int) -> None:
             )
         storages[storage.data_ptr()] = max(storages.get(storage.data_ptr(), 0), storage.nbytes())
         total += size
+    for size, count in Counter(storages.values()).items():
+        if count > records[size]:
+            raise ValueError(f"{count} of its storages have {size:,} bytes, of its records {records[size]}")
     stored = sum(storages.values())
     if stored > file_size:
         raise ValueError(f"its tensors have {stored:,} bytes, the file {file_size:,}")

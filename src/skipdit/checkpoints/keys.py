@@ -4,6 +4,7 @@ A row of a table is (key of theirs, key of ours). `{unit}` counts blocks, `{skip
 `{target}` is the block that takes that skip, `*` is weight and bias. Tables are read in both directions.
 """
 
+import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.models.long_skip import Fusion
 from skipdit.untrusted import printable
 
+LOGGER = logging.getLogger(__name__)
 Table = tuple[tuple[str, str], ...]
 Need = tuple[str, Any, Collection[Any]]
 Model = TypeVar("Model", bound=nn.Module)
@@ -217,6 +219,14 @@ def split_heads(num_layers: int, hidden_size: int, told: int | None, published: 
 # rows of a class table as it is where no class is dropped in training (class_dropout_prob=0): the number of classes of
 # a usual data set
 PLAIN_CLASS_COUNTS = (1, 10, 100, 101, 200, 365, 1000)
+CLASS_TABLES = ("y_embedder.embedding_table.weight", "class_embedder.weight")  # official, ours
+
+
+def find_num_classes(noted: Any, tensors: StateDict) -> int | None:
+    """Return the number of classes that is noted beside weights, where it is one and fits their class table."""
+    tables = [tensors[name] for name in CLASS_TABLES if name in tensors]
+    fitting = {len(table) - null for table in tables if table.ndim == 2 for null in (0, 1)}
+    return noted if type(noted) is int and noted > 0 and noted in fitting else None
 
 
 def class_options(num_rows: int, told: int | None) -> dict[str, Any]:
@@ -227,6 +237,11 @@ def class_options(num_rows: int, told: int | None) -> dict[str, Any]:
         raise ValueError(
             f"num_classes must be given: the class table has {num_rows} row(s): give {num_rows} where each is a class "
             f"(trained with class_dropout_prob=0, so not for guidance){null}"
+        )
+    if told is None and num_rows - 1 not in PLAIN_CLASS_COUNTS:
+        LOGGER.warning(
+            "the last of the %d rows of the class table is taken to mean no class: give num_classes=%d if it is one",
+            *(num_rows, num_rows),
         )
     if told not in (None, num_rows, num_rows - 1):
         raise ValueError(
@@ -243,7 +258,8 @@ def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str
     if num_pairs == 0:
         return None
     norm = "layer_norm" if any(key.endswith(".bias") for key in norms) else "rms_norm"
-    return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm}
+    fill = {"fill_token": True} if "fill_token" in keys else {}
+    return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm, **fill}
 
 
 def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """From a path to tensors, without unpickling strangers' objects: files, folders of `save_pretrained`, their config."""
 
+import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def read_state_dict(path: Path, prefer: Preference) -> StateDict:
     return pick_weights(_read_tensors(path), prefer)
 
 
+def read_training(path: Path, prefer: Preference) -> tuple[StateDict, dict[str, Any]]:
+    """As `read_state_dict`, and what the training was told: the `args` that facebookresearch's train.py saves."""
+    content = _read_tensors(path)
+    args = content.get("args") if isinstance(content, Mapping) else None
+    told = vars(args) if isinstance(args, argparse.Namespace) else args
+    return pick_weights(content, prefer), dict(told) if isinstance(told, Mapping) else {}
+
+
 def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
     """The tensors that `save_pretrained` wrote, in one file or several, as safetensors or pickled.
 
@@ -50,7 +59,11 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
     for name in names:
         if not name or Path(name).name != name:
             raise ValueError(f"{printable(path)} names {printable(name)!r}, which is not a file beside it")
-        shard = pick_weights(_read_tensors(folder / name), "ema")
+        content = _read_tensors(folder / name)
+        try:
+            shard = pick_weights(content, "ema")
+        except ValueError as error:
+            raise ValueError(f"{printable(name)} {error}") from error
         if twice := [key for key in shard if key in tensors]:
             raise ValueError(f"{printable(name)} holds {list_first(twice)}, which another of the files holds too")
         tensors |= shard

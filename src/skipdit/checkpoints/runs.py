@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skipdit.checkpoints.keys import Told
+from skipdit.checkpoints.keys import Told, find_num_classes
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
 from skipdit.files import file_digest, read_marker
 from skipdit.untrusted import printable, read_json
@@ -35,25 +35,29 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
 
     `ValueError` where the weights are not those that the run wrote.
     """
-    config = read_run_config(folder)
     path = folder / STATE_NAME
+    state = read_json(path, dict[str, Any])
+    config = _field(state, "config", dict, path)
     model, data = (_field(config, name, dict, path) for name in ("model", "data"))
     long_skip = model.get("long_skip")
+    weights = folder / f"{prefer}.safetensors"
+    listed = read_marker(folder)["files"].get("checkpoint", {}).get(weights.name)
+    if listed is not None and file_digest(weights) != listed:
+        raise ValueError(f"{printable(weights)} has changed since its run wrote it: give another checkpoint")
+    state_dict = read_state_dict(weights, prefer)
+    trained_on = state.get("data")
+    names = trained_on.get("class_names") if isinstance(trained_on, dict) else None
     said = {
         "num_attention_heads": _field(model, "num_attention_heads", int, path),
         "sample_size": _field(data, "image_size", int, path),
         "num_frames": data.get("num_frames"),
+        "num_classes": find_num_classes(len(names), state_dict) if isinstance(names, list) else None,
         "fusion": long_skip.get("fusion") if isinstance(long_skip, dict) else None,
     }
     for name, value in said.items():
         given = getattr(told, name)
         if given is not None and value is not None and given != value:
             raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {given!r}")
-    weights = folder / f"{prefer}.safetensors"
-    listed = read_marker(folder)["files"].get("checkpoint", {}).get(weights.name)
-    if listed is not None and file_digest(weights) != listed:
-        raise ValueError(f"{printable(weights)} has changed since its run wrote it: give another checkpoint")
-    state_dict = read_state_dict(weights, prefer)
     return state_dict, replace(told, **{name: value for name, value in said.items() if value is not None})
 
 

@@ -90,17 +90,31 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
 def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
     """Return what a full forward `call` of a model returns, and what its parts cost.
 
-    `None` and an estimate where torch cannot count: flex attention on a CPU, sharded weights.
+    `None` and an estimate where torch cannot count: flex attention on a CPU, sharded weights. Hooks on these very
+    modules tell what each costs: those of torch's counter are global, and see what other threads run.
     """
+    linked = cast(LongSkipModel, model)
+    blocks = {block for blocks in linked.units() for block in blocks}
+    flops = dict.fromkeys((*blocks, *(place.module for place in linked.branches())), 0)
+    counter = flop_counter()
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        flops[module] -= counter.get_total_flops()
+
+    def leave(module: nn.Module, *_: Any) -> None:
+        flops[module] += counter.get_total_flops()
+
+    hooks = [module.register_forward_pre_hook(enter) for module in flops]
+    hooks += [module.register_forward_hook(leave) for module in flops]
     try:
-        with flop_counter() as counter:
+        with counter:
             result = call()
     except Exception:  # whatever is wrong with the call itself comes again without a counter
         return None, Costs.by_weights(model)
-    counts = {name: float(sum(flops.values())) for name, flops in counter.get_flop_counts().items()}
-    root = type(model).__name__
-    names = {id(module): f"{root}.{name}" for name, module in model.named_modules()}
-    total = counts.get(root, 0.0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = counter.get_total_flops()
     if not total:
         return result, Costs.by_weights(model)
-    return result, Costs._from(model, total, lambda module: counts.get(names[id(module)], 0.0))
+    return result, Costs._from(model, total, lambda module: flops[module])

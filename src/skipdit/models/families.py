@@ -1,12 +1,13 @@
 """Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from skipdit.models.long_skip import BranchKind
+from skipdit.models.routing import ByToken, TokenRoute
 
 Named = Mapping[BranchKind, tuple[str, ...]]
 
@@ -39,10 +40,14 @@ class Segment:
     """Where a segment has one stream and the one before had several: which of those the model concatenates along their
     tokens, in this order."""
     branches: Named = field(default_factory=lambda: BRANCHES)
-    """By kind the attributes of a block, where it has them; the attention of a unit's second block is over time. What
-    they output can be reused: a tensor, or a tuple."""
+    """By kind the attributes of a block, where it has them, dotted where they are deeper; the attention of a unit's
+    second block is over time. What they output can be reused: a tensor, or a tuple."""
+    by_token: Mapping[str, ByToken] | None = None
+    """Arguments of a block beside its streams that have an entry per token of the fused stream, so that tokens can be
+    routed; `None` where that is not known, or cannot be right."""
 
     def __post_init__(self) -> None:
+        _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
         if not self.lists:
             raise ValueError("lists must name at least one ModuleList of the model")
         if not self.streams:
@@ -55,12 +60,32 @@ class Segment:
         return self.fused or (self.streams[0] if len(self.streams) == 1 else "hidden_states")
 
 
+def _check_names(**names: tuple[str, ...]) -> None:
+    """Refuse one name where a tuple of names belongs: its letters would be taken for names."""
+    for role, given in names.items():
+        if isinstance(given, str):
+            raise ValueError(f"{role} must be a tuple of names, as ({given!r},), got {given!r}")
+
+
+ONE_SEGMENT = (Segment(),)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What skipdit must know of one class of transformers."""
+    """What skipdit must know of one class of transformers.
 
-    segments: tuple[Segment, ...] = (Segment(),)
+    A family of one segment has a short form: `block_lists`, `streams` and `branches` in place of `segments`.
+    `ValueError` where both are given.
+    """
+
+    segments: tuple[Segment, ...] = ONE_SEGMENT
     """In the order in which they run; units number through all of them."""
+    block_lists: InitVar[tuple[str, ...] | None] = None
+    """Short form: the `lists` of the only segment."""
+    streams: InitVar[tuple[str, ...] | None] = None
+    """Short form: the `streams` of the only segment."""
+    branches: InitVar[Named | None] = None
+    """Short form: the `branches` of the only segment."""
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     """Entries of the config whose product is the hidden size."""
     native_pairs: bool = False
@@ -83,7 +108,20 @@ class Family:
     changing: tuple[str, ...] = ()
     """Arguments that are new at every step and no condition: a second timestep, a control signal, audio latents."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(
+        self, block_lists: tuple[str, ...] | None, streams: tuple[str, ...] | None, branches: Named | None
+    ) -> None:
+        _check_names(hidden_size=self.hidden_size, changing=self.changing)
+        short = {"block_lists": block_lists, "streams": streams, "branches": branches}
+        given: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
+        if given and self.segments is not ONE_SEGMENT:
+            raise ValueError(
+                "give either segments or block_lists, streams and branches, the short form of one segment: "
+                f"got segments and {', '.join(given)}"
+            )
+        if given:
+            options = {name.removeprefix("block_"): value for name, value in given.items()}
+            object.__setattr__(self, "segments", (Segment(**options),))
         if not self.segments:
             raise ValueError("segments must have at least one Segment")
         for before, segment in zip(self.segments, self.segments[1:], strict=False):
@@ -92,6 +130,25 @@ class Family:
                     f"joins must be streams of the segment before, {', '.join(before.streams)}, for one stream, "
                     f"got {', '.join(segment.joins)} for {', '.join(segment.streams)}"
                 )
+
+    def check_route(self, name: str, segment_starts: tuple[int, ...], route: TokenRoute) -> None:
+        """`ValueError` where the tokens of such a model cannot be routed past these units."""
+        if any(segment.by_token is None for segment in self.segments):
+            raise ValueError(
+                f"the tokens of {name} cannot be routed: its blocks need all of them, or it is not known which of "
+                "their arguments have an entry per token (Segment.by_token)"
+            )
+        for segment, start in zip(self.segments[1:], segment_starts, strict=True):
+            if segment.joins and route.start >= start:
+                raise ValueError(
+                    f"tokens of {name} must leave before unit {start}, where text joins them, got {route.start}"
+                )
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether the samples of a batch share what blocks know of their tokens, and so must keep the same ones."""
+        entries = [each for segment in self.segments for each in (segment.by_token or {}).values()]
+        return any(each.dim == 0 and not each.of_rows for each in entries)
 
 
 TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
@@ -144,7 +201,11 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": Family(segments=FLUX, timestep_scale=1000.0, changing=CONTROL),
     "GlmImageTransformer2DModel": Family(segments=IMAGE_STREAM),
     "HiDreamImageTransformer2DModel": Family(
-        segments=_two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True), timestep="timesteps"
+        segments=tuple(
+            replace(segment, branches={"attention": ("block.attn1",), "mlp": ("block.ff_i", "block.ff_t")})
+            for segment in _two("double_stream_blocks", "single_stream_blocks", IMAGE_FIRST, joined=True)
+        ),
+        timestep="timesteps",
     ),
     "HunyuanDiT2DModel": Family(segments=WAN, native_pairs=True, changing=CONTROL[:1]),
     "HunyuanImageTransformer2DModel": Family(segments=HUNYUAN, changing=("timestep_r",)),
@@ -200,7 +261,7 @@ FAMILIES: dict[str, Family] = {
         timestep="vision_timesteps",
         changing=("sound_tokens", "sound_timesteps", "action_tokens", "action_timesteps"),
     ),
-    "CosmosTransformer3DModel": Family(changing=("block_controlnet_hidden_states",)),
+    "CosmosTransformer3DModel": Family(timestep_scale=1000.0, changing=("block_controlnet_hidden_states",)),
     "EasyAnimateTransformer3DModel": Family(segments=IMAGE_STREAM),
     "HeliosTransformer3DModel": Family(segments=WAN),
     "HunyuanVideo15Transformer3DModel": Family(segments=IMAGE_STREAM, changing=("timestep_r",)),
@@ -213,7 +274,19 @@ FAMILIES: dict[str, Family] = {
         segments=_units("visual_transformer_blocks"), hidden_size=("model_dim",), counted=False
     ),
     "Kandinsky6Transformer3DModel": Family(
-        segments=_units("visual_transformer_blocks", streams=("vis", "aud"), fused="vis"),
+        segments=_units(
+            "visual_transformer_blocks",
+            streams=("vis", "aud"),
+            fused="vis",
+            branches={
+                "attention": ("video_dec_block.self_attention", "audio_dec_block.self_attention"),
+                "cross_attention": (
+                    *("video_dec_block.cross_attention", "audio_dec_block.cross_attention"),
+                    *("va_cross_attention", "av_cross_attention"),
+                ),
+                "mlp": ("video_dec_block.feed_forward", "audio_dec_block.feed_forward"),
+            },
+        ),
         hidden_size=("model_dim",),
         changing=("audio_hidden_states",),
     ),
@@ -225,6 +298,7 @@ FAMILIES: dict[str, Family] = {
     "LatteTransformer3DModel": Family(segments=_units("transformer_blocks", "temporal_transformer_blocks")),
     "MiniMaxH3Transformer3DModel": Family(
         hidden_size=("hidden_size",),
+        timestep_scale=RISES,
         timestep_by_token=True,
         changing=("audio_hidden_states", "timestep_indices"),
     ),
@@ -245,9 +319,57 @@ FAMILIES: dict[str, Family] = {
     "LongCatAudioDiTTransformer": Family(segments=WAN, hidden_size=("dit_dim",), timestep_scale=RISES),
     "MiniMaxMusic3Transformer1DModel": Family(timestep_scale=RISES),
     "StableAudio3DiTModel": Family(hidden_size=("embed_dim",), timestep_scale=1000.0),
-    "StableAudioDiTModel": Family(),
+    "StableAudioDiTModel": Family(timestep_scale=1000.0),
 }
 FAMILIES |= {name: replace(family, writes_in_place=False) for name, family in FAMILIES.items()}
+
+ROTARY, ROTARY_WITH_TEXT = {"image_rotary_emb": ByToken()}, {"image_rotary_emb": ByToken(text="before")}
+ROTARY_WAN = {"rotary_emb": ByToken(dim=1), "temb": ByToken(dim=1, ndim=4)}
+MASK_WITH_TEXT = {"attention_mask": ByToken(dim=-1, text="after")}
+
+# the classes whose tokens can be routed, and what their blocks take with an entry per token; of each segment, or of all
+BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] = {
+    "AllegroTransformer3DModel": {"image_rotary_emb": ByToken(dim=1, index=1)},
+    "AuraFlowTransformer2DModel": {},
+    "BriaFiboTransformer2DModel": ROTARY_WITH_TEXT,
+    "BriaTransformer2DModel": ROTARY_WITH_TEXT,
+    "ChromaTransformer2DModel": ROTARY_WITH_TEXT | {"attention_mask": ByToken(dim=1, text="before")},
+    "ChronoEditTransformer3DModel": ROTARY_WAN,
+    "CogVideoXTransformer3DModel": ROTARY,
+    "CogView3PlusTransformer2DModel": {},
+    "CogView4Transformer2DModel": ROTARY,
+    "CosmosTransformer3DModel": ROTARY | {"extra_pos_emb": ByToken(dim=1)},
+    "DiTTransformer2DModel": {},
+    "EasyAnimateTransformer3DModel": ROTARY,
+    "Flux2Transformer2DModel": ROTARY_WITH_TEXT,
+    "FluxTransformer2DModel": ROTARY_WITH_TEXT,
+    "HunyuanDiT2DModel": ROTARY,
+    "HunyuanImageTransformer2DModel": ROTARY | MASK_WITH_TEXT,
+    "HunyuanVideo15Transformer3DModel": {"freqs_cis": ByToken()},
+    "HunyuanVideoTransformer3DModel": ({"freqs_cis": ByToken()} | MASK_WITH_TEXT, ROTARY | MASK_WITH_TEXT),
+    "LTXVideoTransformer3DModel": {"image_rotary_emb": ByToken(dim=1), "temb": ByToken(dim=1)},
+    "LatteTransformer3DModel": {"timestep": ByToken(of_rows=True)},
+    "LongCatImageTransformer2DModel": ROTARY_WITH_TEXT,
+    "LuminaNextDiT2DModel": {"attention_mask": ByToken(dim=1), "image_rotary_emb": ByToken(dim=1)},
+    "MochiTransformer3DModel": ROTARY,
+    "MotifVideoTransformer3DModel": ROTARY | MASK_WITH_TEXT,
+    "OvisImageTransformer2DModel": ROTARY_WITH_TEXT,
+    "PRXTransformer2DModel": {"image_rotary_emb": ByToken(dim=2)},
+    "PixArtTransformer2DModel": {},
+    "QwenImageTransformer2DModel": {"image_rotary_emb": ByToken(index=0), "modulate_index": ByToken(dim=1)},
+    "SD3Transformer2DModel": {},
+    "SkyReelsV2Transformer3DModel": ROTARY_WAN,
+    "WanTransformer3DModel": ROTARY_WAN,
+}
+
+
+def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]) -> Family:
+    each = by_token if isinstance(by_token, tuple) else (by_token,) * len(family.segments)
+    segments = zip(family.segments, each, strict=True)
+    return replace(family, segments=tuple(replace(segment, by_token=names) for segment, names in segments))
+
+
+FAMILIES |= {name: _with_tokens(FAMILIES[name], by_token) for name, by_token in BY_TOKEN.items()}
 
 # transformers of diffusers 0.42 that have no row, and why
 OUT_OF_SCOPE: dict[str, str] = {

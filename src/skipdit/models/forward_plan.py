@@ -1,8 +1,9 @@
 """What one forward call runs, stores and takes back: data that is made outside the graph.
 
 A call that reuses leaves out a *region* of the units' work and takes its result from an earlier call that stored it:
-whole units, as the streams after them or as what they add to the streams, or outputs of branches inside the units. A
-`ForwardPlan` says for each unit what happens there, in booleans and names; a `ForwardState` carries it out.
+whole units, as the streams after them or as what they add to the streams, or outputs of branches inside the units. In
+training a call may *route* tokens: deep units see only some of them. A `ForwardPlan` says for each unit what happens
+there, in booleans and names; a `ForwardState` carries it out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
+from skipdit.models.routing import RoutedTokens, TokenRoute
 
 Values = Mapping[str, Tensor]  # of one region: the names are its own
 Stored = Mapping[str, Values]  # by the name of the region
@@ -135,7 +137,9 @@ class UnitPlan:
     regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
     skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
     branch the region that has its output, that takes its output, and that takes its input. asks: whether the plan's
-    question is put before this unit. is_idle: the streams pass it as they are, and nothing is due here.
+    question is put before this unit. is_idle: the streams pass it as they are, and nothing is due here. sheds,
+    restores: whether tokens leave, or come back, before this unit. sees_kept: whether it sees only the kept tokens.
+    skip_sheds, skip_restores: whether tokens leave, or come back, on the way of the skip that it takes.
     """
 
     runs: bool = True
@@ -149,10 +153,15 @@ class UnitPlan:
     probes: Mapping[str, str] = field(default_factory=dict)
     asks: bool = False
     is_idle: bool = False
+    sheds: bool = False
+    restores: bool = False
+    sees_kept: bool = False
+    skip_sheds: bool = False
+    skip_restores: bool = False
 
     @property
     def is_boundary(self) -> bool:
-        return bool(self.begins or self.takes or self.stores or self.asks)
+        return bool(self.begins or self.takes or self.stores or self.asks or self.sheds or self.restores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +187,7 @@ class ForwardPlan:
 
     store: tuple[Region, ...] = ()
     reuse: tuple[Region, ...] = ()
+    route: TokenRoute | None = None
     units: tuple[UnitPlan, ...] = ()
     idle: frozenset[int] = frozenset()
     has_branches: bool = False
@@ -191,17 +201,27 @@ class ForwardPlan:
         store: Iterable[Region] = (),
         reuse: Iterable[Region] = (),
         asks_at: int | None = None,
+        route: TokenRoute | None = None,
     ) -> "ForwardPlan":
         """Make the plan of a model with these links. asks_at: the unit before which a question may be put. `ValueError`
-        where the model has fewer units."""
+        where the model has fewer units, or where tokens are routed and regions stored or reused."""
         store, reuse = tuple(store), tuple(reuse)
+        if route is not None and (store or reuse):
+            raise ValueError("a forward either routes tokens or stores and reuses regions")
+        if route is not None and route.stop > links.num_units:
+            raise ValueError(f"there are {links.num_units} units, got {route}")
         for region in (*store, *reuse):
             if region.bounds is not None and region.bounds[1] > links.num_units:
                 raise ValueError(f"there are {links.num_units} units, got {region}")
-        units = tuple(_unit_plan(links, unit, store, reuse, unit == asks_at) for unit in range(links.num_units + 1))
+        units = tuple(
+            _routed_unit_plan(links, unit, route)
+            if route is not None
+            else _unit_plan(links, unit, store, reuse, unit == asks_at)
+            for unit in range(links.num_units + 1)
+        )
         has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
         idle = frozenset(number for number, unit in enumerate(units) if unit.is_idle)
-        return cls(store=store, reuse=reuse, units=units, idle=idle, has_branches=has_branches)
+        return cls(store=store, reuse=reuse, route=route, units=units, idle=idle, has_branches=has_branches)
 
 
 PLAIN = ForwardPlan()
@@ -255,6 +275,19 @@ def _unit_plan(
     )
 
 
+def _routed_unit_plan(links: LongSkipLinks, unit: int, route: TokenRoute) -> UnitPlan:
+    covered, source = route.covers(unit), links.sources.get(unit)
+    skip_covered = source is not None and route.covers(source)
+    return UnitPlan(
+        runs=not (covered and route.leaves_out),
+        sheds=unit == route.start,
+        restores=unit == route.stop,
+        sees_kept=covered and not route.leaves_out,
+        skip_sheds=source is not None and covered and not skip_covered,
+        skip_restores=skip_covered and not covered,
+    )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One call
 
@@ -302,7 +335,8 @@ class ForwardState:
     """What one forward call carries beside its streams. Made for the call, gone with it.
 
     given: what earlier calls stored, of each region that the plan reuses. stored: what this call stores. skips: outputs
-    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice.
+    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice. tokens: where some are
+    routed.
     """
 
     links: LongSkipLinks
@@ -314,18 +348,21 @@ class ForwardState:
     done: set[str] = field(init=False, default_factory=set)
     num_branch_calls: dict[str, int] = field(init=False, default_factory=dict)
     num_arrived: int = field(init=False, default=0)
+    tokens: RoutedTokens | None = field(init=False, default=None)
     open_call: OpenCall | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.plan.reuse and self.given is None:
             raise ValueError("a plan that reuses needs what an earlier call stored: give stored=")
-        if self.given is not None and not self.plan.reuse:
+        if self.given is not None and not self.plan.reuse and self.plan.route is None:
             raise ValueError("what an earlier call stored was given, but the plan says not what of it to reuse")
 
     @classmethod
     def begin(cls, model: LongSkipModel, plan: ForwardPlan, stored: Stored | None) -> "ForwardState":
         """Begin one forward of a model, whose branches see it where they are open."""
         state = cls(model.long_skip_links, plan, stored)
+        if plan.route is not None:
+            state.tokens = RoutedTokens.begin(plan.route, stored, model.fill_token)
         if model.open_call is not None:
             model.open_call.state, state.open_call = state, model.open_call
         return state
@@ -344,21 +381,34 @@ class ForwardState:
     def runs(self, unit: int) -> bool:
         return self._at(unit).runs
 
+    def sees_kept(self, unit: int) -> bool:
+        """Whether a unit sees only the tokens that are kept."""
+        return self._at(unit).sees_kept
+
     def is_boundary(self, unit: int) -> bool:
         """Whether `enter` has something to store or to replace at this unit."""
         at = self._at(unit)
         return at.is_boundary and (
             at.asks
+            or at.sheds
+            or at.restores
             or any(name not in self.entered for name in at.begins)
             or any(end.name not in self.done for end in (*at.takes, *at.stores))
         )
 
-    def enter(self, unit: int, *streams: Any) -> tuple[Any, ...]:
+    def enter(self, unit: int, *streams: Any, routed: int = 0) -> tuple[Any, ...]:
         """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
-        the last one."""
+        the last one. routed: the index of the stream of which tokens may be routed."""
         if unit in self.plan.idle or not self.is_boundary(unit):
             return streams
         at = self._at(unit)
+        if self.tokens is not None and (at.sheds or at.restores):
+            stream = streams[routed]
+            if at.sheds:
+                stream = self.tokens.leave(stream, self._keep(str(unit), stream))
+            else:
+                stream = self.tokens.come_back(stream)
+            streams = (*streams[:routed], stream, *streams[routed + 1 :])
         for end in at.takes:
             if end.name not in self.done:
                 self.done.add(end.name)
@@ -375,9 +425,11 @@ class ForwardState:
             self.plan, self.given = question.plan, question.given
         return streams
 
-    def join(self, joins: tuple[int, ...]) -> None:
+    def join(self, joins: tuple[int, ...], routed: int) -> None:
         """Follow streams that are joined at the start of a segment, also for what entered earlier ones: the streams of
-        these indices are concatenated along their tokens."""
+        these indices are concatenated along their tokens. routed: the index of the stream of which tokens may be."""
+        if self.tokens is not None:
+            self.tokens.texts_first = joins[0] != routed
         for name, streams in self.entered.items():
             if len(streams) > 1:
                 joined = [streams[index] for index in joins]
@@ -424,10 +476,11 @@ class ForwardState:
 
     def arrive(self, unit: int, hidden_states: Tensor) -> None:
         """Keep these hidden states, which enter `unit`, as the output of every source unit below that has run. A unit
-        that the caller has left out (skip-layer guidance) outputs what entered it."""
+        that the caller has left out (skip-layer guidance), or past which all tokens are routed, outputs what entered
+        it."""
         sources = self.links.ordered_sources
         while self.num_arrived < len(sources) and sources[self.num_arrived] < unit:
-            if self.runs(sources[self.num_arrived]):
+            if self.runs(sources[self.num_arrived]) or self.tokens is not None:
                 self.leave(sources[self.num_arrived], hidden_states)
             self.num_arrived += 1
 
@@ -441,9 +494,14 @@ class ForwardState:
         source = self.links.sources.get(unit)
         if source is None:
             return None
+        at = self._at(unit)
         skip = self.skips[source] if source in self.skips else self.given_skip(source)
         if skip is None:
             raise ValueError(f"unit {unit} takes the skip of unit {source}, which was left out and is not stored")
+        if self.tokens is not None and at.skip_sheds:
+            return self.tokens.shed(skip)
+        if self.tokens is not None and at.skip_restores:
+            return self.tokens.restore(skip)
         return skip
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,8 @@ class LongSkipConfig:
         fusion's own: `"default"` for `"replace"`, `"zero"` for `"residual"`.
     fusion (`str`, defaults to `"replace"`): `proj(norm([hidden, skip]))` replaces the hidden states (the paper), or is
         added to them, so that with a zero projection a converted model starts exactly where it was.
+    fill_token (`bool`, defaults to `False`): learn one vector, `fill_token`, that stands before the last units for each
+        token that the deep units did not see in training, beside its skip (SPRINT, arXiv 2510.21986).
     """
 
     num_pairs: int | None = None
@@ -44,6 +46,7 @@ class LongSkipConfig:
     norm: Norm = "layer_norm"
     init: Init | None = None
     fusion: Fusion = "replace"
+    fill_token: bool = False
 
     def __post_init__(self) -> None:
         if self.num_pairs is not None and self.num_pairs < 0:
@@ -167,7 +170,8 @@ class LongSkipLinks:
         if not self.sources:
             raise ValueError(
                 "this model has no long skips, so there are no deep features to reuse behind them: "
-                "build it with long_skip=LongSkipConfig(), or call skipdit.add_long_skips(model)"
+                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse what units in "
+                "the middle add, with delta:"
             )
         if not 1 <= num_shallow_units <= self.max_num_shallow_units:
             raise ValueError(
@@ -219,11 +223,14 @@ class LongSkipModel:
     returns a `PlannedOutput`. The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
 
     timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000. open_call: where its open
-    branches find the call that they are in; `None` where they are not open.
+    branches find the call that they are in; `None` where they are not open. fill_token: (dim), `None` where
+    `LongSkipConfig.fill_token` is off.
     """
 
     long_skip_links: LongSkipLinks
+    fill_token: nn.Parameter | None
     timestep_scale: float = 1.0
+    shares_tokens: bool = False
     open_call: "OpenCall | None" = None
     is_cache_enabled: bool = False
 
@@ -244,13 +251,15 @@ class LongSkipModel:
         raise NotImplementedError
 
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
-        """Give the target units fresh `LongSkip`s and take them from all others; `None` leaves none."""
+        """Give the target units fresh `LongSkip`s and take them from all others; `None` leaves none. Also the fill
+        token, which starts as zeros."""
         entries, starts = self.unit_entries(), self.segment_starts()
         sizes = [stop - start for start, stop in pairwise((0, *starts, len(entries)))]
         self.long_skip_links = LongSkipLinks(len(entries), pair_segments(sizes, config), starts)
         for unit, block in enumerate(entries):
             is_target = unit in self.long_skip_links.sources
             cast(Any, block).long_skip = LongSkip(hidden_size, cast(LongSkipConfig, config)) if is_target else None
+        self.fill_token = nn.Parameter(torch.zeros(hidden_size)) if config is not None and config.fill_token else None
 
     # ------------------------------------------------------------------------------------------------------------------
     # The verbs of diffusers' CacheMixin

@@ -31,8 +31,10 @@ from skipdit.models.long_skip import (
     LongSkipLinks,
     LongSkipModel,
     OpenCall,
+    pair_segments,
     pair_units,
 )
+from skipdit.models.routing import ByToken
 
 # weights with long skips go into files of another name, so that the plain class of diffusers refuses the folder instead
 # of leaving them out with a warning
@@ -45,7 +47,8 @@ class BlockPlace:
     are among its arguments.
 
     over_time: the block sees one patch over time, (b n) f d, not (b f) n d. joins: of the first block of a segment
-    whose streams are joined, the indices of those.
+    whose streams are joined, the indices of those, and that of the one with the tokens that may be routed. by_token:
+    which of its other inputs have an entry per token.
     """
 
     unit: int
@@ -55,7 +58,8 @@ class BlockPlace:
     streams: tuple[str, ...]
     fused: str
     positions: dict[str, int]
-    joins: tuple[int, ...]
+    joins: tuple[tuple[int, ...], int] | None
+    by_token: Mapping[str, ByToken]
 
 
 class UnitBlock(Remade, nn.Module):
@@ -69,9 +73,16 @@ class UnitBlock(Remade, nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         place, state = self._place, self._open.state
         if state is None or place.unit not in state.plan.idle or self._is_hooked():
-            return super().__call__(*args, **kwargs)
+            return self._call_impl(*args, **kwargs)
         streams = [kwargs[name] if name in kwargs else args[place.positions[name]] for name in place.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile what the block's own class computes, and nothing of what a plan says: blocks of one class share their
+        graphs, and so do all steps. Under a plan that looks into branches a block runs without its graph."""
+        compiled: Any = torch.compile(super().forward, *args, **options)
+        compiled.options = args, options
+        self._compiled_call_impl = compiled
 
     def _is_hooked(self) -> bool:
         return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
@@ -94,18 +105,24 @@ class UnitBlock(Remade, nn.Module):
                 call[place.positions[name]] = value
 
         if place.is_entry:
-            self._open.num_tokens = get(place.fused).shape[1]
             if place.joins:
-                state.join(place.joins)
+                state.join(*place.joins)
             state.arrive(place.unit, get(place.fused))
             if state.is_boundary(place.unit):
-                streams = state.enter(place.unit, *(get(name) for name in place.streams))
+                routed = place.streams.index(place.fused)
+                streams = state.enter(place.unit, *(get(name) for name in place.streams), routed=routed)
                 for name, stream in zip(place.streams, streams, strict=True):
                     put(name, stream)
+            self._open.num_tokens = get(place.fused).shape[1]
         if state.runs(place.unit):
+            if state.tokens is not None and state.sees_kept(place.unit):
+                for name, by_token in place.by_token.items():
+                    if name in kwargs or place.positions[name] < len(call):
+                        put(name, state.tokens.keep(get(name), by_token))
             if self.long_skip is not None:
                 put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
-            output = super().forward(*call, **kwargs)
+            compiled = None if state.plan.has_branches else self._compiled_call_impl
+            output = (compiled or super().forward)(*call, **kwargs)
         else:
             if place.is_entry:
                 # a model that hands skips on by itself takes what leaves this unit for one (HunyuanDiT)
@@ -140,12 +157,18 @@ class RunsUnits(Remade, LongSkipModel):
     def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
         if self.open_call.state is not None:
             raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
+        if plan.route is not None:
+            self._family.check_route(type(self).__name__, self.long_skip_links.segment_starts, plan.route)
         state = ForwardState.begin(self, plan, stored)
         try:
             output = cast(Any, super()).forward(*args, **kwargs)
         finally:
             self.open_call.state = None
         return state.finish(output)
+
+    @property
+    def shares_tokens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._family.shares_tokens
 
     def segment_starts(self) -> tuple[int, ...]:
         sizes = [len(units) for units in _segments(cast(nn.Module, self), self._family)]
@@ -309,7 +332,7 @@ def _branches(model: nn.Module, family: Family) -> list[BranchPlace]:
     for segment, units in zip(family.segments, _segments(model, family), strict=True):
         for blocks in units:
             for number, block in enumerate(blocks):
-                children = dict(block.named_children())
+                children = dict(block.named_modules())
                 found += [
                     BranchPlace(kind_in(kind, number), unit, f"{number}.{name}", children[name])
                     for kind, names in segment.branches.items()
@@ -327,8 +350,8 @@ def _native_links(num_units: int) -> LongSkipLinks:
 def open_units(model: nn.Module) -> None:
     """Make a transformer of diffusers run its units under a `ForwardState`, with no new weights and the same output.
 
-    `ValueError` where its family is unknown or does not fit, or hooks are on its forward (offloading: set it up
-    afterwards). The model is then what it was.
+    `ValueError` where its family is unknown or does not fit, hooks are on its forward (offloading: set it up
+    afterwards), or its blocks are compiled. The model is then what it was.
     """
     if isinstance(model, LongSkipModel):
         return
@@ -336,10 +359,15 @@ def open_units(model: nn.Module) -> None:
     segments = _segments(model, family)
     units = _units(model, family)
     refuse_hooked((model, *(block for blocks in units for block in blocks)))
+    if any(block._compiled_call_impl is not None for blocks in units for block in blocks):
+        raise ValueError(f"blocks of this {type(model).__name__} are compiled: call skipdit first, then compile them")
     writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
     model_class, open_call, places = long_skip_class(type(model)), OpenCall(writes=writes), []
     for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
-        before = family.segments[number - 1].streams if number else ()
+        joins = None
+        if segment.joins:
+            before = family.segments[number - 1]
+            joins = tuple(map(before.streams.index, segment.joins)), before.streams.index(before.fused_stream)
         for position, blocks in enumerate(members):
             unit = len(places)
             places.append(
@@ -352,9 +380,12 @@ def open_units(model: nn.Module) -> None:
                         streams=segment.streams,
                         fused=segment.fused_stream,
                         positions=_positions(block, segment),
-                        joins=tuple(
-                            before.index(name) for name in segment.joins if position == 0 and block is blocks[0]
-                        ),
+                        joins=joins if position == 0 and block is blocks[0] else None,
+                        by_token={
+                            name: by_token
+                            for name, by_token in (segment.by_token or {}).items()
+                            if by_token.of_rows == (block is not blocks[0])
+                        },
                     )
                     for block in blocks
                 ]
@@ -366,19 +397,23 @@ def open_units(model: nn.Module) -> None:
     opened = cast(Any, model)
     swap(opened, model_class)
     opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
+    opened.fill_token = None
     starts = opened.segment_starts()
     opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {}, starts)
 
 
 def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
-    """Return where a block's forward takes its streams. `ValueError` where it has no argument of such a name."""
-    names = list(inspect.signature(type(block).forward).parameters)[1:]
-    missing = [name for name in segment.streams if name not in names]
-    if missing:
-        raise ValueError(
-            f"streams must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {missing[0]!r}"
-        )
-    return {name: names.index(name) for name in segment.streams}
+    """Return where a block's forward takes its streams and what is by token. `ValueError` where it has no argument of
+    such a name."""
+    names, found = list(inspect.signature(type(block).forward).parameters)[1:], {}
+    for what, wanted in (("streams", segment.streams), ("by_token", segment.by_token or ())):
+        for name in wanted:
+            if name not in names:
+                raise ValueError(
+                    f"{what} must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {name!r}"
+                )
+            found[name] = names.index(name)
+    return found
 
 
 def close_units(model: nn.Module) -> None:
@@ -397,7 +432,10 @@ def close_units(model: nn.Module) -> None:
     for block in blocks:
         del block._place, block._open, block.long_skip
         swap(block, type(block).__bases__[1])
-    del model.open_call, model._family, model.timestep_scale, model.long_skip_links
+        if block._compiled_call_impl is not None:
+            args, options = block._compiled_call_impl.options
+            block.compile(*args, **options)
+    del model.open_call, model._family, model.timestep_scale, model.long_skip_links, model.fill_token
     swap(model, type(model).__bases__[1])
 
 
@@ -427,22 +465,41 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
     if isinstance(model, LongSkipModel) and model.long_skip_links.sources:
         raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
     if isinstance(model, LongSkipModel):
-        num_units = model.long_skip_links.num_units
+        sizes = [model.long_skip_links.num_units]
     else:
-        num_units = len(_units(model, get_family(type(model))))
-    if not pair_units(num_units, config):
-        raise ValueError(f"there must be a pair to link, got num_pairs {config.num_pairs} for {num_units} units")
-    open_units(model)
-    linked = cast(Any, model)
+        sizes = [len(units) for units in _segments(model, get_family(type(model)))]
+    if not pair_segments(sizes, config):
+        raise ValueError(
+            f"there must be a pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
+        )
     hidden_size = 1
     for name in family.hidden_size if family else ("num_attention_heads", "attention_head_dim"):
-        hidden_size *= linked.config[name]
+        hidden_size *= cast(Any, model).config[name]
+    open_units(model)
+    linked = cast(Any, model)
     linked.set_long_skips(hidden_size, config)
     for block in linked.unit_entries():
         if block.long_skip is not None:
             # the model's dtype: a block's first parameter may be one that stays in float32 (Wan)
             block.long_skip.to(next(block.parameters()).device, linked.dtype).train(model.training)
+    if linked.fill_token is not None:
+        first = next(model.parameters())
+        linked.fill_token.data = linked.fill_token.data.to(first.device, linked.dtype)
     linked.register_to_config(long_skip=config.to_dict())
+
+
+def add_fill_token(model: nn.Module) -> None:
+    """Give a model with long skips of ours a fill token, as `LongSkipConfig(fill_token=True)` does, where it has none.
+
+    `ValueError` where it has no long skips of ours.
+    """
+    linked = cast(Any, model)
+    if not isinstance(model, LongSkipModel) or linked.config.get("long_skip") is None:
+        raise ValueError(f"a fill token needs long skips that skipdit added: this {type(model).__name__} has none")
+    if model.fill_token is None:
+        long_skip = next(block.long_skip for block in cast(list[Any], model.unit_entries()) if block.long_skip)
+        model.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
+        linked.register_to_config(long_skip={**linked.config["long_skip"], "fill_token": True})
 
 
 def remove_long_skips(model: nn.Module) -> None:
@@ -460,6 +517,7 @@ def remove_long_skips(model: nn.Module) -> None:
             raise ValueError(f"hooks are on the forward of this {type(found).__name__}: remove them first")
         for block in cast(list[Any], model.unit_entries()):
             block.long_skip = None
+        linked.fill_token = None
         close_units(model)
         linked._internal_dict = FrozenDict({k: v for k, v in linked.config.items() if k != "long_skip"})
     else:

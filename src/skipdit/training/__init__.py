@@ -1,5 +1,5 @@
-"""Training: a run's settings (`config`), its steps (`loop`, `batches`), what it leaves on disk (`checkpointing`,
-`reporter`), how it ends before its time (`stopping`), and the processes it runs in (`devices`).
+"""Training: a run's settings (`config`), its steps (`loop`, `batches`, `routing`), what it leaves on disk
+(`checkpointing`, `reporter`), how it ends before its time (`stopping`), and the processes it runs in (`devices`).
 
 The names below are imported when first used.
 """
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from skipdit.training.devices import computes_in_bf16 as computes_in_bf16
     from skipdit.training.devices import resolve_device as resolve_device
     from skipdit.training.loop import train as train
+    from skipdit.training.routing import TokenRoutingConfig as TokenRoutingConfig
+    from skipdit.training.routing import draw_kept_tokens as draw_kept_tokens
     from skipdit.training.stopping import Stopped as Stopped
 
 # public name: the module that defines it
@@ -25,8 +27,10 @@ _MODULES = {
     "Batch": "batches",
     "SpectralConfig": "config",
     "Stopped": "stopping",
+    "TokenRoutingConfig": "routing",
     "TrainConfig": "config",
     "computes_in_bf16": "devices",
+    "draw_kept_tokens": "routing",
     "learning_rate_at": "config",
     "list_checkpoints": "checkpointing",
     "prepare_batch": "batches",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -52,9 +52,11 @@ class Fingerprint(TypedDict):
 
 
 class State(TypedDict):
-    """`state.json` of a checkpoint. without_moments: trained parameters that no gradient has reached yet."""
+    """`state.json` of a checkpoint. flops: of all steps so far. without_moments: trained parameters that no gradient
+    has reached yet."""
 
     step: int
+    flops: NotRequired[float]
     ema_step: int
     config: dict[str, Any]
     data: Fingerprint
@@ -187,12 +189,15 @@ def written(path: Path) -> Iterator[None]:
         raise OSError(f"{printable(path)} could not be written: {reason}") from error
 
 
-def save_checkpoint(folder: Path, step: int, learner: Learner, config: TrainConfig, data: Fingerprint) -> None:
+def save_checkpoint(
+    folder: Path, step: int, flops: float, learner: Learner, config: TrainConfig, data: Fingerprint
+) -> None:
     """Write a checkpoint whole or not at all; then delete all but the last few up to its step."""
     tensors = learner.tensors()
     unreached = [name for name in learner.trained if f"{name}.step" not in tensors["optimizer"]]
     state = State(
         step=step,
+        flops=flops,
         ema_step=learner.ema.optimization_step,
         config=asdict(config),
         data=data,
@@ -216,8 +221,9 @@ def save_checkpoint(folder: Path, step: int, learner: Learner, config: TrainConf
 
 def go_on(
     folder: Path, learner: Learner, config: TrainConfig, data: Fingerprint, *, allow_changes: bool = False
-) -> tuple[int, list[str]]:
-    """Restore the last checkpoint that fits; return the number of steps done, 0 where there is none, and what to say.
+) -> tuple[int, float, list[str]]:
+    """Restore the last checkpoint that fits; return the number of steps done, 0 where there is none, their FLOPs, and
+    what to say.
 
     `ValueError` where it belongs to another run than this config's, or where no checkpoint fits.
     """
@@ -237,10 +243,10 @@ def go_on(
         learner.take(tensors, state["ema_step"])
         if unfit:
             notes.insert(0, f"{'; '.join(unfit)}: the run goes on from {path.name}")
-        return state["step"], notes
+        return state["step"], state.get("flops", 0.0), notes
     if unfit:
         raise ValueError(f"{'; '.join(unfit)}: give another --out, or --no-resume")
-    return 0, []
+    return 0, 0.0, []
 
 
 def read_state(path: Path) -> State:
@@ -259,7 +265,8 @@ def check_settings(
 ) -> list[str]:
     """Return what to say of settings that have changed; `ValueError` where this is no way to go on."""
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    before = state["config"]
+    # a setting that is newer than the checkpoint was its default
+    before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     was = before.get("data")
     given = was if isinstance(was, dict) else {}

@@ -13,6 +13,7 @@ from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.training.routing import TokenRoutingConfig
 
 Precision = Literal["auto", "no", "bf16"]
 RateSchedule = Literal["constant", "cosine"]
@@ -22,6 +23,7 @@ ReleaseDType = Literal["float32", "bfloat16"]
 Stage = Literal["full", "long-skips-only"]
 AnyModelConfig = ModelConfig | VideoModelConfig | TextToImageModelConfig | TextToVideoModelConfig
 
+MAX_WORKERS = 256  # each is a process
 MAX_SEED = 2**31 - 1  # so that (seed, step, rank) fits into the 64 bits of a generator's seed
 
 
@@ -74,6 +76,8 @@ class TrainConfig:
     """what the model predicts"""
     spectral: SpectralConfig | None = None
     """a constraint on spectral norms"""
+    routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
+    """tokens that pass by the deep units in training"""
     start_from: str | None = None
     """a model to go on from, a folder or a checkpoint; it gets the long skips that `model` asks for where it has none,
     and the size of the data where that is another"""
@@ -150,6 +154,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
+        if self.num_workers > MAX_WORKERS:
+            raise ValueError(f"num_workers must be at most {MAX_WORKERS}, got {self.num_workers}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for name in ("label_dropout", "ema_decay", "adam_betas"):

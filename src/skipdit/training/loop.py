@@ -21,11 +21,19 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
 from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.surgery import add_fill_token
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.samplers import Sampler
 from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
 from skipdit.tasks import Trainee, make_task_scheduler, open_items
-from skipdit.training.batches import batch_loss, load_batches, prepare_batch, step_generator
+from skipdit.training.batches import (
+    ALL_RANKS,
+    batch_loss,
+    find_step_kinds,
+    load_batches,
+    prepare_batch,
+    step_generator,
+)
 from skipdit.training.checkpointing import (
     Fingerprint,
     Learner,
@@ -39,6 +47,7 @@ from skipdit.training.checkpointing import (
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
 from skipdit.training.reporter import Reporter, RunFolder, run_folder
+from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
 from skipdit.untrusted import printable
 from skipdit.videos import frame_grid
@@ -98,8 +107,11 @@ class _Run:
         self.task = config.model.build(items, config.objective, start)
         model = self.task.model.to(accelerator.device).train()
         self.units = cast(LongSkipModel, model)
+        if config.routing.mode == "fill":
+            add_fill_token(model)
         if config.stage == "long-skips-only":
             freeze_all_but_long_skips(model)
+        self.kinds, self.flops = find_step_kinds(self.task, config, accelerator.device), 0.0
         self.constrained = config.spectral.modules(self.units) if config.spectral else None
         if config.spectral and self.constrained and config.spectral.form == "cap":
             cap_spectral_norm(self.constrained, config.spectral.maximum)
@@ -119,7 +131,9 @@ class _Run:
         """Return the step to begin with: after the last checkpoint, or 0."""
         first_step = 0
         if self.resume:
-            first_step, notes = go_on(self.out, self.learner, self.config, self.data, allow_changes=allow_changes)
+            first_step, self.flops, notes = go_on(
+                self.out, self.learner, self.config, self.data, allow_changes=allow_changes
+            )
             for note in notes if self.accelerator.is_main_process else ():
                 LOGGER.warning("%s", note)
         else:
@@ -147,7 +161,10 @@ class _Run:
                 shows = config.sample_every > 0 and (done % config.sample_every == 0 or done == config.max_steps)
                 for group in self.learner.optimizer.param_groups:
                     group["lr"] = rate
-                loss = self.backward(batches, step)
+                generator = step_generator(config, ALL_RANKS, step)
+                kind = self.kinds.at(step, config.max_steps, generator)
+                loss = self.backward(batches, step, kind)
+                self.flops += self.kinds.flops[kind] * config.batch_size
                 unit_norms = unit_gradient_norms(self.units) if logs else []
                 limit = config.gradient_clip or torch.finfo(torch.float32).max
                 norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), limit))
@@ -169,7 +186,7 @@ class _Run:
                     if (saves or shows or stopped) and not self.learner.is_finite():
                         raise ValueError(self.not_finite(f"the weights after step {done}"))
                     if logs:
-                        report(done, sum(losses) / len(losses), norms[0], rate, unit_norms)
+                        report(done, self.flops, sum(losses) / len(losses), norms[0], rate, unit_norms)
                 if saves or stopped:
                     in_main(accelerator, lambda done=done: self.save(done))
                 if shows:
@@ -177,23 +194,39 @@ class _Run:
                 if stopped:
                     raise Stopped(stopped, self.how_to_go_on(stopped, done))
 
-    def backward(self, batches: Iterator[Any], step: int) -> Tensor:
+    def backward(self, batches: Iterator[Any], step: int, kind: StepKind) -> Tensor:
         """Fill the gradients of one step; return the loss of this process."""
-        config, accelerator = self.config, self.accelerator
+        config, accelerator, plan = self.config, self.accelerator, self.kinds.plans[kind]
         generator = step_generator(config, accelerator.process_index, step)
+        kept_share = config.routing.share if kind == "routed" else None
         loss = torch.zeros((), device=accelerator.device)
         for part in range(config.num_accumulation_steps):
             pixels, labels = next(batches)
-            batch = prepare_batch(pixels, labels, config, self.task, generator, accelerator.device)
-            last_part = part == config.num_accumulation_steps - 1
-            with nullcontext() if last_part else accelerator.no_sync(self.wrapped):
+            batch = prepare_batch(pixels, labels, config, self.task, generator, accelerator.device, kept_share)
+            syncs = part == config.num_accumulation_steps - 1 and kind in self.kinds_with_all_weights
+            with nullcontext() if syncs else accelerator.no_sync(self.wrapped):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=self.bf16):
                     part_loss = (
-                        batch_loss(self.task, self.wrapped, config.objective, batch) / config.num_accumulation_steps
+                        batch_loss(self.task, self.wrapped, config.objective, batch, plan)
+                        / config.num_accumulation_steps
                     )
                 loss += part_loss.detach()
                 accelerator.backward(part_loss + self.penalty() if self.penalised else part_loss)
+        if kind not in self.kinds_with_all_weights:
+            self.average_gradients()
         return loss
+
+    @property
+    def kinds_with_all_weights(self) -> tuple[StepKind, ...]:
+        """The kinds of steps in which every weight has a gradient, as DDP expects."""
+        return ("routed",) if self.config.routing.mode == "fill" else ("dense", "routed")
+
+    def average_gradients(self) -> None:
+        """Average over processes what gradients there are: the same in all of them, for they all leave out the same."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.learner.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, "mean"))
 
     @property
     def penalised(self) -> bool:
@@ -206,7 +239,7 @@ class _Run:
         return spectral.penalty_weight * excess / self.config.num_accumulation_steps
 
     def save(self, done: int) -> None:
-        save_checkpoint(self.out, done, self.learner, self.config, self.data)
+        save_checkpoint(self.out, done, self.flops, self.learner, self.config, self.data)
 
     def show(self, done: int) -> None:
         assert self.folder is not None

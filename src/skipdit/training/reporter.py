@@ -170,15 +170,22 @@ class Reporter:
                 self.log.close()
 
     def __call__(
-        self, step: int, loss: float, gradient_norm: float, learning_rate: float, unit_norms: list[float]
+        self,
+        step: int,
+        flops: float,
+        loss: float,
+        gradient_norm: float,
+        learning_rate: float,
+        unit_norms: list[float],
     ) -> None:
-        """Write one line of the log."""
+        """Write one line of the log. flops: of all steps so far and all processes."""
         if self.folder is None:
             return
         elapsed, images = time.perf_counter() - self.started, (step - self.first_step) * self.config.batch_size
         entry = {
             "step": step,
             "images": step * self.config.batch_size,
+            "flops": flops,
             "loss": loss,
             "gradient_norm": gradient_norm,
             "learning_rate": learning_rate,

@@ -1,0 +1,179 @@
+"""Tokens that are routed past deep units: which units, and how tokens leave a stream and come back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+KEPT_TOKENS = "kept tokens"  # in what a call is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRoute:
+    """Units `start` to `stop - 1` see only the tokens that are kept; the others come back before unit `stop`.
+
+    Which are kept the call is given in `stored`, as `kept_tokens(...)`. fill: the others come back as the model's
+    `fill_token` (arXiv 2510.21986), else as they were before unit `start` (arXiv 2501.04765). leaves_out: no token is
+    kept, and the units do not run.
+    """
+
+    start: int
+    stop: int
+    fill: bool = False
+    leaves_out: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < self.stop:
+            raise ValueError(f"tokens are routed past a range of units after unit 0, got {self.start} to {self.stop}")
+
+    def covers(self, unit: int) -> bool:
+        return self.start <= unit < self.stop
+
+
+def kept_tokens(kept: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
+    """Return what a call is given whose plan routes tokens: the indices of those that deep units see, rising, (batch,
+    kept); (1, kept) serves every sample."""
+    return {KEPT_TOKENS: {"kept": kept}}
+
+
+def gather_tokens(
+    stream: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "rows kept dim"]:
+    """Return the kept tokens; each sample's serve rows / batch rows: the frames of a clip."""
+    return stream.gather(1, _index(stream, kept))
+
+
+def scatter_tokens(
+    stream: Float[Tensor, "rows kept dim"], over: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "rows tokens dim"]:
+    """Return `over` with the kept tokens from `stream`."""
+    return over.scatter(1, _index(stream, kept), stream.to(over.dtype))
+
+
+def _index(stream: Tensor, kept: Tensor) -> Tensor:
+    rows = kept.repeat_interleave(stream.shape[0] // kept.shape[0], dim=0)
+    return rows.unsqueeze(-1).expand(-1, -1, stream.shape[-1])
+
+
+@dataclass(eq=False)
+class RoutedTokens:
+    """The tokens of one forward call that routes some past deep units.
+
+    kept: (batch, kept). fill: (dim), what the others come back as; `None` for what they were. passed: all tokens as
+    they were when some left, (rows, tokens, dim). texts_first: whether text tokens have been joined before them.
+    """
+
+    route: TokenRoute
+    kept: Tensor | None
+    fill: Tensor | None
+    passed: Tensor | None = None
+    texts_first: bool = False
+
+    @classmethod
+    def begin(cls, route: TokenRoute, given: Mapping[str, Mapping[str, Tensor]] | None, fill: Tensor | None) -> Self:
+        """Begin a call. `ValueError` where it is not given which tokens are kept, or the model has no fill token."""
+        kept = (given or {}).get(KEPT_TOKENS, {}).get("kept")
+        if kept is None and not route.leaves_out:
+            raise ValueError("a plan that routes tokens needs those that are kept: give stored=kept_tokens(kept)")
+        if kept is not None and route.leaves_out:
+            raise ValueError("a plan that leaves out deep units keeps no tokens: give no stored")
+        if route.fill and fill is None:
+            raise ValueError("this model has no fill token: build it with LongSkipConfig(fill_token=True)")
+        return cls(route, kept, fill if route.fill else None)
+
+    def shed(self, stream: Tensor) -> Tensor:
+        """Return the kept tokens of a stream, all of them where units are left out."""
+        return stream if self.kept is None else gather_tokens(stream, self.kept)
+
+    def leave(self, stream: Tensor, copy: Tensor) -> Tensor:
+        """As `shed`, where tokens leave the stream. copy: which nobody writes to."""
+        if self.passed is None:  # else a gradient-checkpointed unit runs again
+            self.passed = copy
+        return self.shed(stream)
+
+    def restore(self, stream: Tensor, fill: Tensor | None = None) -> Tensor:
+        """Return all tokens, from a stream of the kept ones, where there are any, and perhaps of text.
+
+        fill: what stands for the others; by default what they were.
+        """
+        assert self.passed is not None
+        others = self.passed if fill is None else fill.to(stream.dtype).expand_as(self.passed)
+        num_images = others.shape[1] if self.kept is None else self.kept.shape[1]
+        num_texts = stream.shape[1] - num_images
+        if not num_texts:
+            return others if self.kept is None else scatter_tokens(stream, others, self.kept)
+        sizes = (num_texts, num_images) if self.texts_first else (num_images, num_texts)
+        first, last = stream.split(sizes, dim=1)
+        texts, images = (first, last) if self.texts_first else (last, first)
+        images = others if self.kept is None else scatter_tokens(images, others, self.kept)
+        return torch.cat([texts, images] if self.texts_first else [images, texts], dim=1)
+
+    def come_back(self, stream: Tensor) -> Tensor:
+        """As `restore`, where the tokens that left a stream come back."""
+        return self.restore(stream, self.fill)
+
+    def keep(self, value: Any, by_token: "ByToken") -> Any:
+        """Return the entries of the kept tokens in an input of a block."""
+        assert self.passed is not None
+        return value if self.kept is None else by_token.keep(value, self.kept, self.passed.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByToken:
+    """Where an input of a block has an entry per token: a tensor, or a tuple of them."""
+
+    dim: int = 0
+    """The dimension of the tokens; one of size 1 serves all of them."""
+    text: Literal["before", "after"] | None = None
+    """Whether entries of text tokens, which are all kept, stand beside those of the routed ones."""
+    index: int | None = None
+    """Of a tuple the only entry that is by token."""
+    ndim: int | None = None
+    """The number of dimensions of its tensors, where those of others are not by token."""
+    of_rows: bool = False
+    """Whether the input is that of blocks over time, of (batch x tokens) rows; their other inputs are not by token."""
+
+    def keep(self, value: Any, kept: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
+        """Return the entries of the kept tokens. `ValueError` where all samples share the entries and are not given
+        the same tokens."""
+        if isinstance(value, tuple | list):
+            return type(value)(
+                self._of_tuple(each, kept, num_tokens) if self.index in (None, index) else each
+                for index, each in enumerate(value)
+            )
+        return self._of_tuple(value, kept, num_tokens)
+
+    def _of_tuple(self, value: Any, kept: Tensor, num_tokens: int) -> Any:
+        if isinstance(value, tuple | list):
+            return type(value)(self._of_tuple(each, kept, num_tokens) for each in value)
+        if not isinstance(value, Tensor) or self.ndim not in (None, value.ndim):
+            return value
+        if self.of_rows:
+            rows = value.unflatten(0, (-1, num_tokens))
+            return _take(rows, kept.expand(len(rows), -1), 1).flatten(0, 1)
+        dim = self.dim % value.ndim
+        size = value.shape[dim]
+        if size == 1 and num_tokens > 1:
+            return value
+        num_texts = size - num_tokens
+        index = kept
+        if self.text is not None and num_texts:
+            texts = torch.arange(num_texts, device=kept.device).expand(len(kept), -1)
+            index = torch.cat([texts, kept + num_texts] if self.text == "before" else [kept, texts + num_tokens], dim=1)
+        elif num_texts:
+            raise ValueError(f"an input must have an entry for each of {num_tokens} tokens, got {size}")
+        if dim == 0 and len(kept) > 1:
+            raise ValueError(
+                "the samples of a batch share what this model knows of its tokens: keep the same tokens in all of "
+                f"them, (1, kept), got {tuple(kept.shape)}"
+            )
+        return value.index_select(dim, index[0]) if len(kept) == 1 else _take(value, index, dim)
+
+
+def _take(value: Tensor, index: Tensor, dim: int) -> Tensor:
+    shape = [len(index)] + [1] * (value.ndim - 1)
+    shape[dim] = index.shape[1]
+    return value.take_along_dim(index.view(shape), dim=dim)

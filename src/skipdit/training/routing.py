@@ -1,0 +1,135 @@
+"""Token routing: in training, deep units see a random share of the tokens, which costs less per step.
+
+The first and the last few units see all tokens. The others come back past the deep units as they were (TREAD, arXiv
+2501.04765), or as one learned vector beside a long skip (SPRINT, arXiv 2510.21986); the end of a run is dense.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from skipdit.models.forward_plan import PLAIN, ForwardPlan
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.routing import TokenRoute
+from skipdit.options import check_numbers
+
+RoutingMode = Literal["off", "bypass", "fill"]
+StepKind = Literal["dense", "routed", "shallow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRoutingConfig:
+    """Which tokens the deep units see in training."""
+
+    mode: RoutingMode = "off"
+    """how the tokens that deep units do not see come back: bypass, as they were before them; fill, as one learned
+    vector, which needs long skips; off: all units see all tokens"""
+    share: float = 0.25
+    """of the tokens, which the deep units see, drawn anew per sample and step"""
+    num_shallow_units: int = 2
+    """first units, and as many last units, that see all tokens"""
+    deep_drop: float = 0.05
+    """share of the steps, before the dense end, in which the deep units are left out whole"""
+    dense_end: float = 0.2
+    """last share of the run's FLOPs, in which all units see all tokens"""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.mode not in get_args(RoutingMode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {self.mode!r}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if self.num_shallow_units < 1:
+            raise ValueError(f"num_shallow_units must be at least 1, got {self.num_shallow_units}")
+        if not 0 <= self.deep_drop < 1:
+            raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
+        if not 0 <= self.dense_end <= 1:
+            raise ValueError(f"dense_end must be between 0 and 1, got {self.dense_end}")
+
+    def route(self, num_units: int) -> TokenRoute:
+        """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
+        most = (num_units - 1) // 2
+        if not most:
+            raise ValueError(
+                f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
+            )
+        if self.num_shallow_units > most:
+            raise ValueError(
+                f"routing.num_shallow_units must be at most {most} for {num_units} units, got {self.num_shallow_units}"
+            )
+        start, stop = self.num_shallow_units, num_units - self.num_shallow_units
+        return TokenRoute(start=start, stop=stop, fill=self.mode == "fill")
+
+
+def draw_kept_tokens(
+    num_samples: int, num_tokens: int, share: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw which tokens of each sample are kept: (num_samples, kept) indices, rising; at least one."""
+    num_kept = max(round(share * num_tokens), 1)
+    order = torch.rand(num_samples, num_tokens, generator=generator).argsort(dim=1)
+    return order[:, :num_kept].sort(dim=1).values
+
+
+@dataclass(frozen=True)
+class StepKinds:
+    """What the steps of one run do with their tokens.
+
+    plans: of dense steps, and where tokens are routed also of routed ones and of shallow ones, without deep units.
+    flops: of one sample in a step of each kind, forward and backward.
+    """
+
+    config: TokenRoutingConfig
+    plans: Mapping[StepKind, ForwardPlan]
+    flops: Mapping[StepKind, int]
+
+    @property
+    def dense_share(self) -> float:
+        """The share of the steps that make up the dense end."""
+        if self.config.mode == "off":
+            return 1.0
+        end, before, dense = self.config.dense_end, self._flops_before, self.flops["dense"]
+        return end * before / (dense * (1 - end) + before * end)
+
+    @property
+    def mean_flops(self) -> float:
+        """Of one sample, in the mean over the steps of a run."""
+        return (1 - self.dense_share) * self._flops_before + self.dense_share * self.flops["dense"]
+
+    @property
+    def _flops_before(self) -> float:
+        """In the mean over the steps before the dense end."""
+        drop = self.config.deep_drop
+        if self.config.mode == "off":
+            return 0.0
+        return (1 - drop) * self.flops["routed"] + (drop * self.flops["shallow"] if drop else 0.0)
+
+    def first_dense_step(self, max_steps: int) -> int:
+        """Return the step with which the dense end of a run begins."""
+        return max_steps - round(max_steps * self.dense_share)
+
+    def at(self, step: int, max_steps: int, generator: torch.Generator) -> StepKind:
+        """Return the kind of a step. generator: that of the step which all processes share."""
+        if step >= self.first_dense_step(max_steps):
+            return "dense"
+        return "shallow" if torch.rand((), generator=generator) < self.config.deep_drop else "routed"
+
+
+def make_plans(config: TokenRoutingConfig, model: LongSkipModel) -> dict[StepKind, ForwardPlan]:
+    """Return the plan of each kind of step; `ValueError` where the model has too few units, or no long skips that would
+    bring back what a fill token hides."""
+    plans: dict[StepKind, ForwardPlan] = {"dense": PLAIN}
+    if config.mode == "off":
+        return plans
+    links = model.long_skip_links
+    route = config.route(links.num_units)
+    if config.mode == "fill" and not any(
+        source < route.start and target >= route.stop for target, source in links.sources.items()
+    ):
+        raise ValueError("routing.mode fill needs a long skip from the first units to the last: set model.long_skip")
+    plans["routed"] = ForwardPlan.of(links, route=route)
+    if config.deep_drop:
+        plans["shallow"] = ForwardPlan.of(links, route=replace(route, leaves_out=True))
+    return plans
