@@ -3,11 +3,13 @@
 import errno
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -296,6 +298,21 @@ def test_drafts_of_the_living_stay(tmp_path: Path) -> None:
     assert len(tree(tmp_path)) == 4
 
 
+def test_a_draft_of_another_host_goes_after_a_day_of_silence(tmp_path: Path) -> None:
+    """Containers have a new name after each start."""
+    write_folder(tmp_path / "folder", a="1")
+    work = tmp_path / f"{DRAFT}elsewhere-1-1.abcd"
+    (work / "new").mkdir(parents=True)
+    (work / "target").write_text("folder")
+    (tmp_path / "folder").rename(work / "old")
+    clean_up(tmp_path)
+    assert work.exists()
+    for path in (work, *work.rglob("*")):
+        os.utime(path, (0, 0))
+    clean_up(tmp_path)
+    assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
+
+
 def test_an_output_may_not_hold_an_input(tmp_path: Path) -> None:
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     check_apart(tmp_path / "other", [tmp_path / "run"])
@@ -477,6 +494,16 @@ def test_a_link_in_the_place_of_a_lock_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=LOCK), locked(tmp_path / "run"):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_the_lock_of_a_folder_that_was_made_again_stays(tmp_path: Path) -> None:
+    with ExitStack() as first:
+        first.enter_context(locked(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run")
+        with locked(tmp_path / "run"):
+            first.close()
+            with pytest.raises(BlockingIOError), locked(tmp_path / "run"):
+                pass
 
 
 HOLDS = """

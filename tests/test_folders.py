@@ -82,7 +82,7 @@ def test_other_suffixes_are_read_or_counted_in_one_line(folder: Path, caplog: py
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     message = record.getMessage()
-    assert message.endswith("as files that are not read here: 2 .heic, 1 without a suffix, 1 .mp4, 1 .txt")
+    assert message.endswith("because such files are not read here: 2 .heic, 1 without a suffix, 1 .mp4, 1 .txt")
 
 
 @pytest.mark.parametrize("name", ["0.txt", "0.TXT", "0.caption", "0.png.txt"])

@@ -344,7 +344,7 @@ def test_clips_of_a_bare_checkpoint_without_classes(tmp_path: Path, config: Samp
     bare = dataclasses.replace(config, model=str(tmp_path / "model"), num_samples=2, steps=4, cache="N2")
     report = sample_and_compare(bare)
     assert (report.labels, report.config["task"]) == (["clip 1", "clip 2"], "class-to-video")
-    with pytest.raises(ValueError, match="this model knows no classes, got label 'ant'"):
+    with pytest.raises(ValueError, match="this model has no classes, got label 'ant'"):
         sample_and_compare(dataclasses.replace(bare, labels=("ant",)))
 
 
@@ -507,7 +507,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--guidance-channels", "4"], "guidance_channels must be between 1 and 3, got 4"),
         (["--prompt", "a cat"], "a class-to-image model takes --labels, not --prompt"),
         (["--task", "class-to-video"], "is a class-to-image model, not class-to-video"),
-        (["--device", "abacus"], "device 'abacus' is not to be had here"),
+        (["--device", "abacus"], "device 'abacus' is not available here"),
         (["--out", "/dev/null/out"], "/dev/null/out"),
     ],
 )

@@ -223,7 +223,7 @@ def choose_labels(
     numbers, num_classes = pipeline.labels, pipeline.transformer.config.num_classes
     if num_classes is None:
         if wanted:
-            raise ValueError(f"this model knows no classes, got label {wanted[0]!r}")
+            raise ValueError(f"this model has no classes, got label {wanted[0]!r}")
         return [None] * count, [f"clip {number + 1}" for number in range(count)]
     names = {number: name for name, number in numbers.items()}
     if wanted:
@@ -305,7 +305,7 @@ def sample_and_compare(config: SampleConfig) -> Report:
     the pictures show some frames, and beside each is an `.mp4` and a `.gif`. What an earlier run wrote there and this
     one does not make goes.
 
-    `ValueError` on a label, prompt, scheduler or cache that is not to be had, or a cache that would never reuse;
+    `ValueError` on a label, prompt, scheduler or cache that does not exist, or a cache that would never reuse;
     `OSError` where `out` cannot be written, or holds such files of somebody else. All of it before anything is sampled.
     """
     if config.cache.partition(":")[0] not in ("none", "calibrated"):
@@ -384,11 +384,6 @@ def save_clips(out: OutputFolder, name: str, frames: np.ndarray) -> None:
     for suffix, write in (("mp4", write_mp4), ("gif", write_gif)):
         with out.file(f"{name}.{suffix}") as draft:
             write(draft, frames, CLIP_FPS)
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder; `OSError` where no file can be written into it."""
-    OutputFolder(folder, "train")
 
 
 def check_method(pipeline: Any, method: CacheMethod, num_steps: int) -> None:

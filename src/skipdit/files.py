@@ -12,6 +12,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -29,6 +30,7 @@ MARKER = "skipdit.json"
 GROWING = "appended to"  # in a marker, instead of the digest of a file that is still written
 DRAFT = ".skipdit-draft-"  # then the process, a dot and a token: see `_draft_name`
 MAX_NAMED = 5  # files in a message
+SILENT_SECONDS = 24 * 3600.0  # in which a draft of another host has not changed: nobody works on it any more
 
 _live_drafts: set[str] = set()
 
@@ -423,9 +425,19 @@ def clean_up(folder: Path) -> None:
         return
     for draft in sorted(folder.glob(f"{DRAFT}*")):
         process = Process.parse(draft.name.removeprefix(DRAFT).partition(".")[0])
-        if process is None or draft.name in _live_drafts or (process != this_process() and not process.has_ended()):
-            continue
-        _remove_draft(draft)
+        if process is not None and draft.name not in _live_drafts and _is_over(draft, process):
+            _remove_draft(draft)
+
+
+def _is_over(draft: Path, process: Process) -> bool:
+    """Whether nobody works on a draft; of another host's process, only a long silence tells."""
+    if process.host == this_process().host:
+        return process == this_process() or process.has_ended()
+    try:
+        newest = max(path.lstat().st_mtime for path in (draft, *draft.rglob("*")))
+    except OSError:  # its process has just moved a part of it
+        return False
+    return time.time() - newest > SILENT_SECONDS
 
 
 @contextmanager

@@ -169,7 +169,7 @@ def report(folder: Path, contents: Contents, items: Sequence[Path]) -> None:
     """Say in one line each what is left out, and which items a metadata file has forgotten."""
     if contents.left_out:
         counts = ", ".join(f"{count} {printable(suffix, 20)}" for suffix, count in contents.left_out.most_common(10))
-        LOGGER.warning("left out of %s, as files that are not read here: %s", printable_path(folder), counts)
+        LOGGER.warning("left out of %s, because such files are not read here: %s", printable_path(folder), counts)
     if contents.described:
         missing, unknown = len(set(items) - set(contents.described)), len(set(contents.described) - set(items))
         if missing or unknown:

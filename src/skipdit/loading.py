@@ -356,7 +356,9 @@ def _open_class(
 ) -> Callable[..., Sampler]:
     def open_class(folder: Path, transformer: Any, dtype: torch.dtype, index: Any) -> Sampler:
         if not isinstance(transformer, model_class):
-            raise ValueError(f"{printable(folder)} is not a whole {index['_class_name']}: its transformer is another's")
+            raise ValueError(
+                f"{printable(folder)} is not a whole {index['_class_name']}: its transformer is of another class"
+            )
         has_vae = part_class(index, "vae", folder) is not None
         vae = read_autoencoder(folder / "vae", dtype) if has_vae else None
         labels = read_labels(index, cast(Any, transformer).config.num_classes, folder)

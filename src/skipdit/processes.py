@@ -84,7 +84,8 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         stop.set()
         heart.join()
-        path.unlink(missing_ok=True)  # while it is held: see `_take`
+        if _is_still(handle, path):  # else somebody has deleted the folder, and another run may have made it again
+            path.unlink(missing_ok=True)  # while it is held: see `_take`
         _held.discard(handle)
         os.close(handle)
 
