@@ -356,14 +356,17 @@ def test_spectra_of_the_two_halves() -> None:
     assert norms["mlp.fc2"][1].item() == pytest.approx(expected.item())
 
 
-def test_training_logs(tmp_path: Path) -> None:
+def test_training_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("\n".join(json.dumps({"step": s, "loss": 1 / s, "unit_gradient_norms": [s, 2]}) for s in (1, 2)))
     log = TrainingLog.read(path)
     assert log.steps.tolist() == [1, 2]
     assert log.unit_gradient_norms.tolist() == [[1, 2], [2, 2]]
-    assert find_training_log(str(tmp_path / "pipeline")) == path
     assert find_training_log("emoji") is None
+    (tmp_path / "pipeline").mkdir()
+    for model in (tmp_path, tmp_path / "pipeline"):
+        monkeypatch.chdir(model)
+        assert find_training_log(str(model)) == find_training_log(".") == path
     whole = path.read_text()
     for cut in ('{"step": 3, "lo', "{", "\x00"):
         path.write_text(f"{whole}\n{cut}")

@@ -323,7 +323,7 @@ def analyze(arguments: Sequence[str]) -> None:
     from skipdit.analysis.report import claim
     from skipdit.analysis.weights import TrainingLog, find_training_log
     from skipdit.files import output_folder
-    from skipdit.loading import load_source
+    from skipdit.loading import BUNDLED, load_source
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -350,7 +350,7 @@ def analyze(arguments: Sequence[str]) -> None:
         logs = {
             name: TrainingLog.read(log)
             for name, path in zip(names, paths, strict=True)
-            if (log := find_training_log(path)) is not None
+            if path not in BUNDLED and (log := find_training_log(path)) is not None
         }
         pipelines = {
             name: load_source(path, task="class-to-image", device=options.device, decodes=False).sampler.pipeline
@@ -363,7 +363,9 @@ def analyze(arguments: Sequence[str]) -> None:
 def _model_name(path: str) -> str:
     """What a report calls a model: its file's or folder's name, or that of the run it was trained in."""
     resolved = Path(path).resolve()
-    return resolved.parent.name if resolved.name == "pipeline" else resolved.stem
+    if resolved.name == "pipeline":
+        return resolved.parent.name
+    return resolved.stem if resolved.is_file() else resolved.name
 
 
 def info(arguments: Sequence[str]) -> None:

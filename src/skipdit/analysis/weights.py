@@ -92,6 +92,8 @@ class LoggedStep(TypedDict):
 
 
 def find_training_log(model: str) -> Path | None:
-    """`log.jsonl` beside a run's `pipeline` folder."""
-    path = Path(model).resolve().parent / "log.jsonl"
-    return path if Path(model).name == "pipeline" and path.is_file() else None
+    """`log.jsonl` of a run, of which the folder or that of its pipeline is given."""
+    folder = Path(model).resolve()
+    folder = folder.parent if folder.name == "pipeline" else folder
+    path = folder / "log.jsonl"
+    return path if (folder / "pipeline").is_dir() and path.is_file() else None
