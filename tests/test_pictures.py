@@ -21,6 +21,15 @@ def test_every_picture_stands_in_its_cell_unchanged() -> None:
     assert (grid.sum(axis=2) < 300).any()  # captions are drawn
 
 
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("letter", ["x", "\u0301"])  # the second has no width
+def test_a_long_caption_is_cut_at_once(letter: str) -> None:
+    picture = Image.new("RGB", (64, 64))
+    cut, longer = (labelled_grid([picture], [letter * length]) for length in (1000, 2**16))
+    assert cut.tobytes() == longer.tobytes()
+    assert labelled_grid([picture], ["one\ntwo"]).tobytes() == labelled_grid([picture], ["one two"]).tobytes()
+
+
 def test_a_grid_needs_a_caption_a_picture() -> None:
     with pytest.raises(ValueError, match="got 1 and 0"):
         labelled_grid([Image.new("RGB", (8, 8))], [])

@@ -1,5 +1,6 @@
 """Labelled picture grids, drawn with Pillow."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import cast
 
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN = 6
+MOST_PER_PIXEL = 4  # characters: those without a width are not tried without end
 
 
 def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
@@ -45,9 +47,9 @@ def labelled_grid(
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than the cell."""
-    if font.getlength(text) <= width:
+    """The text in one line, cut with an ellipsis where it is wider than the cell, or has very many characters."""
+    text = " ".join(text.split())
+    if len(text) <= MOST_PER_PIXEL * width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    lengths = range(1, min(len(text), MOST_PER_PIXEL * width) + 1)
+    return text[: bisect_right(lengths, width, key=lambda length: font.getlength(text[:length] + "…"))] + "…"
