@@ -315,6 +315,12 @@ def test_a_file_without_rows_or_with_a_column_twice_is_named(tmp_path: Path) -> 
         opened(tmp_path / "twice.parquet")
 
 
+def test_a_file_of_another_kind_is_not_looked_for_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "pictures.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"pictures\.zip is neither a folder nor a \.parquet file"):
+        opened(tmp_path / "pictures.zip")
+
+
 def test_a_fifo_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "set.parquet")
     with pytest.raises(ValueError, match=r"set\.parquet is not a regular file"):

@@ -116,6 +116,8 @@ def open_pictures(config: DataConfig) -> LabelledPictures:
     if path.is_dir():
         check_no_caption_column(config.source, config.caption_column)
         return from_folder(path, config.image_size)
+    if path.exists():  # its name is nothing to ask the hub for
+        raise ValueError(f"{printable_path(path)} is neither a folder nor a .parquet file")
     return from_datasets(config)
 
 
