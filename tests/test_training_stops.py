@@ -308,7 +308,7 @@ def test_a_dead_data_worker_is_said_in_one_line(config: TrainConfig, tmp_path: P
     process.join(60)
     assert process.exitcode == 2
     line = said.read_text().splitlines()[-1]
-    assert line.startswith("ChildProcessError(")
+    assert "ChildProcessError(" in line  # PyTorch may raise while the progress bar writes its last line
     assert "a process that loads data died" in line
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in workers))
 
