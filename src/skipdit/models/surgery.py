@@ -251,8 +251,10 @@ class RunsUnits(Remade, LongSkipModel):
         """As in diffusers; with long skips where the config has `long_skip`."""
         plain = cast(Any, _plain_class(cls))
         fields = dict(config if isinstance(config, Mapping) else plain.load_config(config))
-        long_skip = fields.pop("long_skip", None)
+        long_skip, shallow_path = fields.pop("long_skip", None), fields.pop("shallow_path", None)
         model, unused = plain.from_config(fields, return_unused_kwargs=True, **options)
+        if shallow_path is not None:
+            model.register_to_config(shallow_path=shallow_path)
         if long_skip is not None:
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
         return (model, unused) if return_unused_kwargs else model

@@ -14,6 +14,7 @@ from torch import Tensor
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
+from skipdit.models.shallow_path import ShallowPath
 from skipdit.options import check_numbers
 
 RoutingMode = Literal["off", "bypass", "fill"]
@@ -48,6 +49,13 @@ class TokenRoutingConfig:
             raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
         if not 0 <= self.dense_end <= 1:
             raise ValueError(f"dense_end must be between 0 and 1, got {self.dense_end}")
+
+    @property
+    def shallow_path(self) -> ShallowPath | None:
+        """What a run teaches a model to do without its deep units."""
+        if self.mode == "off" or not self.deep_drop:
+            return None
+        return ShallowPath(num_shallow_units=self.num_shallow_units, fill=self.mode == "fill")
 
     def route(self, num_units: int) -> TokenRoute:
         """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
