@@ -110,10 +110,9 @@ def measure(pipeline: Any, items: LabelledPictures, options: argparse.Namespace)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(1))[: 2 * options.num_samples].tolist()
     chosen, others = order[: options.num_samples], order[options.num_samples :]
     labels = [items.labels[index] for index in chosen]
-    data = features_of(
-        torch.stack([items[index][0] for index in range(len(items)) if index not in set(others)]) / 2 + 0.5
-    )
-    held = distance(features_of(torch.stack([items[index][0] for index in others]) / 2 + 0.5), data)
+    features = features_of(torch.stack([items[index][0] for index in range(len(items))]) / 2 + 0.5)
+    data = features[sorted(set(range(len(items))) - set(others))]
+    held = distance(features[others], data)
     rows = [Row("pictures of the data", None, None, None, None, *held)]
     print(rows[0], flush=True)
     ordinary: dict[float, Tensor] = {}
@@ -150,8 +149,8 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: dict[str, A
         f"{about['machine']}, {about['versions']}.",
         "",
         "Compute: FLOPs of ordinary guidance in full over those of the row. PSNR: to ordinary guidance of the same "
-        "scale. Distance: kernel distance x 1000 to the data in features of EfficientNet-Lite0, with the standard error "
-        f"over {NUM_SUBSETS} subsets of {SUBSET_SIZE}; lower is nearer. The pictures of the first row are not among those "
+        "scale. Distance: kernel distance to the data in features of EfficientNet-Lite0, with the standard error over "
+        f"{NUM_SUBSETS} subsets of {SUBSET_SIZE}; lower is nearer. The pictures of the first row are not among those "
         "that it is compared with. Fewer steps are as many as shallow guidance costs.",
         "",
         "| setting | scale | compute | seconds | PSNR dB | distance |",
@@ -162,7 +161,7 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: dict[str, A
             (row.scale, "g"), (row.compute_ratio, ".2f"), (row.seconds, ".0f"),
         )]  # fmt: skip
         psnr = "-" if row.psnr is None else row.psnr.text()
-        distances = f"{1000 * row.distance:.2f} ± {1000 * row.distance_error:.2f}"
+        distances = f"{row.distance:.2f} ± {row.distance_error:.2f}"
         lines.append(f"| {row.setting} | {' | '.join(numbers)} | {psnr} | {distances} |")
     return "\n".join(lines) + "\n"
 
