@@ -446,6 +446,8 @@ def test_the_command_line_takes_it(folder: Path, tmp_path: Path, capsys: pytest.
     start += ["--out", str(tmp_path / "out"), "--overwrite"]
     main([*start, "--guidance", "shallow", "--guidance-scale", "3", "--guidance-shallow-units", "1"])
     assert "shallow_guidance" in capsys.readouterr().out
+    main(["info", str(folder)])
+    assert "shallow guidance: with the first 2 and as many last units" in capsys.readouterr().out
     for options, message in (
         (["--guidance", "none"], "invalid choice 'none' for argument '--guidance'"),
         (["--guidance", "shallow", "--guidance-scale", "1"], "'shallow' needs a guidance_scale above 1, got 1"),

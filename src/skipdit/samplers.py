@@ -133,13 +133,14 @@ class SplitGuidance(nn.Module):
         return self.model(*args, **{name: value for name, value in given.items() if isinstance(name, str)}, **plan)
 
     def _halves(self, name: int | str, value: Any, num_rows: int) -> tuple[Any, Any]:
-        """Return what each call is given of an argument; of one that does not change the very same at every step, by
-        which a cache knows its stream."""
+        """Return what each call is given of an argument: of one that stays the same object at every step, the very same
+        halves, by which a cache knows its stream."""
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != num_rows:
             return value, value
         if name not in self.known or self.known[name][0] is not value:
             first, second = value.chunk(2)
-            # a copy, so that half of a timestep per row does not look like an entry of a list; one that is expanded is
+            # half of a batch of timesteps is copied, for a cache would take it for an entry of a scheduler's list; one
+            # timestep that is expanded over the rows is such an entry
             owned = (first.clone(), second.clone()) if value.stride(0) else (first, second)
             self.known[name] = value, owned
         return self.known[name][1]
