@@ -269,7 +269,7 @@ def test_a_model_without_classes_is_refused() -> None:
 def test_training_writes_what_it_taught(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     for name, routing, expected in (
-        ("bypass", TokenRoutingConfig(mode="bypass", num_shallow_units=1), {"num_shallow_units": 1, "fill": False}),
+        ("bypass", TokenRoutingConfig(mode="bypass"), {"num_shallow_units": 1, "fill": False}),
         ("fill", TokenRoutingConfig(mode="fill", num_shallow_units=1), {"num_shallow_units": 1, "fill": True}),
         ("never", TokenRoutingConfig(mode="bypass", num_shallow_units=1, deep_drop=0), None),
         ("off", TokenRoutingConfig(), None),

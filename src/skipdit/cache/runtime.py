@@ -25,8 +25,6 @@ from skipdit.models.families import Family, find_family
 from skipdit.models.forward_plan import PLAIN, Branches, ForwardPlan, Units
 from skipdit.models.long_skip import LongSkipModel, PlannedOutput
 
-OURS = Family()
-
 
 class CacheRuntime:
     """The cache of one model.
@@ -45,7 +43,7 @@ class CacheRuntime:
     ) -> None:
         linked = cast(LongSkipModel, model)
         self.method, self.opened = method, opened
-        self.family = find_family(type(model)) or OURS
+        self.family = find_family(type(model)) or Family()
         self.model_name = type(model).__name__
         self.names, self.conditions = arguments_of(type(model), self.family)
         parts = parts_on(method, model)
@@ -166,7 +164,8 @@ class CacheRuntime:
             output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
         stream.counts += Counts(full=int(not reused), reused=int(bool(reused)), cost=stream.costs.of_step(reused))
-        self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
+        if not reused:
+            self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
 
     def _check_reuses(self, levels: list[float]) -> None:

@@ -42,7 +42,7 @@ from skipdit.files import atomic_file, clean_up
 from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
 from skipdit.models.shallow_path import ShallowPath
-from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips
+from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
 from skipdit.untrusted import printable
 
 __all__ = [
@@ -268,7 +268,8 @@ def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | No
         if variant is not None:
             raise ValueError(f"variant is for a folder of save_pretrained, got {variant!r} for a run's checkpoint")
         state_dict, told = read_checkpoint(checkpoint, prefer, told)
-        weights, path = _find_format(state_dict, told).read(state_dict, told), read_shallow_path(checkpoint)
+        weights = _find_format(state_dict, told).read(state_dict, told)
+        path = read_shallow_path(checkpoint, num_units_of(weights.model))
         if path is not None:
             cast(Any, weights.model).register_to_config(shallow_path=path.to_dict())
         return weights

@@ -51,6 +51,11 @@ class ShallowPath:
         return _plan(links.num_units, tuple(links.sources.items()), links.segment_starts, route)
 
 
+def default_shallow_units(num_units: int) -> int:
+    """Return how many first, and as many last, units of a model are shallow where training is not told."""
+    return min(2, (num_units - 1) // 2)
+
+
 @lru_cache
 def _plan(
     num_units: int, sources: tuple[tuple[int, int], ...], segment_starts: tuple[int, ...], route: TokenRoute

@@ -14,8 +14,8 @@ from torch import Tensor
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
-from skipdit.models.shallow_path import ShallowPath
-from skipdit.options import check_numbers
+from skipdit.models.shallow_path import ShallowPath, default_shallow_units
+from skipdit.options import check_numbers, check_positive
 
 RoutingMode = Literal["off", "bypass", "fill"]
 StepKind = Literal["dense", "routed", "shallow"]
@@ -30,8 +30,8 @@ class TokenRoutingConfig:
     vector, which needs long skips; off: all units see all tokens"""
     share: float = 0.25
     """of the tokens, which the deep units see, drawn anew per sample and step"""
-    num_shallow_units: int = 2
-    """first units, and as many last units, that see all tokens"""
+    num_shallow_units: int | None = None
+    """first units, and as many last units, that see all tokens; by default 2, or 1 of fewer than 5 units"""
     deep_drop: float = 0.05
     """share of the steps, before the dense end, in which the deep units are left out whole"""
     dense_end: float = 0.2
@@ -43,19 +43,17 @@ class TokenRoutingConfig:
             raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {self.mode!r}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        if self.num_shallow_units < 1:
-            raise ValueError(f"num_shallow_units must be at least 1, got {self.num_shallow_units}")
+        check_positive(self, "num_shallow_units")
         if not 0 <= self.deep_drop < 1:
             raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
         if not 0 <= self.dense_end <= 1:
             raise ValueError(f"dense_end must be between 0 and 1, got {self.dense_end}")
 
-    @property
-    def shallow_path(self) -> ShallowPath | None:
-        """What a run teaches a model to do without its deep units."""
+    def shallow_path(self, num_units: int) -> ShallowPath | None:
+        """Return what a run teaches a model of so many units to do without the deep ones."""
         if self.mode == "off" or not self.deep_drop:
             return None
-        return ShallowPath(num_shallow_units=self.num_shallow_units, fill=self.mode == "fill")
+        return ShallowPath(num_shallow_units=self.route(num_units).start, fill=self.mode == "fill")
 
     def route(self, num_units: int) -> TokenRoute:
         """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
@@ -64,12 +62,10 @@ class TokenRoutingConfig:
             raise ValueError(
                 f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
             )
-        if self.num_shallow_units > most:
-            raise ValueError(
-                f"routing.num_shallow_units must be at most {most} for {num_units} units, got {self.num_shallow_units}"
-            )
-        start, stop = self.num_shallow_units, num_units - self.num_shallow_units
-        return TokenRoute(start=start, stop=stop, fill=self.mode == "fill")
+        k = default_shallow_units(num_units) if self.num_shallow_units is None else self.num_shallow_units
+        if k > most:
+            raise ValueError(f"routing.num_shallow_units must be at most {most} for {num_units} units, got {k}")
+        return TokenRoute(start=k, stop=num_units - k, fill=self.mode == "fill")
 
 
 def draw_kept_tokens(
