@@ -525,6 +525,7 @@ def test_a_summary_is_a_table_and_a_dict() -> None:
         "reused": ["what units 1 to 4 output"],
         "steps_full": 3,
         "steps_reused": 3,
+        "steps_shallow": 0,
         "bytes_held": 2 * feature,
         "peak_bytes_held": 2 * feature,
     }
@@ -537,6 +538,7 @@ def test_a_summary_is_a_table_and_a_dict() -> None:
         "| reused | what units 1 to 4 output |",
         "| steps full | 3 |",
         "| steps reused | 3 |",
+        "| steps shallow | 0 |",
         f"| compute ratio | {ratio:.3f} |",
         f"| bytes held | {2 * feature} |",
         f"| peak bytes held | {2 * feature} |",

@@ -425,6 +425,8 @@ def info(arguments: Sequence[str]) -> None:
     pairs = ", ".join(f"{source} -> {target}" for target, source in links.sources.items())
     fusion = config["long_skip"]["fusion"] if config.get("long_skip") else "its own"
     print(f"long skips: {pairs or 'none'}" + (f" ({fusion})" if pairs else ""))
+    if (path := config.get("shallow_path")) is not None:
+        print(f"shallow guidance: with the first {path['num_shallow_units']} and as many last units")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -1,4 +1,6 @@
-"""Samples in full, cached, and with fewer steps at the cached run's wall time, and reports times and distances."""
+"""Samples in full, with shallow guidance or cached, and with fewer steps at that run's wall time, and reports times and
+distances.
+"""
 
 import itertools
 import platform
@@ -7,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -23,6 +26,8 @@ from skipdit.cache.state import CacheSummary
 from skipdit.files import OutputFolder, output_folder, to_json
 from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
+from skipdit.models.costs import count_flops
+from skipdit.models.shallow_path import Guidance
 from skipdit.options import check_numbers
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
@@ -45,7 +50,9 @@ class SampleConfig:
     labels: class names or numbers, repeated in turn; by default some that the bundled model draws well, else spread
     over all classes. prompt: texts, repeated in turn, for the text tasks. num_samples: pictures or clips.
     guidance_scale: classifier-free guidance, none at 1. guidance_channels: guide only the first few channels; the
-    official DiT sampler guides 3 of its 4.
+    official DiT sampler guides 3 of its 4. guidance: full, or shallow: the first and the last units alone make the
+    unconditional prediction, as a model can that was trained with routing.deep_drop; a run of its own shows it, and the
+    cached one has it too. guidance_shallow_units: how many first, and as many last, units; by default as in training.
     steps: of the sampler. cache: auto, a spec such as N3 or skip-taylor:N3-o1, the path of a schedule.json, calibrated
     (or calibrated:2x: a schedule that came with the model), or none.
     fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
@@ -64,6 +71,8 @@ class SampleConfig:
     steps: int = 50
     guidance_scale: float = 2.0
     guidance_channels: int | None = None
+    guidance: Guidance = "full"
+    guidance_shallow_units: int | None = None
     fewer_steps: int | None = None
     cache: str = "auto"
     scheduler: str | None = None
@@ -87,9 +96,15 @@ class SampleConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.steps > 1000:
             raise ValueError(f"steps must be at most 1000, got {self.steps}")
-        if self.fewer_steps is not None and self.cache == "none":
+        if self.fewer_steps is not None and self.cache == "none" and self.guidance == "full":
             raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
-        for name, allowed in (("dtype", get_args(DTypeName)), ("task", (*get_args(TaskName), None))):
+        if self.guidance == "full" and self.guidance_shallow_units is not None:
+            raise ValueError(f"guidance_shallow_units is for guidance 'shallow', got {self.guidance_shallow_units}")
+        for name, allowed in (
+            ("dtype", get_args(DTypeName)),
+            ("task", (*get_args(TaskName), None)),
+            ("guidance", get_args(Guidance)),
+        ):
             if getattr(self, name) not in allowed:
                 names = ", ".join(value for value in allowed if value)
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
@@ -97,9 +112,9 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run. `speedup` by wall time against the full run, `compute_ratio` as the units run promise; PSNR and SSIM to
-    the full run's pictures or frames: `None` for the full run itself. num_broken: of its num_samples pictures or clips
-    those that are not finite."""
+    """One run. `speedup` by wall time against the full run, `compute_ratio` by FLOPs of the transformer; PSNR and SSIM
+    to the full run's pictures or frames: `None` for the full run itself. num_broken: of its num_samples pictures or
+    clips those that are not finite."""
 
     name: str
     steps: int
@@ -128,7 +143,7 @@ class Row:
         *,
         steps: int,
         summary: CacheSummary | None = None,
-        reference_steps: int | None = None,
+        compute_ratio: float = 1.0,
     ) -> "Row":
         frames, reference_frames = run.frames, reference.frames
         return cls(
@@ -138,7 +153,7 @@ class Row:
             steps_reused=0 if summary is None else summary.steps_reused,
             seconds=run.seconds,
             speedup=reference.seconds / run.seconds,
-            compute_ratio=(reference_steps or steps) / steps if summary is None else summary.compute_ratio,
+            compute_ratio=compute_ratio if summary is None else summary.compute_ratio,
             psnr=None if run is reference else PairedScore.of(psnr_db(frames, reference_frames)),
             ssim=None if run is reference else ssim(frames, reference_frames).mean().item(),
             bytes_held=0 if summary is None else summary.peak_bytes_held,
@@ -167,8 +182,7 @@ class Report:
         """As JSON: the figures of the cached run on top, then every row."""
         rows = [asdict(row) | {"psnr_db": row.psnr_db} for row in self.rows]
         top = {"seconds_full": self.rows[0].seconds}
-        if len(self.rows) > 1:
-            cached = self.rows[1]
+        for cached in (row for row in self.rows if row.name == "cached"):
             top |= {"seconds_cached": cached.seconds, "speedup": cached.speedup, "compute_ratio": cached.compute_ratio}
             top |= {"psnr_db": cached.psnr_db, "ssim": cached.ssim, "steps_full": cached.steps_full}
             top |= {"steps_reused": cached.steps_reused, "bytes_held": cached.bytes_held}
@@ -269,14 +283,17 @@ class TimedSampler:
     def __init__(self, sampler: Sampler, config: SampleConfig, wanted: list[Any]) -> None:
         self.sampler, self.config, self.wanted = sampler, config, wanted
         self.pipeline = sampler.pipeline
+        self.guidance_ratio = 1.0  # of FLOPs: of a step with ordinary guidance over one with the config's
 
-    def __call__(self, description: str, num_steps: int) -> Sampled:
+    def __call__(self, description: str, num_steps: int, guidance: Guidance = "full") -> Sampled:
         self.pipeline.set_progress_bar_config(desc=f"{description:>10}")
         started = time.perf_counter()
         samples = self.sampler.sample(
             self.wanted,
             guidance_scale=self.config.guidance_scale,
             guidance_channels=self.config.guidance_channels,
+            guidance=guidance,
+            guidance_shallow_units=None if guidance == "full" else self.config.guidance_shallow_units,
             num_inference_steps=num_steps,
             generator=torch.Generator().manual_seed(self.config.seed),
         )
@@ -285,25 +302,31 @@ class TimedSampler:
     def cached(self, method: CacheMethod, description: str = "cached") -> tuple[Sampled, CacheSummary]:
         enable_cache(self.pipeline, method)
         try:
-            return self(description, self.config.steps), cache_summary(self.pipeline)
+            return self(description, self.config.steps, self.config.guidance), cache_summary(self.pipeline)
         finally:
             disable_cache(self.pipeline)
 
     def warm_up(self, method: CacheMethod | None) -> None:
-        """First calls allocate and, where asked for, compile: that is no part of any time."""
-        if not self.config.compile:
+        """First calls allocate and, where asked for, compile: that is no part of any time. FLOPs are counted there."""
+        guidance, model = self.config.guidance, self.pipeline.transformer
+        if guidance != "full":
+            flops = [count_flops(model, partial(self, "warm-up", 1, each)) for each in (guidance, "full")]
+            self.guidance_ratio = flops[1] / flops[0]
+        elif not self.config.compile:
             self("warm-up", 1)
+        if not self.config.compile:
             return
-        self.pipeline.transformer.compile(fullgraph=True)
-        self("compiling", 2)
+        model.compile(fullgraph=True)
+        for each in dict.fromkeys(("full", guidance)):
+            self("compiling", 2, each)
         if method is not None:
             self.cached(method, "compiling")
 
 
 def sample_and_compare(config: SampleConfig) -> Report:
-    """Write `full.png`, `cached.png`, `fewer_steps.png`, `comparison.png` and `report.json` into `config.out`; of clips
-    the pictures show some frames, and beside each is an `.mp4` and a `.gif`. What an earlier run wrote there and this
-    one does not make goes.
+    """Write `full.png`, `shallow_guidance.png` where that is asked for, `cached.png`, `fewer_steps.png`,
+    `comparison.png` and `report.json` into `config.out`; of clips the pictures show some frames, and beside each is an
+    `.mp4` and a `.gif`. What an earlier run wrote there and this one does not make goes.
 
     `ValueError` on a label, prompt, scheduler or cache that does not exist, or a cache that would never reuse;
     `OSError` where `out` cannot be written, or holds such files of somebody else. All of it before anything is sampled.
@@ -311,15 +334,17 @@ def sample_and_compare(config: SampleConfig) -> Report:
     if config.cache.partition(":")[0] not in ("none", "calibrated"):
         parse_method(config.cache)
     with output_folder(config.out, "sample", overwrite=config.overwrite) as out:
-        names = ("full",) if config.cache == "none" else ("full", "cached", "fewer_steps", "comparison")
+        names = _runs_of(config)
+        names = names if len(names) == 1 else (*names, "comparison")
         out.claim(("report.json", *(f"{name}.png" for name in names)))
         source = load(config)
         method = source.cache(config.cache)
         wanted, captions = choose_wanted(source, config)
         if source.sampler.task.endswith("video"):
             out.claim(f"{name}.{suffix}" for name in names for suffix in ("mp4", "gif"))
-        if method is not None:
+        if len(names) > 1:
             check_ssim_size(source.sampler.picture_size)
+        if method is not None:
             check_method(source.sampler.pipeline, method, config.steps)
         report, sampled = run_all(source, method, config, wanted, captions)
         save_samples(out, {name: run.samples for name, run in sampled.items()}, captions)
@@ -328,23 +353,35 @@ def sample_and_compare(config: SampleConfig) -> Report:
     return report
 
 
+def _runs_of(config: SampleConfig) -> tuple[str, ...]:
+    """The names of the runs that a config asks for."""
+    asked = ("shallow_guidance",) * (config.guidance == "shallow") + ("cached",) * (config.cache != "none")
+    return ("full", *asked, "fewer_steps") if asked else ("full",)
+
+
 def run_all(
     source: Source, method: CacheMethod | None, config: SampleConfig, wanted: list[Any], captions: list[str]
 ) -> tuple[Report, dict[str, Sampled]]:
-    """Sample in full, and with a method also cached and with fewer steps."""
-    pipeline = source.sampler.pipeline
+    """Sample in full, and with what the config asks for: shallow guidance, a cache, and then fewer steps in the time of
+    the last."""
+    pipeline, steps = source.sampler.pipeline, config.steps
     sampler = TimedSampler(source.sampler, config, wanted)
     sampler.warm_up(method)
-    full = sampler("full", config.steps)
-    rows, sampled = [Row.of("full", full, full, steps=config.steps)], {"full": full}
-    if method is not None:
-        cached, summary = sampler.cached(method)
-        rows.append(Row.of("cached", cached, full, steps=config.steps, summary=summary))
-        at_equal_time = max(1, min(config.steps - 1, round(config.steps * cached.seconds / full.seconds)))
-        num_fewer = config.fewer_steps or at_equal_time
-        fewer = sampler("fewer", num_fewer)
-        rows.append(Row.of("fewer_steps", fewer, full, steps=num_fewer, reference_steps=config.steps))
-        sampled |= {"cached": cached, "fewer_steps": fewer}
+    full = sampler("full", steps)
+    rows, sampled = [Row.of("full", full, full, steps=steps)], {"full": full}
+    for name in _runs_of(config)[1:]:
+        ratio, summary, num_steps = 1.0, None, steps
+        if name == "shallow_guidance":
+            run, ratio = sampler("shallow", steps, config.guidance), sampler.guidance_ratio
+        elif name == "cached":
+            assert method is not None
+            run, summary = sampler.cached(method)
+        else:
+            at_equal_time = max(1, min(steps - 1, round(steps * rows[-1].seconds / full.seconds)))
+            num_steps = config.fewer_steps or at_equal_time
+            run, ratio = sampler("fewer", num_steps), steps / num_steps
+        rows.append(Row.of(name, run, full, steps=num_steps, summary=summary, compute_ratio=ratio))
+        sampled[name] = run
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     settings["task"] = source.sampler.task
     report = Report(

@@ -22,6 +22,7 @@ from skipdit.cache.streams import cache_context
 from skipdit.diffusion import guide
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
+from skipdit.models.shallow_path import Guidance, guidance_plan
 
 _run_numbers = itertools.count()
 
@@ -87,6 +88,8 @@ class ClassPipeline(DiffusionPipeline):
         *,
         guidance_scale: float,
         guidance_channels: int | None,
+        guidance: Guidance,
+        guidance_shallow_units: int | None,
         num_inference_steps: int,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
@@ -97,11 +100,15 @@ class ClassPipeline(DiffusionPipeline):
         if guidance_channels is not None and not 1 <= guidance_channels <= num_channels:
             raise ValueError(f"guidance_channels must be between 1 and {num_channels}, got {guidance_channels}")
         guided = guidance_scale > 1 and class_labels is not None
-        labels = None
+        shallow = guidance_plan(model, guidance, guidance_shallow_units, guidance_scale)
+        if shallow is not None and not guided:
+            raise ValueError("guidance 'shallow' needs a model that knows classes, by which it could guide")
+        labels = nothing = None
         if class_labels is not None:
             labels = self._label_tensor(class_labels).to(device)
             if guided:
-                labels = torch.cat([labels, torch.full_like(labels, model.null_class_label)])
+                nothing = torch.full_like(labels, model.null_class_label)
+                labels = labels if shallow is not None else torch.cat([labels, nothing])
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device)
         elif latents.shape != shape:
@@ -117,9 +124,13 @@ class ClassPipeline(DiffusionPipeline):
                 self.scheduler.set_timesteps(num_inference_steps, device=device)
                 sample = latents.to(device) * self.scheduler.init_noise_sigma
                 for timestep in self.progress_bar(self.scheduler.timesteps):
-                    inputs = torch.cat([sample, sample]) if guided else sample
+                    inputs = torch.cat([sample, sample]) if guided and shallow is None else sample
                     inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
                     output = model(inputs, timestep, class_labels=labels).sample.float()
+                    if shallow is not None:
+                        output = output.clone()  # the next call of a CUDA graph would overwrite it
+                        unconditional = model(inputs, timestep, class_labels=nothing, plan=shallow).output.sample
+                        output = torch.cat([output, unconditional.float()])
                     if guided:
                         output = guide(output, guidance_scale, guidance_channels or num_channels)
                     if not learned_variance:
@@ -176,6 +187,8 @@ class ClassToImagePipeline(ClassPipeline):
         *,
         guidance_scale: float = 4.0,
         guidance_channels: int | None = None,
+        guidance: Guidance = "full",
+        guidance_shallow_units: int | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -191,6 +204,10 @@ class ClassToImagePipeline(ClassPipeline):
             guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional branch runs.
             guidance_channels: guide the first few channels only; by default all but the learned variance. 3 is what the
                 official DiT sampler does.
+            guidance: what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the
+                last ones, as training with `routing.deep_drop` taught them, at little more than half of a step's cost.
+            guidance_shallow_units: how many first, and as many last, units `"shallow"` runs; by default those that the
+                transformer's config names, and a model that was not trained so is refused.
             latents (`Tensor` of shape `(batch, channels, height, width)`, *optional*): start noise.
             height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
             output_type: `"pil"`, `"np"` (b h w c in [0, 1]), `"pt"` (b c h w in [0, 1]) or `"latent"` (as they end).
@@ -202,6 +219,8 @@ class ClassToImagePipeline(ClassPipeline):
             shape,
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
+            guidance=guidance,
+            guidance_shallow_units=guidance_shallow_units,
             num_inference_steps=num_inference_steps,
             generator=generator,
             latents=latents,
@@ -237,6 +256,8 @@ class ClassToVideoPipeline(ClassPipeline):
         num_frames: int | None = None,
         guidance_scale: float = 7.0,
         guidance_channels: int | None = None,
+        guidance: Guidance = "full",
+        guidance_shallow_units: int | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -252,6 +273,10 @@ class ClassToVideoPipeline(ClassPipeline):
             num_frames: of each clip; by default, and at most, as many as the transformer was trained on.
             guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional branch runs.
             guidance_channels: guide the first few channels only; by default all but the learned variance.
+            guidance: what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the
+                last ones, as training with `routing.deep_drop` taught them, at little more than half of a step's cost.
+            guidance_shallow_units: how many first, and as many last, units `"shallow"` runs; by default those that the
+                transformer's config names, and a model that was not trained so is refused.
             latents (`Tensor` of shape `(batch, frames, channels, height, width)`, *optional*): start noise.
             height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
             output_type: `"pil"`, `"np"` (b f h w c in [0, 1]), `"pt"` (b f c h w in [0, 1]) or `"latent"`.
@@ -271,6 +296,8 @@ class ClassToVideoPipeline(ClassPipeline):
             (batch, frames, config.in_channels, *self._size(height, width)),
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
+            guidance=guidance,
+            guidance_shallow_units=guidance_shallow_units,
             num_inference_steps=num_inference_steps,
             generator=generator,
             latents=latents,

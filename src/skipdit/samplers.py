@@ -4,15 +4,21 @@ Class-to-image and class-to-video have pipelines of ours. Text-to-image and text
 in pixels, with the states of `skipdit.text` in the place of their text encoders.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel, SchedulerMixin
-from torch import Tensor
+from torch import Tensor, nn
 
+from skipdit.models.forward_plan import ForwardPlan
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.shallow_path import Guidance, guidance_plan
+from skipdit.models.surgery import close_units, open_units
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, keep_broken
 from skipdit.text import check_text_installed, load_encoder, quiet
 
@@ -50,8 +56,13 @@ class Sampler:
         num_inference_steps: int,
         generator: torch.Generator,
         guidance_channels: int | None = None,
+        guidance: Guidance = "full",
+        guidance_shallow_units: int | None = None,
     ) -> Tensor:
-        """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts."""
+        """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts.
+
+        guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
+        """
         raise NotImplementedError
 
     def save(self, folder: Path, max_shard_size: str) -> None:
@@ -91,8 +102,75 @@ def refuse_guidance_channels(guidance_channels: int | None) -> None:
         raise ValueError(f"guidance_channels is for class-conditional models, got {guidance_channels}")
 
 
+class SplitGuidance(nn.Module):
+    """Stands in a pipeline of diffusers for its transformer, each batch of which is an unconditional and a conditional
+    half: calls it for one and the other, and under a plan for the first. In all else it is the transformer."""
+
+    def __init__(self, model: nn.Module, plan: ForwardPlan) -> None:
+        super().__init__()
+        self.model, self.plan = model, plan
+        self.known: dict[int | str, tuple[Any, tuple[Any, Any]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return what the transformer does with `return_dict=False`."""
+        num_rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
+        given = {name: self._halves(name, value, num_rows) for name, value in (*enumerate(args), *kwargs.items())}
+        first, second = ({name: halves[index] for name, halves in given.items()} for index in range(2))
+        # a cache counts what is made beside its steps for the run of the last one, so that comes first
+        conditional = self._call(second)
+        conditional = [each.clone() for each in conditional]  # the next call of a CUDA graph would overwrite them
+        unconditional = self._call(first, plan=self.plan).output
+        return tuple(torch.cat(pair) for pair in zip(unconditional, conditional, strict=True))
+
+    def _call(self, given: dict[int | str, Any], **plan: Any) -> Any:
+        args = [value for name, value in given.items() if isinstance(name, int)]
+        return self.model(*args, **{name: value for name, value in given.items() if isinstance(name, str)}, **plan)
+
+    def _halves(self, name: int | str, value: Any, num_rows: int) -> tuple[Any, Any]:
+        """Return what each call is given of an argument: of one that stays the same object at every step, the very same
+        halves, by which a cache knows its stream."""
+        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != num_rows:
+            return value, value
+        if name not in self.known or self.known[name][0] is not value:
+            first, second = value.chunk(2)
+            # half of a batch of timesteps is copied, for a cache would take it for an entry of a scheduler's list; one
+            # timestep that is expanded over the rows is such an entry
+            owned = (first.clone(), second.clone()) if value.stride(0) else (first, second)
+            self.known[name] = value, owned
+        return self.known[name][1]
+
+
 @dataclass(frozen=True)
-class TextToImageSampler(Sampler):
+class TextSampler(Sampler):
+    """What both text samplers share. Abstract."""
+
+    @contextmanager
+    def _guided_by(self, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float) -> Iterator[Any]:
+        """Yield the pipeline, or a copy that shares all of its parts and splits its guidance."""
+        pipeline: Any = self.pipeline
+        model, is_open = pipeline.transformer, isinstance(pipeline.transformer, LongSkipModel)
+        is_opened_here = guidance != "full" and not is_open
+        if is_opened_here:
+            open_units(model)
+        try:
+            plan = guidance_plan(model, guidance, num_shallow_units, guidance_scale)
+            if plan is not None:
+                pipeline = copy.copy(pipeline)
+                pipeline.register_modules(transformer=SplitGuidance(model, plan))
+            yield pipeline
+        finally:
+            if is_opened_here:
+                close_units(model)
+
+
+@dataclass(frozen=True)
+class TextToImageSampler(TextSampler):
     """The pooled sentence takes the place of HunyuanDiT's CLIP tokens, the token states that of its T5 tokens."""
 
     task: ClassVar[str] = "text-to-image"
@@ -106,36 +184,38 @@ class TextToImageSampler(Sampler):
         num_inference_steps: int,
         generator: torch.Generator,
         guidance_channels: int | None = None,
+        guidance: Guidance = "full",
+        guidance_shallow_units: int | None = None,
     ) -> Tensor:
         refuse_guidance_channels(guidance_channels)
-        pipeline: Any = self.pipeline
-        model = pipeline.transformer
+        model: Any = self.pipeline.transformer
         states = load_encoder().encode([*wanted, ""], model.config.text_len_t5).to(model.device, model.dtype)
         prompts = states[torch.arange(len(wanted))]
         nothing = states[torch.full((len(wanted),), len(wanted))]
         size = model.config.sample_size * LATENT_SCALE
-        output = pipeline(
-            prompt_embeds=prompts.pooled[:, None],
-            prompt_embeds_2=prompts.tokens,
-            prompt_attention_mask=torch.ones_like(prompts.mask[:, :1]),
-            prompt_attention_mask_2=prompts.mask,
-            negative_prompt_embeds=nothing.pooled[:, None],
-            negative_prompt_embeds_2=nothing.tokens,
-            negative_prompt_attention_mask=torch.ones_like(nothing.mask[:, :1]),
-            negative_prompt_attention_mask_2=nothing.mask,
-            height=size,
-            width=size,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            use_resolution_binning=False,
-            output_type="latent",
-        )
+        with self._guided_by(guidance, guidance_shallow_units, guidance_scale) as pipeline:
+            output = pipeline(
+                prompt_embeds=prompts.pooled[:, None],
+                prompt_embeds_2=prompts.tokens,
+                prompt_attention_mask=torch.ones_like(prompts.mask[:, :1]),
+                prompt_attention_mask_2=prompts.mask,
+                negative_prompt_embeds=nothing.pooled[:, None],
+                negative_prompt_embeds_2=nothing.tokens,
+                negative_prompt_attention_mask=torch.ones_like(nothing.mask[:, :1]),
+                negative_prompt_attention_mask_2=nothing.mask,
+                height=size,
+                width=size,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                use_resolution_binning=False,
+                output_type="latent",
+            )
         return _pixels(output.images)
 
 
 @dataclass(frozen=True)
-class TextToVideoSampler(Sampler):
+class TextToVideoSampler(TextSampler):
     task: ClassVar[str] = "text-to-video"
     pipeline: "LattePipeline"
 
@@ -147,24 +227,26 @@ class TextToVideoSampler(Sampler):
         num_inference_steps: int,
         generator: torch.Generator,
         guidance_channels: int | None = None,
+        guidance: Guidance = "full",
+        guidance_shallow_units: int | None = None,
     ) -> Tensor:
         refuse_guidance_channels(guidance_channels)
-        pipeline: Any = self.pipeline
-        model = pipeline.transformer
+        model: Any = self.pipeline.transformer
         states = load_encoder().encode([*wanted, ""], MAX_PROMPT_TOKENS).to(model.device, model.dtype)
         size = model.config.sample_size * LATENT_SCALE
-        output = pipeline(
-            prompt_embeds=states.tokens[:-1],
-            negative_prompt=None,
-            negative_prompt_embeds=states.tokens[-1:].expand(len(wanted), -1, -1),
-            video_length=model.config.video_length,
-            height=size,
-            width=size,
-            guidance_scale=guidance_scale,
-            num_inference_steps=num_inference_steps,
-            generator=generator,
-            output_type="latent",
-        )
+        with self._guided_by(guidance, guidance_shallow_units, guidance_scale) as pipeline:
+            output = pipeline(
+                prompt_embeds=states.tokens[:-1],
+                negative_prompt=None,
+                negative_prompt_embeds=states.tokens[-1:].expand(len(wanted), -1, -1),
+                video_length=model.config.video_length,
+                height=size,
+                width=size,
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_inference_steps,
+                generator=generator,
+                output_type="latent",
+            )
         return _pixels(output.frames.transpose(1, 2))
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import diffusers
 import torch
@@ -36,12 +36,13 @@ from skipdit.checkpoints.reading import (
     read_folder_tensors,
     read_training,
 )
-from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint
+from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint, read_shallow_path
 from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files import atomic_file, clean_up
 from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
-from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips
+from skipdit.models.shallow_path import ShallowPath
+from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
 from skipdit.untrusted import printable
 
 __all__ = [
@@ -267,7 +268,11 @@ def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | No
         if variant is not None:
             raise ValueError(f"variant is for a folder of save_pretrained, got {variant!r} for a run's checkpoint")
         state_dict, told = read_checkpoint(checkpoint, prefer, told)
-        return _find_format(state_dict, told).read(state_dict, told)
+        weights = _find_format(state_dict, told).read(state_dict, told)
+        path = read_shallow_path(checkpoint, num_units_of(weights.model))
+        if path is not None:
+            cast(Any, weights.model).register_to_config(shallow_path=path.to_dict())
+        return weights
     if (folder / "pipeline" / "model_index.json").exists():  # a finished run
         folder = folder / "pipeline"
     if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
@@ -301,9 +306,11 @@ def _read_family(
     tensors = {key: tensor for key, tensor in tensors.items() if key != unused}
 
     def build() -> nn.Module:
-        model = model_class(**options)
+        model: Any = model_class(**options)
         if long_skip is not None:
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
+        if config.get("shallow_path") is not None:
+            model.register_to_config(shallow_path=ShallowPath.from_dict(config["shallow_path"]).to_dict())
         return model
 
     return Weights(model=make_model(build, tensors), tensors=tensors)

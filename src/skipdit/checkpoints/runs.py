@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from skipdit.checkpoints.keys import Told, find_num_classes
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
 from skipdit.files import file_digest, read_marker
+from skipdit.models.shallow_path import ShallowPath, default_shallow_units
 from skipdit.untrusted import printable, read_json
 
 Value = TypeVar("Value")
@@ -64,6 +65,19 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
 def read_run_config(folder: Path) -> dict[str, Any]:
     """The settings of the run that wrote a checkpoint."""
     return _field(read_json(folder / STATE_NAME, dict[str, Any]), "config", dict, folder / STATE_NAME)
+
+
+def read_shallow_path(folder: Path, num_units: int) -> ShallowPath | None:
+    """What the run that wrote a checkpoint teaches its model, of so many units, to do without the deep ones."""
+    routing = read_run_config(folder).get("routing")
+    if not isinstance(routing, dict) or routing.get("mode") not in ("bypass", "fill") or not routing.get("deep_drop"):
+        return None
+    number: Any = routing.get("num_shallow_units")
+    number = default_shallow_units(num_units) if number is None else number
+    try:
+        return ShallowPath(num_shallow_units=number, fill=routing["mode"] == "fill")
+    except ValueError as error:
+        raise ValueError(f"{printable(folder / STATE_NAME)}: routing: {printable(error)}") from error
 
 
 def _field(fields: Mapping[str, Any], name: str, kind: type[Value], path: Path) -> Value:

@@ -83,6 +83,28 @@ def flop_counter() -> FlopCounterMode:
     )
 
 
+def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
+    """Return the FLOPs of a model's forwards within a call, as of its pipeline. What is compiled counts as nothing."""
+    counter, within = flop_counter(), 0
+
+    def enter(*_: Any) -> None:
+        nonlocal within
+        within -= counter.get_total_flops()
+
+    def leave(*_: Any) -> None:
+        nonlocal within
+        within += counter.get_total_flops()
+
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
+    try:
+        with counter:
+            call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return within
+
+
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return sdpa_flop_count(query, key, value)
 

@@ -21,6 +21,7 @@ from skipdit.models.long_skip import (
     LongSkipOutput,
     PlannedOutput,
 )
+from skipdit.models.shallow_path import ShallowPath
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -192,6 +193,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         time_scale (`float`), time_shift (`float`): what is embedded is `time_scale * timestep + time_shift`. The
             official SiT embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
+        shallow_path (`ShallowPath`, *optional*): what training taught the first and last units to do alone, which
+            guidance may use; changes nothing else.
     """
 
     _supports_gradient_checkpointing = True
@@ -218,6 +221,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         time_scale: float = 1.0,
         time_shift: float = 0.0,
         long_skip: LongSkipConfig | dict[str, Any] | None = None,
+        shallow_path: ShallowPath | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
@@ -230,10 +234,13 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
             raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
         if isinstance(long_skip, dict):
             long_skip = LongSkipConfig.from_dict(long_skip)
+        if isinstance(shallow_path, dict):
+            shallow_path = ShallowPath.from_dict(shallow_path)
         out_channels = out_channels or in_channels
         self.register_to_config(
             out_channels=out_channels,
             long_skip=None if long_skip is None else long_skip.to_dict(),
+            shallow_path=None if shallow_path is None else shallow_path.to_dict(),
             _use_default_values=[],  # `from_config` would leave them so, and add_long_skips changes one
         )
         self.gradient_checkpointing = False

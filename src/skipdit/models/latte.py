@@ -26,6 +26,7 @@ from skipdit.models.dit import (
 )
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
 from skipdit.models.long_skip import BranchPlace, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
+from skipdit.models.shallow_path import ShallowPath
 
 LATTE_PRESETS = {
     f"Latte-{size}/{patch_size}": (*shape, patch_size)
@@ -51,6 +52,8 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             `num_classes` means "no class", which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain Latte.
+        shallow_path (`ShallowPath`, *optional*): what training taught the first and last units to do alone, which
+            guidance may use; changes nothing else.
     """
 
     _supports_gradient_checkpointing = True
@@ -76,6 +79,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         null_class: bool = True,
         downscale_freq_shift: float = 0.0,
         long_skip: LongSkipConfig | dict[str, Any] | None = None,
+        shallow_path: ShallowPath | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         hidden_size = num_attention_heads * attention_head_dim
@@ -90,10 +94,13 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
         if isinstance(long_skip, dict):
             long_skip = LongSkipConfig.from_dict(long_skip)
+        if isinstance(shallow_path, dict):
+            shallow_path = ShallowPath.from_dict(shallow_path)
         out_channels = out_channels or in_channels
         self.register_to_config(
             out_channels=out_channels,
             long_skip=None if long_skip is None else long_skip.to_dict(),
+            shallow_path=None if shallow_path is None else shallow_path.to_dict(),
             _use_default_values=[],  # `from_config` would leave them so, and add_long_skips changes one
         )
         self.gradient_checkpointing = False

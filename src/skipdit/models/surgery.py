@@ -256,8 +256,10 @@ class RunsUnits(Remade, LongSkipModel):
         """As in diffusers; with long skips where the config has `long_skip`."""
         plain = cast(Any, _plain_class(cls))
         fields = dict(config if isinstance(config, Mapping) else plain.load_config(config))
-        long_skip = fields.pop("long_skip", None)
+        long_skip, shallow_path = fields.pop("long_skip", None), fields.pop("shallow_path", None)
         model, unused = plain.from_config(fields, return_unused_kwargs=True, **options)
+        if shallow_path is not None:
+            model.register_to_config(shallow_path=shallow_path)
         if long_skip is not None:
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
         return (model, unused) if return_unused_kwargs else model
@@ -330,6 +332,13 @@ def _segments(model: nn.Module, family: Family) -> list[list[tuple[nn.Module, ..
 
 def _units(model: nn.Module, family: Family) -> list[tuple[nn.Module, ...]]:
     return [unit for units in _segments(model, family) for unit in units]
+
+
+def num_units_of(model: nn.Module) -> int:
+    """Return the number of units of one of our models, or of a transformer of diffusers, open or not."""
+    if isinstance(model, LongSkipModel):
+        return model.long_skip_links.num_units
+    return len(_units(model, get_family(type(model))))
 
 
 def _branches(model: nn.Module, family: Family) -> list[BranchPlace]:

@@ -112,6 +112,9 @@ class _Run:
         if config.stage == "long-skips-only":
             freeze_all_but_long_skips(model)
         self.kinds, self.flops = find_step_kinds(self.task, config, accelerator.device), 0.0
+        path = config.routing.shallow_path(self.units.long_skip_links.num_units)
+        if path is not None:
+            cast(Any, model).register_to_config(shallow_path=path.to_dict())
         self.constrained = config.spectral.modules(self.units) if config.spectral else None
         if config.spectral and self.constrained and config.spectral.form == "cap":
             cap_spectral_norm(self.constrained, config.spectral.maximum)

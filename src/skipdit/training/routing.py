@@ -14,6 +14,7 @@ from torch import Tensor
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
+from skipdit.models.shallow_path import ShallowPath, default_shallow_units
 from skipdit.options import check_numbers, check_positive
 
 RoutingMode = Literal["off", "bypass", "fill"]
@@ -48,6 +49,12 @@ class TokenRoutingConfig:
         if not 0 <= self.dense_end <= 1:
             raise ValueError(f"dense_end must be between 0 and 1, got {self.dense_end}")
 
+    def shallow_path(self, num_units: int) -> ShallowPath | None:
+        """Return what a run teaches a model of so many units to do without the deep ones."""
+        if self.mode == "off" or not self.deep_drop:
+            return None
+        return ShallowPath(num_shallow_units=self.route(num_units).start, fill=self.mode == "fill")
+
     def route(self, num_units: int) -> TokenRoute:
         """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
         most = (num_units - 1) // 2
@@ -55,7 +62,7 @@ class TokenRoutingConfig:
             raise ValueError(
                 f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
             )
-        k = min(2, most) if self.num_shallow_units is None else self.num_shallow_units
+        k = default_shallow_units(num_units) if self.num_shallow_units is None else self.num_shallow_units
         if k > most:
             raise ValueError(f"routing.num_shallow_units must be at most {most} for {num_units} units, got {k}")
         return TokenRoute(start=k, stop=num_units - k, fill=self.mode == "fill")

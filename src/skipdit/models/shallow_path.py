@@ -1,0 +1,94 @@
+"""The shallow path of a model: its first and last units alone.
+
+Training that leaves out the deep units in some of its steps (`routing.deep_drop`) teaches it to predict. It may then
+make the unconditional prediction of guidance, for a fraction of the cost (arXiv 2510.21986).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal, cast, get_args
+
+from skipdit.models.forward_plan import ForwardPlan
+from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
+from skipdit.models.routing import TokenRoute
+
+Guidance = Literal["full", "shallow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShallowPath:
+    """What a model was trained to do without its deep units; in its config as `shallow_path`.
+
+    num_shallow_units: first units, and as many last ones, that run. fill: whether the model's `fill_token` enters the
+    last ones, rather than what the first ones output.
+    """
+
+    num_shallow_units: int
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        number: Any = self.num_shallow_units
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"num_shallow_units must be a whole number of at least 1, got {number!r}")
+        if not isinstance(self.fill, bool):
+            raise ValueError(f"fill must be true or false, got {self.fill!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ShallowPath":
+        return cls(**fields)
+
+    def plan(self, links: LongSkipLinks) -> ForwardPlan:
+        """Return the plan of a model with these links; the same object each time, so that a compiled model has one
+        graph of it. `ValueError` where no unit would be left out."""
+        number, most = self.num_shallow_units, (links.num_units - 1) // 2
+        if number > most:
+            raise ValueError(f"num_shallow_units must be at most {most} for {links.num_units} units, got {number}")
+        route = TokenRoute(start=number, stop=links.num_units - number, fill=self.fill, leaves_out=True)
+        return _plan(links.num_units, tuple(links.sources.items()), links.segment_starts, route)
+
+
+def default_shallow_units(num_units: int) -> int:
+    """Return how many first, and as many last, units of a model are shallow where training is not told."""
+    return min(2, (num_units - 1) // 2)
+
+
+@lru_cache
+def _plan(
+    num_units: int, sources: tuple[tuple[int, int], ...], segment_starts: tuple[int, ...], route: TokenRoute
+) -> ForwardPlan:
+    return ForwardPlan.of(LongSkipLinks(num_units, dict(sources), segment_starts), route=route)
+
+
+def guidance_plan(
+    model: LongSkipModel, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
+) -> ForwardPlan | None:
+    """Return the plan of guidance's unconditional prediction: with `"shallow"` guidance that of the shallow path, with
+    `"full"` guidance `None`, for all units.
+
+    num_shallow_units: first units, and as many last ones, of the shallow path; by default as many as the model was
+    trained with. `ValueError` where it was not, or nothing is guided.
+    """
+    if guidance not in get_args(Guidance):
+        raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
+    if guidance == "full":
+        if num_shallow_units is not None:
+            raise ValueError(f"guidance_shallow_units is for guidance 'shallow', got {num_shallow_units} with 'full'")
+        return None
+    if guidance_scale <= 1:
+        raise ValueError(f"guidance 'shallow' needs a guidance_scale above 1, got {guidance_scale:g}")
+    fields = cast(Any, model).config.get("shallow_path")
+    trained = None if fields is None else ShallowPath.from_dict(fields)
+    if num_shallow_units is None:
+        if trained is None:
+            raise ValueError(
+                f"this {type(model).__name__} was not trained with its deep units left out (routing.deep_drop), so its "
+                "first and last units alone predict nothing: use guidance 'full', or say with guidance_shallow_units "
+                "how many of them to try"
+            )
+        return trained.plan(model.long_skip_links)
+    fill = model.fill_token is not None if trained is None else trained.fill
+    return ShallowPath(num_shallow_units=num_shallow_units, fill=fill).plan(model.long_skip_links)
