@@ -100,6 +100,38 @@ def train(arguments: Sequence[str]) -> None:
         print(f"trained: skipdit sample --model {folder}")
 
 
+def latents(arguments: Sequence[str]) -> None:
+    """Encode pictures, clips and captions once, for training by the recipes of latents; goes on where it was stopped.
+
+    Example: skipdit latents --source path/to/imagenet/train --vae sd-vae-ft-ema --flip --out latents/imagenet-256
+    """
+    import tyro
+
+    from skipdit.encoding.config import EncodeConfig
+    from skipdit.encoding.encode import encode
+    from skipdit.files import check_apart, output_folder
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What is encoded and where it goes."""
+
+        config: Annotated[EncodeConfig, tyro.conf.arg(name="")]
+        out: Path = Path("latents")
+        """folder of the shards"""
+        device: str = "auto"
+        """cpu, cuda or auto"""
+        overwrite: bool = False
+        """replace files of these names that skipdit did not write; each is told"""
+
+    options = _parse("latents", latents.__doc__, arguments, Options)
+    check_apart(options.out, [path for path in map(Path, (options.config.source, options.config.vae)) if path.exists()])
+    with output_folder(options.out, "latents", overwrite=options.overwrite) as out:
+        info = encode(options.config, out, device=options.device)
+    count = sum(shard["num_items"] for shard in info["shards"])
+    shape, classes = " x ".join(map(str, info["shape"])), len(info["class_names"])
+    print(f"encoded: {count:,} items of {shape} in {len(info['shards'])} shards, {classes} classes, in {options.out}")
+
+
 def convert(arguments: Sequence[str]) -> None:
     """Convert a checkpoint between the official keys, our own folder and that of a transformer of diffusers.
 
@@ -430,6 +462,7 @@ def info(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "train": train,
+    "latents": latents,
     "convert": convert,
     "analyze": analyze,
     "calibrate": calibrate,

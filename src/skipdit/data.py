@@ -54,6 +54,9 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
     captions: one or more per picture, by default its class name; the same number of each, as the last is repeated.
     """
 
+    num_channels, num_frames, num_pictures = 3, None, 0
+    vae = states = None  # see `LabelledLatents`
+
     def __init__(
         self,
         read: Callable[[int], Image.Image],
@@ -85,6 +88,10 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
             pixels = self._decoded[index]
         return pixels.float() / 127.5 - 1, self.labels[index]
 
+    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+        """Return what a step learns of a batch of items."""
+        return flip_half(stored, generator) if flip else stored
+
     def _decode(self, index: int) -> Tensor:
         picture = self.read(index)
         try:
@@ -92,6 +99,22 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         except ValueError as error:
             raise ValueError(f"cannot read the picture {self.names(index)}: {reason_of(error)}") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], generator: torch.Generator) -> Tensor:
+    """Mirror each picture or clip of a batch, or leave it, as a coin falls."""
+    flipped = torch.rand(len(pixels), generator=generator) < 0.5
+    return torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
+
+
+def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: int) -> list[tuple[int, int]]:
+    """(clip, frame) of each picture that comes along with clip `index`: other clips, each once where there are enough.
+    Depends only on the index, so that a resumed run sees the same."""
+    generator = np.random.default_rng(index)
+    num_others = max(1, num_clips - 1)
+    steps = generator.choice(num_others, num_pictures, replace=num_others < num_pictures)
+    frames = generator.integers(num_frames, size=num_pictures)
+    return [((index + 1 + int(step)) % num_clips, int(frame)) for step, frame in zip(steps, frames, strict=True)]
 
 
 def pad_captions(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

@@ -60,6 +60,8 @@ class Sampler:
         self.pipeline.save_config(folder)
         self.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
+        if self.pipeline.vae is not None:
+            self.pipeline.vae.save_pretrained(folder / "vae")
 
 
 @dataclass(frozen=True)

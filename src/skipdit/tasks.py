@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from skipdit.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
+from skipdit.latents import LabelledLatents, LatentConfig, is_latents, open_latents
 from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v, resize_grid
@@ -43,17 +44,35 @@ from skipdit.samplers import (
     text_to_video_sampler,
 )
 from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder
+from skipdit.untrusted import printable_path
 
 LOGGER = logging.getLogger(__name__)
 
-Items = LabelledPictures | LabelledClips
+Items = LabelledPictures | LabelledClips | LabelledLatents
 
 FRESH = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 8}  # of a new model
 
 
-def open_items(config: DataConfig | ClipConfig) -> Items:
-    """The pictures or clips that a config names."""
+def open_items(config: DataConfig | ClipConfig | LatentConfig) -> Items:
+    """The pictures, clips or latents that a config names."""
+    if isinstance(config, LatentConfig):
+        return open_latents(config)
+    if is_latents(Path(config.source)):
+        raise ValueError(f"{printable_path(config.source)} holds latents: give it to a recipe of latents")
     return open_clips(config) if isinstance(config, ClipConfig) else open_pictures(config)
+
+
+def _check_pictures(items: Items, task: str) -> None:
+    """Raise `ValueError` where a task that learns pictures is given clips."""
+    if items.num_frames is not None:
+        raise ValueError(f"a {task} model trains on pictures: give it a DataConfig, or latents of pictures")
+
+
+def _num_frames(items: Items, task: str) -> int:
+    """Return the frames of each clip; `ValueError` where a task that learns clips is given pictures."""
+    if items.num_frames is None:
+        raise ValueError(f"a {task} model trains on clips: give it a ClipConfig, or latents of clips")
+    return items.num_frames
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -64,9 +83,9 @@ def open_items(config: DataConfig | ClipConfig) -> Items:
 class Trainee:
     """A model in training, and how a batch reaches it. Abstract.
 
-    items: pictures or clips. data: what a step draws from, pixels and a number. num_variants: how many numbers, from
-    the item's own number times this, stand for an item; a step draws one. null_label: the number that means "nothing
-    said", which guidance needs.
+    items: pictures or clips. data: what a step draws from, pixels or latents and a number. num_variants: how many
+    numbers, from the item's own number times this, stand for an item; a step draws one. null_label: the number that
+    means "nothing said", which guidance needs.
     """
 
     model: nn.Module
@@ -83,6 +102,12 @@ class Trainee:
     @property
     def null_label(self) -> int:
         raise NotImplementedError
+
+    @property
+    def vae(self) -> Any:
+        """What decodes latents, beside the model; `None` for pixels."""
+        vae: Any = self.items.vae
+        return None if vae is None else vae.to(next(self.model.parameters()).device)
 
     @property
     def num_tokens(self) -> int:
@@ -160,8 +185,6 @@ def _refuse_other_grid(start: nn.Module, **sizes: int) -> None:
 class ClassToImage(Trainee):
     """A DiT on pictures with classes."""
 
-    items: LabelledPictures
-
     @property
     def null_label(self) -> int:
         return cast(DiT, self.model).null_class_label
@@ -170,14 +193,13 @@ class ClassToImage(Trainee):
         return model(noisy, timesteps, class_labels=labels, **plan)
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToImageSampler:
-        return ClassToImageSampler(ClassToImagePipeline(cast(DiT, model), scheduler, id2label=_label_names(self.items)))
+        labels = _label_names(self.items)
+        return ClassToImageSampler(ClassToImagePipeline(cast(DiT, model), scheduler, self.vae, labels))
 
 
 @dataclass(frozen=True)
 class ClassToVideo(Trainee):
     """A Latte on clips with classes, and on single pictures with theirs (joint training, arXiv 2401.03048, 3.3)."""
-
-    items: LabelledClips
 
     @property
     def null_label(self) -> int:
@@ -190,9 +212,8 @@ class ClassToVideo(Trainee):
         return model(noisy, timesteps, class_labels=labels[:, 0], **pictures, **plan)
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToVideoSampler:
-        return ClassToVideoSampler(
-            ClassToVideoPipeline(cast(Latte, model), scheduler, id2label=_label_names(self.items))
-        )
+        labels = _label_names(self.items)
+        return ClassToVideoSampler(ClassToVideoPipeline(cast(Latte, model), scheduler, self.vae, labels))
 
 
 class Numbered(Dataset[tuple[Tensor, int]]):
@@ -331,11 +352,11 @@ class Sizes:
         }
 
     def check_start(self, start: nn.Module, model_class: type[nn.Module], items: Items) -> None:
-        """Raise `ValueError` where the model to go on from is of another class, of latents, of other sizes than are
-        asked for, or knows too few classes."""
+        """Raise `ValueError` where the model to go on from is of another class, of other channels than the data, of
+        other sizes than are asked for, or knows too few classes."""
         config = cast(Any, start).config
-        if not isinstance(start, model_class) or config.in_channels != 3:
-            wanted = f"a {model_class.__name__} of 3 channels"
+        if not isinstance(start, model_class) or config.in_channels != items.num_channels:
+            wanted = f"a {model_class.__name__} of {items.num_channels} channels"
             raise ValueError(f"start_from must be {wanted}, got a {type(start).__name__} of {config.in_channels}")
         if (config.get("num_classes") or math.inf) < len(items.label_names):
             raise ValueError(f"start_from knows {config.num_classes} classes, the data has {len(items.label_names)}")
@@ -355,16 +376,15 @@ class ModelConfig(Sizes):
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledPictures):
-            raise ValueError("a class-to-image model trains on pictures: give it a DataConfig")
+        _check_pictures(items, "class-to-image")
         if start is not None:
             self.check_start(start, DiT, items)
             resize_grid(cast(DiT, start), sample_size=items.size)
         else:
             start = DiT(
                 sample_size=items.size,
-                in_channels=3,
-                out_channels=6 if objective.learned_variance else 3,
+                in_channels=items.num_channels,
+                out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
                 num_classes=len(items.label_names),
                 long_skip=self.long_skip,
@@ -383,17 +403,16 @@ class VideoModelConfig(Sizes):
     picture of its own"""
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledClips):
-            raise ValueError("a class-to-video model trains on clips: give it a ClipConfig")
+        num_frames = _num_frames(items, "class-to-video")
         if start is not None:
             self.check_start(start, Latte, items)
-            resize_grid(cast(Latte, start), sample_size=items.size, num_frames=items.num_frames)
+            resize_grid(cast(Latte, start), sample_size=items.size, num_frames=num_frames)
         else:
             start = Latte(
                 sample_size=items.size,
-                num_frames=items.num_frames,
-                in_channels=3,
-                out_channels=6 if objective.learned_variance else 3,
+                num_frames=num_frames,
+                in_channels=items.num_channels,
+                out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
                 num_classes=len(items.label_names),
                 long_skip=self.long_skip,
@@ -419,8 +438,7 @@ class TextToImageModelConfig(Sizes):
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledPictures):
-            raise ValueError("a text-to-image model trains on pictures: give it a DataConfig")
+        _check_pictures(items, "text-to-image")
         check_text_installed()
         if start is not None:
             self.check_start(start, HunyuanDiT2DModel, items)
@@ -429,7 +447,7 @@ class TextToImageModelConfig(Sizes):
             sizes = self.fresh()
             start = HunyuanDiT2DModel(
                 **sizes,
-                in_channels=3,
+                in_channels=items.num_channels,
                 sample_size=items.size,
                 hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
                 mlp_ratio=4.0 if self.mlp_ratio is None else self.mlp_ratio,
@@ -454,18 +472,19 @@ class TextToVideoModelConfig(Sizes):
     """start from the weights of this class-to-image model, as for class-to-video; text and time start unheard"""
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledClips) or items.num_pictures:
-            raise ValueError("a text-to-video model trains on clips: give it a ClipConfig without num_pictures")
+        num_frames = _num_frames(items, "text-to-video")
+        if items.num_pictures:
+            raise ValueError(f"a text-to-video model trains without num_pictures, got {items.num_pictures}")
         check_text_installed()
         if start is not None:
             self.check_start(start, LatteTransformer3DModel, items)
-            _refuse_other_grid(start, sample_size=items.size, video_length=items.num_frames)
+            _refuse_other_grid(start, sample_size=items.size, video_length=num_frames)
         else:
             sizes = self.fresh()
             start = LatteTransformer3DModel(
                 **sizes,
-                in_channels=3,
-                out_channels=6,
+                in_channels=items.num_channels,
+                out_channels=2 * items.num_channels,
                 cross_attention_dim=sizes["num_attention_heads"] * sizes["attention_head_dim"],
                 attention_bias=True,
                 sample_size=items.size,
@@ -475,7 +494,7 @@ class TextToVideoModelConfig(Sizes):
                 norm_elementwise_affine=False,
                 norm_eps=1e-6,
                 caption_channels=WIDTH,
-                video_length=items.num_frames,
+                video_length=num_frames,
             )
             init_latte_t2v(start)
             _with_long_skips(start, self.long_skip)

@@ -59,9 +59,7 @@ def prepare_batch(
     kept_share: of the tokens that deep units see, where they do not see all.
     """
     size = len(pixels)
-    if config.flip:
-        flipped = torch.rand(size, generator=generator) < 0.5
-        pixels = torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
+    pixels = task.items.draw(pixels, config.flip, generator)
     if task.num_variants > 1:
         labels = labels * task.num_variants + torch.randint(task.num_variants, (size,), generator=generator)
     dropped = torch.rand(size, generator=generator) < config.label_dropout

@@ -25,6 +25,7 @@ from skipdit.files import (
     to_json,
     write_marker,
 )
+from skipdit.latents import LabelledLatents
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
 from skipdit.untrusted import printable, read_json
@@ -67,6 +68,8 @@ def fingerprint(items: Items) -> Fingerprint:
     digest = hashlib.sha256()
     for label, captions in zip(items.labels, items.captions, strict=True):
         digest.update(json.dumps([int(label), *captions]).encode())
+    if isinstance(items, LabelledLatents):
+        digest.update(items.content.encode())
     return Fingerprint(num_items=len(items), class_names=list(items.label_names), digest=digest.hexdigest())
 
 
@@ -267,6 +270,8 @@ def check_settings(
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     # a setting that is newer than the checkpoint was its default
     before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
+    if isinstance(model := before.get("model"), dict):
+        before["model"] = json.loads(json.dumps(asdict(type(config.model)()))) | model
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     was = before.get("data")
     given = was if isinstance(was, dict) else {}

@@ -10,6 +10,7 @@ from torch import nn
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
+from skipdit.latents import LatentConfig
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
@@ -68,7 +69,7 @@ def long_skips_of(model: LongSkipModel) -> list[nn.Module]:
 class TrainConfig:
     """A whole training run."""
 
-    data: tyro.conf.AvoidSubcommands[DataConfig | ClipConfig] = field(default_factory=DataConfig)
+    data: tyro.conf.AvoidSubcommands[DataConfig | ClipConfig | LatentConfig] = field(default_factory=DataConfig)
     """what is learned"""
     model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
     """what learns it"""
