@@ -80,8 +80,15 @@ def train(arguments: Sequence[str]) -> None:
         """replace files in --out that skipdit did not write; each is told"""
         device: str = "auto"
         """cpu, cuda or auto"""
+        dry_run: bool = False
+        """only build the model, without memory, and count what its steps cost; needs no latents"""
 
     options = _parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
+    if options.dry_run:
+        from skipdit.training.dry_run import plan_run
+
+        print(plan_run(options.config).text())
+        return
     is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
     try:
         folder = run(

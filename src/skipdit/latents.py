@@ -27,7 +27,7 @@ from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.data import pad_captions, pictures_beside
 from skipdit.files import file_digest
 from skipdit.options import check_positive
-from skipdit.text import PromptStates
+from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 from skipdit.untrusted import check_regular, printable, printable_path, read_json
 
 INFO, VERSION = "latents.json", 1
@@ -204,6 +204,36 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         parts.append([nothing.get_tensor(name) for name in TEXT])
         tokens, mask, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return PromptStates(tokens=tokens.float(), mask=mask.long(), pooled=pooled.float())
+
+
+class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
+    """One item of zeros as a config expects it, for a dry run. `ValueError` where the config does not tell its size."""
+
+    vae = None
+
+    def __init__(self, config: LatentConfig) -> None:
+        if config.num_channels is None or config.sample_size is None:
+            raise ValueError("without the latents, data.num_channels and data.sample_size must be given")
+        self.num_channels, self.size = config.num_channels, config.sample_size
+        self.num_frames, self.num_pictures = config.num_frames, config.num_pictures
+        self.label_names = [str(label) for label in range(config.num_classes or 1)]
+        self.labels, self.captions = [0], [("",)]
+        tokens = torch.zeros(2, MAX_PROMPT_TOKENS, WIDTH)
+        self.states = PromptStates(tokens=tokens, mask=torch.ones(2, MAX_PROMPT_TOKENS).long(), pooled=tokens[:, 0])
+
+    def names(self, index: int) -> str:
+        return f"{index} of a dry run"
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        frames = [] if self.num_frames is None else [self.num_frames + self.num_pictures]
+        labels = torch.zeros(1 + self.num_pictures, dtype=torch.long) if self.num_pictures else 0
+        return torch.zeros(*frames, self.num_channels, self.size, self.size), labels
+
+    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+        return stored
 
 
 TEXT = ("text_tokens", "text_mask", "text_pooled")

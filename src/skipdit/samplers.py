@@ -13,14 +13,12 @@ import torch
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel, SchedulerMixin
 from torch import Tensor
 
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, keep_broken
-from skipdit.text import check_text_installed, load_encoder, quiet
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, decode_latents
+from skipdit.text import MAX_PROMPT_TOKENS, check_text_installed, load_encoder, quiet
 
 if TYPE_CHECKING:
     from diffusers import HunyuanDiTPipeline, LattePipeline
 
-# tokens of a prompt, the two special ones included; the longest caption of the emoji has 18
-MAX_PROMPT_TOKENS = 24
 # diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
 LATENT_SCALE = 8
 
@@ -84,7 +82,7 @@ class ClassToVideoSampler(Sampler):
 
 
 def _pixels(sample: Tensor) -> Tensor:
-    return (keep_broken(sample.float()) / 2 + 0.5).clamp(0, 1)
+    return (sample / 2 + 0.5).clamp(0, 1)
 
 
 def refuse_guidance_channels(guidance_channels: int | None) -> None:
@@ -133,7 +131,7 @@ class TextToImageSampler(Sampler):
             use_resolution_binning=False,
             output_type="latent",
         )
-        return _pixels(output.images)
+        return _pixels(decode_latents(pipeline.vae, output.images))
 
 
 @dataclass(frozen=True)
@@ -167,10 +165,13 @@ class TextToVideoSampler(Sampler):
             generator=generator,
             output_type="latent",
         )
-        return _pixels(output.frames.transpose(1, 2))
+        clips = output.frames.transpose(1, 2)
+        return torch.stack([_pixels(decode_latents(pipeline.vae, clip, len(clip))) for clip in clips])
 
 
-def text_to_image_sampler(transformer: HunyuanDiT2DModel, scheduler: SchedulerMixin) -> TextToImageSampler:
+def text_to_image_sampler(
+    transformer: HunyuanDiT2DModel, scheduler: SchedulerMixin, vae: Any = None
+) -> TextToImageSampler:
     """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
     check_text_installed()
     with quiet():
@@ -185,10 +186,13 @@ def text_to_image_sampler(transformer: HunyuanDiT2DModel, scheduler: SchedulerMi
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
+    pipeline.register_modules(vae=vae)  # not before: its scale would be counted in, see `LATENT_SCALE`
     return TextToImageSampler(pipeline)
 
 
-def text_to_video_sampler(transformer: LatteTransformer3DModel, scheduler: SchedulerMixin) -> TextToVideoSampler:
+def text_to_video_sampler(
+    transformer: LatteTransformer3DModel, scheduler: SchedulerMixin, vae: Any = None
+) -> TextToVideoSampler:
     """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
     check_text_installed()
     with quiet():
@@ -200,4 +204,5 @@ def text_to_video_sampler(transformer: LatteTransformer3DModel, scheduler: Sched
         transformer=transformer,
         scheduler=cast(Any, scheduler),
     )
+    pipeline.register_modules(vae=vae)  # as above
     return TextToVideoSampler(pipeline)

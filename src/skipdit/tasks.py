@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from skipdit.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
-from skipdit.latents import LabelledLatents, LatentConfig, is_latents, open_latents
+from skipdit.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
 from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v, resize_grid
@@ -34,7 +34,6 @@ from skipdit.options import check_numbers, check_positive
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.samplers import (
     LATENT_SCALE,
-    MAX_PROMPT_TOKENS,
     ClassToImageSampler,
     ClassToVideoSampler,
     Sampler,
@@ -43,12 +42,12 @@ from skipdit.samplers import (
     text_to_image_sampler,
     text_to_video_sampler,
 )
-from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder
+from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder
 from skipdit.untrusted import printable_path
 
 LOGGER = logging.getLogger(__name__)
 
-Items = LabelledPictures | LabelledClips | LabelledLatents
+Items = LabelledPictures | LabelledClips | LabelledLatents | PlannedLatents
 
 FRESH = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 8}  # of a new model
 
@@ -202,17 +201,27 @@ class ClassToVideo(Trainee):
     """A Latte on clips with classes, and on single pictures with theirs (joint training, arXiv 2401.03048, 3.3)."""
 
     @property
+    def knows_classes(self) -> bool:
+        return cast(Latte, self.model).config.num_classes is not None
+
+    @property
     def null_label(self) -> int:
-        return cast(Latte, self.model).null_class_label
+        return cast(Latte, self.model).null_class_label if self.knows_classes else 0
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
+        pictures: dict[str, Any] = {} if labels.ndim == 1 else {"num_images": labels.shape[1] - 1}
+        if not self.knows_classes:
+            return model(noisy, timesteps, **pictures, **plan)
         if labels.ndim == 1:
             return model(noisy, timesteps, class_labels=labels, **plan)
-        pictures = {"num_images": labels.shape[1] - 1, "image_class_labels": labels[:, 1:]}
+        pictures["image_class_labels"] = labels[:, 1:]
         return model(noisy, timesteps, class_labels=labels[:, 0], **pictures, **plan)
 
+    def showcase(self, count: int) -> tuple[list[Any], list[str]]:
+        return super().showcase(count) if self.knows_classes else ([None] * count, [""] * count)
+
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToVideoSampler:
-        labels = _label_names(self.items)
+        labels = _label_names(self.items) if self.knows_classes else None
         return ClassToVideoSampler(ClassToVideoPipeline(cast(Latte, model), scheduler, self.vae, labels))
 
 
@@ -231,8 +240,8 @@ class Numbered(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Captioned(Trainee):
-    """What both text tasks share: the states of every caption, computed once; the last is that of the empty prompt.
-    Abstract."""
+    """What both text tasks share: the states of every caption, stored or computed once; the last is that of the empty
+    prompt. Abstract."""
 
     items: Items
 
@@ -253,6 +262,10 @@ class Captioned(Trainee):
 
     @cached_property
     def states(self) -> PromptStates:
+        if (stored := self.items.states) is not None:
+            if stored.tokens.shape[1:] != (MAX_PROMPT_TOKENS, WIDTH):
+                raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them anew")
+            return stored
         captions = [caption for variants in self.items.captions for caption in variants]
         encoder = load_encoder()
         try:
@@ -301,7 +314,7 @@ class TextToImage(Captioned):
         return sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToImageSampler:
-        return text_to_image_sampler(cast(Any, model), scheduler)
+        return text_to_image_sampler(cast(Any, model), scheduler, self.vae)
 
 
 @dataclass(frozen=True)
@@ -316,7 +329,7 @@ class TextToVideo(Captioned):
         return sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToVideoSampler:
-        return text_to_video_sampler(cast(Any, model), scheduler)
+        return text_to_video_sampler(cast(Any, model), scheduler, self.vae)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,6 +414,13 @@ class VideoModelConfig(Sizes):
     """start from the spatial weights of this class-to-image model, `emoji` or the folder of a pipeline: of its
     outermost blocks as many as there are pairs; blocks over time start as the identity, so at first each frame is a
     picture of its own"""
+    conditional: bool = True
+    """know the classes; without, the model draws clips like any of the data"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inflate is not None and not self.conditional:
+            raise ValueError("inflate needs a conditional model: a picture model knows classes")
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         num_frames = _num_frames(items, "class-to-video")
@@ -414,7 +434,7 @@ class VideoModelConfig(Sizes):
                 in_channels=items.num_channels,
                 out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
-                num_classes=len(items.label_names),
+                num_classes=len(items.label_names) if self.conditional else None,
                 long_skip=self.long_skip,
             )
             if self.inflate is not None:

@@ -36,8 +36,7 @@ from skipdit.latents import (
     read_info,
     shard_name,
 )
-from skipdit.samplers import MAX_PROMPT_TOKENS
-from skipdit.text import WIDTH, SentenceEncoder, check_text_installed, load_encoder
+from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
 from skipdit.training import resolve_device
 from skipdit.untrusted import printable, printable_path, read_json
 
