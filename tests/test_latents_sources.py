@@ -16,7 +16,6 @@ from test_latents import TINY, encode_into, latent_config, make_pictures, make_v
 from training_runs import assert_same_run, names
 
 from skipdit.checkpoints.parts import read_autoencoder
-from skipdit.cli import main
 from skipdit.encoding.encode import encode_pixels
 from skipdit.encoding.tars import MAX_HEADER_BYTES, scan_tars
 from skipdit.latents import INFO, LatentConfig, open_latents
@@ -211,9 +210,12 @@ def test_a_text_model_of_latents_is_trained_and_sampled(
         train(config, tmp_path / "run", device="cpu")
     assert bool(asked) is not stored
     assert "vae" in names(tmp_path / "run" / "pipeline")
-    main(["sample", "--model", str(tmp_path / "run"), "--prompt", "a bee", "--out", str(tmp_path / "out")])
-    with Image.open(tmp_path / "out" / "full.png") as picture:
-        assert picture.width >= 16
+    sampler = load_source(str(tmp_path / "run"), device="cpu").sampler
+    generator = torch.Generator().manual_seed(0)
+    pictures = sampler.sample(["a bee"], guidance_scale=2.0, num_inference_steps=2, generator=generator)
+    assert pictures.shape == (1, 3, 16, 16)
+    assert pictures.isfinite().all()
+    assert sampler.picture_size == 16
 
 
 def test_a_text_to_video_model_of_latents_is_trained_and_sampled(tmp_path: Path) -> None:
