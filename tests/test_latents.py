@@ -404,6 +404,9 @@ def test_what_latents_cannot_do_is_said(encoded: Path, tmp_path: Path) -> None:
         train(pixels, tmp_path / "other", device="cpu")
     with pytest.raises(ValueError, match="lies in the data"):
         train(latent_config(encoded / "latents"), encoded / "latents" / "run", device="cpu")
+    with pytest.raises(ValueError, match="lies in the data, and would be read"):
+        encode_into(encoded / "data" / "x", source=str(encoded / "data"), vae=str(encoded / "vae"), image_size=16)
+    (encoded / "data" / "x").rmdir()
     with pytest.raises(ValueError, match="image_size must be divisible by 2"):
         encode_into(tmp_path / "odd", source=str(encoded / "data"), vae=str(encoded / "vae"), image_size=15)
 

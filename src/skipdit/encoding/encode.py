@@ -68,6 +68,9 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     the folder holds one of other settings, or something cannot be read; `FileExistsError` where files of others are in
     the way.
     """
+    data = Path(config.source)
+    if data.is_dir() and data.resolve() in out.path.resolve().parents:
+        raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read: give another --out")
     vae = read_autoencoder(Path(config.vae), torch.float32)
     scale = 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
     if config.image_size % scale:
