@@ -337,6 +337,38 @@ def test_what_does_not_fit_is_refused_without_checksums(
         open_latents(LatentConfig(source=str(folder), verify=False))
 
 
+def test_damaged_bytes_never_end_in_another_error(encoded: Path, tmp_path: Path) -> None:
+    """Without checksums: bytes of headers and JSON are changed, cut or doubled."""
+    folder, chance = shutil.copytree(encoded / "latents", tmp_path / "latents"), random.Random(0)
+    targets = [INFO, "shard-00000.json", "shard-00000.safetensors", "vae/config.json"]
+    refused: list[str] = []
+    for _ in range(300):
+        path = folder / chance.choice(targets)
+        whole = path.read_bytes()
+        content = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 4))):
+            place = chance.randrange(min(len(content), 400))
+            match chance.randrange(4):
+                case 0:
+                    content[place] = chance.randrange(256)
+                case 1:
+                    del content[place : place + chance.randrange(1, 9)]
+                case 2:
+                    content[place:place] = content[place : place + 5]
+                case _:
+                    content[place] = chance.choice(b'0123456789-[]{}",:e')
+        path.write_bytes(content)
+        try:
+            items = open_latents(LatentConfig(source=str(folder), verify=False))
+            items.draw(items[0][0][None], False, torch.Generator())
+            _ = items.vae
+        except (ValueError, OSError) as error:
+            refused.append(str(error))
+        path.write_bytes(whole)
+    assert len(refused) > 100
+    assert [message for message in refused if "\n" in message] == []
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -369,7 +401,7 @@ def test_a_model_of_latents_is_trained_resumed_and_sampled(encoded: Path, tmp_pa
     constant = replace(config, rate_schedule="constant")
     train(constant, tmp_path / "one", device="cpu")
     train(replace(constant, max_steps=2, sample_every=0), tmp_path / "two", device="cpu")
-    train(constant, tmp_path / "two", device="cpu")
+    train(replace(constant, num_workers=2), tmp_path / "two", device="cpu")
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
     pipeline = tmp_path / "whole" / "pipeline"

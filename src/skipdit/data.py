@@ -103,8 +103,8 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
 
 def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], generator: torch.Generator) -> Tensor:
     """Mirror each picture or clip of a batch, or leave it, as a coin falls."""
-    flipped = torch.rand(len(pixels), generator=generator) < 0.5
-    return torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
+    flipped = torch.rand(len(pixels), generator=generator, device=generator.device) < 0.5
+    return torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)).to(pixels.device), pixels.flip(-1), pixels)
 
 
 def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: int) -> list[tuple[int, int]]:

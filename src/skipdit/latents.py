@@ -155,6 +155,10 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        return self.stored(index)
+
+    def stored(self, index: int) -> tuple[Tensor, int | Tensor]:
+        """Return an item as it is stored, with its class or classes."""
         index = range(len(self))[index]
         if not self.num_pictures:
             return self._read(index), self.labels[index]
@@ -176,11 +180,13 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         if flip and not self.info["flipped"]:
             raise ValueError(f"{printable_path(self.folder)} has no mirrored ones: encode with --flip, or set no flip")
         rows = torch.arange(len(stored), device=stored.device)
-        is_flipped = torch.rand(len(stored), generator=generator) < (0.5 if flip else 0)
+        at = generator.device
+        is_flipped = torch.rand(len(stored), generator=generator, device=at) < (0.5 if flip else 0)
         moments = stored[rows, is_flipped.to(stored.device, torch.long)].float()
         latents = moments[:, 0]
         if self.info["has_std"]:
-            latents = latents + moments[:, 1] * torch.randn(latents.shape, generator=generator).to(stored.device)
+            noise = torch.randn(latents.shape, generator=generator, device=at)
+            latents = latents + moments[:, 1] * noise.to(stored.device)
         return scale_latents(latents, self.info["scale"])
 
     @cached_property
@@ -228,6 +234,9 @@ class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
         return 1
 
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        return self.stored(index)
+
+    def stored(self, index: int) -> tuple[Tensor, int | Tensor]:
         frames = [] if self.num_frames is None else [self.num_frames + self.num_pictures]
         labels = torch.zeros(1 + self.num_pictures, dtype=torch.long) if self.num_pictures else 0
         return torch.zeros(*frames, self.num_channels, self.size, self.size), labels
