@@ -443,6 +443,23 @@ def test_what_latents_cannot_do_is_said(encoded: Path, tmp_path: Path) -> None:
         encode_into(tmp_path / "odd", source=str(encoded / "data"), vae=str(encoded / "vae"), image_size=15)
 
 
+def test_batches_change_nothing_but_the_last_bits(encoded: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
+    one = encode_into(tmp_path / "one", **options, batch_size=1, num_workers=0)
+    five = encode_into(tmp_path / "five", **options, batch_size=5, shard_size=7)
+    for index in range(len(one)):
+        torch.testing.assert_close(one[index][0], five[index][0], atol=1e-5, rtol=1e-5)
+
+
+def test_latents_that_are_not_finite_are_never_written(encoded: Path, tmp_path: Path) -> None:
+    vae = MAKERS["kl"]()
+    torch.nn.init.constant_(vae.quant_conv.bias, float("nan"))
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="one of the samples 0 to 10 of shard-00000 is not finite in float32"):
+        encode_into(tmp_path / "x", source=str(encoded / "data"), vae=str(tmp_path / "vae"), image_size=16)
+    assert not list((tmp_path / "x").glob("shard-*"))
+
+
 def test_the_command_encodes_and_says_what(encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["latents", "--source", str(encoded / "data"), "--vae", str(encoded / "vae"), "--image-size", "16"]
     main([*arguments, "--out", str(tmp_path / "out"), "--device", "cpu"])

@@ -373,7 +373,8 @@ def latte_ucf101() -> TrainConfig:
     """Latte-XL/2 with long skips on the 101 classes of UCF101.
 
     `skipdit latents --source UCF-101 --vae sd-vae-ft-mse --num-frames 16 --frame-interval 3 --num-crops 8 --flip
-    --out latents/ucf101`, then `skipdit train latte-ucf101 --out runs/latte-ucf101`. Not yet run.
+    --on-broken skip --out latents/ucf101` (a clip spans 46 frames, and some videos have fewer), then
+    `skipdit train latte-ucf101 --out runs/latte-ucf101`. Not yet run.
     """
     return latte_on_latents("ucf101", 101, 100_000, flip=True)
 

@@ -191,13 +191,19 @@ def _by_number(name: str) -> tuple[int, int, str]:
 
 
 class _Writer:
-    """Collects samples, and writes a shard whenever there are enough. end: how far the source has been read."""
+    """Encodes samples, and writes a shard whenever there are enough. end: how far the source has been read.
+
+    Batches are cut anew in every shard, so that a shard does not depend on where an encoding was stopped.
+    """
 
     def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Autoencoder) -> None:
         self.config, self.out, self.vae = config, out, vae
         self.shards: list[Shard] = []
         self.class_names: set[str] = set()
         self.waiting: list[Sample] = []
+        self.moments: list[dict[str, Tensor]] = []  # of the shard that is being made, and its texts
+        self.classes: list[str] = []
+        self.captions: list[list[str]] = []
         self.end = 0
         channels = cast(Any, vae).config.latent_channels
         side = config.image_size // 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
@@ -216,28 +222,32 @@ class _Writer:
 
     def add(self, end: int, sample: Sample) -> None:
         self.waiting.append(sample)
+        self.classes.append(sample.class_name)
+        self.captions.append([sample.class_name] if sample.captions is None else sample.captions)
         self.end = end
-        if len(self.waiting) == self.config.shard_size:
+        if len(self.waiting) * (self.config.num_frames or 1) >= self.config.batch_size:
+            self._encode_waiting()
+        if len(self.classes) == self.config.shard_size:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
-        if not self.waiting:
+        """Write what there is as a shard."""
+        if not self.classes:
             return
-        name, samples = shard_name(len(self.shards)), self.waiting
-        tensors = self._encode(samples)
-        captions = [[sample.class_name] if sample.captions is None else sample.captions for sample in samples]
+        if self.waiting:
+            self._encode_waiting()
+        name = shard_name(len(self.shards))
+        tensors = {key: torch.cat([each[key] for each in self.moments]).contiguous() for key in self.moments[0]}
         if self.config.text:
-            flat = [caption for given in captions for caption in given]
+            flat = [caption for given in self.captions for caption in given]
             tensors |= encode_texts(load_encoder(), flat, DTYPES[self.config.dtype])
-        classes = [sample.class_name for sample in samples]
-        plain = captions == [[each] for each in classes]
-        texts = Texts(end=self.end, classes=classes, captions=None if plain else captions)
+        plain = self.captions == [[each] for each in self.classes]
+        texts = Texts(end=self.end, classes=self.classes, captions=None if plain else self.captions)
         self.out.write_text(f"{name}.json", to_json(texts))
         with self.out.file(f"{name}.safetensors") as draft:
             save_file(tensors, draft)
         self._list(name, texts)
-        self.waiting = []
+        self.moments, self.classes, self.captions = [], [], []
 
     def _list(self, name: str, texts: Texts) -> None:
         self.shards.append(
@@ -251,25 +261,24 @@ class _Writer:
         self.class_names |= set(texts["classes"])
         self.end = texts["end"]
 
-    def _encode(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return `mean` and `std`, (items, mirrored, *shape)."""
-        pixels = torch.stack([sample.pixels for sample in samples])
+    def _encode_waiting(self) -> None:
+        """Make `mean` and `std`, (items, mirrored, *shape), of what waits."""
+        pixels = torch.stack([sample.pixels for sample in self.waiting])
         variants = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
         found = [encode_pixels(self.vae, each.flatten(0, -4), self.config.batch_size) for each in variants]
-        shape = (len(samples), *self.shape)
-        moments = {"mean": [each.mean for each in found], "std": [each.std for each in found if each.std is not None]}
-        dtype = DTYPES[self.config.dtype]
-        tensors = {
-            name: torch.stack([each.reshape(shape) for each in parts], dim=1).to(dtype).contiguous()
-            for name, parts in moments.items()
-            if parts
+        shape, dtype = (len(pixels), *self.shape), DTYPES[self.config.dtype]
+        parts = {"mean": [each.mean for each in found], "std": [each.std for each in found if each.std is not None]}
+        moments = {
+            name: torch.stack([each.reshape(shape) for each in tensors], dim=1).to(dtype)
+            for name, tensors in parts.items()
+            if tensors
         }
-        for name, tensor in tensors.items():
-            finite = tensor.flatten(1).isfinite().all(dim=1)
-            if not finite.all():
-                what = f"the {name} of sample {int((~finite).nonzero()[0])} of {shard_name(len(self.shards))}"
-                raise ValueError(f"{what} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
-        return tensors
+        if not all(tensor.isfinite().all() for tensor in moments.values()):
+            first = len(self.classes) - len(self.waiting)
+            what = f"one of the samples {first} to {len(self.classes) - 1} of {shard_name(len(self.shards))}"
+            raise ValueError(f"{what} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
+        self.moments.append(moments)
+        self.waiting = []
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from skipdit.folders import as_captions
 from skipdit.picture_files import adm_crop, open_picture, reason_of, to_rgb
 from skipdit.untrusted import printable, printable_path, read_bytes
 from skipdit.videos import UnreadableVideo, count_frames, frames_of
+
+COUNTS = 2**12  # videos whose number of frames is kept, as several clips of each are read one after the other
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,13 @@ def clip_source(config: EncodeConfig) -> Source:
         )
     )
     num_crops = max(1, config.num_crops)
+    count = lru_cache(COUNTS)(found.count)
 
     def job_of(number: int) -> Job:
         index = number // num_crops
 
         def job() -> Sample:
-            start = draw_start(lambda: found.count(index), found.names(index), number, config)
+            start = draw_start(lambda: count(index), found.names(index), number, config)
             frames = found.read(index, start)
             name = found.label_names[found.labels[index]]
             return Sample(cut_frames(frames, found.names(index), config), name, list(found.captions[index]))
@@ -124,22 +128,27 @@ def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
     """Samples of webdataset: files of one name, a picture or video, a class in .cls, a caption in .txt or both in
     .json."""
     members = scan_tars(paths, clips=config.num_frames is not None)
+    num_crops = max(1, config.num_crops)
+
+    @lru_cache(COUNTS)
+    def count(index: int) -> int:
+        return count_frames(io.BytesIO(members[index].content()), members[index].name, config.fps)
 
     def job_of(number: int) -> Job:
-        return lambda: _read_member(members[number // num_crops], number, config)
+        index = number // num_crops
+        return lambda: _read_member(members[index], lambda: count(index), number, config)
 
-    num_crops = max(1, config.num_crops)
     digest = hashlib.sha256(json.dumps([member.identity for member in members]).encode()).hexdigest()
     num_jobs = len(members) * num_crops
     return Source(numbered(num_jobs, job_of), num_jobs, None, digest)
 
 
-def _read_member(member: Member, number: int, config: EncodeConfig) -> Sample:
+def _read_member(member: Member, count: Callable[[], int], number: int, config: EncodeConfig) -> Sample:
     class_name, captions = member.texts()
     if config.num_frames is None:
         pixels = cut(open_picture(member.content(), member.name), member.name, config)
     else:
-        pixels = cut_video(member.content(), member.name, number, config)
+        pixels = cut_video(member.content(), member.name, count, number, config)
     return Sample(pixels, class_name, captions)
 
 
@@ -203,7 +212,8 @@ def _read_row(
     content = content or read_bytes(Path(str(place)), MAX_VIDEO_BYTES)
     if config.num_frames is None:
         return Sample(cut(open_picture(content, what), what, config), class_name, captions)
-    return Sample(cut_video(content, what, number, config), class_name, captions)
+    pixels = cut_video(content, what, lambda: count_frames(io.BytesIO(content), what, config.fps), number, config)
+    return Sample(pixels, class_name, captions)
 
 
 def _class_of(label: Any, names: list[str] | None, what: str) -> str:
@@ -232,10 +242,10 @@ def cut_frames(frames: Iterator[np.ndarray], name: str, config: EncodeConfig) ->
     return torch.stack([cut(Image.fromarray(frame), name, config) for frame in frames])
 
 
-def cut_video(content: bytes, name: str, number: int, config: EncodeConfig) -> Tensor:
-    """Return the clip that has this number among all, from an encoded video."""
+def cut_video(content: bytes, name: str, count: Callable[[], int], number: int, config: EncodeConfig) -> Tensor:
+    """Return the clip that has this number among all, from an encoded video of so many frames."""
     assert config.num_frames is not None
-    start = draw_start(lambda: count_frames(io.BytesIO(content), name, config.fps), name, number, config)
+    start = draw_start(count, name, number, config)
     frames = frames_of(io.BytesIO(content), name, config.num_frames, config.frame_interval, start, config.fps)
     return cut_frames(frames, name, config)
 
