@@ -17,10 +17,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_runs import assert_same_run, make_config, names
+from training_runs import assert_same_run, make_config, names, read_log
 
 from skipdit.checkpoints.parts import read_autoencoder
 from skipdit.cli import main
+from skipdit.diffusion import Objective, ddpm_tables
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.encode import encode, encode_pixels
 from skipdit.files import output_folder
@@ -414,6 +415,14 @@ def test_a_model_of_latents_is_trained_resumed_and_sampled(encoded: Path, tmp_pa
     main(["sample", "--model", str(tmp_path / "whole"), "--labels", "bee", "--out", str(out), "--device", "cpu"])
     with Image.open(next(out.glob("full*.png"))) as picture:
         assert picture.width >= 16
+
+
+def test_the_objective_of_the_paper_is_trained(encoded: Path, tmp_path: Path) -> None:
+    """The tables of its process were once made while FLOPs were counted, of tensors without memory, and kept."""
+    ddpm_tables.cache_clear()
+    config = latent_config(encoded / "latents", objective=Objective(learned_variance=True), max_steps=2)
+    train(config, tmp_path / "run", device="cpu")
+    assert all(np.isfinite(entry["loss"]) for entry in read_log(tmp_path / "run"))
 
 
 def test_latents_of_another_autoencoder_are_other_data(encoded: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.data import ShuffledForever
-from skipdit.diffusion import Objective, sample_timesteps, training_loss
+from skipdit.diffusion import Objective, ddpm_tables, sample_timesteps, training_loss
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import kept_tokens
@@ -91,6 +91,7 @@ def batch_loss(
 def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) -> StepKinds:
     """Return what the steps of a run do with their tokens, and count what one sample costs in each."""
     task.prepare()
+    ddpm_tables()  # else made below, of tensors without memory, and kept
     plans = make_plans(config.routing, cast(LongSkipModel, task.model))
     flops: dict[StepKind, int] = {kind: _sample_flops(task, config, kind, plans[kind], device) for kind in plans}
     return StepKinds(config.routing, plans, flops)
