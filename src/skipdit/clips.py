@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data import MAX_CACHED_BYTES, check_no_caption_column, emoji_captions, pad_captions
+from skipdit.data import MAX_CACHED_BYTES, as_floats, check_no_caption_column, emoji_captions, pad_captions
 from skipdit.folders import frames_in, scan_classes
 from skipdit.picture_files import check_side, to_rgb
 from skipdit.tables import Table, find_tables, read_table
@@ -121,11 +121,16 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "all_frames 3 size size"], int | Tensor]:
+        frames, labels = self.stored(index)
+        return as_floats(frames), labels
+
+    def stored(self, index: int) -> tuple[UInt8[Tensor, "all_frames 3 size size"], int | Tensor]:
+        """Return a clip as it is kept, in bytes, with its class or classes."""
         index = range(len(self))[index]
         others = self._pictures_of(index) if self.num_pictures else []
         frames = [self._clip(index), *(self._clip(other)[frame : frame + 1] for other, frame in others)]
         labels = [self.labels[index], *(self.labels[other] for other, _ in others)]
-        return torch.cat(frames).float() / 127.5 - 1, torch.tensor(labels) if self.num_pictures else labels[0]
+        return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
     def _pictures_of(self, index: int) -> list[tuple[int, int]]:
         """(clip, frame) of each picture beside clip `index`: other clips, each once where there are enough."""
