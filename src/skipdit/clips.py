@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from skipdit.data import (
     MAX_CACHED_BYTES,
+    as_floats,
     check_no_caption_column,
     emoji_captions,
     flip_half,
@@ -147,11 +148,16 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "all_frames 3 size size"], int | Tensor]:
+        frames, labels = self.stored(index)
+        return as_floats(frames), labels
+
+    def stored(self, index: int) -> tuple[UInt8[Tensor, "all_frames 3 size size"], int | Tensor]:
+        """Return a clip as it is kept, in bytes, with its class or classes."""
         index = range(len(self))[index]
         others = pictures_beside(index, len(self), self.num_frames, self.num_pictures) if self.num_pictures else []
         frames = [self._clip(index), *(self._clip(other)[frame : frame + 1] for other, frame in others)]
         labels = [self.labels[index], *(self.labels[other] for other, _ in others)]
-        return torch.cat(frames).float() / 127.5 - 1, torch.tensor(labels) if self.num_pictures else labels[0]
+        return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
     def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
         """Return what a step learns of a batch of items."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -80,13 +80,18 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
+        pixels, label = self.stored(index)
+        return as_floats(pixels), label
+
+    def stored(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], int]:
+        """Return a picture as it is kept, in bytes, with its class."""
         if self._decoded is None:
             pixels = self._decode(index)
         else:
             if index not in self._decoded:
                 self._decoded[index] = self._decode(index)
             pixels = self._decoded[index]
-        return pixels.float() / 127.5 - 1, self.labels[index]
+        return pixels, self.labels[index]
 
     def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
         """Return what a step learns of a batch of items."""
@@ -115,6 +120,11 @@ def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: i
     steps = generator.choice(num_others, num_pictures, replace=num_others < num_pictures)
     frames = generator.integers(num_frames, size=num_pictures)
     return [((index + 1 + int(step)) % num_clips, int(frame)) for step, frame in zip(steps, frames, strict=True)]
+
+
+def as_floats(stored: Tensor) -> Tensor:
+    """Return what a model sees of stored numbers: of bytes pixels in [-1, 1], else the numbers in float32."""
+    return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
 
 
 def pad_captions(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -260,10 +270,15 @@ class ShuffledForever(Sampler[int]):
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
 
     def __iter__(self) -> Iterator[int]:
-        position, epoch, order = self.start + self.rank, -1, []
+        for indices in self.by_epoch():
+            yield from indices.tolist()
+
+    def by_epoch(self) -> Iterator[Int[np.ndarray, " part"]]:
+        """Yield the same indices, those of each epoch together."""
+        position = self.start + self.rank
         while True:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.length).tolist()
-            yield order[position % self.length]
-            position += self.world_size
+            epoch, offset = divmod(position, self.length)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            indices = order[offset :: self.world_size]
+            yield indices
+            position += len(indices) * self.world_size

@@ -79,10 +79,25 @@ def _num_frames(items: Items, task: str) -> int:
 
 
 @dataclass(frozen=True)
+class StoredItems(Dataset[tuple[Tensor, Any]]):
+    """Items as they are stored, in bytes where they are pixels; with their class or, `numbered`, with their number."""
+
+    items: Any
+    numbered: bool
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        stored, label = self.items.stored(index)
+        return stored, index if self.numbered else label
+
+
+@dataclass(frozen=True)
 class Trainee:
     """A model in training, and how a batch reaches it. Abstract.
 
-    items: pictures or clips. data: what a step draws from, pixels or latents and a number. num_variants: how many
+    items: pictures or clips. data: what a step draws from, an item as it is stored and a number. num_variants: how many
     numbers, from the item's own number times this, stand for an item; a step draws one. null_label: the number that
     means "nothing said", which guidance needs.
     """
@@ -91,8 +106,8 @@ class Trainee:
     items: Any
 
     @property
-    def data(self) -> Dataset[Any]:
-        return self.items
+    def data(self) -> Dataset[tuple[Tensor, Any]]:
+        return StoredItems(self.items, numbered=False)
 
     @property
     def num_variants(self) -> int:
@@ -113,8 +128,8 @@ class Trainee:
         """Of a picture, or of each frame."""
         return (self.items.size // cast(Any, self.model).config.patch_size) ** 2
 
-    def prepare(self) -> None:
-        """Compute what all steps need, which a first step would else compute."""
+    def prepare(self, device: torch.device) -> None:
+        """Compute what all steps need, which a first step would else compute, on the device where it stays."""
 
     @property
     def shares_tokens(self) -> bool:
@@ -225,19 +240,6 @@ class ClassToVideo(Trainee):
         return ClassToVideoSampler(ClassToVideoPipeline(cast(Latte, model), scheduler, self.vae, labels))
 
 
-class Numbered(Dataset[tuple[Tensor, int]]):
-    """Items with their number instead of their class."""
-
-    def __init__(self, items: Items) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.items[index][0], index
-
-
 @dataclass(frozen=True)
 class Captioned(Trainee):
     """What both text tasks share: the states of every caption, stored or computed once; the last is that of the empty
@@ -246,8 +248,8 @@ class Captioned(Trainee):
     items: Items
 
     @property
-    def data(self) -> Numbered:
-        return Numbered(self.items)
+    def data(self) -> StoredItems:
+        return StoredItems(self.items, numbered=True)
 
     @property
     def num_variants(self) -> int:
@@ -257,8 +259,18 @@ class Captioned(Trainee):
     def null_label(self) -> int:
         return len(self.items) * self.num_variants
 
-    def prepare(self) -> None:
-        _ = self.states
+    def prepare(self, device: torch.device) -> None:
+        self.states_on(device)
+
+    def states_on(self, device: torch.device) -> PromptStates:
+        """Return the states in float32 on a device, where they stay."""
+        if device not in self._states_on:
+            self._states_on[device] = self.states.to(device, torch.float32)
+        return self._states_on[device]
+
+    @cached_property
+    def _states_on(self) -> dict[torch.device, PromptStates]:
+        return {}
 
     @cached_property
     def states(self) -> PromptStates:
@@ -287,18 +299,27 @@ class Captioned(Trainee):
 class TextToImage(Captioned):
     """A HunyuanDiT on pictures with captions."""
 
+    def prepare(self, device: torch.device) -> None:
+        super().prepare(device)
+        self.rotary_on(device)
+
+    def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of the rotary embedding on a device, where they stay."""
+        if device not in self._rotary_on:
+            own = cast(Any, self.model)
+            grid = own.config.sample_size // own.config.patch_size
+            base = 512 // LATENT_SCALE // own.config.patch_size  # as HunyuanDiTPipeline does for a square picture
+            corners, size = ((0, 0), (base, base)), own.inner_dim // own.num_heads
+            rotary = get_2d_rotary_pos_embed(size, corners, (grid, grid), device=device, output_type="pt")
+            self._rotary_on[device] = cast(tuple[Tensor, Tensor], rotary)
+        return self._rotary_on[device]
+
+    @cached_property
+    def _rotary_on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
-        states = self.states[labels.cpu()].to(noisy.device, torch.float32)
-        own = cast(Any, self.model)
-        grid = own.config.sample_size // own.config.patch_size
-        base = 512 // LATENT_SCALE // own.config.patch_size  # as HunyuanDiTPipeline computes it for a square picture
-        rotary = get_2d_rotary_pos_embed(
-            own.inner_dim // own.num_heads,
-            ((0, 0), (base, base)),
-            (grid, grid),
-            device=noisy.device,
-            output_type="pt",
-        )
+        states = self.states_on(noisy.device)[labels]
         return model(
             noisy,
             timesteps.to(noisy.dtype),
@@ -306,7 +327,7 @@ class TextToImage(Captioned):
             text_embedding_mask=torch.ones_like(states.mask[:, :1]),
             encoder_hidden_states_t5=states.tokens,
             text_embedding_mask_t5=states.mask,
-            image_rotary_emb=rotary,
+            image_rotary_emb=self.rotary_on(noisy.device),
             **plan,
         )
 
@@ -322,7 +343,7 @@ class TextToVideo(Captioned):
     """diffusers' Latte on clips with captions."""
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
-        states = self.states[labels.cpu()].to(noisy.device, torch.float32)
+        states = self.states_on(noisy.device)[labels]
         return model(noisy.transpose(1, 2), timestep=timesteps, encoder_hidden_states=states.tokens, **plan)
 
     def prediction(self, sample: Tensor) -> Tensor:
