@@ -4,7 +4,6 @@ what a fresh process gives."""
 import argparse
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from asked import Asked
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from tiny import TINY_FAMILIES, tiny_pipeline
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.state import CacheSummary
@@ -238,50 +236,6 @@ def test_a_run_that_would_never_reuse_is_refused(name: str) -> None:
     enable_cache(pipeline, SPEC)
     sample(pipeline, case, 1, 4)
     assert cache_summary(pipeline).steps_reused > 0
-
-
-class Asked:
-    """Counts inside the block what waits for a device, as a number or an answer is wanted on the host. `tolist` and
-    `numpy` are no operations on a CPU, so functions are watched as well."""
-
-    operations = (
-        *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select"),
-        *("_unique2", "unique_dim", "unique_consecutive"),
-    )
-    functions = (Tensor.tolist, Tensor.numpy)
-
-    def __init__(self) -> None:
-        counts: Counter[str] = Counter()
-
-        class Operations(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                name = func.name().partition("::")[2].partition(".")[0]
-                by_mask = name.startswith("index") and any(
-                    isinstance(each, Tensor) and each.dtype is torch.bool for each in args[1]
-                )
-                counts[name] += by_mask or name in Asked.operations
-                return func(*args, **(kwargs or {}))
-
-        class Functions(TorchFunctionMode):
-            def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func in Asked.functions:
-                    counts[func.__name__] += 1
-                return func(*args, **(kwargs or {}))
-
-        self.counts, self.modes = counts, (Operations(), Functions())
-
-    def __enter__(self) -> "Asked":
-        for mode in self.modes:
-            mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
-
-    def more_than(self, other: "Asked") -> Counter[str]:
-        """What was asked more often than in the other block."""
-        return self.counts - other.counts
 
 
 def test_what_waits_is_counted() -> None:

@@ -1,6 +1,7 @@
 """Pairing, fusion, flow."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import inputs, tiny_dit
 
 from skipdit.cache.site import DeepFeatures
-from skipdit.models.forward_plan import ForwardPlan, ForwardState, Units
+from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Units
 from skipdit.models.long_skip import LongSkip, LongSkipConfig, LongSkipLinks, pair_units
 
 
@@ -167,9 +168,9 @@ def test_shallow_units_out_of_range_are_refused() -> None:
 def test_steps_that_do_not_add_up_are_refused() -> None:
     links, units = LongSkipLinks(6, {5: 0}), Units(start=1, stop=5)
     with pytest.raises(ValueError, match="give stored="):
-        ForwardState(links, ForwardPlan.of(links, reuse=(units,)))
+        ForwardState(links, ForwardPlan.of(links, reuse=(units,)), None)
     with pytest.raises(ValueError, match="says not what of it to reuse"):
-        ForwardState(links, given={})
+        ForwardState(links, PLAIN, {})
     with pytest.raises(ValueError, match="there are 6 units"):
         ForwardPlan.of(links, store=(Units(start=1, stop=7),))
     with pytest.raises(ValueError, match="at least one, got 2 to 2"):
@@ -199,3 +200,10 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
     torch.nn.init.zeros_(model.blocks[5].long_skip.proj.weight)
     assert torch.equal(twin(latents, torch.tensor(3), labels).sample, before)
     assert not torch.equal(model(latents, torch.tensor(3), labels).sample, before)
+
+
+def test_a_forward_state_has_no_default_that_the_compiler_cannot_name() -> None:
+    """Up to torch 2.11 a default that is an object breaks the graph of every compiled model at its first line."""
+    given = [field for field in dataclasses.fields(ForwardState) if field.init]
+    assert [field.name for field in given] == ["links", "plan", "given"]
+    assert all(field.default is dataclasses.MISSING for field in given)

@@ -418,7 +418,7 @@ def test_the_log_tells_the_flops_that_torch_counts(
     model = replace(config.model, long_skip=long_skip)
     config = replace(config, model=model, routing=ROUTING["bypass"])
     counted = []
-    backward = skipdit.training.loop._Run.backward
+    backward = skipdit.training.loop.Run.backward
 
     def count(run: Any, *args: Any) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -426,7 +426,7 @@ def test_the_log_tells_the_flops_that_torch_counts(
         counted.append(counter.get_total_flops())
         return loss
 
-    monkeypatch.setattr(skipdit.training.loop._Run, "backward", count)
+    monkeypatch.setattr(skipdit.training.loop.Run, "backward", count)
     train(config, tmp_path / "run", device="cpu")
     told = [entry["flops"] for entry in read_log(tmp_path / "run")]
     assert told == torch.tensor(counted).cumsum(0).tolist()
@@ -455,10 +455,10 @@ import skipdit.training.loop as loop
 torch.set_num_threads(1)
 draw, prepare, at = loop.step_generator, loop.prepare_batch, {}
 
-def remember(config, rank, step):
+def remember(config, rank, step, *device):
     if rank != loop.ALL_RANKS:
         at.update(step=step, part=0)
-    return draw(config, rank, step)
+    return draw(config, rank, step, *device)
 
 def prepare_as_process(pixels, labels, config, task, generator, *rest):
     at["part"] += 1
@@ -523,7 +523,7 @@ def test_a_routed_model_learns_what_a_dense_one_learns(config: TrainConfig, tmp_
     config = replace(config, ema_decay=0.98)
     task = config.model.build(skipdit.training.loop.open_items(config.data), config.objective)
     model = load_model(train(config, tmp_path / "run", device="cpu"))
-    pixels, labels = (torch.stack([torch.as_tensor(item[place]) for item in task.data]) for place in (0, 1))
+    pixels, labels = (torch.stack([torch.as_tensor(item[place]) for item in task.items]) for place in (0, 1))
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     losses = {}
     for name, each in (("fresh", task.model.eval()), ("trained", model)):

@@ -64,8 +64,11 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def make_data(folder: Path) -> Path:
     """Plain colours, and clips that brighten up to them: 8x8 pixels, four a class, four frames."""
-    folder = tmp_path_factory.mktemp("data")
     for name, color in COLORS.items():
         (folder / "pictures" / name).mkdir(parents=True)
         for index in range(4):

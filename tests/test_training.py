@@ -220,7 +220,8 @@ def test_labels_are_dropped_as_often_as_asked(config: TrainConfig) -> None:
     items = open_pictures(config.data)
     task = config.model.build(items, config.objective)
     assert isinstance(task, ClassToImage)
-    assert (task.null_label, task.num_variants, task.data) == (3, 1, items)
+    assert (task.null_label, task.num_variants, len(task.data)) == (3, 1, len(items))  # pyright: ignore
+    assert torch.equal(task.data[0][0], items.stored(0)[0])
     config = TrainConfig(label_dropout=0.25, flip=True)
     pictures, labels = (
         torch.arange(4000.0).reshape(-1, 1, 1, 2).expand(-1, 3, -1, -1),

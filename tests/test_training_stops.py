@@ -34,8 +34,8 @@ import skipdit.training.loop
 from skipdit.files import DRAFT
 from skipdit.processes import LOCK, locked
 from skipdit.training import Stopped, TrainConfig, train
-from skipdit.training.batches import has_failed
 from skipdit.training.checkpointing import PREVIOUS, list_checkpoints
+from skipdit.training.loader import has_failed
 from skipdit.training.stopping import stoppable
 
 

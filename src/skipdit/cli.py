@@ -80,8 +80,15 @@ def train(arguments: Sequence[str]) -> None:
         """replace files in --out that skipdit did not write; each is told"""
         device: str = "auto"
         """cpu, cuda or auto"""
+        dry_run: bool = False
+        """only build the model, without memory, and count what its steps cost; needs no latents"""
 
     options = _parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
+    if options.dry_run:
+        from skipdit.training.dry_run import plan_run
+
+        print(plan_run(options.config).text())
+        return
     is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
     try:
         folder = run(
@@ -98,6 +105,38 @@ def train(arguments: Sequence[str]) -> None:
         sys.exit(stopped.status)
     if is_main:
         print(f"trained: skipdit sample --model {folder}")
+
+
+def latents(arguments: Sequence[str]) -> None:
+    """Encode pictures, clips and captions once, for training by the recipes of latents; goes on where it was stopped.
+
+    Example: skipdit latents --source path/to/imagenet/train --vae sd-vae-ft-ema --flip --out latents/imagenet-256
+    """
+    import tyro
+
+    from skipdit.encoding.config import EncodeConfig
+    from skipdit.encoding.encode import encode
+    from skipdit.files import check_apart, output_folder
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """What is encoded and where it goes."""
+
+        config: Annotated[EncodeConfig, tyro.conf.arg(name="")]
+        out: Path = Path("latents")
+        """folder of the shards"""
+        device: str = "auto"
+        """cpu, cuda or auto"""
+        overwrite: bool = False
+        """replace files of these names that skipdit did not write; each is told"""
+
+    options = _parse("latents", latents.__doc__, arguments, Options)
+    check_apart(options.out, [path for path in map(Path, (options.config.source, options.config.vae)) if path.exists()])
+    with output_folder(options.out, "latents", overwrite=options.overwrite) as out:
+        info = encode(options.config, out, device=options.device)
+    count = sum(shard["num_items"] for shard in info["shards"])
+    shape, classes = " x ".join(map(str, info["shape"])), len(info["class_names"])
+    print(f"encoded: {count:,} items of {shape} in {len(info['shards'])} shards, {classes} classes, in {options.out}")
 
 
 def convert(arguments: Sequence[str]) -> None:
@@ -432,6 +471,7 @@ def info(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "train": train,
+    "latents": latents,
     "convert": convert,
     "analyze": analyze,
     "calibrate": calibrate,

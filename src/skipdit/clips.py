@@ -15,13 +15,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data import MAX_CACHED_BYTES, check_no_caption_column, emoji_captions, pad_captions
+from skipdit.data import (
+    MAX_CACHED_BYTES,
+    as_floats,
+    check_no_caption_column,
+    emoji_captions,
+    flip_half,
+    pad_captions,
+    pictures_beside,
+)
 from skipdit.folders import frames_in, scan_classes
 from skipdit.picture_files import check_side, to_rgb
 from skipdit.tables import Table, find_tables, read_table
-from skipdit.untrusted import printable, printable_path
+from skipdit.untrusted import open_regular, printable, printable_path
 from skipdit.video_files import VIDEO_SUFFIXES
-from skipdit.videos import UnreadableVideo, frames_of, frames_of_file, frames_of_folder
+from skipdit.videos import UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
 
 LOGGER = logging.getLogger(__name__)
 OnBroken = Literal["refuse", "skip"]
@@ -65,6 +73,22 @@ class ClipConfig:
             raise ValueError(f"on_broken must be one of {', '.join(get_args(OnBroken))}, got {self.on_broken!r}")
 
 
+@dataclass(frozen=True)
+class ClipFiles:
+    """Clips that nobody has decoded yet.
+
+    read: the frames of an index, one after the other, from a frame on, or `UnreadableVideo`. count: how many frames
+    such a clip may begin in. captions: one or more per clip. names: what an error calls a clip.
+    """
+
+    read: Callable[[int, int], Iterator[UInt8[np.ndarray, "height width 3"]]]
+    count: Callable[[int], int]
+    labels: Sequence[int]
+    label_names: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    names: Callable[[int], str]
+
+
 class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
     """Clips (num_frames + num_pictures, 3, size, size) in [-1, 1] with their class; with pictures, an int64 tensor
     (1 + num_pictures,) of the clip's class and that of each picture. Which frames come along with a clip depends only
@@ -78,6 +102,9 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
 
     A class of which every clip is left out is no class of this data set.
     """
+
+    num_channels = 3
+    vae = states = None  # see `LabelledLatents`
 
     def __init__(
         self,
@@ -121,19 +148,20 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "all_frames 3 size size"], int | Tensor]:
+        frames, labels = self.stored(index)
+        return as_floats(frames), labels
+
+    def stored(self, index: int) -> tuple[UInt8[Tensor, "all_frames 3 size size"], int | Tensor]:
+        """Return a clip as it is kept, in bytes, with its class or classes."""
         index = range(len(self))[index]
-        others = self._pictures_of(index) if self.num_pictures else []
+        others = pictures_beside(index, len(self), self.num_frames, self.num_pictures) if self.num_pictures else []
         frames = [self._clip(index), *(self._clip(other)[frame : frame + 1] for other, frame in others)]
         labels = [self.labels[index], *(self.labels[other] for other, _ in others)]
-        return torch.cat(frames).float() / 127.5 - 1, torch.tensor(labels) if self.num_pictures else labels[0]
+        return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
-    def _pictures_of(self, index: int) -> list[tuple[int, int]]:
-        """(clip, frame) of each picture beside clip `index`: other clips, each once where there are enough."""
-        generator = np.random.default_rng(index)
-        num_others = max(1, len(self) - 1)
-        steps = generator.choice(num_others, self.num_pictures, replace=num_others < self.num_pictures)
-        frames = generator.integers(self.num_frames, size=self.num_pictures)
-        return [((index + 1 + int(step)) % len(self), int(frame)) for step, frame in zip(steps, frames, strict=True)]
+    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+        """Return what a step learns of a batch of items."""
+        return flip_half(stored, generator) if flip else stored
 
     def _clip(self, index: int) -> UInt8[Tensor, "num_frames 3 size size"]:
         return self._decode(self._kept[index]) if self._decoded is None else self._decoded[index]
@@ -145,6 +173,16 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
 
 def open_clips(config: ClipConfig) -> LabelledClips:
     """The data set that a config names. `FileNotFoundError` / `ValueError` with one line where it cannot be had."""
+    found = find_clips(config)
+
+    def read(index: int) -> Iterator[np.ndarray]:
+        return found.read(index, 0)
+
+    return LabelledClips(read, found.labels, found.label_names, found.captions, config, found.names)
+
+
+def find_clips(config: ClipConfig) -> ClipFiles:
+    """The clips that a config names, of which none is decoded. Errors as of `open_clips`."""
     path = Path(config.source)
     if config.source == "emoji-clips":
         check_no_caption_column(config.source, config.caption_column)
@@ -158,7 +196,7 @@ def open_clips(config: ClipConfig) -> LabelledClips:
     raise ValueError(f"{printable_path(path)!r} is neither emoji-clips, a folder nor a .parquet file")
 
 
-def clips_of_emoji(config: ClipConfig) -> LabelledClips:
+def clips_of_emoji(config: ClipConfig) -> ClipFiles:
     """The bundled animated emoji, a class per subgroup, captions as of the still emoji."""
     with as_file(files("skipdit") / "assets" / "emoji" / "fluent_emoji_clips_16x64.parquet") as path:
         table = read_table([path], config.source, ["clip"], ["subgroup", "label", "tags"])
@@ -166,7 +204,7 @@ def clips_of_emoji(config: ClipConfig) -> LabelledClips:
     return _from_table(table, "clip", *table.classes("subgroup"), captions, config)
 
 
-def clips_from_folder(folder: Path, config: ClipConfig) -> LabelledClips:
+def clips_from_folder(folder: Path, config: ClipConfig) -> ClipFiles:
     """One subfolder per class, in alphabetical order; clips directly in `folder` make one class of that name. A folder
     of pictures is a clip. The caption is the first line of `name.txt` beside the clip `name.*`, that of a metadata
     file, or the class name.
@@ -181,16 +219,23 @@ def clips_from_folder(folder: Path, config: ClipConfig) -> LabelledClips:
     def name(index: int) -> str:
         return printable_path(found.items[index])
 
-    def read(index: int) -> Iterator[np.ndarray]:
+    def read(index: int, start: int) -> Iterator[np.ndarray]:
         path = found.items[index]
         if path.is_dir():
-            return frames_of_folder(frames_in(path), name(index), config.num_frames, config.frame_interval)
-        return frames_of_file(path, config.num_frames, config.frame_interval, fps=config.fps)
+            return frames_of_folder(frames_in(path), name(index), config.num_frames, config.frame_interval, start)
+        return frames_of_file(path, config.num_frames, config.frame_interval, start, config.fps)
 
-    return LabelledClips(read, found.labels, found.label_names, found.captions, config, name)
+    def count(index: int) -> int:
+        path = found.items[index]
+        if path.is_dir():
+            return len(frames_in(path))
+        with open_regular(path) as stream:
+            return count_frames(stream, name(index), config.fps)
+
+    return ClipFiles(read, count, found.labels, found.label_names, found.captions, name)
 
 
-def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> LabelledClips:
+def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> ClipFiles:
     """Encoded videos, plain bytes or `{bytes, path}`; labels of any type become classes in sorted order, unless the
     schema names them."""
     caption = config.caption_column
@@ -208,15 +253,20 @@ def _from_table(
     label_names: Sequence[str],
     captions: Sequence[Sequence[str]],
     config: ClipConfig,
-) -> LabelledClips:
+) -> ClipFiles:
     def name(index: int) -> str:
         return f"{index} of {table.name}"
 
-    def read(index: int) -> Iterator[np.ndarray]:
+    def content(index: int) -> io.BytesIO:
         try:
-            stream = io.BytesIO(table.encoded(column, index))
+            return io.BytesIO(table.encoded(column, index))
         except ValueError as error:
             raise UnreadableVideo(f"cannot read the video {name(index)}: {error}") from error
-        return frames_of(stream, name(index), config.num_frames, config.frame_interval, fps=config.fps)
 
-    return LabelledClips(read, labels, label_names, captions, config, name)
+    def read(index: int, start: int) -> Iterator[np.ndarray]:
+        return frames_of(content(index), name(index), config.num_frames, config.frame_interval, start, config.fps)
+
+    def count(index: int) -> int:
+        return count_frames(content(index), name(index), config.fps)
+
+    return ClipFiles(read, count, labels, label_names, captions, name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
@@ -54,6 +54,9 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
     captions: one or more per picture, by default its class name; the same number of each, as the last is repeated.
     """
 
+    num_channels, num_frames, num_pictures = 3, None, 0
+    vae = states = None  # see `LabelledLatents`
+
     def __init__(
         self,
         read: Callable[[int], Image.Image],
@@ -77,13 +80,22 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
+        pixels, label = self.stored(index)
+        return as_floats(pixels), label
+
+    def stored(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], int]:
+        """Return a picture as it is kept, in bytes, with its class."""
         if self._decoded is None:
             pixels = self._decode(index)
         else:
             if index not in self._decoded:
                 self._decoded[index] = self._decode(index)
             pixels = self._decoded[index]
-        return pixels.float() / 127.5 - 1, self.labels[index]
+        return pixels, self.labels[index]
+
+    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+        """Return what a step learns of a batch of items."""
+        return flip_half(stored, generator) if flip else stored
 
     def _decode(self, index: int) -> Tensor:
         picture = self.read(index)
@@ -92,6 +104,27 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         except ValueError as error:
             raise ValueError(f"cannot read the picture {self.names(index)}: {reason_of(error)}") from error
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], generator: torch.Generator) -> Tensor:
+    """Mirror each picture or clip of a batch, or leave it, as a coin falls."""
+    flipped = torch.rand(len(pixels), generator=generator, device=generator.device) < 0.5
+    return torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)).to(pixels.device), pixels.flip(-1), pixels)
+
+
+def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: int) -> list[tuple[int, int]]:
+    """(clip, frame) of each picture that comes along with clip `index`: other clips, each once where there are enough.
+    Depends only on the index, so that a resumed run sees the same."""
+    generator = np.random.default_rng(index)
+    num_others = max(1, num_clips - 1)
+    steps = generator.choice(num_others, num_pictures, replace=num_others < num_pictures)
+    frames = generator.integers(num_frames, size=num_pictures)
+    return [((index + 1 + int(step)) % num_clips, int(frame)) for step, frame in zip(steps, frames, strict=True)]
+
+
+def as_floats(stored: Tensor) -> Tensor:
+    """Return what a model sees of stored numbers: of bytes pixels in [-1, 1], else the numbers in float32."""
+    return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
 
 
 def pad_captions(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
@@ -237,10 +270,15 @@ class ShuffledForever(Sampler[int]):
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
 
     def __iter__(self) -> Iterator[int]:
-        position, epoch, order = self.start + self.rank, -1, []
+        for indices in self.by_epoch():
+            yield from indices.tolist()
+
+    def by_epoch(self) -> Iterator[Int[np.ndarray, " part"]]:
+        """Yield the same indices, those of each epoch together."""
+        position = self.start + self.rank
         while True:
-            if position // self.length != epoch:
-                epoch = position // self.length
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.length).tolist()
-            yield order[position % self.length]
-            position += self.world_size
+            epoch, offset = divmod(position, self.length)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+            indices = order[offset :: self.world_size]
+            yield indices
+            position += len(indices) * self.world_size

@@ -106,9 +106,15 @@ def ddpm_tables() -> DDPMTables:
     )
 
 
+@lru_cache
+def device_tables(device: torch.device) -> DDPMTables:
+    """Return the tables in float32 on a device, where they stay: a copy at each step would have to be waited for."""
+    return DDPMTables(**{name: table.float().to(device) for name, table in vars(ddpm_tables()).items()})
+
+
 def _at(table: Tensor, timesteps: Timesteps, ndim: int) -> Float[Tensor, "batch *ones"]:
     """An entry a sample, to be broadcast over a tensor of `ndim` dimensions."""
-    return _per_sample(table.float().to(timesteps.device)[timesteps.long()], ndim)
+    return _per_sample(table[timesteps.long()], ndim)
 
 
 def _per_sample(values: Shaped[Tensor, " batch"], ndim: int) -> Shaped[Tensor, "batch *ones"]:
@@ -122,7 +128,7 @@ def signal_and_noise_levels(
     if objective.process == "flow":
         sigma = _per_sample(timesteps.float() / NUM_TRAIN_TIMESTEPS, ndim)
         return 1 - sigma, sigma
-    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps, ndim)
+    alphas_cumprod = _at(device_tables(timesteps.device).alphas_cumprod, timesteps, ndim)
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
 
@@ -202,20 +208,20 @@ def training_loss(
 
 def predicted_x_start(epsilon: Images, noisy: Images, timesteps: Timesteps) -> Images:
     """x_0 from an epsilon prediction (arXiv 2006.11239, eq. 15 solved for x_0)."""
-    alphas_cumprod = _at(ddpm_tables().alphas_cumprod, timesteps, noisy.ndim)
+    alphas_cumprod = _at(device_tables(timesteps.device).alphas_cumprod, timesteps, noisy.ndim)
     return (noisy - (1 - alphas_cumprod).sqrt() * epsilon) / alphas_cumprod.sqrt()
 
 
 def posterior_mean(x_start: Images, noisy: Images, timesteps: Timesteps) -> Images:
     """Mean of q(x_{t-1} | x_t, x_0) (arXiv 2006.11239, eq. 7)."""
-    tables = ddpm_tables()
+    tables = device_tables(timesteps.device)
     x_start_factor = _at(tables.posterior_mean_x0, timesteps, noisy.ndim)
     return x_start_factor * x_start + _at(tables.posterior_mean_xt, timesteps, noisy.ndim) * noisy
 
 
 def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Images:
     """Log variance between that of the posterior (-1) and beta (+1) (arXiv 2102.09672, eq. 15)."""
-    tables, ndim = ddpm_tables(), variance_channels.ndim
+    tables, ndim = device_tables(timesteps.device), variance_channels.ndim
     fraction = (variance_channels + 1) / 2
     lowest = _at(tables.posterior_log_variance, timesteps, ndim)
     return fraction * _at(tables.log_betas, timesteps, ndim) + (1 - fraction) * lowest
@@ -231,7 +237,7 @@ def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, t
     model_mean = posterior_mean(predicted_x_start(epsilon.detach(), noisy, timesteps), noisy, timesteps)
     model_log_variance = learned_log_variance(variance_channels, timesteps)
     true_mean = posterior_mean(x_start, noisy, timesteps)
-    true_log_variance = _at(ddpm_tables().posterior_log_variance, timesteps, noisy.ndim)
+    true_log_variance = _at(device_tables(timesteps.device).posterior_log_variance, timesteps, noisy.ndim)
     divergence = 0.5 * (
         model_log_variance
         - true_log_variance

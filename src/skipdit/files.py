@@ -380,6 +380,10 @@ class OutputFolder:
             f"{printable(self.path)} keeps {_list_names(sorted(self._made))}" if self._made else "nothing was written"
         )
 
+    def holds(self, name: str) -> bool:
+        """Return whether a file is there as a run of this kind wrote it."""
+        return os.path.lexists(self.path / name) and not self._is_foreign(name)
+
     def _listed(self) -> dict[str, str]:
         return read_marker(self.path)["files"].get(self.kind, {})
 

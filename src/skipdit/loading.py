@@ -351,6 +351,10 @@ def _scheduler(folder: Path, index: Mapping[str, Any]) -> Any:
     return read_scheduler(folder, class_name)
 
 
+def _autoencoder(folder: Path, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    return None if part_class(index, "vae", folder) is None else read_autoencoder(folder / "vae", dtype)
+
+
 def _open_class(
     make: Callable[..., Any], sampler: Callable[[Any], Sampler], model_class: type[nn.Module]
 ) -> Callable[..., Sampler]:
@@ -359,15 +363,14 @@ def _open_class(
             raise ValueError(
                 f"{printable(folder)} is not a whole {index['_class_name']}: its transformer is of another class"
             )
-        has_vae = part_class(index, "vae", folder) is not None
-        vae = read_autoencoder(folder / "vae", dtype) if has_vae else None
         labels = read_labels(index, cast(Any, transformer).config.num_classes, folder)
+        vae = _autoencoder(folder, index, dtype)
         return sampler(make(transformer, _scheduler(folder, index), vae, labels))
 
     return open_class
 
 
-def _open_text(make: Callable[[Any, Any], Sampler], width_option: str) -> Callable[..., Sampler]:
+def _open_text(make: Callable[[Any, Any, Any], Sampler], width_option: str) -> Callable[..., Sampler]:
     def open_text(folder: Path, transformer: Any, dtype: torch.dtype, index: Any) -> Sampler:
         has_encoder = part_class(index, "text_encoder", folder) is not None
         if has_encoder or transformer.config.get(width_option) != WIDTH:
@@ -375,7 +378,7 @@ def _open_text(make: Callable[[Any, Any], Sampler], width_option: str) -> Callab
                 f"{printable(folder)} has a text encoder of its own: load it with diffusers' {index['_class_name']}, "
                 "then call skipdit.enable_cache(pipeline, 'N2')"
             )
-        return make(transformer, _scheduler(folder, index))
+        return make(transformer, _scheduler(folder, index), _autoencoder(folder, index, dtype))
 
     return open_text
 

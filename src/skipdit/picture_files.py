@@ -189,6 +189,23 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
     return levels
 
 
+def adm_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Return the centre of a picture as RGB on white, as ImageNet is cut since ADM (arXiv 2105.05233): halved by means
+    of 2x2 pixels while the shorter side is at least twice `size`, resized so that it is `size`, then cropped.
+
+    `ValueError` where the picture is too long a strip for that.
+    """
+    picture = on_white(picture)
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    resized = round(picture.width * scale), round(picture.height * scale)
+    check_size(resized, MAX_PIXELS)  # a long strip may become many
+    picture = picture.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
 def to_rgb(picture: Image.Image, size: int) -> Image.Image:
     """Return the square in the centre of a picture as RGB on white, resized to `size`."""
     width, height = picture.size

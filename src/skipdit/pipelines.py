@@ -12,7 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    SchedulerMixin,
+)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -38,13 +45,24 @@ def unscale_latents(latents: Tensor, config: Any) -> Tensor:
     return latents + (config.get("shift_factor") or 0.0)
 
 
+def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
+    """Pictures (b c h w) in [-1, 1], NaN where they are broken, of latents that a transformer made; those themselves
+    where there is no autoencoder. num_frames: of each clip, where its frames follow one another."""
+    if vae is None:
+        return keep_broken(latents.float())
+    frames: Any = {"num_frames": num_frames} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+    decoded: Any = vae.decode(unscale_latents(latents.to(vae.dtype), vae.config), **frames)
+    return keep_broken(decoded.sample.float())
+
+
 class ClassPipeline(DiffusionPipeline):
     """What both pipelines share: names of classes, the denoising loop, decoding. Abstract.
 
     Args:
         transformer (`DiT` or `Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
             `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, *optional*): `None` where the transformer works on pixels in [-1, 1].
+        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
+            transformer works on pixels in [-1, 1].
         id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
     """
 
@@ -57,7 +75,7 @@ class ClassPipeline(DiffusionPipeline):
         self,
         transformer: DiT | Latte,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
+        vae: AutoencoderKL | AutoencoderKLTemporalDecoder | AutoencoderTiny | None = None,
         id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
@@ -159,10 +177,7 @@ class ClassPipeline(DiffusionPipeline):
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Pictures (b c h w) in [-1, 1], where the transformer made latents of them."""
-        if self.vae is None:
-            return keep_broken(latents.float())
-        pictures = self.vae.decode(unscale_latents(latents.to(self.vae.dtype), self.vae.config)).sample.float()
-        return keep_broken(pictures)
+        return decode_latents(self.vae, latents)
 
 
 def keep_broken(pixels: Tensor) -> Tensor:
@@ -176,7 +191,8 @@ class ClassToImagePipeline(ClassPipeline):
     Args:
         transformer (`DiT`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
             `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, *optional*): `None` where the transformer works on pixels in [-1, 1].
+        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
+            transformer works on pixels in [-1, 1].
         id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
     """
 
@@ -238,12 +254,14 @@ class VideoPipelineOutput(BaseOutput):
 
 
 class ClassToVideoPipeline(ClassPipeline):
-    """Samples clips, of given classes or without. The frames of a clip go through the autoencoder one by one.
+    """Samples clips, of given classes or without. The frames of a clip go through the autoencoder one by one, but for
+    one with a temporal decoder.
 
     Args:
         transformer (`Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
             `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, *optional*): `None` where the transformer works on pixels in [-1, 1].
+        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
+            transformer works on pixels in [-1, 1].
         id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
     """
 
@@ -304,7 +322,7 @@ class ClassToVideoPipeline(ClassPipeline):
         )
         videos: Any = latents
         if output_type != "latent":
-            clips = (self._decode(clip) for clip in latents)
+            clips = (decode_latents(self.vae, clip, len(clip)) for clip in latents)
             videos = [self.image_processor.postprocess(clip, output_type=output_type) for clip in clips]
             if output_type == "pt":
                 videos = torch.stack(videos)

@@ -6,6 +6,8 @@ from dataclasses import replace
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
+from skipdit.latents import LatentConfig
+from skipdit.models.dit import PRESET_SIZES
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
 from skipdit.training import TokenRoutingConfig, TrainConfig
@@ -236,15 +238,216 @@ def convert_control() -> TrainConfig:
     )
 
 
+def dit_on_latents(size: str, max_steps: int) -> TrainConfig:
+    """A DiT of this size, patches of 2, with long skips, on latents of ImageNet at 256 pixels, as Skip-DiT trains it:
+    AdamW at a constant 1e-4, batches of 256, mirrored halves (facebookresearch/DiT, train.py)."""
+    num_layers, hidden_size, num_attention_heads = PRESET_SIZES[size]
+    return TrainConfig(
+        data=LatentConfig(source="latents/imagenet-256", num_channels=4, sample_size=32, num_classes=1000),
+        model=ModelConfig(
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=hidden_size // num_attention_heads,
+            patch_size=2,
+        ),
+        objective=Objective(learned_variance=True),
+        max_steps=max_steps,
+        batch_size=256,
+        learning_rate=1e-4,
+        rate_schedule="constant",
+        warmup_steps=0,
+        adam_betas=(0.9, 0.999),
+        gradient_clip=0.0,
+        ema_decay=0.9999,
+        flip=True,
+        log_every=100,
+        sample_every=25_000,
+        sample_guidance_scale=4.0,
+        checkpoint_every=5_000,
+    )
+
+
+def dit_s() -> TrainConfig:
+    """DiT-S/2 with long skips on latents of ImageNet: the DiT paper's comparison of sizes ends at 400,000 steps.
+
+    `skipdit latents --source imagenet/train --vae sd-vae-ft-ema --flip --out latents/imagenet-256`, then
+    `skipdit train dit-s --out runs/dit-s`. Not yet run.
+    """
+    return dit_on_latents("S", 400_000)
+
+
+def dit_b() -> TrainConfig:
+    """DiT-B/2 with long skips on latents of ImageNet, as `dit-s`.
+
+    `skipdit train dit-b --out runs/dit-b`. Not yet run.
+    """
+    return dit_on_latents("B", 400_000)
+
+
+def dit_l() -> TrainConfig:
+    """DiT-L/2 with long skips on latents of ImageNet, as `dit-s`.
+
+    `skipdit train dit-l --out runs/dit-l`. Not yet run.
+    """
+    return dit_on_latents("L", 400_000)
+
+
+def dit_xl() -> TrainConfig:
+    """DiT-XL/2 with long skips on latents of ImageNet, as `dit-s`: at 1.6 million steps the authors' curve passes below
+    what DiT-XL/2 reaches after 7 million.
+
+    `skipdit train dit-xl --out runs/dit-xl`. Not yet run.
+    """
+    return dit_on_latents("XL", 1_600_000)
+
+
+def latte_on_latents(name: str, num_classes: int | None, max_steps: int, *, flip: bool) -> TrainConfig:
+    """A Latte-XL/2 with long skips on latents of 16 frames of 256 pixels and 8 single pictures beside each clip (Latte,
+    arXiv 2401.03048; Skip-DiT's train_with_img.py): AdamW at a constant 1e-4, gradients of norm 0.1 at most."""
+    num_layers, hidden_size, num_attention_heads = PRESET_SIZES["XL"]
+    return TrainConfig(
+        data=LatentConfig(
+            source=f"latents/{name}",
+            num_channels=4,
+            sample_size=32,
+            num_frames=16,
+            num_classes=num_classes,
+            num_pictures=8,
+        ),
+        model=VideoModelConfig(
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=hidden_size // num_attention_heads,
+            patch_size=2,
+            conditional=num_classes is not None,
+        ),
+        objective=Objective(learned_variance=True),
+        max_steps=max_steps,
+        batch_size=32,
+        learning_rate=1e-4,
+        rate_schedule="constant",
+        warmup_steps=0,
+        adam_betas=(0.9, 0.999),
+        gradient_clip=0.1,
+        ema_decay=0.9999,
+        flip=flip,
+        gradient_checkpointing=True,
+        log_every=100,
+        sample_every=10_000,
+        num_samples=4,
+        sample_guidance_scale=7.0,
+        checkpoint_every=5_000,
+    )
+
+
+def latte_ffs() -> TrainConfig:
+    """Latte-XL/2 with long skips on FaceForensics, without classes.
+
+    `skipdit latents --source faceforensics --vae sd-vae-ft-mse --num-frames 16 --frame-interval 3 --num-crops 8 --flip
+    --out latents/ffs`, then `skipdit train latte-ffs --out runs/latte-ffs`. Not yet run.
+    """
+    return latte_on_latents("ffs", None, 1_000_000, flip=True)
+
+
+def latte_sky() -> TrainConfig:
+    """Latte-XL/2 with long skips on SkyTimelapse, folders of frames, without classes and never mirrored.
+
+    `skipdit latents --source sky_train --vae sd-vae-ft-mse --num-frames 16 --frame-interval 3 --num-crops 8
+    --out latents/sky`, then `skipdit train latte-sky --out runs/latte-sky`. Not yet run.
+    """
+    return latte_on_latents("sky", None, 1_000_000, flip=False)
+
+
+def latte_taichi() -> TrainConfig:
+    """Latte-XL/2 with long skips on Taichi-HD, folders of frames, without classes.
+
+    `skipdit latents --source taichi/train --vae sd-vae-ft-mse --num-frames 16 --frame-interval 3 --num-crops 8 --flip
+    --out latents/taichi`, then `skipdit train latte-taichi --out runs/latte-taichi`. Not yet run.
+    """
+    return latte_on_latents("taichi", None, 1_000_000, flip=True)
+
+
+def latte_ucf101() -> TrainConfig:
+    """Latte-XL/2 with long skips on the 101 classes of UCF101.
+
+    `skipdit latents --source UCF-101 --vae sd-vae-ft-mse --num-frames 16 --frame-interval 3 --num-crops 8 --flip
+    --on-broken skip --out latents/ucf101` (a clip spans 46 frames, and some videos have fewer), then
+    `skipdit train latte-ucf101 --out runs/latte-ucf101`. Not yet run.
+    """
+    return latte_on_latents("ucf101", 101, 100_000, flip=True)
+
+
+def latte_text() -> TrainConfig:
+    """What is converted to text-to-video with long skips: a plain Latte of diffusers, 28 pairs of width 1152.
+
+    Its data are latents of 16 frames of 512 pixels, and captions.
+
+    `skipdit latents --source videos --vae svd-vae --image-size 512 --num-frames 16 --frame-interval 3 --text
+    --out latents/text`, then `skipdit train latte-text --out runs/latte-text` (needs `pip install "skipdit[text]"`).
+    Captions are heard through all-MiniLM-L6-v2, where the authors' Latte has T5-XXL. Not yet run.
+    """
+    return TrainConfig(
+        data=LatentConfig(source="latents/text", num_channels=4, sample_size=64, num_frames=16),
+        model=TextToVideoModelConfig(
+            num_layers=28, num_attention_heads=16, attention_head_dim=72, patch_size=2, long_skip=None
+        ),
+        max_steps=300_000,
+        batch_size=32,
+        num_accumulation_steps=2,
+        learning_rate=1e-4,
+        rate_schedule="constant",
+        adam_betas=(0.9, 0.999),
+        ema_decay=0.9999,
+        gradient_checkpointing=True,
+        log_every=100,
+        sample_every=10_000,
+        num_samples=4,
+        sample_guidance_scale=7.5,
+        checkpoint_every=5_000,
+    )
+
+
+def latte_text_stage_one() -> TrainConfig:
+    """Stage one of text-to-video with long skips: fresh long skips in the plain model, and nothing but them is trained.
+
+    `skipdit train latte-text-stage-one --out runs/latte-text-stage-one` (after `latte-text`, or with `--start-from`).
+    Not yet run.
+    """
+    plain = latte_text()
+    model = TextToVideoModelConfig(num_layers=28, num_attention_heads=16, attention_head_dim=72, patch_size=2)
+    return replace(plain, model=model, start_from="runs/latte-text/pipeline", stage="long-skips-only", max_steps=30_000)
+
+
+def latte_text_stage_two() -> TrainConfig:
+    """Stage two of text-to-video with long skips: the model of stage one, all of it trained.
+
+    `skipdit train latte-text-stage-two --out runs/latte-text-stage-two` (after `latte-text-stage-one`, or with
+    `--start-from`). Not yet run.
+    """
+    first = latte_text_stage_one()
+    return replace(first, start_from="runs/latte-text-stage-one/pipeline", stage="full", max_steps=300_000)
+
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "convert-control": convert_control,
     "convert-plain": convert_plain,
     "convert-stage-one": convert_stage_one,
     "convert-stage-two": convert_stage_two,
+    "dit-b": dit_b,
+    "dit-l": dit_l,
+    "dit-s": dit_s,
+    "dit-xl": dit_xl,
     "emoji": emoji,
     "emoji-clips": emoji_clips,
     "emoji-text": emoji_text,
     "emoji-text-clips": emoji_text_clips,
+    "latte-ffs": latte_ffs,
+    "latte-sky": latte_sky,
+    "latte-taichi": latte_taichi,
+    "latte-text": latte_text,
+    "latte-text-stage-one": latte_text_stage_one,
+    "latte-text-stage-two": latte_text_stage_two,
+    "latte-ucf101": latte_ucf101,
     "stability": stability,
     "stability-plain": stability_plain,
 }

@@ -19,14 +19,12 @@ from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.shallow_path import Guidance, guidance_plan
 from skipdit.models.surgery import close_units, open_units
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, keep_broken
-from skipdit.text import check_text_installed, load_encoder, quiet
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, decode_latents
+from skipdit.text import MAX_PROMPT_TOKENS, check_text_installed, load_encoder, quiet
 
 if TYPE_CHECKING:
     from diffusers import HunyuanDiTPipeline, LattePipeline
 
-# tokens of a prompt, the two special ones included; the longest caption of the emoji has 18
-MAX_PROMPT_TOKENS = 24
 # diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
 LATENT_SCALE = 8
 
@@ -71,6 +69,8 @@ class Sampler:
         self.pipeline.save_config(folder)
         self.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")
+        if self.pipeline.vae is not None:
+            self.pipeline.vae.save_pretrained(folder / "vae")
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class ClassToVideoSampler(Sampler):
 
 
 def _pixels(sample: Tensor) -> Tensor:
-    return (keep_broken(sample.float()) / 2 + 0.5).clamp(0, 1)
+    return (sample / 2 + 0.5).clamp(0, 1)
 
 
 def refuse_guidance_channels(guidance_channels: int | None) -> None:
@@ -211,7 +211,7 @@ class TextToImageSampler(TextSampler):
                 use_resolution_binning=False,
                 output_type="latent",
             )
-        return _pixels(output.images)
+        return _pixels(decode_latents(pipeline.vae, output.images))
 
 
 @dataclass(frozen=True)
@@ -247,10 +247,13 @@ class TextToVideoSampler(TextSampler):
                 generator=generator,
                 output_type="latent",
             )
-        return _pixels(output.frames.transpose(1, 2))
+        clips = output.frames.transpose(1, 2)
+        return torch.stack([_pixels(decode_latents(pipeline.vae, clip, len(clip))) for clip in clips])
 
 
-def text_to_image_sampler(transformer: HunyuanDiT2DModel, scheduler: SchedulerMixin) -> TextToImageSampler:
+def text_to_image_sampler(
+    transformer: HunyuanDiT2DModel, scheduler: SchedulerMixin, vae: Any = None
+) -> TextToImageSampler:
     """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
     check_text_installed()
     with quiet():
@@ -265,10 +268,13 @@ def text_to_image_sampler(transformer: HunyuanDiT2DModel, scheduler: SchedulerMi
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
+    pipeline.register_modules(vae=vae)  # not before: its scale would be counted in, see `LATENT_SCALE`
     return TextToImageSampler(pipeline)
 
 
-def text_to_video_sampler(transformer: LatteTransformer3DModel, scheduler: SchedulerMixin) -> TextToVideoSampler:
+def text_to_video_sampler(
+    transformer: LatteTransformer3DModel, scheduler: SchedulerMixin, vae: Any = None
+) -> TextToVideoSampler:
     """diffusers' pipeline around a transformer that knows `skipdit.text`; `ValueError` without that extra."""
     check_text_installed()
     with quiet():
@@ -280,4 +286,5 @@ def text_to_video_sampler(transformer: LatteTransformer3DModel, scheduler: Sched
         transformer=transformer,
         scheduler=cast(Any, scheduler),
     )
+    pipeline.register_modules(vae=vae)  # as above
     return TextToVideoSampler(pipeline)

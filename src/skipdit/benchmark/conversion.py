@@ -319,8 +319,8 @@ def bench_conversion(
     check_stages(stages)
     name = f"conversion_{config.device}"
     claim_report(out, name, PICTURE)
-    check_ssim_size(stages[PLAIN].data.image_size)
     items = open_items(stages[PLAIN].data)
+    check_ssim_size(items.size)
     if config.num_pictures > len(items):
         raise ValueError(f"num_pictures must be at most {len(items)}, got {config.num_pictures}")
     with threads(config.num_threads):

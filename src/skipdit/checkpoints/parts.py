@@ -4,11 +4,11 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import Tensor
 
@@ -23,6 +23,8 @@ INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes its DPMSolverMult
 # names of attention's weights in autoencoders of before diffusers 0.17, as sd-vae-ft-mse's, and now
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MAX_LABELS = 100_000
+Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder | AutoencoderTiny
+AUTOENCODERS: dict[str, Any] = {each.__name__: each for each in get_args(Autoencoder)}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -113,23 +115,25 @@ def _try_out(scheduler: Any, num_steps: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def read_autoencoder(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
     """The autoencoder in a folder, or in `vae` of a pipeline's; safetensors or pickled, whole or in shards, of a
     variant where there is only that. `ValueError` naming the folder where it is foreign or broken."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of an AutoencoderKL at {printable(folder)}")
+        raise FileNotFoundError(f"no folder of an autoencoder at {printable(folder)}")
     if (folder / INDEX_NAME).exists():
         folder = folder / "vae"
     try:
         config = read_config(folder)
-        if config.get("_class_name") != "AutoencoderKL":
-            raise ValueError(f"is no AutoencoderKL, but a {printable(config.get('_class_name'))}")
+        name = config.get("_class_name")
+        if not isinstance(name, str) or name not in AUTOENCODERS:
+            raise ValueError(f"is none of {', '.join(AUTOENCODERS)}, but a {printable(name)}")
+        kind = AUTOENCODERS[name]
         options = {name: value for name, value in config.items() if not name.startswith("_")}
         check_options(options)
         _check_latents(options)
         tensors = _with_new_names(read_folder_tensors(folder))
-        options = {name: options[name] for name in inspect.signature(AutoencoderKL).parameters if name in options}
-        model = make_model(lambda: AutoencoderKL(**options), tensors)
+        options = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
+        model = make_model(lambda: kind(**options), tensors)
         return assemble(Weights(model=model, tensors=tensors), dtype)
     except ValueError as error:
         message, name = str(error), printable(folder)

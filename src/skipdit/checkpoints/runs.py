@@ -50,7 +50,7 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
     names = trained_on.get("class_names") if isinstance(trained_on, dict) else None
     said = {
         "num_attention_heads": _field(model, "num_attention_heads", int, path),
-        "sample_size": _field(data, "image_size", int, path),
+        "sample_size": _side_of(data, path),
         "num_frames": data.get("num_frames"),
         "num_classes": find_num_classes(len(names), state_dict) if isinstance(names, list) else None,
         "fusion": long_skip.get("fusion") if isinstance(long_skip, dict) else None,
@@ -60,6 +60,13 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
         if given is not None and value is not None and given != value:
             raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {given!r}")
     return state_dict, replace(told, **{name: value for name, value in said.items() if value is not None})
+
+
+def _side_of(data: Mapping[str, Any], path: Path) -> int | None:
+    """Of latents only where the run was told it."""
+    if "sample_size" in data and data["sample_size"] is None:
+        return None
+    return _field(data, "sample_size" if "sample_size" in data else "image_size", int, path)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:

@@ -350,8 +350,9 @@ class ForwardState:
     """
 
     links: LongSkipLinks
-    plan: ForwardPlan = PLAIN
-    given: Stored | None = None
+    # no defaults: up to torch 2.11 the compiler breaks its graph at one that is an object (a test pins it)
+    plan: ForwardPlan
+    given: Stored | None
     stored: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)
     skips: dict[int, Tensor] = field(init=False, default_factory=dict)
     entered: dict[str, tuple[Any, ...]] = field(init=False, default_factory=dict)

@@ -158,6 +158,7 @@ class RunsUnits(Remade, LongSkipModel):
 
     open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
     _family: Family
+    _below: Any  # the class of diffusers; named, as super() cannot be compiled after a graph break up to torch 2.11
 
     def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
         if self.open_call.state is not None:
@@ -166,7 +167,7 @@ class RunsUnits(Remade, LongSkipModel):
             self._family.check_route(type(self).__name__, self.long_skip_links.segment_starts, plan.route)
         state = ForwardState.begin(self, plan, stored)
         try:
-            output = cast(Any, super()).forward(*args, **kwargs)
+            output = self._below.forward(self, *args, **kwargs)
         finally:
             self.open_call.state = None
         return state.finish(output)
@@ -313,7 +314,7 @@ def _running_class(base: type[nn.Module]) -> Any:
         return RunsUnits.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
-    return swapped_class(RunsUnits, base, forward=forward, _made_by=(_running_class, base))
+    return swapped_class(RunsUnits, base, forward=forward, _below=base, _made_by=(_running_class, base))
 
 
 def _plain_class(model_class: type) -> type[nn.Module]:

@@ -25,6 +25,7 @@ from skipdit.files import (
     to_json,
     write_marker,
 )
+from skipdit.latents import LabelledLatents
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
 from skipdit.untrusted import printable, read_json
@@ -38,7 +39,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 # what may change when a run goes on; and what may change when that is asked for
 FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
-FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "release_dtype"}
+FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
 
@@ -67,6 +68,8 @@ def fingerprint(items: Items) -> Fingerprint:
     digest = hashlib.sha256()
     for label, captions in zip(items.labels, items.captions, strict=True):
         digest.update(json.dumps([int(label), *captions]).encode())
+    if isinstance(items, LabelledLatents):
+        digest.update(items.content.encode())
     return Fingerprint(num_items=len(items), class_names=list(items.label_names), digest=digest.hexdigest())
 
 
@@ -267,6 +270,8 @@ def check_settings(
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     # a setting that is newer than the checkpoint was its default
     before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
+    if isinstance(model := before.get("model"), dict):
+        before["model"] = json.loads(json.dumps(asdict(type(config.model)()))) | model
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     was = before.get("data")
     given = was if isinstance(was, dict) else {}

@@ -10,6 +10,7 @@ from torch import nn
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
+from skipdit.latents import LatentConfig
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
@@ -20,6 +21,7 @@ RateSchedule = Literal["constant", "cosine"]
 Constraint = Literal["cap", "penalty"]
 Constrained = Literal["long_skips", "blocks"]
 ReleaseDType = Literal["float32", "bfloat16"]
+OnDevice = Literal["auto", "yes", "no"]
 Stage = Literal["full", "long-skips-only"]
 AnyModelConfig = ModelConfig | VideoModelConfig | TextToImageModelConfig | TextToVideoModelConfig
 
@@ -68,7 +70,7 @@ def long_skips_of(model: LongSkipModel) -> list[nn.Module]:
 class TrainConfig:
     """A whole training run."""
 
-    data: tyro.conf.AvoidSubcommands[DataConfig | ClipConfig] = field(default_factory=DataConfig)
+    data: tyro.conf.AvoidSubcommands[DataConfig | ClipConfig | LatentConfig] = field(default_factory=DataConfig)
     """what is learned"""
     model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
     """what learns it"""
@@ -113,8 +115,10 @@ class TrainConfig:
     """compute blocks again in the backward pass instead of storing what they need"""
     compile: bool = False
     """compile the model"""
-    num_workers: int = 0
-    """processes that load data ahead"""
+    data_on_device: OnDevice = "auto"
+    """keep all data on the device; auto where it fits into a quarter of the free memory and num_workers is not given"""
+    num_workers: int | None = None
+    """processes that load other data ahead, 0 for none; by default on a GPU one per core, on a CPU none"""
     seed: int = 0
     """of all that is random"""
     log_every: int = 10
@@ -143,6 +147,7 @@ class TrainConfig:
             ("rate_schedule", RateSchedule),
             ("release_dtype", ReleaseDType),
             ("stage", Stage),
+            ("data_on_device", OnDevice),
         ):
             _check_allowed(self, name, get_args(allowed))
         if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
@@ -150,11 +155,11 @@ class TrainConfig:
                 f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
             )
         for name in ("warmup_steps", "weight_decay", "gradient_clip", "sample_every", "num_workers"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
-        if self.num_workers > MAX_WORKERS:
+        if (self.num_workers or 0) > MAX_WORKERS:
             raise ValueError(f"num_workers must be at most {MAX_WORKERS}, got {self.num_workers}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")

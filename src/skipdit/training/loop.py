@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
 from typing import Any, cast
@@ -30,12 +31,10 @@ from skipdit.training.batches import (
     ALL_RANKS,
     batch_loss,
     find_step_kinds,
-    load_batches,
     prepare_batch,
     step_generator,
 )
 from skipdit.training.checkpointing import (
-    Fingerprint,
     Learner,
     checkpoint_path,
     fingerprint,
@@ -46,6 +45,7 @@ from skipdit.training.checkpointing import (
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
+from skipdit.training.loader import Stored, load_batches
 from skipdit.training.reporter import Reporter, RunFolder, run_folder
 from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
@@ -85,27 +85,48 @@ def train(
             f"batch_size must be divisible by processes x accumulation steps = {num_parts}, got {config.batch_size}"
         )
     with run_folder(accelerator, out, config, overwrite=overwrite) as folder:
-        run = _Run(config, accelerator, folder, out, resume=resume)
+        run = Run(config, accelerator, build_task(config), folder, out, resume=resume)
         first_step = run.begin(allow_changes=allow_changes)
         run.steps(first_step)
         run.release()
     return out / "pipeline"
 
 
-class _Run:
+def build_task(config: TrainConfig) -> Trainee:
+    """Return what a run trains, as it is before the first step."""
+    items = open_items(config.data)
+    torch.manual_seed(config.seed)
+    start = None if config.start_from is None else load_model(config.start_from)
+    return config.model.build(items, config.objective, start)
+
+
+@dataclass(frozen=True)
+class StepMade:
+    """What a step made, on the device: the loss of this process, the gradient's norm, and that of each unit, none where
+    they were not asked for."""
+
+    loss: Tensor
+    norm: Tensor
+    unit_norms: Tensor
+
+
+class Run:
     """A run in one process: its model, what a step does to it, what is written. folder: in the main process only."""
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, folder: RunFolder | None, out: Path, *, resume: bool
+        self,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        task: Trainee,
+        folder: RunFolder | None,
+        out: Path,
+        *,
+        resume: bool,
     ) -> None:
         self.config, self.accelerator, self.folder, self.out, self.resume = config, accelerator, folder, out, resume
         self.bf16 = computes_in_bf16(config.precision, accelerator.device)
-        items = open_items(config.data)
-        self.data: Fingerprint = fingerprint(items)
-        torch.manual_seed(config.seed)
-        start = None if config.start_from is None else load_model(config.start_from)
-        self.task = config.model.build(items, config.objective, start)
-        model = self.task.model.to(accelerator.device).train()
+        self.task, self.data = task, fingerprint(task.items)
+        model = task.model.to(accelerator.device).train()
         self.units = cast(LongSkipModel, model)
         if config.routing.mode == "fill":
             add_fill_token(model)
@@ -120,15 +141,7 @@ class _Run:
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-        self.learner = Learner(model, ema, optimizer)
+        self.learner = make_learner(config, model)
 
     def begin(self, *, allow_changes: bool) -> int:
         """Return the step to begin with: after the last checkpoint, or 0."""
@@ -148,7 +161,7 @@ class _Run:
 
     def steps(self, first_step: int) -> None:
         """Train up to max_steps, or until somebody stops it."""
-        config, accelerator, model = self.config, self.accelerator, self.learner.model
+        config, accelerator = self.config, self.accelerator
         alone = accelerator.num_processes == 1
         # the first step whose loss or gradient is not finite: known to the device alone between the lines of the log
         spoiled = torch.full((), math.inf, device=accelerator.device)
@@ -162,34 +175,24 @@ class _Run:
                 saves = done % config.checkpoint_every == 0 or done == config.max_steps
                 logs = saves or done % config.log_every == 0
                 shows = config.sample_every > 0 and (done % config.sample_every == 0 or done == config.max_steps)
-                for group in self.learner.optimizer.param_groups:
-                    group["lr"] = rate
-                generator = step_generator(config, ALL_RANKS, step)
-                kind = self.kinds.at(step, config.max_steps, generator)
-                loss = self.backward(batches, step, kind)
-                self.flops += self.kinds.flops[kind] * config.batch_size
-                unit_norms = unit_gradient_norms(self.units) if logs else []
-                limit = config.gradient_clip or torch.finfo(torch.float32).max
-                norm = cast(Tensor, accelerator.clip_grad_norm_(model.parameters(), limit))
-                self.learner.optimizer.step()
-                self.learner.optimizer.zero_grad()
-                self.learner.ema.step(model.parameters())
-                finite = loss.isfinite() & norm.isfinite()
+                made = self.step(batches, step, rate, norms_of_units=logs)
+                finite = made.loss.isfinite() & made.norm.isfinite()
                 spoiled = torch.minimum(spoiled, torch.where(finite, math.inf, float(done)))
 
                 # alone at once; several processes agree on it when they exchange numbers
                 stopped = stop.signal if alone else 0
                 if logs or shows or stopped:
-                    numbers = torch.stack([loss, norm, spoiled, torch.full_like(loss, stop.signal)])
-                    gathered = cast(Tensor, accelerator.gather(numbers[None]))
-                    losses, norms, bad, signals = gathered.T.tolist()
+                    signal = torch.full_like(made.loss, stop.signal)
+                    numbers = torch.cat([torch.stack([made.loss, made.norm, spoiled, signal]), made.unit_norms])
+                    gathered = cast(Tensor, accelerator.gather(numbers[None])).tolist()
+                    losses, norms, bad, signals = zip(*(each[:4] for each in gathered), strict=True)
                     stopped = int(max(signals))
                     if min(bad) < math.inf:
                         raise ValueError(self.not_finite(f"the loss or its gradient at step {min(bad):.0f}"))
                     if (saves or shows or stopped) and not self.learner.is_finite():
                         raise ValueError(self.not_finite(f"the weights after step {done}"))
                     if logs:
-                        report(done, self.flops, sum(losses) / len(losses), norms[0], rate, unit_norms)
+                        report(done, self.flops, sum(losses) / len(losses), norms[0], rate, gathered[0][4:])
                 if saves or stopped:
                     in_main(accelerator, lambda done=done: self.save(done))
                 if shows:
@@ -197,10 +200,26 @@ class _Run:
                 if stopped:
                     raise Stopped(stopped, self.how_to_go_on(stopped, done))
 
-    def backward(self, batches: Iterator[Any], step: int, kind: StepKind) -> Tensor:
+    def step(self, batches: Iterator[Stored], step: int, rate: float, *, norms_of_units: bool = False) -> "StepMade":
+        """Make one step; nothing here waits for the device."""
+        config, learner = self.config, self.learner
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        kind = self.kinds.at(step, config.max_steps, step_generator(config, ALL_RANKS, step))
+        loss = self.backward(batches, step, kind)
+        self.flops += self.kinds.flops[kind] * config.batch_size
+        unit_norms = unit_gradient_norms(self.units, loss.device) if norms_of_units else loss.new_empty(0)
+        limit = config.gradient_clip or torch.finfo(torch.float32).max
+        norm = cast(Tensor, self.accelerator.clip_grad_norm_(learner.model.parameters(), limit))
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        learner.ema.step(learner.model.parameters())
+        return StepMade(loss, norm, unit_norms)
+
+    def backward(self, batches: Iterator[Stored], step: int, kind: StepKind) -> Tensor:
         """Fill the gradients of one step; return the loss of this process."""
         config, accelerator, plan = self.config, self.accelerator, self.kinds.plans[kind]
-        generator = step_generator(config, accelerator.process_index, step)
+        generator = step_generator(config, accelerator.process_index, step, accelerator.device)
         kept_share = config.routing.share if kind == "routed" else None
         loss = torch.zeros((), device=accelerator.device)
         for part in range(config.num_accumulation_steps):
@@ -285,6 +304,19 @@ class _Run:
         )
 
 
+def make_learner(config: TrainConfig, model: nn.Module) -> Learner:
+    """Return a model with its average and an optimizer, which both change all weights in a few calls."""
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    return Learner(model, ema, optimizer)
+
+
 def freeze_all_but_long_skips(model: nn.Module) -> None:
     """Leave only the long skips to train; `ValueError` where the model has none of ours."""
     long_skips = long_skips_of(cast(LongSkipModel, model))
@@ -297,25 +329,29 @@ def freeze_all_but_long_skips(model: nn.Module) -> None:
         long_skip.requires_grad_(True)
 
 
-def unit_gradient_norms(model: LongSkipModel) -> list[float]:
-    """Return the norm of the gradient of each unit's parameters, those of its long skip included."""
+def unit_gradient_norms(model: LongSkipModel, device: torch.device) -> Tensor:
+    """Return the norm of the gradient of each unit's parameters, those of its long skip included, on the device: 0
+    where it has none."""
     norms = []
     for blocks in model.units():
         parameters = [parameter for block in blocks for parameter in block.parameters()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients))
-    return torch.stack(norms).tolist()
+        # torch's norm of no gradients is on the CPU
+        norms.append(nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device))
+    return torch.stack(norms)
 
 
 @contextmanager
 def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
-    """Inside, the model has the averaged weights and is in eval mode."""
+    """Inside, the model has the averaged weights, is in eval mode and not compiled, as a grid has another size."""
     ema.store(model.parameters())
     ema.copy_to(model.parameters())
     model.eval()
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
     try:
         yield
     finally:
+        model._compiled_call_impl = compiled
         ema.restore(model.parameters())
         model.train()
 

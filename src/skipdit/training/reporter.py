@@ -87,7 +87,7 @@ def refuse_inputs(out: Path, config: TrainConfig) -> None:
     """`ValueError` where a run would replace one of its inputs, or write into its data."""
     source, inflated = config.data.source, getattr(config.model, "inflate", None)
     # by default the data is the bundled one
-    data = None if source == type(config.data).source or not Path(source).exists() else Path(source)
+    data = None if source == getattr(type(config.data), "source", None) or not Path(source).exists() else Path(source)
     names = (config.start_from, None if inflated == "emoji" else inflated)
     inputs = [Path(name) for name in names if name is not None and Path(name).exists()] + ([data] if data else [])
     if out.resolve() in [path.resolve() for path in inputs]:

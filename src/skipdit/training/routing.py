@@ -71,9 +71,11 @@ class TokenRoutingConfig:
 def draw_kept_tokens(
     num_samples: int, num_tokens: int, share: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw which tokens of each sample are kept: (num_samples, kept) indices, rising; at least one."""
+    """Draw which tokens of each sample are kept, on the generator's device: (num_samples, kept) indices, rising; at
+    least one."""
     num_kept = max(round(share * num_tokens), 1)
-    order = torch.rand(num_samples, num_tokens, generator=generator).argsort(dim=1)
+    device = "cpu" if generator is None else generator.device
+    order = torch.rand(num_samples, num_tokens, generator=generator, device=device).argsort(dim=1)
     return order[:, :num_kept].sort(dim=1).values
 
 

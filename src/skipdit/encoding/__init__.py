@@ -1,0 +1,2 @@
+"""`skipdit latents`: where pictures, clips and captions come from (`sources`, `tars`), and how they become the folder
+that `skipdit.latents` reads (`encode`)."""

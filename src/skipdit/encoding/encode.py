@@ -1,0 +1,330 @@
+"""From pictures, clips and captions to a folder of latents, shard by shard, each of them whole or not at all."""
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+import torch
+from diffusers import AutoencoderTiny
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
+
+from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
+from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
+from skipdit.encoding.sources import Job, Sample, open_source
+from skipdit.files import OutputFolder, file_digest, to_json
+from skipdit.latents import (
+    DTYPES,
+    INFO,
+    MAX_INFO_BYTES,
+    NOTHING,
+    TEXT,
+    VAE,
+    VERSION,
+    Info,
+    Scale,
+    Shard,
+    Text,
+    Texts,
+    read_info,
+    shard_name,
+)
+from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
+from skipdit.training import resolve_device
+from skipdit.untrusted import printable, printable_path, read_json
+
+LOGGER = logging.getLogger(__name__)
+SETTINGS = "settings.json"
+AHEAD = 4  # samples per thread that wait to be encoded
+
+
+class Begun(TypedDict):
+    """`settings.json`: what an encoding must be, to go on with the shards that are there. source, vae: SHA-256."""
+
+    settings: dict[str, Any]
+    source: str
+    vae: str
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What an autoencoder tells of pictures: (b c h w) each, `std` where it tells one."""
+
+    mean: Tensor
+    std: Tensor | None
+
+
+def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> Info:
+    """Encode what a config names; return what `latents.json` says.
+
+    An encoding that was stopped goes on after its last whole shard, and what it leaves is the same. `ValueError` where
+    the folder holds one of other settings, or something cannot be read; `FileExistsError` where files of others are in
+    the way.
+    """
+    data = Path(config.source)
+    if data.is_dir() and data.resolve() in out.path.resolve().parents:
+        raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read: give another --out")
+    vae = read_autoencoder(Path(config.vae), torch.float32)
+    scale = 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
+    if config.image_size % scale:
+        raise ValueError(f"image_size must be divisible by {scale}, as the autoencoder asks, got {config.image_size}")
+    if config.text:
+        check_text_installed()
+    source = open_source(config)
+    begun = Begun(
+        settings={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
+        source=source.digest,
+        vae=_digest_of(vae),
+    )
+    _begin(out, begun)
+    if out.holds(INFO):
+        return read_info(out.path)
+    others = _write_others(out, config, vae)
+    writer = _Writer(config, out, vae.to(resolve_device(device)))  # pyright: ignore[reportArgumentType]
+    position = writer.resume()
+    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(BarColumn(), *columns) as progress:
+        task = progress.add_task("encoding", total=source.num_jobs, completed=position)
+        for end, sample in _read_ahead(source.jobs(position), config):
+            progress.update(task, completed=end)
+            if sample is not None:
+                writer.add(end, sample)
+    writer.flush()
+    if not writer.shards:
+        raise ValueError(f"nothing in {printable_path(config.source)} can be read")
+    return _finish(out, config, writer, others, source.class_names)
+
+
+def _begin(out: OutputFolder, begun: Begun) -> None:
+    """Say which encoding a folder holds; `ValueError` where it holds another, `FileExistsError` where others wrote."""
+    names = [path.name for path in sorted(out.path.glob("shard-*"))]
+    out.claim([SETTINGS, INFO, NOTHING, *names])
+    if not out.holds(SETTINGS):
+        out.write_text(SETTINGS, to_json(begun))
+        return
+    before, now = read_json(out.path / SETTINGS, Begun), cast(Any, begun)
+    names = sorted(before["settings"].keys() | now["settings"].keys())
+    changed = [name for name in names if before["settings"].get(name) != now["settings"].get(name)]
+    changed = [name for name in changed if name != "vae"]  # where the autoencoder lies is no matter
+    changed += [name for name in ("source", "vae") if before[name] != now[name]]
+    if changed:
+        what = ", ".join(dict.fromkeys(changed))
+        raise ValueError(f"{printable_path(out.path)} holds latents of other settings ({what}): give another --out")
+
+
+def _digest_of(vae: Autoencoder) -> str:
+    digest = hashlib.sha256(_config_of(vae).encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _config_of(vae: Autoencoder) -> str:
+    return cast(Any, vae).to_json_string()
+
+
+@torch.no_grad()
+def _write_others(out: OutputFolder, config: EncodeConfig, vae: Autoencoder) -> dict[str, str]:
+    """Write the autoencoder and the states of the empty prompt, where they are not there; return their SHA-256."""
+    names = {f"{VAE}/config.json", f"{VAE}/diffusion_pytorch_model.safetensors"} | ({NOTHING} if config.text else set())
+    for name in sorted(name for name in names if not out.holds(name)):
+        with out.file(name) as draft:
+            if name == NOTHING:
+                save_file(encode_texts(load_encoder(), [""], DTYPES[config.dtype]), draft)
+            elif name.endswith(".json"):
+                draft.write_text(_config_of(vae), encoding="utf-8")
+            else:
+                tensors = {key: tensor.contiguous() for key, tensor in vae.state_dict().items()}
+                save_file(tensors, draft, metadata={"format": "pt"})
+    return {name: file_digest(out.path / name) for name in sorted(names)}
+
+
+def _finish(
+    out: OutputFolder,
+    config: EncodeConfig,
+    writer: "_Writer",
+    others: dict[str, str],
+    class_names: Sequence[str] | None,
+) -> Info:
+    found = writer.class_names
+    order = class_names if class_names is not None else sorted(found, key=_by_number)
+    if lost := [name for name in order if name not in found]:
+        shown = printable(", ".join(lost))
+        LOGGER.warning("left out: %d classes of which nothing can be read: %s", len(lost), shown)
+    vae = cast(Any, writer.vae)
+    mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
+    info = Info(
+        version=VERSION,
+        settings=asdict(config),
+        shape=writer.shape,
+        dtype=config.dtype,
+        has_std=not isinstance(writer.vae, AutoencoderTiny),
+        flipped=config.flip,
+        scale=Scale(
+            scaling_factor=float(vae.config.scaling_factor),
+            shift_factor=float(vae.config.get("shift_factor") or 0),
+            latents_mean=None if mean is None else [float(each) for each in mean],
+            latents_std=None if std is None else [float(each) for each in std],
+        ),
+        text=Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
+        class_names=[name for name in order if name in found],
+        shards=writer.shards,
+        others=others,
+    )
+    out.write_text(INFO, to_json(info))
+    return read_info(out.path)
+
+
+def _by_number(name: str) -> tuple[int, int, str]:
+    return (0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Encodes samples, and writes a shard whenever there are enough. end: how far the source has been read.
+
+    Batches are cut anew in every shard, so that a shard does not depend on where an encoding was stopped.
+    """
+
+    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Autoencoder) -> None:
+        self.config, self.out, self.vae = config, out, vae
+        self.shards: list[Shard] = []
+        self.class_names: set[str] = set()
+        self.waiting: list[Sample] = []
+        self.moments: list[dict[str, Tensor]] = []  # of the shard that is being made, and its texts
+        self.classes: list[str] = []
+        self.captions: list[list[str]] = []
+        self.end = 0
+        channels = cast(Any, vae).config.latent_channels
+        side = config.image_size // 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
+        self.shape = [*([] if config.num_frames is None else [config.num_frames]), channels, side, side]
+
+    def resume(self) -> int:
+        """Take the shards that are there; return how far the source was read for them."""
+        while self.out.holds(f"{(name := shard_name(len(self.shards)))}.json"):
+            if not self.out.holds(f"{name}.safetensors"):
+                break
+            texts = read_json(self.out.path / f"{name}.json", Texts, max_bytes=MAX_INFO_BYTES)
+            self._list(name, texts)
+        if self.shards:
+            LOGGER.warning("goes on after %d shards that are there", len(self.shards))
+        return self.end
+
+    def add(self, end: int, sample: Sample) -> None:
+        self.waiting.append(sample)
+        self.classes.append(sample.class_name)
+        self.captions.append([sample.class_name] if sample.captions is None else sample.captions)
+        self.end = end
+        if len(self.waiting) * (self.config.num_frames or 1) >= self.config.batch_size:
+            self._encode_waiting()
+        if len(self.classes) == self.config.shard_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is as a shard."""
+        if not self.classes:
+            return
+        if self.waiting:
+            self._encode_waiting()
+        name = shard_name(len(self.shards))
+        tensors = {key: torch.cat([each[key] for each in self.moments]).contiguous() for key in self.moments[0]}
+        if self.config.text:
+            flat = [caption for given in self.captions for caption in given]
+            tensors |= encode_texts(load_encoder(), flat, DTYPES[self.config.dtype])
+        plain = self.captions == [[each] for each in self.classes]
+        texts = Texts(end=self.end, classes=self.classes, captions=None if plain else self.captions)
+        self.out.write_text(f"{name}.json", to_json(texts))
+        with self.out.file(f"{name}.safetensors") as draft:
+            save_file(tensors, draft)
+        self._list(name, texts)
+        self.moments, self.classes, self.captions = [], [], []
+
+    def _list(self, name: str, texts: Texts) -> None:
+        self.shards.append(
+            Shard(
+                name=name,
+                num_items=len(texts["classes"]),
+                latents=file_digest(self.out.path / f"{name}.safetensors"),
+                texts=file_digest(self.out.path / f"{name}.json"),
+            )
+        )
+        self.class_names |= set(texts["classes"])
+        self.end = texts["end"]
+
+    def _encode_waiting(self) -> None:
+        """Make `mean` and `std`, (items, mirrored, *shape), of what waits."""
+        pixels = torch.stack([sample.pixels for sample in self.waiting])
+        variants = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
+        found = [encode_pixels(self.vae, each.flatten(0, -4), self.config.batch_size) for each in variants]
+        shape, dtype = (len(pixels), *self.shape), DTYPES[self.config.dtype]
+        parts = {"mean": [each.mean for each in found], "std": [each.std for each in found if each.std is not None]}
+        moments = {
+            name: torch.stack([each.reshape(shape) for each in tensors], dim=1).to(dtype)
+            for name, tensors in parts.items()
+            if tensors
+        }
+        if not all(tensor.isfinite().all() for tensor in moments.values()):
+            first = len(self.classes) - len(self.waiting)
+            what = f"one of the samples {first} to {len(self.classes) - 1} of {shard_name(len(self.shards))}"
+            raise ValueError(f"{what} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
+        self.moments.append(moments)
+        self.waiting = []
+
+
+@torch.no_grad()
+def encode_pixels(vae: Autoencoder, pixels: Tensor, batch_size: int) -> Moments:
+    """Encode uint8 pixels (b 3 h w), so many at once, on the autoencoder's device; the result is on the CPU."""
+    means, stds = [], []
+    for batch in pixels.split(batch_size):
+        encoded = vae.encode(batch.to(cast(Any, vae).device).float() / 127.5 - 1)
+        if isinstance(vae, AutoencoderTiny):
+            means.append(cast(Any, encoded).latents.cpu())
+        else:
+            means.append(cast(Any, encoded).latent_dist.mean.cpu())
+            stds.append(cast(Any, encoded).latent_dist.std.cpu())
+    return Moments(torch.cat(means), torch.cat(stds) if stds else None)
+
+
+def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the states of captions, as a shard holds them. `ValueError` where one is too long."""
+    states = encoder.encode(captions, MAX_PROMPT_TOKENS)
+    tensors = (states.tokens.to(dtype), states.mask.to(torch.uint8), states.pooled.to(dtype))
+    return dict(zip(TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
+
+
+def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterator[tuple[int, Sample | None]]:
+    """Yield samples in their order, while threads read the next ones; `None` for one that is broken and left out."""
+    threads = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
+    waiting: deque[tuple[int, Future[Sample] | Job]] = deque()
+
+    def taken() -> tuple[int, Sample | None]:
+        end, work = waiting.popleft()
+        try:
+            return end, work.result() if isinstance(work, Future) else work()
+        except ValueError as error:
+            if config.on_broken == "refuse":
+                raise
+            LOGGER.warning("left out: %s", error)
+            return end, None
+
+    with threads or nullcontext():
+        try:
+            for end, job in jobs:
+                waiting.append((end, threads.submit(job) if threads else job))
+                if len(waiting) >= max(1, AHEAD * config.num_workers):
+                    yield taken()
+            while waiting:
+                yield taken()
+        finally:
+            if threads:
+                threads.shutdown(wait=False, cancel_futures=True)

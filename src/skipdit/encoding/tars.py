@@ -1,0 +1,179 @@
+"""Tars of webdataset: files of one name are a sample. Only their headers are read at first, and nothing is unpacked."""
+
+import logging
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from skipdit.folders import as_captions, walk
+from skipdit.picture_files import MAX_PICTURE_BYTES, PICTURE_SUFFIXES
+from skipdit.untrusted import open_regular, parse_json, printable, printable_path
+from skipdit.video_files import VIDEO_SUFFIXES
+
+LOGGER = logging.getLogger(__name__)
+MAX_MEMBERS = 2**24  # of all tars together
+MAX_HEADER_BYTES = 2**20  # of one header: long names, and the texts of pax
+MAX_TEXT_BYTES = 2**20  # of a class, a caption or a .json
+MAX_VIDEO_BYTES = 2**30
+CLASS_KEYS, CAPTION_KEYS = ("cls", "class", "label"), ("caption", "text", "txt")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a file lies in its tar."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """Return its bytes; `ValueError` where they are too many or the tar was cut off."""
+        if self.size > max_bytes:
+            raise ValueError(f"cannot read {name}: it is larger than the {max_bytes:,} bytes that are read")
+        with open_regular(self.path) as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) != self.size:
+            raise ValueError(f"cannot read {name}: its tar ends before it does")
+        return content
+
+
+@dataclass
+class Member:
+    """A sample: a picture or video, and texts by their suffix without a point. name: what an error calls it."""
+
+    name: str
+    media: Part | None = None
+    is_video: bool = False
+    others: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells that it is the same: its name and the size of its parts."""
+        assert self.media is not None
+        sizes = {suffix: part.size for suffix, part in self.others.items()}
+        return [Path(self.name).name, self.media.size, sizes]
+
+    def content(self) -> bytes:
+        """Return the bytes of the picture or video."""
+        assert self.media is not None
+        return self.media.read(self.name, MAX_VIDEO_BYTES if self.is_video else MAX_PICTURE_BYTES)
+
+    def texts(self) -> tuple[str, list[str] | None]:
+        """Return the class, `all` where there is none, and the captions; `ValueError` where they are none."""
+        said = {suffix: self._text(suffix) for suffix in self.others if suffix != "json"}
+        if "json" in self.others:
+            content = self.others["json"].read(self.name, MAX_TEXT_BYTES)
+            said = parse_json(content, dict[str, Any], f"the json of {self.name}") | said
+        label = next((said[key] for key in CLASS_KEYS if said.get(key) is not None), "all")
+        if isinstance(label, bool) or not isinstance(label, (int, str)) or not str(label).strip():
+            raise ValueError(f"the class of {self.name} must be a number or a text, got {printable(label, 60)}")
+        caption = next((said[key] for key in CAPTION_KEYS if said.get(key) is not None), None)
+        captions = None if caption is None else as_captions([caption], self.name, "the caption")[0]
+        return str(label).strip(), captions
+
+    def _text(self, suffix: str) -> str:
+        content = self.others[suffix].read(self.name, MAX_TEXT_BYTES)
+        try:
+            return (content.decode("utf-8-sig").strip().splitlines() or [""])[0]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the {suffix} of {self.name} is not UTF-8: {error}") from error
+
+
+def find_tars(path: Path) -> list[Path]:
+    """Return a tar, or those of a folder that holds no pictures, videos or tables; none where `path` is neither."""
+    if path.suffix.lower() == ".tar" and path.is_file():
+        return [path]
+    if not path.is_dir():
+        if re.search(r"\.(tar\.\w+|tgz)$", path.name.lower()):
+            raise ValueError(f"{printable_path(path)} is compressed: unpack it to a .tar first")
+        return []
+    tars = []
+    for _, _, files in walk(path):
+        suffixes = {file.suffix.lower() for file in files}
+        if suffixes & (PICTURE_SUFFIXES | VIDEO_SUFFIXES | {".parquet", ".arrow"}):
+            return []
+        tars += [file for file in files if file.suffix.lower() == ".tar"]
+    return sorted(tars)
+
+
+def scan_tars(paths: Sequence[Path], *, clips: bool) -> list[Member]:
+    """Return the samples of tars, in their order. `ValueError` that names a tar which cannot be read, or a sample with
+    two pictures; files of other kinds are counted in one warning."""
+    members: list[Member] = []
+    left_out: Counter[str] = Counter()
+    num_files = 0
+    for path in paths:
+        current: Member | None = None
+        for name, part in _files(path, left_out):
+            num_files += 1
+            if num_files > MAX_MEMBERS:
+                raise ValueError(f"the tars hold more than the {MAX_MEMBERS:,} files that are read")
+            folder, _, base = name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            key = f"{printable_path(path)}/{printable_path(f'{folder}/{stem}' if folder else stem)}"
+            if not stem:  # hidden
+                continue
+            if current is None or current.name != key:
+                current = Member(key)
+                members.append(current)
+            _take(current, suffix.lower(), part, left_out, clips=clips)
+    found = [member for member in members if member.media is not None]
+    kind = "videos" if clips else "pictures"
+    if left_out:
+        shown = ", ".join(f"{count} {printable(what, 60)}" for what, count in left_out.most_common(5))
+        LOGGER.warning("left out of the tars, as neither %s nor their texts: %s", kind, shown)
+    if not found:
+        raise ValueError(f"no {kind} in {printable_path(paths[0])}" + (" and others" if paths[1:] else ""))
+    return found
+
+
+def _take(member: Member, suffix: str, part: Part, left_out: Counter[str], *, clips: bool) -> None:
+    if f".{suffix}" in (VIDEO_SUFFIXES if clips else PICTURE_SUFFIXES):
+        if member.media is not None:
+            raise ValueError(f"{member.name} has more than one picture or video")
+        member.media, member.is_video = part, clips
+    elif suffix in ("json", *CLASS_KEYS, *CAPTION_KEYS):
+        member.others[suffix] = part
+    else:
+        left_out[f".{suffix}"] += 1
+
+
+class _Headers:
+    """A tar of which only headers are read, none of them large."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.tell, self.seek = file, file.tell, file.seek
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise ValueError(f"a header is larger than the {MAX_HEADER_BYTES:,} bytes that are read")
+        return self._file.read(size)
+
+
+def _files(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, Part]]:
+    """Yield the regular files of a tar; links and devices are counted."""
+    name = printable_path(path)
+    try:
+        with open_regular(path) as file, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as archive:
+            end = path.stat().st_size
+            while (member := archive.next()) is not None:
+                cast(Any, archive).members = []  # else it keeps every one
+                if member.size < 0:  # would lead back
+                    raise ValueError(f"{printable(member.name, 60)} has a size below 0")
+                if not member.isreg() or member.issparse():
+                    if not member.isdir():
+                        left_out["links and the like"] += 1
+                    continue
+                if member.size < 0 or member.offset_data + member.size > end:
+                    raise ValueError(f"it ends before {printable(member.name, 60)} does")
+                yield member.name, Part(path, member.offset_data, member.size)
+            file.seek(archive.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes it for the end
+                raise ValueError(f"the header at byte {archive.offset} is damaged")
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        raise ValueError(f"cannot read the tar {name}: {printable(error)}") from error

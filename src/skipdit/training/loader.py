@@ -1,0 +1,147 @@
+"""Where batches come from: data that fits stays on the device; other data is loaded ahead, by other processes."""
+
+import os
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from typing import Any, cast
+
+import psutil
+import torch
+from accelerate import Accelerator
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from skipdit.data import MAX_DECODED_AT_ONCE, ShuffledForever
+from skipdit.training.config import TrainConfig
+from skipdit.training.stopping import ignore_signals
+
+FREE_SHARE = 0.25  # of the free memory of a device, which data may fill
+CHUNK = 64  # items that are read at once
+MANY_WORKERS = 16
+
+Stored = tuple[Tensor, Tensor]  # items as they are stored, and their classes or numbers
+
+
+@contextmanager
+def load_batches(
+    data: Dataset[Any], config: TrainConfig, accelerator: Accelerator, first_step: int
+) -> Iterator[Iterator[Stored]]:
+    """Yield endless batches of one process on its device, from where `first_step` begins. They are the same wherever
+    they come from; in the end no data worker is left.
+
+    `ChildProcessError` where one died.
+    """
+    device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
+    order = ShuffledForever(len(cast(Sized, data)), config.seed, first_step * config.batch_size, rank, num_processes)
+    size = config.batch_size // num_processes // config.num_accumulation_steps
+    num_workers = find_num_workers(config, device, num_processes)
+    if stays_on_device(config, data, device, num_processes):
+        # few items were decoded when the data was opened
+        num_readers = num_workers if len(cast(Sized, data)) > MAX_DECODED_AT_ONCE else 0
+        yield DeviceBatches(*read_all(data, device, num_readers, shows=accelerator.is_main_process), order, size)
+    else:
+        with reading(data, device, num_workers, batch_size=size, sampler=order) as batches:
+            yield (move(batch, device) for batch in batches)
+
+
+def find_num_workers(config: TrainConfig, device: torch.device, num_processes: int) -> int:
+    """Return how many processes load data ahead: what the config says; by default on a GPU the cores that are there for
+    this process, and on a CPU none, for they would take its cores."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return 0 if device.type == "cpu" else max(1, min(MANY_WORKERS, (os.cpu_count() or 1) // num_processes - 1))
+
+
+def stays_on_device(config: TrainConfig, data: Dataset[Any], device: torch.device, num_processes: int = 1) -> bool:
+    """Whether a run keeps its data on the device: as the config says, or where it fits and no workers are asked for."""
+    if config.data_on_device != "auto":
+        return config.data_on_device == "yes"
+    if config.num_workers:
+        return False
+    num_bytes = data[0][0].nbytes * len(cast(Sized, data))
+    shared = num_processes if device.type == "cpu" else 1
+    return num_bytes * shared <= FREE_SHARE * free_bytes(device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of a GPU; for other devices, that of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+class DeviceBatches:
+    """Endless batches of data that lies on a device, as (stored, labels) with an entry per item, in an order of which
+    each epoch is copied there at once."""
+
+    def __init__(self, stored: Tensor, labels: Tensor, order: ShuffledForever, size: int) -> None:
+        self.stored, self.labels, self.size = stored, labels, size
+        self.epochs, self.rest = order.by_epoch(), torch.empty(0, dtype=torch.int64, device=stored.device)
+
+    def __iter__(self) -> "DeviceBatches":
+        return self
+
+    def __next__(self) -> Stored:
+        device = self.stored.device
+        while len(self.rest) < self.size:
+            indices = torch.from_numpy(next(self.epochs).copy())
+            if device.type == "cuda":
+                indices = indices.pin_memory()  # else its copy would be waited for
+            self.rest = torch.cat([self.rest, indices.to(device, non_blocking=True)])
+        index, self.rest = self.rest[: self.size], self.rest[self.size :]
+        return self.stored[index], self.labels[index]
+
+
+def read_all(data: Dataset[Any], device: torch.device, num_workers: int, *, shows: bool) -> Stored:
+    """Return all of a data set on a device. shows: a progress bar, where it takes long."""
+    length = len(cast(Sized, data))
+    stored, labels = (
+        torch.empty((length, *first.shape[1:]), dtype=first.dtype, device=device)
+        for first in default_collate([data[0]])
+    )
+    with reading(data, device, num_workers, batch_size=CHUNK) as chunks:
+        starts: Any = range(0, length, CHUNK)
+        if length > MAX_DECODED_AT_ONCE and shows:
+            starts = track(starts, "reading data", transient=True)
+        for start, chunk in zip(starts, chunks, strict=True):
+            for whole, part in zip((stored, labels), chunk, strict=True):
+                whole[start : start + len(part)].copy_(part, non_blocking=True)
+    return stored, labels
+
+
+def move(batch: Sequence[Tensor], device: torch.device) -> Stored:
+    stored, labels = batch
+    return stored.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+@contextmanager
+def reading(data: Dataset[Any], device: torch.device, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
+    """Yield what a `DataLoader` with these options loads, for a GPU in memory that it copies from by itself; in the end
+    no worker is left. `ChildProcessError` where one died."""
+    pinned = device.type == "cuda"
+    loader = DataLoader(data, num_workers=num_workers, worker_init_fn=ignore_signals, pin_memory=pinned, **options)
+    batches: Any = iter(loader)
+    workers = batches._workers if num_workers else ()  # torch 2.10 to 2.13, as below; a test pins it
+    try:
+        yield batches
+    except Exception as error:
+        # PyTorch raises where the loop happens to be, or the pipe breaks, or somebody makes another error of either
+        if not has_failed(workers):
+            raise
+        raise ChildProcessError(
+            "a process that loads data died, perhaps for lack of memory: the same command goes on from the last "
+            f"checkpoint, also with another --num-workers (it was {num_workers})"
+        ) from error
+    finally:
+        if workers:
+            batches._shutdown_workers()  # else they end with the last reference, which a traceback may hold
+
+
+def has_failed(workers: Sequence[BaseProcess]) -> bool:
+    """Whether a process has ended with an error. PyTorch's handler of SIGCHLD raises wherever Python is, also here."""
+    for _ in range(len(workers) + 1):
+        with suppress(RuntimeError):
+            for worker in workers:
+                worker.join(timeout=0.1)
+            return any(worker.exitcode for worker in workers)
+    return True
