@@ -37,19 +37,18 @@ class Call:
 
     def __call__(self, plan: ForwardPlan, stored: Stored | None = None) -> PlannedOutput:
         """Run the model under a plan. stored: what the plan reuses, by region."""
-        if not self.is_compiled:
-            return _detached(self.run(*self.args, **self.kwargs, plan=plan, stored=stored))
-        replays = may_replay(self.device)
+        replays, is_new = self.is_compiled and may_replay(self.device), self.is_compiled and plan not in self.seen
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
-        with nullcontext() if plan in self.seen else _more_graphs():
-            planned = _detached(self.run(*self.args, **self.kwargs, plan=plan, stored=stored))
-        self.seen.add(plan)
-        if not replays:
-            return planned
-        # the graph overwrites its outputs at the next replay
-        output = map_tensors(planned.output, Tensor.clone)
-        return PlannedOutput(output, {name: _each(values, Tensor.clone) for name, values in planned.stored.items()})
+        with _more_graphs() if is_new else nullcontext():
+            output, found = self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
+        if is_new:
+            self.seen.add(plan)
+        if torch.is_grad_enabled():
+            found = _each(found, Tensor.detach)
+        if replays:  # the graph overwrites its outputs at the next replay
+            output, found = map_tensors(output, Tensor.clone), _each(found, Tensor.clone)
+        return PlannedOutput(output, found)
 
     @property
     def has_graphs(self) -> bool:
@@ -74,14 +73,8 @@ def may_replay(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _detached(planned: PlannedOutput) -> PlannedOutput:
-    if not torch.is_grad_enabled():
-        return planned
-    return PlannedOutput(planned.output, {name: _each(v, Tensor.detach) for name, v in planned.stored.items()})
-
-
-def _each(values: Mapping[str, Tensor], change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    return {key: change(value) for key, value in values.items()}
+def _each(stored: Stored, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {name: {key: change(value) for key, value in values.items()} for name, values in stored.items()}
 
 
 def map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -24,8 +24,6 @@ from skipdit.models.families import Family, find_family
 from skipdit.models.forward_plan import Branches
 from skipdit.models.long_skip import LongSkipModel
 
-OURS = Family()
-
 
 class CacheRuntime:
     """The cache of one model.
@@ -44,7 +42,7 @@ class CacheRuntime:
     ) -> None:
         linked = cast(LongSkipModel, model)
         self.method, self.opened = method, opened
-        self.family = find_family(type(model)) or OURS
+        self.family = find_family(type(model)) or Family()
         self.model_name = type(model).__name__
         self.names, self.conditions = arguments_of(type(model), self.family)
         parts = parts_on(method, model)
@@ -129,7 +127,8 @@ class CacheRuntime:
             output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
         stream.counts += Counts(int(not reused), int(bool(reused)), stream.costs.of_step(reused))
-        self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
+        if not reused:
+            self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
 
     def _check_reuses(self, levels: list[float]) -> None:

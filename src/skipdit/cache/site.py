@@ -1,7 +1,7 @@
 """WHAT is reused: a site says which region of the units' work full steps store and reuse steps leave out."""
 
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 from torch import nn
 
@@ -9,21 +9,22 @@ from skipdit.models.forward_plan import Branches, Region, Units
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 
 
-@runtime_checkable
-class Site(Protocol):
+class Site:
+    """A choice of regions. Abstract."""
+
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         """Return what this model can reuse here: one region per variant of a reuse step, among which a schedule chooses
         by index. A full step stores all of them. `ValueError` where there is nothing, unless the site is optional."""
-        ...
+        raise NotImplementedError
 
     @property
     def shallow_units(self) -> tuple[int, ...]:
         """The numbers that a spec gives as -k."""
-        ...
+        return ()
 
 
 @dataclass(frozen=True)
-class DeepFeatures:
+class DeepFeatures(Site):
     """The hidden states that enter the last units, behind the long skips (arXiv 2411.17616): at a reuse step the first
     and last `num_shallow_units` units run. others: more such numbers, among which a schedule may choose."""
 
@@ -47,7 +48,7 @@ class DeepFeatures:
 
 
 @dataclass(frozen=True)
-class UnitRange:
+class UnitRange(Site):
     """Units between the first and last few, which still run: with `delta`, what they add to the hidden states (the
     offset of Delta-DiT, arXiv 2406.01125), otherwise what leaves them. Needs no long skips; a long skip into a unit
     that runs comes from the store where its source does not run.
@@ -81,7 +82,7 @@ class UnitRange:
 
 
 @dataclass(frozen=True)
-class Inner:
+class Inner(Site):
     """`DeepFeatures` where the model has long skips, otherwise what the units in the middle add."""
 
     num_shallow_units: int = 1
@@ -97,7 +98,7 @@ class Inner:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Site):
     """What all units after the first add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs at every step,
     and adaptive schedules look at it."""
 
@@ -107,13 +108,9 @@ class Stack:
             raise ValueError(f"there must be a unit after the first, got {num_units}")
         return (Units(start=1, stop=num_units, delta=True),)
 
-    @property
-    def shallow_units(self) -> tuple[int, ...]:
-        return ()
-
 
 @dataclass(frozen=True)
-class BranchOutputs:
+class BranchOutputs(Site):
     """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the first
     and last `num_shallow_units`. optional: a model may have none of them."""
 
@@ -136,10 +133,6 @@ class BranchOutputs:
                 f"{', '.join(sorted(found)) or 'no branches'}: nothing could be reused"
             )
         return (Branches(kinds=kinds, units=tuple(units)),)
-
-    @property
-    def shallow_units(self) -> tuple[int, ...]:
-        return ()
 
 
 @dataclass(frozen=True)

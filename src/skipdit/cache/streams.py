@@ -141,11 +141,6 @@ class Run:
         """The noise levels of the steps from this one on, where they are known."""
         return self.levels[int(self.place) :] if self.levels else []
 
-    @property
-    def latest(self) -> list[Stream]:
-        """The streams that took part in the run's last step."""
-        return [each for each in self.streams if each.places[0] == self.place]
-
     def follow_levels(self) -> None:
         """From now on, order the steps by the timesteps of the calls instead of by a list."""
         for stream in self.streams:
@@ -261,7 +256,8 @@ class Streams:
         unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
         stream = same[0] if len(same) == 1 and not unsure else None
 
-        if place is None and isinstance(timestep, Tensor) and timestep.ndim > 1 and stream in run.latest:
+        again = stream is not None and stream.places[0] == run.place
+        if place is None and again and isinstance(timestep, Tensor) and timestep.ndim > 1:
             # each frame has a scheduler of its own, and that of the pipeline stands still (diffusion forcing)
             order = run.follow_levels()
 
@@ -271,7 +267,7 @@ class Streams:
         if order is None:
             run, place = _by_level(run, level)
         elif place is None:  # counted: a stream that has already made the run's current step makes the next one
-            place = 0 if not run.streams else run.place + (stream is not None and stream.places[0] == run.place)
+            place = 0 if not run.streams else run.place + again
         run.level = level
         assert place is not None
         return run, place, stream, fitting
@@ -291,15 +287,21 @@ class Streams:
         schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
         return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
 
+    def _tables(self, order: Any) -> Iterator[Tensor]:
+        """Yield the list that orders a run, then those of the schedulers: nearly always the first is the one."""
+        if isinstance(order, Tensor):
+            yield order
+        yield from self._lists().values()
+
     def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
         """Return what orders the run's calls, and this call's place as far as it is known without asking the device:
         `None` where it must be counted or read. branches: the other named branches of the same run."""
-        lists, told = self._lists(), _told.get()
-        tables = [] if run is None or not isinstance(run.order, Tensor) else [run.order]
-        for entry in (timestep, told.get("timestep")):
-            for table in (*tables, *lists.values()):
+        told, order = _told.get(), None if run is None else run.order
+        for table in self._tables(order):
+            for entry in (timestep, told.get("timestep")):
                 if _shares_memory(entry, table):
                     return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
+        lists = self._lists()
         current = next((each for each, table in lists.items() if run is not None and table is run.order), None)
         fresh = [each for each, table in lists.items() if self.begun.get(each) is not table]
         if current is not None and fresh and not self._goes_on(timestep, run, fresh):

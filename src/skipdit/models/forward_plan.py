@@ -8,6 +8,7 @@ there, in booleans and names; a `ForwardState` carries it out.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, get_args
 
 import torch
@@ -181,6 +182,7 @@ class ForwardPlan:
     """What one forward call stores, and what it takes from an earlier one.
 
     units: what happens at each unit, and after the last. idle: the units that are passed as if they were not there.
+    untouched: those that run as if there were no plan.
     Numbers that change from call to call would be symbols to `torch.compile`, so what a forward reads of it are
     booleans and names at fixed places.
     """
@@ -190,6 +192,7 @@ class ForwardPlan:
     route: TokenRoute | None = None
     units: tuple[UnitPlan, ...] = ()
     idle: frozenset[int] = frozenset()
+    untouched: frozenset[int] = frozenset()
     has_branches: bool = False
     question: Question | None = None
 
@@ -221,7 +224,14 @@ class ForwardPlan:
         )
         has_branches = any(unit.reuses or unit.keeps or unit.probes for unit in units)
         idle = frozenset(number for number, unit in enumerate(units) if unit.is_idle)
-        return cls(store=store, reuse=reuse, route=route, units=units, idle=idle, has_branches=has_branches)
+        untouched = frozenset(
+            number
+            for number, (unit, after) in enumerate(pairwise(units))
+            if unit.runs
+            and not (unit.is_boundary or unit.sees_kept or (number > 0 and links.sources))
+            and not (number == links.num_units - 1 and after.is_boundary)
+        )
+        return cls(store, reuse, route, units, idle, untouched, has_branches)
 
 
 PLAIN = ForwardPlan()

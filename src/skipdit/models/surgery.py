@@ -8,7 +8,7 @@ stay, the copy of a model is a model of its own, and `torch.compile` sees one pl
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -61,6 +61,11 @@ class BlockPlace:
     joins: tuple[tuple[int, ...], int] | None
     by_token: Mapping[str, ByToken]
 
+    def hand_on(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the streams among the arguments, as a block returns them."""
+        streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
+        return streams[0] if len(streams) == 1 else tuple(streams)
+
 
 class UnitBlock(Remade, nn.Module):
     """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
@@ -71,11 +76,10 @@ class UnitBlock(Remade, nn.Module):
     long_skip: LongSkip | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        place, state = self._place, self._open.state
+        state, place = self._open.state, self._place
         if state is None or place.unit not in state.plan.idle or self._is_hooked():
             return self._call_impl(*args, **kwargs)
-        streams = [kwargs[name] if name in kwargs else args[place.positions[name]] for name in place.streams]
-        return streams[0] if len(streams) == 1 else tuple(streams)
+        return place.hand_on(args, kwargs)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile what the block's own class computes, and nothing of what a plan says: blocks of one class share their
@@ -93,6 +97,9 @@ class UnitBlock(Remade, nn.Module):
             raise RuntimeError(
                 f"this {type(self).__name__} belongs to unit {place.unit} of a model and runs only inside its forward"
             )
+        compiled = None if state.plan.has_branches else self._compiled_call_impl
+        if place.unit in state.plan.untouched and place.joins is None:
+            return (compiled or super().forward)(*args, **kwargs)
         call = list(args)
 
         def get(name: str) -> Tensor:
@@ -121,7 +128,6 @@ class UnitBlock(Remade, nn.Module):
                         put(name, state.tokens.keep(get(name), by_token))
             if self.long_skip is not None:
                 put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
-            compiled = None if state.plan.has_branches else self._compiled_call_impl
             output = (compiled or super().forward)(*call, **kwargs)
         else:
             if place.is_entry:
@@ -129,8 +135,7 @@ class UnitBlock(Remade, nn.Module):
                 skip = state.given_skip(place.unit)
                 if skip is not None:
                     put(place.fused, skip)
-            streams = tuple(get(name) for name in place.streams)
-            output = streams[0] if len(streams) == 1 else streams
+            output = place.hand_on(call, kwargs)
         if place.is_exit and state.is_boundary(place.unit + 1):
             return _exit(state, place, output, self._open.num_tokens)
         return output

@@ -14,7 +14,7 @@ from torch import Tensor
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
-from skipdit.options import check_numbers
+from skipdit.options import check_numbers, check_positive
 
 RoutingMode = Literal["off", "bypass", "fill"]
 StepKind = Literal["dense", "routed", "shallow"]
@@ -29,8 +29,8 @@ class TokenRoutingConfig:
     vector, which needs long skips; off: all units see all tokens"""
     share: float = 0.25
     """of the tokens, which the deep units see, drawn anew per sample and step"""
-    num_shallow_units: int = 2
-    """first units, and as many last units, that see all tokens"""
+    num_shallow_units: int | None = None
+    """first units, and as many last units, that see all tokens; by default 2, or 1 of fewer than 5 units"""
     deep_drop: float = 0.05
     """share of the steps, before the dense end, in which the deep units are left out whole"""
     dense_end: float = 0.2
@@ -42,8 +42,7 @@ class TokenRoutingConfig:
             raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {self.mode!r}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        if self.num_shallow_units < 1:
-            raise ValueError(f"num_shallow_units must be at least 1, got {self.num_shallow_units}")
+        check_positive(self, "num_shallow_units")
         if not 0 <= self.deep_drop < 1:
             raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
         if not 0 <= self.dense_end <= 1:
@@ -56,12 +55,10 @@ class TokenRoutingConfig:
             raise ValueError(
                 f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
             )
-        if self.num_shallow_units > most:
-            raise ValueError(
-                f"routing.num_shallow_units must be at most {most} for {num_units} units, got {self.num_shallow_units}"
-            )
-        start, stop = self.num_shallow_units, num_units - self.num_shallow_units
-        return TokenRoute(start=start, stop=stop, fill=self.mode == "fill")
+        k = min(2, most) if self.num_shallow_units is None else self.num_shallow_units
+        if k > most:
+            raise ValueError(f"routing.num_shallow_units must be at most {most} for {num_units} units, got {k}")
+        return TokenRoute(start=k, stop=num_units - k, fill=self.mode == "fill")
 
 
 def draw_kept_tokens(
