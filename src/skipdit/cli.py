@@ -211,13 +211,14 @@ def convert(arguments: Sequence[str]) -> None:
 def bench(arguments: Sequence[str]) -> None:
     """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow; or what a trained
     model loses and gains when it is converted in two stages; what caches do to a model's pictures and save; and what
-    torch.compile makes of them.
+    torch.compile makes of them; and how many pictures a second the training loop makes, beside a plain one.
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
     Example: skipdit bench video --presets Latte-S/2 --out benchmarks
     Example: skipdit bench conversion --out benchmarks
     Example: skipdit bench cache --model emoji --out benchmarks
     Example: skipdit bench compile --out benchmarks
+    Example: skipdit bench train --workloads emoji --out benchmarks
     """
     import tyro
 
@@ -226,11 +227,13 @@ def bench(arguments: Sequence[str]) -> None:
         CompileBenchConfig,
         ConversionBenchConfig,
         ModelBenchConfig,
+        TrainBenchConfig,
         VideoBenchConfig,
         bench_caches,
         bench_compile,
         bench_conversion,
         bench_models,
+        bench_training,
         bench_videos,
     )
     from skipdit.benchmark.cache_methods import no_rivals
@@ -270,7 +273,11 @@ def bench(arguments: Sequence[str]) -> None:
     class CompileOptions(Output):
         config: Annotated[CompileBenchConfig, tyro.conf.arg(name="")]
 
-    names = ("models", "video", "conversion", "cache", "compile")
+    @dataclass(frozen=True, kw_only=True)
+    class TrainOptions(Output):
+        config: Annotated[TrainBenchConfig, tyro.conf.arg(name="")]
+
+    names = ("models", "video", "conversion", "cache", "compile", "train")
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: skipdit bench {{{','.join(names)}}} [OPTIONS]\n\n{bench.__doc__}")
         return
@@ -292,6 +299,9 @@ def bench(arguments: Sequence[str]) -> None:
         defaults = CompileOptions(config=CompileBenchConfig())
         options = _parse("bench compile", bench.__doc__, rest, CompileOptions, defaults)
         run = partial(bench_compile, options.config)
+    elif name == "train":
+        options = _parse("bench train", bench.__doc__, rest, TrainOptions, TrainOptions(config=TrainBenchConfig()))
+        run = partial(bench_training, options.config, RECIPES["emoji"]())
     else:
         defaults = ConversionOptions(config=ConversionBenchConfig())
         options = _parse("bench conversion", bench.__doc__, rest, ConversionOptions, defaults)

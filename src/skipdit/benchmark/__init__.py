@@ -4,6 +4,7 @@ from skipdit.benchmark.cache import CacheBenchConfig, bench_caches
 from skipdit.benchmark.compiling import CompileBenchConfig, bench_compile
 from skipdit.benchmark.conversion import ConversionBenchConfig, bench_conversion
 from skipdit.benchmark.models import ModelBenchConfig, bench_models
+from skipdit.benchmark.training import TrainBenchConfig, bench_training
 from skipdit.benchmark.video import bench_videos
 from skipdit.benchmark.video_models import VideoBenchConfig
 
@@ -12,10 +13,12 @@ __all__ = [
     "CompileBenchConfig",
     "ConversionBenchConfig",
     "ModelBenchConfig",
+    "TrainBenchConfig",
     "VideoBenchConfig",
     "bench_caches",
     "bench_compile",
     "bench_conversion",
     "bench_models",
+    "bench_training",
     "bench_videos",
 ]

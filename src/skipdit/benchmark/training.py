@@ -1,0 +1,333 @@
+"""How many pictures a second the training loop makes, beside a plain loop as anybody would write it.
+
+Two workloads: the recipe of the bundled class-to-image model, and a DiT of the paper on random latents. Every loop
+starts anew in each round, so that one model lies in memory at a time, and the loops of a round take turns.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from skipdit.benchmark.measure import (
+    SYNCHRONIZE,
+    Advance,
+    Device,
+    check_device,
+    claim_report,
+    describe_environment,
+    header,
+    progress_bar,
+    seconds_of,
+    table,
+    threads,
+    write_report,
+)
+from skipdit.benchmark.models import check_compiler
+from skipdit.data import ShuffledForever
+from skipdit.diffusion import Objective
+from skipdit.files import OutputFolder
+from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.tasks import ClassToImage, Trainee
+from skipdit.training import TokenRoutingConfig, TrainConfig
+from skipdit.training.batches import batch_loss, find_step_kinds, prepare_batch, step_generator
+from skipdit.training.devices import start_processes
+from skipdit.training.loader import load_batches
+from skipdit.training.loop import Run, build_task
+
+Workload = Literal["emoji", "latents"]
+Loop = Literal["plain", "dense", "routed", "dense compiled", "routed compiled"]
+
+TARGETS = {"emoji": 15_000.0, "latents": 0.4}  # on an H100: pictures per second; share of the rate of bf16 products
+BATCH_SIZES: dict[Device, dict[Workload, int]] = {
+    "cpu": {"emoji": 32, "latents": 1},
+    "cuda": {"emoji": 512, "latents": 96},
+}
+MATRIX_SIZES: dict[Device, int] = {"cpu": 1024, "cuda": 8192}
+NUM_LATENTS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchConfig:
+    """Which loops are measured, and how often."""
+
+    workloads: tuple[Workload, ...] = ("emoji", "latents")
+    """emoji: the recipe of the bundled class-to-image model; latents: a DiT with long skips on random latents"""
+    loops: tuple[Loop, ...] = ("plain", "dense", "routed")
+    """plain: in float32 (TF32 on a GPU), with what is random drawn on the CPU and the loss asked for at each step;
+    dense, routed: skipdit's, without and with token routing, eager or compiled"""
+    preset: str = "DiT-XL/2"
+    """of the model on latents, 256 tokens"""
+    batch_sizes: tuple[int, ...] = ()
+    """one per workload; by default 32 and 1 on a CPU, 512 and 96 on a GPU"""
+    device: Device = "cpu"
+    """where"""
+    num_threads: int | None = None
+    """of the CPU; by default PyTorch's choice"""
+    num_steps: int = 20
+    """steps that are timed together"""
+    num_warmup: int = 5
+    """steps before them"""
+    num_rounds: int = 3
+    """how often each loop starts"""
+    seed: int = 0
+    """of weights and data"""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_choice("workloads", self.workloads, get_args(Workload))
+        check_choice("loops", self.loops, get_args(Loop))
+        check_choice("preset", (self.preset,), tuple(PRESETS))
+        check_choice("device", (self.device,), get_args(Device))
+        check_positive(self, "num_threads", "num_steps", "num_warmup", "num_rounds")
+        if self.batch_sizes and (len(self.batch_sizes) != len(self.workloads) or min(self.batch_sizes) < 1):
+            raise ValueError(
+                f"batch_sizes must be {len(self.workloads)} numbers above 0 or none, got {self.batch_sizes}"
+            )
+
+    def batch_size(self, workload: Workload) -> int:
+        default = BATCH_SIZES[self.device][workload]
+        return self.batch_sizes[self.workloads.index(workload)] if self.batch_sizes else default
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a loop makes of a workload.
+
+    flops: of a picture in the mean of the steps that were timed, forward and backward. seconds: of a step, in each
+    round. losses: of the last step of each round.
+    """
+
+    workload: Workload
+    loop: Loop
+    batch_size: int
+    flops: float
+    seconds: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
+
+    @property
+    def pictures_per_second(self) -> float:
+        return self.batch_size / median(self.seconds)
+
+    @property
+    def flops_per_second(self) -> float:
+        return self.flops * self.pictures_per_second
+
+
+@dataclass(frozen=True)
+class RandomLatents:
+    """As many latents (4, 32, 32) as there are labels, of 1000 classes."""
+
+    latents: Tensor
+    labels: list[int]
+    size: int = 32
+    label_names: list[str] = field(default_factory=lambda: [str(label) for label in range(1000)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def captions(self) -> list[tuple[str, ...]]:
+        return [(self.label_names[label],) for label in self.labels]
+
+    def stored(self, index: int) -> tuple[Tensor, int]:
+        return self.latents[index], self.labels[index]
+
+
+def make_config(config: TrainBenchConfig, workload: Workload, recipe: TrainConfig) -> TrainConfig:
+    """Return the settings of a run on a workload, with routing that is never dense at the end."""
+    settings = {"batch_size": config.batch_size(workload), "seed": config.seed, "max_steps": 10**6, "compile": False}
+    if workload == "latents":
+        recipe = TrainConfig(objective=Objective(), learning_rate=1e-4)
+    return replace(recipe, **settings, routing=TokenRoutingConfig(mode="bypass", dense_end=0.0))
+
+
+def make_task(config: TrainBenchConfig, workload: Workload, run: TrainConfig) -> Trainee:
+    if workload == "emoji":
+        return build_task(run)
+    torch.manual_seed(config.seed)
+    latents, labels = torch.randn(NUM_LATENTS, 4, 32, 32), torch.randint(1000, (NUM_LATENTS,))
+    with torch.device(config.device):
+        model = DiT.from_preset(config.preset, out_channels=4, long_skip=LongSkipConfig())
+    return ClassToImage(model, RandomLatents(latents, labels.tolist()))  # pyright: ignore[reportArgumentType]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loops
+
+
+@contextmanager
+def plain_loop(run: TrainConfig, task: Trainee, accelerator: Accelerator) -> Iterator[Callable[[int], float]]:
+    """Yield what makes a step and returns its loss: eager, in float32 or TF32, dense, loading in its own thread."""
+    device, precision = accelerator.device, torch.get_float32_matmul_precision()
+    model = task.model.to(device).train()
+    task.prepare(device)
+    rates = {"lr": run.learning_rate, "betas": run.adam_betas, "weight_decay": run.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **rates)
+    ema = EMAModel(model.parameters(), decay=run.ema_decay)
+    order = ShuffledForever(len(task.items), run.seed)
+    batches = iter(DataLoader(task.data, batch_size=run.batch_size, sampler=order))
+
+    def step(number: int) -> float:
+        stored, labels = next(batches)
+        batch = prepare_batch(stored, labels, run, task, step_generator(run, 0, number), device)
+        loss = batch_loss(task, model, run.objective, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), run.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        return loss.item()
+
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield step
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def our_loop(run: TrainConfig, task: Trainee, accelerator: Accelerator) -> Iterator[Callable[[int], Tensor]]:
+    """Yield what makes a step as `skipdit train` does, and returns its loss, which nobody waits for."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Run(run, accelerator, task, None, Path(folder), resume=False)
+        made.begin(allow_changes=False)
+        with load_batches(task.data, run, accelerator, 0) as batches:
+            yield lambda number: made.step(batches, number, run.learning_rate).loss
+
+
+def time_loop(config: TrainBenchConfig, row: Row, recipe: TrainConfig) -> Row:
+    """Return the row with the seconds of one more round."""
+    run = make_config(config, row.workload, recipe)
+    if not row.loop.startswith("routed"):
+        run = replace(run, routing=TokenRoutingConfig())
+    run = replace(run, compile=row.loop.endswith("compiled"))
+    accelerator = start_processes(torch.device(config.device))
+    task = make_task(config, row.workload, run)
+    kinds = find_step_kinds(task, run, torch.device("cpu") if config.device == "cpu" else accelerator.device)
+    loop = plain_loop if row.loop == "plain" else our_loop
+    with loop(run, task, accelerator) as step:
+        for number in range(config.num_warmup):
+            step(number)
+        synchronize, losses = SYNCHRONIZE[config.device], []
+        synchronize()
+
+        def timed() -> None:
+            losses.extend(step(config.num_warmup + number) for number in range(config.num_steps))
+            synchronize()
+
+        seconds = seconds_of(timed) / config.num_steps
+    return replace(
+        row, flops=kinds.mean_flops, seconds=(*row.seconds, seconds), losses=(*row.losses, float(losses[-1]))
+    )
+
+
+def matmul_rate(device: Device, num_rounds: int) -> float:
+    """Return the FLOPs per second of products of bf16 matrices, the best of some rounds: what a loop is held to."""
+    size = MATRIX_SIZES[device]
+    first, second = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def multiply(count: int) -> None:
+        for _ in range(count):
+            _ = first @ second
+        SYNCHRONIZE[device]()
+
+    multiply(3)
+    return 2 * size**3 * 10 / min(seconds_of(partial(multiply, 10)) for _ in range(num_rounds))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def bench_training(config: TrainBenchConfig, recipe: TrainConfig, out: OutputFolder) -> list[Row]:
+    """Measure every loop on every workload, and write `training_{device}.json` and `.md` into `out`.
+
+    recipe: of the workload emoji. `ValueError` where the device or the compiler that the config asks for is missing.
+    """
+    check_device(config.device)
+    name = f"training_{config.device}"
+    claim_report(out, name)
+    if any(loop.endswith("compiled") for loop in config.loops):
+        check_compiler(config.device)
+    with threads(config.num_threads):
+        environment = describe_environment(config.device, config.seed)
+        rate = matmul_rate(config.device, config.num_rounds)
+        with progress_bar(len(config.workloads) * len(config.loops) * config.num_rounds) as advance:
+            rows = [row for workload in config.workloads for row in bench_workload(config, workload, recipe, advance)]
+    report = {
+        "environment": environment,
+        "config": config,
+        "matmul_flops_per_second": rate,
+        "rows": [asdict(row) | {"pictures_per_second": row.pictures_per_second} for row in rows],
+    }
+    write_report(out, name, report, render_markdown(config, environment, rows, rate))
+    return rows
+
+
+def bench_workload(config: TrainBenchConfig, workload: Workload, recipe: TrainConfig, advance: Advance) -> list[Row]:
+    rows = [Row(workload, loop, config.batch_size(workload), 0.0) for loop in config.loops]
+    for _ in range(config.num_rounds):
+        for place, row in enumerate(rows):
+            advance(description=f"{workload} {row.loop}")
+            rows[place] = time_loop(config, row, recipe)
+    return rows
+
+
+def render_markdown(
+    config: TrainBenchConfig, environment: Mapping[str, str], rows: list[Row], rate: float
+) -> list[str]:
+    """Command and machine, the loops, and in words what reaches its target."""
+    baselines = {row.workload: row for row in rows if row.loop == "plain"}
+    return [
+        *header(environment),
+        table([row_record(row, baselines.get(row.workload), rate) for row in rows]),
+        f"Products of bf16 matrices reach {rate / 1e12:.2f} TFLOP/s here. FLOPs are counted of forward and backward, "
+        "without the optimizer; those of routed loops are fewer per picture.",
+        *verdict(config, rows, rate),
+    ]
+
+
+def row_record(row: Row, plain: Row | None, rate: float) -> dict[str, object]:
+    speed = "" if plain is None else f"{row.pictures_per_second / plain.pictures_per_second:.2f}"
+    return {
+        "workload": row.workload,
+        "loop": row.loop,
+        "batch": row.batch_size,
+        "pictures/s": f"{row.pictures_per_second:,.1f}",
+        "over plain": speed,
+        "ms a step (min to max)": f"{1e3 * min(row.seconds):.1f} to {1e3 * max(row.seconds):.1f}",
+        "GFLOP a picture": f"{row.flops / 1e9:.2f}",
+        "TFLOP/s": f"{row.flops_per_second / 1e12:.3f}",
+        "of the bf16 rate": f"{100 * row.flops_per_second / rate:.1f}%",
+        "last loss": f"{row.losses[-1]:.4f}",
+    }
+
+
+def verdict(config: TrainBenchConfig, rows: list[Row], rate: float) -> Iterator[str]:
+    """In words, what the best loop reaches of its target, which is that of an H100."""
+    for workload in config.workloads:
+        own = [row for row in rows if row.workload == workload and row.loop != "plain"]
+        if not own or config.device != "cuda":
+            continue
+        values = {
+            "emoji": {row.loop: row.pictures_per_second for row in own},
+            "latents": {row.loop: row.flops_per_second / rate for row in own},
+        }[workload]
+        best = max(values, key=values.__getitem__)
+        reached = "reached" if values[best] >= TARGETS[workload] else "missed"
+        what = "pictures per second" if workload == "emoji" else "of the bf16 rate"
+        yield f"{workload}: target {TARGETS[workload]:g} {what}, {reached}: {values[best]:.3g} ({best})."
