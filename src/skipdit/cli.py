@@ -17,27 +17,49 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from skipdit import terminal
 
 if TYPE_CHECKING:
-    from skipdit.compare import Report
+    from skipdit.compare import Report, SampleConfig
 
 Config = TypeVar("Config")
 
 
 def sample(arguments: Sequence[str]) -> None:
     """Sample in full, cached, and with fewer steps at the same wall time; pictures, clips and a report go into --out.
+    With --npz or --png: many samples of one setting, for evaluation.
 
     Exit status 1: they are there, but some samples are not finite, which the report counts.
 
     Example: skipdit sample --task text-to-image --prompt "a cat with a rocket" --out out/cats
+    Example: torchrun --nproc-per-node 8 -m skipdit sample --num-samples 50000 --npz --cache none --out out/emoji-50k
     """
     from skipdit.compare import SampleConfig, sample_and_compare
+    from skipdit.process_group import count_processes
 
     config = _parse("sample", sample.__doc__, arguments, SampleConfig)
+    if config.makes_set:
+        return _sample_set(config)
+    if count_processes() > 1:
+        raise ValueError("a comparison is made by one process; several make a set of samples: give --npz or --png")
     report = sample_and_compare(config)
     _print_report(report, config.out)
     if report.broken:
-        told = ", ".join(f"{name} {count}" for name, count in report.broken.items())
-        print(f"skipdit: broken samples (NaN or infinite): {told}", file=sys.stderr)
-        sys.exit(1)
+        _exit_on_broken(report.broken)
+
+
+def _sample_set(config: "SampleConfig") -> None:
+    from skipdit.sample_set import sample_set
+
+    report = sample_set(config)
+    if report is None:  # not the main process
+        return
+    print(f"{report.text()}\nthey and samples.json are in {terminal.one_line(str(config.out))}")
+    if report.num_broken:
+        _exit_on_broken({"set": f"{report.num_broken} of {report.num_samples}"})
+
+
+def _exit_on_broken(broken: dict[str, str]) -> None:
+    told = ", ".join(f"{name} {count}" for name, count in broken.items())
+    print(f"skipdit: broken samples (NaN or infinite): {told}", file=sys.stderr)
+    sys.exit(1)
 
 
 def train(arguments: Sequence[str]) -> None:

@@ -52,14 +52,14 @@ class Sampler:
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         guidance_channels: int | None = None,
         guidance: Guidance = "full",
         guidance_shallow_units: int | None = None,
     ) -> Tensor:
         """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts.
 
-        guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
+        generator: one, or a list with one for each. guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
         """
         raise NotImplementedError
 
@@ -182,7 +182,7 @@ class TextToImageSampler(TextSampler):
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         guidance_channels: int | None = None,
         guidance: Guidance = "full",
         guidance_shallow_units: int | None = None,
@@ -225,7 +225,7 @@ class TextToVideoSampler(TextSampler):
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         guidance_channels: int | None = None,
         guidance: Guidance = "full",
         guidance_shallow_units: int | None = None,
