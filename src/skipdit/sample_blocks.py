@@ -50,7 +50,8 @@ class BlockInfo(TypedDict):
 def generator_of(seed: int, index: int) -> torch.Generator:
     """Return the source of all noise of one sample. On the CPU, so that it is the same on every device.
 
-    torch's CPU generator takes 32 bits of a seed. Within a set no two samples share one.
+    torch's CPU generator takes 32 bits of a seed: within a set no two samples share one, and sets of seeds that are
+    equal modulo 2^32 are the same.
     """
     return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**32)
 

@@ -160,7 +160,7 @@ class SetRun:
         self.files.claim(wanted)
         settings = settings_of(self.source, self.method, self.config, self.batch_size)
         told = self.read() if self.files.holds(TOLD) else None
-        if told is not None and (changed := _difference(told["settings"], settings)):
+        if told is not None and self.has_begun(told) and (changed := _difference(told["settings"], settings)):
             what = ", ".join(changed)
             raise ValueError(f"{printable(self.folder)} holds samples of other settings ({what}): give another --out")
         digest = hashlib.sha256(to_json(settings).encode()).hexdigest()
@@ -177,6 +177,11 @@ class SetRun:
         if len(missing) < self.num_blocks:
             LOGGER.warning("goes on with %d of %d blocks that are there", self.num_blocks - len(missing), len(paths))
         return digest, missing
+
+    def has_begun(self, told: Told) -> bool:
+        """Return whether anything is there that other settings would throw away."""
+        blocks = (self.folder / BLOCKS).glob("block-*")
+        return told["report"] is not None or any(KIND in read_marker(path)["files"] for path in blocks)
 
     def has_results(self) -> bool:
         with suppress(OSError, ValueError):
