@@ -279,6 +279,17 @@ def test_files_of_others_stay(config: SampleConfig, name: str) -> None:
     assert not (config.out / "blocks" / "block-0000000").exists()
 
 
+def test_files_of_others_go_where_that_is_asked_for(config: SampleConfig) -> None:
+    for name in ("samples.npz", "samples/0000001.png", "samples/mine.txt"):
+        (config.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (config.out / name).write_text("mine")
+    made(config, num_samples=3, png=True, overwrite=True)
+    expected = [*(f"000000{index}.png" for index in range(3)), "metadata.jsonl", "mine.txt"]
+    assert listing(config.out / "samples") == expected
+    with Image.open(config.out / "samples" / "0000001.png") as picture:
+        assert picture.size == (16, 16)
+
+
 def test_it_lies_beside_a_comparison(config: SampleConfig) -> None:
     alone = dataclasses.replace(config, npz=False, batch_size=None, num_samples=2)
     sample_and_compare(alone)

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
@@ -131,6 +139,7 @@ class SetRun:
         if self.method is not None:
             check_method(source.sampler.pipeline, self.method, config.steps)
         self.folder = config.out.absolute() if out is None else out.path
+        self.overwritten = ("*.png", "metadata.jsonl") if config.overwrite else ()
 
     def __call__(self) -> SetReport | None:
         settings, missing = self.group.from_main(self.begin)
@@ -168,7 +177,7 @@ class SetRun:
             self.remove_blocks()
             return digest, None
         if self.config.png:
-            check_replaceable(self.folder / PNG, KIND)
+            check_replaceable(self.folder / PNG, KIND, self.overwritten)
         paths = [block_path(self.folder, number) for number in range(self.num_blocks)]
         missing = [number for number, path in enumerate(paths) if not is_block(path, digest)]
         for number in missing:
@@ -210,7 +219,7 @@ class SetRun:
         labels = [self.wanted.label(index) for index in range(self.num_samples)]
         if self.config.npz:
             with self.files.file(NPZ) as draft:
-                blocks = (np.load(path / "samples.npy") for path in paths)
+                blocks = (np.load(path / "samples.npy") for path in track(paths, "writing"))
                 write_npz(draft, blocks, (self.num_samples, *shape), labels)
         if self.config.png:
             self.write_files(paths, labels)
@@ -238,7 +247,7 @@ class SetRun:
 
     def write_files(self, paths: Sequence[Path], labels: Sequence[int | None]) -> None:
         """Gather the PNG files of all blocks in one folder, beside what they show."""
-        with atomic_folder(self.folder / PNG, KIND) as draft:
+        with atomic_folder(self.folder / PNG, KIND, overwritten=self.overwritten) as draft:
             with (draft / "metadata.jsonl").open("w", encoding="utf-8") as lines:
                 for index, label in enumerate(labels):
                     text = self.wanted.captions[self.wanted.place(index)]
