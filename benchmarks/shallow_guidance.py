@@ -152,7 +152,8 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: dict[str, A
         "Compute: FLOPs of ordinary guidance in full over those of the row. PSNR: to ordinary guidance of the same "
         "scale. Distance: kernel distance to the data in features of EfficientNet-Lite0, with the standard error over "
         f"{NUM_SUBSETS} subsets of {SUBSET_SIZE}; lower is nearer. The pictures of the first row are not among those "
-        "that it is compared with. Fewer steps are as many as shallow guidance costs, alone and under N2. The subsets of a row overlap, "
+        "that it is compared with. Fewer steps are as many as shallow guidance costs, alone and under N2. "
+        "The subsets of a row overlap, "
         "and all rows are of one model and one set of noise, so "
         "the error is smaller than that of another draw would be.",
         "",
