@@ -16,10 +16,12 @@ from torch._dynamo.testing import CompileCounter
 from training_runs import make_config, make_data
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.streams import cache_context
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
 from skipdit.compare import SampleConfig, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.guidance import ShallowGuidance
 from skipdit.models.forward_plan import ForwardPlan, Units
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.routing import TokenRoute, kept_tokens
@@ -214,6 +216,39 @@ def test_a_call_with_a_plan_of_its_own_is_no_step(kind: str) -> None:
             assert all(map(torch.equal, planned(), expected))
     assert cache_summary(model) == counts
     assert len(expected) == 4
+
+
+@kinds
+def test_a_loop_of_ones_own_may_alternate_between_runs(kind: str) -> None:
+    """Runs of two and of three samples take turns: each holds its own difference, and never another's."""
+    model = build(kind).transformer
+    plan = ShallowPath(num_shallow_units=1).plan(model.long_skip_links)
+    shape = (4, 8, 8) if kind == "images" else (3, 4, 8, 8)
+    batches = {name: (torch.randn(size, *shape), torch.tensor([4] * size)) for name, size in (("a", 2), ("b", 3))}
+
+    @torch.no_grad()
+    def predict(names: str, guidance: dict[str, ShallowGuidance]) -> dict[str, list[Tensor]]:
+        enable_cache(model, "N2")
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for timestep in map(torch.tensor, (900, 800, 700)):
+            for name in names:
+                latents, labels = batches[name]
+                with cache_context(name):
+                    said = model(latents, timestep, labels).sample
+                    pair = guidance[name](said, latents, timestep, torch.full_like(labels, 10))
+                found[name] += [each.clone() for each in pair]
+        return found
+
+    together = predict("ab", {name: ShallowGuidance(model, plan) for name in "ab"})
+    summary = cache_summary(model)
+    assert (summary.steps_full, summary.steps_reused, summary.steps_shallow, summary.steps_held) == (4, 2, 4, 2)
+    for name in "ab":
+        alone = predict(name, {name: ShallowGuidance(model, plan)})[name]
+        assert all(map(torch.equal, together[name], alone))
+        torch.testing.assert_close(alone[2] - alone[3], alone[0] - alone[1], rtol=1e-4, atol=1e-4)
+    shared = ShallowGuidance(model, plan)
+    predict("ab", {"a": shared, "b": shared})
+    assert cache_summary(model).steps_held == 0
 
 
 @kinds
