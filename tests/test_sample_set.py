@@ -420,6 +420,8 @@ def test_shallow_guidance_and_its_compute(config: SampleConfig, tmp_path: Path) 
     report, shallow = made(config, **options)
     assert 1.3 < report.compute_ratio < 2
     assert not np.array_equal(full["arr_0"], shallow["arr_0"])
+    cached, _ = made(config, **(options | {"cache": "N2", "out": tmp_path / "cached"}))
+    assert cached.compute_ratio > report.compute_ratio
 
 
 def test_the_npz_is_written_block_by_block(tmp_path: Path) -> None:

@@ -21,11 +21,6 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def is_main_process() -> bool:
-    """Return whether this is the process that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @dataclass(frozen=True)
 class ProcessGroup:
     """The processes of a piece of work. rank: of this one. size: how many. group: torch's, of gloo; `None` for one."""

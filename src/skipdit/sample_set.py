@@ -76,8 +76,9 @@ class Told(TypedDict):
 @dataclass(frozen=True, kw_only=True)
 class SetReport:
     """What a set is and what it took. shape: of a sample, (h w 3) or (f h w 3). num_made, seconds, samples_per_second:
-    of the last call, which may have found some; of all its processes together, without loading, with compiling. steps_full,
-    steps_reused: of a block, on average. compute_ratio: by FLOPs, to ordinary guidance without a cache."""
+    of the last call, which may have found some; of all its processes together, without loading, with compiling.
+    steps_full, steps_reused: of a block, on average. compute_ratio: by FLOPs, to ordinary guidance without a cache.
+    """
 
     num_samples: int
     num_broken: int
