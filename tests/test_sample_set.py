@@ -203,6 +203,22 @@ def test_killed_it_goes_on_and_makes_the_same(config: SampleConfig, tmp_path: Pa
     assert listing(killed.out / "samples") == listing(config.out / "samples")
 
 
+def test_stopped_it_says_what_is_there(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = skipdit.sample_set.BlockMaker.make
+
+    def stops(maker: Any, number: int, writer: Any) -> Any:
+        if number == 2:
+            raise KeyboardInterrupt
+        return make(maker, number, writer)
+
+    monkeypatch.setattr(skipdit.sample_set.BlockMaker, "make", stops)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        sample_set(config)
+    assert "16 samples are there; the same command goes on with them" in stopped.value.__notes__
+    monkeypatch.undo()
+    assert made(config)[0].num_made == 50 - 16
+
+
 def test_what_is_done_is_not_done_again(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     report, _ = made(config, num_samples=9)
     before = (config.out / "samples.npz").stat()
