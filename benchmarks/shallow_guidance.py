@@ -29,6 +29,7 @@ from skipdit.models.shallow_path import Guidance
 
 BATCH_SIZE, NUM_SUBSETS, SUBSET_SIZE = 64, 50, 200
 CACHES = ("N2", "auto")
+FEWER_FULL = "N4"  # with ordinary guidance it costs what N2 does with shallow guidance
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,14 @@ def sample(pipeline: Any, labels: list[int], setting: Setting, steps: int) -> Te
 
 
 def settings_of(scales: list[float], fewer_steps: tuple[int, ...]) -> list[Setting]:
-    """Ordinary guidance first, for each scale; the rivals are no guidance and fewer steps of ordinary guidance."""
+    """Ordinary guidance first, for each scale; the rivals are no guidance, and of ordinary guidance fewer steps,
+    or fewer full ones."""
     rows = [Setting("full", scale) for scale in scales] + [Setting("full", 1.0)]
     rows += [Setting("shallow", scale) for scale in scales]
     rows += [Setting("full", scale, steps=steps) for steps in fewer_steps for scale in scales]
     kinds = [(cache, guidance) for cache in CACHES for guidance in get_args(Guidance)]
-    return rows + [Setting(guidance, scale, cache=cache) for cache, guidance in kinds for scale in scales]
+    rows += [Setting(guidance, scale, cache=cache) for cache, guidance in kinds for scale in scales]
+    return rows + [Setting("full", scale, cache=FEWER_FULL) for scale in scales]
 
 
 def measure(pipeline: Any, items: LabelledPictures, options: argparse.Namespace) -> list[Row]:
