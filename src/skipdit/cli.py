@@ -9,10 +9,10 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from skipdit import terminal
 
@@ -233,13 +233,15 @@ def convert(arguments: Sequence[str]) -> None:
 def bench(arguments: Sequence[str]) -> None:
     """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow; or what a trained
     model loses and gains when it is converted in two stages; what caches do to a model's pictures and save; and what
-    torch.compile makes of them; and how many pictures a second the training loop makes, beside a plain one.
+    torch.compile makes of them; what they save on a GPU, of what they could; and how many pictures a second the
+    training loop makes, beside a plain one.
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
     Example: skipdit bench video --presets Latte-S/2 --out benchmarks
     Example: skipdit bench conversion --out benchmarks
     Example: skipdit bench cache --model emoji --out benchmarks
     Example: skipdit bench compile --out benchmarks
+    Example: skipdit bench gpu --out benchmarks
     Example: skipdit bench train --workloads emoji --out benchmarks
     """
     import tyro
@@ -248,12 +250,14 @@ def bench(arguments: Sequence[str]) -> None:
         CacheBenchConfig,
         CompileBenchConfig,
         ConversionBenchConfig,
+        GpuBenchConfig,
         ModelBenchConfig,
         TrainBenchConfig,
         VideoBenchConfig,
         bench_caches,
         bench_compile,
         bench_conversion,
+        bench_gpu,
         bench_models,
         bench_training,
         bench_videos,
@@ -272,63 +276,44 @@ def bench(arguments: Sequence[str]) -> None:
         """Replace files there also where an earlier run did not write them, each of which is named."""
 
     @dataclass(frozen=True, kw_only=True)
-    class ModelOptions(Output):
-        config: Annotated[ModelBenchConfig, tyro.conf.arg(name="")]
-
-    @dataclass(frozen=True, kw_only=True)
-    class VideoOptions(Output):
-        config: Annotated[VideoBenchConfig, tyro.conf.arg(name="")]
-
-    @dataclass(frozen=True, kw_only=True)
-    class ConversionOptions(Output):
-        config: Annotated[ConversionBenchConfig, tyro.conf.arg(name="")]
+    class ConversionOutput(Output):
         runs: Path = Path("runs")
         """Folder of the four trainings (recipes convert-*), which go on where they are not finished."""
 
     @dataclass(frozen=True, kw_only=True)
-    class CacheOptions(Output):
-        config: Annotated[CacheBenchConfig, tyro.conf.arg(name="")]
+    class CacheOutput(Output):
         rivals: bool = True
         """Whether caches of diffusers and cache-dit run too, where they can."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class CompileOptions(Output):
-        config: Annotated[CompileBenchConfig, tyro.conf.arg(name="")]
-
-    @dataclass(frozen=True, kw_only=True)
-    class TrainOptions(Output):
-        config: Annotated[TrainBenchConfig, tyro.conf.arg(name="")]
-
-    names = ("models", "video", "conversion", "cache", "compile", "train")
+    benches: dict[str, tuple[Any, Callable[..., Any], type[Output]]] = {
+        "models": (ModelBenchConfig(), bench_models, Output),
+        "video": (VideoBenchConfig(), bench_videos, Output),
+        "conversion": (ConversionBenchConfig(), bench_conversion, ConversionOutput),
+        "cache": (CacheBenchConfig(), bench_caches, CacheOutput),
+        "compile": (CompileBenchConfig(), bench_compile, Output),
+        "gpu": (GpuBenchConfig(), bench_gpu, Output),
+        "train": (TrainBenchConfig(), bench_training, Output),
+    }
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: skipdit bench {{{','.join(names)}}} [OPTIONS]\n\n{bench.__doc__}")
+        print(f"usage: skipdit bench {{{','.join(benches)}}} [OPTIONS]\n\n{bench.__doc__}")
         return
-    if not arguments or arguments[0] not in names:
-        allowed = f"{', '.join(names[:-1])} or {names[-1]}"
-        raise ValueError(f"the benchmark must be {allowed}, got {arguments[0] if arguments else 'none'!r}")
+    if not arguments or arguments[0] not in benches:
+        *names, last = benches
+        told = arguments[0] if arguments else "none"
+        raise ValueError(f"the benchmark must be {', '.join(names)} or {last}, got {told!r}")
     name, *rest = arguments
-    if name == "models":
-        options = _parse("bench models", bench.__doc__, rest, ModelOptions, ModelOptions(config=ModelBenchConfig()))
-        run = partial(bench_models, options.config)
-    elif name == "video":
-        options = _parse("bench video", bench.__doc__, rest, VideoOptions, VideoOptions(config=VideoBenchConfig()))
-        run = partial(bench_videos, options.config)
-    elif name == "cache":
-        options = _parse("bench cache", bench.__doc__, rest, CacheOptions, CacheOptions(config=CacheBenchConfig()))
-        rivals = partial(rivals_of, num_inference_steps=options.config.num_steps) if options.rivals else no_rivals
-        run = partial(bench_caches, options.config, rivals=rivals)
-    elif name == "compile":
-        defaults = CompileOptions(config=CompileBenchConfig())
-        options = _parse("bench compile", bench.__doc__, rest, CompileOptions, defaults)
-        run = partial(bench_compile, options.config)
+    config, run, output = benches[name]
+    field = ("config", Annotated[type(config), tyro.conf.arg(name="")])
+    kind: Any = make_dataclass("Options", [field], bases=(output,), frozen=True, kw_only=True)
+    options = _parse(f"bench {name}", bench.__doc__, rest, kind, kind(config=config))
+    run = partial(run, options.config)
+    if name == "conversion":
+        run = partial(run, {stage: RECIPES[stage]() for stage in STARTS}, options.runs)
     elif name == "train":
-        options = _parse("bench train", bench.__doc__, rest, TrainOptions, TrainOptions(config=TrainBenchConfig()))
-        run = partial(bench_training, options.config, RECIPES["emoji"]())
-    else:
-        defaults = ConversionOptions(config=ConversionBenchConfig())
-        options = _parse("bench conversion", bench.__doc__, rest, ConversionOptions, defaults)
-        stages = {name: RECIPES[name]() for name in STARTS}
-        run = partial(bench_conversion, options.config, stages, options.runs)
+        run = partial(run, RECIPES["emoji"]())
+    elif name == "cache":
+        steps = options.config.num_steps
+        run = partial(run, rivals=partial(rivals_of, num_inference_steps=steps) if options.rivals else no_rivals)
     with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
         run(out)
     print(f"written: {options.out}")

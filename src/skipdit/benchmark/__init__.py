@@ -3,6 +3,7 @@
 from skipdit.benchmark.cache import CacheBenchConfig, bench_caches
 from skipdit.benchmark.compiling import CompileBenchConfig, bench_compile
 from skipdit.benchmark.conversion import ConversionBenchConfig, bench_conversion
+from skipdit.benchmark.gpu import GpuBenchConfig, bench_gpu
 from skipdit.benchmark.models import ModelBenchConfig, bench_models
 from skipdit.benchmark.training import TrainBenchConfig, bench_training
 from skipdit.benchmark.video import bench_videos
@@ -12,12 +13,14 @@ __all__ = [
     "CacheBenchConfig",
     "CompileBenchConfig",
     "ConversionBenchConfig",
+    "GpuBenchConfig",
     "ModelBenchConfig",
     "TrainBenchConfig",
     "VideoBenchConfig",
     "bench_caches",
     "bench_compile",
     "bench_conversion",
+    "bench_gpu",
     "bench_models",
     "bench_training",
     "bench_videos",

@@ -1,0 +1,247 @@
+"""What caches save on a GPU, beside the speedup that their FLOPs allow: small batches first, rows as they come."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import DDIMScheduler
+from torch import nn
+
+from skipdit.benchmark.measure import (
+    ACHIEVED_TARGET,
+    SYNCHRONIZE,
+    Device,
+    DType,
+    check_device,
+    claim_report,
+    compiled,
+    describe_environment,
+    fill_zeros,
+    header,
+    judge,
+    progress_bar,
+    seconds_of,
+    table,
+    threads,
+    write_report,
+)
+from skipdit.cache.enable import cached
+from skipdit.cache.methods import parse_method
+from skipdit.files import OutputFolder
+from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.pipelines import ClassToImagePipeline
+
+Mode = Literal["eager", "reduce-overhead", "default"]
+
+SMALL_BATCH, SMALL_BATCH_TARGET = 8, 0.90  # eager, below this size
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuBenchConfig:
+    """Which caches are measured, and how long."""
+
+    preset: str = "DiT-XL/2"
+    """published size of the class-to-image model, with long skips and random weights"""
+    batch_sizes: tuple[int, ...] = (2, 32)
+    """samples per call, from small to large"""
+    modes: tuple[Mode, ...] = ("eager", "reduce-overhead")
+    """eager, or compiled whole by `torch.compile` in this mode"""
+    specs: tuple[str, ...] = ("N2", "N3", "N2-k4", "fbcache:0.1", "fbcache:0.000001", "fora:N2")
+    """caches in eager mode; fbcache of the second threshold hardly ever reuses, which shows what asking costs"""
+    compiled_specs: tuple[str, ...] = ("N2",)
+    """caches in compiled modes, where each new kind of step takes up to a minute"""
+    num_steps: int = 20
+    """steps of a run"""
+    num_rounds: int = 5
+    """how often each run is timed, in turn with the run that has no cache"""
+    max_seconds: float = 270.0
+    """after which nothing more is begun"""
+    dtype: DType = "bfloat16"
+    """of the weights and the latents"""
+    device: Device = "cuda"
+    """where"""
+    num_threads: int | None = None
+    """of the CPU; by default PyTorch's choice"""
+    seed: int = 0
+    """of weights and inputs"""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_choice("preset", (self.preset,), tuple(PRESETS))
+        check_choice("modes", self.modes, get_args(Mode))
+        check_choice("dtype", (self.dtype,), get_args(DType))
+        check_choice("device", (self.device,), get_args(Device))
+        check_positive(self, "num_steps", "num_rounds", "num_threads")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes must be one or more above 0, got {self.batch_sizes}")
+        if not self.max_seconds > 0:
+            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds:g}")
+        for spec in (*self.specs, *self.compiled_specs):
+            parse_method(spec)
+
+    def rows(self) -> list[tuple[Mode, int, str]]:
+        """Return what is measured, in this order."""
+        return [
+            (mode, size, spec)
+            for mode in self.modes
+            for size in self.batch_sizes
+            for spec in (self.specs if mode == "eager" else self.compiled_specs)
+        ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache. seconds_full, seconds_cached: of a step, in every round. bound: the speedup that its FLOPs allow."""
+
+    mode: Mode
+    batch_size: int
+    spec: str
+    steps_full: int
+    steps_reused: int
+    bound: float
+    seconds_full: tuple[float, ...]
+    seconds_cached: tuple[float, ...]
+
+    @property
+    def speedup(self) -> float:
+        """The median over the rounds."""
+        return median(full / reused for full, reused in zip(self.seconds_full, self.seconds_cached, strict=True))
+
+    @property
+    def achieved(self) -> float:
+        """The share of the bound."""
+        return self.speedup / self.bound
+
+    @property
+    def name(self) -> str:
+        return _name(self.mode, self.batch_size, self.spec)
+
+    def cells(self) -> dict[str, object]:
+        return {
+            "mode": self.mode,
+            "batch": self.batch_size,
+            "cache": self.spec,
+            "full + reused": f"{self.steps_full} + {self.steps_reused}",
+            "ms per step": f"{1e3 * median(self.seconds_full):.2f}",
+            "cached": f"{1e3 * median(self.seconds_cached):.2f}",
+            "speedup": f"{self.speedup:.3f}",
+            "bound": f"{self.bound:.3f}",
+            "achieved": f"{self.achieved:.3f}",
+        }
+
+
+def _name(mode: Mode, batch_size: int, spec: str) -> str:
+    return f"{spec}, batch {batch_size}, {mode}"
+
+
+class Runs:
+    """Runs of one model, a call per step, with the timesteps of a scheduler, as a pipeline makes them."""
+
+    def __init__(self, config: GpuBenchConfig) -> None:
+        torch.manual_seed(config.seed)
+        with torch.device(config.device):
+            model = DiT.from_preset(config.preset, long_skip=LongSkipConfig())
+        fill_zeros(model)
+        nn.Module.to(model, getattr(torch, config.dtype))  # not model.to, which warns of every cast
+        self.config, self.model = config, model.eval()
+        self.pipeline = ClassToImagePipeline(self.model, DDIMScheduler())
+        self.pipeline.scheduler.set_timesteps(config.num_steps, device=config.device)
+
+    def seconds(self, inputs: dict[str, Any]) -> float:
+        """Return the seconds of a step, in the mean over a run."""
+        synchronize, timesteps = SYNCHRONIZE[self.config.device], self.pipeline.scheduler.timesteps
+        batch_size = len(inputs["class_labels"])
+
+        def run() -> None:
+            for timestep in timesteps:
+                self.model(timestep=timestep.expand(batch_size), **inputs)
+            synchronize()
+
+        synchronize()
+        return seconds_of(run) / len(timesteps)
+
+    def inputs(self, batch_size: int) -> dict[str, Any]:
+        sizes, config = self.model.config, self.config
+        shape = (batch_size, sizes.in_channels, sizes.sample_size, sizes.sample_size)
+        return {
+            "hidden_states": torch.randn(shape, device=config.device, dtype=self.model.dtype),
+            "class_labels": torch.arange(batch_size, device=config.device) % sizes.num_classes,
+        }
+
+    def measure(self, mode: Mode, batch_size: int, spec: str) -> Row:
+        """Time runs with a cache and without, in turn; the first of each do not count."""
+        inputs, full, reused = self.inputs(batch_size), [], []
+        self.seconds(inputs)
+        with warnings.catch_warnings(), cached(self.pipeline, spec) as cache:
+            warnings.filterwarnings("ignore", "cache .* has not reused once")
+            self.seconds(inputs)  # counts FLOPs, and compiles
+            summary = cache.summary()
+        for _ in range(self.config.num_rounds):
+            full.append(self.seconds(inputs))
+            with warnings.catch_warnings(), cached(self.pipeline, spec):
+                warnings.filterwarnings("ignore", "cache .* has not reused once")
+                self.seconds(inputs)
+                reused.append(self.seconds(inputs))
+        steps = summary.steps_full, summary.steps_reused
+        return Row(mode, batch_size, spec, *steps, summary.compute_ratio, tuple(full), tuple(reused))
+
+
+@contextmanager
+def _as_compiled(runs: Runs, mode: Mode) -> Iterator[None]:
+    with nullcontext() if mode == "eager" else compiled(runs.model, fullgraph=True, mode=mode):
+        yield
+
+
+@torch.no_grad()
+def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], float] = perf_counter) -> list[Row]:
+    """Measure every cache, and write `{device}.json` and `.md` into `out` after each: what is not reached in
+    `max_seconds` is named there. clock: tells seconds.
+
+    `ValueError` where there is no such device.
+    """
+    check_device(config.device)
+    claim_report(out, config.device)
+    begun, rows, left = clock(), [], config.rows()
+    with threads(config.num_threads), progress_bar(len(left)) as advance:
+        runs = Runs(config)
+        for mode in config.modes:
+            with _as_compiled(runs, mode):
+                while left and left[0][0] == mode and clock() - begun < config.max_seconds:
+                    advance(advance=0, description=_name(*left[0]))
+                    rows.append(runs.measure(*left.pop(0)))
+                    _write(config, rows, left, out)
+                    advance()
+    return rows
+
+
+def _write(config: GpuBenchConfig, rows: list[Row], left: list[tuple[Mode, int, str]], out: OutputFolder) -> None:
+    environment = describe_environment(config.device, config.seed)
+    report = {
+        "config": asdict(config),
+        "environment": environment,
+        "rows": [asdict(row) | {"speedup": row.speedup, "achieved": row.achieved} for row in rows],
+        "left_out": left,
+    }
+    small = {row.name: row.achieved for row in rows if row.mode == "eager" and row.batch_size < SMALL_BATCH}
+    others = {row.name: row.achieved for row in rows if row.name not in small}
+    markdown = [
+        f"# Caches of {config.preset} on a device: {config.device}",
+        *header(environment),
+        f"Runs of {config.num_steps} steps in {config.dtype}, a call of the model per step; medians of "
+        f"{config.num_rounds} rounds, in which runs with and without the cache take turns. Bound: the speedup that "
+        "FLOPs of the whole model allow. Achieved: the share of it.",
+        table([row.cells() for row in rows]),
+        judge("Achieved, small batches in eager mode", small, SMALL_BATCH_TARGET),
+        judge("Achieved, all others", others, ACHIEVED_TARGET),
+    ]
+    if left:
+        names = "; ".join(_name(*each) for each in left)
+        markdown.append(f"Not begun within {config.max_seconds:g} seconds: {names}.")
+    write_report(out, config.device, report, markdown)
