@@ -112,20 +112,21 @@ class CacheRuntime:
                 if open_call is not None:
                     open_call.state = None
                 raise
-            if len(this_run.coming) == 1 and self.method.schedule.is_adaptive:
+            if self.method.schedule.is_adaptive and len(this_run.coming) == 1:
                 self._warn_unless_reused(self.streams.current_runs)
         return output
 
     def _step(self, call: Call, stream: Stream) -> Any:
-        made, stream.costs = None, self.costs.get(stream.layout)
-        if stream.costs is None and not self.family.counted:
-            stream.costs = Costs.by_weights(call.model)
-        elif stream.costs is None and call.has_graphs:  # a counter sees nothing inside, and torch compiles nothing
-            _, stream.costs = count_costs(call.model, call.eager)
-        elif stream.costs is None:
-            made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+        made, stream.costs = None, stream.costs or self.costs.get(stream.layout)
+        if stream.costs is None:
+            if not self.family.counted:
+                stream.costs = Costs.by_weights(call.model)
+            elif call.has_graphs:  # a counter sees nothing inside, and torch compiles nothing
+                _, stream.costs = count_costs(call.model, call.eager)
+            else:
+                made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+            self.costs[stream.layout] = stream.costs
         output, reused = made or self.stepper.step(call, stream)
-        self.costs[stream.layout] = stream.costs
         stream.counts += Counts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))
         if not reused:
             self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)

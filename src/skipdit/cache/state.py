@@ -1,12 +1,11 @@
 """What a cache reports about a run."""
 
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Numbers of steps. shallow, held: unconditional predictions beside them, made by a model's shallow path or not at
     all. cost: of everything, in full steps."""
 
@@ -20,8 +19,8 @@ class Counts:
     def predictions(self) -> int:
         return self.full + self.reused + self.shallow + self.held
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*map(add, astuple(self), astuple(other)))
+    def __add__(self, other: "Counts") -> "Counts":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Counts._make(map(add, self, other))
 
 
 @dataclass(frozen=True)
