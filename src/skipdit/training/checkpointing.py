@@ -270,8 +270,9 @@ def check_settings(
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     # a setting that is newer than the checkpoint was its default
     before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
-    if isinstance(model := before.get("model"), dict):
-        before["model"] = json.loads(json.dumps(asdict(type(config.model)()))) | model
+    for name in ("model", "objective"):
+        if isinstance(part := before.get(name), dict):
+            before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     was = before.get("data")
     given = was if isinstance(was, dict) else {}
