@@ -40,6 +40,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 # what may change when a run goes on; and what may change when that is asked for
 FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
+FREE_TO_CHANGE |= {"tensorboard"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
 

@@ -123,6 +123,8 @@ class TrainConfig:
     """of all that is random"""
     log_every: int = 10
     """steps between lines of the log"""
+    tensorboard: bool = False
+    """write what the log says, and the grids, for TensorBoard, too"""
     sample_every: int = 500
     """steps between grids of samples, 0 for none"""
     num_samples: int = 16

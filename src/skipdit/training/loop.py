@@ -46,7 +46,7 @@ from skipdit.training.checkpointing import (
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
 from skipdit.training.loader import Stored, load_batches
-from skipdit.training.reporter import Reporter, RunFolder, run_folder
+from skipdit.training.reporter import Reporter, RunFolder, check_tensorboard_installed, run_folder
 from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
 from skipdit.untrusted import printable
@@ -74,10 +74,14 @@ def train(
     Without, the checkpoints there stay until a new one stands. device: `"cpu"`, `"cuda"` or `"auto"`. overwrite: files
     of others in `out` may go, each of which is told.
 
+    With `config.tensorboard` also events for TensorBoard in `tensorboard/`.
+
     `Stopped` after a checkpoint where Ctrl-C, SIGTERM or SIGHUP asked for the end; `ValueError` where the loss is no
     longer finite; `OSError` where something of others is in the way, another run writes into `out`, or nothing can be
     written.
     """
+    if config.tensorboard:
+        check_tensorboard_installed()
     accelerator = start_processes(resolve_device(device))
     num_parts = accelerator.num_processes * config.num_accumulation_steps
     if config.batch_size % num_parts:
@@ -196,7 +200,7 @@ class Run:
                 if saves or stopped:
                     in_main(accelerator, lambda done=done: self.save(done))
                 if shows:
-                    in_main(accelerator, lambda done=done: self.show(done))
+                    in_main(accelerator, lambda done=done: report.grid(done, self.draw()))
                 if stopped:
                     raise Stopped(stopped, self.how_to_go_on(stopped, done))
 
@@ -263,11 +267,10 @@ class Run:
     def save(self, done: int) -> None:
         save_checkpoint(self.out, done, self.flops, self.learner, self.config, self.data)
 
-    def show(self, done: int) -> None:
-        assert self.folder is not None
+    def draw(self) -> Image:
+        """Return a grid of samples of the averaged weights."""
         with averaged(self.learner.ema, self.learner.model):
-            grid = draw_samples(self.task, self.config)
-        self.folder.write_sample(done, grid)
+            return draw_samples(self.task, self.config)
 
     def release(self) -> None:
         """Write the finished pipeline."""

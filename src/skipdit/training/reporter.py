@@ -1,5 +1,7 @@
-"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`."""
+"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, and events
+for TensorBoard in `tensorboard/`."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -9,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,6 +36,7 @@ from skipdit.untrusted import open_regular, printable
 LOGGER = logging.getLogger(__name__)
 
 CONFIG, LOG, SAMPLES, PIPELINE = "config.json", "log.jsonl", "samples", "pipeline"
+BOARD = "tensorboard"
 PIPELINE_FILES = ("model_index.json", "transformer/*", "scheduler/*")
 
 
@@ -140,16 +144,56 @@ def is_of_later_step(line: bytes, step: int) -> bool:
     return isinstance(entry, dict) and "loss" in entry and isinstance(entry.get("step"), int) and entry["step"] > step
 
 
+def check_tensorboard_installed() -> None:
+    """`ValueError` with what to install where TensorBoard is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError('events for TensorBoard need tensorboard: pip install "skipdit[tensorboard]"')
+
+
+class Board:
+    """Events for TensorBoard: the numbers of the log's lines, and the grids. Those of steps after `first_step`, which
+    are going to be made again, count no more."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        with written(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def line(self, entry: dict[str, Any]) -> None:
+        with written(self.folder):
+            for name, value in entry.items():
+                values = (
+                    {f"{name}/{i}": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+                )
+                for tag, number in values.items():
+                    if name != "step":
+                        self.writer.add_scalar(tag, number, entry["step"], new_style=True)
+            self.writer.flush()
+
+    def grid(self, step: int, grid: Image) -> None:
+        with written(self.folder):
+            self.writer.add_image("samples", np.asarray(grid.convert("RGB")), step, dataformats="HWC")
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
 class Reporter:
-    """`config.json`, `log.jsonl` and the progress bar, in the main process only."""
+    """`config.json`, `log.jsonl`, the grids, TensorBoard's events and the progress bar, in the main process only."""
 
     def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int) -> None:
         self.folder, self.config, self.first_step = folder, config, first_step
+        self.board: Board | None = None
 
     def __enter__(self) -> "Reporter":
         if self.folder is not None:
             self.folder.files.write_text(CONFIG, to_json(self.config))
             self.log = self.folder.open_log(self.first_step)
+            if self.config.tensorboard:
+                self.board = Board(self.folder.path / BOARD, self.first_step)
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -168,6 +212,9 @@ class Reporter:
             self.progress.stop()
             with suppress(OSError):  # of a line that could not be written, which has been told
                 self.log.close()
+            if self.board is not None:
+                with suppress(OSError):
+                    self.board.close()
 
     def __call__(
         self,
@@ -195,4 +242,13 @@ class Reporter:
         with written(self.folder.path / LOG):
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
+        if self.board is not None:
+            self.board.line(entry)
         self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
+
+    def grid(self, step: int, grid: Image) -> None:
+        """Write a grid of samples."""
+        assert self.folder is not None
+        self.folder.write_sample(step, grid)
+        if self.board is not None:
+            self.board.grid(step, grid)
