@@ -28,6 +28,7 @@ from skipdit.files import (
 from skipdit.latents import LabelledLatents
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
+from skipdit.training.guard import WINDOW, GradientGuard, GuardState
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_o
 FREE_TO_CHANGE |= {"tensorboard"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
+CHANGED_ON_REQUEST |= {"gradient_guard"}
 
 
 class Fingerprint(TypedDict):
@@ -55,7 +57,7 @@ class Fingerprint(TypedDict):
 
 class State(TypedDict):
     """`state.json` of a checkpoint. flops: of all steps so far. without_moments: trained parameters that no gradient
-    has reached yet."""
+    has reached yet. guard: of the gradient's norm, where there is one."""
 
     step: int
     flops: NotRequired[float]
@@ -63,6 +65,7 @@ class State(TypedDict):
     config: dict[str, Any]
     data: Fingerprint
     without_moments: list[str]
+    guard: NotRequired[GuardState]
 
 
 def fingerprint(items: Items) -> Fingerprint:
@@ -76,11 +79,12 @@ def fingerprint(items: Items) -> Fingerprint:
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes: the weights, their average, and the optimizer's moments."""
+    """All that a step changes: the weights, their average, the optimizer's moments, and what the guard has seen."""
 
     model: nn.Module
     ema: EMAModel
     optimizer: torch.optim.Optimizer
+    guard: GradientGuard | None = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -207,6 +211,8 @@ def save_checkpoint(
         data=data,
         without_moments=unreached,
     )
+    if learner.guard is not None:
+        state["guard"] = learner.guard.state()
     path = checkpoint_path(folder, step)
     with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
         for name in FILES:
@@ -245,6 +251,8 @@ def go_on(
             unfit.append(f"{path.name} cannot be used ({error})")
             continue
         learner.take(tensors, state["ema_step"])
+        if learner.guard is not None and "guard" in state:
+            learner.guard.take(state["guard"])
         if unfit:
             notes.insert(0, f"{'; '.join(unfit)}: the run goes on from {path.name}")
         return state["step"], state.get("flops", 0.0), notes
@@ -261,6 +269,9 @@ def read_state(path: Path) -> State:
         raise ValueError(f"{path.name}/state.json is of step {state['step']}")
     if state["ema_step"] != state["step"]:
         raise ValueError(f"{path.name}/state.json has averaged {state['ema_step']} of {state['step']} steps")
+    guard = state.get("guard", GuardState(norms=[], left_out=0))
+    if len(guard["norms"]) > WINDOW or guard["left_out"] < 0:
+        raise ValueError(f"{path.name}/state.json has a guard that is none of ours")
     return state
 
 

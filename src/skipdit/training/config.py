@@ -103,6 +103,8 @@ class TrainConfig:
     """of AdamW: how slowly its two moments forget"""
     gradient_clip: float = 1.0
     """largest norm of the gradient, 0 for any"""
+    gradient_guard: float = 0.0
+    """leave out each step whose gradient norm is above so many times the median of the last 100, 0 for none"""
     ema_decay: float = 0.9995
     """of the averaged weights, which are sampled and released; with a warm-up"""
     label_dropout: float = 0.1
@@ -159,6 +161,8 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "gradient_clip", "sample_every", "num_workers"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.gradient_guard and self.gradient_guard <= 1:
+            raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
         if (self.num_workers or 0) > MAX_WORKERS:

@@ -45,7 +45,8 @@ from skipdit.training.checkpointing import (
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
-from skipdit.training.loader import Stored, load_batches
+from skipdit.training.guard import GradientGuard
+from skipdit.training.loader import Stored, items_of_step, load_batches
 from skipdit.training.reporter import Reporter, RunFolder, check_tensorboard_installed, run_folder
 from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
@@ -56,6 +57,7 @@ LOGGER = logging.getLogger(__name__)
 
 RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_SIZE = "14MB"  # per file
+MAX_NAMED = 5  # items in a message
 
 
 def train(
@@ -145,7 +147,7 @@ class Run:
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()
-        self.learner = make_learner(config, model)
+        self.learner = make_learner(config, model, accelerator.device)
 
     def begin(self, *, allow_changes: bool) -> int:
         """Return the step to begin with: after the last checkpoint, or 0."""
@@ -166,13 +168,14 @@ class Run:
     def steps(self, first_step: int) -> None:
         """Train up to max_steps, or until somebody stops it."""
         config, accelerator = self.config, self.accelerator
-        alone = accelerator.num_processes == 1
+        alone, guard = accelerator.num_processes == 1, self.learner.guard
+        left_out = torch.zeros((), device=accelerator.device) if guard is None else guard.left_out
         # the first step whose loss or gradient is not finite: known to the device alone between the lines of the log
         spoiled = torch.full((), math.inf, device=accelerator.device)
         with (
             stoppable() as stop,
             load_batches(self.task.data, config, accelerator, first_step) as batches,
-            Reporter(self.folder, config, first_step) as report,
+            Reporter(self.folder, config, first_step, int(left_out.item())) as report,
         ):
             for step in range(first_step, config.max_steps):
                 done, rate = step + 1, learning_rate_at(config, step)
@@ -187,16 +190,20 @@ class Run:
                 stopped = stop.signal if alone else 0
                 if logs or shows or stopped:
                     signal = torch.full_like(made.loss, stop.signal)
-                    numbers = torch.cat([torch.stack([made.loss, made.norm, spoiled, signal]), made.unit_norms])
+                    all_steps = torch.stack([made.loss, made.norm, spoiled, signal, left_out])
+                    numbers = torch.cat([all_steps, made.unit_norms])
                     gathered = cast(Tensor, accelerator.gather(numbers[None])).tolist()
-                    losses, norms, bad, signals = zip(*(each[:4] for each in gathered), strict=True)
+                    losses, norms, bad, signals, counts = zip(*(each[:5] for each in gathered), strict=True)
                     stopped = int(max(signals))
                     if min(bad) < math.inf:
-                        raise ValueError(self.not_finite(f"the loss or its gradient at step {min(bad):.0f}"))
+                        first = int(min(bad))
+                        what = f"the loss or its gradient at step {first}"
+                        raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
                     if (saves or shows or stopped) and not self.learner.is_finite():
                         raise ValueError(self.not_finite(f"the weights after step {done}"))
                     if logs:
-                        report(done, self.flops, sum(losses) / len(losses), norms[0], rate, gathered[0][4:])
+                        loss = sum(losses) / len(losses)
+                        report(done, self.flops, loss, norms[0], rate, int(counts[0]), gathered[0][5:])
                 if saves or stopped:
                     in_main(accelerator, lambda done=done: self.save(done))
                 if shows:
@@ -215,6 +222,8 @@ class Run:
         unit_norms = unit_gradient_norms(self.units, loss.device) if norms_of_units else loss.new_empty(0)
         limit = config.gradient_clip or torch.finfo(torch.float32).max
         norm = cast(Tensor, self.accelerator.clip_grad_norm_(learner.model.parameters(), limit))
+        if learner.guard is not None:
+            learner.guard.set(learner.optimizer, norm)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         learner.ema.step(learner.model.parameters())
@@ -298,6 +307,14 @@ class Run:
             f"{instead}"
         )
 
+    def learned_at(self, step: int) -> str:
+        """Say what the step of this number, of which the first is 1, learned."""
+        items = self.task.items
+        learned = items_of_step(self.config, len(items), step - 1)
+        named = ", ".join(f"{index} ({items.names(index)})" for index in learned[:MAX_NAMED])
+        more = f" and {len(learned) - MAX_NAMED} more" if len(learned) > MAX_NAMED else ""
+        return f"its batch was of items {named}{more}"
+
     def how_to_go_on(self, number: int, done: int) -> str:
         """Say where a run stopped."""
         way = "the same command goes on" if self.resume else "the same command without --no-resume goes on"
@@ -307,7 +324,7 @@ class Run:
         )
 
 
-def make_learner(config: TrainConfig, model: nn.Module) -> Learner:
+def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) -> Learner:
     """Return a model with its average and an optimizer, which both change all weights in a few calls."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -317,7 +334,8 @@ def make_learner(config: TrainConfig, model: nn.Module) -> Learner:
         fused=True,
     )
     ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    return Learner(model, ema, optimizer)
+    guard = GradientGuard(config.gradient_guard, device) if config.gradient_guard else None
+    return Learner(model, ema, optimizer, guard)
 
 
 def freeze_all_but_long_skips(model: nn.Module) -> None:

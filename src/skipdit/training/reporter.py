@@ -184,8 +184,9 @@ class Board:
 class Reporter:
     """`config.json`, `log.jsonl`, the grids, TensorBoard's events and the progress bar, in the main process only."""
 
-    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int) -> None:
+    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int, left_out: int = 0) -> None:
         self.folder, self.config, self.first_step = folder, config, first_step
+        self.left_out = left_out  # as the last line said
         self.board: Board | None = None
 
     def __enter__(self) -> "Reporter":
@@ -223,9 +224,11 @@ class Reporter:
         loss: float,
         gradient_norm: float,
         learning_rate: float,
+        left_out: int,
         unit_norms: list[float],
     ) -> None:
-        """Write one line of the log. flops: of all steps so far and all processes."""
+        """Write one line of the log. flops: of all steps so far and all processes. left_out: steps so far that the
+        guard has left out."""
         if self.folder is None:
             return
         elapsed, images = time.perf_counter() - self.started, (step - self.first_step) * self.config.batch_size
@@ -239,6 +242,16 @@ class Reporter:
             "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
             "unit_gradient_norms": [float(f"{norm:.4g}") for norm in unit_norms],
         }
+        if self.config.gradient_guard:
+            entry["steps_left_out"] = left_out
+            if left_out > self.left_out:
+                LOGGER.warning(
+                    "up to step %d, %d more left out: the gradient norm was above %g times its median",
+                    step,
+                    left_out - self.left_out,
+                    self.config.gradient_guard,
+                )
+            self.left_out = left_out
         with written(self.folder.path / LOG):
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
