@@ -107,6 +107,19 @@ def train(arguments: Sequence[str]) -> None:
         print(f"trained: skipdit sample --model {folder}")
 
 
+def ema(arguments: Sequence[str]) -> None:
+    """Write a run's pipeline with averaged weights of another length, out of its --ema-snapshots-every.
+
+    Example: skipdit ema runs/emoji --length 0.15 --out runs/emoji-ema-0.15
+    """
+    from skipdit.averaging import AverageConfig, write_average
+
+    config = _parse("ema", ema.__doc__, arguments, AverageConfig)
+    made = write_average(config)
+    print(f"average of length {made.length:g} at step {made.step}, out of {len(made.weights)} snapshots ", end="")
+    print(f"(weights over time met but for {made.error:.1%}): skipdit sample --model {config.out}")
+
+
 def latents(arguments: Sequence[str]) -> None:
     """Encode pictures, clips and captions once, for training by the recipes of latents; goes on where it was stopped.
 
@@ -481,6 +494,7 @@ def info(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "train": train,
+    "ema": ema,
     "latents": latents,
     "convert": convert,
     "analyze": analyze,

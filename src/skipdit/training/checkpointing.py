@@ -29,6 +29,7 @@ from skipdit.latents import LabelledLatents
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
 from skipdit.training.guard import WINDOW, GradientGuard, GuardState
+from skipdit.training.posthoc_ema import LENGTHS, PowerAverages
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ LOGGER = logging.getLogger(__name__)
 KIND = "checkpoint"  # in the marker of each
 PREVIOUS = "previous-run"  # a folder beside them
 FILES = ("model", "ema", "optimizer")
+POWERS = "power_averages"  # one more where there are snapshots
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 # what may change when a run goes on; and what may change when that is asked for
@@ -79,21 +81,29 @@ def fingerprint(items: Items) -> Fingerprint:
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes: the weights, their average, the optimizer's moments, and what the guard has seen."""
+    """All that a step changes: the weights, their averages, the optimizer's moments, and what the guard has seen.
+    powers: the averages that snapshots are made of."""
 
     model: nn.Module
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     guard: GradientGuard | None = None
+    powers: PowerAverages | None = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of what is saved, without suffix."""
+        return FILES if self.powers is None else (*FILES, POWERS)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return what is saved, by file and name."""
         parameters, trained = dict(self.model.named_parameters()), list(self.trained)
-        return {
+        powers = {} if self.powers is None else {POWERS: self.powers.tensors(parameters)}
+        return powers | {
             "model": {name: parameter.detach().contiguous() for name, parameter in parameters.items()},
             "ema": dict(zip(parameters, self.ema.shadow_params, strict=True)),
             "optimizer": {
@@ -115,6 +125,8 @@ class Learner:
         averages = tensors["ema"]
         self.ema.shadow_params = [averages[name].to(parameter.device) for name, parameter in parameters.items()]
         self.ema.optimization_step = ema_step
+        if self.powers is not None:
+            self.powers.take(parameters, tensors[POWERS])
         moments = tensors["optimizer"]
         entries = {
             index: {key: moments[f"{name}.{key}"] for key in MOMENTS}
@@ -215,7 +227,7 @@ def save_checkpoint(
         state["guard"] = learner.guard.state()
     path = checkpoint_path(folder, step)
     with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
-        for name in FILES:
+        for name in learner.files:
             save_file(tensors[name], draft / f"{name}.safetensors")
         (draft / "state.json").write_text(to_json(state), encoding="utf-8")
     drop_previous(folder)
@@ -319,7 +331,7 @@ def difference(before: Fingerprint, now: Fingerprint) -> str:
 
 def read_tensors(path: Path, state: State, learner: Learner) -> dict[str, dict[str, Tensor]]:
     """Read a checkpoint's tensors; `ValueError` where one is missing, too many, of another shape or not finite."""
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in FILES}
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in learner.files}
     wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in learner.model.named_parameters()}
     moments = {
         f"{name}.{key}": (torch.Size(), torch.float32) if key == "step" else wanted[name]
@@ -327,7 +339,9 @@ def read_tensors(path: Path, state: State, learner: Learner) -> dict[str, dict[s
         if name not in state["without_moments"]
         for key in MOMENTS
     }
-    for file, expected in (("model", wanted), ("ema", wanted), ("optimizer", moments)):
+    expectations = {"model": wanted, "ema": wanted, "optimizer": moments}
+    expectations[POWERS] = {f"{length}.{name}": kind for length in LENGTHS for name, kind in wanted.items()}
+    for file, expected in ((name, expectations[name]) for name in learner.files):
         found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors[file].items()}
         if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
             raise ValueError(

@@ -107,6 +107,9 @@ class TrainConfig:
     """leave out each step whose gradient norm is above so many times the median of the last 100, 0 for none"""
     ema_decay: float = 0.9995
     """of the averaged weights, which are sampled and released; with a warm-up"""
+    ema_snapshots_every: int = 0
+    """steps between snapshots of two more averages, from which `skipdit ema` makes one of any length after training,
+    0 for none"""
     label_dropout: float = 0.1
     """share of labels or captions that are left out, which guidance needs"""
     flip: bool = False
@@ -158,9 +161,20 @@ class TrainConfig:
             raise ValueError(
                 f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
             )
-        for name in ("warmup_steps", "weight_decay", "gradient_clip", "sample_every", "num_workers"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "gradient_clip",
+            "sample_every",
+            "num_workers",
+            "ema_snapshots_every",
+        ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.ema_snapshots_every and self.spectral and self.spectral.form == "cap":
+            raise ValueError(
+                "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
+            )
         if self.gradient_guard and self.gradient_guard <= 1:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":

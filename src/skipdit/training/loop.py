@@ -47,6 +47,7 @@ from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_a
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
 from skipdit.training.guard import GradientGuard
 from skipdit.training.loader import Stored, items_of_step, load_batches
+from skipdit.training.posthoc_ema import PowerAverages
 from skipdit.training.reporter import Reporter, RunFolder, check_tensorboard_installed, run_folder
 from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
@@ -180,7 +181,9 @@ class Run:
             for step in range(first_step, config.max_steps):
                 done, rate = step + 1, learning_rate_at(config, step)
                 saves = done % config.checkpoint_every == 0 or done == config.max_steps
-                logs = saves or done % config.log_every == 0
+                every = config.ema_snapshots_every
+                keeps = every > 0 and (done % every == 0 or done == config.max_steps)
+                logs = saves or keeps or done % config.log_every == 0
                 shows = config.sample_every > 0 and (done % config.sample_every == 0 or done == config.max_steps)
                 made = self.step(batches, step, rate, norms_of_units=logs)
                 finite = made.loss.isfinite() & made.norm.isfinite()
@@ -199,11 +202,13 @@ class Run:
                         first = int(min(bad))
                         what = f"the loss or its gradient at step {first}"
                         raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
-                    if (saves or shows or stopped) and not self.learner.is_finite():
+                    if (saves or shows or keeps or stopped) and not self.learner.is_finite():
                         raise ValueError(self.not_finite(f"the weights after step {done}"))
                     if logs:
                         loss = sum(losses) / len(losses)
                         report(done, self.flops, loss, norms[0], rate, int(counts[0]), gathered[0][5:])
+                if keeps:  # before the checkpoint, so that none is missing where a run goes on
+                    in_main(accelerator, lambda done=done: self.keep(done))
                 if saves or stopped:
                     in_main(accelerator, lambda done=done: self.save(done))
                 if shows:
@@ -227,6 +232,8 @@ class Run:
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         learner.ema.step(learner.model.parameters())
+        if learner.powers is not None:
+            learner.powers.step(learner.model.parameters(), step + 1)
         return StepMade(loss, norm, unit_norms)
 
     def backward(self, batches: Iterator[Stored], step: int, kind: StepKind) -> Tensor:
@@ -275,6 +282,13 @@ class Run:
 
     def save(self, done: int) -> None:
         save_checkpoint(self.out, done, self.flops, self.learner, self.config, self.data)
+
+    def keep(self, done: int) -> None:
+        """Write a snapshot of the averages."""
+        assert self.folder is not None
+        assert self.learner.powers is not None
+        names = [name for name, _ in self.learner.model.named_parameters()]
+        self.folder.write_snapshot(done, self.learner.powers.tensors(names))
 
     def draw(self) -> Image:
         """Return a grid of samples of the averaged weights."""
@@ -335,7 +349,8 @@ def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) ->
     )
     ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     guard = GradientGuard(config.gradient_guard, device) if config.gradient_guard else None
-    return Learner(model, ema, optimizer, guard)
+    powers = PowerAverages(model.parameters()) if config.ema_snapshots_every else None
+    return Learner(model, ema, optimizer, guard, powers)
 
 
 def freeze_all_but_long_skips(model: nn.Module) -> None:

@@ -1,5 +1,5 @@
-"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, and events
-for TensorBoard in `tensorboard/`."""
+"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, snapshots of
+averages, and events for TensorBoard in `tensorboard/`."""
 
 import importlib.util
 import json
@@ -15,6 +15,8 @@ import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from skipdit.files import (
     OutputFolder,
@@ -31,6 +33,8 @@ from skipdit.processes import locked
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
 from skipdit.training.config import TrainConfig
 from skipdit.training.devices import in_main
+from skipdit.training.posthoc_ema import FOLDER as SNAPSHOTS
+from skipdit.training.posthoc_ema import list_snapshots, snapshot_name
 from skipdit.untrusted import open_regular, printable
 
 LOGGER = logging.getLogger(__name__)
@@ -47,20 +51,26 @@ class RunFolder:
         self.path, self.config = absolute(path), config
         self.overwritten = PIPELINE_FILES if overwrite else ()
         self.files = OutputFolder(self.path, "training", overwrite=overwrite)
-        clean_up(self.path / SAMPLES)
-        self.files.claim([CONFIG, LOG, *self._samples_in_the_way()])
+        for name in (SAMPLES, SNAPSHOTS):
+            clean_up(self.path / name)
+        self.files.claim([CONFIG, LOG, *self._in_the_way()])
         check_places(self.path, config.max_steps)
         pipeline = self.path / PIPELINE
         check_replaceable(pipeline, PIPELINE, self.overwritten)
         if overwrite and pipeline.is_dir() and PIPELINE not in read_marker(pipeline)["files"]:
             LOGGER.warning("in %s, %s are going to be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
 
-    def _samples_in_the_way(self) -> Iterator[str]:
-        every, last = self.config.sample_every, self.config.max_steps
-        for path in sorted((self.path / SAMPLES).glob("step-*.png")):
-            found = re.fullmatch(r"step-([0-9]{7,18})\.png", path.name)
-            if every and found and (step := int(found[1])) <= last and (step % every == 0 or step == last):
-                yield f"{SAMPLES}/{path.name}"
+    def _in_the_way(self) -> Iterator[str]:
+        """Yield the grids and snapshots that are there of the steps in which some will be written."""
+        config, last = self.config, self.config.max_steps
+        for folder, suffix, every in (
+            (SAMPLES, ".png", config.sample_every),
+            (SNAPSHOTS, ".safetensors", config.ema_snapshots_every),
+        ):
+            for path in sorted((self.path / folder).glob(f"step-*{suffix}")):
+                found = re.fullmatch(r"step-([0-9]{7,18})", path.stem)
+                if every and found and (step := int(found[1])) <= last and (step % every == 0 or step == last):
+                    yield f"{folder}/{path.name}"
 
     def open_log(self, first_step: int) -> TextIO:
         """Open `log.jsonl`, without the lines of steps after `first_step`, which are going to be run again.
@@ -78,6 +88,17 @@ class RunFolder:
         name = f"{SAMPLES}/step-{step:07d}.png"
         with written(self.path / name), self.files.file(name) as draft:
             grid.save(draft)
+
+    def write_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        name = snapshot_name(step)
+        with written(self.path / name), self.files.file(name) as draft:
+            save_file(tensors, draft)
+
+    def drop_snapshots(self, first_step: int) -> None:
+        """Delete our snapshots of steps that are going to be made again."""
+        for step in list_snapshots(self.path):
+            if step > first_step:
+                self.files.remove(snapshot_name(step))
 
     @contextmanager
     def pipeline(self) -> Iterator[Path]:
@@ -98,7 +119,7 @@ def refuse_inputs(out: Path, config: TrainConfig) -> None:
         raise ValueError(f"{printable(out)} is an input of this run: give another --out")
     if data is not None and data.resolve() in out.resolve().parents:
         raise ValueError(f"{printable(out)} lies in the data, {printable(data)}, and would be read: give another --out")
-    replaced = (PIPELINE, SAMPLES, PREVIOUS)
+    replaced = (PIPELINE, SAMPLES, SNAPSHOTS, PREVIOUS)
     for target in (*(out / name for name in replaced), *list_checkpoints(out)):
         check_apart(target, inputs)
 
@@ -193,6 +214,7 @@ class Reporter:
         if self.folder is not None:
             self.folder.files.write_text(CONFIG, to_json(self.config))
             self.log = self.folder.open_log(self.first_step)
+            self.folder.drop_snapshots(self.first_step)
             if self.config.tensorboard:
                 self.board = Board(self.folder.path / BOARD, self.first_step)
             columns = (
