@@ -28,6 +28,8 @@ from skipdit.models.costs import count_flops
 from skipdit.models.shallow_path import Guidance
 
 BATCH_SIZE, NUM_SUBSETS, SUBSET_SIZE = 64, 50, 200
+CACHES = ("N2", "auto")
+FEWER_FULL = "N4"  # with ordinary guidance it costs what N2 does with shallow guidance
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ def sample(pipeline: Any, labels: list[int], setting: Setting, steps: int) -> Te
     return torch.cat(found)
 
 
-def settings_of(scales: list[float], fewer_steps: int) -> list[Setting]:
-    """Ordinary guidance first, for each scale; the rivals are no guidance and fewer steps of ordinary guidance."""
+def settings_of(scales: list[float], fewer_steps: tuple[int, ...]) -> list[Setting]:
+    """Ordinary guidance first, for each scale; the rivals are no guidance, and of ordinary guidance fewer steps,
+    or fewer full ones."""
     rows = [Setting("full", scale) for scale in scales] + [Setting("full", 1.0)]
     rows += [Setting("shallow", scale) for scale in scales]
-    rows += [Setting("full", scale, steps=fewer_steps) for scale in scales]
-    return rows + [Setting(guidance, scale, cache="N2") for guidance in ("full", "shallow") for scale in scales]
+    rows += [Setting("full", scale, steps=steps) for steps in fewer_steps for scale in scales]
+    kinds = [(cache, guidance) for cache in CACHES for guidance in get_args(Guidance)]
+    rows += [Setting(guidance, scale, cache=cache) for cache, guidance in kinds for scale in scales]
+    return rows + [Setting("full", scale, cache=FEWER_FULL) for scale in scales]
 
 
 def measure(pipeline: Any, items: LabelledPictures, options: argparse.Namespace) -> list[Row]:
@@ -120,7 +125,10 @@ def measure(pipeline: Any, items: LabelledPictures, options: argparse.Namespace)
         return count_flops(model, lambda: sample(pipeline, labels[:2], setting, options.steps))
 
     full_flops, shallow_flops = (flops_of(Setting(guidance, options.scales[0])) for guidance in get_args(Guidance))
-    for setting in settings_of(options.scales, round(options.steps * shallow_flops / full_flops)):
+    with cached(pipeline, CACHES[0]):
+        cached_flops = flops_of(Setting("shallow", options.scales[0]))
+    fewer = tuple(round(options.steps * flops / full_flops) for flops in (shallow_flops, cached_flops))
+    for setting in settings_of(options.scales, fewer):
         if setting.cache is None:
             pictures = sample(pipeline, labels, setting, options.steps)
             ratio = full_flops / flops_of(setting)
@@ -147,7 +155,8 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: dict[str, A
         "Compute: FLOPs of ordinary guidance in full over those of the row. PSNR: to ordinary guidance of the same "
         "scale. Distance: kernel distance to the data in features of EfficientNet-Lite0, with the standard error over "
         f"{NUM_SUBSETS} subsets of {SUBSET_SIZE}; lower is nearer. The pictures of the first row are not among those "
-        "that it is compared with. Fewer steps are as many as shallow guidance costs. The subsets of a row overlap, "
+        "that it is compared with. Fewer steps are as many as shallow guidance costs, alone and under N2. "
+        "The subsets of a row overlap, "
         "and all rows are of one model and one set of noise, so "
         "the error is smaller than that of another draw would be.",
         "",

@@ -526,6 +526,7 @@ def test_a_summary_is_a_table_and_a_dict() -> None:
         "steps_full": 3,
         "steps_reused": 3,
         "steps_shallow": 0,
+        "steps_held": 0,
         "bytes_held": 2 * feature,
         "peak_bytes_held": 2 * feature,
     }
@@ -539,6 +540,7 @@ def test_a_summary_is_a_table_and_a_dict() -> None:
         "| steps full | 3 |",
         "| steps reused | 3 |",
         "| steps shallow | 0 |",
+        "| steps held | 0 |",
         f"| compute ratio | {ratio:.3f} |",
         f"| bytes held | {2 * feature} |",
         f"| peak bytes held | {2 * feature} |",

@@ -429,4 +429,4 @@ def test_the_command_line_measures_the_recipes(
     assert capsys.readouterr().err == "skipdit: error: num_shown must be at most num_samples, 64, got 65\n"
     with pytest.raises(SystemExit):
         cli.main(["bench", "conversions"])
-    assert "must be models, video, conversion, cache or compile, got 'conversions'" in capsys.readouterr().err
+    assert "must be models, video, conversion, cache, compile or train, got 'conversions'" in capsys.readouterr().err

@@ -16,10 +16,12 @@ from torch._dynamo.testing import CompileCounter
 from training_runs import make_config, make_data
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.streams import cache_context
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
 from skipdit.compare import SampleConfig, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.guidance import ShallowGuidance
 from skipdit.models.forward_plan import ForwardPlan, Units
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.routing import TokenRoute, kept_tokens
@@ -59,20 +61,30 @@ def run(pipeline: Any, guidance: str = "shallow", **options: Any) -> Tensor:
 
 @torch.no_grad()
 def by_hand(
-    pipeline: Any, conditional: Callable[[Tensor, Tensor], Tensor], route: TokenRoute, guided: int = 4, scale: float = 3
+    pipeline: Any,
+    conditional: Callable[[Tensor, Tensor], Tensor],
+    route: TokenRoute,
+    guided: int = 4,
+    holds: Callable[[int], bool] = lambda step: False,
 ) -> Tensor:
-    """A loop over both predictions of a plain model. conditional: one prediction of latents and timestep."""
+    """A loop over both predictions of a plain model. conditional: one prediction of latents and timestep. holds:
+    whether a step takes the difference of the last step that did not."""
     model = pipeline.transformer
     shape = (2, 4, 8, 8) if isinstance(pipeline, ClassToImagePipeline) else (2, 3, 4, 8, 8)
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     scheduler: Any = make_scheduler(VARIANCE, "ddim")
     scheduler.set_timesteps(STEPS)
     plan, nothing = ForwardPlan.of(model.long_skip_links, route=route), torch.tensor([10, 10])
-    for timestep in scheduler.timesteps:
+    difference = torch.zeros(())
+    for index, timestep in enumerate(scheduler.timesteps):
         said = conditional(latents, timestep).narrow(-3, 0, 4)
-        unsaid = model(latents, timestep, nothing, plan=plan).output.sample.narrow(-3, 0, 4)
+        if holds(index):
+            unsaid = said - difference
+        else:
+            unsaid = model(latents, timestep, nothing, plan=plan).output.sample.narrow(-3, 0, 4)
+            difference = said - unsaid
         output = said.clone()
-        output.narrow(-3, 0, guided)[:] = (unsaid + scale * (said - unsaid)).narrow(-3, 0, guided)
+        output.narrow(-3, 0, guided)[:] = (unsaid + 3 * (said - unsaid)).narrow(-3, 0, guided)
         step = scheduler.step(output.flatten(0, -4), timestep, latents.flatten(0, -4))
         latents = step.prev_sample.view(shape)
     return latents
@@ -117,7 +129,11 @@ def test_the_number_of_units_may_be_given(kind: str) -> None:
 
 
 @kinds
-def test_reuse_steps_equal_a_plain_reference(kind: str) -> None:
+@pytest.mark.parametrize("guidance_channels", [None, 3])
+@pytest.mark.parametrize("interval", [2, 3])
+def test_reuse_steps_hold_the_difference_of_the_last_full_one(
+    kind: str, guidance_channels: int | None, interval: int
+) -> None:
     pipeline = build(kind)
     model, labels, region = pipeline.transformer, torch.tensor([4, 7]), Units(start=1, stop=6)
     full = ForwardPlan.of(model.long_skip_links, store=(region,))
@@ -125,22 +141,23 @@ def test_reuse_steps_equal_a_plain_reference(kind: str) -> None:
     kept: list[Any] = []
 
     def conditional(latents: Tensor, timestep: Tensor) -> Tensor:
-        is_full = len(kept) % 2 == 0
+        is_full = len(kept) % interval == 0
         planned = model(latents, timestep, labels, plan=full) if is_full else None
         kept.append(planned.stored if planned is not None else kept[-1])
         return (planned or model(latents, timestep, labels, plan=reuse, stored=kept[-1])).output.sample
 
-    expected = by_hand(pipeline, conditional, TokenRoute(start=1, stop=6, leaves_out=True))
-    plain = run(pipeline)
-    enable_cache(pipeline, "N2")
-    found = run(pipeline)
-    assert torch.equal(found, expected)
-    assert torch.equal(run(pipeline), expected)
-    assert not torch.allclose(found, plain, atol=1e-3)
+    route = TokenRoute(start=1, stop=6, leaves_out=True)
+    expected = by_hand(pipeline, conditional, route, guidance_channels or 4, lambda step: step % interval > 0)
+    options: dict[str, Any] = {"guidance_channels": guidance_channels}
+    plain = run(pipeline, **options)
+    enable_cache(pipeline, f"N{interval}")
+    for _ in range(2):  # nothing is held from one run to the next
+        assert torch.equal(run(pipeline, **options), expected)
+    assert not torch.allclose(expected, plain, atol=1e-3)
     enable_cache(pipeline, "N1")
-    assert torch.equal(run(pipeline), plain)
+    assert torch.equal(run(pipeline, **options), plain)
     disable_cache(pipeline)
-    assert torch.equal(run(pipeline), plain)
+    assert torch.equal(run(pipeline, **options), plain)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,43 +173,82 @@ def test_a_cache_counts_what_is_made_beside_it(kind: str, spec: str) -> None:
     for _ in range(2):  # each run counts for itself
         run(pipeline)
         summary = cache_summary(pipeline)
-        assert (summary.steps_full + summary.steps_reused, summary.steps_shallow) == (STEPS, STEPS)
+        assert summary.steps_full + summary.steps_reused == STEPS
+        assert (summary.steps_shallow, summary.steps_held) == (summary.steps_full, summary.steps_reused)
         assert (summary.steps_reused > 0) == (spec != "N1")
     ours = flops_of(lambda: run(pipeline))
     summary = cache_summary(pipeline)
     assert summary.compute_ratio == pytest.approx(ordinary / ours)
     assert summary.compute_ratio > (1.3 if spec == "N1" else 1.5)
-    assert f"{STEPS} shallow, compute ratio" in str(summary)
+    assert f"{summary.steps_full} shallow, {summary.steps_reused} held, compute ratio" in str(summary)
     if spec == "N2":  # that of the conditional stream alone: clips or pictures, frames, tokens, width, float32
         assert summary.peak_bytes_held == 2 * (3 if kind == "clips" else 1) * 16 * (16 if kind == "clips" else 32) * 4
 
 
 @kinds
-def test_where_the_shallow_path_is_first_it_is_counted_too(kind: str) -> None:
-    """A loop of one's own: costs are counted at whatever comes first, and a shallow call belongs to the last run."""
+def test_a_call_with_a_plan_of_its_own_is_no_step(kind: str) -> None:
+    """It equals the plain model's, whatever its plan, and disturbs neither steps nor counts."""
     pipeline = build(kind)
     model = pipeline.transformer
-    plan = ShallowPath(num_shallow_units=1).plan(model.long_skip_links)
+    links, region = model.long_skip_links, Units(start=1, stop=6)
     shape = (2, 4, 8, 8) if kind == "images" else (2, 3, 4, 8, 8)
     latents, labels = torch.randn(shape), torch.tensor([4, 7])
-    enable_cache(model, "N2")
+    timesteps = [torch.tensor(timestep) for timestep in (900, 800, 700)]
+    plans = [
+        (ShallowPath(num_shallow_units=1).plan(links), None),
+        (ForwardPlan.of(links, route=TokenRoute(start=1, stop=6)), kept_tokens(torch.tensor([[0, 1]]))),
+        (ForwardPlan.of(links, store=(region,)), None),
+    ]
+
+    def planned() -> list[Tensor]:
+        calls = [model(latents, timesteps[1], labels, plan=plan, stored=given) for plan, given in plans]
+        return [tensor for call in calls for tensor in (call.output.sample, *call.stored.get(region.name, {}).values())]
+
     with torch.no_grad():
-        expected = model(latents, torch.tensor(999), labels, plan=plan).output.sample
-        assert cache_summary(model).steps_shallow == 0
-        for timestep in (900, 800, 700):
-            model(latents, torch.tensor(timestep), labels)
-            assert not torch.equal(model(latents, torch.tensor(timestep), labels, plan=plan).output.sample, expected)
+        expected = planned()
+        enable_cache(model, "N2")
+        alone = [model(latents, timestep, labels).sample for timestep in timesteps]
+        counts = cache_summary(model)
+        enable_cache(model, "N2")
+        assert all(map(torch.equal, planned(), expected))
+        for timestep, output in zip(timesteps, alone, strict=True):
+            assert torch.equal(model(latents, timestep, labels).sample, output)
+            assert all(map(torch.equal, planned(), expected))
+    assert cache_summary(model) == counts
+    assert len(expected) == 4
+
+
+@kinds
+def test_a_loop_of_ones_own_may_alternate_between_runs(kind: str) -> None:
+    """Runs of two and of three samples take turns: each holds its own difference, and never another's."""
+    model = build(kind).transformer
+    plan = ShallowPath(num_shallow_units=1).plan(model.long_skip_links)
+    shape = (4, 8, 8) if kind == "images" else (3, 4, 8, 8)
+    batches = {name: (torch.randn(size, *shape), torch.tensor([4] * size)) for name, size in (("a", 2), ("b", 3))}
+
+    @torch.no_grad()
+    def predict(names: str, guidance: dict[str, ShallowGuidance]) -> dict[str, list[Tensor]]:
+        enable_cache(model, "N2")
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        for timestep in map(torch.tensor, (900, 800, 700)):
+            for name in names:
+                latents, labels = batches[name]
+                with cache_context(name):
+                    said = model(latents, timestep, labels).sample
+                    pair = guidance[name](said, latents, timestep, torch.full_like(labels, 10))
+                found[name] += [each.clone() for each in pair]
+        return found
+
+    together = predict("ab", {name: ShallowGuidance(model, plan) for name in "ab"})
     summary = cache_summary(model)
-    assert (summary.steps_full, summary.steps_reused, summary.steps_shallow) == (2, 1, 3)
-    route = TokenRoute(start=1, stop=6)
-    for other, given in (
-        (ForwardPlan.of(model.long_skip_links, route=route), kept_tokens(torch.tensor([[0, 1]]))),
-        (ForwardPlan.of(model.long_skip_links, store=(Units(start=1, stop=6),)), None),
-    ):
-        with pytest.raises(ValueError, match="a cached model plans its steps itself"):
-            model(latents, torch.tensor(600), labels, plan=other, stored=given)
-    with pytest.raises(ValueError, match="keeps no tokens: give no stored"):
-        model(latents, torch.tensor(600), labels, plan=plan, stored=kept_tokens(torch.tensor([[0, 1]])))
+    assert (summary.steps_full, summary.steps_reused, summary.steps_shallow, summary.steps_held) == (4, 2, 4, 2)
+    for name in "ab":
+        alone = predict(name, {name: ShallowGuidance(model, plan)})[name]
+        assert all(map(torch.equal, together[name], alone))
+        torch.testing.assert_close(alone[2] - alone[3], alone[0] - alone[1], rtol=1e-4, atol=1e-4)
+    shared = ShallowGuidance(model, plan)
+    predict("ab", {"a": shared, "b": shared})
+    assert cache_summary(model).steps_held == 0
 
 
 @kinds
@@ -220,8 +276,8 @@ def test_a_compiled_model_has_one_graph_more() -> None:
     enable_cache(pipeline, "N2")
     for _ in range(2):
         run(pipeline)
-        assert cache_summary(pipeline).steps_shallow == STEPS
-    # one that stores, one that reuses, and the shallow path anew, for a cache passes one argument more
+        assert cache_summary(pipeline).steps_shallow == 3
+    # one that stores, one that reuses, and the shallow path anew, for a cached model is of another class
     assert counter.frame_count == 5
     torch._dynamo.reset()
 
@@ -334,7 +390,7 @@ def test_a_pipeline_of_diffusers_splits_its_guidance(name: str, batch: int) -> N
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             calls.append((args, kwargs))
             full = self.model(*args, **kwargs)[0]
-            shallow = self.model(*args, **kwargs, plan=self.plan).output[0]
+            shallow = self.model(*args, **kwargs, plan=plan).output[0]
             return (torch.cat([shallow[: len(full) // 2], full[len(full) // 2 :]]),)
 
     pipeline.register_modules(transformer=ByHand(model, plan))
@@ -355,7 +411,8 @@ def test_a_pipeline_of_diffusers_splits_its_guidance(name: str, batch: int) -> N
         cached = sample(pipeline, case, batch, 4)
     assert asked.more_than(unasked) == {"tolist": 1}
     summary = cache_summary(model)
-    assert (summary.steps_full, summary.steps_reused, summary.steps_shallow) == (2, 2, 4)
+    numbers = summary.steps_full, summary.steps_reused, summary.steps_shallow, summary.steps_held
+    assert numbers == (2, 2, 2, 2)
     assert summary.compute_ratio == pytest.approx(full_flops / flops_of(lambda: sample(pipeline, case, batch, 4)))
     assert not torch.equal(cached, found)
     assert torch.equal(sample(pipeline, case, batch, 4), cached)

@@ -4,40 +4,59 @@ Each command is a function of its arguments; whatever is heavy is imported insid
 """
 
 import contextlib
-import io
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from skipdit import terminal
+from skipdit.terminal import parse as _parse
 
 if TYPE_CHECKING:
-    from skipdit.compare import Report
-
-Config = TypeVar("Config")
+    from skipdit.compare import Report, SampleConfig
 
 
 def sample(arguments: Sequence[str]) -> None:
     """Sample in full, cached, and with fewer steps at the same wall time; pictures, clips and a report go into --out.
+    With --npz or --png: many samples of one setting, for evaluation.
 
     Exit status 1: they are there, but some samples are not finite, which the report counts.
 
     Example: skipdit sample --task text-to-image --prompt "a cat with a rocket" --out out/cats
+    Example: torchrun --nproc-per-node 8 -m skipdit sample --num-samples 50000 --npz --cache none --out out/emoji-50k
     """
     from skipdit.compare import SampleConfig, sample_and_compare
+    from skipdit.process_group import count_processes
 
     config = _parse("sample", sample.__doc__, arguments, SampleConfig)
+    if config.makes_set:
+        return _sample_set(config)
+    if count_processes() > 1:
+        raise ValueError("a comparison is made by one process; several make a set of samples: give --npz or --png")
     report = sample_and_compare(config)
     _print_report(report, config.out)
     if report.broken:
-        told = ", ".join(f"{name} {count}" for name, count in report.broken.items())
-        print(f"skipdit: broken samples (NaN or infinite): {told}", file=sys.stderr)
-        sys.exit(1)
+        _exit_on_broken(report.broken)
+
+
+def _sample_set(config: "SampleConfig") -> None:
+    from skipdit.sample_set import sample_set
+
+    report = sample_set(config)
+    if report is None:  # not the main process
+        return
+    print(f"{report.text()}\nthey and samples.json are in {terminal.one_line(str(config.out))}")
+    if report.num_broken:
+        _exit_on_broken({"set": f"{report.num_broken} of {report.num_samples}"})
+
+
+def _exit_on_broken(broken: dict[str, str]) -> None:
+    told = ", ".join(f"{name} {count}" for name, count in broken.items())
+    print(f"skipdit: broken samples (NaN or infinite): {told}", file=sys.stderr)
+    sys.exit(1)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -538,34 +557,6 @@ def _run(command: str = "--help", *arguments: str) -> None:
         raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {command!r}")
     with contextlib.nullcontext() if command == "train" else terminal.terminable():
         COMMANDS[command](arguments)
-
-
-def _parse(
-    command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
-) -> Config:
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                config,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                args=list(arguments),
-                prog=f"skipdit {command}",
-                description=text,
-            )
-    except SystemExit as exit:
-        if exit.code == 0:
-            raise
-        raise ValueError(_one_line(said.getvalue())) from exit
-
-
-def _one_line(box: str) -> str:
-    """What tyro says under its title and above its advice, without rules and frame."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    message = itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines)
-    return " ".join(line for line in message if line.strip("─-")) or box.strip()
 
 
 def _print_report(report: "Report", out: Path) -> None:

@@ -37,6 +37,7 @@ from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures a row of comparison.png
 NUM_SAMPLES = {"class-to-image": 16, "class-to-video": 4, "text-to-image": 16, "text-to-video": 4}
+MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames a second, and how often a pixel stands for itself
 
 
@@ -61,6 +62,10 @@ class SampleConfig:
     does not tell: num_attention_heads; num_classes; objective: epsilon, v_prediction, flow (noise - data), sit (SiT's)
     or repa (REPA's); drop: roots of keys to leave out, as projectors of REPA.
     compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
+    npz, png: a set of num_samples for evaluation instead of a comparison, with this cache and guidance only, in one
+    process or several (torchrun): samples.npz as ADM's evaluation reads it, a folder of PNG files, or both. Of all
+    classes in turn where no labels are given. batch_size: of a set, by default 50 pictures or 4 clips.
+    random_labels: of a set, draw each label or prompt from (seed, index) instead of taking them in turn.
     """
 
     task: TaskName | None = None
@@ -85,13 +90,17 @@ class SampleConfig:
     device: str = "auto"
     compile: bool = False
     seed: int = 0
+    npz: bool = False
+    png: bool = False
+    batch_size: int | None = None
+    random_labels: bool = False
     out: Path = Path("out/sample")
     overwrite: bool = False
     """Replace files in --out also where an earlier run did not write them, each of which is named."""
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("num_samples", "steps", "fewer_steps"):
+        for name in ("num_samples", "steps", "fewer_steps", "batch_size"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.steps > 1000:
@@ -100,6 +109,15 @@ class SampleConfig:
             raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
         if self.guidance == "full" and self.guidance_shallow_units is not None:
             raise ValueError(f"guidance_shallow_units is for guidance 'shallow', got {self.guidance_shallow_units}")
+        if self.makes_set and self.num_samples is None:
+            raise ValueError("npz and png are for a set of samples: give num_samples")
+        if self.makes_set and self.fewer_steps is not None:
+            raise ValueError(f"fewer_steps is for a comparison, not with npz or png, got {self.fewer_steps}")
+        if self.png and (self.num_samples or 0) > MAX_FILES:
+            raise ValueError(f"png is for at most {MAX_FILES} samples in one folder, got {self.num_samples}: use npz")
+        for name in ("batch_size", "random_labels"):
+            if not self.makes_set and (value := getattr(self, name)):
+                raise ValueError(f"{name} is for a set of samples, got {value} without npz or png")
         for name, allowed in (
             ("dtype", get_args(DTypeName)),
             ("task", (*get_args(TaskName), None)),
@@ -108,6 +126,11 @@ class SampleConfig:
             if getattr(self, name) not in allowed:
                 names = ", ".join(value for value in allowed if value)
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+
+    @property
+    def makes_set(self) -> bool:
+        """Whether many samples of one setting are asked for, not a comparison."""
+        return self.npz or self.png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +354,8 @@ def sample_and_compare(config: SampleConfig) -> Report:
     `ValueError` on a label, prompt, scheduler or cache that does not exist, or a cache that would never reuse;
     `OSError` where `out` cannot be written, or holds such files of somebody else. All of it before anything is sampled.
     """
+    if config.makes_set:
+        raise ValueError("a comparison is made without npz and png: call skipdit.sample_set.sample_set")
     if config.cache.partition(":")[0] not in ("none", "calibrated"):
         parse_method(config.cache)
     with output_folder(config.out, "sample", overwrite=config.overwrite) as out:

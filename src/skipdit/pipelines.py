@@ -27,6 +27,7 @@ from torch import Tensor
 
 from skipdit.cache.streams import cache_context
 from skipdit.diffusion import guide
+from skipdit.guidance import ShallowGuidance
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.models.shallow_path import Guidance, guidance_plan
@@ -118,9 +119,10 @@ class ClassPipeline(DiffusionPipeline):
         if guidance_channels is not None and not 1 <= guidance_channels <= num_channels:
             raise ValueError(f"guidance_channels must be between 1 and {num_channels}, got {guidance_channels}")
         guided = guidance_scale > 1 and class_labels is not None
-        shallow = guidance_plan(model, guidance, guidance_shallow_units, guidance_scale)
-        if shallow is not None and not guided:
+        plan = guidance_plan(model, guidance, guidance_shallow_units, guidance_scale)
+        if plan is not None and not guided:
             raise ValueError("guidance 'shallow' needs a model that knows classes, by which it could guide")
+        shallow = None if plan is None else ShallowGuidance(model, plan)
         labels = nothing = None
         if class_labels is not None:
             labels = self._label_tensor(class_labels).to(device)
@@ -146,9 +148,7 @@ class ClassPipeline(DiffusionPipeline):
                     inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
                     output = model(inputs, timestep, class_labels=labels).sample.float()
                     if shallow is not None:
-                        output = output.clone()  # the next call of a CUDA graph would overwrite it
-                        unconditional = model(inputs, timestep, class_labels=nothing, plan=shallow).output.sample
-                        output = torch.cat([output, unconditional.float()])
+                        output = torch.cat(shallow(output, inputs, timestep, class_labels=nothing))
                     if guided:
                         output = guide(output, guidance_scale, guidance_channels or num_channels)
                     if not learned_variance:

@@ -5,9 +5,10 @@ in pixels, with the states of `skipdit.text` in the place of their text encoders
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -15,6 +16,7 @@ import torch
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel, SchedulerMixin
 from torch import Tensor, nn
 
+from skipdit.guidance import ShallowGuidance
 from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.shallow_path import Guidance, guidance_plan
@@ -52,14 +54,14 @@ class Sampler:
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         guidance_channels: int | None = None,
         guidance: Guidance = "full",
         guidance_shallow_units: int | None = None,
     ) -> Tensor:
         """Pictures (b c h w) or clips (b f c h w) in [0, 1], one for each of `wanted`: class numbers or prompts.
 
-        guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
+        generator: one, or a list with one for each. guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
         """
         raise NotImplementedError
 
@@ -108,7 +110,7 @@ class SplitGuidance(nn.Module):
 
     def __init__(self, model: nn.Module, plan: ForwardPlan) -> None:
         super().__init__()
-        self.model, self.plan = model, plan
+        self.model, self.shallow = model, ShallowGuidance(model, plan)
         self.known: dict[int | str, tuple[Any, tuple[Any, Any]]] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -122,15 +124,9 @@ class SplitGuidance(nn.Module):
         num_rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
         given = {name: self._halves(name, value, num_rows) for name, value in (*enumerate(args), *kwargs.items())}
         first, second = ({name: halves[index] for name, halves in given.items()} for index in range(2))
-        # a cache counts what is made beside its steps for the run of the last one, so that comes first
-        conditional = self._call(second)
-        conditional = [each.clone() for each in conditional]  # the next call of a CUDA graph would overwrite them
-        unconditional = self._call(first, plan=self.plan).output
-        return tuple(torch.cat(pair) for pair in zip(unconditional, conditional, strict=True))
-
-    def _call(self, given: dict[int | str, Any], **plan: Any) -> Any:
-        args = [value for name, value in given.items() if isinstance(name, int)]
-        return self.model(*args, **{name: value for name, value in given.items() if isinstance(name, str)}, **plan)
+        (conditional,) = _call(self.model, second)
+        conditional, unconditional = _call(partial(self.shallow, conditional), first)
+        return (torch.cat([unconditional, conditional]),)
 
     def _halves(self, name: int | str, value: Any, num_rows: int) -> tuple[Any, Any]:
         """Return what each call is given of an argument: of one that stays the same object at every step, the very same
@@ -144,6 +140,11 @@ class SplitGuidance(nn.Module):
             owned = (first.clone(), second.clone()) if value.stride(0) else (first, second)
             self.known[name] = value, owned
         return self.known[name][1]
+
+
+def _call(function: Callable[..., Any], given: dict[int | str, Any]) -> Any:
+    args = [value for name, value in given.items() if isinstance(name, int)]
+    return function(*args, **{name: value for name, value in given.items() if isinstance(name, str)})
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class TextToImageSampler(TextSampler):
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         guidance_channels: int | None = None,
         guidance: Guidance = "full",
         guidance_shallow_units: int | None = None,
@@ -225,7 +226,7 @@ class TextToVideoSampler(TextSampler):
         *,
         guidance_scale: float,
         num_inference_steps: int,
-        generator: torch.Generator,
+        generator: torch.Generator | list[torch.Generator],
         guidance_channels: int | None = None,
         guidance: Guidance = "full",
         guidance_shallow_units: int | None = None,

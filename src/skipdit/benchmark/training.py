@@ -145,6 +145,9 @@ class RandomLatents:
     def stored(self, index: int) -> tuple[Tensor, int]:
         return self.latents[index], self.labels[index]
 
+    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+        return stored
+
 
 def make_config(config: TrainBenchConfig, workload: Workload, recipe: TrainConfig) -> TrainConfig:
     """Return the settings of a run on a workload, with routing that is never dense at the end."""

@@ -17,8 +17,9 @@ The path of one call, from the outside in:
 6. `skipdit.models.forward_plan`: what each unit of that forward does
 
 Also here: `fingerprint` (was a schedule made for this model?), `ranks` (shards decide alike), `state` (the summary).
-Elsewhere: `skipdit.models.costs` (FLOPs of the whole model, counted at the first step of each shape),
-`skipdit.models.check` (does a declared family fit?), `skipdit.calibration` (the search for schedules).
+Elsewhere: `skipdit.guidance` (predictions beside the steps), `skipdit.models.costs` (FLOPs of the whole model, counted
+at the first step of each shape), `skipdit.models.check` (does a declared family fit?), `skipdit.calibration` (the
+search for schedules).
 
 Private APIs of torch and diffusers that this folder relies on: `Module._compiled_call_impl` and
 `torch._dynamo.config.recompile_limit` (`compiled`), `Tensor._version` (`conditions`), `_reset_stateful_cache` and

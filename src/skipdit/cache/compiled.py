@@ -40,7 +40,7 @@ class Call:
         replays, is_new = self.is_compiled and may_replay(self.device), self.is_compiled and plan not in self.seen
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
-        with _more_graphs() if is_new else nullcontext():
+        with more_graphs() if is_new else nullcontext():
             output, found = self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
         if is_new:
             self.seen.add(plan)
@@ -90,7 +90,8 @@ def map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def _more_graphs() -> Iterator[None]:
+def more_graphs() -> Iterator[None]:
+    """Let torch compile as many graphs as there may be plans."""
     config: Any = torch._dynamo.config
     before = config.recompile_limit
     config.recompile_limit = max(before, MAX_GRAPHS)

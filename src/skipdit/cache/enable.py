@@ -17,7 +17,7 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import CacheRuntime
 from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import Part, Stepper, make_stepper
-from skipdit.cache.streams import branch_context
+from skipdit.cache.streams import Stream, branch_context
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import Remade, swap, swapped_class
 from skipdit.models.costs import Costs
@@ -197,6 +197,16 @@ def cache_summary(target: nn.Module | Pipeline) -> CacheSummary:
     return Cache(_runtimes_of(target)).summary()
 
 
+def last_stream(model: nn.Module) -> Stream | None:
+    """Return the stream of this thread's last step of a model in the current context; `None` without a cache."""
+    if not isinstance(model, CachedModel):
+        return None
+    runtime = model._skipdit_cache
+    with runtime.lock:
+        run = max(runtime.streams.own_runs, key=lambda each: each.last_call, default=None)
+    return None if run is None else run.streams[-1]
+
+
 @dataclass(frozen=True)
 class Cache:
     """A cache that `cached` switched on. runtimes: one per model of the target."""
@@ -205,8 +215,8 @@ class Cache:
 
     def summary(self) -> CacheSummary:
         """Return what the cache did in the current run, or in the last one, also after it was switched off."""
-        first, *others = [runtime.summary() for runtime in self.runtimes]
-        return first.together_with(others)
+        first, *others = self.runtimes
+        return first.summary(others)
 
     def costs(self) -> Costs:
         """Return what the parts of the first model cost, as counted in its last run."""

@@ -10,12 +10,7 @@ import msgspec
 
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import TaylorPredictor
-from skipdit.cache.schedule import (
-    AutoSchedule,
-    ExplicitSchedule,
-    IntervalSchedule,
-    Schedule,
-)
+from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Inner, Probe, Site, Stack, UnitRange
 from skipdit.models.long_skip import BranchKind
 from skipdit.untrusted import printable, read_json
@@ -128,15 +123,11 @@ class Published:
 
     @property
     def form(self) -> str:
+        if self.parts is None:
+            return "{threshold}" if self.adaptive else "json"
         order = "[-o{Taylor order}]" if self.order else ""
         k = "[-k{shallow units}]" if self.takes_k else ""
-        return (
-            f"N{{interval}}[-{{start}}-{{stop}}]{k}{order}"
-            if self.parts
-            else "{threshold}"
-            if self.adaptive
-            else "json"
-        )
+        return f"N{{interval}}[-{{start}}-{{stop}}]{k}{order}"
 
 
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
@@ -164,9 +155,7 @@ def _one(site: Callable[[tuple[int, ...]], Site]) -> Callable[[Options], tuple[C
 
 def _skip_branch(options: Options) -> tuple[CacheMethod, ...]:
     shallow = BranchOutputs((*ATTENTION, "cross_attention"), options.k)
-    every_second = IntervalSchedule(
-        interval=2, start_timestep=options.schedule.start_timestep, stop_timestep=options.schedule.stop_timestep
-    )
+    every_second = replace(options.schedule, interval=2)
     return (
         options.part(DeepFeatures(options.k)),
         CacheMethod(schedule=every_second, site=shallow, predictor=TaylorPredictor(options.order)),

@@ -7,23 +7,22 @@ State belongs to a run, never to the model; the one rule for what a run is stand
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from torch import nn
 
-from skipdit.cache.compiled import Call
+from skipdit.cache.compiled import Call, more_graphs
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import Part, PartState, Stepper, make_stepper, parts_on
-from skipdit.cache.streams import Run, Stream, Streams, layout_of
+from skipdit.cache.streams import Run, Stream, Streams
 from skipdit.models.branches import open_branches
 from skipdit.models.costs import Costs, count_costs
 from skipdit.models.families import Family, find_family
-from skipdit.models.forward_plan import PLAIN, Branches, ForwardPlan, Units
-from skipdit.models.long_skip import LongSkipModel, PlannedOutput
+from skipdit.models.forward_plan import Branches
+from skipdit.models.long_skip import LongSkipModel
 
 
 class CacheRuntime:
@@ -60,7 +59,6 @@ class CacheRuntime:
             self._start, self._check_reuses, self._warn_unless_reused, self.timestep_scale, by_token=by_token
         )
         self.costs: dict[tuple[Any, ...], Costs] = {}
-        self.compiled_beside: dict[tuple[Any, ...], set[ForwardPlan]] = {}
         self.peak_bytes_held = 0
 
     @property
@@ -72,11 +70,7 @@ class CacheRuntime:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy, or of a pickle: it caches in the same way and shares no state."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("lock", "streams", "costs", "compiled_beside")
-        }
+        return {name: value for name, value in vars(self).items() if name not in ("lock", "streams", "costs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -95,75 +89,44 @@ class CacheRuntime:
     # One call
 
     def call(self, model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make one call of the model, through `run`, as the next step of its stream; under a plan that leaves out deep
-        units, beside all streams."""
+        """Make one call of the model, through `run`, as the next step of its stream. A call that comes with a plan is
+        the plain model's, and no step."""
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
+        if "plan" in kwargs:
+            with self.lock, more_graphs():
+                return run(*args, **kwargs)
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         for name in (self.family.latents, self.family.timestep):
             if arguments.get(name) is None:
                 raise TypeError(f"a cached call of {self.model_name} needs its argument {name!r}")
-        plan = arguments.pop("plan", PLAIN)
-        if plan.units:
-            return self._call_beside(model, run, args, kwargs, arguments[self.family.latents], plan)
         given = {name: arguments.get(name, default) for name, default in self.conditions.items()}
         with self.lock:
             this_run, stream = self.streams.next(arguments[self.family.timestep], arguments[self.family.latents], given)
             call = Call(model, run, args, kwargs, stream.layout[2], stream.compiled)
-            with self._dropped_after_errors(model):
+            try:
                 output = self._step(call, stream)
+            except BaseException:
+                self.streams.drop(self.streams.own_runs)  # the other branches of the run too
+                open_call = cast(LongSkipModel, model).open_call
+                if open_call is not None:
+                    open_call.state = None
+                raise
             if len(this_run.coming) == 1 and self.method.schedule.is_adaptive:
                 self._warn_unless_reused(self.streams.current_runs)
         return output
 
-    def _call_beside(
-        self, model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], latents: Any, plan: Any
-    ) -> PlannedOutput:
-        """Make a call that is the step of no stream: it stores nothing, takes nothing, and its cost is counted."""
-        route = plan.route
-        if route is None or not route.leaves_out:
-            raise ValueError(
-                "a cached model plans its steps itself, and takes only a plan that leaves out deep units: call "
-                "skipdit.disable_cache(model) first"
-            )
-        layout = layout_of(latents)
-        others = {name: value for name, value in kwargs.items() if name not in ("plan", "stored")}
-        with self.lock, self._dropped_after_errors(model):
-            call = Call(model, run, args, others, layout[2], self.compiled_beside.setdefault(layout, set()))
-            if layout not in self.costs:
-                counted = self.family.counted
-                self.costs[layout] = count_costs(model, call.eager)[1] if counted else Costs.by_weights(model)
-            output = call(plan, kwargs.get("stored"))
-            cost = self.costs[layout].of_step((Units(start=route.start, stop=route.stop),))
-            self.streams.count_beside(Counts(shallow=1, cost=cost))
-        return output
-
-    @contextmanager
-    def _dropped_after_errors(self, model: nn.Module) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.streams.drop(self.streams.own_runs)  # the other branches of the run too
-            open_call = cast(LongSkipModel, model).open_call
-            if open_call is not None:
-                open_call.state = None
-            raise
-
     def _step(self, call: Call, stream: Stream) -> Any:
-        stream.costs = self.costs.get(stream.layout)
-        if stream.costs is not None:
-            output, reused = self.stepper.step(call, stream)
-        elif not self.family.counted:
+        made, stream.costs = None, self.costs.get(stream.layout)
+        if stream.costs is None and not self.family.counted:
             stream.costs = Costs.by_weights(call.model)
-            output, reused = self.stepper.step(call, stream)
-        elif call.has_graphs:  # a counter sees nothing inside them, and torch compiles nothing under one
+        elif stream.costs is None and call.has_graphs:  # a counter sees nothing inside, and torch compiles nothing
             _, stream.costs = count_costs(call.model, call.eager)
-            output, reused = self.stepper.step(call, stream)
-        else:
+        elif stream.costs is None:
             made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
-            output, reused = made or self.stepper.step(call, stream)
+        output, reused = made or self.stepper.step(call, stream)
         self.costs[stream.layout] = stream.costs
-        stream.counts += Counts(full=int(not reused), reused=int(bool(reused)), cost=stream.costs.of_step(reused))
+        stream.counts += Counts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))
         if not reused:
             self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
@@ -210,8 +173,10 @@ class CacheRuntime:
         with self.lock:
             self.streams.end()
 
-    def summary(self) -> CacheSummary:
-        counts = self.streams.counts
+    def summary(self, others: Sequence["CacheRuntime"] = ()) -> CacheSummary:
+        """Return what it did. others: those of more models that share its runs, as if all steps were one model's."""
+        everything = (self, *others)
+        counts = sum((each.streams.counts for each in everything), Counts())
         return CacheSummary(
             method=str(self.method),
             model=self.model_name,
@@ -220,9 +185,10 @@ class CacheRuntime:
             steps_full=counts.full,
             steps_reused=counts.reused,
             steps_shallow=counts.shallow,
-            compute_ratio=counts.calls / counts.cost if counts.cost else 1.0,
-            bytes_held=self.streams.bytes_held,
-            peak_bytes_held=self.peak_bytes_held,
+            steps_held=counts.held,
+            compute_ratio=counts.predictions / counts.cost if counts.cost else 1.0,
+            bytes_held=sum(each.streams.bytes_held for each in everything),
+            peak_bytes_held=sum(each.peak_bytes_held for each in everything),
         )
 
 

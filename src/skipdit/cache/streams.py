@@ -118,7 +118,6 @@ class Run:
     the last call; it grows from step to step. level: its noise level, from 0 to 1000. levels: of the whole list.
     rises: whether the timestep of a bare model grows. risen: whether the previous run had one step, at a lower
     timestep. changing: arguments that are new at each call. dropped: the counts of streams that are no longer kept.
-    beside: those of calls that are steps of none.
     """
 
     order: Any
@@ -130,13 +129,12 @@ class Run:
     streams: list[Stream] = field(default_factory=list)
     changing: set[str] = field(default_factory=set)
     dropped: Counts = field(default_factory=Counts)
-    beside: Counts = field(default_factory=Counts)
     last_call: int = 0
     warned: bool = False
 
     @property
     def counts(self) -> Counts:
-        return sum((each.counts for each in self.streams), self.dropped + self.beside)
+        return sum((each.counts for each in self.streams), self.dropped)
 
     @property
     def coming(self) -> list[float]:
@@ -388,12 +386,6 @@ class Streams:
         thread, path = threading.get_ident(), _context.get()
         own = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
         return [self.runs[key] for key in own]
-
-    def count_beside(self, counts: Counts) -> None:
-        """Count calls that are steps of no stream for this thread's last run in the current context."""
-        last = max(self.own_runs, key=lambda each: each.last_call, default=None)
-        if last is not None:
-            last.beside += counts
 
     def drop(self, runs: list[Run]) -> None:
         """Drop what these runs hold; their counts stay for the summary."""
