@@ -1,5 +1,6 @@
 """Objectives against closed forms and the authors' numbers; schedulers against exact paths."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -67,6 +68,50 @@ def test_x_prediction_of_a_flow_is_weighted_in_velocity_space() -> None:
     x_start, noise = torch.zeros(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
     loss = training_loss(lambda *_: torch.ones(2, 1, 2, 2), objective, x_start, noise, torch.tensor([500.0, 20.0])).loss
     assert loss.tolist() == pytest.approx([1 / 0.5**2, 1 / 0.1**2])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.process}-{o.prediction_type}")
+def test_min_snr_weighs_the_error_of_the_picture(objective: Objective) -> None:
+    """Whatever is predicted: x_0 is solved from the prediction by hand, and its error weighs min(SNR, gamma)."""
+    objective = dataclasses.replace(objective, min_snr_gamma=5.0)
+    x_start, noise = torch.rand(6, 3, 4, 4) * 2 - 1, torch.randn(6, 3, 4, 4)
+    timesteps = torch.tensor([20, 100, 300, 500, 800, 950])
+    noisy = add_noise(objective, x_start, noise, timesteps)
+    output = prediction_target(objective, x_start, noise, timesteps) + 0.3 * torch.randn(6, 3, 4, 4)
+    signal, sigma = signal_and_noise_levels(objective, timesteps)
+    snr = (signal / sigma).square().flatten()
+    assert (snr < 5).any()
+    assert (snr > 5).any()
+    wrong = (x_start_from(objective, output, noisy, timesteps) - x_start).square().flatten(1).mean(dim=1)
+    terms = training_loss(lambda *_: output, objective, x_start, noise, timesteps)
+    torch.testing.assert_close(terms.loss, snr.clamp(max=5) * wrong, rtol=2e-4, atol=0)
+    plain = training_loss(
+        lambda *_: output, dataclasses.replace(objective, min_snr_gamma=None), x_start, noise, timesteps
+    )
+    assert torch.equal(terms.mse, plain.mse)
+    if objective.prediction_type == "epsilon":  # as the paper has it: min(SNR, gamma) / SNR
+        torch.testing.assert_close(terms.loss, terms.mse * snr.clamp(max=5) / snr)
+    if objective.prediction_type == "v_prediction":
+        torch.testing.assert_close(terms.loss, terms.mse * snr.clamp(max=5) / (snr + 1))
+
+
+def test_min_snr_is_finite_at_both_ends_and_leaves_the_variational_bound() -> None:
+    x_start, noise = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    for prediction in PREDICTIONS["flow"]:
+        objective = Objective(process="flow", prediction_type=prediction, min_snr_gamma=5.0)
+        ends = training_loss(lambda *_: torch.zeros(2, 3, 4, 4), objective, x_start, noise, torch.tensor([0.0, 1000.0]))
+        assert ends.loss.isfinite().all()
+    output, timesteps = torch.randn(2, 6, 4, 4), torch.tensor([5, 500])
+    free, held = (
+        training_loss(
+            lambda *_: output, Objective(learned_variance=True, min_snr_gamma=gamma), x_start, noise, timesteps
+        )
+        for gamma in (None, 5.0)
+    )
+    assert free.variational_bound is not None
+    assert held.variational_bound is not None
+    assert torch.equal(free.variational_bound, held.variational_bound)
+    assert held.loss[0] < free.loss[0]
 
 
 def test_losses_equal_the_authors(shared: Path) -> None:
@@ -189,6 +234,16 @@ def test_training_timesteps_follow_their_distribution() -> None:
     logits = torch.logit(sample_timesteps(objective, 20_000, generator) / 1000)
     assert logits.mean().item() == pytest.approx(0.8, abs=0.02)
     assert logits.std().item() == pytest.approx(0.8, abs=0.02)
+    objective = Objective(timestep_sampling="log_normal", logit_mean=-0.6, logit_std=1.0)
+    drawn = sample_timesteps(objective, 20_000, generator)
+    signal, sigma = signal_and_noise_levels(objective, drawn, ndim=1)
+    ratios = (sigma / signal).log()
+    assert ratios.mean().item() == pytest.approx(-0.6, abs=0.03)
+    assert ratios.std().item() == pytest.approx(1.0, abs=0.03)
+    for timestep in (0, 3, 500, 999):  # the nearest timestep
+        signal, sigma = signal_and_noise_levels(objective, torch.tensor([timestep]), ndim=1)
+        exact = dataclasses.replace(objective, logit_mean=(sigma / signal).log().item() + 1e-4, logit_std=0.0)
+        assert sample_timesteps(exact, 3, generator).tolist() == [timestep] * 3
 
 
 def test_ddpm_tables_are_the_published_process() -> None:
@@ -202,6 +257,9 @@ def test_ddpm_tables_are_the_published_process() -> None:
     ({"process": "ddpm", "prediction_type": "flow_prediction"}, "flow_prediction"),
     ({"process": "sde"}, "sde"),
     ({"timestep_sampling": "logit_normal"}, "needs process 'flow'"),
+    ({"process": "flow", "prediction_type": "sample", "timestep_sampling": "log_normal"}, "needs process 'ddpm'"),
+    ({"min_snr_gamma": 0.0}, "min_snr_gamma.*0.0"),
+    ({"timestep_sampling": "log_normal", "logit_std": -1.0}, "logit_std.*-1"),
     ({"learned_variance": True, "prediction_type": "sample"}, "sample"),
     ({"process": "flow", "prediction_type": "sample", "timestep_sampling": "beta"}, "beta"),
 ])  # fmt: skip

@@ -304,6 +304,23 @@ def test_settings_change_when_that_is_asked_for(
     train(longer(slower, 9), out, device="cpu")  # it is the run's own rate now
 
 
+def test_a_checkpoint_that_is_older_than_a_setting_goes_on(run: tuple[TrainConfig, Path]) -> None:
+    config, out = run
+    path = out / "checkpoint-0000006" / "state.json"
+    state = json.loads(path.read_text())
+    for part, name in (("objective", "min_snr_gamma"), ("model", "long_skip")):
+        assert (
+            state["config"][part].pop(name) == json.loads(json.dumps(dataclasses.asdict(getattr(config, part))))[name]
+        )
+    path.write_text(json.dumps(state))
+    sign_anew(path.parent)
+    train(longer(config, 7), out, device="cpu")
+    assert [entry["step"] for entry in read_log(out)] == [1, 2, 3, 4, 5, 6, 7]
+    with pytest.raises(ValueError, match=r"other settings \(objective\)"):
+        train(longer(dataclasses.replace(config, objective=dataclasses.replace(config.objective, min_snr_gamma=5.0))),
+              out, device="cpu")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

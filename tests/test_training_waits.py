@@ -63,7 +63,7 @@ def test_a_step_asks_the_device_for_nothing(
 ) -> None:
     """But which kind of step it is, which is drawn on the CPU on any machine. Norms of units are what a line of the log
     needs."""
-    config = routed(task, data, data_on_device=on_device)
+    config = routed(task, data, data_on_device=on_device, gradient_guard=3.0, ema_snapshots_every=2)
     run = Run(config, start_processes(CPU), build_task(config), None, tmp_path, resume=False)
     run.begin(allow_changes=False)
     assert set(kinds_of(run, config)) == KINDS

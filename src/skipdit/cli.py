@@ -4,22 +4,19 @@ Each command is a function of its arguments; whatever is heavy is imported insid
 """
 
 import contextlib
-import io
-import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from skipdit import terminal
+from skipdit.terminal import parse as _parse
 
 if TYPE_CHECKING:
     from skipdit.compare import Report, SampleConfig
-
-Config = TypeVar("Config")
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -127,6 +124,19 @@ def train(arguments: Sequence[str]) -> None:
         sys.exit(stopped.status)
     if is_main:
         print(f"trained: skipdit sample --model {folder}")
+
+
+def ema(arguments: Sequence[str]) -> None:
+    """Write a run's pipeline with averaged weights of another length, out of its --ema-snapshots-every.
+
+    Example: skipdit ema runs/emoji --length 0.15 --out runs/emoji-ema-0.15
+    """
+    from skipdit.averaging import AverageConfig, write_average
+
+    config = _parse("ema", ema.__doc__, arguments, AverageConfig)
+    made = write_average(config)
+    print(f"average of length {made.length:g} at step {made.step}, out of {len(made.weights)} snapshots ", end="")
+    print(f"(weights over time met but for {made.error:.1%}): skipdit sample --model {config.out}")
 
 
 def latents(arguments: Sequence[str]) -> None:
@@ -488,6 +498,7 @@ def info(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "train": train,
+    "ema": ema,
     "latents": latents,
     "convert": convert,
     "analyze": analyze,
@@ -531,34 +542,6 @@ def _run(command: str = "--help", *arguments: str) -> None:
         raise ValueError(f"the command must be one of {', '.join(COMMANDS)}, got {command!r}")
     with contextlib.nullcontext() if command == "train" else terminal.terminable():
         COMMANDS[command](arguments)
-
-
-def _parse(
-    command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
-) -> Config:
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                config,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                args=list(arguments),
-                prog=f"skipdit {command}",
-                description=text,
-            )
-    except SystemExit as exit:
-        if exit.code == 0:
-            raise
-        raise ValueError(_one_line(said.getvalue())) from exit
-
-
-def _one_line(box: str) -> str:
-    """What tyro says under its title and above its advice, without rules and frame."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    message = itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines)
-    return " ".join(line for line in message if line.strip("─-")) or box.strip()
 
 
 def _print_report(report: "Report", out: Path) -> None:

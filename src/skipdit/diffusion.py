@@ -22,7 +22,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 Process = Literal["ddpm", "flow"]
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
-TimestepSampling = Literal["uniform", "logit_normal"]
+TimestepSampling = Literal["uniform", "logit_normal", "log_normal"]
 
 # pictures (batch channels height width) or clips (batch frames channels height width)
 Images = Float[Tensor, "batch *frames channels height width"]
@@ -43,8 +43,13 @@ class Objective:
     prediction_type: diffusers' words; `"sample"` is x-prediction, `"flow_prediction"` the velocity noise - x_0.
     learned_variance: the model's second half of channels interpolates the posterior variance (arXiv 2102.09672, eq. 15)
         and is trained by the variational bound; epsilon prediction only.
-    timestep_sampling: `"uniform"`, or `"logit_normal"` in sigma (arXiv 2403.03206), flow only.
+    timestep_sampling: `"uniform"`; `"logit_normal"` in sigma (arXiv 2403.03206), flow only; `"log_normal"` in the ratio
+        of noise to signal (arXiv 2206.00364, table 1), ddpm only, rounded to the nearest timestep. Of a flow, the
+        logit of sigma is the logarithm of that ratio: `logit_mean` and `logit_std` mean the same in both.
     min_sigma: x-prediction of a flow is trained in velocity space, (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720.
+    min_snr_gamma (`float`, *optional*): the error of x_0 weighs min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and
+        section 3.4), whatever is predicted; 5 in that paper. SNR is (signal / sigma)^2, of a flow
+        ((1 - sigma) / sigma)^2. Takes the place of `min_sigma`; the variational bound keeps its weight.
     """
 
     process: Process = "ddpm"
@@ -54,6 +59,7 @@ class Objective:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     min_sigma: float = 0.05
+    min_snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
         if self.process not in get_args(Process):
@@ -68,7 +74,13 @@ class Objective:
             raise ValueError(f"timestep_sampling must be one of {allowed}, got {self.timestep_sampling!r}")
         if self.timestep_sampling == "logit_normal" and self.process != "flow":
             raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
+        if self.timestep_sampling == "log_normal" and self.process != "ddpm":
+            raise ValueError("timestep_sampling 'log_normal' needs process 'ddpm': of a flow it is 'logit_normal'")
         check_numbers(self)
+        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
+        if self.logit_std < 0:
+            raise ValueError(f"logit_std must be at least 0, got {self.logit_std}")
         if self.min_sigma <= 0:
             raise ValueError(f"min_sigma must be above 0, got {self.min_sigma}")
         if self.learned_variance and self.prediction_type != "epsilon":
@@ -150,9 +162,20 @@ def prediction_target(objective: Objective, x_start: Images, noise: Images, time
     return x_start
 
 
+@lru_cache
+def log_noise_to_signal(device: torch.device) -> Tensor:
+    """Return ln(sigma / signal) of each timestep of the ddpm process (1000,), rising, on a device where it stays."""
+    alphas_cumprod = ddpm_tables().alphas_cumprod
+    return (0.5 * ((1 - alphas_cumprod) / alphas_cumprod).log()).float().to(device)
+
+
 def sample_timesteps(objective: Objective, batch_size: int, generator: torch.Generator | None = None) -> Timesteps:
     """Training timesteps (batch,) on the generator's device: integers for ddpm, real numbers in (0, 1000) for flow."""
-    device = "cpu" if generator is None else generator.device
+    device = torch.device("cpu") if generator is None else generator.device
+    if objective.timestep_sampling == "log_normal":
+        drawn = objective.logit_mean + objective.logit_std * torch.randn(batch_size, generator=generator, device=device)
+        levels = log_noise_to_signal(device)
+        return torch.bucketize(drawn, (levels[1:] + levels[:-1]) / 2)
     if objective.process == "ddpm":
         return torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator, device=device)
     if objective.timestep_sampling == "uniform":
@@ -197,13 +220,27 @@ def training_loss(
         )
     error = prediction.narrow(-3, 0, channels) - prediction_target(objective, x_start, noise, timesteps)
     mse = error.square().flatten(1).mean(dim=1)
+    weighted = mse * loss_weights(objective, timesteps)
     if objective.learned_variance:
         bound = variational_bound(prediction, x_start, noisy, timesteps)
-        return LossTerms(loss=mse + bound, mse=mse, variational_bound=bound)
-    if objective.process == "flow" and objective.prediction_type == "sample":
-        sigma = (timesteps.float() / NUM_TRAIN_TIMESTEPS).clamp(min=objective.min_sigma)
-        return LossTerms(loss=mse / sigma.square(), mse=mse)
-    return LossTerms(loss=mse, mse=mse)
+        return LossTerms(loss=weighted + bound, mse=mse, variational_bound=bound)
+    return LossTerms(loss=weighted, mse=mse)
+
+
+def loss_weights(objective: Objective, timesteps: Timesteps) -> PerSample:
+    """The weight of the squared error of the prediction, by its noise level."""
+    signal, sigma = signal_and_noise_levels(objective, timesteps, ndim=1)
+    prediction = objective.prediction_type
+    if objective.min_snr_gamma is not None:
+        snr = (signal / sigma).square()  # infinite at sigma 0
+        if prediction == "epsilon":  # the error of x_0 is sigma / signal times that of the noise
+            return (objective.min_snr_gamma / snr).clamp(max=1)
+        of_x_start = snr.clamp(max=objective.min_snr_gamma)
+        # the error of x_0 is sigma times that of either velocity
+        return of_x_start if prediction == "sample" else sigma.square() * of_x_start
+    if objective.process == "flow" and prediction == "sample":
+        return sigma.clamp(min=objective.min_sigma).square().reciprocal()
+    return torch.ones_like(sigma)
 
 
 def predicted_x_start(epsilon: Images, noisy: Images, timesteps: Timesteps) -> Images:

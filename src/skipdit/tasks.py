@@ -394,7 +394,8 @@ class Sizes:
             raise ValueError(f"start_from must be {wanted}, got a {type(start).__name__} of {config.in_channels}")
         if (config.get("num_classes") or math.inf) < len(items.label_names):
             raise ValueError(f"start_from knows {config.num_classes} classes, the data has {len(items.label_names)}")
-        own = {**{name: config[name] for name in FRESH}, "mlp_ratio": config.get("mlp_ratio"), "inflate": None}
+        others = {name: config.get(name) for name in ("mlp_ratio", "qk_norm")}
+        own = {**{name: config[name] for name in FRESH}, **others, "inflate": None}
         asked = {name: value for name in own if (value := getattr(self, name, None)) is not None}
         if wrong := [f"{name} {own[name]}, not {value}" for name, value in asked.items() if value != own[name]]:
             raise ValueError(f"start_from has {', '.join(wrong)}: give model.{wrong[0].split()[0]} that value or None")
@@ -408,6 +409,8 @@ class ModelConfig(Sizes):
     """The sizes of a DiT; classes and pixels come from the data."""
 
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
+    qk_norm: bool | None = None
+    """norms of the queries and keys of each head (none in a fresh model), which keep attention stable at high rates"""
 
     def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> Trainee:
         _check_pictures(items, "class-to-image")
@@ -421,6 +424,7 @@ class ModelConfig(Sizes):
                 out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
                 num_classes=len(items.label_names),
+                qk_norm=bool(self.qk_norm),
                 long_skip=self.long_skip,
             )
         return ClassToImage(_with_long_skips(start, self.long_skip), items)
@@ -431,6 +435,8 @@ class VideoModelConfig(Sizes):
     """The sizes of a Latte; classes, frames and pixels come from the data."""
 
     long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
+    qk_norm: bool | None = None
+    """norms of the queries and keys of each head (none in a fresh model), which keep attention stable at high rates"""
     inflate: str | None = None
     """start from the spatial weights of this class-to-image model, `emoji` or the folder of a pipeline: of its
     outermost blocks as many as there are pairs; blocks over time start as the identity, so at first each frame is a
@@ -456,6 +462,7 @@ class VideoModelConfig(Sizes):
                 out_channels=items.num_channels * (2 if objective.learned_variance else 1),
                 **self.fresh(),
                 num_classes=len(items.label_names) if self.conditional else None,
+                qk_norm=bool(self.qk_norm),
                 long_skip=self.long_skip,
             )
             if self.inflate is not None:

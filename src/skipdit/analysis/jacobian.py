@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from skipdit.analysis.record import record_inputs
-from skipdit.models.dit import DiT, DiTBlock, modulate
+from skipdit.models.dit import DiT, DiTBlock, HeadNorm, modulate
 from skipdit.spectral import JacobianNorms, jacobian_norms
 
 GELU_SLOPE = 1.13  # the largest derivative of GELU, 1.1290 in its tanh form
@@ -164,10 +164,15 @@ def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
     """A bound (batch,) on the Jacobian norm of softmax attention at these tokens (batch tokens dim).
 
     A head puts out P V. Through V it moves by at most |P| |W_v|; through P, whose row's Jacobian is diag(p) - p p^T, by
-    the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) / sqrt(head size).
+    the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) / sqrt(head size), |W_q| and |W_k| times
+    the slopes of the norms of queries and keys where there are such.
     """
     heads = block.attn.num_heads
-    query, key, value = rearrange(block.attn.qkv(tokens), "b n (three h d) -> three b h n d", three=3, h=heads)
+    query, key, value = block.attn.split(tokens)
+    slope_query, slope_key = 1.0, 1.0
+    if block.attn.q_norm is not None and block.attn.k_norm is not None:
+        slope_query, slope_key = _rms_slope(block.attn.q_norm, query), _rms_slope(block.attn.k_norm, key)
+        query, key = block.attn.q_norm(query), block.attn.k_norm(key)
     scale = query.shape[-1] ** -0.5
     weights = torch.softmax(query @ key.mT * scale, dim=-1)
     mean = weights @ value  # b h n d
@@ -188,7 +193,10 @@ def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
     through_weights = (
         slope
         * scale
-        * (torch.linalg.matrix_norm(key, ord=2) * norm_query + torch.linalg.matrix_norm(query, ord=2) * norm_key)
+        * (
+            torch.linalg.matrix_norm(key, ord=2) * norm_query * slope_query
+            + torch.linalg.matrix_norm(query, ord=2) * norm_key * slope_key
+        )
     )
     per_head = through_value + through_weights
     return per_head.square().sum(dim=1).sqrt() * torch.linalg.matrix_norm(block.attn.proj.weight, ord=2)
@@ -202,6 +210,11 @@ def _largest(values: Tensor) -> Tensor:
 def _norm_slope(hidden_states: Tensor, eps: float) -> Tensor:
     """The largest slope (batch,) of layer norm over its tokens, 1 / sqrt(variance + eps); RMS norm's is not above."""
     return (hidden_states.var(dim=-1, correction=0) + eps).rsqrt().amax(dim=-1)
+
+
+def _rms_slope(norm: HeadNorm, heads: Tensor) -> Tensor:
+    """The largest slope (batch heads) of RMS norm over the tokens of each head, below max |scale| / rms."""
+    return norm.weight.abs().max() * (heads.square().mean(dim=-1) + norm.eps).rsqrt().amax(dim=-1)
 
 
 def transcribed_bounds(gamma: float, alpha: float, num_layers: int) -> list[float]:

@@ -197,6 +197,7 @@ def to_diffusers(model: DiT) -> DiTTransformer2DModel:
         ("null_class", config["null_class"], (True,)),
         ("mlp_ratio", config["mlp_ratio"], (4.0,)),
         ("time_scale", config["time_scale"], (1.0,)),
+        ("qk_norm", config["qk_norm"], (False,)),
     ]
     require("diffusers' DiTTransformer2DModel", needs)
     options = {theirs: config[ours] for theirs, ours in DIFFUSERS_OPTIONS}
@@ -246,6 +247,7 @@ def official_needs(config: Mapping[str, Any]) -> list[Need]:
         ("null_class", config["null_class"], (True,)),
         ("downscale_freq_shift", config["downscale_freq_shift"], (0.0,)),
         ("time_scale", config.get("time_scale", 1.0), (1.0,)),
+        ("qk_norm", config["qk_norm"], (False,)),
         ("out_channels", config["out_channels"], (config["in_channels"], 2 * config["in_channels"])),
     ]
 
@@ -262,6 +264,7 @@ def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, 
         "out_channels": max(out_features // patch_size**2, 1),
         "num_layers": count_layers(tensors, "blocks"),
         "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
     }
 
 

@@ -30,16 +30,40 @@ PRESETS = {
 }
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) of the queries or keys of each head, with one scale for all heads."""
+
+    def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+    def forward(self, heads: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:
+        return F.rms_norm(heads, self.weight.shape, self.weight.to(heads.dtype), self.eps)
+
+
 class Attention(nn.Module):
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
+    """Self-attention. qk_norm: norms of queries and keys, which keep the logits small (arXiv 2302.05442, section 2; as
+    in SD3, arXiv 2403.03206, section 5.3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
+        self.k_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values (b h n d), before norms."""
         qkv = rearrange(self.qkv(hidden_states), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
-        attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+        return qkv[0], qkv[1], qkv[2]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        query, key, value = self.split(hidden_states)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        attended = F.scaled_dot_product_attention(query, key, value)
         return self.proj(rearrange(attended, "b h n d -> b n (h d)"))
 
 
@@ -70,10 +94,10 @@ class DiTBlock(nn.Module):
     rows of the batch.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = Attention(hidden_size, num_heads, qk_norm)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = MLP(hidden_size, mlp_ratio)
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
@@ -192,6 +216,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 that of diffusers.
         time_scale (`float`), time_shift (`float`): what is embedded is `time_scale * timestep + time_shift`. The
             official SiT embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
+        qk_norm (`bool`): RMSNorm of the queries and keys of each head.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
         shallow_path (`ShallowPath`, *optional*): what training taught the first and last units to do alone, which
             guidance may use; changes nothing else.
@@ -220,6 +245,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         downscale_freq_shift: float = 0.0,
         time_scale: float = 1.0,
         time_shift: float = 0.0,
+        qk_norm: bool = False,
         long_skip: LongSkipConfig | dict[str, Any] | None = None,
         shallow_path: ShallowPath | dict[str, Any] | None = None,
     ) -> None:
@@ -251,7 +277,9 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
         self.timestep_embedder = TimestepEmbedding(256, hidden_size)
         self.class_embedder = nn.Embedding(num_classes + null_class, hidden_size)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
         grid_size = sample_size // patch_size
         self.register_buffer(

@@ -110,7 +110,8 @@ def inflate_latte(video: Latte, picture: DiT, rows: Mapping[int, int]) -> None:
     single picture is predicted as by the picture model; the frames of a clip but for the fixed embedding of their time.
     """
     names = ("num_attention_heads", "attention_head_dim", "mlp_ratio", "patch_size", "in_channels", "out_channels")
-    _refuse_other_sizes(picture, {name: video.config[name] for name in (*names, "downscale_freq_shift")})
+    options = (*names, "downscale_freq_shift", "qk_norm")
+    _refuse_other_sizes(picture, {name: video.config[name] for name in options})
     matched = _match_blocks(video.unit_entries(), picture)
     for name in ("patch_embed", "timestep_embedder", "final_layer"):
         video.get_submodule(name).load_state_dict(picture.get_submodule(name).state_dict())
@@ -133,7 +134,7 @@ def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
     config: Any = video.config
     dim = picture.config.num_attention_heads * picture.config.attention_head_dim
     names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels")
-    theirs = {"out_channels": config.in_channels, "mlp_ratio": 4.0, "downscale_freq_shift": 0.0}  # as diffusers has it
+    theirs = {"out_channels": config.in_channels, "mlp_ratio": 4.0, "downscale_freq_shift": 0.0, "qk_norm": False}
     _refuse_other_sizes(picture, {name: config[name] for name in names} | theirs)
     matched = _match_blocks(list(video.transformer_blocks), picture)
     embedder = video.adaln_single.emb.timestep_embedder

@@ -51,6 +51,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         num_classes (`int`, *optional*): `None` is the unconditional model. null_class (`bool`): whether class
             `num_classes` means "no class", which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies.
+        qk_norm (`bool`): RMSNorm of the queries and keys of each head.
         long_skip (`LongSkipConfig`, *optional*): `None` is the plain Latte.
         shallow_path (`ShallowPath`, *optional*): what training taught the first and last units to do alone, which
             guidance may use; changes nothing else.
@@ -78,6 +79,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         num_classes: int | None = None,
         null_class: bool = True,
         downscale_freq_shift: float = 0.0,
+        qk_norm: bool = False,
         long_skip: LongSkipConfig | dict[str, Any] | None = None,
         shallow_path: ShallowPath | dict[str, Any] | None = None,
     ) -> None:
@@ -110,7 +112,9 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
         self.timestep_embedder = TimestepEmbedding(256, hidden_size)
         self.class_embedder = None if num_classes is None else nn.Embedding(num_classes + null_class, hidden_size)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
         grid_size = sample_size // patch_size
         self.register_buffer(

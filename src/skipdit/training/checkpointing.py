@@ -28,6 +28,8 @@ from skipdit.files import (
 from skipdit.latents import LabelledLatents
 from skipdit.tasks import Items
 from skipdit.training.config import TrainConfig
+from skipdit.training.guard import WINDOW, GradientGuard, GuardState
+from skipdit.training.posthoc_ema import LENGTHS, PowerAverages
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)
@@ -35,13 +37,16 @@ LOGGER = logging.getLogger(__name__)
 KIND = "checkpoint"  # in the marker of each
 PREVIOUS = "previous-run"  # a folder beside them
 FILES = ("model", "ema", "optimizer")
+POWERS = "power_averages"  # one more where there are snapshots
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 # what may change when a run goes on; and what may change when that is asked for
 FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
+FREE_TO_CHANGE |= {"tensorboard"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
+CHANGED_ON_REQUEST |= {"gradient_guard"}
 
 
 class Fingerprint(TypedDict):
@@ -54,7 +59,7 @@ class Fingerprint(TypedDict):
 
 class State(TypedDict):
     """`state.json` of a checkpoint. flops: of all steps so far. without_moments: trained parameters that no gradient
-    has reached yet."""
+    has reached yet. guard: of the gradient's norm, where there is one."""
 
     step: int
     flops: NotRequired[float]
@@ -62,6 +67,7 @@ class State(TypedDict):
     config: dict[str, Any]
     data: Fingerprint
     without_moments: list[str]
+    guard: NotRequired[GuardState]
 
 
 def fingerprint(items: Items) -> Fingerprint:
@@ -75,20 +81,29 @@ def fingerprint(items: Items) -> Fingerprint:
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes: the weights, their average, and the optimizer's moments."""
+    """All that a step changes: the weights, their averages, the optimizer's moments, and what the guard has seen.
+    powers: the averages that snapshots are made of."""
 
     model: nn.Module
     ema: EMAModel
     optimizer: torch.optim.Optimizer
+    guard: GradientGuard | None = None
+    powers: PowerAverages | None = None
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of what is saved, without suffix."""
+        return FILES if self.powers is None else (*FILES, POWERS)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return what is saved, by file and name."""
         parameters, trained = dict(self.model.named_parameters()), list(self.trained)
-        return {
+        powers = {} if self.powers is None else {POWERS: self.powers.tensors(parameters)}
+        return powers | {
             "model": {name: parameter.detach().contiguous() for name, parameter in parameters.items()},
             "ema": dict(zip(parameters, self.ema.shadow_params, strict=True)),
             "optimizer": {
@@ -110,6 +125,8 @@ class Learner:
         averages = tensors["ema"]
         self.ema.shadow_params = [averages[name].to(parameter.device) for name, parameter in parameters.items()]
         self.ema.optimization_step = ema_step
+        if self.powers is not None:
+            self.powers.take(parameters, tensors[POWERS])
         moments = tensors["optimizer"]
         entries = {
             index: {key: moments[f"{name}.{key}"] for key in MOMENTS}
@@ -206,9 +223,11 @@ def save_checkpoint(
         data=data,
         without_moments=unreached,
     )
+    if learner.guard is not None:
+        state["guard"] = learner.guard.state()
     path = checkpoint_path(folder, step)
     with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
-        for name in FILES:
+        for name in learner.files:
             save_file(tensors[name], draft / f"{name}.safetensors")
         (draft / "state.json").write_text(to_json(state), encoding="utf-8")
     drop_previous(folder)
@@ -244,6 +263,8 @@ def go_on(
             unfit.append(f"{path.name} cannot be used ({error})")
             continue
         learner.take(tensors, state["ema_step"])
+        if learner.guard is not None and "guard" in state:
+            learner.guard.take(state["guard"])
         if unfit:
             notes.insert(0, f"{'; '.join(unfit)}: the run goes on from {path.name}")
         return state["step"], state.get("flops", 0.0), notes
@@ -260,6 +281,9 @@ def read_state(path: Path) -> State:
         raise ValueError(f"{path.name}/state.json is of step {state['step']}")
     if state["ema_step"] != state["step"]:
         raise ValueError(f"{path.name}/state.json has averaged {state['ema_step']} of {state['step']} steps")
+    guard = state.get("guard", GuardState(norms=[], left_out=0))
+    if len(guard["norms"]) > WINDOW or guard["left_out"] < 0:
+        raise ValueError(f"{path.name}/state.json has a guard that is none of ours")
     return state
 
 
@@ -270,8 +294,9 @@ def check_settings(
     now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     # a setting that is newer than the checkpoint was its default
     before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
-    if isinstance(model := before.get("model"), dict):
-        before["model"] = json.loads(json.dumps(asdict(type(config.model)()))) | model
+    for name in ("model", "objective"):
+        if isinstance(part := before.get(name), dict):
+            before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     was = before.get("data")
     given = was if isinstance(was, dict) else {}
@@ -306,7 +331,7 @@ def difference(before: Fingerprint, now: Fingerprint) -> str:
 
 def read_tensors(path: Path, state: State, learner: Learner) -> dict[str, dict[str, Tensor]]:
     """Read a checkpoint's tensors; `ValueError` where one is missing, too many, of another shape or not finite."""
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in FILES}
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in learner.files}
     wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in learner.model.named_parameters()}
     moments = {
         f"{name}.{key}": (torch.Size(), torch.float32) if key == "step" else wanted[name]
@@ -314,7 +339,9 @@ def read_tensors(path: Path, state: State, learner: Learner) -> dict[str, dict[s
         if name not in state["without_moments"]
         for key in MOMENTS
     }
-    for file, expected in (("model", wanted), ("ema", wanted), ("optimizer", moments)):
+    expectations = {"model": wanted, "ema": wanted, "optimizer": moments}
+    expectations[POWERS] = {f"{length}.{name}": kind for length in LENGTHS for name, kind in wanted.items()}
+    for file, expected in ((name, expectations[name]) for name in learner.files):
         found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors[file].items()}
         if wrong := sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name)):
             raise ValueError(

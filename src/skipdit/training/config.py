@@ -103,8 +103,13 @@ class TrainConfig:
     """of AdamW: how slowly its two moments forget"""
     gradient_clip: float = 1.0
     """largest norm of the gradient, 0 for any"""
+    gradient_guard: float = 0.0
+    """leave out each step whose gradient norm is above so many times the median of the last 100, 0 for none"""
     ema_decay: float = 0.9995
     """of the averaged weights, which are sampled and released; with a warm-up"""
+    ema_snapshots_every: int = 0
+    """steps between snapshots of two more averages, from which `skipdit ema` makes one of any length after training,
+    0 for none"""
     label_dropout: float = 0.1
     """share of labels or captions that are left out, which guidance needs"""
     flip: bool = False
@@ -123,6 +128,8 @@ class TrainConfig:
     """of all that is random"""
     log_every: int = 10
     """steps between lines of the log"""
+    tensorboard: bool = False
+    """write what the log says, and the grids, for TensorBoard, too"""
     sample_every: int = 500
     """steps between grids of samples, 0 for none"""
     num_samples: int = 16
@@ -154,9 +161,22 @@ class TrainConfig:
             raise ValueError(
                 f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
             )
-        for name in ("warmup_steps", "weight_decay", "gradient_clip", "sample_every", "num_workers"):
+        for name in (
+            "warmup_steps",
+            "weight_decay",
+            "gradient_clip",
+            "sample_every",
+            "num_workers",
+            "ema_snapshots_every",
+        ):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.ema_snapshots_every and self.spectral and self.spectral.form == "cap":
+            raise ValueError(
+                "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
+            )
+        if self.gradient_guard and self.gradient_guard <= 1:
+            raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
         if (self.num_workers or 0) > MAX_WORKERS:

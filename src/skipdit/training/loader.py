@@ -1,5 +1,6 @@
 """Where batches come from: data that fits stays on the device; other data is loaded ahead, by other processes."""
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
@@ -44,6 +45,13 @@ def load_batches(
     else:
         with reading(data, device, num_workers, batch_size=size, sampler=order) as batches:
             yield (move(batch, device) for batch in batches)
+
+
+def items_of_step(config: TrainConfig, length: int, step: int) -> list[int]:
+    """Return the indices of what step `step` (the first is 0) learns, of all processes, in a data set of so many items:
+    those of `load_batches`."""
+    order = ShuffledForever(length, config.seed, step * config.batch_size)
+    return list(itertools.islice(order, config.batch_size))
 
 
 def find_num_workers(config: TrainConfig, device: torch.device, num_processes: int) -> int:

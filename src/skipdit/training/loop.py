@@ -45,8 +45,10 @@ from skipdit.training.checkpointing import (
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
 from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
-from skipdit.training.loader import Stored, load_batches
-from skipdit.training.reporter import Reporter, RunFolder, run_folder
+from skipdit.training.guard import GradientGuard
+from skipdit.training.loader import Stored, items_of_step, load_batches
+from skipdit.training.posthoc_ema import PowerAverages
+from skipdit.training.reporter import Reporter, RunFolder, check_tensorboard_installed, run_folder
 from skipdit.training.routing import StepKind
 from skipdit.training.stopping import Stopped, stoppable
 from skipdit.untrusted import printable
@@ -56,6 +58,7 @@ LOGGER = logging.getLogger(__name__)
 
 RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_SIZE = "14MB"  # per file
+MAX_NAMED = 5  # items in a message
 
 
 def train(
@@ -74,10 +77,14 @@ def train(
     Without, the checkpoints there stay until a new one stands. device: `"cpu"`, `"cuda"` or `"auto"`. overwrite: files
     of others in `out` may go, each of which is told.
 
+    With `config.tensorboard` also events for TensorBoard in `tensorboard/`.
+
     `Stopped` after a checkpoint where Ctrl-C, SIGTERM or SIGHUP asked for the end; `ValueError` where the loss is no
     longer finite; `OSError` where something of others is in the way, another run writes into `out`, or nothing can be
     written.
     """
+    if config.tensorboard:
+        check_tensorboard_installed()
     accelerator = start_processes(resolve_device(device))
     num_parts = accelerator.num_processes * config.num_accumulation_steps
     if config.batch_size % num_parts:
@@ -141,7 +148,7 @@ class Run:
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()
-        self.learner = make_learner(config, model)
+        self.learner = make_learner(config, model, accelerator.device)
 
     def begin(self, *, allow_changes: bool) -> int:
         """Return the step to begin with: after the last checkpoint, or 0."""
@@ -162,18 +169,21 @@ class Run:
     def steps(self, first_step: int) -> None:
         """Train up to max_steps, or until somebody stops it."""
         config, accelerator = self.config, self.accelerator
-        alone = accelerator.num_processes == 1
+        alone, guard = accelerator.num_processes == 1, self.learner.guard
+        left_out = torch.zeros((), device=accelerator.device) if guard is None else guard.left_out
         # the first step whose loss or gradient is not finite: known to the device alone between the lines of the log
         spoiled = torch.full((), math.inf, device=accelerator.device)
         with (
             stoppable() as stop,
             load_batches(self.task.data, config, accelerator, first_step) as batches,
-            Reporter(self.folder, config, first_step) as report,
+            Reporter(self.folder, config, first_step, int(left_out.item())) as report,
         ):
             for step in range(first_step, config.max_steps):
                 done, rate = step + 1, learning_rate_at(config, step)
                 saves = done % config.checkpoint_every == 0 or done == config.max_steps
-                logs = saves or done % config.log_every == 0
+                every = config.ema_snapshots_every
+                keeps = every > 0 and (done % every == 0 or done == config.max_steps)
+                logs = saves or keeps or done % config.log_every == 0
                 shows = config.sample_every > 0 and (done % config.sample_every == 0 or done == config.max_steps)
                 made = self.step(batches, step, rate, norms_of_units=logs)
                 finite = made.loss.isfinite() & made.norm.isfinite()
@@ -183,20 +193,26 @@ class Run:
                 stopped = stop.signal if alone else 0
                 if logs or shows or stopped:
                     signal = torch.full_like(made.loss, stop.signal)
-                    numbers = torch.cat([torch.stack([made.loss, made.norm, spoiled, signal]), made.unit_norms])
+                    all_steps = torch.stack([made.loss, made.norm, spoiled, signal, left_out])
+                    numbers = torch.cat([all_steps, made.unit_norms])
                     gathered = cast(Tensor, accelerator.gather(numbers[None])).tolist()
-                    losses, norms, bad, signals = zip(*(each[:4] for each in gathered), strict=True)
+                    losses, norms, bad, signals, counts = zip(*(each[:5] for each in gathered), strict=True)
                     stopped = int(max(signals))
                     if min(bad) < math.inf:
-                        raise ValueError(self.not_finite(f"the loss or its gradient at step {min(bad):.0f}"))
-                    if (saves or shows or stopped) and not self.learner.is_finite():
+                        first = int(min(bad))
+                        what = f"the loss or its gradient at step {first}"
+                        raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
+                    if (saves or shows or keeps or stopped) and not self.learner.is_finite():
                         raise ValueError(self.not_finite(f"the weights after step {done}"))
                     if logs:
-                        report(done, self.flops, sum(losses) / len(losses), norms[0], rate, gathered[0][4:])
+                        loss = sum(losses) / len(losses)
+                        report(done, self.flops, loss, norms[0], rate, int(counts[0]), gathered[0][5:])
+                if keeps:  # before the checkpoint, so that none is missing where a run goes on
+                    in_main(accelerator, lambda done=done: self.keep(done))
                 if saves or stopped:
                     in_main(accelerator, lambda done=done: self.save(done))
                 if shows:
-                    in_main(accelerator, lambda done=done: self.show(done))
+                    in_main(accelerator, lambda done=done: report.grid(done, self.draw()))
                 if stopped:
                     raise Stopped(stopped, self.how_to_go_on(stopped, done))
 
@@ -211,9 +227,13 @@ class Run:
         unit_norms = unit_gradient_norms(self.units, loss.device) if norms_of_units else loss.new_empty(0)
         limit = config.gradient_clip or torch.finfo(torch.float32).max
         norm = cast(Tensor, self.accelerator.clip_grad_norm_(learner.model.parameters(), limit))
+        if learner.guard is not None:
+            learner.guard.set(learner.optimizer, norm)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
         learner.ema.step(learner.model.parameters())
+        if learner.powers is not None:
+            learner.powers.step(learner.model.parameters(), step + 1)
         return StepMade(loss, norm, unit_norms)
 
     def backward(self, batches: Iterator[Stored], step: int, kind: StepKind) -> Tensor:
@@ -263,11 +283,17 @@ class Run:
     def save(self, done: int) -> None:
         save_checkpoint(self.out, done, self.flops, self.learner, self.config, self.data)
 
-    def show(self, done: int) -> None:
+    def keep(self, done: int) -> None:
+        """Write a snapshot of the averages."""
         assert self.folder is not None
+        assert self.learner.powers is not None
+        names = [name for name, _ in self.learner.model.named_parameters()]
+        self.folder.write_snapshot(done, self.learner.powers.tensors(names))
+
+    def draw(self) -> Image:
+        """Return a grid of samples of the averaged weights."""
         with averaged(self.learner.ema, self.learner.model):
-            grid = draw_samples(self.task, self.config)
-        self.folder.write_sample(done, grid)
+            return draw_samples(self.task, self.config)
 
     def release(self) -> None:
         """Write the finished pipeline."""
@@ -295,6 +321,14 @@ class Run:
             f"{instead}"
         )
 
+    def learned_at(self, step: int) -> str:
+        """Say what the step of this number, of which the first is 1, learned."""
+        items = self.task.items
+        learned = items_of_step(self.config, len(items), step - 1)
+        named = ", ".join(f"{index} ({items.names(index)})" for index in learned[:MAX_NAMED])
+        more = f" and {len(learned) - MAX_NAMED} more" if len(learned) > MAX_NAMED else ""
+        return f"its batch was of items {named}{more}"
+
     def how_to_go_on(self, number: int, done: int) -> str:
         """Say where a run stopped."""
         way = "the same command goes on" if self.resume else "the same command without --no-resume goes on"
@@ -304,7 +338,7 @@ class Run:
         )
 
 
-def make_learner(config: TrainConfig, model: nn.Module) -> Learner:
+def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) -> Learner:
     """Return a model with its average and an optimizer, which both change all weights in a few calls."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -314,7 +348,9 @@ def make_learner(config: TrainConfig, model: nn.Module) -> Learner:
         fused=True,
     )
     ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    return Learner(model, ema, optimizer)
+    guard = GradientGuard(config.gradient_guard, device) if config.gradient_guard else None
+    powers = PowerAverages(model.parameters()) if config.ema_snapshots_every else None
+    return Learner(model, ema, optimizer, guard, powers)
 
 
 def freeze_all_but_long_skips(model: nn.Module) -> None:

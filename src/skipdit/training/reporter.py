@@ -1,5 +1,7 @@
-"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`."""
+"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, snapshots of
+averages, and events for TensorBoard in `tensorboard/`."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -9,9 +11,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from skipdit.files import (
     OutputFolder,
@@ -28,11 +33,14 @@ from skipdit.processes import locked
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
 from skipdit.training.config import TrainConfig
 from skipdit.training.devices import in_main
+from skipdit.training.posthoc_ema import FOLDER as SNAPSHOTS
+from skipdit.training.posthoc_ema import list_snapshots, snapshot_name
 from skipdit.untrusted import open_regular, printable
 
 LOGGER = logging.getLogger(__name__)
 
 CONFIG, LOG, SAMPLES, PIPELINE = "config.json", "log.jsonl", "samples", "pipeline"
+BOARD = "tensorboard"
 PIPELINE_FILES = ("model_index.json", "transformer/*", "scheduler/*")
 
 
@@ -43,20 +51,26 @@ class RunFolder:
         self.path, self.config = absolute(path), config
         self.overwritten = PIPELINE_FILES if overwrite else ()
         self.files = OutputFolder(self.path, "training", overwrite=overwrite)
-        clean_up(self.path / SAMPLES)
-        self.files.claim([CONFIG, LOG, *self._samples_in_the_way()])
+        for name in (SAMPLES, SNAPSHOTS):
+            clean_up(self.path / name)
+        self.files.claim([CONFIG, LOG, *self._in_the_way()])
         check_places(self.path, config.max_steps)
         pipeline = self.path / PIPELINE
         check_replaceable(pipeline, PIPELINE, self.overwritten)
         if overwrite and pipeline.is_dir() and PIPELINE not in read_marker(pipeline)["files"]:
             LOGGER.warning("in %s, %s are going to be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
 
-    def _samples_in_the_way(self) -> Iterator[str]:
-        every, last = self.config.sample_every, self.config.max_steps
-        for path in sorted((self.path / SAMPLES).glob("step-*.png")):
-            found = re.fullmatch(r"step-([0-9]{7,18})\.png", path.name)
-            if every and found and (step := int(found[1])) <= last and (step % every == 0 or step == last):
-                yield f"{SAMPLES}/{path.name}"
+    def _in_the_way(self) -> Iterator[str]:
+        """Yield the grids and snapshots that are there of the steps in which some will be written."""
+        config, last = self.config, self.config.max_steps
+        for folder, suffix, every in (
+            (SAMPLES, ".png", config.sample_every),
+            (SNAPSHOTS, ".safetensors", config.ema_snapshots_every),
+        ):
+            for path in sorted((self.path / folder).glob(f"step-*{suffix}")):
+                found = re.fullmatch(r"step-([0-9]{7,18})", path.stem)
+                if every and found and (step := int(found[1])) <= last and (step % every == 0 or step == last):
+                    yield f"{folder}/{path.name}"
 
     def open_log(self, first_step: int) -> TextIO:
         """Open `log.jsonl`, without the lines of steps after `first_step`, which are going to be run again.
@@ -74,6 +88,17 @@ class RunFolder:
         name = f"{SAMPLES}/step-{step:07d}.png"
         with written(self.path / name), self.files.file(name) as draft:
             grid.save(draft)
+
+    def write_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        name = snapshot_name(step)
+        with written(self.path / name), self.files.file(name) as draft:
+            save_file(tensors, draft)
+
+    def drop_snapshots(self, first_step: int) -> None:
+        """Delete our snapshots of steps that are going to be made again."""
+        for step in list_snapshots(self.path):
+            if step > first_step:
+                self.files.remove(snapshot_name(step))
 
     @contextmanager
     def pipeline(self) -> Iterator[Path]:
@@ -94,7 +119,7 @@ def refuse_inputs(out: Path, config: TrainConfig) -> None:
         raise ValueError(f"{printable(out)} is an input of this run: give another --out")
     if data is not None and data.resolve() in out.resolve().parents:
         raise ValueError(f"{printable(out)} lies in the data, {printable(data)}, and would be read: give another --out")
-    replaced = (PIPELINE, SAMPLES, PREVIOUS)
+    replaced = (PIPELINE, SAMPLES, SNAPSHOTS, PREVIOUS)
     for target in (*(out / name for name in replaced), *list_checkpoints(out)):
         check_apart(target, inputs)
 
@@ -140,16 +165,58 @@ def is_of_later_step(line: bytes, step: int) -> bool:
     return isinstance(entry, dict) and "loss" in entry and isinstance(entry.get("step"), int) and entry["step"] > step
 
 
-class Reporter:
-    """`config.json`, `log.jsonl` and the progress bar, in the main process only."""
+def check_tensorboard_installed() -> None:
+    """`ValueError` with what to install where TensorBoard is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ValueError('events for TensorBoard need tensorboard: pip install "skipdit[tensorboard]"')
 
-    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int) -> None:
+
+class Board:
+    """Events for TensorBoard: the numbers of the log's lines, and the grids. Those of steps after `first_step`, which
+    are going to be made again, count no more."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        with written(folder):
+            self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def line(self, entry: dict[str, Any]) -> None:
+        with written(self.folder):
+            for name, value in entry.items():
+                values = (
+                    {f"{name}/{i}": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+                )
+                for tag, number in values.items():
+                    if name != "step":
+                        self.writer.add_scalar(tag, number, entry["step"], new_style=True)
+            self.writer.flush()
+
+    def grid(self, step: int, grid: Image) -> None:
+        with written(self.folder):
+            self.writer.add_image("samples", np.asarray(grid.convert("RGB")), step, dataformats="HWC")
+            self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Reporter:
+    """`config.json`, `log.jsonl`, the grids, TensorBoard's events and the progress bar, in the main process only."""
+
+    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int, left_out: int = 0) -> None:
         self.folder, self.config, self.first_step = folder, config, first_step
+        self.left_out = left_out  # as the last line said
+        self.board: Board | None = None
 
     def __enter__(self) -> "Reporter":
         if self.folder is not None:
             self.folder.files.write_text(CONFIG, to_json(self.config))
             self.log = self.folder.open_log(self.first_step)
+            self.folder.drop_snapshots(self.first_step)
+            if self.config.tensorboard:
+                self.board = Board(self.folder.path / BOARD, self.first_step)
             columns = (
                 BarColumn(),
                 MofNCompleteColumn(),
@@ -168,6 +235,9 @@ class Reporter:
             self.progress.stop()
             with suppress(OSError):  # of a line that could not be written, which has been told
                 self.log.close()
+            if self.board is not None:
+                with suppress(OSError):
+                    self.board.close()
 
     def __call__(
         self,
@@ -176,9 +246,11 @@ class Reporter:
         loss: float,
         gradient_norm: float,
         learning_rate: float,
+        left_out: int,
         unit_norms: list[float],
     ) -> None:
-        """Write one line of the log. flops: of all steps so far and all processes."""
+        """Write one line of the log. flops: of all steps so far and all processes. left_out: steps so far that the
+        guard has left out."""
         if self.folder is None:
             return
         elapsed, images = time.perf_counter() - self.started, (step - self.first_step) * self.config.batch_size
@@ -192,7 +264,26 @@ class Reporter:
             "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
             "unit_gradient_norms": [float(f"{norm:.4g}") for norm in unit_norms],
         }
+        if self.config.gradient_guard:
+            entry["steps_left_out"] = left_out
+            if left_out > self.left_out:
+                LOGGER.warning(
+                    "up to step %d, %d more left out: the gradient norm was above %g times its median",
+                    step,
+                    left_out - self.left_out,
+                    self.config.gradient_guard,
+                )
+            self.left_out = left_out
         with written(self.folder.path / LOG):
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
+        if self.board is not None:
+            self.board.line(entry)
         self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
+
+    def grid(self, step: int, grid: Image) -> None:
+        """Write a grid of samples."""
+        assert self.folder is not None
+        self.folder.write_sample(step, grid)
+        if self.board is not None:
+            self.board.grid(step, grid)
