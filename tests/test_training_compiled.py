@@ -22,9 +22,7 @@ def config_of(task: str, data: Path) -> TrainConfig:
     return make_config(task, data, **settings)
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(task, marks=pytest.mark.slow if task.endswith("video") else ()) for task in TASKS]
-)
+@pytest.mark.parametrize("task", TASKS)
 def test_each_kind_of_step_is_one_whole_graph(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and run eagerly, so that the losses are those of a run that is not compiled, to the bit."""
     config, counter, compile = config_of(task, make_data(tmp_path / "data")), CompileCounter(), nn.Module.compile
