@@ -360,6 +360,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
 
         state = ForwardState.begin(self, plan, stored)
         for unit, block in enumerate(self.blocks):
+            if unit in plan.idle:
+                continue
             (hidden_states,) = state.enter(unit, hidden_states)
             if state.runs(unit):
                 hidden_states = run_block(self, block, hidden_states, conditioning, state.skip(unit))

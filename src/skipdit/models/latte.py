@@ -215,6 +215,8 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
 
         state = ForwardState.begin(self, plan, stored)
         for unit, (spatial, temporal) in enumerate(self.units()):
+            if unit in plan.idle:
+                continue
             (hidden_states,) = state.enter(unit, hidden_states)
             if state.runs(unit):
                 hidden_states = run_block(self, spatial, hidden_states, frame_conditioning, state.skip(unit))
