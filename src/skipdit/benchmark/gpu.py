@@ -1,8 +1,8 @@
 """What caches save on a GPU, beside the speedup that their FLOPs allow: small batches first, rows as they come."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from statistics import median
 from time import perf_counter
@@ -179,24 +179,18 @@ class Runs:
         """Time runs with a cache and without, in turn; the first of each do not count."""
         inputs, full, reused = self.inputs(batch_size), [], []
         self.seconds(inputs)
-        with warnings.catch_warnings(), cached(self.pipeline, spec) as cache:
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "cache .* has not reused once")
-            self.seconds(inputs)  # counts FLOPs, and compiles
-            summary = cache.summary()
-        for _ in range(self.config.num_rounds):
-            full.append(self.seconds(inputs))
-            with warnings.catch_warnings(), cached(self.pipeline, spec):
-                warnings.filterwarnings("ignore", "cache .* has not reused once")
-                self.seconds(inputs)
-                reused.append(self.seconds(inputs))
+            with cached(self.pipeline, spec) as cache:
+                self.seconds(inputs)  # counts FLOPs, and compiles
+                summary = cache.summary()
+            for _ in range(self.config.num_rounds):
+                full.append(self.seconds(inputs))
+                with cached(self.pipeline, spec):
+                    self.seconds(inputs)
+                    reused.append(self.seconds(inputs))
         steps = summary.steps_full, summary.steps_reused
         return Row(mode, batch_size, spec, *steps, summary.compute_ratio, tuple(full), tuple(reused))
-
-
-@contextmanager
-def _as_compiled(runs: Runs, mode: Mode) -> Iterator[None]:
-    with nullcontext() if mode == "eager" else compiled(runs.model, fullgraph=True, mode=mode):
-        yield
 
 
 @torch.no_grad()
@@ -212,7 +206,7 @@ def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], flo
     with threads(config.num_threads), progress_bar(len(left)) as advance:
         runs = Runs(config)
         for mode in config.modes:
-            with _as_compiled(runs, mode):
+            with nullcontext() if mode == "eager" else compiled(runs.model, fullgraph=True, mode=mode):
                 while left and left[0][0] == mode and clock() - begun < config.max_seconds:
                     advance(advance=0, description=_name(*left[0]))
                     rows.append(runs.measure(*left.pop(0)))
