@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,113 +24,20 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary
 from skipdit.files import OutputFolder, output_folder, to_json
-from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
+from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 from skipdit.models.costs import count_flops
-from skipdit.models.shallow_path import Guidance
-from skipdit.options import check_numbers
+from skipdit.options import Guidance
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.sample_config import SampleConfig
 from skipdit.samplers import Sampler
 from skipdit.text import check_text_installed
 from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures a row of comparison.png
 NUM_SAMPLES = {"class-to-image": 16, "class-to-video": 4, "text-to-image": 16, "text-to-video": 4}
-MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames a second, and how often a pixel stands for itself
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """What `skipdit sample` does.
-
-    task: class-to-image, class-to-video, text-to-image or text-to-video; by default that of the model.
-    model: `emoji`, `emoji-clips`, `emoji-text` or `emoji-text-clips` (bundled, one a task), the folder of a pipeline,
-    or a checkpoint (official or own; latents need --vae). By default the bundled model of the task.
-    labels: class names or numbers, repeated in turn; by default some that the bundled model draws well, else spread
-    over all classes. prompt: texts, repeated in turn, for the text tasks. num_samples: pictures or clips.
-    guidance_scale: classifier-free guidance, none at 1. guidance_channels: guide only the first few channels; the
-    official DiT sampler guides 3 of its 4. guidance: full, or shallow: the first and the last units alone make the
-    unconditional prediction, as a model can that was trained with routing.deep_drop; a run of its own shows it, and the
-    cached one has it too. guidance_shallow_units: how many first, and as many last, units; by default as in training.
-    steps: of the sampler. cache: auto, a spec such as N3 or skip-taylor:N3-o1, the path of a schedule.json, calibrated
-    (or calibrated:2x: a schedule that came with the model), or none.
-    fewer_steps: of the rival; by default as many as fit into the cached run's wall time.
-    scheduler: euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own.
-    vae: folder of an AutoencoderKL, or of a pipeline with one, for models of latents. Of a file of weights, what it
-    does not tell: num_attention_heads; num_classes; objective: epsilon, v_prediction, flow (noise - data), sit (SiT's)
-    or repa (REPA's); drop: roots of keys to leave out, as projectors of REPA.
-    compile: compile the model, one whole graph a kind of step. seed: the same seed gives the same pictures.
-    npz, png: a set of num_samples for evaluation instead of a comparison, with this cache and guidance only, in one
-    process or several (torchrun): samples.npz as ADM's evaluation reads it, a folder of PNG files, or both. Of all
-    classes in turn where no labels are given. batch_size: of a set, by default 50 pictures or 4 clips.
-    random_labels: of a set, draw each label or prompt from (seed, index) instead of taking them in turn.
-    """
-
-    task: TaskName | None = None
-    model: str | None = None
-    labels: tuple[str, ...] = ()
-    prompt: tuple[str, ...] = ()
-    num_samples: int | None = None
-    steps: int = 50
-    guidance_scale: float = 2.0
-    guidance_channels: int | None = None
-    guidance: Guidance = "full"
-    guidance_shallow_units: int | None = None
-    fewer_steps: int | None = None
-    cache: str = "auto"
-    scheduler: str | None = None
-    vae: Path | None = None
-    num_attention_heads: int | None = None
-    num_classes: int | None = None
-    objective: ObjectiveName | None = None
-    drop: tuple[str, ...] = ()
-    dtype: DTypeName = "float32"
-    device: str = "auto"
-    compile: bool = False
-    seed: int = 0
-    npz: bool = False
-    png: bool = False
-    batch_size: int | None = None
-    random_labels: bool = False
-    out: Path = Path("out/sample")
-    overwrite: bool = False
-    """Replace files in --out also where an earlier run did not write them, each of which is named."""
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        for name in ("num_samples", "steps", "fewer_steps", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.steps > 1000:
-            raise ValueError(f"steps must be at most 1000, got {self.steps}")
-        if self.fewer_steps is not None and self.cache == "none" and self.guidance == "full":
-            raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
-        if self.guidance == "full" and self.guidance_shallow_units is not None:
-            raise ValueError(f"guidance_shallow_units is for guidance 'shallow', got {self.guidance_shallow_units}")
-        if self.makes_set and self.num_samples is None:
-            raise ValueError("npz and png are for a set of samples: give num_samples")
-        if self.makes_set and self.fewer_steps is not None:
-            raise ValueError(f"fewer_steps is for a comparison, not with npz or png, got {self.fewer_steps}")
-        if self.png and (self.num_samples or 0) > MAX_FILES:
-            raise ValueError(f"png is for at most {MAX_FILES} samples in one folder, got {self.num_samples}: use npz")
-        for name in ("batch_size", "random_labels"):
-            if not self.makes_set and (value := getattr(self, name)):
-                raise ValueError(f"{name} is for a set of samples, got {value} without npz or png")
-        for name, allowed in (
-            ("dtype", get_args(DTypeName)),
-            ("task", (*get_args(TaskName), None)),
-            ("guidance", get_args(Guidance)),
-        ):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(value for value in allowed if value)
-                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
-
-    @property
-    def makes_set(self) -> bool:
-        """Whether many samples of one setting are asked for, not a comparison."""
-        return self.npz or self.png
 
 
 @dataclass(frozen=True, kw_only=True)
