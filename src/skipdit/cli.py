@@ -442,7 +442,7 @@ def info(arguments: Sequence[str]) -> None:
     import tyro
 
     from skipdit.cache.methods import METHODS, SPEC_FORM
-    from skipdit.compare import versions
+    from skipdit.environment import versions
     from skipdit.loading import BUNDLED, ObjectiveName, load_source
     from skipdit.models.dit import PRESETS
     from skipdit.models.families import FAMILIES

@@ -3,14 +3,10 @@ distances.
 """
 
 import itertools
-import platform
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,6 +19,7 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary
+from skipdit.environment import machine, peak_memory_bytes, versions
 from skipdit.files import OutputFolder, output_folder, to_json
 from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
@@ -458,24 +455,3 @@ def check_method(pipeline: Any, method: CacheMethod, num_steps: int) -> None:
     timesteps = pipeline.scheduler.timesteps.tolist()
     if all(all(resolve(part.schedule, timesteps)) for part in method.parts):
         raise ValueError(f"cache {method} would never reuse in {num_steps} steps of this sampler")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Where it ran
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most this process has held: on the GPU where it runs there, else in main memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What a reader needs to judge the times."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in ("skipdit", "torch", "diffusers")}

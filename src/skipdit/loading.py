@@ -16,6 +16,7 @@ from skipdit.checkpoints import load_model
 from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index, read_labels, read_scheduler
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
+from skipdit.environment import resolve_device
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
@@ -27,7 +28,6 @@ from skipdit.samplers import (
     text_to_video_sampler,
 )
 from skipdit.text import WIDTH
-from skipdit.training import resolve_device
 from skipdit.untrusted import printable
 
 TaskName = Literal["class-to-image", "class-to-video", "text-to-image", "text-to-video"]

@@ -30,8 +30,9 @@ from rich.progress import (
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
-from skipdit.compare import SampleConfig, check_method, load, machine, peak_memory_bytes
-from skipdit.compare import versions as versions_here
+from skipdit.compare import SampleConfig, check_method, load
+from skipdit.environment import machine, peak_memory_bytes, resolve_device
+from skipdit.environment import versions as versions_here
 from skipdit.files import (
     OutputFolder,
     atomic_folder,
@@ -56,7 +57,6 @@ from skipdit.sample_blocks import (
     read_block,
     settings_of,
 )
-from skipdit.training import resolve_device
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)

@@ -16,15 +16,7 @@ from torch._dynamo.utils import counters
 from skipdit.benchmark import rivals
 from skipdit.benchmark.cache_methods import Counts, Runnable
 from skipdit.benchmark.compile_report import COMPILE, GraphRow, Timing, write_compile_report
-from skipdit.benchmark.measure import (
-    Advance,
-    claim_report,
-    compiled,
-    describe_environment,
-    progress_bar,
-    seconds_of,
-    threads,
-)
+from skipdit.benchmark.measure import Advance, claim_report, compiled, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
 from skipdit.benchmark.rival_model import as_diffusers
 from skipdit.benchmark.rival_techniques import (
@@ -42,6 +34,7 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
+from skipdit.environment import describe_environment, threads
 from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT

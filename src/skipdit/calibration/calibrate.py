@@ -20,7 +20,8 @@ from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSched
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.calibration.plan import choose, plan
 from skipdit.calibration.trials import Measured, Trials, measure, smooth_errors, smooth_schedule
-from skipdit.compare import SampleConfig, choose_wanted, versions
+from skipdit.compare import SampleConfig, choose_wanted
+from skipdit.environment import versions
 from skipdit.files import OutputFolder, to_json
 from skipdit.loading import Source
 from skipdit.metrics.paired import PairedScore, psnr_db
