@@ -27,7 +27,7 @@ from diffusers import (
 )
 from torch import nn
 
-from skipdit.benchmark.rival_model import HookedDiT
+from .model import HookedDiT
 
 CACHE_DIT = "cache_dit"
 
