@@ -467,7 +467,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("cache", ["none", "N2"])
 def test_the_report_has_a_run_of_its_own(cache: str, folder: Path, tmp_path: Path) -> None:
     config = SampleConfig(
-        model=str(folder), guidance="shallow", num_samples=3, steps=8, cache=cache, fewer_steps=4, out=tmp_path / "out"
+        model=str(folder),
+        guidance="shallow",
+        num_samples=3,
+        num_inference_steps=8,
+        cache=cache,
+        fewer_steps=4,
+        out=tmp_path / "out",
     )
     report = sample_and_compare(config)
     rows = {row.name: row for row in report.rows}

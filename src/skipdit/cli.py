@@ -16,7 +16,7 @@ from skipdit import terminal
 from skipdit.terminal import parse as _parse
 
 if TYPE_CHECKING:
-    from skipdit.compare import Report, SampleConfig
+    from skipdit.compare import Comparison, SampleConfig
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -545,7 +545,7 @@ def _run(command: str = "--help", *arguments: str) -> None:
         COMMANDS[command](arguments)
 
 
-def _print_report(report: "Report", out: Path) -> None:
+def _print_report(report: "Comparison", out: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
