@@ -17,6 +17,7 @@ from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index, 
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
 from skipdit.command_options import WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
+from skipdit.environment import resolve_device
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
 from skipdit.options import DTypeName, ObjectiveName, TaskName
@@ -29,7 +30,6 @@ from skipdit.samplers import (
     text_to_video_sampler,
 )
 from skipdit.text import WIDTH
-from skipdit.training import resolve_device
 from skipdit.untrusted import printable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

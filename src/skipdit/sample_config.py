@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar, get_args
 
 from skipdit.command_options import OutputOptions, WeightsOptions
-from skipdit.options import DTypeName, Guidance, TaskName, check_numbers
+from skipdit.options import DTypeName, Guidance, NumInferenceSteps, TaskName, check_numbers, check_option, check_range
 
 MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
 
@@ -26,8 +26,8 @@ class SampleConfig(WeightsOptions, OutputOptions):
     """texts, repeated in turn, for the text tasks"""
     num_samples: int | None = None
     """pictures or clips; by default 16 pictures or 4 clips"""
-    steps: int = 50
-    """denoising steps of the sampler"""
+    num_inference_steps: NumInferenceSteps = 50
+    """denoising steps of the full and of the cached run"""
     guidance_scale: float = 2.0
     """scale of classifier-free guidance, none at 1"""
     guidance_channels: int | None = None
@@ -71,7 +71,8 @@ class SampleConfig(WeightsOptions, OutputOptions):
         "samples": ("task", "labels", "prompt", "num_samples", "seed"),
         "model": ("model", "vae", "num_attention_heads", "num_classes", "objective", "drop"),
         "sampler": (
-            "steps", "guidance_scale", "guidance_channels", "guidance", "guidance_shallow_units", "scheduler"
+            "num_inference_steps", "guidance_scale", "guidance_channels", "guidance", "guidance_shallow_units",
+            "scheduler",
         ),
         "cache": ("cache", "fewer_steps"),
         "set": ("npz", "png", "batch_size", "random_labels"),
@@ -82,11 +83,10 @@ class SampleConfig(WeightsOptions, OutputOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_numbers(self)
-        for name in ("num_samples", "steps", "fewer_steps", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.steps > 1000:
-            raise ValueError(f"steps must be at most 1000, got {self.steps}")
+        check_range(self, "num_samples", "fewer_steps", "batch_size")
+        check_range(self, "num_inference_steps", most=1000)
+        for name, allowed in (("dtype", DTypeName), ("task", TaskName), ("guidance", Guidance)):
+            check_option(self, name, get_args(allowed))
         if self.fewer_steps is not None and self.cache == "none" and self.guidance == "full":
             raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
         if self.guidance == "full" and self.guidance_shallow_units is not None:
@@ -100,14 +100,6 @@ class SampleConfig(WeightsOptions, OutputOptions):
         for name in ("batch_size", "random_labels"):
             if not self.makes_set and (value := getattr(self, name)):
                 raise ValueError(f"{name} is for a set of samples, got {value} without npz or png")
-        for name, allowed in (
-            ("dtype", get_args(DTypeName)),
-            ("task", (*get_args(TaskName), None)),
-            ("guidance", get_args(Guidance)),
-        ):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(value for value in allowed if value)
-                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
 
     @property
     def makes_set(self) -> bool:

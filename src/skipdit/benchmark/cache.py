@@ -29,16 +29,9 @@ from skipdit.benchmark.cache_methods import (
 )
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Run, Tally
-from skipdit.benchmark.measure import (
-    SYNCHRONIZE,
-    Device,
-    check_device,
-    claim_report,
-    describe_environment,
-    progress_bar,
-    threads,
-)
+from skipdit.benchmark.measure import claim_report, progress_bar
 from skipdit.diffusion import make_scheduler, objective_of
+from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
 from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size

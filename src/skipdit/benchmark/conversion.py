@@ -12,23 +12,12 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from skipdit.benchmark.measure import (
-    Advance,
-    Device,
-    check_device,
-    claim_report,
-    describe_environment,
-    flops_of,
-    header,
-    progress_bar,
-    table,
-    threads,
-    write_report,
-)
+from skipdit.benchmark.measure import Advance, claim_report, flops_of, header, progress_bar, table, write_report
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.state import CacheSummary
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
+from skipdit.environment import Device, check_device, describe_environment, threads
 from skipdit.files import OutputFolder
 from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 from skipdit.models.long_skip import LongSkipConfig

@@ -14,24 +14,20 @@ from torch import nn
 
 from skipdit.benchmark.measure import (
     ACHIEVED_TARGET,
-    SYNCHRONIZE,
-    Device,
     DType,
-    check_device,
     claim_report,
     compiled,
-    describe_environment,
     fill_zeros,
     header,
     judge,
     progress_bar,
     seconds_of,
     table,
-    threads,
     write_report,
 )
 from skipdit.cache.enable import cached
 from skipdit.cache.methods import parse_method
+from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig

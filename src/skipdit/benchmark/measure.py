@@ -4,21 +4,14 @@ Weights are random. Steps are timed in turn, and a ratio is the median of those 
 """
 
 import logging
-import os
-import platform
-import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from rich.progress import Progress
@@ -31,12 +24,11 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
+from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files import OutputFolder, to_json
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_choice
 
 DType = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda"]
 Kind = Literal["plain", "uncached", "full", "reuse"]
 Call = Callable[[], Tensor]
 Advance = Callable[..., object]
@@ -44,14 +36,7 @@ Ratios = dict[str, float]
 
 ACHIEVED_TARGET = 0.95  # of the speedup that the FLOPs of a cached run allow
 FULL_AND_REUSE = IntervalSchedule(interval=2)
-SYNCHRONIZE: dict[Device, Callable[[], None]] = {"cpu": torch.cpu.synchronize, "cuda": torch.cuda.synchronize}
-CPUINFO, STATUS, CLEAR_REFS = (Path("/proc", name) for name in ("cpuinfo", "self/status", "self/clear_refs"))  # Linux
-
-
-def check_device(device: Device) -> None:
-    check_choice("device", (device,), get_args(Device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' needs an NVIDIA GPU and a PyTorch that sees it, got none")
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,17 +135,6 @@ def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: De
 
 
 @contextmanager
-def threads(num_threads: int | None) -> Iterator[None]:
-    """Inside, PyTorch computes with so many threads of the CPU; `None` leaves them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def progress_bar(num_calls: int) -> Iterator[Advance]:
     """Gives `advance(description=...)`, to be told of each call."""
     with Progress() as progress:
@@ -214,21 +188,6 @@ def run_ratios(
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def describe_environment(device: Device, seed: int) -> dict[str, str]:
-    """What the numbers depend on beside the config."""
-    names = re.findall(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "skipdit"))
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "cpu": f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "not used",
-        "versions": f"python {platform.python_version()}, {packages}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": str(seed),
-    }
 
 
 def claim_report(out: OutputFolder, name: str, *more: str) -> None:

@@ -14,15 +14,12 @@ from skipdit.benchmark.measure import (
     ACHIEVED_TARGET,
     Advance,
     Call,
-    Device,
     DType,
     Kind,
     Ratios,
     Subject,
-    check_device,
     claim_report,
     cost_record,
-    describe_environment,
     fill_zeros,
     flops_of,
     flops_record,
@@ -34,12 +31,12 @@ from skipdit.benchmark.measure import (
     run_ratios,
     step_ratios,
     table,
-    threads,
     time_rounds,
     weight_bytes,
     write_report,
 )
 from skipdit.cache.schedule import IntervalSchedule, resolve
+from skipdit.environment import Device, check_device, describe_environment, threads
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig

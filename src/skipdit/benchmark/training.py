@@ -19,23 +19,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from skipdit.benchmark.measure import (
-    SYNCHRONIZE,
-    Advance,
-    Device,
-    check_device,
-    claim_report,
-    describe_environment,
-    header,
-    progress_bar,
-    seconds_of,
-    table,
-    threads,
-    write_report,
-)
+from skipdit.benchmark.measure import Advance, claim_report, header, progress_bar, seconds_of, table, write_report
 from skipdit.benchmark.models import check_compiler
 from skipdit.data import ShuffledForever
 from skipdit.diffusion import Objective
+from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig

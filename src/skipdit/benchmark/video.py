@@ -13,10 +13,8 @@ from skipdit.benchmark.measure import (
     Call,
     Ratios,
     Subject,
-    check_device,
     claim_report,
     cost_record,
-    describe_environment,
     flops_of,
     flops_record,
     header,
@@ -27,7 +25,6 @@ from skipdit.benchmark.measure import (
     run_ratios,
     step_ratios,
     table,
-    threads,
     time_rounds,
     weight_bytes,
     write_report,
@@ -45,6 +42,7 @@ from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.environment import check_device, describe_environment, threads
 from skipdit.files import OutputFolder
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM

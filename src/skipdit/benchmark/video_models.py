@@ -13,7 +13,8 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
-from skipdit.benchmark.measure import Device, DType, Kind, Subject, fill_zeros
+from skipdit.benchmark.measure import DType, Kind, Subject, fill_zeros
+from skipdit.environment import Device
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import LATTE_PRESETS, Latte
 from skipdit.models.long_skip import LongSkipConfig, LongSkipLinks, pair_units

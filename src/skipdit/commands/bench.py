@@ -70,7 +70,7 @@ def bench(arguments: Sequence[str]) -> None:
     )
     from skipdit.benchmark.cache_methods import no_rivals
     from skipdit.benchmark.conversion import STARTS
-    from skipdit.benchmark.rivals import rivals_of
+    from skipdit.benchmark.rivals import load_rivals
     from skipdit.recipes import RECIPES
 
     benches: dict[str, tuple[Any, Callable[..., Any], type[BenchOutput]]] = {
@@ -98,7 +98,8 @@ def bench(arguments: Sequence[str]) -> None:
         run = partial(run, RECIPES["emoji"]())
     elif name == "cache":
         steps = options.config.num_steps
-        run = partial(run, rivals=partial(rivals_of, num_inference_steps=steps) if options.rivals else no_rivals)
+        rivals = partial(load_rivals().rivals_of, num_inference_steps=steps) if options.rivals else no_rivals
+        run = partial(run, rivals=rivals)
     with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
         run(out)
     print(f"written: {options.out}")

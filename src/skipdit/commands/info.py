@@ -32,7 +32,7 @@ def info(arguments: Sequence[str]) -> None:
 
 def _print_package() -> None:
     from skipdit.cache.methods import METHODS, SPEC_FORM
-    from skipdit.compare import versions
+    from skipdit.environment import versions
     from skipdit.loading import BUNDLED
     from skipdit.models.dit import PRESETS
     from skipdit.models.families import FAMILIES

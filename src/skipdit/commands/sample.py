@@ -11,7 +11,7 @@ from skipdit.sample_config import SampleConfig
 from skipdit.terminal import one_line
 
 if TYPE_CHECKING:
-    from skipdit.compare import Report
+    from skipdit.compare import Comparison
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def _exit_on_broken(broken: dict[str, str]) -> None:
     sys.exit(1)
 
 
-def _print_report(report: "Report", out: Path) -> None:
+def _print_report(report: "Comparison", out: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
