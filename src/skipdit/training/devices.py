@@ -6,32 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from skipdit.environment import has_bf16
 from skipdit.training.config import Precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return a device: `"auto"` is CUDA where there is one; `ValueError` on a device that this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device {name!r} is not available here: {reason}") from error
-    return device
-
-
 def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return has_bf16(device) if precision == "auto" else precision == "bf16"
 
 
 def start_processes(target: torch.device) -> "Accelerator":

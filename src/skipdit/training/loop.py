@@ -21,6 +21,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
+from skipdit.environment import resolve_device
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.pictures import labelled_grid, to_pictures
@@ -44,7 +45,7 @@ from skipdit.training.checkpointing import (
     set_aside,
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
-from skipdit.training.devices import computes_in_bf16, in_main, resolve_device, start_processes
+from skipdit.training.devices import computes_in_bf16, in_main, start_processes
 from skipdit.training.guard import GradientGuard
 from skipdit.training.loader import Stored, items_of_step, load_batches
 from skipdit.training.posthoc_ema import PowerAverages
