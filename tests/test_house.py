@@ -56,6 +56,28 @@ def test_import_is_light() -> None:
     assert not loaded & {"accelerate", "datasets", "diffusers", "matplotlib", "numpy", "torch", "transformers"}
 
 
+def test_a_model_finds_its_verbs_by_itself(tmp_path: Path) -> None:
+    """Where nothing but its own module was imported."""
+    code = f"""
+import sys, diffusers
+from skipdit.models.dit import DiT
+from skipdit.models.surgery import add_long_skips, long_skip_class
+assert "skipdit.cache.enable" not in sys.modules and "skipdit.checkpoints" not in sys.modules
+model = DiT(num_layers=4, num_attention_heads=1, attention_head_dim=8, sample_size=4)
+model.enable_cache("delta:N2")
+assert model.is_cache_enabled
+model.disable_cache()
+assert not model.is_cache_enabled
+sizes = dict(num_attention_heads=1, attention_head_dim=8, sample_size=4, num_layers=2, num_embeds_ada_norm=4)
+linked = diffusers.DiTTransformer2DModel(**sizes, in_channels=4, norm_num_groups=1)
+add_long_skips(linked)
+linked.save_pretrained({str(tmp_path)!r})
+assert type(long_skip_class(diffusers.DiTTransformer2DModel).from_pretrained({str(tmp_path)!r})) is type(linked)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_layers_hold(repo_root: Path) -> None:
     code = "from importlinter.cli import lint_imports_command; lint_imports_command(['--no-cache'])"
     result = run_python(code, cwd=repo_root)
