@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -24,7 +25,7 @@ from skipdit.data import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import training_loss
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.recipes import stability
-from skipdit.tasks import Trainee
+from skipdit.tasks.training import TrainingTask
 from skipdit.training import TrainConfig, list_checkpoints, train
 from skipdit.training.batches import Batch, find_step_kinds
 from skipdit.training.routing import RoutingMode, TokenRoutingConfig
@@ -105,18 +106,19 @@ def draw_held_out(held_out: LabelledPictures, label_names: list[str], config: Tr
         x_start=pixels,
         noise=torch.randn(pixels.shape, generator=generator),
         timesteps=1000 * torch.sigmoid(objective.logit_mean + objective.logit_std * levels),
-        labels=labels.repeat(NUM_DRAWS),
+        conditions=labels.repeat(NUM_DRAWS),
     )
 
 
 @torch.no_grad()
-def loss_of(task: Trainee, config: TrainConfig, weights: dict[str, Tensor], batch: Batch) -> float:
+def loss_of(task: TrainingTask, config: TrainConfig, weights: dict[str, Tensor], batch: Batch) -> float:
     task.model.load_state_dict(weights, strict=False)  # tables of positions are no weights
     task.model.eval()
+    labels: Any = batch.conditions
     losses = [
         training_loss(lambda noisy, t, part=part: task.predict(task.model, noisy, t, part[3]), config.objective,
                       *part[:3]).loss
-        for part in zip(*(each.split(64) for each in (batch.x_start, batch.noise, batch.timesteps, batch.labels)),
+        for part in zip(*(each.split(64) for each in (batch.x_start, batch.noise, batch.timesteps, labels)),
                         strict=True)
     ]  # fmt: skip
     return torch.cat(losses).mean().item()

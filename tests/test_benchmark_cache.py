@@ -39,7 +39,8 @@ from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.plots import COLORS, GREY, Tradeoffs, draw, interactive, save_png
-from skipdit.samplers import ClassToImageSampler, Sampler
+from skipdit.tasks import TASKS
+from skipdit.tasks.task import Sampler
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3}
@@ -245,7 +246,7 @@ def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
     made: list[Rival] = []
 
     def rivals(source: Source) -> Sequence[Rival]:
-        other = ClassToImageSampler(copy.deepcopy(source.sampler.pipeline))
+        other = Sampler(source.sampler.task, copy.deepcopy(source.sampler.pipeline))
         with torch.no_grad():
             other.pipeline.transformer.blocks[2].attn.proj.weight.mul_(1.01)
         made.extend(
@@ -323,15 +324,10 @@ def test_wanted_is_spread_over_the_classes(folder: Path, sampler: Sampler) -> No
     assert [batch.seeds for batch in batches] == [[3, 4], [5, 6], [7]]
 
 
-@dataclass(frozen=True)
-class TextSampler(Sampler):
-    task = "text-to-image"
-
-
 def test_a_text_model_needs_prompts() -> None:
-    source = Source(TextSampler(None))
+    source = Source(Sampler(TASKS["text-to-image"], None))
     assert bench.choose_wanted(source, ("a", "b"), 3) == ["a", "b", "a"]
-    with pytest.raises(ValueError, match="text-to-image model needs wanted"):
+    with pytest.raises(ValueError, match="text-to-image model needs prompts"):
         bench.choose_wanted(source, (), 3)
 
 
@@ -365,7 +361,7 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     for _ in range(2):
         tally.add(bench.Run(pictures, 1.0, None), bench.Run(pictures, 2.0, None), None, None)
     tally.psnr[0] = torch.tensor([40.0, math.inf])
-    text = TextSampler(None)
+    text = Sampler(TASKS["text-to-image"], None)
     plan = bench.Plan("m", "s", "others", text, 10, cache=SpecCache("m", "s", False, Source(text)))
     uncached = Cost(160, (10, 0), (16.0, 0.0), False)
     row = tally.row(plan, uncached, uncached)

@@ -15,6 +15,7 @@ import skipdit
 from skipdit.files import check_whole
 
 MAX_LINES = 600
+PIECES = ("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "split", "find")
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|Users)/|/tmp/[\w-]*venv")
 
 
@@ -146,3 +147,40 @@ def test_the_readme_runs(repo_root: Path, capsys: pytest.CaptureFixture[str]) ->
         spec = spec.rstrip("`,")
         if not spec.startswith("calibrated"):
             parse_method(spec)
+
+
+def lines_that_spell_a_task(code: str) -> list[int]:
+    """The lines that compare something with a task's name, or take the name of a task to pieces."""
+    from skipdit.tasks import TASKS
+
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            parts = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+            if any(isinstance(part, str) and part in TASKS for part in parts):
+                found.add(node.lineno)
+        if isinstance(node, ast.Attribute) and node.attr in PIECES and "task" in ast.unparse(node.value):
+            found.add(node.lineno)
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'task == "text-to-image"',
+        '"class-to-video" in config.tasks',
+        'size.task.endswith("video")',
+        'BUNDLED[model].task.startswith("class")',
+        'sampler.task.name.partition("-")',
+        'match name:\n    case "text-to-video":\n        pass',
+    ],
+)
+def test_what_spells_a_task_is_found(code: str) -> None:
+    assert lines_that_spell_a_task(code)
+
+
+def test_no_task_is_told_by_its_name(repo_root: Path) -> None:
+    """What differs between tasks is a member of the task."""
+    files = sorted((repo_root / "src").rglob("*.py"))
+    found = {str(path.relative_to(repo_root)): lines_that_spell_a_task(path.read_text("utf-8")) for path in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}

@@ -27,7 +27,9 @@ from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
-from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig
+from skipdit.tasks import TASKS
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.text import find_weights
 from skipdit.videos import UnreadableVideo, read_video, side_by_side
 
@@ -197,7 +199,7 @@ def test_all_bundled_weights_together_are_small() -> None:
 def test_the_other_bundled_models_sample_offline(name: str, tmp_path: Path) -> None:
     from skipdit.loading import BUNDLED
 
-    if BUNDLED[name].task.startswith("text") and find_weights() is None:
+    if TASKS[BUNDLED[name].task].option == "prompt" and find_weights() is None:
         pytest.skip("needs the extra text")
     report = sample_and_compare(
         SampleConfig(task=BUNDLED[name].task, num_samples=1, steps=12, cache="N2-900-100", fewer_steps=8, out=tmp_path)
@@ -405,7 +407,7 @@ def test_bad_input_to_text_models_ends_in_one_line(
 ) -> None:
     folder = text_folder(task)
     for options, message in (
-        ([], f"a {task} model needs --prompt"),
+        ([], f"a {task} model needs prompts, got none"),
         (["--labels", "cat"], f"a {task} model takes --prompt, not --labels"),
         (["--prompt", "cat " * 30], "has 32 tokens, at most 24 are allowed"),
         (["--prompt", "a", "b", "c"], "num_samples must be at least the number of prompts, 3, got 2"),

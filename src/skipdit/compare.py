@@ -2,7 +2,6 @@
 distances.
 """
 
-import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,19 +20,17 @@ from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary
 from skipdit.environment import machine, peak_memory_bytes, versions
 from skipdit.files import OutputFolder, output_folder, to_json
-from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
+from skipdit.loading import DTypeName, ObjectiveName, Source, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
 from skipdit.models.costs import count_flops
 from skipdit.models.shallow_path import Guidance
 from skipdit.options import check_numbers
 from skipdit.pictures import labelled_grid, to_pictures
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.samplers import Sampler
-from skipdit.text import check_text_installed
+from skipdit.tasks import TASKS, TaskName
+from skipdit.tasks.task import Chosen, Sampler
 from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures a row of comparison.png
-NUM_SAMPLES = {"class-to-image": 16, "class-to-video": 4, "text-to-image": 16, "text-to-video": 4}
 MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames a second, and how often a pixel stands for itself
 
@@ -117,7 +114,7 @@ class SampleConfig:
                 raise ValueError(f"{name} is for a set of samples, got {value} without npz or png")
         for name, allowed in (
             ("dtype", get_args(DTypeName)),
-            ("task", (*get_args(TaskName), None)),
+            ("task", (*TASKS, None)),
             ("guidance", get_args(Guidance)),
         ):
             if getattr(self, name) not in allowed:
@@ -215,8 +212,6 @@ class Report:
 
 def load(config: SampleConfig) -> Source:
     """The model that a config names; see `skipdit.loading.load_source`."""
-    if (BUNDLED[config.model].task if config.model in BUNDLED else config.task or "").startswith("text"):
-        check_text_installed()
     return load_source(
         config.model,
         task=config.task,
@@ -231,47 +226,11 @@ def load(config: SampleConfig) -> Source:
     )
 
 
-def choose_wanted(source: Source, config: SampleConfig) -> tuple[list[Any], list[str]]:
-    """What is sampled, class numbers or prompts, and captions, one a sample."""
-    task, count = source.sampler.task, config.num_samples or NUM_SAMPLES[source.sampler.task]
-    takes, other = ("labels", "prompt") if task.startswith("class") else ("prompt", "labels")
-    if getattr(config, other):
-        raise ValueError(f"a {task} model takes --{takes}, not --{other}")
-    asked = getattr(config, takes)
-    if len(asked) > count:
-        things = "labels" if takes == "labels" else "prompts"
-        raise ValueError(f"num_samples must be at least the number of {things}, {len(asked)}, got {count}")
-    if takes == "labels":
-        return choose_labels(source.sampler.pipeline, asked or source.showcase, count)
-    if not (asked or source.showcase):
-        raise ValueError(f"a {task} model needs --prompt")
-    prompts = list(itertools.islice(itertools.cycle(asked or source.showcase), count))
-    return prompts, prompts
-
-
-def choose_labels(
-    pipeline: ClassToImagePipeline | ClassToVideoPipeline, wanted: Sequence[str], count: int
-) -> tuple[list[int] | list[None], list[str]]:
-    """Class numbers and captions, one a sample; without wishes spread over all classes; None where the model knows no
-    classes. `ValueError` on an unknown label."""
-    numbers, num_classes = pipeline.labels, pipeline.transformer.config.num_classes
-    if num_classes is None:
-        if wanted:
-            raise ValueError(f"this model has no classes, got label {wanted[0]!r}")
-        return [None] * count, [f"clip {number + 1}" for number in range(count)]
-    names = {number: name for name, number in numbers.items()}
-    if wanted:
-        chosen = []
-        for label in wanted:
-            is_number = label.isdecimal() and label not in numbers
-            if is_number and int(label) >= num_classes:
-                raise ValueError(f"label numbers go from 0 to {num_classes - 1}, got {label}")
-            chosen.append(int(label) if is_number else pipeline.get_label_ids([label])[0])
-    else:
-        spread = min(count, num_classes)
-        chosen = [index * num_classes // spread for index in range(spread)]
-    labels = list(itertools.islice(itertools.cycle(chosen), count))
-    return labels, [names.get(label, str(label)) for label in labels]
+def choose_wanted(source: Source, config: SampleConfig) -> Chosen:
+    """Return what is sampled, and captions, one per sample."""
+    task = source.sampler.task
+    asked = {"labels": config.labels, "prompt": config.prompt}
+    return task.choose(source.sampler.pipeline, asked, config.num_samples or task.num_samples, source.showcase)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,7 +321,7 @@ def sample_and_compare(config: SampleConfig) -> Report:
         source = load(config)
         method = source.cache(config.cache)
         wanted, captions = choose_wanted(source, config)
-        if source.sampler.task.endswith("video"):
+        if source.sampler.task.is_video:
             out.claim(f"{name}.{suffix}" for name in names for suffix in ("mp4", "gif"))
         if len(names) > 1:
             check_ssim_size(source.sampler.picture_size)
@@ -405,7 +364,7 @@ def run_all(
         rows.append(Row.of(name, run, full, steps=num_steps, summary=summary, compute_ratio=ratio))
         sampled[name] = run
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    settings["task"] = source.sampler.task
+    settings["task"] = source.sampler.task.name
     report = Report(
         tuple(rows), settings, captions, peak_memory_bytes(pipeline.device), machine(pipeline.device), versions()
     )

@@ -9,7 +9,10 @@ from skipdit.diffusion import Objective
 from skipdit.latents import LatentConfig
 from skipdit.models.dit import PRESET_SIZES
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.class_to_video import VideoModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.training import TokenRoutingConfig, TrainConfig
 
 # x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import CacheMethod
-from skipdit.compare import CLIP_FPS, SampleConfig, choose_labels
+from skipdit.compare import CLIP_FPS, SampleConfig
 from skipdit.files import atomic_folder, check_whole, to_json
 from skipdit.loading import Source
 from skipdit.models.costs import count_flops
@@ -81,17 +81,8 @@ class Wanted:
     @classmethod
     def of(cls, source: Source, config: SampleConfig) -> "Wanted":
         """Without labels all classes, without prompts those that a bundled model draws well."""
-        task = source.sampler.task
-        takes, other = ("labels", "prompt") if task.startswith("class") else ("prompt", "labels")
-        if getattr(config, other):
-            raise ValueError(f"a {task} model takes --{takes}, not --{other}")
-        if takes == "labels":
-            count = len(config.labels) or source.sampler.pipeline.transformer.config.num_classes or 1
-            choices, captions = choose_labels(source.sampler.pipeline, config.labels, count)
-        else:
-            choices = captions = list(config.prompt or source.showcase)
-            if not choices:
-                raise ValueError(f"a {task} model needs --prompt")
+        sampler, asked = source.sampler, {"labels": config.labels, "prompt": config.prompt}
+        choices, captions = sampler.task.choose(sampler.pipeline, asked, None, source.showcase)
         return cls(choices, captions, config.seed, config.random_labels)
 
 

@@ -4,7 +4,6 @@ A run is compared with the uncached run of the same seeds. Runs take turns withi
 to batch, and a speedup is the median of the ratios within a batch: machines drift.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -116,17 +115,8 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
 
 def choose_wanted(source: Source, wanted: Sequence[str], count: int) -> list[Any]:
     """Class numbers or prompts, one a sample; `None` where the model knows no classes."""
-    pipeline, chosen = source.sampler.pipeline, list(wanted or source.showcase)
-    if source.sampler.task.startswith("text"):
-        if not chosen:
-            raise ValueError(f"a {source.sampler.task} model needs wanted, its prompts")
-    elif chosen:
-        chosen = pipeline.get_label_ids(chosen)
-    elif (num_classes := pipeline.transformer.config.num_classes) is None:
-        chosen = [None]
-    else:
-        chosen = [index * num_classes // min(count, num_classes) for index in range(min(count, num_classes))]
-    return list(itertools.islice(itertools.cycle(chosen), count))
+    sampler, values = source.sampler, wanted or source.showcase
+    return sampler.task.choose_from(sampler.pipeline, values, count, ()).conditions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from skipdit.benchmark.cache_report import Group, Row
 from skipdit.files import OutputFolder, to_json
 from skipdit.metrics.paired import PairedScore, psnr_db, ssim
 from skipdit.metrics.perceptual import FeatureNetwork, perceptual_distance
-from skipdit.samplers import Sampler
+from skipdit.tasks.task import Sampler
 from skipdit.untrusted import parse_json, printable, read_json
 
 MAX_DRAFT_BYTES = 2**28

@@ -40,7 +40,8 @@ from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import check_numbers, check_positive
-from skipdit.samplers import ClassToImageSampler, Sampler
+from skipdit.tasks.class_to_image import TASK as CLASS_TO_IMAGE_TASK
+from skipdit.tasks.task import Sampler
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
 SPECS = (
@@ -190,7 +191,7 @@ def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
         subjects.append(Subject("skipdit", spec, pipeline, OwnCache(spec, own_method(spec, config.num_steps), sampler)))
     if not config.rivals:
         return subjects
-    others = ClassToImageSampler(as_diffusers(pipeline))
+    others = Sampler(CLASS_TO_IMAGE_TASK, as_diffusers(pipeline))
     subjects.append(Subject("diffusers", "no cache", others.pipeline))
     for setting in config.rivals:
         name, technique = RIVALS[setting]
@@ -335,7 +336,7 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
         environment = describe_environment("cpu", config.seed)
         source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer
-        if not (isinstance(source.sampler, ClassToImageSampler) and isinstance(model, DiT)):
+        if source.sampler.task is not CLASS_TO_IMAGE_TASK or not isinstance(model, DiT):
             raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")
         if not model.long_skip_links.sources:
             raise ValueError(f"{CLASS_TO_IMAGE}, got one without")

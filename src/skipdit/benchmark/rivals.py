@@ -27,7 +27,7 @@ from skipdit.benchmark.rival_techniques import (
     VideoAttentionBroadcast,
     install_hint,
 )
-from skipdit.samplers import ClassToImageSampler, Sampler, TextToVideoSampler
+from skipdit.tasks.task import Sampler
 
 if TYPE_CHECKING:
     from skipdit.loading import Source
@@ -125,6 +125,7 @@ VIDEO_RIVALS: dict[str, Rival] = {
         ),
     )
 }
+RIVALS_OF_TASKS = {"class-to-image": RIVALS, "text-to-video": VIDEO_RIVALS}
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,9 @@ def rivals_of(source: "Source", num_inference_steps: int) -> list[RivalCache]:
     """All rivals of a loaded model, for runs of so many steps; of one that cannot run here its first setting alone,
     whose `enable` says why. None of a model that they are not set up for."""
     sampler = source.sampler
-    if isinstance(sampler, ClassToImageSampler):
-        sampler, rivals = ClassToImageSampler(as_diffusers(sampler.pipeline)), RIVALS
-    elif isinstance(sampler, TextToVideoSampler):
-        rivals = VIDEO_RIVALS
-    else:
-        return []
+    rivals = RIVALS_OF_TASKS.get(sampler.task.name, {})
+    if rivals and sampler.task.has_own_pipeline:
+        sampler = Sampler(sampler.task, as_diffusers(sampler.pipeline))
     return [
         RivalCache(rival, technique, sampler, num_inference_steps)
         for rival in rivals.values()

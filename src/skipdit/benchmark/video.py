@@ -174,7 +174,7 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
     with threads(config.num_threads):
         environment = describe_environment(config.device, config.seed)
         linked = len(config.num_pairs) * (1 + 2 * len(config.num_shallow_units))
-        num_steps = sum(linked + (3 if size.task == "text-to-video" else 1) for size in config.sizes())
+        num_steps = sum(linked + (3 if size.is_swapped else 1) for size in config.sizes())
         with progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
             for size in config.sizes():
                 own = {row.step: row for row in bench_size(config, size, advance)}
