@@ -566,6 +566,6 @@ def test_a_new_task_is_a_file_and_a_row(
             main(["sample", *options, *refused])
     errors = capsys.readouterr().err
     assert "a word-to-image model takes --prompt, not --labels" in errors
-    assert "num_samples must be at least the number of words, 4, got 3" in errors
+    assert "num_samples must be at least the number of --prompt, 4, got 3" in errors
     with pytest.raises(ValueError, match="no bundled model is of the task word-to-image"):
         load_source(task="word-to-image")

@@ -13,7 +13,7 @@ from skipdit.diffusion import Objective
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import resize_grid
 from skipdit.pipelines import ClassToImagePipeline, SamplingOptions
-from skipdit.tasks.task import Chosen, LabelNames, Task
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task
 from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped, spread
 
 WORDS = ("dull", "vivid")
@@ -52,7 +52,7 @@ class WordModelConfig(LinkedConfig):
 
 class WordToImage(Task):
     name = "word-to-image"
-    option, option_values = "prompt", "words"
+    option = "prompt"
     num_samples, batch_size, is_video = 3, 2, False
     pipeline_name, model_class, model_config = "WordPipeline", DiT, WordModelConfig
     has_own_pipeline = True
@@ -62,8 +62,8 @@ class WordToImage(Task):
         words = words if count is None else list(islice(cycle(words), count))
         return Chosen(words, words)
 
-    def make_pipeline(self, transformer: Any, scheduler: Any, vae: Any, label_names: LabelNames) -> WordPipeline:
-        return WordPipeline(transformer, scheduler, vae)
+    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+        return Sampler(self, WordPipeline(transformer, scheduler, vae))
 
     def sample(self, pipeline: WordPipeline, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
         labels = [WORDS.index(word) for word in conditions]

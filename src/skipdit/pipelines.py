@@ -81,15 +81,7 @@ def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
 
 
 class ClassPipeline(DiffusionPipeline):
-    """Share what both pipelines have: names of classes, the denoising loop, decoding. Abstract.
-
-    Args:
-        transformer (`DiT` or `Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
-            `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
-            transformer works on pixels in [-1, 1].
-        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
-    """
+    """Share what both pipelines have: names of classes, the denoising loop, decoding. Abstract."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
@@ -286,12 +278,7 @@ class ClassToVideoPipeline(ClassPipeline):
     """Sample clips, of given classes or without. An autoencoder decodes the frames of a clip one by one, but for one
     with a temporal decoder.
 
-    Args:
-        transformer (`Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
-            `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
-            transformer works on pixels in [-1, 1].
-        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
+    Args: those of `ClassToImagePipeline`, with a `Latte` as its transformer.
     """
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 from skipdit.checkpoints.parts import read_labels
 from skipdit.diffusion import Objective
 from skipdit.pipelines import ClassPipeline
-from skipdit.tasks.task import Chosen, LabelNames, Task
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task
 from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped, spread
 
 
@@ -20,7 +20,6 @@ class LabelTask(Task):
     """A task that is asked for by class labels, with a pipeline of skipdit. Abstract."""
 
     option = "labels"
-    option_values = "labels"
     has_own_pipeline = True
     pipeline_class: ClassVar[type[ClassPipeline]]
     """the class named `pipeline_name`"""
@@ -42,8 +41,9 @@ class LabelTask(Task):
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(chosen, [names.get(number, str(number)) for number in chosen])
 
-    def make_pipeline(self, transformer: Any, scheduler: Any, vae: Any, label_names: LabelNames) -> ClassPipeline:
-        return self.pipeline_class(transformer, scheduler, vae, label_names)
+    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+        names = None if transformer.config.num_classes is None else names
+        return Sampler(self, self.pipeline_class(transformer, scheduler, vae, names))
 
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
         return read_labels(index, transformer.config.num_classes, folder)
@@ -68,12 +68,6 @@ class LabelTraining(TrainingTask[Tensor]):
     def knows_classes(self) -> bool:
         """Return whether the model looks at the classes."""
         return self.model.config.num_classes is not None
-
-    @property
-    def label_names(self) -> LabelNames:
-        if not self.knows_classes:
-            return None
-        return {str(label): name for label, name in enumerate(self.items.label_names)}
 
     def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
         dropped = draw_dropped(given, dropout, generator).view(-1, *[1] * (given.ndim - 1))

@@ -3,7 +3,7 @@ the sentence encoder of `skipdit.text` and see pixels or latents.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 from skipdit.checkpoints.parts import part_class
 from skipdit.guidance import split_guidance
 from skipdit.pipelines import SamplingOptions
-from skipdit.tasks.task import Chosen, LabelNames, Task
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task
 from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped, spread
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder, quiet
 from skipdit.untrusted import printable
@@ -30,7 +30,6 @@ class PromptTask(Task):
     """A task that is asked for by prompts. Abstract."""
 
     option = "prompt"
-    option_values = "prompts"
     has_own_pipeline = False
     absent_parts: ClassVar[dict[str, Any]]
     """what its pipeline's class is given in the place of what it does without"""
@@ -41,20 +40,20 @@ class PromptTask(Task):
         """Choose prompts; `ValueError` where there are none."""
         prompts = list(values or showcase)
         if not prompts:
-            raise ValueError(f"a {self.name} model needs {self.option_values}, got none")
+            raise ValueError(f"a {self.name} model needs prompts, got none")
         prompts = prompts if count is None else list(islice(cycle(prompts), count))
         return Chosen(prompts, prompts)
 
     def check_installed(self) -> None:
         check_text_installed()
 
-    def make_pipeline(self, transformer: Any, scheduler: Any, vae: Any, label_names: LabelNames) -> Any:
+    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
         self.check_installed()
         with quiet():
             pipeline_class = getattr(diffusers, self.pipeline_name)
         pipeline = pipeline_class(vae=None, transformer=transformer, scheduler=scheduler, **self.absent_parts)
         pipeline.register_modules(vae=vae)  # not before: its scale would be counted in, see `LATENT_SCALE`
-        return pipeline
+        return Sampler(self, pipeline)
 
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> None:
         """Refuse a pipeline that hears prompts through an encoder of its own."""
@@ -115,10 +114,6 @@ class CaptionStates:
         captions = items * self.num_variants + variants
         return self.states[torch.where(dropped, len(self.states) - 1, captions)]
 
-    def to(self, device: torch.device) -> "CaptionStates":
-        """Return them in float32 on a device."""
-        return CaptionStates(self.states.to(device, torch.float32), self.num_variants)
-
 
 @dataclass(frozen=True)
 class PromptTraining(TrainingTask[PromptStates]):
@@ -135,7 +130,8 @@ class PromptTraining(TrainingTask[PromptStates]):
     def captions_on(self, device: torch.device) -> CaptionStates:
         """Return the states of all captions on a device, where they stay."""
         if device not in self._captions_on:
-            self._captions_on[device] = self.captions.to(device)
+            states = self.captions.states.to(device, torch.float32)
+            self._captions_on[device] = replace(self.captions, states=states)
         return self._captions_on[device]
 
     @cached_property

@@ -32,8 +32,6 @@ class Task:
     """as users write it"""
     option: ClassVar[str]
     """the option of `skipdit sample` that asks for it"""
-    option_values: ClassVar[str]
-    """what that option is given, in the plural"""
     num_samples: ClassVar[int]
     """how many are sampled by default"""
     batch_size: ClassVar[int]
@@ -64,9 +62,7 @@ class Task:
                 raise ValueError(f"a {self.name} model takes --{self.option}, not --{option}")
         values = asked.get(self.option, ())
         if count is not None and len(values) > count:
-            raise ValueError(
-                f"num_samples must be at least the number of {self.option_values}, {len(values)}, got {count}"
-            )
+            raise ValueError(f"num_samples must be at least the number of --{self.option}, {len(values)}, got {count}")
         return self.choose_from(pipeline, values, count, showcase)
 
     def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
@@ -76,17 +72,13 @@ class Task:
     def check_installed(self) -> None:
         """Raise `ValueError`, with what to install, where something optional is missing that the task needs."""
 
-    def make_pipeline(self, transformer: Any, scheduler: Any, vae: Any, label_names: LabelNames) -> Any:
-        """Return a pipeline around a transformer."""
-        raise NotImplementedError
-
     def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition."""
         raise NotImplementedError
 
     def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> "Sampler":
-        """Return a pipeline around a transformer, ready to be sampled."""
-        return Sampler(self, self.make_pipeline(transformer, scheduler, vae, names))
+        """Return a pipeline around a transformer, ready to be sampled. names: of its classes."""
+        raise NotImplementedError
 
     def open(self, folder: Path, transformer: Any, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
         """Return the pipeline that a folder holds, around its transformer. index: its `model_index.json`.

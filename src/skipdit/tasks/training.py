@@ -20,7 +20,7 @@ from skipdit.models.long_skip import LongSkipConfig, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import TASKS
-from skipdit.tasks.task import LabelNames, Sampler, Task
+from skipdit.tasks.task import Sampler, Task
 from skipdit.untrusted import printable_path
 
 LOGGER = logging.getLogger(__name__)
@@ -97,16 +97,6 @@ class TrainingTask(Generic[Conditions]):
         """Return the number of tokens of a picture, or of each frame."""
         return (self.items.size // self.model.config.patch_size) ** 2
 
-    @property
-    def shares_tokens(self) -> bool:
-        """Return whether the samples of a batch must keep the same tokens."""
-        return self.model.shares_tokens
-
-    @property
-    def label_names(self) -> LabelNames:
-        """Return the names of classes by number, where the model knows any."""
-        return None
-
     def prepare(self, device: torch.device) -> None:
         """Compute on a device what all steps need there, which the first step would else compute."""
 
@@ -148,7 +138,8 @@ class TrainingTask(Generic[Conditions]):
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> Sampler:
         """Return what samples a trained model."""
-        return self.task.sampler(model, scheduler, self.vae, self.label_names)
+        names = {str(label): name for label, name in enumerate(self.items.label_names)}
+        return self.task.sampler(model, scheduler, self.vae, names)
 
 
 def draw_dropped(given: Tensor, share: float, generator: torch.Generator) -> Bool[Tensor, " batch"]:

@@ -63,7 +63,7 @@ def prepare_batch(
     timesteps = sample_timesteps(config.objective, size, generator).to(device, non_blocking=True)
     kept = None
     if kept_share is not None:
-        num_draws = 1 if task.shares_tokens else size
+        num_draws = 1 if task.model.shares_tokens else size
         kept = draw_kept_tokens(num_draws, task.num_tokens, kept_share, generator).to(device, non_blocking=True)
     return Batch(x_start=pixels, noise=noise, timesteps=timesteps, conditions=conditions, kept=kept)
 
