@@ -13,8 +13,8 @@ from skipdit.diffusion import Objective
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import resize_grid
 from skipdit.pipelines import ClassToImagePipeline, SamplingOptions
-from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task
-from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped, spread
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
+from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped
 
 WORDS = ("dull", "vivid")
 
@@ -34,7 +34,7 @@ class WordTraining(TrainingTask[Tensor]):
         return model(noisy, timesteps, class_labels=conditions, **plan)
 
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:
-        words = [WORDS[index] for index in spread(len(WORDS), count)]
+        words = [WORDS[index] for index in spread(count, len(WORDS))]
         return words, words
 
 

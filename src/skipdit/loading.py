@@ -1,11 +1,11 @@
 """What can be sampled: the bundled models, pipelines in folders, checkpoints."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,15 +14,15 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.checkpoints import load_model
 from skipdit.checkpoints.parts import read_autoencoder, read_index
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
+from skipdit.command_options import WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
 from skipdit.environment import resolve_device
 from skipdit.models.dit import DiT
+from skipdit.options import DTypeName, ObjectiveName
 from skipdit.tasks import TASKS, TaskName
-from skipdit.tasks.task import Sampler, Task
+from skipdit.tasks.task import Chosen, Sampler, Task
 from skipdit.untrusted import printable
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
-ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -98,21 +98,8 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BareOptions:
+class BareOptions(WeightsOptions):
     """What a file of weights does not say; see `skipdit.load_model`."""
-
-    num_attention_heads: int | None = None
-    """heads of each block"""
-    num_classes: int | None = None
-    """classes that the model knows"""
-    objective: ObjectiveName | None = None
-    """what the model predicts; by default epsilon where half of its output is the variance, as in the official DiT"""
-    drop: tuple[str, ...] = ()
-    """roots of keys that are left out"""
-
-    def __post_init__(self) -> None:
-        if self.objective not in (None, *CONVENTIONS):
-            raise ValueError(f"objective must be one of {', '.join(CONVENTIONS)}, got {self.objective!r}")
 
     def refuse(self, model: str) -> None:
         """Raise `ValueError` naming what has no effect on a model that says all this itself."""
@@ -151,6 +138,10 @@ class Source:
         if name not in self.schedules:
             raise ValueError(f"the calibrated schedules of this model are {', '.join(self.schedules)}, got {name!r}")
         return self.schedules[name]
+
+    def choose(self, asked: Mapping[str, Sequence[str]], count: int) -> Chosen:
+        """Return what so many samples show; see `Task.choose`."""
+        return self.sampler.task.choose(self.sampler.pipeline, asked, count, self.showcase)
 
 
 def load_source(

@@ -161,10 +161,10 @@ def render_markdown(models: Models, config: AnalyzeConfig, sections: Sequence[Se
         "Loss: mean over the last tenth of the run's log. Jacobian norms: geometric mean over timesteps, and over all "
         "units of a model. Weights pushed: lowest similarity of the last unit's output. Cached: how far the end "
         "of the cached run is from the full run, signal over error; in brackets the speed that the units run promise.",
-        f"{len(config.labels) or config.num_pictures} pictures, {config.steps} deterministic first-order steps, "
-        f"guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. *Timesteps* "
-        "fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in `arrays.npz` and "
-        "`report.json`; `report.html` holds the same figures to turn and zoom.",
+        f"{len(config.labels) or config.num_pictures} pictures, {config.num_inference_steps} deterministic first-order "
+        f"steps, guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. "
+        "*Timesteps* fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in "
+        "`arrays.npz` and `report.json`; `report.html` holds the same figures to turn and zoom.",
     ]
     for section in sections:
         images = "\n\n".join(f"![{figure.title}]({figure.name}.png)" for figure in section.figures)

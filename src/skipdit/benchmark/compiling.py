@@ -13,22 +13,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from skipdit.benchmark import rivals
 from skipdit.benchmark.cache_methods import Counts, Runnable
 from skipdit.benchmark.compile_report import COMPILE, GraphRow, Timing, write_compile_report
 from skipdit.benchmark.measure import Advance, claim_report, compiled, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
-from skipdit.benchmark.rival_model import as_diffusers
-from skipdit.benchmark.rival_techniques import (
-    AttentionBroadcast,
-    DualBlock,
-    Faster,
-    FirstBlock,
-    Magnitude,
-    TaylorSeer,
-    Technique,
-)
-from skipdit.benchmark.rivals import RivalCache
+from skipdit.benchmark.rivals import load_rivals
 from skipdit.benchmark.single_steps import time_steps
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
@@ -40,7 +29,7 @@ from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import check_numbers, check_positive
-from skipdit.tasks.class_to_image import TASK as CLASS_TO_IMAGE_TASK
+from skipdit.tasks.class_to_image import TASK
 from skipdit.tasks.task import Sampler
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
@@ -63,19 +52,16 @@ SPECS = (
     "teacache:0.1",
     "adacache:0.05",
 )
-# settings that reuse in as few steps as here, each of a row of `skipdit.benchmark.rivals.RIVALS`
-RIVALS: dict[str, tuple[str, Technique]] = {
-    f"{rivals.RIVALS[name].name.replace(' ', '-')}:{technique}": (name, technique)
-    for name, technique in (
-        ("pab", AttentionBroadcast(skip_range=2, timesteps=rivals.ALL_BUT_THE_START)),
-        ("fbcache", FirstBlock(threshold=0.25)),
-        ("magcache", Magnitude(threshold=0.06)),
-        ("taylorseer", TaylorSeer(interval=3)),
-        ("fastercache", Faster()),
-        ("cache-dit", DualBlock(threshold=0.25)),
-        ("cache-dit", DualBlock(interval=3)),
-    )
-}
+# of other libraries, in the table of benchmarks/rivals
+RIVALS = (
+    "diffusers-PAB:N2-950--1",
+    "diffusers-FirstBlockCache:0.25",
+    "diffusers-MagCache:0.06-K3",
+    "diffusers-TaylorSeer:N3-o1",
+    "diffusers-FasterCache:N2-null5",
+    "cache-dit:F1B0-0.25",
+    "cache-dit:F1B0-N3",
+)
 TIMED = (
     "N3",
     "skip-taylor:N3-o1",
@@ -102,7 +88,7 @@ class CompileBenchConfig:
 
     model: str = "emoji"
     specs: tuple[str, ...] = SPECS
-    rivals: tuple[str, ...] = tuple(RIVALS)
+    rivals: tuple[str, ...] = RIVALS
     timed: tuple[str, ...] = TIMED
     num_steps: int = 20
     batch_size: int = 2
@@ -122,7 +108,7 @@ class CompileBenchConfig:
         if not self.step_batch_sizes or min(self.step_batch_sizes) < 1:
             raise ValueError(f"step_batch_sizes must be one or more above 0, got {self.step_batch_sizes}")
         for name, chosen, allowed in (
-            ("rivals", self.rivals, tuple(RIVALS)),
+            ("rivals", self.rivals, RIVALS),
             ("timed", self.timed, (*self.specs, *self.rivals)),
             ("step_presets", self.step_presets, tuple(PRESETS)),
         ):
@@ -191,14 +177,11 @@ def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
         subjects.append(Subject("skipdit", spec, pipeline, OwnCache(spec, own_method(spec, config.num_steps), sampler)))
     if not config.rivals:
         return subjects
-    others = Sampler(CLASS_TO_IMAGE_TASK, as_diffusers(pipeline))
+    others, rivals = load_rivals().compiled_rivals(pipeline, config.rivals, config.num_steps)
     subjects.append(Subject("diffusers", "no cache", others.pipeline))
-    for setting in config.rivals:
-        name, technique = RIVALS[setting]
-        library = "cache-dit" if name == "cache-dit" else "diffusers"
-        short = setting.removeprefix(f"{library}-").removeprefix(f"{library}:")
-        rival = RivalCache(rivals.RIVALS[name], technique, others, config.num_steps)
-        subjects.append(Subject(library, short, others.pipeline, rival))
+    for rival in rivals:
+        library = "cache-dit" if rival.name == "cache-dit" else "diffusers"
+        subjects.append(Subject(library, rival.setting[len(library) + 1 :], others.pipeline, rival))
     return subjects
 
 
@@ -332,11 +315,13 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
     reason.
     """
     claim_report(out, COMPILE)
+    if config.rivals:
+        load_rivals()  # or say at once that they are not there
     with threads(config.num_threads):
         environment = describe_environment("cpu", config.seed)
         source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer
-        if source.sampler.task is not CLASS_TO_IMAGE_TASK or not isinstance(model, DiT):
+        if source.sampler.task is not TASK or not isinstance(model, DiT):
             raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")
         if not model.long_skip_links.sources:
             raise ValueError(f"{CLASS_TO_IMAGE}, got one without")

@@ -78,10 +78,10 @@ class Measured:
             num_units=self.num_units,
         )
 
-    def method(self, full_steps: tuple[int, ...], variants: tuple[int | None, ...], order: int) -> CacheMethod:
-        """What `enable_cache` takes."""
+    def method(self, variants: tuple[int | None, ...], order: int) -> CacheMethod:
+        """Return what `enable_cache` takes. variants: one per step, `None` where it is full."""
         schedule = ExplicitSchedule(
-            full_steps=full_steps,
+            full_steps=tuple(step for step, variant in enumerate(variants) if variant is None),
             num_inference_steps=len(self.timesteps),
             timesteps=self.timesteps,
             variants=variants,

@@ -12,8 +12,8 @@ from torch import Tensor
 from skipdit.checkpoints.parts import read_labels
 from skipdit.diffusion import Objective
 from skipdit.pipelines import ClassPipeline
-from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task
-from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped, spread
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
+from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped
 
 
 class LabelTask(Task):
@@ -36,7 +36,7 @@ class LabelTask(Task):
             if values:
                 raise ValueError(f"this model has no classes, got label {values[0]!r}")
             return Chosen([None] * count, [f"clip {number + 1}" for number in range(count)])
-        numbers = [label_number(pipeline, value) for value in values] or spread(num_classes, min(count, num_classes))
+        numbers = [label_number(pipeline, value) for value in values] or spread(min(count, num_classes), num_classes)
         chosen = list(islice(cycle(numbers), count))
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(chosen, [names.get(number, str(number)) for number in chosen])
@@ -76,7 +76,7 @@ class LabelTraining(TrainingTask[Tensor]):
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:
         if not self.knows_classes:
             return [None] * count, [""] * count
-        chosen = spread(len(self.items.label_names), count)
+        chosen = spread(count, len(self.items.label_names))
         return chosen, [self.items.label_names[label] for label in chosen]
 
 

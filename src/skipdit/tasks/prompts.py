@@ -17,8 +17,8 @@ from torch import Tensor
 from skipdit.checkpoints.parts import part_class
 from skipdit.guidance import split_guidance
 from skipdit.pipelines import SamplingOptions
-from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task
-from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped, spread
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
+from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder, quiet
 from skipdit.untrusted import printable
 
@@ -161,7 +161,7 @@ class PromptTraining(TrainingTask[PromptStates]):
         return captions.select(given, variants, draw_dropped(given, dropout, generator))
 
     def showcase(self, count: int) -> tuple[list[str], list[str]]:
-        chosen = [self.items.captions[index][0] for index in spread(len(self.items), count)]
+        chosen = [self.items.captions[index][0] for index in spread(count, len(self.items))]
         return chosen, chosen
 
 

@@ -25,6 +25,11 @@ class Chosen(NamedTuple):
     captions: list[str]
 
 
+def spread(count: int, total: int) -> list[int]:
+    """Return so many of the numbers from 0 to `total - 1`, at even distances."""
+    return [index * total // count for index in range(count)]
+
+
 class Task:
     """All that tells one task from the others. Abstract; a file of this folder has one, `TASK`."""
 

@@ -58,11 +58,6 @@ class StoredItems(Dataset[tuple[Tensor, Any]]):
         return stored, index if self.numbered else label
 
 
-def spread(length: int, count: int) -> list[int]:
-    """Return `count` indices that are spread over so many."""
-    return [index * length // count for index in range(count)]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # A model and its data
 
