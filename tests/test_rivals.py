@@ -21,7 +21,7 @@ from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
-from skipdit.pipelines import ClassToImagePipeline
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler
 
