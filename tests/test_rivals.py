@@ -15,13 +15,13 @@ from torch import Tensor
 
 from skipdit import cli
 from skipdit.benchmark import compiling
-from skipdit.benchmark.cache_methods import Counts
 from skipdit.benchmark.rivals import FOLDER, load_rivals
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.runs import Counts
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler
 

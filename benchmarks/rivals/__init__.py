@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skipdit.benchmark.cache_methods import Counts
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.runs import Counts
 from skipdit.tasks.class_to_image import TASK
 from skipdit.tasks.task import Sampler
 

@@ -87,10 +87,15 @@ def choose(what: str, name: str, allowed: Iterable[str]) -> str:
 
 
 def explain_fields(config: type) -> dict[str, str]:
-    """Return the string under each field of a dataclass and of its bases, by the name of the field."""
+    """Return the string under each field of a dataclass and of its bases, by the name of the field; a class that has no
+    source has no such strings."""
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        try:
+            source = inspect.getsource(cls)
+        except OSError:
+            continue
+        (tree,) = ast.parse(textwrap.dedent(source)).body
         assert isinstance(tree, ast.ClassDef)
         for before, statement in itertools.pairwise(tree.body):
             match before, statement:

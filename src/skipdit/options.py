@@ -60,3 +60,9 @@ def check_option(config: Any, name: str, allowed: Sequence[Any]) -> None:
     value = getattr(config, name)
     if value is not None and value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def check_per_item(name: str, values: Sequence[int], count: int) -> None:
+    """Raise `ValueError` unless there are as many numbers above 0 as items, or none."""
+    if values and (len(values) != count or min(values) < 1):
+        raise ValueError(f"{name} must be {count} numbers above 0 or none, got {values}")

@@ -120,9 +120,8 @@ class Sampled:
     @property
     def steps(self) -> tuple[float, float]:
         """How many steps were made in full, and how many reused."""
-        return (
-            (self.num_inference_steps, 0) if self.counts is None else (self.counts.steps_full, self.counts.steps_reused)
-        )
+        counts = self.counts or Counts(self.num_inference_steps, 0)
+        return counts.steps_full, counts.steps_reused
 
     @property
     def compute_ratio(self) -> float:

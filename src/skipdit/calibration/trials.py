@@ -35,13 +35,16 @@ Steps = TypeVar("Steps", bound=Stepper)
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """What is tried at each step. orders: of Taylor predictions. max_age, max_spacing: in steps. Of the sensitivity:
-    num_probed steps, spread over the run and denser at both ends."""
+    """What is tried at each step."""
 
     orders: tuple[int, ...] = (1, 2)
+    """orders of the Taylor predictions"""
     max_age: int = 9
+    """steps that a prediction may be old, at most"""
     max_spacing: int = 5
+    """steps between the full ones that it is drawn from, at most"""
     num_probed: int = 12
+    """steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
 
     def __post_init__(self) -> None:
         for name in ("max_age", "max_spacing", "num_probed"):

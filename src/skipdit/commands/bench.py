@@ -97,7 +97,7 @@ def bench(arguments: Sequence[str]) -> None:
     elif name == "train":
         run = partial(run, RECIPES["emoji"]())
     elif name == "cache":
-        steps = options.config.num_steps
+        steps = options.config.num_inference_steps
         rivals = partial(load_rivals().rivals_of, num_inference_steps=steps) if options.rivals else no_rivals
         run = partial(run, rivals=rivals)
     with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
