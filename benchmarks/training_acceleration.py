@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -37,7 +38,7 @@ from skipdit.metrics.paired import PairedScore, psnr_db
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.plots import Lines, save_png
 from skipdit.recipes import stability
-from skipdit.tasks import Trainee
+from skipdit.tasks.training import TrainingTask
 from skipdit.training import TrainConfig, list_checkpoints, train
 from skipdit.training.batches import Batch, find_step_kinds
 from skipdit.training.routing import RoutingMode, TokenRoutingConfig
@@ -129,7 +130,7 @@ def draw_held_out(held_out: LabelledPictures, label_names: Sequence[str], config
         x_start=pixels,
         noise=torch.randn(pixels.shape, generator=generator),
         timesteps=1000 * torch.sigmoid(objective.logit_mean + objective.logit_std * levels),
-        labels=labels.repeat(draws),
+        conditions=labels.repeat(draws),
     )
 
 
@@ -191,13 +192,14 @@ def mean_flops(config: TrainConfig, items: LabelledPictures) -> float:
 
 
 @torch.no_grad()
-def loss_of(task: Trainee, config: TrainConfig, weights: dict[str, Tensor], batch: Batch) -> float:
+def loss_of(task: TrainingTask, config: TrainConfig, weights: dict[str, Tensor], batch: Batch) -> float:
     task.model.load_state_dict(weights, strict=False)  # tables of positions are no weights
     task.model.eval()
+    labels: Any = batch.conditions
     losses = [
         training_loss(lambda noisy, t, part=part: task.predict(task.model, noisy, t, part[3]), config.objective,
                       *part[:3]).loss
-        for part in zip(*(each.split(64) for each in (batch.x_start, batch.noise, batch.timesteps, batch.labels)),
+        for part in zip(*(each.split(64) for each in (batch.x_start, batch.noise, batch.timesteps, labels)),
                         strict=True)
     ]  # fmt: skip
     return torch.cat(losses).mean().item()

@@ -41,7 +41,8 @@ from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.plots import COLORS, GREY, Tradeoffs, draw, interactive, save_png
 from skipdit.runs import Counts, Sampled
-from skipdit.samplers import ClassToImageSampler, Sampler
+from skipdit.tasks import TASKS
+from skipdit.tasks.task import Sampler
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3}
@@ -253,7 +254,7 @@ def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
     made: list[Rival] = []
 
     def rivals(source: Source) -> Sequence[Rival]:
-        other = ClassToImageSampler(copy.deepcopy(source.sampler.pipeline))
+        other = Sampler(source.sampler.task, copy.deepcopy(source.sampler.pipeline))
         with torch.no_grad():
             other.pipeline.transformer.blocks[2].attn.proj.weight.mul_(1.01)
         made.extend(
@@ -333,11 +334,6 @@ def test_batches_take_labels_in_turn_and_a_seed_each(folder: Path, sampler: Samp
     assert [batch.seeds for batch in batches] == [[3, 4], [5, 6], [7]]
 
 
-@dataclass(frozen=True)
-class TextSampler(Sampler):
-    task = "text-to-image"
-
-
 def test_flops_of_other_decisions() -> None:
     cost = Cost(flops=520, steps=(4, 6), slopes=(100.0, 20.0), tells_reuse=True)
     assert cost.at(4, 6) == 520
@@ -370,7 +366,7 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     for _ in range(2):
         tally.add(Sampled(pictures, 1.0, 10), Sampled(pictures, 2.0, 10), None, ALWAYS)
     tally.values[0]["psnr"] = torch.tensor([40.0, math.inf])
-    text = TextSampler(None)
+    text = Sampler(TASKS["text-to-image"], None)
     plan = bench.Plan("m", "s", "others", text, 10, cache=SpecCache("m", "s", False, Source(text)))
     uncached = Cost(160, (10, 0), (16.0, 0.0), False)
     row = tally.row(plan, uncached, uncached)

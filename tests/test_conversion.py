@@ -43,7 +43,8 @@ from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.recipes import RECIPES
 from skipdit.runs import OwnCache, Sampled
-from skipdit.tasks import ModelConfig, TextToImageModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train
 
 CONFIG = ConversionBenchConfig(num_pictures=10, num_samples=4, num_shown=2, num_inference_steps=6, num_threads=1)
@@ -291,7 +292,7 @@ def test_the_loss_is_that_of_training(bench: Bench) -> None:
     sigma = (batch.timesteps / 1000).view(-1, 1, 1, 1)
     with torch.no_grad():
         noisy = (1 - sigma) * batch.x_start + sigma * batch.noise
-        predicted = task.model(noisy, batch.timesteps, class_labels=batch.labels).sample
+        predicted = task.model(noisy, batch.timesteps, class_labels=batch.conditions).sample
     errors = ((predicted - batch.x_start) / sigma.clamp(min=config.objective.min_sigma)).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(conversion.losses_of(task, config, batch), errors)
     assert bench.models[VANILLA].loss == pytest.approx(errors.mean().item(), rel=1e-5)

@@ -29,7 +29,9 @@ from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
 from skipdit.runs import Sampled
 from skipdit.sample_config import SampleConfig
-from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig
+from skipdit.tasks import TASKS
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.text import find_weights
 from skipdit.videos import UnreadableVideo, read_video, side_by_side
 
@@ -205,7 +207,7 @@ def test_all_bundled_weights_together_are_small() -> None:
 def test_the_other_bundled_models_sample_offline(name: str, tmp_path: Path) -> None:
     from skipdit.loading import BUNDLED
 
-    if BUNDLED[name].task.startswith("text") and find_weights() is None:
+    if TASKS[BUNDLED[name].task].option == "prompt" and find_weights() is None:
         pytest.skip("needs the extra text")
     report = sample_and_compare(
         SampleConfig(
@@ -422,10 +424,10 @@ def test_bad_input_to_text_models_ends_in_one_line(
 ) -> None:
     folder = text_folder(task)
     for options, message in (
-        ([], f"a {task} model needs --prompt"),
+        ([], f"a {task} model needs prompts, got none"),
         (["--labels", "cat"], f"a {task} model takes --prompt, not --labels"),
         (["--prompt", "cat " * 30], "has 32 tokens, at most 24 are allowed"),
-        (["--prompt", "a", "b", "c"], "num_samples must be at least the number of prompts, 3, got 2"),
+        (["--prompt", "a", "b", "c"], "num_samples must be at least the number of --prompt, 3, got 2"),
         (["--prompt", "cat", "--guidance-channels", "3"], "guidance_channels is for class-conditional models, got 3"),
         (["--prompt", "cat", "--vae", "some"], f"--vae is for class-conditional models, got some for a {task} model"),
         (["--prompt", "cat", "--task", "class-to-image"], f"{folder} is a {task} model, not class-to-image"),
@@ -507,7 +509,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--labels", "cta"], "unknown label 'cta'; of the 4 labels, near are: cat"),
         (["--labels", "4"], "label numbers go from 0 to 3, got 4"),
-        (["--labels", "ant", "bee", "cat"], "num_samples must be at least the number of labels, 3, got 2"),
+        (["--labels", "ant", "bee", "cat"], "num_samples must be at least the number of --labels, 3, got 2"),
         (["--cache", "N1"], "would never reuse"),
         (["--cache", "N3-100-50", "--steps", "2"], "would never reuse in 2 steps"),
         (["--cache", "N2", "--steps", "1"], "would never reuse in 1 steps"),

@@ -24,7 +24,7 @@ from skipdit.cache.runtime import parts_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.options import NumInferenceSteps, check_numbers, check_range
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.runs import spread
+from skipdit.tasks.task import spread
 
 
 @dataclass(frozen=True, kw_only=True)

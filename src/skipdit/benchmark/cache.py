@@ -25,7 +25,7 @@ from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.options import NumInferenceSteps, check_range
 from skipdit.plots import check_plots_installed
-from skipdit.runs import Runner, Sampled, before_steps, choose_conditions, scheduled, switched_on
+from skipdit.runs import Runner, Sampled, before_steps, scheduled, switched_on
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
 
@@ -108,9 +108,7 @@ class Batch:
 
 def make_batches(config: CacheBenchConfig, source: Source) -> list[Batch]:
     size, count = config.batch_size, config.num_seeds
-    conditions, _ = choose_conditions(
-        source.sampler, source.showcase, labels=config.labels, prompt=config.prompt, count=count
-    )
+    conditions, _ = source.choose({"labels": config.labels, "prompt": config.prompt}, count)
     seeds = list(range(config.seed, config.seed + count))
     return [Batch(conditions[i : i + size], seeds[i : i + size]) for i in range(0, count, size)]
 

@@ -11,7 +11,7 @@ from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
 from skipdit.loading import Source
 from skipdit.runs import Counts, OwnCache, RunCache, counts_of
-from skipdit.samplers import Sampler
+from skipdit.tasks.task import Sampler
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*(?=[:-]|$)")  # of a spec; a bare N is the paper's cache
 
