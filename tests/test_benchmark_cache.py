@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ SMALL: dict[str, Any] = {
     "num_inference_steps": 6,
     "fewer_steps": (4, 2),
     "num_threads": 1,
+    "rivals": False,
 }
 SPECS = ("N2", "skip-taylor:N3-o1", "N2-k9")
 Report = dict[str, Any]
@@ -82,7 +83,7 @@ def config(folder: Path, **options: Any) -> CacheBenchConfig:
     return CacheBenchConfig(**SMALL | {"model": str(folder), "specs": SPECS} | options)
 
 
-def rows_of(config: CacheBenchConfig, rivals: bench.Rivals = bench.no_rivals) -> list[Row]:
+def rows_of(config: CacheBenchConfig, rivals: Callable[[Source], Sequence[Any]] = lambda source: ()) -> list[Row]:
     source = load_source(config.model, device="cpu")
     plans = bench.make_plans(config, source, rivals(source))
     return bench.measure(config, *plans, bench.make_batches(config, source))
@@ -494,7 +495,8 @@ def test_report_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_seeds", 0), ("batch_size", 0), ("num_inference_steps", 1), ("num_inference_steps", 1001),
-     ("specs", ("N2", "N2")), ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)), ("device", "tpu"), ("num_threads", 0)],
+     ("specs", ("N2", "N2")),
+     ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)), ("device", "tpu"), ("num_threads", 0)],
 )  # fmt: skip
 def test_a_bad_value_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as raised:

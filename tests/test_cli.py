@@ -21,13 +21,10 @@ from tiny import listing, tiny_dit, tiny_latte
 
 from skipdit import terminal
 from skipdit.analysis.measure import AnalyzeConfig
-from skipdit.benchmark import (
-    CacheBenchConfig,
-    CompileBenchConfig,
-    ConversionBenchConfig,
-    ModelBenchConfig,
-    VideoBenchConfig,
-)
+from skipdit.benchmark.cache import CacheBenchConfig
+from skipdit.benchmark.conversion import ConversionBenchConfig
+from skipdit.benchmark.models import ModelBenchConfig
+from skipdit.benchmark.video_models import VideoBenchConfig
 from skipdit.calibration.calibrate import CalibrateConfig
 from skipdit.cli import COMMANDS, main
 from skipdit.compare import SampleConfig, sample_and_compare
@@ -282,7 +279,7 @@ def test_a_broken_schedule_is_never_the_best(model: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "config",
-    [SampleConfig, CalibrateConfig, AnalyzeConfig, CacheBenchConfig, ConversionBenchConfig, CompileBenchConfig],
+    [SampleConfig, CalibrateConfig, AnalyzeConfig, CacheBenchConfig, ConversionBenchConfig],
 )
 def test_options_that_are_not_finite_are_refused(config: type, value: float) -> None:
     with pytest.raises(ValueError, match=f"guidance_scale must be finite, got {value}"):
@@ -345,7 +342,7 @@ def test_a_model_too_small_for_ssim_is_refused_at_the_start(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = save(tmp_path / "small", sample_size=8)
-    for command in (["sample", "--model"], ["bench", "cache", "--no-perceptual", "--num-steps", "4", "--model"]):
+    for command in (["sample", "--model"], ["bench", "cache", "--no-perceptual", "--steps", "4", "--model"]):
         extra = QUICK if command[0] == "sample" else ("--fewer-steps", "2")
         line = fails(capsys, *command, small, *extra, "--out", out)
         assert "SSIM needs pictures of at least 11 pixels, got 8" in line

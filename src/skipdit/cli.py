@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -241,92 +240,39 @@ def convert(arguments: Sequence[str]) -> None:
 
 
 def bench(arguments: Sequence[str]) -> None:
-    """Measure what full and reuse steps cost, as ratios to the full step and to what the FLOPs allow; or what a trained
-    model loses and gains when it is converted in two stages; what caches do to a model's pictures and save; and what
-    torch.compile makes of them; what they save on a GPU, of what they could; and how many pictures a second the
-    training loop makes, beside a plain one.
+    """Measure what caches, conversions and trainings cost and bring, beside a baseline of the same run.
 
     Example: skipdit bench models --presets DiT-S/2 --out benchmarks
-    Example: skipdit bench video --presets Latte-S/2 --out benchmarks
-    Example: skipdit bench conversion --out benchmarks
     Example: skipdit bench cache --model emoji --out benchmarks
-    Example: skipdit bench compile --out benchmarks
-    Example: skipdit bench gpu --out benchmarks
-    Example: skipdit bench train --workloads emoji --out benchmarks
     """
     import tyro
 
-    from skipdit.benchmark import (
-        CacheBenchConfig,
-        CompileBenchConfig,
-        ConversionBenchConfig,
-        GpuBenchConfig,
-        ModelBenchConfig,
-        TrainBenchConfig,
-        VideoBenchConfig,
-        bench_caches,
-        bench_compile,
-        bench_conversion,
-        bench_gpu,
-        bench_models,
-        bench_training,
-        bench_videos,
-    )
-    from skipdit.benchmark.cache_methods import no_rivals
-    from skipdit.benchmark.conversion import STARTS
-    from skipdit.benchmark.rivals import load_rivals
+    from skipdit.benches import BENCHES
     from skipdit.files import output_folder
-    from skipdit.recipes import RECIPES
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<12}{(make.__doc__ or '').splitlines()[0]}" for name, make in BENCHES.items())
+        print(f"usage: skipdit bench {{{','.join(BENCHES)}}} [OPTIONS]\n\n{bench.__doc__}\n{listing}")
+        return
+    if not arguments or arguments[0] not in BENCHES:
+        *names, last = BENCHES
+        told = arguments[0] if arguments else "none"
+        raise ValueError(f"the benchmark must be {', '.join(names)} or {last}, got {told!r}")
+    name, *rest = arguments
+    config, run = BENCHES[name]()
 
     @dataclass(frozen=True, kw_only=True)
     class Output:
         out: Path = Path("benchmarks")
-        """Folder of the .md, .json and .png."""
+        """folder of the .md, .json and .png"""
         overwrite: bool = False
-        """Replace files there also where an earlier run did not write them, each of which is named."""
+        """replace files there also where an earlier run did not write them, each of which is named"""
 
-    @dataclass(frozen=True, kw_only=True)
-    class ConversionOutput(Output):
-        runs: Path = Path("runs")
-        """Folder of the four trainings (recipes convert-*), which go on where they are not finished."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class CacheOutput(Output):
-        rivals: bool = True
-        """Whether caches of diffusers and cache-dit run too, where they can."""
-
-    benches: dict[str, tuple[Any, Callable[..., Any], type[Output]]] = {
-        "models": (ModelBenchConfig(), bench_models, Output),
-        "video": (VideoBenchConfig(), bench_videos, Output),
-        "conversion": (ConversionBenchConfig(), bench_conversion, ConversionOutput),
-        "cache": (CacheBenchConfig(), bench_caches, CacheOutput),
-        "compile": (CompileBenchConfig(), bench_compile, Output),
-        "gpu": (GpuBenchConfig(), bench_gpu, Output),
-        "train": (TrainBenchConfig(), bench_training, Output),
-    }
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: skipdit bench {{{','.join(benches)}}} [OPTIONS]\n\n{bench.__doc__}")
-        return
-    if not arguments or arguments[0] not in benches:
-        *names, last = benches
-        told = arguments[0] if arguments else "none"
-        raise ValueError(f"the benchmark must be {', '.join(names)} or {last}, got {told!r}")
-    name, *rest = arguments
-    config, run, output = benches[name]
-    field = ("config", Annotated[type(config), tyro.conf.arg(name="")])
-    kind: Any = make_dataclass("Options", [field], bases=(output,), frozen=True, kw_only=True)
-    options = _parse(f"bench {name}", bench.__doc__, rest, kind, kind(config=config))
-    run = partial(run, options.config)
-    if name == "conversion":
-        run = partial(run, {stage: RECIPES[stage]() for stage in STARTS}, options.runs)
-    elif name == "train":
-        run = partial(run, RECIPES["emoji"]())
-    elif name == "cache":
-        steps = options.config.num_inference_steps
-        rivals = partial(load_rivals().rivals_of, num_inference_steps=steps) if options.rivals else no_rivals
-        run = partial(run, rivals=rivals)
+    field = ("config", Annotated[config, tyro.conf.arg(name="")])
+    kind: Any = make_dataclass("Options", [field], bases=(Output,), frozen=True, kw_only=True)
+    options = _parse(f"bench {name}", bench.__doc__, rest, kind, kind(config=config()))
     with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
-        run(out)
+        run(options.config, out)
     print(f"written: {options.out}")
 
 
