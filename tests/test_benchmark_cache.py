@@ -495,8 +495,8 @@ def test_report_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_seeds", 0), ("batch_size", 0), ("num_inference_steps", 1), ("num_inference_steps", 1001),
-     ("specs", ("N2", "N2")),
-     ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)), ("device", "tpu"), ("num_threads", 0)],
+     ("specs", ("N2", "N2")), ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)),
+     ("device", "tpu"), ("num_threads", 0)],
 )  # fmt: skip
 def test_a_bad_value_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as raised:

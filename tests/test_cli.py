@@ -27,11 +27,12 @@ from skipdit.benchmark.models import ModelBenchConfig
 from skipdit.benchmark.video_models import VideoBenchConfig
 from skipdit.calibration.calibrate import CalibrateConfig
 from skipdit.cli import COMMANDS, main
-from skipdit.compare import SampleConfig, sample_and_compare
+from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import DRAFT, MARKER
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.processes import LOCK, locked
+from skipdit.sample_config import SampleConfig
 
 FLOW = Objective(process="flow", prediction_type="sample")
 PIXELS = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_classes": 4}

@@ -436,5 +436,6 @@ def test_the_command_line_measures_the_recipes(
     with pytest.raises(SystemExit):
         cli.main(["bench", "conversions"])
     assert (
-        "must be models, video, conversion, cache, compile, gpu or train, got 'conversions'" in capsys.readouterr().err
+        "must be one of models, video, conversion, cache, compile, gpu, train, got 'conversions'; did you mean"
+        in capsys.readouterr().err
     )

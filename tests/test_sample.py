@@ -21,13 +21,14 @@ import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
 from skipdit.clips import ClipConfig, LabelledClips
-from skipdit.compare import Row, SampleConfig, load, sample_and_compare
+from skipdit.compare import Row, load, sample_and_compare
 from skipdit.data import LabelledPictures
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
 from skipdit.runs import Sampled
+from skipdit.sample_config import SampleConfig
 from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig
 from skipdit.text import find_weights
 from skipdit.videos import UnreadableVideo, read_video, side_by_side
@@ -541,7 +542,7 @@ def test_unknown_words_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert RECIPES.keys() >= {"emoji", "emoji-clips", "emoji-text", "emoji-text-clips", "stability", "stability-plain"}
     assert f"the recipe must be one of {', '.join(RECIPES)}, got 'emojis'" in fails(capsys, "train", "emojis")
     assert "no model at nowhere" in fails(capsys, "sample", "--model", "nowhere")
-    assert "the benchmark must be models" in fails(capsys, "bench", "all")
+    assert "the benchmark must be one of models" in fails(capsys, "bench", "all")
     assert "got ('DiT-M/2',)" in fails(capsys, "bench", "models", "--presets", "DiT-M/2", "--out", str(tmp_path))
     assert "/dev/null/x" in fails(capsys, "bench", "models", "--out", "/dev/null/x")
     assert "device 'abacus'" in fails(capsys, "train", "emoji", "--device", "abacus", "--out", str(tmp_path))

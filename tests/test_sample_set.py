@@ -24,12 +24,13 @@ from training_runs import wait_for
 
 import skipdit.sample_set
 from skipdit.cli import main
-from skipdit.compare import SampleConfig, load, sample_and_compare
+from skipdit.compare import load, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.process_group import process_group
 from skipdit.processes import locked
 from skipdit.sample_blocks import seed_of
+from skipdit.sample_config import SampleConfig
 from skipdit.sample_set import SetReport, sample_set, write_npz
 from skipdit.text import find_weights
 

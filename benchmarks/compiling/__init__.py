@@ -23,8 +23,8 @@ from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_option, check_range
-from skipdit.runs import NumInferenceSteps, OwnCache, RunCache, Runner, switched_on
+from skipdit.options import NumInferenceSteps, check_option, check_range
+from skipdit.runs import OwnCache, RunCache, Runner, switched_on
 
 from .report import COMPILE, GraphRow, Timing, report_of
 from .single_steps import time_steps

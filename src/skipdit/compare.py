@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +16,13 @@ from torch import Tensor
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.environment import machine, peak_memory_bytes, versions
 from skipdit.files import OutputFolder, output_folder, to_json
-from skipdit.loading import BUNDLED, DTypeName, ObjectiveName, Source, TaskName, load_source
+from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size
 from skipdit.metrics.table import score_pictures
 from skipdit.models.costs import count_flops
-from skipdit.models.shallow_path import Guidance
-from skipdit.options import check_numbers, check_option, check_range
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.report import record
 from skipdit.runs import (
-    NumInferenceSteps,
     OwnCache,
     Runner,
     Sampled,
@@ -33,106 +30,13 @@ from skipdit.runs import (
     choose_conditions,
     guidance_options,
 )
+from skipdit.sample_config import SampleConfig
 from skipdit.text import check_text_installed
 from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures per row of comparison.png
 NUM_SAMPLES = {"class-to-image": 16, "class-to-video": 4, "text-to-image": 16, "text-to-video": 4}
-MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames per second, and pixels per side of a pixel
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """What `skipdit sample` does."""
-
-    task: TaskName | None = None
-    """class-to-image, class-to-video, text-to-image or text-to-video; by default that of the model"""
-    model: str | None = None
-    """a bundled model (emoji, emoji-clips, emoji-text, emoji-text-clips), the folder of a pipeline or of a run of
-    skipdit train, or a checkpoint, official or own; by default the bundled model of the task"""
-    labels: tuple[str, ...] = ()
-    """class names or numbers, repeated in turn; by default some that the bundled model draws well, else spread over all
-    classes"""
-    prompt: tuple[str, ...] = ()
-    """texts, repeated in turn, for the text tasks"""
-    num_samples: int | None = None
-    """pictures or clips; by default 16 pictures or 4 clips"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of the full and of the cached run"""
-    guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
-    guidance_channels: int | None = None
-    """guide only the first few channels; the official DiT sampler guides 3 of its 4"""
-    guidance: Guidance = "full"
-    """full, or shallow: the first and the last units alone make the unconditional prediction, for models trained with
-    routing.deep_drop; it gets a run of its own, and the cached run has it too"""
-    guidance_shallow_units: int | None = None
-    """units at each end that make the prediction of shallow guidance; by default as in training"""
-    fewer_steps: int | None = None
-    """denoising steps of the rival without a cache; by default as many as fit into the cached run's wall time"""
-    cache: str = "auto"
-    """auto, a spec such as N3 or skip-taylor:N3-o1, the path of a schedule.json, calibrated or calibrated:2x (a
-    schedule that came with the model), or none"""
-    scheduler: str | None = None
-    """euler or dpm for a flow model, ddim, dpm or ddpm for the others; by default the model's own"""
-    vae: Path | None = None
-    """folder of an AutoencoderKL, or of a pipeline with one, for models of latents"""
-    num_attention_heads: int | None = None
-    """of a file of weights, which does not tell it"""
-    num_classes: int | None = None
-    """of a file of weights, where it does not tell it"""
-    objective: ObjectiveName | None = None
-    """what the model in a file of weights predicts: epsilon, v_prediction, flow (noise - data), sit (as SiT) or repa
-    (as REPA)"""
-    drop: tuple[str, ...] = ()
-    """roots of keys to leave out of a file of weights, such as projectors of REPA"""
-    dtype: DTypeName = "float32"
-    """of weights and activations"""
-    device: str = "auto"
-    """cpu, cuda or auto"""
-    compile: bool = False
-    """compile the model, one whole graph per kind of step"""
-    seed: int = 0
-    """the same seed gives the same pictures"""
-    npz: bool = False
-    """make a set of num_samples for evaluation, with this cache and guidance only, instead of a comparison; alone or by
-    torchrun: samples.npz in the format of ADM's evaluation, of all classes in turn where no labels are given"""
-    png: bool = False
-    """the same as a folder of PNG files; both may be asked for"""
-    batch_size: int | None = None
-    """of a set; by default 50 pictures or 4 clips"""
-    random_labels: bool = False
-    """of a set: draw each label or prompt from (seed, index) instead of taking them in turn"""
-    out: Path = Path("out/sample")
-    """folder of the results"""
-    overwrite: bool = False
-    """replace files in --out also where an earlier run did not write them, each of which is named"""
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_range(self, "num_samples", "fewer_steps", "batch_size")
-        check_range(self, "num_inference_steps", most=1000)
-        for name, allowed in (("dtype", DTypeName), ("task", TaskName), ("guidance", Guidance)):
-            check_option(self, name, get_args(allowed))
-        if self.fewer_steps is not None and self.cache == "none" and self.guidance == "full":
-            raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
-        if self.guidance == "full" and self.guidance_shallow_units is not None:
-            raise ValueError(f"guidance_shallow_units is for guidance 'shallow', got {self.guidance_shallow_units}")
-        if self.makes_set and self.num_samples is None:
-            raise ValueError("npz and png are for a set of samples: give num_samples")
-        if self.makes_set and self.fewer_steps is not None:
-            raise ValueError(f"fewer_steps is for a comparison, not with npz or png, got {self.fewer_steps}")
-        if self.png and (self.num_samples or 0) > MAX_FILES:
-            raise ValueError(f"png is for at most {MAX_FILES} samples in one folder, got {self.num_samples}: use npz")
-        for name in ("batch_size", "random_labels"):
-            if not self.makes_set and (value := getattr(self, name)):
-                raise ValueError(f"{name} is for a set of samples, got {value} without npz or png")
-
-    @property
-    def makes_set(self) -> bool:
-        """Whether many samples of one setting are asked for, not a comparison."""
-        return self.npz or self.png
 
 
 @dataclass(frozen=True, kw_only=True)

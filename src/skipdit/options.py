@@ -1,11 +1,27 @@
-"""Checks of what a person asks for, so that every config names a bad value in the same words."""
+"""The names that options take, and checks that name a bad value in the same words; nothing heavy is imported."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
+
+TaskName = Literal["class-to-image", "class-to-video", "text-to-image", "text-to-video"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
+Guidance = Literal["full", "shallow"]
+Fusion = Literal["replace", "residual"]
+NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
 
 MAX_SEED = 2**63 - 1
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """Return `; did you mean ...?` with the allowed name nearest to this one, or nothing where none is near."""
+    near = difflib.get_close_matches(name[:100].lower(), list(allowed), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_numbers(config: Any) -> None:

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-import tyro
 from torch import Tensor
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -21,7 +20,6 @@ from skipdit.models.shallow_path import Guidance
 from skipdit.samplers import Sampler
 
 Condition = int | str | None  # a class number, a prompt, or neither, of a model without classes
-NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is sampled

@@ -19,11 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from skipdit.cache.methods import CacheMethod
-from skipdit.compare import CLIP_FPS, SampleConfig
+from skipdit.compare import CLIP_FPS
 from skipdit.files import atomic_folder, check_whole, to_json
 from skipdit.loading import Source
 from skipdit.models.costs import count_flops
 from skipdit.runs import Counts, Runner, choose_conditions, counts_of, guidance_options
+from skipdit.sample_config import SampleConfig
 from skipdit.untrusted import printable, read_json
 
 KIND = "samples"

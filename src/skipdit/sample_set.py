@@ -30,7 +30,7 @@ from rich.progress import (
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
-from skipdit.compare import SampleConfig, load, runner_of
+from skipdit.compare import load, runner_of
 from skipdit.environment import machine, peak_memory_bytes, resolve_device
 from skipdit.environment import versions as versions_here
 from skipdit.files import (
@@ -59,6 +59,7 @@ from skipdit.sample_blocks import (
     seed_of,
     settings_of,
 )
+from skipdit.sample_config import SampleConfig
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import parts_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.models.dit import DiT
-from skipdit.options import check_numbers, check_range
+from skipdit.options import NumInferenceSteps, check_numbers, check_range
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.runs import NumInferenceSteps, spread
+from skipdit.runs import spread
 
 
 @dataclass(frozen=True, kw_only=True)

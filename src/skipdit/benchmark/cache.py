@@ -24,9 +24,9 @@ from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS
-from skipdit.options import check_range
+from skipdit.options import NumInferenceSteps, check_range
 from skipdit.plots import check_plots_installed
-from skipdit.runs import NumInferenceSteps, Runner, Sampled, before_steps, choose_conditions, scheduled, switched_on
+from skipdit.runs import Runner, Sampled, before_steps, choose_conditions, scheduled, switched_on
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
 

@@ -20,10 +20,10 @@ from skipdit.files import OutputFolder
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_range
+from skipdit.options import NumInferenceSteps, check_choice, check_range
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.report import Report, record, table
-from skipdit.runs import NumInferenceSteps, OwnCache, Runner, Sampled, spread
+from skipdit.runs import OwnCache, Runner, Sampled, spread
 from skipdit.tasks import Items, ModelConfig, Trainee, make_task_scheduler, open_items
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 

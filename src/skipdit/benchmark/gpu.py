@@ -28,10 +28,9 @@ from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_option, check_range
+from skipdit.options import NumInferenceSteps, check_choice, check_option, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.report import Report, judge, record, table
-from skipdit.runs import NumInferenceSteps
 
 Mode = Literal["eager", "reduce-overhead", "default"]
 

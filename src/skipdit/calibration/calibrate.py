@@ -24,10 +24,10 @@ from skipdit.files import OutputFolder
 from skipdit.loading import Source
 from skipdit.metrics.paired import PairedScore
 from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
-from skipdit.options import check_numbers, check_option, check_range
+from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range
 from skipdit.plots import Tradeoffs, check_plots_installed, save_png
 from skipdit.report import Report, record, table
-from skipdit.runs import NumInferenceSteps, OwnCache, Runner, choose_conditions
+from skipdit.runs import OwnCache, Runner, choose_conditions
 
 COHERENCES = (0.0, 1.0)
 WITH_SITE = tuple(name for name, row in METHODS.items() if row.site is not None)

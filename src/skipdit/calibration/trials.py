@@ -38,13 +38,13 @@ class Trials:
     """What is tried at each step."""
 
     orders: tuple[int, ...] = (1, 2)
-    """of Taylor predictions"""
+    """orders of the Taylor predictions"""
     max_age: int = 9
-    """steps since the last full one, at most"""
+    """steps that a prediction may be old, at most"""
     max_spacing: int = 5
-    """steps between the last two full ones, at most"""
+    """steps between the full ones that it is drawn from, at most"""
     num_probed: int = 12
-    """steps whose sensitivity is measured, spread over the run and denser at both ends"""
+    """steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
 
     def __post_init__(self) -> None:
         for name in ("max_age", "max_spacing", "num_probed"):

@@ -1,0 +1,41 @@
+"""`skipdit bench`: what steps, caches, conversion, compilation and training cost and give."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from skipdit.benches import BENCHES
+from skipdit.command_options import OutputOptions, choose, parse
+from skipdit.files import output_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOutput(OutputOptions):
+    """Where the tables go."""
+
+    out: Path = Path("benchmarks")
+    """folder of the .md, .json and .png"""
+
+
+def bench(arguments: Sequence[str]) -> None:
+    """Measure what steps, caches, conversion, compilation and training cost, each beside its baseline.
+
+    Example: skipdit bench models --presets DiT-S/2 --out benchmarks
+    Example: skipdit bench cache --model emoji --out benchmarks
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<12}{(make.__doc__ or '').splitlines()[0]}" for name, make in BENCHES.items())
+        print(f"usage: skipdit bench {{{','.join(BENCHES)}}} [OPTIONS]\n\n{bench.__doc__}\n{listing}")
+        return
+    name, *rest = arguments or ("none",)
+    choose("the benchmark", name, BENCHES)
+    config, run = BENCHES[name]()
+    field = ("config", Annotated[config, tyro.conf.arg(name="")])
+    kind: Any = make_dataclass("Options", [field], bases=(BenchOutput,), frozen=True, kw_only=True)
+    options = parse(f"bench {name}", bench.__doc__, rest, kind, kind(config=config()))
+    with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
+        run(options.config, out)
+    print(f"written: {options.out}")
