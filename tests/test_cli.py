@@ -30,6 +30,7 @@ from skipdit.cli import COMMANDS, main
 from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import DRAFT, MARKER
+from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.processes import LOCK, locked
 from skipdit.sample_config import SampleConfig
@@ -495,3 +496,31 @@ def test_sampling_is_not_slowed_by_a_clock_that_stands_still(
     monkeypatch.setattr("skipdit.runs.time.perf_counter", lambda: 1.0)
     config = SampleConfig(model=str(model), num_inference_steps=4, num_samples=1, cache="N2", device="cpu", out=out)
     assert sample_and_compare(config).rows[1].speedup == 1
+
+
+def test_converting_replaces_no_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_dit().save_pretrained(tmp_path / "ours")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for target in (tmp_path / "mine", Path.cwd()):
+        line = fails(capsys, "convert", str(tmp_path / "ours"), "--to", "skipdit", "--out", str(target))
+        assert "give a new" in line
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_dit()
+    model.save_pretrained(tmp_path / "ours")
+    official, back = tmp_path / "official.safetensors", tmp_path / "back"
+    main(["convert", str(tmp_path / "ours"), "--to", "official", "--out", str(official)])
+    main(["convert", str(official), "--to", "skipdit", "--num-attention-heads", "2", "--out", str(back)])
+    loaded = DiT.from_pretrained(back)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    line = fails(capsys, "convert", str(back), "--to", "diffusers", "--out", str(tmp_path / "diffusers"))
+    assert "long_skip" in line
+    official.write_bytes(official.read_bytes()[:200])
+    assert "official.safetensors" in fails(
+        capsys, "convert", str(official), "--to", "skipdit", "--out", str(back / "x")
+    )
+    assert not (back / "x").exists()
