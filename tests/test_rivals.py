@@ -14,8 +14,7 @@ from tiny import TINY_FAMILIES, tiny_dit, tiny_latte, tiny_pipeline
 from torch import Tensor
 
 from skipdit import cli
-from skipdit.benchmark import compiling
-from skipdit.benchmark.rivals import FOLDER, load_rivals
+from skipdit.benchmark.checkout import FOLDER, load_from_checkout
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source
 from skipdit.models.long_skip import LongSkipConfig
@@ -25,9 +24,10 @@ from skipdit.runs import Counts
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler
 
-if not FOLDER.is_dir():
+if not (FOLDER / "rivals").is_dir():
     pytest.skip("needs a checkout with benchmarks/rivals", allow_module_level=True)
-load_rivals()
+load_from_checkout("rivals")
+compiling = load_from_checkout("compiling")
 
 from skipdit_rivals import COMPILED, RIVALS, VIDEO_RIVALS, rivals_of  # noqa: E402
 from skipdit_rivals.model import as_diffusers  # noqa: E402
@@ -206,13 +206,14 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
 def test_an_installation_without_them_says_how_to_get_them(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("skipdit.benchmark.rivals.FOLDER", tmp_path / "nowhere")
-    monkeypatch.delitem(sys.modules, "skipdit_rivals")
+    monkeypatch.setattr("skipdit.benchmark.checkout.FOLDER", tmp_path / "nowhere")
+    for name in ("skipdit_rivals", "skipdit_compiling"):
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit):
         cli.main(["bench", command, "--out", str(tmp_path / "out")])
     (line,) = capsys.readouterr().err.splitlines()
     assert "install a checkout (pip install -e " in line
-    assert "--no-rivals" in line
+    assert ("--no-rivals" in line) == (command == "cache")
 
 
 def test_the_benchmark_runs_a_rival(ours: ClassToImagePipeline) -> None:

@@ -24,7 +24,6 @@ from skipdit.clips import ClipConfig, LabelledClips
 from skipdit.compare import Row, load, sample_and_compare
 from skipdit.data import LabelledPictures
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
 from skipdit.runs import Sampled
@@ -591,34 +590,6 @@ def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"skipdit sample --model {out}" in capsys.readouterr().out.replace("\n", "")
     main(["info", str(out / "pipeline")])
     assert "long skips: 0 -> 1 (replace)" in capsys.readouterr().out
-
-
-def test_converting_replaces_no_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_dit().save_pretrained(tmp_path / "ours")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    for target in (tmp_path / "mine", Path.cwd()):
-        line = fails(capsys, "convert", str(tmp_path / "ours"), "--to", "skipdit", "--out", str(target))
-        assert "give a new" in line
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
-
-
-def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_dit()
-    model.save_pretrained(tmp_path / "ours")
-    official, back = tmp_path / "official.safetensors", tmp_path / "back"
-    main(["convert", str(tmp_path / "ours"), "--to", "official", "--out", str(official)])
-    main(["convert", str(official), "--to", "skipdit", "--num-attention-heads", "2", "--out", str(back)])
-    loaded = DiT.from_pretrained(back)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    line = fails(capsys, "convert", str(back), "--to", "diffusers", "--out", str(tmp_path / "diffusers"))
-    assert "long_skip" in line
-    official.write_bytes(official.read_bytes()[:200])
-    assert "official.safetensors" in fails(
-        capsys, "convert", str(official), "--to", "skipdit", "--out", str(back / "x")
-    )
-    assert not (back / "x").exists()
 
 
 def test_the_command_is_light_until_it_has_work() -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -174,10 +174,6 @@ class Runner:
             return pipeline(list(conditions), output_type="latent", **options).images
 
         return cls(pipeline=pipeline, sample=sample, conditions=conditions, **settings)
-
-    def but(self, **changes: Any) -> "Runner":
-        """Return the same with other fields."""
-        return replace(self, **changes)
 
     def __call__(
         self,

@@ -65,6 +65,8 @@ class ConversionBenchConfig(BenchConfig):
     """strength of classifier-free guidance; none at 1"""
     intervals: tuple[int, ...] = (2, 3)
     """of the caches"""
+    runs: Path = Path("runs")
+    """folder of the four trainings (recipes convert-*), which go on where they are not finished"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -304,10 +306,10 @@ def all_run_rows(
 
 
 def bench_conversion(
-    config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], runs: Path, out: OutputFolder
+    config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], out: OutputFolder
 ) -> tuple[list[ModelRow], list[RunRow]]:
-    """Train what is missing of the four runs in `runs`, measure their models, and write `conversion_{device}.json`,
-    `.md` and `conversion.png` into `out`.
+    """Train what is missing of the four runs in `config.runs`, measure their models, and write
+    `conversion_{device}.json`, `.md` and `conversion.png` into `out`.
 
     stages: how each of the four runs is trained, by name. `ValueError` where they are not class-to-image runs that add
     long skips in stage one, the data has fewer pictures than are asked for, or a run in `runs` has other settings.
@@ -319,7 +321,7 @@ def bench_conversion(
         check_ssim_size(items.size)
         if config.num_pictures > len(items):
             raise ValueError(f"num_pictures must be at most {len(items)}, got {config.num_pictures}")
-        models = build_models(stages, items, train_runs(stages, runs, config.device), config.device)
+        models = build_models(stages, items, train_runs(stages, config.runs, config.device), config.device)
         losses = model_rows(models, stages, config)
         rows, full_runs = all_run_rows(models, stages[PLAIN], config)
     captions = models[VANILLA].showcase(config.num_samples)[1]
