@@ -34,7 +34,7 @@ from skipdit.benchmark.measure import (
     write_report,
 )
 from skipdit.benchmark.models import check_compiler
-from skipdit.data import ShuffledForever
+from skipdit.data import Draws, ShuffledForever
 from skipdit.diffusion import Objective
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
@@ -145,7 +145,7 @@ class RandomLatents:
     def stored(self, index: int) -> tuple[Tensor, int]:
         return self.latents[index], self.labels[index]
 
-    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
         return stored
 
 
