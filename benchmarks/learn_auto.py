@@ -9,16 +9,16 @@ speedups.
 
 import argparse
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from skipdit.cache import schedule as schedules
 from skipdit.cache.schedule import AutoSchedule, resolve
 from skipdit.cache.site import DeepFeatures
-from skipdit.calibration.calibrate import CalibrateConfig, Sampling, progress
+from skipdit.calibration.calibrate import CalibrateConfig, make_runner, progress
 from skipdit.calibration.plan import choose, plan, predict_error
 from skipdit.calibration.trials import Measured, Trials, measure
-from skipdit.compare import SampleConfig, choose_wanted
 from skipdit.loading import load_source
 
 SPEEDUPS = (1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.8, 3.0)
@@ -66,12 +66,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4000)
     arguments = parser.parse_args()
     source, config = load_source(arguments.model), CalibrateConfig()
-    wanted, _ = choose_wanted(source, SampleConfig(num_samples=config.num_samples))
-    source.sampler.pipeline.set_progress_bar_config(disable=True)
-    trials = Trials(orders=(ORDER,), max_age=9, max_spacing=9)
-    with progress("measuring", config.steps + trials.num_probed * 2 + 1) as advance:
-        sampling = Sampling(source, config, wanted, advance)
-        measured = measure(source.sampler.pipeline, sampling, DeepFeatures(), trials, advance=advance)
+    run, trials = make_runner(source, config), Trials(orders=(ORDER,), max_age=9, max_spacing=9)
+    with progress("measuring", config.num_inference_steps + trials.num_probed * 2 + 1) as advance:
+        run = replace(run, advance=advance)
+        measured = measure(run.pipeline, lambda: run().samples, DeepFeatures(), trials, advance=advance)
     densities, lost = learn(measured, arguments.trials, config.seed)
     print("AUTO_TIMESTEPS =", schedules.AUTO_TIMESTEPS)
     print("AUTO_DENSITY =", tuple(round(float(each), 2) for each in np.exp(densities)))

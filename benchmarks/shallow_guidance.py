@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from skipdit.cache.enable import cached
-from skipdit.compare import machine, versions
 from skipdit.data import DataConfig, LabelledPictures, open_pictures
+from skipdit.environment import machine, versions
 from skipdit.loading import load_source
 from skipdit.metrics.paired import PairedScore, psnr_db
 from skipdit.metrics.perceptual import load_feature_network

@@ -47,7 +47,7 @@ from skipdit.spectral import jacobian_norms
 SETTINGS = RunSettings(labels=(1, 7), num_inference_steps=8)
 CONFIG = AnalyzeConfig(
     num_pictures=2,
-    steps=6,
+    num_inference_steps=6,
     jacobian_timesteps=2,
     growth_timesteps=2,
     surface_size=3,
@@ -459,8 +459,8 @@ def test_the_same_seed_measures_the_same_and_the_pipeline_stays() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 2}, "steps must be at least 3, got 2"),
-        ({"steps": 1001}, "at most 1000"),
+        ({"num_inference_steps": 2}, "steps must be at least 3, got 2"),
+        ({"num_inference_steps": 1001}, "at most 1000"),
         ({"surface_size": 4}, "odd"),
         ({"weight_radius": 0.0}, "weight_radius must be above 0"),
         ({"surface_timesteps": ()}, "surface_timesteps"),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from skipdit.benchmark import cache as bench
 from skipdit.benchmark.cache import CacheBenchConfig, Cost, Tally, bench_caches, report_name
-from skipdit.benchmark.cache_methods import METHODS, Counts, SpecCache, method_of, schedules_in, spec_cache
+from skipdit.benchmark.cache_methods import METHODS, SpecCache, method_of, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import (
     AXES,
     TARGET_DB,
@@ -37,13 +37,21 @@ from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore
+from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.plots import COLORS, GREY, Tradeoffs, draw, interactive, save_png
+from skipdit.runs import Counts, Sampled
 from skipdit.samplers import ClassToImageSampler, Sampler
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3}
-SMALL: dict[str, Any] = {"num_seeds": 3, "batch_size": 2, "num_steps": 6, "fewer_steps": (4, 2), "num_threads": 1}
+SMALL: dict[str, Any] = {
+    "num_seeds": 3,
+    "batch_size": 2,
+    "num_inference_steps": 6,
+    "fewer_steps": (4, 2),
+    "num_threads": 1,
+}
 SPECS = ("N2", "skip-taylor:N3-o1", "N2-k9")
 Report = dict[str, Any]
 
@@ -84,8 +92,8 @@ def rows_of(config: CacheBenchConfig, rivals: bench.Rivals = bench.no_rivals) ->
 def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "check_metrics_installed", lambda: None)
-        patch.setattr(bench, "load_feature_network", Network)
+        patch.setattr(bench, "METRICS", (*ALWAYS, dataclasses.replace(METRICS[-1], check=None)))
+        patch.setattr("skipdit.metrics.table.load_feature_network", Network)
         bench_caches(config(folder), OutputFolder(path, "bench"))
     return path
 
@@ -182,8 +190,8 @@ def test_clips_are_measured_by_frames(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path / "clips")
     rows = rows_of(config(tmp_path / "clips", specs=("N2",), perceptual=False, num_seeds=2, fewer_steps=(3,)))
     assert [row.setting for row in rows] == ["6 steps", "once more", "3 steps", "3 steps", "N2"]
-    assert rows[1].psnr.text() == "equal"
-    assert all(row.psnr.finite_mean and row.perceptual is None for row in rows[2:])
+    assert rows[1].scores["psnr"].text() == "equal"
+    assert all(row.scores["psnr"].finite_mean and "perceptual" not in row.scores for row in rows[2:])
 
 
 def test_a_second_order_sampler_has_no_other(folder: Path, sampler: Sampler) -> None:
@@ -199,7 +207,7 @@ def test_a_schedule_for_other_steps_is_refused_and_a_missing_one_is_an_error(fol
     refused = rows_of(short)[-1]
     assert (refused.method, refused.group) == ("calibrated", "ours")
     assert "4 steps" in str(refused.refused)
-    fitting = rows_of(dataclasses.replace(short, num_steps=4))[-1]
+    fitting = rows_of(dataclasses.replace(short, num_inference_steps=4))[-1]
     assert (fitting.steps_full, fitting.steps_reused, fitting.refused) == (2, 2, None)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         rows_of(dataclasses.replace(short, specs=("nowhere.json",)))
@@ -267,9 +275,9 @@ def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
         ("plain", "at 3"),
     ]
     own, once_more, first, second, third = rows[1:]
-    assert own.psnr.finite_mean is not None  # its pipeline is another
-    assert once_more.psnr.text() == "equal"
-    assert first.psnr.finite_mean is not None
+    assert own.scores["psnr"].finite_mean is not None  # its pipeline is another
+    assert once_more.scores["psnr"].text() == "equal"
+    assert first.scores["psnr"].finite_mean is not None
     assert (first.steps_full, first.steps_reused, first.bytes_held, first.flop_ratio) == (None, None, None, 1)
     assert second.refused == third.refused == "not for this model"
     assert not any(each.is_on for each in made)
@@ -304,35 +312,30 @@ def test_a_failed_run_leaves_the_pipeline_as_it_was(folder: Path, sampler: Sampl
 
 def test_a_sample_depends_on_its_own_seed_alone(folder: Path, sampler: Sampler) -> None:
     plan = bench.Plan("", "", "control", sampler, 3)
-    together = bench.sample(plan, config(folder), bench.Batch([1, 2, 3], [5, 6, 7]))
+    together = bench.run(plan, config(folder), bench.Batch([1, 2, 3], [5, 6, 7])).samples
     for index, (label, seed) in enumerate(zip([1, 2, 3], [5, 6, 7], strict=True)):
-        alone = bench.sample(plan, config(folder), bench.Batch([label], [seed]))
+        alone = bench.run(plan, config(folder), bench.Batch([label], [seed])).samples
         torch.testing.assert_close(together[index], alone[0], rtol=0, atol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
-def test_wanted_is_spread_over_the_classes(folder: Path, sampler: Sampler) -> None:
-    source = Source(sampler)
-    assert bench.choose_wanted(source, (), 5) == [0, 2, 4, 6, 8]
-    assert bench.choose_wanted(source, (), 12) == [*range(10), 0, 1]
-    assert bench.choose_wanted(Source(sampler, ("class 4", "class 2")), (), 3) == [4, 2, 4]
-    assert bench.choose_wanted(Source(sampler, ("class 4",)), ("class 7",), 2) == [7, 7]
+def test_batches_take_labels_in_turn_and_a_seed_each(folder: Path, sampler: Sampler) -> None:
+    def labels(source: Source, **options: Any) -> list[int]:
+        return [label for batch in bench.make_batches(config(folder, **options), source) for label in batch.conditions]
+
+    assert labels(Source(sampler), num_seeds=5) == [0, 2, 4, 6, 8]
+    assert labels(Source(sampler), num_seeds=12) == [*range(10), 0, 1]
+    assert labels(Source(sampler, ("class 4", "class 2")), num_seeds=3) == [4, 2, 4]
+    assert labels(Source(sampler, ("class 4",)), num_seeds=2, labels=("class 7",)) == [7, 7]
     with pytest.raises(ValueError, match="unknown label 'clas'"):
-        bench.choose_wanted(source, ("clas",), 1)
-    batches = bench.make_batches(config(folder, seed=3, num_seeds=5), source)
+        labels(Source(sampler), labels=("clas",))
+    batches = bench.make_batches(config(folder, seed=3, num_seeds=5), Source(sampler))
     assert [batch.seeds for batch in batches] == [[3, 4], [5, 6], [7]]
 
 
 @dataclass(frozen=True)
 class TextSampler(Sampler):
     task = "text-to-image"
-
-
-def test_a_text_model_needs_prompts() -> None:
-    source = Source(TextSampler(None))
-    assert bench.choose_wanted(source, ("a", "b"), 3) == ["a", "b", "a"]
-    with pytest.raises(ValueError, match="text-to-image model needs wanted"):
-        bench.choose_wanted(source, (), 3)
 
 
 def test_flops_of_other_decisions() -> None:
@@ -360,21 +363,22 @@ def test_flops_are_those_of_the_kinds_of_step(folder: Path, sampler: Sampler) ->
 
 
 def test_batches_of_an_adaptive_cache_are_averaged() -> None:
-    tally = Tally(cost=Cost(100, (5, 5), (16.0, 4.0), True), counts=[Counts(6, 4, 10), Counts(8, 2, 30)])
+    tally = Tally(
+        cost=Cost(100, (5, 5), (16.0, 4.0), True), counts=[Counts(6, 4, bytes_held=10), Counts(8, 2, bytes_held=30)]
+    )
     pictures = torch.rand(2, 3, 16, 16)
     for _ in range(2):
-        tally.add(bench.Run(pictures, 1.0, None), bench.Run(pictures, 2.0, None), None, None)
-    tally.psnr[0] = torch.tensor([40.0, math.inf])
+        tally.add(Sampled(pictures, 1.0, 10), Sampled(pictures, 2.0, 10), None, ALWAYS)
+    tally.values[0]["psnr"] = torch.tensor([40.0, math.inf])
     text = TextSampler(None)
     plan = bench.Plan("m", "s", "others", text, 10, cache=SpecCache("m", "s", False, Source(text)))
     uncached = Cost(160, (10, 0), (16.0, 0.0), False)
     row = tally.row(plan, uncached, uncached)
     assert (row.steps_full, row.steps_reused, row.bytes_held, row.speedup) == (7, 3, 30, 2)
     assert row.flop_ratio == pytest.approx(160 / (100 + 2 * 16 - 2 * 4))
-    assert row.psnr is not None
-    assert row.psnr.text() == "40.00 ± 0.00 (3 of 4 equal)"
-    tally.psnr[1] = torch.tensor([math.nan, 30.0])
-    assert tally.row(plan, uncached, uncached).psnr.text() == "not finite (1 of 4)"
+    assert row.scores["psnr"].text() == "40.00 ± 0.00 (3 of 4 equal)"
+    tally.values[1]["psnr"] = torch.tensor([math.nan, 30.0])
+    assert tally.row(plan, uncached, uncached).scores["psnr"].text() == "not finite (1 of 4)"
 
 
 def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
@@ -383,7 +387,7 @@ def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
     runs: list[str] = []
     original = bench.run
 
-    def stopping(plan: bench.Plan, settings: CacheBenchConfig, batch: bench.Batch) -> bench.Run:
+    def stopping(plan: bench.Plan, settings: CacheBenchConfig, batch: bench.Batch) -> Sampled:
         runs.append(f"{plan.setting} {batch.seeds}")
         if len(runs) == stop_at:
             raise KeyboardInterrupt
@@ -399,7 +403,7 @@ def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
         bench_caches(settings, OutputFolder(out, "bench"))
     assert listing(out) == ["cache_quality_tiny_model.draft.json"]
     with pytest.raises(ValueError, match=r"draft\.json is of a run with other settings or on another machine"):
-        bench_caches(config(folder, perceptual=False, num_steps=7), OutputFolder(out, "bench"))
+        bench_caches(config(folder, perceptual=False, num_inference_steps=7), OutputFolder(out, "bench"))
     stop_at = 0
     runs.clear()
     bench_caches(settings, OutputFolder(out, "bench"))
@@ -421,7 +425,7 @@ def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
         ("[]", "is not as expected"),
         ('{"of": {}, "batches": 1}', "missing required field `tallies`"),
         ('{"of": {}, "batches": Infinity, "tallies": []}', "Infinity is not a number"),
-        ('{"of": {}, "batches": 1, "tallies": [{"psnr": [["many"]]}]}', "is not as expected"),
+        ('{"of": {}, "batches": 1, "tallies": [{"values": [{"psnr": ["many"]}]}]}', "is not as expected"),
         ('{"of": {}, "batches": 1, "tallies": []}', "is of a run with other settings"),
         ('{"of": {"seed": 0}, "batches": 1, "tallies": []}', "is damaged: remove it"),
     ],
@@ -438,11 +442,11 @@ def test_a_draft_keeps_equal_and_broken_pictures_apart(tmp_path: Path) -> None:
     draft = bench.Draft(OutputFolder(tmp_path, "bench"), "x.draft.json", of={"seed": 0, "specs": ("N2",)})
     assert draft.load(1, 0) is None
     values = torch.tensor([math.inf, math.nan, 30.123456, -math.inf])
-    draft.save(3, [Tally(psnr=[values], speedups=[1.5], counts=[Counts(2, 1, None)])])
+    draft.save(3, [Tally(values=[{"psnr": values}], speedups=[1.5], counts=[Counts(2, 1)])])
     json.loads((tmp_path / "x.draft.json").read_text(), parse_constant=pytest.fail)
     batches, (tally,), others = draft.load(1, 0)
-    assert (batches, others, tally.speedups, tally.counts) == (3, [], [1.5], [Counts(2, 1, None)])
-    torch.testing.assert_close(tally.psnr[0], values, rtol=0, atol=0, equal_nan=True)
+    assert (batches, others, tally.speedups, tally.counts) == (3, [], [1.5], [Counts(2, 1)])
+    torch.testing.assert_close(tally.values[0]["psnr"], values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_method_has_one_line() -> None:
@@ -489,8 +493,9 @@ def test_report_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_seeds", 0), ("batch_size", 0), ("num_steps", 1), ("num_steps", 1001), ("specs", ("N2", "N2")),
-     ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)), ("device", "tpu"), ("num_threads", 0)],
+    [("num_seeds", 0), ("batch_size", 0), ("num_inference_steps", 1), ("num_inference_steps", 1001),
+     ("specs", ("N2", "N2")), ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)),
+     ("device", "tpu"), ("num_threads", 0)],
 )  # fmt: skip
 def test_a_bad_value_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field) as raised:
@@ -510,13 +515,14 @@ def row(method: str, group: Group, ratio: float, psnr: float, *, flops: float | 
         num_steps=50,
         speedups=(ratio - 0.1, ratio, ratio + 0.2),
         flop_ratio=flops,
-        psnr=PairedScore(mean=psnr, std=1.0, num=8),
-        own_psnr=PairedScore(mean=own, std=1.0, num=8) if own else None,
+        scores={
+            name: PairedScore(mean=mean, std=1.0, num=8) for name, mean in (("psnr", psnr), ("own_psnr", own)) if mean
+        },
     )
 
 
 ROWS = [
-    dataclasses.replace(row("no cache", "control", 1.0, 0.0, flops=1.0), setting="once more", psnr=None),
+    dataclasses.replace(row("no cache", "control", 1.0, 0.0, flops=1.0), setting="once more"),
     row("a", "ours", 1.0, 50.0, flops=1.5),
     row("a", "ours", 4.0, 30.0, flops=4.0),
     row("b", "ours", 1.9, 60.0, flops=1.9),

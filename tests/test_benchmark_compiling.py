@@ -17,7 +17,13 @@ from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"num_layers": 5, "out_channels": 4, "downscale_freq_shift": 0}
-SMALL: dict[str, Any] = {"num_steps": 6, "batch_size": 1, "step_batch_sizes": (2,), "num_runs": 2, "num_repetitions": 3}
+SMALL: dict[str, Any] = {
+    "num_inference_steps": 6,
+    "batch_size": 1,
+    "step_batch_sizes": (2,),
+    "num_runs": 2,
+    "num_repetitions": 3,
+}
 PRESET = "DiT-S/8"
 TAYLORSEER = "diffusers-TaylorSeer:N3-o1"
 
@@ -154,7 +160,7 @@ def test_verdict_by_hand() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_steps", 3),
+        ("num_inference_steps", 3),
         ("batch_size", 0),
         ("step_batch_sizes", ()),
         ("step_batch_sizes", (0,)),
@@ -188,6 +194,6 @@ def test_the_command_line(name: str, capsys: pytest.CaptureFixture[str]) -> None
     assert raised.value.code == 0
     assert f"skipdit bench {name}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as raised:
-        cli.main(["bench", name, "--num-steps", "1"])
+        cli.main(["bench", name, "--num-inference-steps", "1"])
     assert raised.value.code == 2
-    assert "num_steps must be" in capsys.readouterr().err
+    assert "num_inference_steps must be" in capsys.readouterr().err

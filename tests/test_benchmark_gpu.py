@@ -22,7 +22,7 @@ SMALL = GpuBenchConfig(
     batch_sizes=(1, 2),
     modes=("eager",),
     specs=("N2", "fbcache:0.000001", "fora:N2"),
-    num_steps=4,
+    num_inference_steps=4,
     num_rounds=2,
     dtype="float32",
     device="cpu",
@@ -99,7 +99,7 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--device", "cpu", "--preset", "DiT-S/8", "--batch-sizes", "1", "--specs", "N2", "--modes", "eager"]
-    sizes = ["--num-steps", "4", "--num-rounds", "1", "--dtype", "float32"]
+    sizes = ["--num-inference-steps", "4", "--num-rounds", "1", "--dtype", "float32"]
     cli.main(["bench", "gpu", *options, *sizes, "--out", str(tmp_path)])
     assert capsys.readouterr().out.endswith(f"written: {tmp_path}\n")
     assert (tmp_path / "cpu.md").is_file()

@@ -319,7 +319,10 @@ def test_what_a_model_has_not_is_named(field: str, value: object, message: str) 
         (["video", "--num-pairs", "None", "5"], "num_pairs must be at most 3 for 6 units, got 5"),
         (["video", "--frames", "4"], "--frames"),
         (["video", "--out", "/dev/null/x"], "/dev/null/x"),
-        (["pictures"], "the benchmark must be models, video, conversion, cache, compile, gpu or train, got 'pictures'"),
+        (
+            ["pictures"],
+            "the benchmark must be one of models, video, conversion, cache, compile, gpu, train, got 'pictures'",
+        ),
     ],
 )
 def test_bad_input_ends_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

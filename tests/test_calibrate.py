@@ -108,7 +108,7 @@ def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline
         assert front[0].cost == 1
         assert front[-1].cost < 0.7
         chosen = choose(front, speedup=1.3)
-        method = measured.method(chosen.full_steps, chosen.variants, order)
+        method = measured.method(chosen.variants, order)
         enable_cache(pipeline, method)
         sample(pipeline)
         summary = cache_summary(pipeline)
@@ -175,7 +175,7 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
 ) -> None:
     config = CalibrateConfig(
         speedups=(1.3, 1.6),
-        steps=NUM_STEPS,
+        num_inference_steps=NUM_STEPS,
         num_samples=2,
         trials=Trials(orders=(1,), max_age=3, max_spacing=2, num_probed=2),
         rivals=("N2", "auto:1.3", "tgate:N2-900-500"),
@@ -212,7 +212,7 @@ def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, 
     config = CalibrateConfig(
         method=method,
         speedups=(1.2,),
-        steps=NUM_STEPS,
+        num_inference_steps=NUM_STEPS,
         num_samples=2,
         trials=Trials(orders=(0,), max_age=2, max_spacing=2, num_probed=2),
         rivals=(),
@@ -252,7 +252,7 @@ def test_bad_trials_are_refused(options: dict) -> None:
 
 def test_between_rows_the_rival_is_linear() -> None:
     rows = [
-        Row(group="g", name=str(x), steps_full=1, compute_ratio=x, psnr=PairedScore(mean=y, std=0.0, num=2))
+        Row(group="g", name=str(x), steps_full=1, compute_ratio=x, scores={"psnr": PairedScore(mean=y, std=0.0, num=2)})
         for x, y in ((2.0, 30.0), (1.0, 50.0))
     ]
     assert at_compute(rows, 1.5) == 40.0
@@ -277,7 +277,7 @@ def test_a_target_out_of_reach_is_left_out_and_named(
         method=method,
         speedups=(1.2, speedup),
         num_samples=2,
-        steps=NUM_STEPS,
+        num_inference_steps=NUM_STEPS,
         trials=Trials(orders=(1,), max_age=3, max_spacing=2, num_probed=2),
         rivals=(),
     )
@@ -295,7 +295,7 @@ def test_a_schedule_with_the_first_step_alone_in_full_is_not_refined(
     config = CalibrateConfig(
         speedups=(2.3,),
         num_samples=1,
-        steps=NUM_STEPS,
+        num_inference_steps=NUM_STEPS,
         trials=Trials(orders=(1,), max_age=6, max_spacing=1, num_probed=2),
         refine=3,
         rivals=(),
@@ -315,7 +315,7 @@ def test_a_model_of_three_units_calibrates_where_auto_has_no_speedup(tmp_path: P
         method="fora",
         speedups=(1.2,),
         num_samples=1,
-        steps=NUM_STEPS,
+        num_inference_steps=NUM_STEPS,
         trials=Trials(orders=(0,), max_age=2, max_spacing=1, num_probed=2),
         rivals=(),
     )

@@ -1,6 +1,7 @@
 """What commands do to folders of others, to NaN, to missing extras, and how they end."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -29,11 +30,12 @@ from skipdit.benchmark import (
 )
 from skipdit.calibration.calibrate import CalibrateConfig
 from skipdit.cli import COMMANDS, main
-from skipdit.compare import SampleConfig, sample_and_compare
+from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import DRAFT, MARKER
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.processes import LOCK, locked
+from skipdit.sample_config import SampleConfig
 
 FLOW = Objective(process="flow", prediction_type="sample")
 PIXELS = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_classes": 4}
@@ -263,27 +265,19 @@ def test_calibrating_and_analyzing_a_broken_model_ends_in_one_line(
     assert listing(out) == []
 
 
-def test_a_broken_schedule_is_never_the_best(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    from skipdit.calibration.calibrate import Sampling, find_schedules
+def test_a_broken_schedule_is_never_the_best(model: Path) -> None:
+    from skipdit.calibration.calibrate import find_schedules, make_runner
     from skipdit.calibration.trials import Trials, measure
     from skipdit.loading import load_source
 
-    source = load_source(str(model), device="cpu")
-    source.sampler.pipeline.set_progress_bar_config(disable=True)
-    config = CalibrateConfig(
-        speedups=(1.2,), steps=6, num_samples=2, trials=Trials(orders=(0, 1), max_age=2, max_spacing=2, num_probed=2)
-    )
-    sampling = Sampling(source, config, [0, 1], lambda: None)
-    measured = measure(source.sampler.pipeline, sampling, config.site, config.trials)
-    assert len(find_schedules(measured, config, sampling)) == 1
-    original = Sampling.cached
-    monkeypatch.setattr(
-        Sampling,
-        "cached",
-        lambda self, *given: tuple(x * float("nan") if torch.is_tensor(x) else x for x in original(self, *given)),
-    )
+    trials = Trials(orders=(0, 1), max_age=2, max_spacing=2, num_probed=2)
+    config = CalibrateConfig(speedups=(1.2,), num_inference_steps=6, num_samples=2, trials=trials)
+    run = make_runner(load_source(str(model), device="cpu"), config)
+    measured = measure(run.pipeline, lambda: run().samples, config.site, config.trials)
+    assert len(find_schedules(measured, config, run)) == 1
+    broken = dataclasses.replace(run, sample=lambda *given, **options: run.sample(*given, **options) * float("nan"))
     with pytest.raises(ValueError, match="no target is within reach"):
-        find_schedules(measured, config, sampling)
+        find_schedules(measured, config, broken)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -501,6 +495,6 @@ def test_a_reader_that_is_gone_makes_no_traceback() -> None:
 def test_sampling_is_not_slowed_by_a_clock_that_stands_still(
     model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("skipdit.compare.time.perf_counter", lambda: 1.0)
-    config = SampleConfig(model=str(model), steps=4, num_samples=1, cache="N2", device="cpu", out=out)
+    monkeypatch.setattr("skipdit.runs.time.perf_counter", lambda: 1.0)
+    config = SampleConfig(model=str(model), num_inference_steps=4, num_samples=1, cache="N2", device="cpu", out=out)
     assert sample_and_compare(config).rows[1].speedup == 1

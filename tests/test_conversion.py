@@ -42,11 +42,11 @@ from skipdit.metrics.paired import PairedScore
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.recipes import RECIPES
+from skipdit.runs import OwnCache, Sampled
 from skipdit.tasks import ModelConfig, TextToImageModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train
 
-CONFIG = ConversionBenchConfig(num_pictures=10, num_samples=4, num_shown=2, num_steps=6, num_threads=1)
-SSIM = PairedScore(mean=0.9, std=0.1, num=2)
+CONFIG = ConversionBenchConfig(num_pictures=10, num_samples=4, num_shown=2, num_inference_steps=6, num_threads=1)
 COLORS = {"blue": (20, 20, 240), "green": (20, 240, 20), "red": (240, 20, 20)}
 Stages = dict[str, TrainConfig]
 
@@ -239,9 +239,12 @@ def test_the_files_agree(bench: Bench) -> None:
     ]  # fmt: skip
     report = json.loads((bench.out / "conversion_cpu.json").read_text(encoding="utf-8"))
     assert [ModelRow(**entry) for entry in report["models"]] == list(bench.models.values())
-    scores = ("psnr", "ssim")
-    read = [entry | {name: PairedScore(**entry[name]) for name in scores} for entry in report["rows"]]
-    assert [RunRow(**entry) for entry in read] == bench.rows
+    read = []
+    for entry in report["rows"]:
+        fields = dict(entry)
+        scores = {name: PairedScore(**fields.pop(name)) for name in ("psnr", "ssim")}
+        read.append(RunRow(**fields, scores=scores))
+    assert read == bench.rows
     assert ConversionBenchConfig(**report["config"] | {"intervals": tuple(report["config"]["intervals"])}) == CONFIG
     assert [entry["run"] for entry in report["trainings"]] == list(STARTS)
 
@@ -298,8 +301,8 @@ def test_runs_of_one_interval_compute_alike(bench: Bench) -> None:
     folders = {name: bench.runs / name / "pipeline" for name in STARTS}
     tasks = conversion.build_models(bench.stages, open_pictures(bench.stages[PLAIN].data), folders, "cpu")
     for model in bench.models:
-        task, trained = tasks[model], bench.stages[PLAIN]
-        in_full = flops_of(lambda: conversion.sample(task, trained, CONFIG, 6))  # noqa: B023
+        run = conversion.runner_of(tasks[model], bench.stages[PLAIN], CONFIG)
+        in_full = flops_of(lambda: run())  # noqa: B023
         runs = [row for row in bench.rows if row.model == model]
         linked = bench.models[model].long_skips != "none"
         expected = ["N2"] * linked + ["delta:N2", "fewer than N2"]
@@ -308,12 +311,12 @@ def test_runs_of_one_interval_compute_alike(bench: Bench) -> None:
         for caches, fewer in ((runs[: 1 + linked], runs[1 + linked]), (runs[2 + linked : -1], runs[-1])):
             assert len({row.steps_full for row in caches}) == 1
             for row in caches:
-                run = flops_of(lambda: conversion.sample_cached(task, trained, CONFIG, row.run))  # noqa: B023
-                assert row.compute_ratio == pytest.approx(in_full / run)
+                cached = flops_of(lambda: run(OwnCache.of(row.run)))  # noqa: B023
+                assert row.compute_ratio == pytest.approx(in_full / cached)
             (ratio,) = {row.compute_ratio for row in caches}
             assert fewer.num_steps == fewer.steps_full == math.ceil(6 / ratio)
             assert fewer.compute_ratio <= ratio
-    assert all(row.psnr.finite_mean is not None and row.ssim.mean <= 1 for row in bench.rows)
+    assert all(row.scores["psnr"].finite_mean is not None and row.scores["ssim"].mean <= 1 for row in bench.rows)
 
 
 def test_what_is_measured_before_is_what_stage_one_starts_with(bench: Bench, tmp_path: Path) -> None:
@@ -353,7 +356,7 @@ def test_the_verdict_follows_the_numbers(after: float, cached: float, loss: str,
     models = [ModelRow(name, "", 1, 1, 1, loss, 0.0, 0.0) for name, loss in losses.items()]
     psnr = {(SECOND, "N2"): cached, (SECOND, "delta:N2"): 25.0, (SECOND, "fewer than N2"): 30.0}
     psnr[TRAINED_ON, "delta:N2"] = 29.0
-    rows = [RunRow(*key, 6, 3, 1.5, PairedScore(mean=value, std=1.0, num=2), SSIM) for key, value in psnr.items()]
+    rows = [RunRow(*key, 6, 3, 1.5, {"psnr": PairedScore(mean=value, std=1.0, num=2)}) for key, value in psnr.items()]
     config = dataclasses.replace(CONFIG, intervals=(2,))
     first, second = conversion.verdict(config, models, rows)
     assert "from 0.4200 to 2.0000" in first
@@ -365,13 +368,13 @@ def test_the_verdict_follows_the_numbers(after: float, cached: float, loss: str,
 
 def test_equal_pictures_have_no_distance() -> None:
     pictures = torch.rand(2, 3, 16, 16)
-    row = conversion.compare("m", "N2", pictures, pictures, num_steps=4, steps_full=2, compute_ratio=1.5)
-    assert (row.psnr.finite_mean, row.psnr.num_equal, row.ssim.mean) == (None, 2, pytest.approx(1.0))
-    assert conversion.run_record(row)["PSNR dB"] == "equal"
+    reference = Sampled(pictures, 1.0, 4)
+    cells = RunRow.of("m", "N2", reference, reference, 1.5).cells()
+    assert (cells["PSNR dB"], cells["SSIM"]) == ("equal", "1.0000 ± 0.0000")
     broken = pictures.clone()
     broken[0, 0, 0, 0] = math.nan
-    row = conversion.compare("m", "N2", broken, pictures, num_steps=4, steps_full=2, compute_ratio=1.5)
-    assert conversion.run_record(row)["PSNR dB"] == conversion.run_record(row)["SSIM"] == "not finite (1 of 2)"
+    cells = RunRow.of("m", "N2", Sampled(broken, 1.0, 4), reference, 1.5).cells()
+    assert cells["PSNR dB"] == cells["SSIM"] == "not finite (1 of 2)"
 
 
 @pytest.mark.parametrize(

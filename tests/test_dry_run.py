@@ -7,10 +7,11 @@ import pytest
 from training_runs import make_config, make_data
 
 from skipdit.cli import main
+from skipdit.environment import resolve_device
 from skipdit.latents import LatentConfig
 from skipdit.recipes import RECIPES
 from skipdit.tasks import TextToVideoModelConfig, open_items
-from skipdit.training import TrainConfig, resolve_device
+from skipdit.training import TrainConfig
 from skipdit.training.batches import find_step_kinds
 from skipdit.training.dry_run import plan_run
 

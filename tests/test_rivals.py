@@ -1,7 +1,9 @@
 """Caches of diffusers and of cache-dit on our DiT, rebuilt as diffusers' with the same weights."""
 
 import importlib.util
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,9 +13,24 @@ from diffusers import DDIMScheduler, TaylorSeerCacheConfig
 from tiny import TINY_FAMILIES, tiny_dit, tiny_latte, tiny_pipeline
 from torch import Tensor
 
-from skipdit.benchmark.cache_methods import Counts
-from skipdit.benchmark.rival_model import as_diffusers
-from skipdit.benchmark.rival_techniques import (
+from skipdit import cli
+from skipdit.benchmark import compiling
+from skipdit.benchmark.rivals import FOLDER, load_rivals
+from skipdit.diffusion import Objective, make_scheduler
+from skipdit.loading import Source
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.surgery import add_long_skips
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.runs import Counts
+from skipdit.samplers import ClassToImageSampler, ClassToVideoSampler, TextToVideoSampler
+
+if not FOLDER.is_dir():
+    pytest.skip("needs a checkout with benchmarks/rivals", allow_module_level=True)
+load_rivals()
+
+from skipdit_rivals import COMPILED, RIVALS, VIDEO_RIVALS, rivals_of  # noqa: E402
+from skipdit_rivals.model import as_diffusers  # noqa: E402
+from skipdit_rivals.techniques import (  # noqa: E402
     CACHE_DIT,
     AttentionBroadcast,
     DualBlock,
@@ -24,13 +41,6 @@ from skipdit.benchmark.rival_techniques import (
     Technique,
     VideoAttentionBroadcast,
 )
-from skipdit.benchmark.rivals import RIVALS, VIDEO_RIVALS, rivals_of
-from skipdit.diffusion import Objective, make_scheduler
-from skipdit.loading import Source
-from skipdit.models.long_skip import LongSkipConfig
-from skipdit.models.surgery import add_long_skips
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.samplers import ClassToImageSampler, ClassToVideoSampler, TextToVideoSampler
 
 NUM_STEPS = 20
 FLOW = Objective(process="flow", prediction_type="sample")
@@ -187,6 +197,20 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
             assert len({str(setting) for setting in rival.settings}) == len(rival.settings)
     settings = [rival.setting for rival in rivals_of(Source(ClassToImageSampler(ours)), NUM_STEPS)]
     assert len(set(settings)) == len(settings)
+    assert tuple(COMPILED) == compiling.RIVALS
+
+
+@pytest.mark.parametrize("command", ["cache", "compile"])
+def test_an_installation_without_them_says_how_to_get_them(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("skipdit.benchmark.rivals.FOLDER", tmp_path / "nowhere")
+    monkeypatch.delitem(sys.modules, "skipdit_rivals")
+    with pytest.raises(SystemExit):
+        cli.main(["bench", command, "--out", str(tmp_path / "out")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "install a checkout (pip install -e " in line
+    assert "--no-rivals" in line
 
 
 def test_the_benchmark_runs_a_rival(ours: ClassToImagePipeline) -> None:

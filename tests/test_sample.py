@@ -21,12 +21,14 @@ import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
 from skipdit.clips import ClipConfig, LabelledClips
-from skipdit.compare import Row, SampleConfig, Sampled, load, sample_and_compare
+from skipdit.compare import Row, load, sample_and_compare
 from skipdit.data import LabelledPictures
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
+from skipdit.runs import Sampled
+from skipdit.sample_config import SampleConfig
 from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig
 from skipdit.text import find_weights
 from skipdit.videos import UnreadableVideo, read_video, side_by_side
@@ -50,14 +52,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(folder: Path, tmp_path: Path) -> SampleConfig:
-    return SampleConfig(model=str(folder), num_samples=5, steps=12, cache="N3-900-0", out=tmp_path / "out")
+    return SampleConfig(
+        model=str(folder), num_samples=5, num_inference_steps=12, cache="N3-900-0", out=tmp_path / "out"
+    )
 
 
 def counted_ratio(config: SampleConfig, class_labels: list[int]) -> float:
     """FLOPs of the run in full over those of the cached run, both counted whole."""
     pipeline = load(config).sampler.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    options = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.steps}
+    options = {"guidance_scale": config.guidance_scale, "num_inference_steps": config.num_inference_steps}
     full = flops_of(lambda: pipeline(class_labels, **options))
     skipdit.enable_cache(pipeline, config.cache)
     return full / flops_of(lambda: pipeline(class_labels, **options))
@@ -129,8 +133,8 @@ def test_without_a_cache_there_is_one_row(config: SampleConfig) -> None:
 
 
 def test_grids_of_an_earlier_call_go(config: SampleConfig) -> None:
-    sample_and_compare(dataclasses.replace(config, steps=4, cache="N2"))
-    sample_and_compare(dataclasses.replace(config, steps=4, cache="none"))
+    sample_and_compare(dataclasses.replace(config, num_inference_steps=4, cache="N2"))
+    sample_and_compare(dataclasses.replace(config, num_inference_steps=4, cache="none"))
     assert listing(config.out) == ["full.png", "report.json"]
 
 
@@ -151,19 +155,23 @@ def test_ancestral_noise_is_not_the_start_noise(tmp_path: Path, monkeypatch: pyt
 
         monkeypatch.setattr(module, "randn_tensor", record)
     sample_and_compare(
-        SampleConfig(model=str(tmp_path / "m"), num_samples=1, steps=4, cache="none", out=tmp_path / "out")
+        SampleConfig(
+            model=str(tmp_path / "m"), num_samples=1, num_inference_steps=4, cache="none", out=tmp_path / "out"
+        )
     )
     assert len(drawn) > 4
     assert len({tuple(noise.flatten()[:4].tolist()) for noise in drawn[-4:]}) == 4
 
 
 def test_labels_by_name_and_number(config: SampleConfig) -> None:
-    report = sample_and_compare(dataclasses.replace(config, labels=("dog", "1"), num_samples=3, cache="none", steps=1))
+    report = sample_and_compare(
+        dataclasses.replace(config, labels=("dog", "1"), num_samples=3, cache="none", num_inference_steps=1)
+    )
     assert report.labels == ["dog", "bee", "dog"]
 
 
 def test_bfloat16(config: SampleConfig) -> None:
-    report = sample_and_compare(dataclasses.replace(config, dtype="bfloat16", steps=4))
+    report = sample_and_compare(dataclasses.replace(config, dtype="bfloat16", num_inference_steps=4))
     assert report.rows[1].bytes_held == 2 * 5 * 16 * 32 * 2
 
 
@@ -175,7 +183,7 @@ def test_the_bundled_model(tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     assert sum(sizes) < 30e6
     assert max(sizes) < 15e6
-    report = sample_and_compare(SampleConfig(num_samples=2, steps=25, fewer_steps=13, out=tmp_path))
+    report = sample_and_compare(SampleConfig(num_samples=2, num_inference_steps=25, fewer_steps=13, out=tmp_path))
     assert report.labels == list(BUNDLED["emoji"].showcase[:2])
     _, cached, fewer = report.rows
     assert cached.psnr_db is not None
@@ -200,7 +208,14 @@ def test_the_other_bundled_models_sample_offline(name: str, tmp_path: Path) -> N
     if BUNDLED[name].task.startswith("text") and find_weights() is None:
         pytest.skip("needs the extra text")
     report = sample_and_compare(
-        SampleConfig(task=BUNDLED[name].task, num_samples=1, steps=12, cache="N2-900-100", fewer_steps=8, out=tmp_path)
+        SampleConfig(
+            task=BUNDLED[name].task,
+            num_samples=1,
+            num_inference_steps=12,
+            cache="N2-900-100",
+            fewer_steps=8,
+            out=tmp_path,
+        )
     )
     _, cached, fewer = report.rows
     assert report.labels == list(BUNDLED[name].showcase[:1])
@@ -216,7 +231,9 @@ def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path
 
     tiny_dit().save_pretrained(tmp_path / "model")
     tiny_dit(out_channels=4).save_pretrained(tmp_path / "unsaid")
-    config = dataclasses.replace(config, model=str(tmp_path / "unsaid"), cache="none", steps=2, num_samples=2)
+    config = dataclasses.replace(
+        config, model=str(tmp_path / "unsaid"), cache="none", num_inference_steps=2, num_samples=2
+    )
     with pytest.raises(ValueError, match="does not say what its model predicts"):
         sample_and_compare(config)
     config = dataclasses.replace(config, model=str(tmp_path / "model"), scheduler="ddpm")
@@ -250,7 +267,7 @@ def video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def video_config(video_folder: Path, tmp_path: Path) -> SampleConfig:
-    options = {"labels": ("dog", "0"), "num_samples": 3, "steps": 8, "cache": "N2", "fewer_steps": 5}
+    options = {"labels": ("dog", "0"), "num_samples": 3, "num_inference_steps": 8, "cache": "N2", "fewer_steps": 5}
     return SampleConfig(model=str(video_folder), out=tmp_path / "out", **options)
 
 
@@ -316,7 +333,7 @@ def test_distances_of_clips_are_means_over_frames(video_config: SampleConfig) ->
     # frames that are 20, 40 and 60 dB away, which no mean over clips or over all pixels tells apart so
     far = torch.zeros(2, 3, 3, 16, 16)
     far += 0.1 ** torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
-    row = Row.of("far", Sampled(far, 2.0), Sampled(torch.zeros_like(far), 3.0), steps=4)
+    row = Row.of("far", Sampled(far, 2.0, 4), Sampled(torch.zeros_like(far), 3.0, 4))
     assert row.psnr_db == pytest.approx(40, abs=1e-3)
     assert row.speedup == 1.5
 
@@ -334,14 +351,14 @@ def test_the_same_seed_gives_the_same_clips(video_config: SampleConfig, tmp_path
 def test_videos_of_an_earlier_call_go(video_config: SampleConfig, config: SampleConfig) -> None:
     sample_and_compare(video_config)
     (video_config.out / "mine.gif").write_bytes(b"mine")
-    sample_and_compare(dataclasses.replace(config, out=video_config.out, steps=2, cache="none"))
+    sample_and_compare(dataclasses.replace(config, out=video_config.out, num_inference_steps=2, cache="none"))
     assert listing(video_config.out) == ["full.png", "mine.gif", "report.json"]
 
 
 def test_clips_of_a_bare_checkpoint_without_classes(tmp_path: Path, config: SampleConfig) -> None:
     model = tiny_latte(sample_size=16, patch_size=4, in_channels=3, out_channels=6, num_classes=None)
     model.save_pretrained(tmp_path / "model")
-    bare = dataclasses.replace(config, model=str(tmp_path / "model"), num_samples=2, steps=4, cache="N2")
+    bare = dataclasses.replace(config, model=str(tmp_path / "model"), num_samples=2, num_inference_steps=4, cache="N2")
     report = sample_and_compare(bare)
     assert (report.labels, report.config["task"]) == (["clip 1", "clip 2"], "class-to-video")
     with pytest.raises(ValueError, match="this model has no classes, got label 'ant'"):
@@ -378,7 +395,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 def test_prompts_repeat_in_turn_and_are_the_captions(
     task: str, text_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    options = {"num_samples": 3, "steps": 4, "cache": "N2", "fewer_steps": 2}
+    options = {"num_samples": 3, "num_inference_steps": 4, "cache": "N2", "fewer_steps": 2}
     config = SampleConfig(model=str(text_folder(task)), prompt=("red", "a cat"), out=tmp_path / "out", **options)
     report = sample_and_compare(config)
     assert report.labels == ["red", "a cat", "red"]
@@ -501,7 +518,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--cache", "N2-k5"], "num_shallow_units must be between 1 and 3 for 8 units with 4 linked pairs, got 5"),
         (["--cache", "missing.json"], "no schedule at missing.json"),
         (["--scheduler", "heun"], "scheduler of a flow model must be one of euler, dpm, got 'heun'"),
-        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--steps", "0"], "num_inference_steps must be at least 1, got 0"),
         (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
         (["--fewer-steps", "0"], "fewer_steps must be at least 1, got 0"),
         (["--guidance-channels", "4"], "guidance_channels must be between 1 and 3, got 4"),
@@ -525,7 +542,7 @@ def test_unknown_words_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert RECIPES.keys() >= {"emoji", "emoji-clips", "emoji-text", "emoji-text-clips", "stability", "stability-plain"}
     assert f"the recipe must be one of {', '.join(RECIPES)}, got 'emojis'" in fails(capsys, "train", "emojis")
     assert "no model at nowhere" in fails(capsys, "sample", "--model", "nowhere")
-    assert "the benchmark must be models" in fails(capsys, "bench", "all")
+    assert "the benchmark must be one of models" in fails(capsys, "bench", "all")
     assert "got ('DiT-M/2',)" in fails(capsys, "bench", "models", "--presets", "DiT-M/2", "--out", str(tmp_path))
     assert "/dev/null/x" in fails(capsys, "bench", "models", "--out", "/dev/null/x")
     assert "device 'abacus'" in fails(capsys, "train", "emoji", "--device", "abacus", "--out", str(tmp_path))

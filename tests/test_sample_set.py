@@ -24,12 +24,13 @@ from training_runs import wait_for
 
 import skipdit.sample_set
 from skipdit.cli import main
-from skipdit.compare import SampleConfig, load, sample_and_compare
+from skipdit.compare import load, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.process_group import process_group
 from skipdit.processes import locked
-from skipdit.sample_blocks import generator_of
+from skipdit.sample_blocks import seed_of
+from skipdit.sample_config import SampleConfig
 from skipdit.sample_set import SetReport, sample_set, write_npz
 from skipdit.text import find_weights
 
@@ -50,7 +51,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(folder: Path, tmp_path: Path) -> SampleConfig:
-    options: Any = {"num_samples": 50, "steps": 6, "cache": "N2", "npz": True, "batch_size": 8, "device": "cpu"}
+    options: Any = {
+        "num_samples": 50,
+        "num_inference_steps": 6,
+        "cache": "N2",
+        "npz": True,
+        "batch_size": 8,
+        "device": "cpu",
+    }
     return SampleConfig(model=str(folder), out=tmp_path / "one", **options)
 
 
@@ -109,7 +117,12 @@ def test_samples_are_those_of_the_pipeline(config: SampleConfig) -> None:
     pipeline = load(config).sampler.pipeline
     pipeline.set_progress_bar_config(disable=True)
     skipdit.enable_cache(pipeline, "N2")
-    noise = torch.cat([torch.randn(1, 3, 16, 16, generator=generator_of(0, index)) for index in range(8, 16)])
+    noise = torch.cat(
+        [
+            torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(seed_of(0, index)))
+            for index in range(8, 16)
+        ]
+    )
     options = {"guidance_scale": 2.0, "num_inference_steps": 6, "output_type": "np"}
     images = pipeline([index % 4 for index in range(8, 16)], latents=noise, **options).images
     assert np.array_equal(arrays["arr_0"][8:], (images[:5] * 255).round().astype(np.uint8))
@@ -134,7 +147,7 @@ def test_noise_of_every_step_is_a_samples_own(scheduler: str, tmp_path: Path) ->
     model = randomize(tiny_dit(out_channels=6, **SIZES))
     schedule = make_scheduler(Objective(learned_variance=True), "ddpm")
     ClassToImagePipeline(model, schedule, id2label=NAMES).save_pretrained(tmp_path / "model")
-    options: Any = {"steps": 5, "cache": "none", "npz": True, "scheduler": scheduler, "device": "cpu"}
+    options: Any = {"num_inference_steps": 5, "cache": "none", "npz": True, "scheduler": scheduler, "device": "cpu"}
     config = SampleConfig(model=str(tmp_path / "model"), num_samples=7, out=tmp_path / "out", **options)
     whole, single = (made(config, batch_size=size, out=tmp_path / f"by{size}")[1]["arr_0"] for size in (4, 1))
     assert np.abs(whole.astype(int) - single.astype(int)).max() <= 2
@@ -143,13 +156,13 @@ def test_noise_of_every_step_is_a_samples_own(scheduler: str, tmp_path: Path) ->
 
 def test_no_two_samples_share_a_seed() -> None:
     """torch's CPU generator takes 32 bits of it."""
-    seeds = [generator_of(seed, index).initial_seed() for seed in (0, 1, 2, 77) for index in range(2000)]
+    seeds = [seed_of(seed, index) for seed in (0, 1, 2, 77) for index in range(2000)]
     assert max(seeds) < 2**32
     assert len(set(seeds)) == len(seeds)
 
 
 def test_labels_in_turn_or_at_random(config: SampleConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(config, cache="none", steps=1)
+    config = dataclasses.replace(config, cache="none", num_inference_steps=1)
     assert made(config, labels=("dog", "1"), num_samples=5)[1]["arr_1"].tolist() == [3, 1, 3, 1, 3]
     drawn = [
         made(config, random_labels=True, batch_size=size, num_samples=count, out=tmp_path / str(count))[1]["arr_1"]
@@ -180,7 +193,7 @@ def _sample_and_exit(config: SampleConfig, log: Path) -> None:
 
 
 def test_killed_it_goes_on_and_makes_the_same(config: SampleConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(config, batch_size=2, steps=12, png=True)
+    config = dataclasses.replace(config, batch_size=2, num_inference_steps=12, png=True)
     blocks = tmp_path / "killed" / "blocks"
     killed = dataclasses.replace(config, out=tmp_path / "killed")
     for count in (2, 4):  # blocks that are to be there
@@ -395,7 +408,7 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
 def test_clips(tmp_path: Path) -> None:
     model = randomize(tiny_latte(6, out_channels=3, **SIZES))
     ClassToVideoPipeline(model, make_scheduler(FLOW, "euler"), id2label=NAMES).save_pretrained(tmp_path / "model")
-    options: Any = {"steps": 4, "cache": "N2", "npz": True, "png": True, "batch_size": 2, "device": "cpu"}
+    options: Any = {"num_inference_steps": 4, "cache": "N2", "npz": True, "png": True, "batch_size": 2, "device": "cpu"}
     config = SampleConfig(model=str(tmp_path / "model"), num_samples=3, out=tmp_path / "out", **options)
     report, arrays = made(config)
     assert arrays["arr_0"].shape == (3, 3, 16, 16, 3)
@@ -410,7 +423,7 @@ def test_clips(tmp_path: Path) -> None:
 def test_a_model_without_classes_has_no_labels(tmp_path: Path) -> None:
     model = randomize(tiny_latte(6, out_channels=3, **(SIZES | {"num_classes": None})))
     ClassToVideoPipeline(model, make_scheduler(FLOW, "euler")).save_pretrained(tmp_path / "model")
-    options: Any = {"steps": 2, "cache": "none", "npz": True, "device": "cpu", "guidance_scale": 1.0}
+    options: Any = {"num_inference_steps": 2, "cache": "none", "npz": True, "device": "cpu", "guidance_scale": 1.0}
     _, arrays = made(SampleConfig(model=str(tmp_path / "model"), num_samples=2, out=tmp_path / "out", **options))
     assert list(arrays) == ["arr_0"]
 
@@ -420,7 +433,7 @@ def test_a_model_without_classes_has_no_labels(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", ["emoji-text", "emoji-text-clips"])
 def test_prompts(name: str, tmp_path: Path) -> None:
-    options: Any = {"steps": 2, "cache": "none", "npz": True, "batch_size": 2, "device": "cpu"}
+    options: Any = {"num_inference_steps": 2, "cache": "none", "npz": True, "batch_size": 2, "device": "cpu"}
     config = SampleConfig(model=name, prompt=("cat", "dog"), num_samples=3, out=tmp_path / "out", **options)
     _, arrays = made(config)
     assert arrays["arr_1"].tolist() == [0, 1, 0]

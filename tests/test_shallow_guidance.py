@@ -19,7 +19,7 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.streams import cache_context
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
-from skipdit.compare import SampleConfig, sample_and_compare
+from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.guidance import ShallowGuidance
 from skipdit.models.forward_plan import ForwardPlan, Units
@@ -28,6 +28,7 @@ from skipdit.models.routing import TokenRoute, kept_tokens
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import add_long_skips, open_units
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+from skipdit.sample_config import SampleConfig
 from skipdit.samplers import SplitGuidance, TextToImageSampler, TextToVideoSampler
 from skipdit.text import find_weights
 from skipdit.training import TokenRoutingConfig, list_checkpoints, train
@@ -467,7 +468,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("cache", ["none", "N2"])
 def test_the_report_has_a_run_of_its_own(cache: str, folder: Path, tmp_path: Path) -> None:
     config = SampleConfig(
-        model=str(folder), guidance="shallow", num_samples=3, steps=8, cache=cache, fewer_steps=4, out=tmp_path / "out"
+        model=str(folder),
+        guidance="shallow",
+        num_samples=3,
+        num_inference_steps=8,
+        cache=cache,
+        fewer_steps=4,
+        out=tmp_path / "out",
     )
     report = sample_and_compare(config)
     rows = {row.name: row for row in report.rows}

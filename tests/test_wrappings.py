@@ -23,11 +23,11 @@ from skipdit.checkpoints import load_model, to_official
 from skipdit.checkpoints.parts import read_autoencoder
 from skipdit.checkpoints.wrappings import pick_weights, strip_prefixes
 from skipdit.cli import main
-from skipdit.compare import SampleConfig
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, unscale_latents
+from skipdit.sample_config import SampleConfig
 
 Tensors = dict[str, Tensor]
 TABLE = "y_embedder.embedding_table.weight"

@@ -38,28 +38,30 @@ OnBroken = Literal["refuse", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """source: `"emoji-clips"` (bundled), a folder with one subfolder per class, or a `.parquet` file or folder of them.
-    image_size: side in pixels; other frames are resized on the shorter side and cropped in the centre.
-    num_frames, frame_interval: the first `num_frames` of every `frame_interval`-th frame make the clip.
-    fps: frames are first taken at so many per second, by the time at which they show; None takes each frame once,
-    whatever its time, so that clips of other frame rates move faster or slower. Folders of frames have no times:
-    of them the interval alone counts, with a warning.
-    clip_column, label_column: of a parquet file.
-    caption_column: of a parquet file, a text or a list of texts; None takes the class name.
-    num_pictures: single frames of other clips that come along with each clip, for joint image-video training.
-    on_broken: an unreadable or too short clip is an error, or is left out with a warning.
-    """
+    """Which clips are learned, and how frames are taken from them."""
 
     source: str = "emoji-clips"
+    """emoji-clips (bundled), a folder with one subfolder per class, a .parquet file or a folder of them"""
     image_size: int = 64
+    """side in pixels; other frames are resized on the shorter side and cropped in the centre"""
     num_frames: int = 16
+    """frames of a clip as it is learned"""
     frame_interval: int = 1
+    """take one frame in this many"""
     fps: float | None = None
+    """frames per second that are taken first, by the time at which each shows; None takes each frame once, so that
+    clips of other frame rates move faster or slower. Folders of frames have no times: for them the interval alone
+    counts, with a warning"""
     clip_column: str = "clip"
+    """column of the clips in a parquet file"""
     label_column: str = "label"
+    """column of the classes in a parquet file"""
     caption_column: str | None = None
+    """column of the captions in a parquet file, each a text or a list of texts; None takes the class name"""
     num_pictures: int = 0
+    """single frames of other clips beside each clip, for joint image-video training"""
     on_broken: OnBroken = "refuse"
+    """an unreadable or too short clip is an error (refuse), or is left out with a warning (skip)"""
 
     def __post_init__(self) -> None:
         check_side(self.image_size)

@@ -27,20 +27,21 @@ MAX_CAPTIONS = 2**24  # of a data set, as many for each picture as the one with 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """source: `"emoji"` (bundled), a folder with one subfolder per class, a `.parquet` file or a folder of them,
-    a folder that `datasets` saved, or a `datasets` name.
-    image_size: side in pixels; other pictures are resized on the shorter side and cropped in the centre.
-    image_column, label_column: of a parquet file or a `datasets` set. split: of a `datasets` set, or of parquet files
-    whose names tell it.
-    caption_column: of a parquet file or a `datasets` set, a text or a list of texts; None takes the class name.
-    """
+    """Which pictures are learned, and at which size."""
 
     source: str = "emoji"
+    """emoji (bundled), a folder with one subfolder per class, a .parquet file or a folder of them, a folder that
+    `datasets` saved, or the name of a `datasets` set"""
     image_size: int = 64
+    """side in pixels; other pictures are resized on the shorter side and cropped in the centre"""
     image_column: str = "image"
+    """column of the pictures in a parquet file or a `datasets` set"""
     label_column: str = "label"
+    """column of the classes in a parquet file or a `datasets` set"""
     caption_column: str | None = None
+    """column of the captions, each a text or a list of texts; None takes the class name"""
     split: str = "train"
+    """split of a `datasets` set, or of parquet files whose names tell it"""
 
     def __post_init__(self) -> None:
         check_side(self.image_size)

@@ -38,28 +38,28 @@ PREDICTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the model predicts, of which process, and where training puts its weight.
-
-    prediction_type: diffusers' words; `"sample"` is x-prediction, `"flow_prediction"` the velocity noise - x_0.
-    learned_variance: the model's second half of channels interpolates the posterior variance (arXiv 2102.09672, eq. 15)
-        and is trained by the variational bound; epsilon prediction only.
-    timestep_sampling: `"uniform"`; `"logit_normal"` in sigma (arXiv 2403.03206), flow only; `"log_normal"` in the ratio
-        of noise to signal (arXiv 2206.00364, table 1), ddpm only, rounded to the nearest timestep. Of a flow, the
-        logit of sigma is the logarithm of that ratio: `logit_mean` and `logit_std` mean the same in both.
-    min_sigma: x-prediction of a flow is trained in velocity space, (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720.
-    min_snr_gamma (`float`, *optional*): the error of x_0 weighs min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and
-        section 3.4), whatever is predicted; 5 in that paper. SNR is (signal / sigma)^2, of a flow
-        ((1 - sigma) / sigma)^2. Takes the place of `min_sigma`; the variational bound keeps its weight.
-    """
+    """What the model predicts, of which process, and where training puts its weight."""
 
     process: Process = "ddpm"
+    """the forward process: ddpm with its linear betas, or flow, from data to noise on straight lines"""
     prediction_type: Prediction = "epsilon"
+    """what the model predicts, in diffusers' words: sample is x-prediction, flow_prediction the velocity noise - x_0"""
     learned_variance: bool = False
+    """the second half of the channels interpolates the posterior variance (arXiv 2102.09672, eq. 15) and is trained by
+    the variational bound; for epsilon prediction only"""
     timestep_sampling: TimestepSampling = "uniform"
+    """how training draws timesteps: uniform; logit_normal in sigma (arXiv 2403.03206), for a flow only; log_normal in
+    the ratio of noise to signal (arXiv 2206.00364, table 1), for ddpm only, rounded to the nearest timestep"""
     logit_mean: float = 0.0
+    """mean of the logit of sigma, or of the logarithm of noise to signal, which for a flow are the same"""
     logit_std: float = 1.0
+    """its standard deviation"""
     min_sigma: float = 0.05
+    """x-prediction of a flow is trained in velocity space: (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720"""
     min_snr_gamma: float | None = None
+    """weigh the error of x_0 by min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and section 3.4), whatever is
+    predicted; 5 in that paper. SNR is (signal / sigma)^2, of a flow ((1 - sigma) / sigma)^2. Takes the place of
+    min_sigma; the variational bound keeps its weight"""
 
     def __post_init__(self) -> None:
         if self.process not in get_args(Process):

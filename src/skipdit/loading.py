@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from diffusers import HunyuanDiT2DModel
@@ -15,9 +15,12 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.checkpoints import load_model
 from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index, read_labels, read_scheduler
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
+from skipdit.command_options import WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
+from skipdit.environment import resolve_device
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
+from skipdit.options import DTypeName, ObjectiveName, TaskName
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.samplers import (
     ClassToImageSampler,
@@ -27,12 +30,8 @@ from skipdit.samplers import (
     text_to_video_sampler,
 )
 from skipdit.text import WIDTH
-from skipdit.training import resolve_device
 from skipdit.untrusted import printable
 
-TaskName = Literal["class-to-image", "class-to-video", "text-to-image", "text-to-video"]
-DTypeName = Literal["float32", "bfloat16", "float16"]
-ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,18 +126,8 @@ CONVENTIONS: dict[str, Convention] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class BareOptions:
-    """What a file of weights does not tell; see `skipdit.load_model`. objective: what its model predicts; by default
-    epsilon where half of its output is the variance, as in the official DiT."""
-
-    num_attention_heads: int | None = None
-    num_classes: int | None = None
-    objective: ObjectiveName | None = None
-    drop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.objective not in (None, *CONVENTIONS):
-            raise ValueError(f"objective must be one of {', '.join(CONVENTIONS)}, got {self.objective!r}")
+class BareOptions(WeightsOptions):
+    """What a file of weights does not say; see `skipdit.load_model`."""
 
     def refuse(self, model: str) -> None:
         """`ValueError` naming what has no effect on a model that says all this itself."""

@@ -1,11 +1,27 @@
-"""Checks of what a person asks for, so that every config names a bad value in the same words."""
+"""The names that options take, and checks that name a bad value in the same words; nothing heavy is imported."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import tyro
+
+TaskName = Literal["class-to-image", "class-to-video", "text-to-image", "text-to-video"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
+ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
+Guidance = Literal["full", "shallow"]
+Fusion = Literal["replace", "residual"]
+NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
 
 MAX_SEED = 2**63 - 1
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """Return `; did you mean ...?` with the allowed name nearest to this one, or nothing where none is near."""
+    near = difflib.get_close_matches(name[:100].lower(), list(allowed), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def check_numbers(config: Any) -> None:
@@ -30,3 +46,24 @@ def check_choice(name: str, chosen: Sequence[Any], allowed: Sequence[Any]) -> No
     """Raise `ValueError` unless each of what was chosen is allowed and there once."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
         raise ValueError(f"{name} must be one or more of {', '.join(map(str, allowed))}, each once, got {chosen!r}")
+
+
+def check_range(config: Any, *names: str, least: float = 1, most: float = math.inf) -> None:
+    """Raise `ValueError` where one of these fields is below `least` or above `most`; `None` passes."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_option(config: Any, name: str, allowed: Sequence[Any]) -> None:
+    """Raise `ValueError` unless this field is one of the values that are allowed; `None` passes."""
+    value = getattr(config, name)
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def check_per_item(name: str, values: Sequence[int], count: int) -> None:
+    """Raise `ValueError` unless there are as many numbers above 0 as items, or none."""
+    if values and (len(values) != count or min(values) < 1):
+        raise ValueError(f"{name} must be {count} numbers above 0 or none, got {values}")

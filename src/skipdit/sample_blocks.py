@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import CacheMethod
-from skipdit.compare import CLIP_FPS, SampleConfig, choose_labels
+from skipdit.compare import CLIP_FPS
 from skipdit.files import atomic_folder, check_whole, to_json
 from skipdit.loading import Source
 from skipdit.models.costs import count_flops
+from skipdit.runs import Counts, Runner, choose_conditions, counts_of, guidance_options
+from skipdit.sample_config import SampleConfig
 from skipdit.untrusted import printable, read_json
 
 KIND = "samples"
@@ -34,7 +35,7 @@ FREE_TO_CHANGE = ("out", "overwrite", "model", "vae", "device", "cache", "num_at
 
 
 class BlockInfo(TypedDict):
-    """`block.json`. settings: SHA-256 of those that it was made with."""
+    """`block.json`. settings: SHA-256 of those that the block was made with."""
 
     settings: str
     num_broken: int
@@ -47,17 +48,17 @@ class BlockInfo(TypedDict):
 # What a set is
 
 
-def generator_of(seed: int, index: int) -> torch.Generator:
-    """Return the source of all noise of one sample. On the CPU, so that it is the same on every device.
+def seed_of(seed: int, index: int) -> int:
+    """Return the seed of all noise of one sample, which is drawn on the CPU: it is the same on every device.
 
     torch's CPU generator takes 32 bits of a seed: within a set no two samples share one, and sets of seeds that are
     equal modulo 2^32 are the same.
     """
-    return torch.Generator().manual_seed((seed * SEED_STRIDE + index) % 2**32)
+    return (seed * SEED_STRIDE + index) % 2**32
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Conditions:
     """What the samples of a set show: class numbers, prompts, or `None` of an unconditional model, in turn, or at
     random."""
 
@@ -65,6 +66,7 @@ class Wanted:
     captions: Sequence[str]
     seed: int
     at_random: bool
+    """draw each from (seed, index) instead of taking them in turn"""
 
     def place(self, index: int) -> int:
         """Return the place of a sample's choice among the choices."""
@@ -79,19 +81,14 @@ class Wanted:
         return place if isinstance(choice, str) else choice
 
     @classmethod
-    def of(cls, source: Source, config: SampleConfig) -> "Wanted":
+    def of(cls, source: Source, config: SampleConfig) -> "Conditions":
         """Without labels all classes, without prompts those that a bundled model draws well."""
-        task = source.sampler.task
-        takes, other = ("labels", "prompt") if task.startswith("class") else ("prompt", "labels")
-        if getattr(config, other):
-            raise ValueError(f"a {task} model takes --{takes}, not --{other}")
-        if takes == "labels":
-            count = len(config.labels) or source.sampler.pipeline.transformer.config.num_classes or 1
-            choices, captions = choose_labels(source.sampler.pipeline, config.labels, count)
-        else:
-            choices = captions = list(config.prompt or source.showcase)
-            if not choices:
-                raise ValueError(f"a {task} model needs --prompt")
+        prompts = source.showcase if source.sampler.task.startswith("text") else ()
+        asked = config.labels or config.prompt or prompts
+        count = len(asked) or source.sampler.pipeline.transformer.config.num_classes or 1
+        choices, captions = choose_conditions(
+            source.sampler, prompts, labels=config.labels, prompt=config.prompt, count=count
+        )
         return cls(choices, captions, config.seed, config.random_labels)
 
 
@@ -140,19 +137,22 @@ def is_block(path: Path, settings: str) -> bool:
     return True
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class BlockMaker:
-    """Makes blocks in one process. ratio: of compute, where no cache tells it."""
+    """Makes blocks in one process, of which one is written while the next is made."""
 
-    source: Source
-    wanted: Wanted
+    run: Runner
+    conditions: Conditions
     config: SampleConfig
     folder: Path
     settings: str
+    """SHA-256 of what makes the set"""
     batch_size: int
     num_samples: int
     is_cached: bool
+    """whether a cache is on"""
     ratio: float
+    """FLOPs of a step with ordinary guidance over those of one with the config's, for sets without a cache"""
 
     def make(self, number: int, writer: ThreadPoolExecutor) -> "Future[None]":
         """Make a block and begin to write it."""
@@ -160,31 +160,24 @@ class BlockMaker:
         samples = self.sample(indices)[: self.num_samples - indices.start]
         broken = (~samples.isfinite()).flatten(1).any(dim=1).sum()
         levels = (samples.nan_to_num(0.0).movedim(-3, -1) * 255).round().clamp(0, 255).to(torch.uint8)
-        pixels, steps, ratio = levels.cpu().contiguous().numpy(), (self.config.steps, 0), self.ratio
+        pixels, counts = levels.contiguous().numpy(), Counts(self.config.num_inference_steps, 0, self.ratio)
         if self.is_cached:
-            summary = cache_summary(self.source.sampler.pipeline)
-            steps, ratio = (summary.steps_full, summary.steps_reused), summary.compute_ratio
+            counts = counts_of(self.run.pipeline)
         info = BlockInfo(
             settings=self.settings,
             num_broken=int(broken),
-            steps_full=steps[0],
-            steps_reused=steps[1],
-            compute_ratio=ratio,
+            steps_full=int(counts.steps_full),
+            steps_reused=int(counts.steps_reused),
+            compute_ratio=counts.compute_ratio or 1.0,
         )
         return writer.submit(self.write, number, pixels, info)
 
     def sample(self, indices: Sequence[int]) -> Tensor:
         """Return the samples of some indices, also beyond the last: a batch is always of the same size."""
-        guidance = self.config.guidance
-        return self.source.sampler.sample(
-            [self.wanted.choices[self.wanted.place(index)] for index in indices],
-            guidance_scale=self.config.guidance_scale,
-            guidance_channels=self.config.guidance_channels,
-            guidance=guidance,
-            guidance_shallow_units=None if guidance == "full" else self.config.guidance_shallow_units,
-            num_inference_steps=self.config.steps,
-            generator=[generator_of(self.config.seed, index) for index in indices],
-        )
+        conditions = [self.conditions.choices[self.conditions.place(index)] for index in indices]
+        seeds = [seed_of(self.config.seed, index) for index in indices]
+        options = guidance_options(self.config.guidance, self.config.guidance_shallow_units)
+        return replace(self.run, conditions=conditions, seed=seeds)(**options).samples
 
     def write(self, number: int, pixels: np.ndarray, info: BlockInfo) -> None:
         with atomic_folder(block_path(self.folder, number), KIND, even_damaged=True) as draft:
@@ -205,21 +198,11 @@ def save_png(path: Path, sample: np.ndarray) -> None:
     first.save(path, **(animation if others else {}))
 
 
-def cost_ratio(source: Source, config: SampleConfig, choice: Any) -> float:
+def cost_ratio(run: Runner, config: SampleConfig) -> float:
     """Return the FLOPs of a step with ordinary guidance over those of one with the config's."""
     if config.guidance == "full":
         return 1.0
-    model = source.sampler.pipeline.transformer
-
-    def step(guidance: Any) -> Tensor:
-        return source.sampler.sample(
-            [choice],
-            guidance_scale=config.guidance_scale,
-            guidance_channels=config.guidance_channels,
-            guidance=guidance,
-            guidance_shallow_units=None if guidance == "full" else config.guidance_shallow_units,
-            num_inference_steps=1,
-            generator=generator_of(config.seed, 0),
-        )
-
-    return count_flops(model, partial(step, "full")) / count_flops(model, partial(step, config.guidance))
+    step = partial(run, num_inference_steps=1)
+    shallow = guidance_options(config.guidance, config.guidance_shallow_units)
+    full, own = (count_flops(run.pipeline.transformer, partial(step, **options)) for options in ({}, shallow))
+    return full / own

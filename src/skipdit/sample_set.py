@@ -30,8 +30,9 @@ from rich.progress import (
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
-from skipdit.compare import SampleConfig, check_method, load, machine, peak_memory_bytes
-from skipdit.compare import versions as versions_here
+from skipdit.compare import load, runner_of
+from skipdit.environment import machine, peak_memory_bytes, resolve_device
+from skipdit.environment import versions as versions_here
 from skipdit.files import (
     OutputFolder,
     atomic_folder,
@@ -44,19 +45,21 @@ from skipdit.files import (
 )
 from skipdit.loading import Source
 from skipdit.process_group import ProcessGroup, own_device, process_group
+from skipdit.runs import check_method
 from skipdit.sample_blocks import (
     BLOCKS,
     KIND,
     BlockMaker,
-    Wanted,
+    Conditions,
     block_path,
     cost_ratio,
     is_block,
     png_name,
     read_block,
+    seed_of,
     settings_of,
 )
-from skipdit.training import resolve_device
+from skipdit.sample_config import SampleConfig
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)
@@ -75,26 +78,35 @@ class Told(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class SetReport:
-    """What a set is and what it took. shape: of a sample, (h w 3) or (f h w 3). num_made, seconds, samples_per_second:
-    of the last call, which may have found some; of all its processes together, without loading, with compiling.
-    steps_full, steps_reused: of a block, on average. compute_ratio: by FLOPs, to ordinary guidance without a cache.
-    """
+    """What a set is and what it took."""
 
     num_samples: int
     num_broken: int
+    """of them, those that are not finite"""
     shape: list[int]
+    """of a sample: (h w 3), or (f h w 3) of a clip"""
     batch_size: int
     num_processes: int
     num_made: int
+    """by the last call, which may have found some"""
     seconds: float
+    """of the last call, all its processes together, without loading, with compiling"""
     samples_per_second: float
+    """the same"""
     steps: int
+    """denoising steps of a sample"""
     steps_full: float
+    """of them, those that ran every unit; the mean over blocks"""
     steps_reused: float
+    """of them, those that took deep features from the cache; the mean over blocks"""
     compute_ratio: float
+    """FLOPs with ordinary guidance and no cache over those spent"""
     peak_memory_bytes: int
+    """the most that the main process has held, on its device"""
     machine: dict[str, str | int]
+    """device, its name, threads, system"""
     versions: dict[str, str]
+    """of Python and packages, by name"""
 
     def text(self) -> str:
         """Say it in one line."""
@@ -136,9 +148,9 @@ class SetRun:
         self.batch_size = min(config.batch_size or BATCH_SIZES[source.sampler.task], self.num_samples)
         self.num_blocks = -(-self.num_samples // self.batch_size)
         self.method = source.cache(config.cache)
-        self.wanted = Wanted.of(source, config)
+        self.conditions = Conditions.of(source, config)
         if self.method is not None:
-            check_method(source.sampler.pipeline, self.method, config.steps)
+            check_method(source.sampler.pipeline, self.method, config.num_inference_steps)
         self.folder = config.out.absolute() if out is None else out.path
         self.overwritten = ("*.png", "metadata.jsonl") if config.overwrite else ()
 
@@ -208,7 +220,7 @@ class SetRun:
         return SetReport(**(self.read()["report"] or {}))
 
     def write(self, settings: dict[str, Any], report: SetReport | None) -> None:
-        prompts = list(self.wanted.choices) if isinstance(self.wanted.choices[0], str) else []
+        prompts = list(self.conditions.choices) if isinstance(self.conditions.choices[0], str) else []
         told = Told(settings=settings, prompts=prompts, report=None if report is None else asdict(report))
         self.files.write_text(TOLD, to_json(told))
 
@@ -217,7 +229,7 @@ class SetRun:
         paths = [block_path(self.folder, number) for number in range(self.num_blocks)]
         infos = [read_block(path, settings) for path in paths]
         shape = np.load(paths[0] / "samples.npy", mmap_mode="r").shape[1:]
-        labels = [self.wanted.label(index) for index in range(self.num_samples)]
+        labels = [self.conditions.label(index) for index in range(self.num_samples)]
         if self.config.npz:
             with self.files.file(NPZ) as draft:
                 blocks = (np.load(path / "samples.npy") for path in track(paths, "writing"))
@@ -234,7 +246,7 @@ class SetRun:
             num_made=num_made,
             seconds=seconds,
             samples_per_second=num_made / seconds,
-            steps=self.config.steps,
+            steps=self.config.num_inference_steps,
             steps_full=sum(info["steps_full"] for info in infos) / len(infos),
             steps_reused=sum(info["steps_reused"] for info in infos) / len(infos),
             compute_ratio=len(infos) / sum(1 / info["compute_ratio"] for info in infos),
@@ -251,7 +263,7 @@ class SetRun:
         with atomic_folder(self.folder / PNG, KIND, overwritten=self.overwritten) as draft:
             with (draft / "metadata.jsonl").open("w", encoding="utf-8") as lines:
                 for index, label in enumerate(labels):
-                    text = self.wanted.captions[self.wanted.place(index)]
+                    text = self.conditions.captions[self.conditions.place(index)]
                     line = {"file_name": png_name(index), "label": label, "text": text}
                     lines.write(json.dumps(line) + "\n")
             for number, path in enumerate(paths):
@@ -273,21 +285,22 @@ class SetRun:
         """Make this process's share of the missing blocks, and wait for the others; return the seconds it took."""
         pipeline = self.source.sampler.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        ratio = cost_ratio(self.source, self.config, self.wanted.choices[0])
+        run = runner_of(self.source, self.config, self.conditions.choices[:1], seed=seed_of(self.config.seed, 0))
+        ratio = cost_ratio(run, self.config)
         if self.config.compile:
             cast(nn.Module, pipeline.transformer).compile(fullgraph=True)
         if self.method is not None:
             enable_cache(pipeline, self.method)
         maker = BlockMaker(
-            self.source,
-            self.wanted,
-            self.config,
-            self.folder,
-            settings,
-            self.batch_size,
-            self.num_samples,
-            self.method is not None,
-            ratio,
+            run=run,
+            conditions=self.conditions,
+            config=self.config,
+            folder=self.folder,
+            settings=settings,
+            batch_size=self.batch_size,
+            num_samples=self.num_samples,
+            is_cached=self.method is not None,
+            ratio=ratio,
         )
         self.group.wait_for_all()
         started = time.perf_counter()

@@ -1,21 +1,17 @@
 """What a command is asked and says on a terminal, and how it ends when it is stopped."""
 
 import contextlib
-import io
-import itertools
 import logging
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from skipdit.untrusted import printable
-
-Config = TypeVar("Config")
 
 MAX_MESSAGE = 2000  # characters
 SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
@@ -107,32 +103,3 @@ def describe(error: BaseException) -> str:
 
 def one_line(text: str) -> str:
     return printable(" ".join(line.strip() for line in text.splitlines()), MAX_MESSAGE)
-
-
-def parse(
-    command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
-) -> Config:
-    """Return the options of a command; `ValueError` in one line where they are none."""
-    import tyro
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                config,
-                default=tyro.MISSING_NONPROP if default is None else default,
-                args=list(arguments),
-                prog=f"skipdit {command}",
-                description=text,
-            )
-    except SystemExit as exit:
-        if exit.code == 0:
-            raise
-        raise ValueError(_one_line(said.getvalue())) from exit
-
-
-def _one_line(box: str) -> str:
-    """What tyro says under its title and above its advice, without rules and frame."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    message = itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines)
-    return " ".join(line for line in message if line.strip("─-")) or box.strip()

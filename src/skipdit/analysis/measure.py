@@ -22,47 +22,46 @@ from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms,
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import parts_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
-from skipdit.options import check_numbers
+from skipdit.options import NumInferenceSteps, check_numbers, check_range
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.runs import spread
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig:
-    """What is measured of each model.
-
-    labels: class numbers, one a picture; by default `num_pictures` spread over the classes. methods: caches whose
-    features and errors are followed; those that a model cannot have are left out and named. jacobian_timesteps: at how
-    many timesteps the norms of units and halves are measured, on two pictures. growth_timesteps: the same for the
-    norms of solver steps. surface_size: points a side, odd. weight_radius, input_radius: largest coefficient of a
-    direction, in norms of what is moved. surface_timesteps: in 0 to 1000. device: cpu, cuda or auto.
-    """
+    """What is measured of each model."""
 
     labels: tuple[int, ...] = ()
+    """class numbers, one per picture; by default spread over the classes"""
     num_pictures: int = 4
-    steps: int = 50
+    """pictures of a run, where no labels are given"""
+    num_inference_steps: NumInferenceSteps = 50
+    """denoising steps of a run"""
     guidance_scale: float = 2.0
+    """strength of classifier-free guidance; none at 1"""
     methods: tuple[str, ...] = ("N2", "delta:N2", "skip-taylor:N4-800-100-o1")
+    """caches whose features and errors are followed; those that a model cannot have are left out and named"""
     jacobian_timesteps: int = 6
+    """timesteps at which the norms of units and halves are measured, on two pictures"""
     growth_timesteps: int = 12
+    """timesteps at which the norms of solver steps are measured"""
     surface_size: int = 9
+    """points per side of a perturbation surface; odd"""
     weight_radius: float = 0.2
+    """largest coefficient of a direction in weights, in their norms"""
     input_radius: float = 0.2
+    """largest coefficient of a direction in latents, in their norms"""
     surface_timesteps: tuple[int, ...] = (200, 800)
+    """timesteps of the surfaces, above 0 up to 1000"""
     seed: int = 0
+    """of noise and directions"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name, least in (
-            ("num_pictures", 1),
-            ("steps", 3),
-            ("jacobian_timesteps", 1),
-            ("growth_timesteps", 2),
-            ("surface_size", 3),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if self.steps > 1000:
-            raise ValueError(f"steps must be at most 1000, got {self.steps}")
+        check_range(self, "num_pictures", "jacobian_timesteps")
+        check_range(self, "num_inference_steps", least=3, most=1000)
+        check_range(self, "growth_timesteps", least=2)
+        check_range(self, "surface_size", least=3)
         if self.surface_size % 2 == 0:
             raise ValueError(f"surface_size must be odd, so that the unmoved model is a point, got {self.surface_size}")
         for name in ("weight_radius", "input_radius"):
@@ -75,13 +74,12 @@ class AnalyzeConfig:
 
     def settings(self, pipeline: ClassToImagePipeline) -> RunSettings:
         num_classes = pipeline.transformer.config.num_classes
-        spread = tuple(index * num_classes // self.num_pictures for index in range(self.num_pictures))
         for label in self.labels:
             if not 0 <= label < num_classes:
                 raise ValueError(f"class labels must be between 0 and {num_classes - 1}, got {label}")
         return RunSettings(
-            labels=self.labels or spread,
-            num_inference_steps=self.steps,
+            labels=self.labels or tuple(spread(self.num_pictures, num_classes)),
+            num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale if pipeline.transformer.config.null_class else 1.0,
             seed=self.seed,
         )

@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
 from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, geometric_mean, holds, norms_of
 from skipdit.analysis.weights import TrainingLog
-from skipdit.files import OutputFolder, to_json
+from skipdit.files import OutputFolder
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.plots import check_plots_installed, render_html, save_png
+from skipdit.report import Report, table
 from skipdit.untrusted import printable
 
 FILES = ("report.md", "report.html", "report.json", "arrays.npz")
@@ -71,20 +72,18 @@ def write_report(models: Models, config: AnalyzeConfig, out: OutputFolder) -> No
     }
     with out.file("arrays.npz") as draft, draft.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    facts = {name: summarise(measured) for name, measured in models.items()}
-    out.write_text("report.json", to_json({"config": config, "models": facts}))
     told = [
         (section.heading, f"{section.about} {section.seen}", figure)
         for section in sections
         for figure in section.figures
     ]
     out.write_text("report.html", render_html(f"Stability of {' and '.join(models)}", told))
-    out.write_text("report.md", render_markdown(models, config, sections))
+    report_of(models, config, sections).write(out, "report")
     out.remove_earlier()
 
 
 def summarise(measured: Measured) -> dict[str, Any]:
-    """The figures that the page states, as JSON."""
+    """Return the figures that the page states, as JSON."""
     return {
         "num_parameters": measured.num_parameters,
         "num_units": measured.num_units,
@@ -125,25 +124,26 @@ def summarise(measured: Measured) -> dict[str, Any]:
     }
 
 
-def render_table(models: Models) -> str:
-    """One row a model with what the sections tell at length; higher is better for pushed weights and caches."""
-    methods = list(dict.fromkeys(method for measured in models.values() for method in measured.growth))
-    header = ["model", "units", "long skips", "parameters", "loss", "Jacobian of model", "first half", "second half"]
-    header += ["unit", "weights pushed", *(f"cached `{method}`" for method in methods)]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for name, measured in models.items():
-        norms = [f"{geometric_mean(norms_of(measured, part)):.3g}" for part in ("model", "first_half", "second_half")]
-        units = geometric_mean([norm for profile in measured.jacobians.values() for norm in profile.units])
-        pushed = min(grid.min() for (moved, _), grid in measured.surfaces.items() if moved == "weights")
-        cells = [name, measured.num_units, measured.num_pairs or "none", f"{measured.num_parameters / 1e6:.2f} M"]
-        cells += ["-" if measured.log is None else f"{measured.log.last_loss:.4f}", *norms, f"{units:.3g}"]
-        cells += [f"{pushed:.4f}", *(cached_cell(measured, method) for method in methods)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def cells(name: str, measured: Measured, methods: Sequence[str]) -> dict[str, object]:
+    """Return a model's row of the table, with what the sections tell at length."""
+    norms = [geometric_mean(norms_of(measured, part)) for part in ("model", "first_half", "second_half")]
+    units = geometric_mean([norm for profile in measured.jacobians.values() for norm in profile.units])
+    pushed = min(grid.min() for (moved, _), grid in measured.surfaces.items() if moved == "weights")
+    jacobians = ("Jacobian of model", "first half", "second half", "unit")
+    return {
+        "model": name,
+        "units": measured.num_units,
+        "long skips": measured.num_pairs or "none",
+        "parameters": f"{measured.num_parameters / 1e6:.2f} M",
+        "loss": "-" if measured.log is None else f"{measured.log.last_loss:.4f}",
+        **{title: f"{norm:.3g}" for title, norm in zip(jacobians, (*norms, units), strict=True)},
+        "weights pushed": f"{pushed:.4f}",
+        **{f"cached `{method}`": cached_cell(measured, method) for method in methods},
+    }
 
 
 def cached_cell(measured: Measured, method: str) -> str:
-    """`"40.1 dB (1.71x)"`, or a dash where the model cannot have the method."""
+    """Return `"40.1 dB (1.71x)"`, or a dash where the model cannot have the method."""
     growth = measured.growth.get(method)
     if growth is None:
         return "-"
@@ -154,19 +154,24 @@ def cached_cell(measured: Measured, method: str) -> str:
     return f"{decibel} ({growth.compute_ratio:.2f}x)"
 
 
-def render_markdown(models: Models, config: AnalyzeConfig, sections: Sequence[Section]) -> str:
+def report_of(models: Models, config: AnalyzeConfig, sections: Sequence[Section]) -> Report:
+    methods = list(dict.fromkeys(method for measured in models.values() for method in measured.growth))
     parts = [
-        f"# Stability of {' and '.join(models)}",
-        render_table(models),
+        table([cells(name, measured, methods) for name, measured in models.items()]),
         "Loss: mean over the last tenth of the run's log. Jacobian norms: geometric mean over timesteps, and over all "
         "units of a model. Weights pushed: lowest similarity of the last unit's output. Cached: how far the end "
-        "of the cached run is from the full run, signal over error; in brackets the speed that the units run promise.",
-        f"{len(config.labels) or config.num_pictures} pictures, {config.steps} deterministic first-order steps, "
-        f"guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. *Timesteps* "
-        "fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in `arrays.npz` and "
-        "`report.json`; `report.html` holds the same figures to turn and zoom.",
+        "of the cached run is from the full run, signal over error; in brackets the speed that its FLOPs promise.",
+        f"{len(config.labels) or config.num_pictures} pictures, {config.num_inference_steps} deterministic first-order "
+        f"steps, guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. "
+        "*Timesteps* fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in `arrays.npz` "
+        "and `report.json`; `report.html` holds the same figures to turn and zoom.",
     ]
     for section in sections:
         images = "\n\n".join(f"![{figure.title}]({figure.name}.png)" for figure in section.figures)
         parts += [f"## {section.heading}", section.about, f"**Seen here.** {section.seen}", images]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return Report(
+        title=f"Stability of {' and '.join(models)}",
+        config=config,
+        data={"models": {name: summarise(measured) for name, measured in models.items()}},
+        parts=parts,
+    )

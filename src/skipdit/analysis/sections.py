@@ -1,18 +1,19 @@
-"""What the stability report says and draws: a section a measurement, in plain words with this model's numbers."""
+"""What the stability report says and draws: a section per measurement, in plain words with this model's numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from skipdit.analysis.jacobian import JacobianProfile
 from skipdit.analysis.measure import AnalyzeConfig, Measured
 from skipdit.plots import Heatmaps, Lines, Plot, Surfaces
 
 Models = Mapping[str, Measured]
-
+Series = Mapping[str, tuple[NDArray, NDArray]]
 
 NUMBERED = ("error_growth", "long_skip_norms", "long_skip_spectra", "layer_norms", "gradient_norms")  # one per model
 SHARED = (
@@ -34,11 +35,13 @@ def figure_names(config: AnalyzeConfig, num_models: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Section:
-    """heading; about: what is drawn and how it was measured; seen: what these models show; figures."""
+    """A measurement in the report."""
 
     heading: str
     about: str
+    """what is drawn and how it was measured"""
     seen: str
+    """what these models show"""
     figures: tuple[Plot, ...]
 
 
@@ -50,52 +53,102 @@ def listed(models: Models, say: Callable[[Measured], str]) -> str:
     return "; ".join(f"{name}: {say(measured)}" for name, measured in models.items()) + "."
 
 
-def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
-    last = {name: (measured.timesteps[1:], measured.similarity[-1]) for name, measured in models.items()}
-    first = next(iter(models.values()))
+def numbered(models: Models) -> Iterator[tuple[int, str, Measured]]:
+    """Yield each model with its number, from 1, and its name."""
+    for index, (name, measured) in enumerate(models.items(), start=1):
+        yield index, name, measured
+
+
+def over_time(name: str, title: str, y_label: str, series: Series, *, log_y: bool = True) -> Lines:
+    """Return curves over falling timesteps; those of a bound are dashed."""
+    dashed = frozenset(label for label in series if label.endswith("bound"))
+    return Lines(
+        name=name,
+        title=title,
+        x_label="timestep",
+        y_label=y_label,
+        series=series,
+        log_y=log_y,
+        reverse_x=True,
+        dashed=dashed,
+    )
+
+
+def over_units(name: str, title: str, y_label: str, series: Series, *, x_label: str = "unit") -> Lines:
+    """Return curves over units, on a linear scale."""
+    return Lines(name=name, title=title, x_label=x_label, y_label=y_label, series=series)
+
+
+def unit_map(
+    name: str, title: str, color_label: str, timesteps: NDArray, models: Models, rows: Callable[[Measured], NDArray]
+) -> Heatmaps:
+    """Return a panel per model of a value for each unit and timestep. rows: (num_units, steps)."""
     depth = max(measured.num_units for measured in models.values())
-    panels = {name: padded((1 - measured.similarity).clip(1e-6), depth) for name, measured in models.items()}
+    panels = {model: padded(rows(measured), depth) for model, measured in models.items()}
+    return Heatmaps(
+        name=name,
+        title=title,
+        x_label="timestep",
+        y_label="unit",
+        color_label=color_label,
+        x=timesteps,
+        y=np.arange(depth),
+        panels=panels,
+        reverse_x=True,
+        log_color=True,
+    )
+
+
+def padded(rows: NDArray, depth: int) -> NDArray:
+    """Return the rows with rows of NaN up to the deeper model's depth."""
+    return np.concatenate([rows, np.full((depth - len(rows), rows.shape[1]), np.nan)])
+
+
+def blank_zeros(values: NDArray, least: float = 1e-12) -> NDArray:
+    """Return the values with gaps where there is nothing to see on a logarithmic scale."""
+    return np.where(values > least, values, np.nan)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
+    timesteps = next(iter(models.values())).timesteps[1:]
+    last = {name: (measured.timesteps[1:], measured.similarity[-1]) for name, measured in models.items()}
+
+    def say(m: Measured) -> str:
+        worst = m.timesteps[1:][m.similarity[-1].argmin()]
+        return (
+            f"the last unit's similarity is {m.similarity[-1].mean():.4f} on average and "
+            f"{m.similarity[-1].min():.4f} at worst (timestep {worst:.0f}); over all units the mean is "
+            f"{m.similarity.mean():.4f}"
+        )
+
     return Section(
         "How much features change from step to step",
         "Each unit's output is compared with its own output one denoising step before: cosine similarity over the "
         "channels of a token, mean over tokens and pictures. A cache that holds a feature for a step is wrong by "
         "what is missing to 1.",
-        listed(
-            models,
-            lambda m: (
-                f"the last unit's similarity is {m.similarity[-1].mean():.4f} on average and "
-                f"{m.similarity[-1].min():.4f} at worst (timestep {m.timesteps[1:][m.similarity[-1].argmin()]:.0f}); "
-                f"over all units the mean is {m.similarity.mean():.4f}"
-            ),
-        ),
+        listed(models, say),
         (
-            Lines(
-                name="similarity_last_unit",
-                title="Similarity of the last unit's output to the step before",
-                x_label="timestep",
-                y_label="cosine similarity",
-                series=last,
-                reverse_x=True,
+            over_time(
+                "similarity_last_unit",
+                "Similarity of the last unit's output to the step before",
+                "cosine similarity",
+                last,
+                log_y=False,
             ),
-            Heatmaps(
-                name="similarity",
-                title="Change of each unit's output since the step before",
-                x_label="timestep",
-                y_label="unit",
-                color_label="1 - cosine similarity",
-                x=first.timesteps[1:],
-                y=np.arange(depth),
-                panels=panels,
-                reverse_x=True,
-                log_color=True,
+            unit_map(
+                "similarity",
+                "Change of each unit's output since the step before",
+                "1 - cosine similarity",
+                timesteps,
+                models,
+                lambda m: (1 - m.similarity).clip(1e-6),
             ),
         ),
     )
-
-
-def padded(rows: NDArray, depth: int) -> NDArray:
-    """With rows of NaN up to the deeper model's depth."""
-    return np.concatenate([rows, np.full((depth - len(rows), rows.shape[1]), np.nan)])
 
 
 def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
@@ -106,41 +159,27 @@ def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
     }
     if not series:
         return None
-    left_out = "".join(
-        f" {name} cannot have {method}: {reason}."
-        for name, m in models.items()
-        for method, reason in m.left_out.items()
-    )
+    left_out = [
+        f" {name} cannot have {method}: {why}." for name, m in models.items() for method, why in m.left_out.items()
+    ]
+
+    def say(m: Measured) -> str:
+        above = (f"{method} stays above {each.feature_similarity.min():.4f}" for method, each in m.growth.items())
+        return ", ".join(above) or "no cache"
+
+    title = "Difference of the last unit's output, cached against full"
     return Section(
         "Features under a cache",
         "The last unit's output in a cached run beside the full run from the same noise: what its cosine similarity "
-        "lacks to 1. The lower, the less harm; the cached run goes its own way, so errors add up." + left_out,
-        listed(
-            models,
-            lambda m: (
-                ", ".join(
-                    f"{method} stays above {growth.feature_similarity.min():.4f}" for method, growth in m.growth.items()
-                )
-                or "no cache"
-            ),
-        ),
-        (
-            Lines(
-                name="cached_similarity",
-                title="Difference of the last unit's output, cached against full",
-                x_label="timestep",
-                y_label="1 - cosine similarity",
-                series=series,
-                log_y=True,
-                reverse_x=True,
-            ),
-        ),
+        "lacks to 1. The lower, the less harm; the cached run goes its own way, so errors add up." + "".join(left_out),
+        listed(models, say),
+        (over_time("cached_similarity", title, "1 - cosine similarity", series),),
     )
 
 
 def growth_section(models: Models, config: AnalyzeConfig) -> Section | None:
     figures, said = [], []
-    for index, (name, measured) in enumerate(models.items()):
+    for number, name, measured in numbered(models):
         series = {}
         for method, growth in measured.growth.items():
             # the run's first steps are full: there is no error yet
@@ -152,70 +191,45 @@ def growth_section(models: Models, config: AnalyzeConfig) -> Section | None:
                 f"{growth.predicted[-1]:.3g}, the geometric form at {growth.geometric[-1]:.3g}"
             )
         if series:
-            figures.append(
-                Lines(
-                    name=f"error_growth_{index + 1}",
-                    title=f"{name}: error along the run",
-                    x_label="timestep",
-                    y_label="error / norm of the latents",
-                    series=series,
-                    log_y=True,
-                    reverse_x=True,
-                    dashed=frozenset(label for label in series if label.endswith("bound")),
-                )
-            )
+            title = f"{name}: error along the run"
+            figures.append(over_time(f"error_growth_{number}", title, "error / norm of the latents", series))
     if not figures:
         return None
+    norms = listed(
+        models, lambda m: f"L is {np.median(m.step_norms):.3f} in the median and {m.step_norms.max():.3f} at most"
+    )
     return Section(
         "How errors grow",
         "Measured: the distance of the cached run's latents to those of the full run, relative. Bound: each step "
         "multiplies the error so far by at most L, the norm of that step's Jacobian (measured along the full run, the "
         "larger of two neighbours in between), and adds what its own reuse changes (measured on the cached run). It "
         "is a bound for small errors; where it lies far above, errors of different steps point different ways.",
-        "; ".join(said)
-        + ". "
-        + listed(
-            models, lambda m: f"L is {np.median(m.step_norms):.3f} in the median and {m.step_norms.max():.3f} at most"
-        ),
+        f"{'; '.join(said)}. {norms}",
         tuple(figures),
     )
 
 
-def blank_zeros(values: NDArray, least: float = 1e-12) -> NDArray:
-    """With gaps where there is nothing to see on a logarithmic scale."""
-    return np.where(values > least, values, np.nan)
+# ----------------------------------------------------------------------------------------------------------------------
+# Jacobians and surfaces
 
 
 def jacobian_section(models: Models, config: AnalyzeConfig) -> Section:
-    depth = max(measured.num_units for measured in models.values())
     first = next(iter(models.values()))
-    timesteps = np.array(list(first.jacobians))
-    whole = {
-        f"{name}: {part}": (
-            np.array(list(measured.jacobians)),
-            np.array([getattr(profile, part.replace(" ", "_")) for profile in measured.jacobians.values()]),
-        )
-        for name, measured in models.items()
-        for part in ("model", "first half", "second half")
-    }
-    panels = {
-        name: padded(np.array([profile.units for profile in measured.jacobians.values()]).T, depth)
-        for name, measured in models.items()
-    }
-    middle = list(first.jacobians)[len(first.jacobians) // 2]
-    units: dict[str, tuple[NDArray, NDArray]] = {}
-    for name, measured in models.items():
-        profile = measured.jacobians[min(measured.jacobians, key=lambda timestep: abs(timestep - middle))]
-        numbers = np.arange(measured.num_units)
-        units |= {f"{name}: measured": (numbers, np.array(profile.units))}
-        units |= {f"{name}: bound": (numbers, np.array(profile.bounds))}
     violated = sum(
         norm > bound * (1 + 1e-3)
-        for measured in models.values()
-        for profile in measured.jacobians.values()
+        for profile in profiles_of(models)
         for norm, bound in zip(profile.units, profile.bounds, strict=True)
     )
-    worst = max(max(p.errors.values()) for m in models.values() for p in m.jacobians.values())
+    worst = max(max(profile.errors.values()) for profile in profiles_of(models))
+
+    def say(m: Measured) -> str:
+        whole, unit_norms = norms_of(m, "model"), [norm for each in m.jacobians.values() for norm in each.units]
+        halves = [geometric_mean(norms_of(m, part)) for part in ("first_half", "second_half")]
+        return (
+            f"the model's norm goes from {min(whole):.3g} to {max(whole):.3g}, the first half's geometric mean is "
+            f"{halves[0]:.3g}, the second half's {halves[1]:.3g}, a unit's {geometric_mean(unit_norms):.3g}"
+        )
+
     return Section(
         "How strongly a change is stretched",
         "The largest singular value of the Jacobian, found by products with it alone: of the whole model (latents to "
@@ -223,53 +237,55 @@ def jacobian_section(models: Models, config: AnalyzeConfig) -> Section:
         "change may grow, below 1 it shrinks. With long skips the second half also gets what the first hands over, "
         "which its own number does not count. The closed-form bound of a unit is a product of spectral norms of its "
         f"weights and slopes at this point. Relative residual of the worst pair found: {worst:.1e}.",
-        listed(
+        f"{listed(models, say)} The closed-form bound is violated {violated} times.",
+        jacobian_figures(models, list(first.jacobians)),
+    )
+
+
+def jacobian_figures(models: Models, timesteps: list[float]) -> tuple[Plot, ...]:
+    """timesteps: of the first model."""
+    whole = {
+        f"{name}: {part}": (np.array(list(measured.jacobians)), np.array(norms_of(measured, part.replace(" ", "_"))))
+        for name, measured in models.items()
+        for part in ("model", "first half", "second half")
+    }
+    middle = timesteps[len(timesteps) // 2]
+    units: dict[str, tuple[NDArray, NDArray]] = {}
+    for name, measured in models.items():
+        profile = measured.jacobians[min(measured.jacobians, key=lambda timestep: abs(timestep - middle))]
+        numbers = np.arange(measured.num_units)
+        units |= {f"{name}: measured": (numbers, np.array(profile.units))}
+        units |= {f"{name}: bound": (numbers, np.array(profile.bounds))}
+    value = "largest singular value"
+    return (
+        over_time("jacobian_model", "Jacobian norm of the model and its halves", value, whole),
+        unit_map(
+            "jacobian_units",
+            "Jacobian norm of each unit",
+            value,
+            np.array(timesteps),
             models,
-            lambda m: (
-                f"the model's norm goes from {min(norms_of(m, 'model')):.3g} to {max(norms_of(m, 'model')):.3g}, "
-                f"the first half's geometric mean is {geometric_mean(norms_of(m, 'first_half')):.3g}, "
-                f"the second half's {geometric_mean(norms_of(m, 'second_half')):.3g}, "
-                f"a unit's {geometric_mean([n for p in m.jacobians.values() for n in p.units]):.3g}"
-            ),
-        )
-        + f" The closed-form bound is violated {violated} times.",
-        (
-            Lines(
-                name="jacobian_model",
-                title="Jacobian norm of the model and its halves",
-                x_label="timestep",
-                y_label="largest singular value",
-                series=whole,
-                log_y=True,
-                reverse_x=True,
-            ),
-            Heatmaps(
-                name="jacobian_units",
-                title="Jacobian norm of each unit",
-                x_label="timestep",
-                y_label="unit",
-                color_label="largest singular value",
-                x=timesteps,
-                y=np.arange(depth),
-                panels=panels,
-                reverse_x=True,
-                log_color=True,
-            ),
-            Lines(
-                name="jacobian_bounds",
-                title=f"Jacobian norm of each unit and its closed-form bound, timestep {middle:.0f}",
-                x_label="unit",
-                y_label="largest singular value",
-                series=units,
-                log_y=True,
-                dashed=frozenset(label for label in units if label.endswith("bound")),
-            ),
+            lambda m: np.array([profile.units for profile in m.jacobians.values()]).T,
+        ),
+        Lines(
+            name="jacobian_bounds",
+            title=f"Jacobian norm of each unit and its closed-form bound, timestep {middle:.0f}",
+            x_label="unit",
+            y_label=value,
+            series=units,
+            log_y=True,
+            dashed=frozenset(label for label in units if label.endswith("bound")),
         ),
     )
 
 
+def profiles_of(models: Models) -> Iterator[JacobianProfile]:
+    for measured in models.values():
+        yield from measured.jacobians.values()
+
+
 def norms_of(measured: Measured, part: str) -> list[float]:
-    """The Jacobian norms of the model or a half at all timesteps."""
+    """Return the Jacobian norms of the model or a half at all timesteps."""
     return [getattr(profile, part) for profile in measured.jacobians.values()]
 
 
@@ -278,104 +294,86 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def surface_section(models: Models, config: AnalyzeConfig) -> Section:
-    figures = []
-    for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius)):
-        for timestep in config.surface_timesteps:
-            figures.append(
-                Surfaces(
-                    name=f"surface_{moved}_{timestep}",
-                    title=f"{moved.capitalize()} moved along two random directions, timestep {timestep}",
-                    x_label="first direction",
-                    y_label="second direction",
-                    z_label="cosine similarity",
-                    x=radius * config.coefficients,
-                    y=radius * config.coefficients,
-                    panels={name: measured.surfaces[moved, timestep] for name, measured in models.items()},
-                )
-            )
+    figures = [
+        Surfaces(
+            name=f"surface_{moved}_{timestep}",
+            title=f"{moved.capitalize()} moved along two random directions, timestep {timestep}",
+            x_label="first direction",
+            y_label="second direction",
+            z_label="cosine similarity",
+            x=radius * config.coefficients,
+            y=radius * config.coefficients,
+            panels={name: measured.surfaces[moved, timestep] for name, measured in models.items()},
+        )
+        for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius))
+        for timestep in config.surface_timesteps
+    ]
+
+    def say(m: Measured) -> str:
+        return ", ".join(f"{moved} at {at}: lowest {grid.min():.4f}" for (moved, at), grid in m.surfaces.items())
+
     return Section(
         "What a random push does",
         "The last unit's output after a push, beside the same without one: cosine similarity, 1 at the centre. Weights "
         "are pushed along two random directions whose every row has the norm of the weight's row (filter-normalised; "
         "biases and norms stay), latents along two whose norm is that of the latents. The flatter, the more stable.",
-        listed(
-            models,
-            lambda m: ", ".join(
-                f"{moved} at {timestep}: lowest {grid.min():.4f}" for (moved, timestep), grid in m.surfaces.items()
-            ),
-        ),
+        listed(models, say),
         tuple(figures),
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights and training
+
+
 def spectra_section(models: Models, config: AnalyzeConfig) -> Section:
     figures: list[Plot] = []
-    for index, (name, measured) in enumerate(models.items()):
-        if measured.long_skips:
-            targets = np.array(list(measured.long_skips))
-            figures.append(
-                Lines(
-                    name=f"long_skip_norms_{index + 1}",
-                    title=f"{name}: spectral norm of each long skip's projection",
-                    x_label="target unit",
-                    y_label="spectral norm",
-                    series={
-                        label: (targets, np.array([getattr(s, part)[0].item() for s in measured.long_skips.values()]))
-                        for label, part in (
-                            ("whole", "whole"),
-                            ("half on the hidden states", "hidden"),
-                            ("half on the skip", "skip"),
-                        )
-                    },
-                )
-            )
-            figures.append(
-                Lines(
-                    name=f"long_skip_spectra_{index + 1}",
-                    title=f"{name}: singular values of the long skips' projections",
-                    x_label="number, largest first",
-                    y_label="singular value",
-                    series={
-                        f"into unit {target}": (np.arange(1, len(s.whole) + 1), s.whole.numpy())
-                        for target, s in measured.long_skips.items()
-                    },
-                    log_y=True,
-                )
-            )
-    for index, (name, measured) in enumerate(models.items()):
+    parts = {"whole": "whole", "half on the hidden states": "hidden", "half on the skip": "skip"}
+    for number, name, measured in numbered(models):
+        if not measured.long_skips:
+            continue
+        targets = np.array(list(measured.long_skips))
+        norms = {label: (targets, np.array(projection_norms(measured, part))) for label, part in parts.items()}
+        title = f"{name}: spectral norm of each long skip's projection"
+        figures.append(over_units(f"long_skip_norms_{number}", title, "spectral norm", norms, x_label="target unit"))
         figures.append(
             Lines(
-                name=f"layer_norms_{index + 1}",
-                title=f"{name}: spectral norm of the layers of each unit",
-                x_label="unit",
-                y_label="spectral norm",
+                name=f"long_skip_spectra_{number}",
+                title=f"{name}: singular values of the long skips' projections",
+                x_label="number, largest first",
+                y_label="singular value",
                 series={
-                    layer: (np.arange(measured.num_units), norms.numpy())
-                    for layer, norms in measured.layer_norms.items()
+                    f"into unit {target}": (np.arange(1, len(spectrum.whole) + 1), spectrum.whole.numpy())
+                    for target, spectrum in measured.long_skips.items()
                 },
+                log_y=True,
             )
         )
+    for number, name, measured in numbered(models):
+        layers = {layer: (np.arange(len(norms)), norms.numpy()) for layer, norms in measured.layer_norms.items()}
+        title = f"{name}: spectral norm of the layers of each unit"
+        figures.append(over_units(f"layer_norms_{number}", title, "spectral norm", layers))
+
+    def say(m: Measured) -> str:
+        if not m.long_skips:
+            return "no long skips"
+        whole, skip, hidden = (projection_norms(m, part) for part in ("whole", "skip", "hidden"))
+        return (
+            f"long-skip projections have norms {min(whole):.2f} to {max(whole):.2f}; the half on the skip "
+            f"{np.mean(skip):.2f} on average, that on the hidden states {np.mean(hidden):.2f}"
+        )
+
     return Section(
         "Weights",
         "Spectral norms and singular values. A long skip's projection has two halves: one acts on the hidden states "
         "that came through the depth, one on the skip.",
-        listed(
-            models,
-            lambda m: (
-                "no long skips"
-                if not m.long_skips
-                else "long-skip projections have norms "
-                f"{min(projection_norms(m, 'whole')):.2f} to {max(projection_norms(m, 'whole')):.2f}; the half on the "
-                f"skip {np.mean(projection_norms(m, 'skip')):.2f} on average, that on the hidden states "
-                f"{np.mean(projection_norms(m, 'hidden')):.2f}"
-            ),
-        ),
+        listed(models, say),
         tuple(figures),
     )
 
 
 def projection_norms(measured: Measured, part: str) -> list[float]:
-    """The spectral norm of each long skip's projection, or of one of its halves."""
+    """Return the spectral norm of each long skip's projection, or of one of its halves."""
     return [getattr(spectrum, part)[0].item() for spectrum in measured.long_skips.values()]
 
 
@@ -383,45 +381,42 @@ def training_section(models: Models, config: AnalyzeConfig) -> Section | None:
     logs = {name: measured.log for name, measured in models.items() if measured.log is not None}
     if not logs:
         return None
+    losses = {name: smoothed(log.steps.numpy(), log.loss.numpy()) for name, log in logs.items()}
+    y_label = "loss, mean over a tenth of the run"
     figures: list[Plot] = [
-        Lines(
-            name="training_loss",
-            title="Training loss",
-            x_label="step",
-            y_label="loss, mean over a tenth of the run",
-            series={name: smoothed(log.steps.numpy(), log.loss.numpy()) for name, log in logs.items()},
-            log_y=True,
-        )
+        Lines(name="training_loss", title="Training loss", x_label="step", y_label=y_label, series=losses, log_y=True)
     ]
-    for index, (name, log) in enumerate(logs.items()):
-        if log.unit_gradient_norms.shape[1]:
-            figures.append(
-                Lines(
-                    name=f"gradient_norms_{index + 1}",
-                    title=f"{name}: gradient norm of each unit over training",
-                    x_label="step",
-                    y_label="gradient norm",
-                    series={
-                        f"unit {unit}": smoothed(log.steps.numpy(), log.unit_gradient_norms[:, unit].numpy())
-                        for unit in range(log.unit_gradient_norms.shape[1])
-                    },
-                    log_y=True,
-                )
+    for number, (name, log) in enumerate(logs.items(), start=1):
+        norms = log.unit_gradient_norms
+        if not norms.shape[1]:
+            continue
+        figures.append(
+            Lines(
+                name=f"gradient_norms_{number}",
+                title=f"{name}: gradient norm of each unit over training",
+                x_label="step",
+                y_label="gradient norm",
+                series={
+                    f"unit {unit}": smoothed(log.steps.numpy(), norms[:, unit].numpy())
+                    for unit in range(norms.shape[1])
+                },
+                log_y=True,
             )
+        )
+    said = (
+        f"{name}: loss {log.last_loss:.4f} over the last tenth of {log.steps[-1].item()} steps"
+        for name, log in logs.items()
+    )
     return Section(
         "Training",
         "From the run's log: the loss of single batches, and the norm of each unit's gradient before clipping.",
-        "; ".join(
-            f"{name}: loss {log.last_loss:.4f} over the last tenth of {log.steps[-1].item()} steps"
-            for name, log in logs.items()
-        )
-        + ".",
+        "; ".join(said) + ".",
         tuple(figures),
     )
 
 
 def smoothed(steps: NDArray, values: NDArray) -> tuple[NDArray, NDArray]:
-    """A running mean over a tenth of the points."""
+    """Return a running mean over a tenth of the points."""
     window = max(len(values) // 10, 1)
     kernel = np.ones(window) / window
     return np.convolve(steps, kernel, mode="valid"), np.convolve(values, kernel, mode="valid")

@@ -1,30 +1,29 @@
 """Features and errors along a denoising run: how they change over its steps, and what a cache adds."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from skipdit.analysis.record import record_inputs, record_outputs
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.diffusion import guide
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.runs import OwnCache, Runner, before_steps
 from skipdit.spectral import jacobian_norms
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """One sampling run: class numbers, one a picture; steps; guidance; seed of the start noise."""
+    """One sampling run."""
 
     labels: tuple[int, ...]
+    """class numbers, one per picture"""
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
     seed: int = 0
@@ -32,14 +31,16 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """timesteps (steps,). latents (steps + 1, batch, ...): before each step and at the end, in float32. features: for
-    each step the output (batch tokens dim) of the last unit, or what a cache gives in its place. compute_ratio: units
-    of full steps over units run."""
+    """What a run made, step by step."""
 
     timesteps: Tensor
+    """(steps,)"""
     latents: Tensor
+    """(steps + 1, batch, ...): before each step and at the end, in float32"""
     features: Tensor
+    """of each step the output (batch tokens dim) of the last unit, or what a cache gives in its place"""
     compute_ratio: float = 1.0
+    """FLOPs of as many full steps over those of the run"""
 
 
 def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
@@ -47,10 +48,19 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
     return F.cosine_similarity(first.float(), second.float(), dim=-1).mean(dim=-1)
 
 
+def runner_of(pipeline: ClassToImagePipeline, settings: RunSettings) -> Runner:
+    return Runner.of_latents(
+        pipeline,
+        settings.labels,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        seed=settings.seed,
+    )
+
+
 def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: CacheMethod | None = None) -> Run:
-    """Samples once, with a cache or without, and keeps what the analysis reads."""
-    model = pipeline.transformer
-    head = "final_layer"
+    """Sample once, with a cache or without, and keep what the analysis reads."""
+    model, head = pipeline.transformer, "final_layer"
     before: list[Tensor] = []
     features: list[Tensor] = []
 
@@ -58,43 +68,14 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
         before.append(sample)
         features.append(seen[head][-1])  # within a step a cache may leave units out, or call the model twice
 
-    if method is not None:
-        enable_cache(pipeline, method)
-    try:
-        with (
-            record_inputs(model, [head], lambda given: given[0].detach().float()) as seen,
-            before_steps(pipeline.scheduler, see),
-        ):
-            final = pipeline(
-                list(settings.labels),
-                guidance_scale=settings.guidance_scale,
-                num_inference_steps=settings.num_inference_steps,
-                generator=torch.Generator().manual_seed(settings.seed),
-                output_type="latent",
-            ).images
-            ratio = 1.0 if method is None else cache_summary(pipeline).compute_ratio
-    finally:
-        if method is not None:
-            disable_cache(pipeline)
-    latents = torch.stack([*before, final.float()])
-    return Run(pipeline.scheduler.timesteps.float().cpu(), latents, torch.stack(features), ratio)
-
-
-@contextmanager
-def before_steps(scheduler: Any, see: Callable[[Tensor], object]) -> Iterator[None]:
-    """Inside, `see` is given the latents before each step of the scheduler."""
-    step = scheduler.step
-
-    @wraps(step)  # pipelines read the signature
-    def watched(output: Tensor, timestep: Any, sample: Tensor, **options: Any) -> Any:
-        see(sample)
-        return step(output, timestep, sample, **options)
-
-    scheduler.step = watched
-    try:
-        yield
-    finally:
-        del scheduler.step
+    with (
+        record_inputs(model, [head], lambda given: given[0].detach().float()) as seen,
+        before_steps(pipeline.scheduler, see),
+    ):
+        made = runner_of(pipeline, settings)(method and OwnCache(method))
+    latents = torch.stack([*before, made.samples.to(before[0].device).float()])
+    timesteps = pipeline.scheduler.timesteps.float().cpu()
+    return Run(timesteps, latents, torch.stack(features), made.compute_ratio)
 
 
 def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,13 +100,7 @@ def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings)
     with ExitStack() as stack:
         for name in names:
             stack.enter_context(record_outputs(model, [name], compare(name)))
-        pipeline(
-            list(settings.labels),
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=settings.num_inference_steps,
-            generator=torch.Generator().manual_seed(settings.seed),
-            output_type="latent",
-        )
+        runner_of(pipeline, settings)()
     stacked = torch.stack(ends)
     pairs = torch.einsum("snd,tnd->st", stacked, stacked) / stacked.shape[1]
     return pipeline.scheduler.timesteps[1:].float().cpu(), torch.tensor([rows[name] for name in names]), pairs.cpu()

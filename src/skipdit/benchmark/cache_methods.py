@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import disable_cache
 from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
 from skipdit.loading import Source
+from skipdit.runs import Counts, OwnCache, RunCache, counts_of
 from skipdit.samplers import Sampler
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*(?=[:-]|$)")  # of a spec; a bare N is the paper's cache
@@ -77,21 +78,8 @@ def schedules_in(folder: Path) -> tuple[str, ...]:
 # What a cache is here
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What a cache has done in its run. bytes_held: the most at a time, `None` where it does not tell."""
-
-    steps_full: int
-    steps_reused: int
-    bytes_held: int | None = None
-
-
-class Runnable(Protocol):
-    """A cache at one setting; it is on in its own runs alone.
-
-    sampler: samples the pipeline that it is made for, whose uncached run is what it is compared with; `None` for the
-    model's own. `ValueError` from `enable` or from the run itself says that this model cannot have it.
-    """
+class Runnable(RunCache, Protocol):
+    """A cache at one setting, as a row of the table."""
 
     @property
     def name(self) -> str: ...
@@ -103,25 +91,21 @@ class Runnable(Protocol):
     def ours(self) -> bool: ...
 
     @property
-    def sampler(self) -> Sampler | None: ...
-
-    def enable(self, pipeline: Any) -> None: ...
-
-    def disable(self, pipeline: Any) -> None: ...
-
-    def counts(self, pipeline: Any) -> Counts | None:
-        """Of the current or the last run, before the cache is off; `None` where it does not count."""
+    def sampler(self) -> Sampler | None:
+        """Samples the pipeline that the cache is made for, whose uncached run is what it is compared with; `None` for
+        the model's own."""
         ...
 
 
 @dataclass(frozen=True)
 class SpecCache:
-    """A cache of `skipdit.enable_cache`. source: has the schedules that a `calibrated` setting means."""
+    """A cache of `skipdit.enable_cache`."""
 
     name: str
     spec: str
     ours: bool
     source: Source
+    """has the schedules that a `calibrated` setting means"""
     sampler: Sampler | None = None
 
     @property
@@ -132,14 +116,13 @@ class SpecCache:
     def enable(self, pipeline: Any) -> None:
         method = self.source.cache(self.spec)
         assert method is not None, "no cache is a control, not a cache"
-        enable_cache(pipeline, method)
+        OwnCache(method).enable(pipeline)
 
     def disable(self, pipeline: Any) -> None:
         disable_cache(pipeline)
 
     def counts(self, pipeline: Any) -> Counts:
-        summary = cache_summary(pipeline)
-        return Counts(summary.steps_full, summary.steps_reused, summary.peak_bytes_held)
+        return counts_of(pipeline)
 
 
 def spec_cache(spec: str, source: Source) -> SpecCache:

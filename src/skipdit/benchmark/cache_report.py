@@ -2,20 +2,21 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from skipdit.benchmark.measure import header, table, write_report
 from skipdit.files import OutputFolder
-from skipdit.metrics.paired import PairedScore
+from skipdit.metrics.table import METRICS, Scores, score_cells
 from skipdit.plots import Tradeoffs, save_png
+from skipdit.report import Report, record, table
 
 Group = Literal["control", "fewer steps", "second order", "ours", "others", "others, calibrated"]
 Axis = Literal["speedup", "flop_ratio"]
 AXES: dict[Axis, str] = {"speedup": "wall-clock time", "flop_ratio": "FLOPs"}
+OWN_PSNR = "own_psnr"
 ONCE_MORE = "once more"  # setting of the control, the reference run again
 AT_RATIO = 2.0
 TARGET_DB = 6.0  # of the best of ours over each rival
@@ -24,28 +25,28 @@ CALIBRATED = "the best other site under a calibrated schedule"  # what the sched
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A run beside the uncached run of the same seeds.
-
-    steps_full, steps_reused: mean over the batches, `None` where the cache does not count. bytes_held: the most, by the
-    cache, for a whole batch. speedups: seconds of the uncached run over this one's, a batch each. flop_ratio: the same
-    in FLOPs. psnr: in dB; own_psnr: to the run with all steps of the same second-order sampler. Of clips over all
-    frames. All is `None` where the model refused the cache, for the reason in `refused`.
-    """
+    """A run beside the uncached run of the same seeds. Of one that the model refused, what was measured is `None`."""
 
     method: str
     setting: str
     group: Group
     num_steps: int
+    """denoising steps"""
     steps_full: float | None = None
+    """of them, those that ran every unit; the mean over batches; `None` where the cache does not count"""
     steps_reused: float | None = None
+    """of them, those that took something from the cache; the same"""
     bytes_held: int | None = None
+    """the most that the cache held for a whole batch"""
     speedups: tuple[float, ...] = ()
+    """seconds of the uncached run over this one's, one per batch"""
     flop_ratio: float | None = None
-    psnr: PairedScore | None = None
-    own_psnr: PairedScore | None = None
-    ssim: PairedScore | None = None
-    perceptual: PairedScore | None = None
+    """the same in FLOPs"""
+    scores: Scores = field(default_factory=dict)
+    """distances by the name of the metric, of clips over all frames; own_psnr is to the run with all steps of the same
+    second-order sampler"""
     refused: str | None = None
+    """why the model cannot have the cache"""
 
     @property
     def speedup(self) -> float | None:
@@ -63,7 +64,7 @@ def points_of(rows: Sequence[Row], axis: Axis, *, own: bool = False) -> dict[str
     """Of each method the settings that were measured. own: PSNR to the second-order sampler's own run."""
     points: dict[str, list[Point]] = {}
     for row in rows:
-        ratio, psnr = getattr(row, axis), row.own_psnr if own else row.psnr
+        ratio, psnr = getattr(row, axis), row.scores.get(OWN_PSNR if own else "psnr")
         if ratio is not None and psnr is not None and psnr.finite_mean is not None:
             points.setdefault(row.method, []).append((ratio, psnr.mean))
     return points
@@ -168,14 +169,35 @@ def write_cache_report(
     order = get_args(Group)
     rows = sorted(rows, key=lambda row: order.index(row.group))
     save_png(draw(name, rows, settings), out)
-    report = {
-        "environment": environment,
-        "config": settings,
-        "rows": [asdict(row) | {"speedup": row.speedup} for row in rows],
-        "standings": [asdict(each) | {"gains_db": each.gains_db} for each in (standing(rows, axis) for axis in AXES)],
-        "verdict": list(verdict(rows)),
-    }
-    write_report(out, name, report, render_markdown(name, environment, settings, rows))
+    no_scores = dict.fromkeys((*(metric.name for metric in METRICS), OWN_PSNR))
+    sentences, standings = list(verdict(rows)), [standing(rows, axis) for axis in AXES]
+    refused = [f"- {row.method}, `{row.setting}`: {row.refused}" for row in rows if row.refused is not None]
+    report = Report(
+        environment=environment,
+        config=settings,
+        data={
+            "rows": [no_scores | record(row, "speedup") for row in rows],
+            "standings": [record(each, "gains_db") for each in standings],
+            "verdict": sentences,
+        },
+        parts=[
+            f"Model {settings['model']}: {settings['num_seeds']} samples with seeds from {settings['seed']} on, "
+            f"{settings['batch_size']} at a time, {settings['num_inference_steps']} steps, guidance "
+            f"{settings['guidance_scale']:g}. Each row stands beside the uncached run of the same seeds in the same "
+            "batch. Speedup: in wall-clock time, the median of the batches, and the least and the largest. FLOPs: of "
+            "the uncached run over those of this one. Held: by a cache at most, for a whole batch. PSNR, SSIM and the "
+            "LPIPS-like distance (equal weights, EfficientNet-Lite0): mean and standard deviation over samples, of "
+            "clips over frames. A second-order sampler ends elsewhere: its own PSNR is that to its own run with all "
+            "steps. A bare N is the paper's cache.",
+            table([cells(row) for row in rows if row.refused is None]),
+            "Refused by this model:" if refused else "",
+            "\n".join(refused),
+            *sentences,
+            "Settings that another of the same method beats in both are not drawn.",
+            f"![PSNR over speedup]({name}.png)",
+        ],
+    )
+    report.write(out, name)
 
 
 def draw(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Tradeoffs:
@@ -186,7 +208,7 @@ def draw(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Tradeof
     groups = {row.method: row.group for row in rows}
     return Tradeoffs(
         name=name,
-        title=f"{settings['model']}, {settings['num_steps']} steps: what a speedup costs",
+        title=f"{settings['model']}, {settings['num_inference_steps']} steps: what a speedup costs",
         x_label="speedup in wall-clock time",
         y_label="PSNR to the uncached run, dB",
         series=series,
@@ -195,37 +217,13 @@ def draw(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Tradeof
     )
 
 
-def render_markdown(
-    name: str, environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]
-) -> list[str]:
-    """Command and machine, all rows, what was refused, and in words who is ahead at equal speedup."""
-    measured, refused = [r for r in rows if r.refused is None], [r for r in rows if r.refused is not None]
-    parts = [
-        *header(environment),
-        f"Model {settings['model']}: {settings['num_seeds']} samples with seeds from {settings['seed']} on, "
-        f"{settings['batch_size']} at a time, {settings['num_steps']} steps, guidance {settings['guidance_scale']:g}. "
-        "Each row beside the uncached run of the same seeds in the same batch. Speedup: in wall-clock time, the median "
-        "of the batches, and the least and the largest. FLOPs: of the uncached run over those of this one. Held: by a "
-        "cache at most, of a whole batch. PSNR, SSIM and the LPIPS-like distance (equal weights, EfficientNet-Lite0): "
-        "mean and standard deviation over samples, of clips over frames. A second-order sampler ends elsewhere: its "
-        "own PSNR is that to its own run with all steps. A bare N is the paper's cache.",
-        table([record(row) for row in measured]),
-    ]
-    if refused:
-        parts.append("Refused by this model:")
-        parts.append("\n".join(f"- {row.method}, `{row.setting}`: {row.refused}" for row in refused))
-    parts += [
-        *verdict(rows),
-        "Settings that another of the same method beats in both are not drawn.",
-        f"![PSNR over speedup]({name}.png)",
-    ]
-    return parts
+def cells(row: Row) -> dict[str, object]:
+    """Return the row of the table."""
 
-
-def record(row: Row) -> dict[str, object]:
     def steps(count: float | None) -> str:
         return "?" if count is None else f"{count:.4g}"
 
+    own = row.scores.get(OWN_PSNR)
     return {
         "group": row.group,
         "method": row.method,
@@ -235,8 +233,6 @@ def record(row: Row) -> dict[str, object]:
         "min to max": f"{min(row.speedups):.2f} to {max(row.speedups):.2f}" if row.speedups else "",
         "FLOPs": "" if row.flop_ratio is None else f"{row.flop_ratio:.2f}",
         "MiB held": "" if row.bytes_held is None else f"{row.bytes_held / 2**20:.2f}",
-        "PSNR dB": "" if row.psnr is None else row.psnr.text(),
-        "SSIM": "" if row.ssim is None else row.ssim.text(4),
-        "LPIPS-like": "" if row.perceptual is None else row.perceptual.text(4),
-        "own PSNR dB": "" if row.own_psnr is None else row.own_psnr.text(),
+        **score_cells(row.scores),
+        "own PSNR dB": "" if own is None else own.text(),
     }

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from skipdit.benchmark.cache_methods import Counts, Runnable
-from skipdit.benchmark.cache_report import Group, Row
+from skipdit.benchmark.cache_methods import Runnable
+from skipdit.benchmark.cache_report import OWN_PSNR, Group, Row
 from skipdit.files import OutputFolder, to_json
-from skipdit.metrics.paired import PairedScore, psnr_db, ssim
-from skipdit.metrics.perceptual import FeatureNetwork, perceptual_distance
+from skipdit.metrics.paired import psnr_db
+from skipdit.metrics.table import Metric, compare_pictures, join_values
+from skipdit.runs import Counts, Sampled
 from skipdit.samplers import Sampler
 from skipdit.untrusted import parse_json, printable, read_json
 
@@ -22,14 +23,15 @@ MAX_DRAFT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Plan:
-    """A row to be. scheduler: by name, `None` for that of the pipeline."""
+    """A row to be."""
 
     method: str
     setting: str
     group: Group
     sampler: Sampler
-    num_steps: int
+    num_inference_steps: int
     scheduler: str | None = None
+    """by name; `None` for that of the pipeline"""
     cache: Runnable | None = None
 
     @property
@@ -39,51 +41,39 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Run:
-    """Pictures or frames (n c h w) in [0, 1] on the CPU, the seconds they took, and what the cache did."""
-
-    frames: Tensor
-    seconds: float
-    counts: Counts | None
-
-
-@dataclass(frozen=True)
 class Cost:
-    """FLOPs of a run of one sample, the steps that it counted, and what one more of each kind adds: full, reuse.
-
-    tells_reuse: whether the run had both kinds apart.
-    """
+    """FLOPs of a run of one sample, step by step."""
 
     flops: int
-    steps: tuple[int, int]
+    steps: tuple[float, float]
+    """full and reuse steps of the run"""
     slopes: tuple[float, float]
+    """FLOPs that one more of each kind adds"""
     tells_reuse: bool
+    """whether the run had both kinds, so that they can be told apart"""
 
     def at(self, full: float, reused: float) -> float | None:
-        """FLOPs with other numbers of steps, as an adaptive cache decides otherwise in another batch; `None` where
-        that cannot be told."""
+        """Return the FLOPs with other numbers of steps, as an adaptive cache decides otherwise in another batch; `None`
+        where that cannot be told."""
         if reused != self.steps[1] and not self.tells_reuse:
             return None
         return self.flops + (full - self.steps[0]) * self.slopes[0] + (reused - self.steps[1]) * self.slopes[1]
 
 
-TENSORS = ("psnr", "similarity", "distance", "own_psnr")
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has no words for the last three
 
 
 class CountsFields(TypedDict):
-    steps_full: int
-    steps_reused: int
+    steps_full: float
+    steps_reused: float
+    compute_ratio: float | None
     bytes_held: int | None
 
 
 class TallyFields(TypedDict):
-    """A tally in a draft: of each batch, and of each of its pictures."""
+    """A tally in a draft. values: of each batch, by metric, a number per picture."""
 
-    psnr: list[list[Number]]
-    similarity: list[list[Number]]
-    distance: list[list[Number]]
-    own_psnr: list[list[Number]]
+    values: list[dict[str, list[Number]]]
     speedups: list[float]
     counts: list[CountsFields]
     refused: str | None
@@ -99,49 +89,50 @@ class DraftFields(TypedDict):
 
 @dataclass
 class Tally:
-    """What is known of a plan, batch by batch. refused: why it cannot be."""
+    """What is known of a plan, batch by batch."""
 
     cost: Cost | None = None
     speedups: list[float] = field(default_factory=list)
+    """seconds of the uncached run over this one's"""
     counts: list[Counts] = field(default_factory=list)
-    psnr: list[Tensor] = field(default_factory=list)
-    similarity: list[Tensor] = field(default_factory=list)
-    distance: list[Tensor] = field(default_factory=list)
-    own_psnr: list[Tensor] = field(default_factory=list)
+    values: list[dict[str, Tensor]] = field(default_factory=list)
+    """by metric, a number per picture"""
     refused: str | None = None
+    """why it cannot be"""
 
     def to_fields(self) -> dict[str, Any]:
-        """As JSON, without the cost, which is soon counted again."""
-        tensors = {
-            name: [[x if math.isfinite(x) else str(x) for x in part.tolist()] for part in getattr(self, name)]
-            for name in TENSORS
-        }
-        return tensors | {"speedups": self.speedups, "counts": self.counts, "refused": self.refused}
+        """Return the tally as JSON, without the cost, which is soon counted again."""
+        values = [
+            {name: [x if math.isfinite(x) else str(x) for x in tensor.tolist()] for name, tensor in batch.items()}
+            for batch in self.values
+        ]
+        return {"values": values, "speedups": self.speedups, "counts": self.counts, "refused": self.refused}
 
     @classmethod
     def from_fields(cls, fields: TallyFields) -> "Tally":
-        kept: dict[str, Any] = {name: [torch.tensor([*map(float, part)]) for part in fields[name]] for name in TENSORS}
-        kept["counts"] = [Counts(**each) for each in fields["counts"]]
-        return cls(speedups=fields["speedups"], refused=fields["refused"], **kept)
+        values = [
+            {name: torch.tensor([*map(float, each)]) for name, each in batch.items()} for batch in fields["values"]
+        ]
+        counts = [Counts(**each) for each in fields["counts"]]
+        return cls(speedups=fields["speedups"], counts=counts, values=values, refused=fields["refused"])
 
-    def add(self, made: Run, reference: Run, own: Run | None, network: FeatureNetwork | None) -> None:
+    def add(self, made: Sampled, reference: Sampled, own: Sampled | None, metrics: Sequence[Metric]) -> None:
         """own: the run with all steps of the same second-order sampler."""
         self.speedups.append(reference.seconds / made.seconds)
-        self.psnr.append(psnr_db(made.frames, reference.frames))
-        self.similarity.append(ssim(made.frames, reference.frames))
-        if network is not None:
-            self.distance.append(perceptual_distance(made.frames, reference.frames, network))
+        self.values.append(compare_pictures(made.frames, reference.frames, metrics))
         if own is not None:
-            self.own_psnr.append(psnr_db(made.frames, own.frames))
+            self.values[-1][OWN_PSNR] = psnr_db(made.frames, own.frames)
         if made.counts is not None:
             self.counts.append(made.counts)
 
     def row(self, plan: Plan, own: Cost, reference: Cost) -> Row:
         """own, reference: what the plan's sampler costs uncached, and the one that it is compared with."""
-        names = {"method": plan.method, "setting": plan.setting, "group": plan.group, "num_steps": plan.num_steps}
+        num_steps = plan.num_inference_steps
+        row = Row(method=plan.method, setting=plan.setting, group=plan.group, num_steps=num_steps, refused=self.refused)
         if self.refused is not None:
-            return Row(**names, refused=self.refused)
-        steps, flops, held = (plan.num_steps, 0.0), own.at(plan.num_steps, 0), None
+            return row
+        steps: tuple[float, float] | None = (num_steps, 0.0)
+        flops, held = own.at(num_steps, 0), None
         if plan.cache is not None:
             assert self.cost is not None, f"{plan.setting} was not counted"
             steps, flops = None, float(self.cost.flops)
@@ -149,31 +140,26 @@ class Tally:
             steps = (mean(c.steps_full for c in self.counts), mean(c.steps_reused for c in self.counts))
             flops = self.cost and self.cost.at(*steps)
             held = max((c.bytes_held for c in self.counts if c.bytes_held is not None), default=None)
-        return Row(
-            **names,
+        return replace(
+            row,
             steps_full=steps and steps[0],
             steps_reused=steps and steps[1],
             bytes_held=held,
             speedups=tuple(self.speedups),
             flop_ratio=flops and reference.flops / flops,
-            psnr=score(self.psnr),
-            own_psnr=score(self.own_psnr),
-            ssim=score(self.similarity),
-            perceptual=score(self.distance),
+            scores=join_values(self.values),
         )
-
-
-def score(parts: Sequence[Tensor]) -> PairedScore | None:
-    return PairedScore.of(torch.cat(list(parts))) if parts else None
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What an unfinished benchmark has measured, in a file, a batch at a time. of: the run that it belongs to."""
+    """What an unfinished benchmark has measured, in a file, a batch at a time."""
 
     out: OutputFolder
     name: str
+    """of the file"""
     of: Mapping[str, Any]
+    """the run that it belongs to"""
 
     def load(self, num_baselines: int, num_plans: int) -> tuple[int, list[Tally], list[Tally]] | None:
         """Return how many batches are done, and the tallies of baselines and plans; `None` at the start. `ValueError`

@@ -4,8 +4,7 @@ Each cache is measured by itself, in a fresh compiler, and its compiled runs tak
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,32 +12,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from skipdit.benchmark import rivals
-from skipdit.benchmark.cache_methods import Counts, Runnable
-from skipdit.benchmark.compile_report import COMPILE, GraphRow, Timing, write_compile_report
-from skipdit.benchmark.measure import (
-    Advance,
-    claim_report,
-    compiled,
-    describe_environment,
-    progress_bar,
-    seconds_of,
-    threads,
-)
+from skipdit.benchmark.compile_report import COMPILE, GraphRow, Timing, report_of
+from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, compiled, progress_bar
 from skipdit.benchmark.models import check_compiler
-from skipdit.benchmark.rival_model import as_diffusers
-from skipdit.benchmark.rival_techniques import (
-    AttentionBroadcast,
-    DualBlock,
-    Faster,
-    FirstBlock,
-    Magnitude,
-    TaylorSeer,
-    Technique,
-)
-from skipdit.benchmark.rivals import RivalCache
+from skipdit.benchmark.rivals import load_rivals
 from skipdit.benchmark.single_steps import time_steps
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
@@ -46,8 +24,8 @@ from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_numbers, check_positive
-from skipdit.samplers import ClassToImageSampler, Sampler
+from skipdit.options import NumInferenceSteps, check_option, check_range
+from skipdit.runs import OwnCache, RunCache, Runner, switched_on
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
 SPECS = (
@@ -69,19 +47,16 @@ SPECS = (
     "teacache:0.1",
     "adacache:0.05",
 )
-# settings that reuse in as few steps as here, each of a row of `skipdit.benchmark.rivals.RIVALS`
-RIVALS: dict[str, tuple[str, Technique]] = {
-    f"{rivals.RIVALS[name].name.replace(' ', '-')}:{technique}": (name, technique)
-    for name, technique in (
-        ("pab", AttentionBroadcast(skip_range=2, timesteps=rivals.ALL_BUT_THE_START)),
-        ("fbcache", FirstBlock(threshold=0.25)),
-        ("magcache", Magnitude(threshold=0.06)),
-        ("taylorseer", TaylorSeer(interval=3)),
-        ("fastercache", Faster()),
-        ("cache-dit", DualBlock(threshold=0.25)),
-        ("cache-dit", DualBlock(interval=3)),
-    )
-}
+# of other libraries, in the table of benchmarks/rivals
+RIVALS = (
+    "diffusers-PAB:N2-950--1",
+    "diffusers-FirstBlockCache:0.25",
+    "diffusers-MagCache:0.06-K3",
+    "diffusers-TaylorSeer:N3-o1",
+    "diffusers-FasterCache:N2-null5",
+    "cache-dit:F1B0-0.25",
+    "cache-dit:F1B0-N3",
+)
 TIMED = (
     "N3",
     "skip-taylor:N3-o1",
@@ -95,44 +70,45 @@ CLASS_TO_IMAGE = "the benchmark of compilation runs a class-to-image DiT with lo
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileBenchConfig:
-    """Which caches are compiled.
-
-    model: `emoji`, or the folder of a class-to-image pipeline with long skips. specs: of our caches; rivals: settings
-    of other libraries'. timed: which of both are also timed, compiled by Inductor. num_steps: of a run, of batch_size
-    pictures with guidance. step_batch_sizes: of the single steps that are timed, without guidance. step_presets:
-    published sizes, with random weights, of which single steps are timed too, at the first of these batch sizes.
-    num_runs: that are timed of each; num_repetitions: of a single step. num_threads: of the CPU; by default PyTorch's
-    choice.
-    """
+class CompileBenchConfig(BenchConfig):
+    """Which caches are compiled, on a CPU."""
 
     model: str = "emoji"
+    """emoji, or the folder of a class-to-image pipeline with long skips"""
     specs: tuple[str, ...] = SPECS
-    rivals: tuple[str, ...] = tuple(RIVALS)
+    """caches of skipdit"""
+    rivals: tuple[str, ...] = RIVALS
+    """settings of other libraries' caches, which a checkout has in benchmarks/rivals"""
     timed: tuple[str, ...] = TIMED
-    num_steps: int = 20
+    """which of both are also timed, compiled by Inductor"""
+    num_inference_steps: NumInferenceSteps = 20
+    """denoising steps of a run"""
     batch_size: int = 2
+    """pictures of a run, with guidance"""
     step_batch_sizes: tuple[int, ...] = (1, 8)
+    """of the single steps that are timed, without guidance"""
     step_presets: tuple[str, ...] = ("DiT-XL/2",)
+    """published sizes, with random weights, of which single steps are timed too, at the first of these batch sizes"""
     num_runs: int = 5
+    """how often each run is timed"""
     num_repetitions: int = 50
+    """how often a single step is timed"""
     guidance_scale: float = 2.0
-    num_threads: int | None = None
-    seed: int = 0
+    """strength of classifier-free guidance; none at 1"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_positive(self, "batch_size", "num_runs", "num_repetitions", "num_threads")
-        if not 4 <= self.num_steps <= 1000:
-            raise ValueError(f"num_steps must be 4 to 1000, got {self.num_steps}")
+        super().__post_init__()
+        check_range(self, "batch_size", "num_runs", "num_repetitions")
+        check_range(self, "num_inference_steps", least=4, most=1000)
+        check_option(self, "device", ("cpu",))
         if not self.step_batch_sizes or min(self.step_batch_sizes) < 1:
             raise ValueError(f"step_batch_sizes must be one or more above 0, got {self.step_batch_sizes}")
-        for name, chosen, allowed in (
-            ("rivals", self.rivals, tuple(RIVALS)),
-            ("timed", self.timed, (*self.specs, *self.rivals)),
-            ("step_presets", self.step_presets, tuple(PRESETS)),
+        for name, allowed in (
+            ("rivals", RIVALS),
+            ("timed", (*self.specs, *self.rivals)),
+            ("step_presets", tuple(PRESETS)),
         ):
-            if unknown := sorted(set(chosen) - set(allowed)):
+            if unknown := sorted(set(getattr(self, name)) - set(allowed)):
                 raise ValueError(f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
 
 
@@ -141,8 +117,8 @@ class CompileBenchConfig:
 
 
 def own_method(spec: str, num_steps: int) -> CacheMethod:
-    """Of a spec, or a schedule as calibration writes them: one chooses between numbers of shallow units, one between
-    kinds of branches (SmoothCache)."""
+    """Return the method of a spec, or a schedule as calibration writes them: one chooses between numbers of shallow
+    units, one between kinds of branches (SmoothCache)."""
 
     def every(interval: int, variants: tuple[int, ...] = (0,)) -> ExplicitSchedule:
         full = tuple(range(0, num_steps, interval))
@@ -158,78 +134,44 @@ def own_method(spec: str, num_steps: int) -> CacheMethod:
 
 
 @dataclass(frozen=True)
-class OwnCache:
-    """A cache of `skipdit.enable_cache`, as the benchmark runs it."""
-
-    setting: str
-    method: CacheMethod
-    sampler: Sampler
-    name: str = "skipdit"
-    ours: bool = True
-
-    def enable(self, pipeline: Any) -> None:
-        enable_cache(pipeline, self.method)
-
-    def disable(self, pipeline: Any) -> None:
-        disable_cache(pipeline)
-
-    def counts(self, pipeline: Any) -> Counts:
-        summary = cache_summary(pipeline)
-        return Counts(summary.steps_full, summary.steps_reused)
-
-
-@dataclass(frozen=True)
 class Subject:
-    """A pipeline with a cache or none. library: whose cache, or whose model."""
+    """A pipeline with a cache or none."""
 
     library: str
+    """whose cache, or whose model"""
     setting: str
     pipeline: Any
-    cache: Runnable | None = None
+    cache: RunCache | None = None
+    timed_as: str = ""
+    """what the config calls the setting"""
 
 
 def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
-    """The model without a cache and with ours, the same in diffusers' blocks without a cache and with others."""
-    sampler = source.sampler
-    pipeline = sampler.pipeline
+    """Return the model without a cache and with ours, the same in diffusers' blocks without a cache and with others."""
+    pipeline = source.sampler.pipeline
     subjects = [Subject("skipdit", "no cache", pipeline)]
     for spec in config.specs:
-        subjects.append(Subject("skipdit", spec, pipeline, OwnCache(spec, own_method(spec, config.num_steps), sampler)))
+        cache = OwnCache(own_method(spec, config.num_inference_steps))
+        subjects.append(Subject("skipdit", spec, pipeline, cache, spec))
     if not config.rivals:
         return subjects
-    others = ClassToImageSampler(as_diffusers(pipeline))
+    others, rivals = load_rivals().compiled_rivals(pipeline, config.rivals, config.num_inference_steps)
     subjects.append(Subject("diffusers", "no cache", others.pipeline))
-    for setting in config.rivals:
-        name, technique = RIVALS[setting]
-        library = "cache-dit" if name == "cache-dit" else "diffusers"
-        short = setting.removeprefix(f"{library}-").removeprefix(f"{library}:")
-        rival = RivalCache(rivals.RIVALS[name], technique, others, config.num_steps)
-        subjects.append(Subject(library, short, others.pipeline, rival))
+    for rival in rivals:
+        library = "cache-dit" if rival.name == "cache-dit" else "diffusers"
+        subjects.append(Subject(library, rival.setting[len(library) + 1 :], others.pipeline, rival, rival.setting))
     return subjects
 
 
-def sample(subject: Subject, config: CompileBenchConfig, seed: int) -> Tensor:
-    labels = [index % subject.pipeline.transformer.config.num_classes for index in range(config.batch_size)]
-    return subject.pipeline(
-        labels,
-        num_inference_steps=config.num_steps,
+def runner_of(subject: Subject, config: CompileBenchConfig) -> Runner:
+    num_classes = subject.pipeline.transformer.config.num_classes
+    return Runner.of_latents(
+        subject.pipeline,
+        [index % num_classes for index in range(config.batch_size)],
+        num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-    ).images
-
-
-@contextmanager
-def cached(subject: Subject) -> Iterator[None]:
-    """Inside, the subject's cache is on."""
-    if subject.cache is None:
-        yield
-        return
-    try:
-        subject.cache.enable(subject.pipeline)
-        yield
-    finally:
-        subject.cache.disable(subject.pipeline)
+        seed=config.seed,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,32 +190,33 @@ class CountingBackend:
 
 
 def count_graphs(subject: Subject, config: CompileBenchConfig) -> GraphRow:
-    """Runs in full and reuse steps; the counts do not depend on what would compile the graphs."""
+    """Run in full and reuse steps; the counts do not depend on what would compile the graphs."""
+    row = GraphRow(library=subject.library, setting=subject.setting)
     try:
-        with cached(subject):
-            expected = sample(subject, config, config.seed)
-            counts = None if subject.cache is None else subject.cache.counts(subject.pipeline)
+        expected = runner_of(subject, config)(subject.cache)
     except ValueError as error:
-        return GraphRow(library=subject.library, setting=subject.setting, refused=" ".join(str(error).split()))
-    steps = (config.num_steps, 0) if counts is None else (counts.steps_full, counts.steps_reused)
-    row = GraphRow(library=subject.library, setting=subject.setting, steps=steps)
+        return replace(row, refused=" ".join(str(error).split()))
+    row = replace(row, steps=expected.steps)
     try:
-        return with_counts(row, subject, config, expected, fullgraph=True)
+        return with_counts(row, subject, config, expected.samples, fullgraph=True)
     except Exception as failure:  # what the compiler raises has no public class in common
         if not type(failure).__module__.startswith("torch._dynamo"):
             raise
         row = replace(row, fullgraph_error=in_few_words(failure))
-    return with_counts(row, subject, config, expected, fullgraph=False)
+    return with_counts(row, subject, config, expected.samples, fullgraph=False)
 
 
 def with_counts(
     row: GraphRow, subject: Subject, config: CompileBenchConfig, expected: Tensor, *, fullgraph: bool
 ) -> GraphRow:
-    backend = CountingBackend()
-    with cached(subject), compiled(subject.pipeline.transformer, fullgraph=fullgraph, backend=backend):
-        equal = torch.equal(sample(subject, config, config.seed), expected)
+    backend, run = CountingBackend(), runner_of(subject, config)
+    with (
+        switched_on(subject.pipeline, subject.cache),
+        compiled(subject.pipeline.transformer, fullgraph=fullgraph, backend=backend),
+    ):
+        equal = torch.equal(run().samples, expected)
         graphs, breaks = backend.num_graphs, sum(counters["graph_break"].values())
-        sample(subject, config, config.seed + 1)
+        run(seed=config.seed + 1)
         return replace(
             row,
             graphs=graphs,
@@ -285,7 +228,7 @@ def with_counts(
 
 
 def in_few_words(failure: BaseException) -> str:
-    """Why a model does not compile as a whole."""
+    """Say why a model does not compile as a whole."""
     text = str(failure).strip()
     if type(failure).__name__ == "FailOnRecompileLimitHit":
         return "more graphs than PyTorch allows for one function"
@@ -303,19 +246,19 @@ def in_few_words(failure: BaseException) -> str:
 
 
 def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool) -> Timing:
-    """The cached runs are timed in a row of their own, between two rows of uncached ones: a cache of others changes the
-    model when it is switched, so that it would be compiled again."""
-    plain = Subject(subject.library, "no cache", subject.pipeline)
+    """Time runs: the cached ones in a row of their own, between two rows of uncached ones: a cache of others changes
+    the model when it is switched, so that it would be compiled again."""
+    run = runner_of(subject, config)
 
-    def times(each: Subject) -> tuple[float, list[float]]:
-        with cached(each):
-            first = seconds_of(lambda: sample(each, config, config.seed))
-            return first, [seconds_of(lambda: sample(each, config, config.seed)) for _ in range(config.num_runs)]
+    def times(cache: RunCache | None) -> tuple[float, list[float]]:
+        with switched_on(subject.pipeline, cache):
+            first, *others = (run().seconds for _ in range(1 + config.num_runs))
+        return first, others
 
     def both() -> tuple[list[float], float, list[float]]:
-        _, before = times(plain)
-        first, made = times(subject)
-        _, after = times(plain)
+        _, before = times(None)
+        first, made = times(subject.cache)
+        _, after = times(None)
         return [(a + b) / 2 for a, b in zip(before, after, strict=True)], first, made
 
     if compile_it:
@@ -337,12 +280,12 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
     `ValueError` where the model is no class-to-image DiT with long skips; a cache that it refuses is a row with the
     reason.
     """
-    claim_report(out, COMPILE)
-    with threads(config.num_threads):
-        environment = describe_environment("cpu", config.seed)
+    if config.rivals:
+        load_rivals()  # or say at once that they are not there
+    with benchmark(config, out, COMPILE) as environment:
         source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer
-        if not (isinstance(source.sampler, ClassToImageSampler) and isinstance(model, DiT)):
+        if not isinstance(model, DiT):
             raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")
         if not model.long_skip_links.sources:
             raise ValueError(f"{CLASS_TO_IMAGE}, got one without")
@@ -352,7 +295,7 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
         except ValueError as error:
             no_compiler = str(error)
         subjects = make_subjects(config, source)
-        timed = [subject for subject in subjects if subject.cache is not None and subject.cache.setting in config.timed]
+        timed = [subject for subject in subjects if subject.timed_as in config.timed]
         modes = (False,) if no_compiler else (False, True)
         with progress_bar(len(subjects) + len(timed) * len(modes) + 1 + len(config.step_presets)) as advance:
             graphs, timings = measure(config, subjects, timed, modes, advance)
@@ -364,7 +307,7 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
                 advance(description=f"single steps of {name}")
                 preset = DiT.from_preset(name, long_skip=LongSkipConfig()).eval()
                 steps += time_steps(name, preset, sizes[:1], repetitions, has_compiler=has_compiler)
-    write_compile_report(out, environment, asdict(config), graphs, timings, steps, no_compiler)
+    report_of(environment, asdict(config), graphs, timings, steps, no_compiler).write(out, COMPILE)
 
 
 def measure(

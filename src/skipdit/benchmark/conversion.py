@@ -7,33 +7,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from skipdit.benchmark.measure import (
-    Advance,
-    Device,
-    check_device,
-    claim_report,
-    describe_environment,
-    flops_of,
-    header,
-    progress_bar,
-    table,
-    threads,
-    write_report,
-)
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
-from skipdit.cache.state import CacheSummary
+from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, flops_of, progress_bar
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
+from skipdit.environment import Device
 from skipdit.files import OutputFolder
-from skipdit.metrics.paired import PairedScore, check_ssim_size, psnr_db, ssim
+from skipdit.metrics.paired import check_ssim_size
+from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.options import NumInferenceSteps, check_choice, check_range
 from skipdit.pictures import labelled_grid, to_pictures
+from skipdit.report import Report, record, table
+from skipdit.runs import OwnCache, Runner, Sampled, spread
 from skipdit.tasks import Items, ModelConfig, Trainee, make_task_scheduler, open_items
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 
@@ -58,67 +48,90 @@ CHANCE_DB = 5.0  # by which cached runs of two trainings differ whose rounding a
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConversionBenchConfig:
-    """What is measured of the trained models.
-
-    num_pictures: of the training data, for the loss, each with one noise and timestep. num_samples, num_steps,
-    guidance_scale: of a run of the sampler, for the caches. intervals: of the caches. num_shown: pictures a row of
-    conversion.png. num_threads: of the CPU; by default PyTorch's choice. seed: of all that is drawn here; the trainings
-    have their own.
-    """
+class ConversionBenchConfig(BenchConfig):
+    """What is measured of the trained models. Their trainings have seeds of their own."""
 
     num_pictures: int = 512
+    """pictures of the training data for the loss, each with one noise and timestep"""
     num_samples: int = 64
+    """pictures of a run of the sampler, for the caches"""
     num_shown: int = 6
-    num_steps: int = 50
+    """pictures per row of conversion.png"""
+    num_inference_steps: NumInferenceSteps = 50
+    """denoising steps of a run"""
     guidance_scale: float = 2.0
+    """strength of classifier-free guidance; none at 1"""
     intervals: tuple[int, ...] = (2, 3)
-    device: Device = "cpu"
-    num_threads: int | None = None
-    seed: int = 0
+    """of the caches"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_positive(self, "num_pictures", "num_samples", "num_shown", "num_threads")
-        check_choice("device", (self.device,), get_args(Device))
-        check_choice("intervals", self.intervals, range(2, self.num_steps + 1))
+        super().__post_init__()
+        check_range(self, "num_pictures", "num_samples", "num_shown")
+        check_choice("intervals", self.intervals, range(2, self.num_inference_steps + 1))
         if self.num_shown > self.num_samples:
             raise ValueError(f"num_shown must be at most num_samples, {self.num_samples}, got {self.num_shown}")
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model and its loss, mean over the pictures.
-
-    long_skips: how many, with which fusion. num_steps: of training, since the data was first seen. flops: of a forward
-    of one picture; a multiply-add counts two. over_vanilla: mean difference to the vanilla model's loss; error: its
-    standard error, over pictures.
-    """
+    """A model and its loss."""
 
     model: str
     long_skips: str
+    """how many, with which fusion"""
     num_steps: int
+    """of training, since the data was first seen"""
     num_parameters: int
     flops: int
+    """of a forward of one picture; a multiply-add counts two"""
     loss: float
+    """the mean over the pictures"""
     over_vanilla: float
+    """mean difference to the vanilla model's loss"""
     error: float
+    """its standard error, over pictures"""
+
+    def cells(self) -> dict[str, object]:
+        """Return the row of a table."""
+        return {
+            "model": self.model,
+            "long skips": self.long_skips,
+            "steps": self.num_steps,
+            "parameters": f"{self.num_parameters:,}",
+            "MFLOP": f"{self.flops / 1e6:.1f}",
+            "loss": f"{self.loss:.4f}",
+            "over vanilla": f"{self.over_vanilla:+.4f} ± {self.error:.4f}",
+        }
 
 
 @dataclass(frozen=True)
 class RunRow:
-    """A cached or shorter run beside the full run of the same model from the same noise.
-
-    compute_ratio: as the units run promise. psnr: in dB.
-    """
+    """A cached or shorter run beside the full run of the same model from the same noise."""
 
     model: str
     run: str
+    """spec of the cache, or fewer steps than which"""
     num_steps: int
+    """denoising steps"""
     steps_full: int
+    """of them, those that ran every unit"""
     compute_ratio: float
-    psnr: PairedScore
-    ssim: PairedScore
+    """FLOPs of the full run over those of this one"""
+    scores: Scores
+    """distances to the full run, by the name of the metric"""
+
+    @classmethod
+    def of(
+        cls, model: str, name: str, made: Sampled, reference: Sampled, compute_ratio: float | None = None
+    ) -> "RunRow":
+        """compute_ratio: where the run's cache does not tell it."""
+        counts = made.num_inference_steps, int(made.steps[0]), compute_ratio or made.compute_ratio
+        return cls(model, name, *counts, score_pictures(made.frames, reference.frames))
+
+    def cells(self) -> dict[str, object]:
+        """Return the row of a table."""
+        counts = {"full / steps": f"{self.steps_full} / {self.num_steps}", "compute": f"{self.compute_ratio:.2f}"}
+        return {"model": self.model, "run": self.run, **counts, **score_cells(self.scores, ALWAYS)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,7 +139,7 @@ class RunRow:
 
 
 def train_runs(stages: Mapping[str, TrainConfig], runs: Path, device: Device) -> dict[str, Path]:
-    """The pipelines of the four runs, trained in `runs` as far as they are not there yet.
+    """Return the pipelines of the four runs, trained in `runs` as far as they are not there yet.
 
     `ValueError` where a run there was made with other settings.
     """
@@ -138,7 +151,7 @@ def train_runs(stages: Mapping[str, TrainConfig], runs: Path, device: Device) ->
 
 
 def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> Trainee:
-    """The model that a run of this config would start with from the pipeline in `folder`, to the bit."""
+    """Return the model that a run of this config would start with from the pipeline in `folder`, to the bit."""
     torch.manual_seed(config.seed)
     task = config.model.build(items, config.objective, load_model(folder))
     task.model.to(device).eval()
@@ -148,7 +161,7 @@ def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> Tr
 def build_models(
     stages: Mapping[str, TrainConfig], items: Items, folders: Mapping[str, Path], device: Device
 ) -> dict[str, Trainee]:
-    """All models of the report, by their names there."""
+    """Return all models of the report, by their names there."""
     first = stages[STAGE_ONE]
     model = cast(ModelConfig, first.model)
     residual = replace(model, long_skip=replace(model.long_skip or LongSkipConfig(), fusion="residual", init=None))
@@ -168,7 +181,8 @@ def build_models(
 
 
 def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: Trainee) -> Batch:
-    """Pictures of the training data with labels, some of them dropped, noise and timesteps, as a step draws them."""
+    """Return pictures of the training data with labels, some of them dropped, noise and timesteps, as a step draws
+    them."""
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.randperm(len(task.items), generator=generator)[: config.num_pictures].tolist()
     pixels, labels = zip(*(task.data[index] for index in chosen), strict=True)
@@ -178,7 +192,7 @@ def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: Traine
 
 @torch.no_grad()
 def losses_of(task: Trainee, trained: TrainConfig, batch: Batch) -> Tensor:
-    """The training loss of each picture of a batch (b), in float32."""
+    """Return the training loss of each picture of a batch (b), in float32."""
     losses = []
     tensors = batch.x_start, batch.noise, batch.timesteps, batch.labels
     for x_start, noise, timesteps, labels in zip(*(each.split(LOSS_BATCH_SIZE) for each in tensors), strict=True):
@@ -194,7 +208,7 @@ def losses_of(task: Trainee, trained: TrainConfig, batch: Batch) -> Tensor:
 def model_rows(
     models: Mapping[str, Trainee], stages: Mapping[str, TrainConfig], config: ConversionBenchConfig
 ) -> list[ModelRow]:
-    """The loss of every model on the very same pictures, noise and timesteps."""
+    """Return the loss of every model on the very same pictures, noise and timesteps."""
     trained, vanilla = stages[PLAIN], models[VANILLA]
     batch = draw_batch(config, trained, vanilla)
     losses = {name: losses_of(task, trained, batch) for name, task in models.items()}
@@ -232,37 +246,21 @@ def describe_long_skips(model: Any) -> str:
 # Cached runs
 
 
-def sample(task: Trainee, trained: TrainConfig, config: ConversionBenchConfig, num_steps: int) -> Tensor:
-    """Pictures (b c h w) in [0, 1], of classes spread over the data, from the config's noise."""
+def runner_of(task: Trainee, trained: TrainConfig, config: ConversionBenchConfig) -> Runner:
+    """Return what samples a model, for classes spread over the data, from the config's noise."""
     sampler = task.sampler(task.model, make_task_scheduler(trained.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
-    return sampler.sample(
+    return Runner.of(
+        sampler,
         task.showcase(config.num_samples)[0],
+        num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        num_inference_steps=num_steps,
-        generator=torch.Generator().manual_seed(config.seed),
-    ).cpu()
-
-
-def sample_cached(
-    task: Trainee, trained: TrainConfig, config: ConversionBenchConfig, spec: str
-) -> tuple[Tensor, CacheSummary]:
-    """The same pictures with a cache, and what it did."""
-    enable_cache(task.model, spec)
-    try:
-        return sample(task, trained, config, config.num_steps), cache_summary(task.model)
-    finally:
-        disable_cache(task.model)
-
-
-def compare(model: str, run: str, pictures: Tensor, reference: Tensor, **counts: Any) -> RunRow:
-    """A row of a run's pictures beside those of the full run. counts: how it was made."""
-    scores = {"psnr": psnr_db(pictures, reference), "ssim": ssim(pictures, reference)}
-    return RunRow(model=model, run=run, **{name: PairedScore.of(each) for name, each in scores.items()}, **counts)
+        seed=config.seed,
+    )
 
 
 def specs_of(task: Trainee, interval: int) -> list[str]:
-    """The caches of one interval that this model can have; they run equally many units."""
+    """Return the caches of one interval that this model can have; they run equally many units."""
     has_long_skips = bool(cast(Any, task.model).long_skip_links.sources)
     return [f"{method}N{interval}" for method in METHODS if method or has_long_skips]
 
@@ -270,29 +268,26 @@ def specs_of(task: Trainee, interval: int) -> list[str]:
 def run_rows(
     name: str, task: Trainee, trained: TrainConfig, config: ConversionBenchConfig, advance: Advance
 ) -> tuple[list[RunRow], Tensor]:
-    """The cached runs of one model, and of each interval the run of so many fewer steps that it computes no less; the
-    pictures of the full run. `advance(description=...)` is told of each run."""
-    rows, num_steps = [], config.num_steps
+    """Return the cached runs of one model, and of each interval the run of so many fewer steps that it computes no
+    less; the pictures of the full run. `advance(description=...)` is told of each run."""
+    rows, num_steps, run = [], config.num_inference_steps, runner_of(task, trained, config)
     advance(description=f"{name} full")
-    reference = sample(task, trained, config, num_steps)
+    reference = run()
     for interval in config.intervals:
         for spec in specs_of(task, interval):
             advance(description=f"{name} {spec}")
-            pictures, summary = sample_cached(task, trained, config, spec)
-            counts = {"steps_full": summary.steps_full, "compute_ratio": summary.compute_ratio}
-            rows.append(compare(name, spec, pictures, reference, num_steps=num_steps, **counts))
+            rows.append(RunRow.of(name, spec, run(OwnCache.of(spec)), reference))
         fewer = math.ceil(num_steps / rows[-1].compute_ratio)
         advance(description=f"{name} {fewer} steps")
-        pictures = sample(task, trained, config, fewer)
-        counts = {"steps_full": fewer, "compute_ratio": num_steps / fewer}
-        rows.append(compare(name, f"{FEWER} than N{interval}", pictures, reference, num_steps=fewer, **counts))
-    return rows, reference
+        made = run(num_inference_steps=fewer)
+        rows.append(RunRow.of(name, f"{FEWER} than N{interval}", made, reference, num_steps / fewer))
+    return rows, reference.samples
 
 
 def all_run_rows(
     models: Mapping[str, Trainee], trained: TrainConfig, config: ConversionBenchConfig
 ) -> tuple[list[RunRow], dict[str, Tensor]]:
-    """The rows of every model, and the pictures of its full run."""
+    """Return the rows of every model, and the pictures of its full run."""
     rows, full_runs = [], {}
     num_runs = sum(1 + sum(1 + len(specs_of(task, n)) for n in config.intervals) for task in models.values())
     with progress_bar(num_runs) as advance:
@@ -315,31 +310,20 @@ def bench_conversion(
     stages: how each of the four runs is trained, by name. `ValueError` where they are not class-to-image runs that add
     long skips in stage one, the data has fewer pictures than are asked for, or a run in `runs` has other settings.
     """
-    check_device(config.device)
     check_stages(stages)
     name = f"conversion_{config.device}"
-    claim_report(out, name, PICTURE)
-    items = open_items(stages[PLAIN].data)
-    check_ssim_size(items.size)
-    if config.num_pictures > len(items):
-        raise ValueError(f"num_pictures must be at most {len(items)}, got {config.num_pictures}")
-    with threads(config.num_threads):
-        environment = describe_environment(config.device, config.seed)
+    with benchmark(config, out, name, PICTURE) as environment:
+        items = open_items(stages[PLAIN].data)
+        check_ssim_size(items.size)
+        if config.num_pictures > len(items):
+            raise ValueError(f"num_pictures must be at most {len(items)}, got {config.num_pictures}")
         models = build_models(stages, items, train_runs(stages, runs, config.device), config.device)
         losses = model_rows(models, stages, config)
         rows, full_runs = all_run_rows(models, stages[PLAIN], config)
     captions = models[VANILLA].showcase(config.num_samples)[1]
     with out.file(PICTURE) as draft:
         draw(full_runs, captions, config.num_shown).save(draft)
-    report = {
-        "environment": environment,
-        "config": config,
-        "trainings": [training_record(run, stages[run]) for run in STARTS],
-        "models": losses,
-        "rows": rows,
-        "verdict": list(verdict(config, losses, rows)),
-    }
-    write_report(out, name, report, render_markdown(environment, config, stages, losses, rows))
+    report_of(config, environment, stages, losses, rows).write(out, name)
     return losses, rows
 
 
@@ -354,15 +338,15 @@ def check_stages(stages: Mapping[str, TrainConfig]) -> None:
 
 
 def draw(full_runs: Mapping[str, Tensor], captions: Sequence[str], num_shown: int) -> Any:
-    """A row of pictures a model, spread over what was sampled."""
-    chosen = [index * len(captions) // num_shown for index in range(num_shown)]
+    """Return a row of pictures per model, spread over what was sampled."""
+    chosen = spread(num_shown, len(captions))
     pictures = to_pictures(torch.cat([full_runs[name][chosen] for name in SHOWN]))
     names = [f"{name.partition(',')[0]}: {captions[index]}" for name in SHOWN for index in chosen]
     return labelled_grid(pictures, names, num_columns=num_shown, scale=PICTURE_SCALE)
 
 
 def training_record(name: str, config: TrainConfig) -> dict[str, object]:
-    """How a run was trained."""
+    """Return how a run was trained."""
     return {
         "run": name,
         "from": STARTS[name] or "nothing",
@@ -374,57 +358,44 @@ def training_record(name: str, config: TrainConfig) -> dict[str, object]:
     }
 
 
-def render_markdown(
-    environment: Mapping[str, str],
+def report_of(
     config: ConversionBenchConfig,
+    environment: Mapping[str, str],
     stages: Mapping[str, TrainConfig],
     losses: Sequence[ModelRow],
     rows: Sequence[RunRow],
-) -> list[str]:
-    """Command and machine, the trainings, losses, cached runs, and in words what the conversion brings."""
-    return [
-        *header(environment),
-        table([training_record(name, stages[name]) for name in STARTS]),
-        f"Loss: the training loss of the averaged weights in float32, mean over the same {config.num_pictures} "
-        "pictures of the training data, noise and timesteps. Over vanilla: the mean difference and its standard error "
-        "over pictures.",
-        table([model_record(row) for row in losses]),
-        f"Each run beside the full run of the same model, {config.num_steps} steps from the same noise, guidance "
-        f"{config.guidance_scale:g}: mean and standard deviation over {config.num_samples} pictures. A bare N is the "
-        "paper's cache, which needs long skips; fewer than N is a run without a cache of so few steps that it computes "
-        "no less. Compute: the units of the full run over those of this one. Before stage one the replacing model "
-        "makes noise, which says nothing of a cache.",
-        table([run_record(row) for row in rows]),
-        *verdict(config, losses, rows),
-        f"![Samples of the full runs]({PICTURE})",
-    ]
-
-
-def model_record(row: ModelRow) -> dict[str, object]:
-    return {
-        "model": row.model,
-        "long skips": row.long_skips,
-        "steps": row.num_steps,
-        "parameters": f"{row.num_parameters:,}",
-        "MFLOP": f"{row.flops / 1e6:.1f}",
-        "loss": f"{row.loss:.4f}",
-        "over vanilla": f"{row.over_vanilla:+.4f} ± {row.error:.4f}",
-    }
-
-
-def run_record(row: RunRow) -> dict[str, object]:
-    return {
-        "model": row.model,
-        "run": row.run,
-        "full / steps": f"{row.steps_full} / {row.num_steps}",
-        "compute": f"{row.compute_ratio:.2f}",
-        "PSNR dB": row.psnr.text(),
-        "SSIM": row.ssim.text(4),
-    }
+) -> Report:
+    trainings = [training_record(run, stages[run]) for run in STARTS]
+    sentences = list(verdict(config, losses, rows))
+    return Report(
+        environment=environment,
+        config=config,
+        data={
+            "trainings": trainings,
+            "models": losses,
+            "rows": [record(row) for row in rows],
+            "verdict": sentences,
+        },
+        parts=[
+            table(trainings),
+            f"Loss: the training loss of the averaged weights in float32, mean over the same {config.num_pictures} "
+            "pictures of the training data, noise and timesteps. Over vanilla: the mean difference and its standard "
+            "error over pictures.",
+            table([row.cells() for row in losses]),
+            f"Each run stands beside the full run of the same model, {config.num_inference_steps} steps from the same "
+            f"noise, guidance {config.guidance_scale:g}: mean and standard deviation over {config.num_samples} "
+            "pictures. A bare N is the paper's cache, which needs long skips; fewer than N is a run without a cache of "
+            "so few steps that it computes no less. Compute: FLOPs of the full run over those of this one. Before "
+            "stage one the replacing model makes noise, which says nothing of a cache.",
+            table([row.cells() for row in rows]),
+            *sentences,
+            f"![Samples of the full runs]({PICTURE})",
+        ],
+    )
 
 
 def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Sequence[RunRow]) -> Iterator[str]:
-    """In words, what the conversion does to the loss, and what the paper's cache brings at equal compute."""
+    """Say what the conversion does to the loss, and what the paper's cache brings at equal compute."""
     loss = {row.model: row.loss for row in losses}
     beside = loss[SECOND] / loss[TRAINED_ON] - 1
     yield (
@@ -433,7 +404,7 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
         f"{abs(beside):.1%} {'above' if beside > 0 else 'below'} the {loss[TRAINED_ON]:.4f} of the vanilla model that "
         "was trained on for as many steps."
     )
-    psnr = {(row.model, row.run): row.psnr.mean for row in rows}
+    psnr = {(row.model, row.run): row.scores["psnr"].mean for row in rows}
     delta, fewer, control = (
         {f"N{n}": psnr[SECOND, f"N{n}"] - psnr[model, f"{run}N{n}"] for n in config.intervals}
         for model, run in ((SECOND, METHODS[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, METHODS[1]))

@@ -1,9 +1,9 @@
 """What caches save on a GPU, beside the speedup that their FLOPs allow: small batches first, rows as they come."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -14,29 +14,23 @@ from torch import nn
 
 from skipdit.benchmark.measure import (
     ACHIEVED_TARGET,
-    SYNCHRONIZE,
-    Device,
+    BenchConfig,
     DType,
-    check_device,
-    claim_report,
+    benchmark,
     compiled,
-    describe_environment,
     fill_zeros,
-    header,
-    judge,
     progress_bar,
     seconds_of,
-    table,
-    threads,
-    write_report,
 )
 from skipdit.cache.enable import cached
 from skipdit.cache.methods import parse_method
+from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.options import NumInferenceSteps, check_choice, check_option, check_range
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.report import Report, judge, record, table
 
 Mode = Literal["eager", "reduce-overhead", "default"]
 
@@ -44,7 +38,7 @@ SMALL_BATCH, SMALL_BATCH_TARGET = 8, 0.90  # eager, below this size
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuBenchConfig:
+class GpuBenchConfig(BenchConfig):
     """Which caches are measured, and how long."""
 
     preset: str = "DiT-XL/2"
@@ -57,8 +51,8 @@ class GpuBenchConfig:
     """caches in eager mode; fbcache of the second threshold hardly ever reuses, which shows what asking costs"""
     compiled_specs: tuple[str, ...] = ("N2",)
     """caches in compiled modes, where each new kind of step takes up to a minute"""
-    num_steps: int = 20
-    """steps of a run"""
+    num_inference_steps: NumInferenceSteps = 20
+    """denoising steps of a run"""
     num_rounds: int = 5
     """how often each run is timed, in turn with the run that has no cache"""
     max_seconds: float = 270.0
@@ -66,19 +60,14 @@ class GpuBenchConfig:
     dtype: DType = "bfloat16"
     """of the weights and the latents"""
     device: Device = "cuda"
-    """where"""
-    num_threads: int | None = None
-    """of the CPU; by default PyTorch's choice"""
-    seed: int = 0
-    """of weights and inputs"""
+    """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_choice("preset", (self.preset,), tuple(PRESETS))
+        super().__post_init__()
+        check_option(self, "preset", tuple(PRESETS))
         check_choice("modes", self.modes, get_args(Mode))
-        check_choice("dtype", (self.dtype,), get_args(DType))
-        check_choice("device", (self.device,), get_args(Device))
-        check_positive(self, "num_steps", "num_rounds", "num_threads")
+        check_option(self, "dtype", get_args(DType))
+        check_range(self, "num_inference_steps", "num_rounds")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be one or more above 0, got {self.batch_sizes}")
         if not self.max_seconds > 0:
@@ -98,7 +87,7 @@ class GpuBenchConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One cache. seconds_full, seconds_cached: of a step, in every round. bound: the speedup that its FLOPs allow."""
+    """One cache in one mode at one batch size."""
 
     mode: Mode
     batch_size: int
@@ -106,8 +95,11 @@ class Row:
     steps_full: int
     steps_reused: int
     bound: float
+    """the speedup that its FLOPs allow"""
     seconds_full: tuple[float, ...]
+    """of a step without the cache, one per round"""
     seconds_cached: tuple[float, ...]
+    """of a step with it, one per round"""
 
     @property
     def speedup(self) -> float:
@@ -152,7 +144,7 @@ class Runs:
         nn.Module.to(model, getattr(torch, config.dtype))  # not model.to, which warns of every cast
         self.config, self.model = config, model.eval()
         self.pipeline = ClassToImagePipeline(self.model, DDIMScheduler())
-        self.pipeline.scheduler.set_timesteps(config.num_steps, device=config.device)
+        self.pipeline.scheduler.set_timesteps(config.num_inference_steps, device=config.device)
 
     def seconds(self, inputs: dict[str, Any]) -> float:
         """Return the seconds of a step, in the mean over a run."""
@@ -200,42 +192,37 @@ def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], flo
 
     `ValueError` where there is no such device.
     """
-    check_device(config.device)
-    claim_report(out, config.device)
-    begun, rows, left = clock(), [], config.rows()
-    with threads(config.num_threads), progress_bar(len(left)) as advance:
-        runs = Runs(config)
+    rows, left = [], config.rows()
+    with benchmark(config, out, config.device) as environment, progress_bar(len(left)) as advance:
+        begun, runs = clock(), Runs(config)
         for mode in config.modes:
             with nullcontext() if mode == "eager" else compiled(runs.model, fullgraph=True, mode=mode):
                 while left and left[0][0] == mode and clock() - begun < config.max_seconds:
                     advance(advance=0, description=_name(*left[0]))
                     rows.append(runs.measure(*left.pop(0)))
-                    _write(config, rows, left, out)
+                    report_of(config, environment, rows, left).write(out, config.device)
                     advance()
     return rows
 
 
-def _write(config: GpuBenchConfig, rows: list[Row], left: list[tuple[Mode, int, str]], out: OutputFolder) -> None:
-    environment = describe_environment(config.device, config.seed)
-    report = {
-        "config": asdict(config),
-        "environment": environment,
-        "rows": [asdict(row) | {"speedup": row.speedup, "achieved": row.achieved} for row in rows],
-        "left_out": left,
-    }
+def report_of(
+    config: GpuBenchConfig, environment: Mapping[str, str], rows: list[Row], left: list[tuple[Mode, int, str]]
+) -> Report:
     small = {row.name: row.achieved for row in rows if row.mode == "eager" and row.batch_size < SMALL_BATCH}
     others = {row.name: row.achieved for row in rows if row.name not in small}
-    markdown = [
-        f"# Caches of {config.preset} on a device: {config.device}",
-        *header(environment),
-        f"Runs of {config.num_steps} steps in {config.dtype}, a call of the model per step; medians of "
-        f"{config.num_rounds} rounds, in which runs with and without the cache take turns. Bound: the speedup that "
-        "FLOPs of the whole model allow. Achieved: the share of it.",
-        table([row.cells() for row in rows]),
-        judge("Achieved, small batches in eager mode", small, SMALL_BATCH_TARGET),
-        judge("Achieved, all others", others, ACHIEVED_TARGET),
-    ]
-    if left:
-        names = "; ".join(_name(*each) for each in left)
-        markdown.append(f"Not begun within {config.max_seconds:g} seconds: {names}.")
-    write_report(out, config.device, report, markdown)
+    missing = f"Not begun within {config.max_seconds:g} seconds: {'; '.join(_name(*each) for each in left)}."
+    return Report(
+        title=f"Caches of {config.preset} on a device: {config.device}",
+        environment=environment,
+        config=config,
+        data={"rows": [record(row, "speedup", "achieved") for row in rows], "left_out": left},
+        parts=[
+            f"Runs of {config.num_inference_steps} steps in {config.dtype}, a call of the model per step; medians of "
+            f"{config.num_rounds} rounds, in which runs with and without the cache take turns. Bound: the speedup that "
+            "FLOPs of the whole model allow. Achieved: the share of it.",
+            table([row.cells() for row in rows]),
+            judge("Achieved, small batches in eager mode", small, SMALL_BATCH_TARGET),
+            judge("Achieved, all others", others, ACHIEVED_TARGET),
+            missing if left else "",
+        ],
+    )

@@ -1,21 +1,14 @@
-"""What every benchmark does alike: it makes a model's calls, counts and times them, and renders what came out.
+"""What every benchmark does alike: its frame, a model's calls, what they cost, and ratios of that.
 
 Weights are random. Steps are timed in turn, and a ratio is the median of those within a repetition: machines drift.
 """
 
 import logging
-import os
-import platform
-import re
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol, get_args
@@ -31,12 +24,12 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
-from skipdit.files import OutputFolder, to_json
+from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
+from skipdit.files import OutputFolder
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_choice
+from skipdit.options import check_numbers, check_option, check_range
 
 DType = Literal["float32", "bfloat16"]
-Device = Literal["cpu", "cuda"]
 Kind = Literal["plain", "uncached", "full", "reuse"]
 Call = Callable[[], Tensor]
 Advance = Callable[..., object]
@@ -44,14 +37,37 @@ Ratios = dict[str, float]
 
 ACHIEVED_TARGET = 0.95  # of the speedup that the FLOPs of a cached run allow
 FULL_AND_REUSE = IntervalSchedule(interval=2)
-SYNCHRONIZE: dict[Device, Callable[[], None]] = {"cpu": torch.cpu.synchronize, "cuda": torch.cuda.synchronize}
-CPUINFO, STATUS, CLEAR_REFS = (Path("/proc", name) for name in ("cpuinfo", "self/status", "self/clear_refs"))  # Linux
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 
-def check_device(device: Device) -> None:
-    check_choice("device", (device,), get_args(Device))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device 'cuda' needs an NVIDIA GPU and a PyTorch that sees it, got none")
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What every benchmark asks for. Abstract."""
+
+    device: Device = "cpu"
+    """cpu or cuda"""
+    num_threads: int | None = None
+    """of the CPU; by default PyTorch's choice"""
+    seed: int = 0
+    """of weights, inputs and noise"""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        check_option(self, "device", get_args(Device))
+        check_range(self, "num_threads")
+
+
+@contextmanager
+def benchmark(config: BenchConfig, out: OutputFolder, name: str, *more: str) -> Iterator[dict[str, str]]:
+    """Yield the environment of a benchmark, whose threads are on inside the block.
+
+    name: of the report. more: files beside it. `ValueError` where there is no such device, `FileExistsError` where a
+    file of somebody else is in the way: before anything is measured.
+    """
+    check_device(config.device)
+    out.claim((f"{name}.json", f"{name}.md", *more))
+    with threads(config.num_threads):
+        yield describe_environment(config.device, config.seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,17 +166,6 @@ def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: De
 
 
 @contextmanager
-def threads(num_threads: int | None) -> Iterator[None]:
-    """Inside, PyTorch computes with so many threads of the CPU; `None` leaves them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def progress_bar(num_calls: int) -> Iterator[Advance]:
     """Gives `advance(description=...)`, to be told of each call."""
     with Progress() as progress:
@@ -213,40 +218,7 @@ def run_ratios(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def describe_environment(device: Device, seed: int) -> dict[str, str]:
-    """What the numbers depend on beside the config."""
-    names = re.findall(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
-    packages = ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "skipdit"))
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "cpu": f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else "not used",
-        "versions": f"python {platform.python_version()}, {packages}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": str(seed),
-    }
-
-
-def claim_report(out: OutputFolder, name: str, *more: str) -> None:
-    """Raise `FileExistsError`, before anything is measured, where a file of somebody else is in the way. more: files
-    beside the report."""
-    out.claim((f"{name}.json", f"{name}.md", *more))
-
-
-def write_report(out: OutputFolder, name: str, report: Mapping[str, Any], markdown: Sequence[str]) -> None:
-    """Write `{name}.json` and, of these parts, `{name}.md`."""
-    out.write_text(f"{name}.json", to_json(report))
-    out.write_text(f"{name}.md", "\n\n".join(markdown) + "\n")
-
-
-def header(environment: Mapping[str, str]) -> list[str]:
-    """Command and machine, as parts of a Markdown report."""
-    lines = (f"- {name}: {text}" for name, text in environment.items() if name != "command")
-    return [f"`{environment['command']}`", "\n".join(lines)]
+# Cells of tables
 
 
 def cost_record(row: Measured) -> dict[str, object]:
@@ -264,23 +236,6 @@ def flops_record(row: Measured) -> dict[str, object]:
 
 def mebibytes(num_bytes: int | None) -> str:
     return "" if num_bytes is None else f"{num_bytes / 2**20:.0f}"
-
-
-def table(records: Sequence[Mapping[str, object]]) -> str:
-    """A Markdown table of records with the same keys."""
-    lines = [list(records[0]), ["---"] * len(records[0]), *(map(str, record.values()) for record in records)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def judge(what: str, values: Mapping[Any, float], target: float) -> str:
-    """A sentence that names what reaches the target and what does not."""
-    if not values:
-        return f"{what}: not measured."
-    reached, missed = (
-        ", ".join(f"{step} ({value:.3f})" for step, value in values.items() if (value >= target) is wanted)
-        for wanted in (True, False)
-    )
-    return f"{what}, target {target:g}: reached by {reached or 'none'}; missed by {missed or 'none'}."
 
 
 def seconds_of(call: Callable[[], object]) -> float:

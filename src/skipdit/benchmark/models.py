@@ -3,7 +3,7 @@ plain model."""
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal, get_args
 
@@ -13,37 +13,32 @@ from torch import nn
 from skipdit.benchmark.measure import (
     ACHIEVED_TARGET,
     Advance,
+    BenchConfig,
     Call,
-    Device,
     DType,
     Kind,
     Ratios,
     Subject,
-    check_device,
-    claim_report,
+    benchmark,
     cost_record,
-    describe_environment,
     fill_zeros,
     flops_of,
     flops_record,
-    header,
-    judge,
     mebibytes,
     median_ratio,
     progress_bar,
     run_ratios,
     step_ratios,
-    table,
-    threads,
     time_rounds,
     weight_bytes,
-    write_report,
 )
 from skipdit.cache.schedule import IntervalSchedule, resolve
+from skipdit.environment import Device
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.options import check_choice, check_per_item, check_range
+from skipdit.report import Report, judge, numbers, record, table
 
 Mode = Literal["eager", "compiled"]
 
@@ -58,36 +53,33 @@ NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C comp
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelBenchConfig:
-    """Which models are measured, and how often.
-
-    presets: each is measured as the plain model and with long skips. num_shallow_units: the values of k.
-    batch_sizes: one a preset; by default 8 for S, 4 for B, 2 for L and XL on a CPU, and 128, 64, 32, 32 on a GPU.
-    num_threads: of the CPU; by default PyTorch's choice. num_warmup: repetitions before those that count, at least 1.
-    """
+class ModelBenchConfig(BenchConfig):
+    """Which models are measured, and how often."""
 
     presets: tuple[str, ...] = ("DiT-S/2", "DiT-XL/2")
+    """published sizes; each is measured as the plain model and with long skips"""
     dtypes: tuple[DType, ...] = ("float32", "bfloat16")
+    """of weights and inputs"""
     modes: tuple[Mode, ...] = ("eager", "compiled")
+    """as the model is, or compiled whole by `torch.compile`"""
     num_shallow_units: tuple[int, ...] = (1, 4)
+    """units at each end that a reuse step runs"""
     batch_sizes: tuple[int, ...] = ()
-    device: Device = "cpu"
-    num_threads: int | None = None
+    """one per preset; by default 8 for S, 4 for B, 2 for L and XL on a CPU, and 128, 64, 32, 32 on a GPU"""
     num_repetitions: int = 5
+    """of each step, in turn"""
     num_warmup: int = 1
-    seed: int = 0
+    """repetitions before those that count"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        super().__post_init__()
         check_choice("presets", self.presets, tuple(PRESETS))
         check_choice("dtypes", self.dtypes, get_args(DType))
         check_choice("modes", self.modes, get_args(Mode))
-        check_choice("device", (self.device,), get_args(Device))
         num_layers = min(PRESETS[preset][0] for preset in self.presets)
         check_choice("num_shallow_units", self.num_shallow_units, range(1, (num_layers + 1) // 2))
-        if self.batch_sizes and (len(self.batch_sizes) != len(self.presets) or min(self.batch_sizes) < 1):
-            raise ValueError(f"batch_sizes must be {len(self.presets)} numbers above 0 or none, got {self.batch_sizes}")
-        check_positive(self, "num_threads", "num_repetitions", "num_warmup")
+        check_per_item("batch_sizes", self.batch_sizes, len(self.presets))
+        check_range(self, "num_repetitions", "num_warmup")
 
     def batch_size(self, preset: str) -> int:
         default = BATCH_SIZES[self.device][preset.removeprefix("DiT-").partition("/")[0]]
@@ -96,7 +88,8 @@ class ModelBenchConfig:
 
 @dataclass(frozen=True)
 class Step:
-    """What is timed: a forward of the plain model or of the uncached long-skip model, or a step of the cached one."""
+    """Name what is timed: a forward of the plain model or of the uncached long-skip model, or a step of the cached
+    one."""
 
     preset: str
     mode: Mode
@@ -111,24 +104,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """What a step costs.
-
-    flops: of the batch; a multiply-add counts two. seconds: of every repetition. first_seconds: with the compilation.
-    peak_bytes: the most that the process held in a call, resident on a CPU, allocated on a GPU, less the weights of the
-    preset's other models; `None` where the system does not tell.
-    """
+    """What a step costs."""
 
     step: Step
     batch_size: int
     flops: int
+    """of the batch; a multiply-add counts two"""
     seconds: tuple[float, ...]
+    """one per repetition"""
     first_seconds: float
+    """of the first call, with the compilation"""
     peak_bytes: int | None
+    """the most that the process held in a call, resident on a CPU, allocated on a GPU, less the weights of the preset's
+    other models; `None` where the system does not tell"""
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
 
 
 def ratios_of(full: Row, rows: Mapping[Step, Row]) -> Ratios:
-    """The cached model of a full step beside its uncached and its plain self: `step_ratios`, `run_ratios`, and as
-    overhead the seconds of the full step over the uncached forward."""
+    """Return the cached model of a full step beside its uncached and its plain self: `step_ratios`, `run_ratios`, and
+    as overhead the seconds of the full step over the uncached forward."""
     plain, uncached = (rows[replace(full.step, kind=kind, num_shallow_units=None)] for kind in ("plain", "uncached"))
     reuse = rows[replace(full.step, kind="reuse")]
     run = run_ratios(FULL_STEPS, plain=plain, uncached=uncached, full=full, reuse=reuse)
@@ -136,13 +133,13 @@ def ratios_of(full: Row, rows: Mapping[Step, Row]) -> Ratios:
 
 
 def speed_over_float32(row: Row, rows: Mapping[Step, Row]) -> float | None:
-    """Seconds of the same step in float32 over this one's; `None` where that was not measured."""
+    """Return the seconds of the same step in float32 over this one's; `None` where that was not measured."""
     base = rows.get(replace(row.step, dtype="float32"))
     return None if base is None else median_ratio(base, row)
 
 
 def make_subject(config: ModelBenchConfig, preset: str, dtype: DType, long_skip: LongSkipConfig | None) -> Subject:
-    """Random weights and inputs."""
+    """Return a model with random weights, and inputs for it."""
     torch.manual_seed(config.seed)
     model = DiT.from_preset(preset, long_skip=long_skip).eval()
     fill_zeros(model)
@@ -154,7 +151,7 @@ def make_subject(config: ModelBenchConfig, preset: str, dtype: DType, long_skip:
 
 
 def check_compiler(device: Device) -> None:
-    """`ValueError` where PyTorch finds no compiler to compile with; other failures pass."""
+    """Raise `ValueError` where PyTorch finds no compiler to compile with; other failures pass."""
     try:
         torch.compile(torch.neg, fullgraph=True)(torch.ones(8, device=device))
     except RuntimeError as error:
@@ -167,7 +164,7 @@ def check_compiler(device: Device) -> None:
 
 @torch.no_grad()
 def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> list[Row]:
-    """The rows of one preset, in every mode and dtype; `advance(description=...)` is told of each call."""
+    """Return the rows of one preset, in every mode and dtype; `advance(description=...)` is told of each call."""
     skips = (None, LongSkipConfig())
     subjects: list[tuple[DType, Subject]] = [
         (dtype, make_subject(config, preset, dtype, skip)) for dtype in config.dtypes for skip in skips
@@ -202,43 +199,34 @@ def bench_models(config: ModelBenchConfig, out: OutputFolder) -> list[Row]:
 
     `ValueError` where the device or the compiler that the config asks for is missing, before anything is measured.
     """
-    check_device(config.device)
     name = f"class_to_image_{config.device}"
-    claim_report(out, name)
-    with threads(config.num_threads):
+    with benchmark(config, out, name) as environment:
         if "compiled" in config.modes:
             check_compiler(config.device)
-        environment = describe_environment(config.device, config.seed)
         num_steps = len(config.dtypes) * (2 + 2 * len(config.num_shallow_units))
         num_rounds = 1 + len(config.modes) * (config.num_warmup + config.num_repetitions)
         with progress_bar(len(config.presets) * num_rounds * num_steps) as advance:
             rows = [row for preset in config.presets for row in bench_preset(config, preset, advance)]
-
     by_step = {row.step: row for row in rows}
     ratios = {row.step: ratios_of(row, by_step) for row in rows if row.step.kind == "full"}
-    report = {
-        "environment": environment,
-        "config": config,
-        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows],
-        "ratios": [{"step": step, **values} for step, values in ratios.items()],
-    }
-    write_report(out, name, report, render_markdown(environment, by_step, ratios))
+    speeds = {row.step: speed_over_float32(row, by_step) for row in rows}
+    report = Report(
+        environment=environment,
+        config=config,
+        data={
+            "rows": [record(row, "median_seconds") for row in rows],
+            "ratios": [{"step": step, **values} for step, values in ratios.items()],
+        },
+        parts=[
+            table([row_record(row, speeds[row.step]) for row in rows]),
+            f"A run has {len(FULL_STEPS)} steps with {SCHEDULE}, {sum(FULL_STEPS)} of them full; its time is added up "
+            "from the steps above. A bound is the same ratio in FLOPs.",
+            table([{"step": step, **numbers(values)} for step, values in ratios.items()]),
+            *verdict(speeds, ratios),
+        ],
+    )
+    report.write(out, name)
     return rows
-
-
-def render_markdown(
-    environment: Mapping[str, str], rows: Mapping[Step, Row], ratios: Mapping[Step, Ratios]
-) -> list[str]:
-    """Command and machine, what steps cost, the ratios, and in words what reaches its target."""
-    speeds = {step: speed_over_float32(row, rows) for step, row in rows.items()}
-    return [
-        *header(environment),
-        table([row_record(row, speeds[step]) for step, row in rows.items()]),
-        f"A run has {len(FULL_STEPS)} steps with {SCHEDULE}, {sum(FULL_STEPS)} of them full; its time is added up from "
-        "the steps above. A bound is the same ratio in FLOPs.",
-        table([{"step": step} | {name: f"{x:.3f}" for name, x in values.items()} for step, values in ratios.items()]),
-        *verdict(speeds, ratios),
-    ]
 
 
 def row_record(row: Row, speed: float | None) -> dict[str, object]:
@@ -254,7 +242,7 @@ def row_record(row: Row, speed: float | None) -> dict[str, object]:
 
 
 def verdict(speeds: Mapping[Step, float | None], ratios: Mapping[Step, Ratios]) -> Iterator[str]:
-    """In words, what reaches its target and what does not."""
+    """Say what reaches its target and what does not."""
     achieved = {step: values["achieved"] for step, values in ratios.items()}
     yield judge("Run speedup over its bound", achieved, ACHIEVED_TARGET)
     for preset, target in BFLOAT16_TARGETS.items():

@@ -5,9 +5,9 @@ starts anew in each round, so that one model lies in memory at a time, and the l
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,27 +19,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from skipdit.benchmark.measure import (
-    SYNCHRONIZE,
-    Advance,
-    Device,
-    check_device,
-    claim_report,
-    describe_environment,
-    header,
-    progress_bar,
-    seconds_of,
-    table,
-    threads,
-    write_report,
-)
+from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
 from skipdit.data import Draws, ShuffledForever
 from skipdit.diffusion import Objective
+from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.options import check_choice, check_option, check_per_item, check_range
+from skipdit.report import Report, record, table
 from skipdit.tasks import ClassToImage, Trainee
 from skipdit.training import TokenRoutingConfig, TrainConfig
 from skipdit.training.batches import batch_loss, find_step_kinds, prepare_batch, step_generator
@@ -60,7 +49,7 @@ NUM_LATENTS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBenchConfig:
+class TrainBenchConfig(BenchConfig):
     """Which loops are measured, and how often."""
 
     workloads: tuple[Workload, ...] = ("emoji", "latents")
@@ -72,30 +61,20 @@ class TrainBenchConfig:
     """of the model on latents, 256 tokens"""
     batch_sizes: tuple[int, ...] = ()
     """one per workload; by default 32 and 1 on a CPU, 512 and 96 on a GPU"""
-    device: Device = "cpu"
-    """where"""
-    num_threads: int | None = None
-    """of the CPU; by default PyTorch's choice"""
     num_steps: int = 20
     """steps that are timed together"""
     num_warmup: int = 5
     """steps before them"""
     num_rounds: int = 3
     """how often each loop starts"""
-    seed: int = 0
-    """of weights and data"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        super().__post_init__()
         check_choice("workloads", self.workloads, get_args(Workload))
         check_choice("loops", self.loops, get_args(Loop))
-        check_choice("preset", (self.preset,), tuple(PRESETS))
-        check_choice("device", (self.device,), get_args(Device))
-        check_positive(self, "num_threads", "num_steps", "num_warmup", "num_rounds")
-        if self.batch_sizes and (len(self.batch_sizes) != len(self.workloads) or min(self.batch_sizes) < 1):
-            raise ValueError(
-                f"batch_sizes must be {len(self.workloads)} numbers above 0 or none, got {self.batch_sizes}"
-            )
+        check_option(self, "preset", tuple(PRESETS))
+        check_range(self, "num_steps", "num_warmup", "num_rounds")
+        check_per_item("batch_sizes", self.batch_sizes, len(self.workloads))
 
     def batch_size(self, workload: Workload) -> int:
         default = BATCH_SIZES[self.device][workload]
@@ -104,18 +83,17 @@ class TrainBenchConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """What a loop makes of a workload.
-
-    flops: of a picture in the mean of the steps that were timed, forward and backward. seconds: of a step, in each
-    round. losses: of the last step of each round.
-    """
+    """What a loop makes of a workload."""
 
     workload: Workload
     loop: Loop
     batch_size: int
     flops: float
+    """of a picture, forward and backward, in the mean of the steps that were timed"""
     seconds: tuple[float, ...] = ()
+    """of a step, one per round"""
     losses: tuple[float, ...] = ()
+    """of the last step of each round"""
 
     @property
     def pictures_per_second(self) -> float:
@@ -261,23 +239,26 @@ def bench_training(config: TrainBenchConfig, recipe: TrainConfig, out: OutputFol
 
     recipe: of the workload emoji. `ValueError` where the device or the compiler that the config asks for is missing.
     """
-    check_device(config.device)
     name = f"training_{config.device}"
-    claim_report(out, name)
-    if any(loop.endswith("compiled") for loop in config.loops):
-        check_compiler(config.device)
-    with threads(config.num_threads):
-        environment = describe_environment(config.device, config.seed)
+    with benchmark(config, out, name) as environment:
+        if any(loop.endswith("compiled") for loop in config.loops):
+            check_compiler(config.device)
         rate = matmul_rate(config.device, config.num_rounds)
         with progress_bar(len(config.workloads) * len(config.loops) * config.num_rounds) as advance:
             rows = [row for workload in config.workloads for row in bench_workload(config, workload, recipe, advance)]
-    report = {
-        "environment": environment,
-        "config": config,
-        "matmul_flops_per_second": rate,
-        "rows": [asdict(row) | {"pictures_per_second": row.pictures_per_second} for row in rows],
-    }
-    write_report(out, name, report, render_markdown(config, environment, rows, rate))
+    baselines = {row.workload: row for row in rows if row.loop == "plain"}
+    report = Report(
+        environment=environment,
+        config=config,
+        data={"matmul_flops_per_second": rate, "rows": [record(row, "pictures_per_second") for row in rows]},
+        parts=[
+            table([row_record(row, baselines.get(row.workload), rate) for row in rows]),
+            f"Products of bf16 matrices reach {rate / 1e12:.2f} TFLOP/s here. FLOPs are counted of forward and "
+            "backward, without the optimizer; those of routed loops are fewer per picture.",
+            *verdict(config, rows, rate),
+        ],
+    )
+    report.write(out, name)
     return rows
 
 
@@ -290,20 +271,6 @@ def bench_workload(config: TrainBenchConfig, workload: Workload, recipe: TrainCo
     return rows
 
 
-def render_markdown(
-    config: TrainBenchConfig, environment: Mapping[str, str], rows: list[Row], rate: float
-) -> list[str]:
-    """Command and machine, the loops, and in words what reaches its target."""
-    baselines = {row.workload: row for row in rows if row.loop == "plain"}
-    return [
-        *header(environment),
-        table([row_record(row, baselines.get(row.workload), rate) for row in rows]),
-        f"Products of bf16 matrices reach {rate / 1e12:.2f} TFLOP/s here. FLOPs are counted of forward and backward, "
-        "without the optimizer; those of routed loops are fewer per picture.",
-        *verdict(config, rows, rate),
-    ]
-
-
 def row_record(row: Row, plain: Row | None, rate: float) -> dict[str, object]:
     speed = "" if plain is None else f"{row.pictures_per_second / plain.pictures_per_second:.2f}"
     return {
@@ -312,8 +279,8 @@ def row_record(row: Row, plain: Row | None, rate: float) -> dict[str, object]:
         "batch": row.batch_size,
         "pictures/s": f"{row.pictures_per_second:,.1f}",
         "over plain": speed,
-        "ms a step (min to max)": f"{1e3 * min(row.seconds):.1f} to {1e3 * max(row.seconds):.1f}",
-        "GFLOP a picture": f"{row.flops / 1e9:.2f}",
+        "ms per step (min to max)": f"{1e3 * min(row.seconds):.1f} to {1e3 * max(row.seconds):.1f}",
+        "GFLOP per picture": f"{row.flops / 1e9:.2f}",
         "TFLOP/s": f"{row.flops_per_second / 1e12:.3f}",
         "of the bf16 rate": f"{100 * row.flops_per_second / rate:.1f}%",
         "last loss": f"{row.losses[-1]:.4f}",
@@ -321,7 +288,7 @@ def row_record(row: Row, plain: Row | None, rate: float) -> dict[str, object]:
 
 
 def verdict(config: TrainBenchConfig, rows: list[Row], rate: float) -> Iterator[str]:
-    """In words, what the best loop reaches of its target, which is that of an H100."""
+    """Say what the best loop reaches of its target, which is that of an H100."""
     for workload in config.workloads:
         own = [row for row in rows if row.workload == workload and row.loop != "plain"]
         if not own or config.device != "cuda":

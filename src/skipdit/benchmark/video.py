@@ -1,7 +1,7 @@
 """What video models cost with all, a few and no long skips: full and reuse steps, whole cached runs, and memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, cast
 
@@ -13,24 +13,17 @@ from skipdit.benchmark.measure import (
     Call,
     Ratios,
     Subject,
-    check_device,
-    claim_report,
+    benchmark,
     cost_record,
-    describe_environment,
     flops_of,
     flops_record,
-    header,
-    judge,
     mebibytes,
     median_ratio,
     progress_bar,
     run_ratios,
     step_ratios,
-    table,
-    threads,
     time_rounds,
     weight_bytes,
-    write_report,
 )
 from skipdit.benchmark.video_models import (
     Size,
@@ -46,6 +39,7 @@ from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import OutputFolder
+from skipdit.report import Report, judge, numbers, record, table
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM
 SCHEDULES: dict[Task, tuple[str, ...]] = {
@@ -57,31 +51,36 @@ NUM_INFERENCE_STEPS = 50
 
 @dataclass(frozen=True)
 class VideoRow:
-    """What a step costs.
-
-    flops: of the batch; a multiply-add counts two. seconds: of every repetition. bytes_held: by the cache after a reuse
-    step, one context; features_held: how many tensors of hidden states that is. output_bytes: what keeping the outputs
-    of all num_outputs attentions and MLPs would take. peak_bytes: the most that the process held in a call, resident on
-    a CPU, allocated on a GPU, less the weights that only the other models of this size have; `None` where the system
-    does not tell.
-    """
+    """What a step costs."""
 
     step: VideoStep
     num_frames: int
     batch_size: int
     flops: int
+    """of the batch; a multiply-add counts two"""
     seconds: tuple[float, ...]
+    """one per repetition"""
     bytes_held: int
+    """by the cache after a reuse step, one context"""
     features_held: int
+    """how many tensors of hidden states that is"""
     num_outputs: int
+    """attentions and MLPs in the blocks"""
     output_bytes: int
+    """what keeping the outputs of all of them would take"""
     peak_bytes: int | None
+    """the most that the process held in a call, resident on a CPU, allocated on a GPU, less the weights that only the
+    other models of this size have; `None` where the system does not tell"""
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
 
 
 @torch.no_grad()
 def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[VideoRow]:
-    """The rows of one model; `advance(description=...)` is told of each call. Counting FLOPs calls everything once: the
-    warm-up."""
+    """Return the rows of one model; `advance(description=...)` is told of each call. Counting FLOPs calls everything
+    once: the warm-up."""
     subjects = make_subjects(config, size)
     plain = subjects[0][1].model
     total_bytes, a_feature = weight_bytes(*(each.model for _, each in subjects)), feature_bytes(config, size, plain)
@@ -111,7 +110,7 @@ def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[V
 
 
 def full_steps(spec: str) -> tuple[bool, ...]:
-    """For each step of a run with DDIM, whether the schedule has it full."""
+    """Return for each step of a run with DDIM whether the schedule has it full."""
     scheduler = cast(Any, make_scheduler(Objective(learned_variance=True), "ddim"))
     scheduler.set_timesteps(NUM_INFERENCE_STEPS)
     return resolve(parse_method(spec).schedule, scheduler.timesteps.tolist())
@@ -119,11 +118,13 @@ def full_steps(spec: str) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class CachedRun:
-    """A run with a schedule, added up from full and reuse steps, of which `num_full` are full: its `run_ratios`."""
+    """A run with a schedule, added up from full and reuse steps."""
 
     schedule: str
     num_full: int
+    """full steps"""
     ratios: Ratios
+    """as of `run_ratios`"""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ class CachedStep:
 
 
 def cached_steps(task: Task, rows: Mapping[VideoStep, VideoRow]) -> list[CachedStep]:
-    """Of the rows of one model. Its ratios: `step_ratios`; as overhead the seconds of the full step over the uncached
-    forward; as skips_over_plain those of the uncached forward over the plain model's."""
+    """Return the full steps among the rows of one model. Their ratios: `step_ratios`; as overhead the seconds of the
+    full step over the uncached forward; as skips_over_plain those of the uncached forward over the plain model's."""
     schedules = {spec: full_steps(spec) for spec in SCHEDULES[task]}
     cached = []
     for full in (row for row in rows.values() if row.step.kind == "full"):
@@ -154,8 +155,8 @@ def cached_steps(task: Task, rows: Mapping[VideoStep, VideoRow]) -> list[CachedS
 
 
 def swap_ratios(rows: Mapping[VideoStep, VideoRow]) -> dict[str, Ratios]:
-    """By model with opened units, the seconds of its forward over the plain one's, and those of the plain one, measured
-    once more, over itself."""
+    """Return, by model with opened units, the seconds of its forward over the plain one's, and those of the plain one,
+    measured once more, over itself."""
     ratios = {}
     for step, opened in rows.items():
         if step.kind == "opened":
@@ -169,12 +170,8 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
 
     `ValueError` where the device that the config asks for is missing, before anything is measured.
     """
-    check_device(config.device)
-    name = f"video_{config.device}"
-    claim_report(out, name)
-    rows, cached = {}, []
-    with threads(config.num_threads):
-        environment = describe_environment(config.device, config.seed)
+    name, rows, cached = f"video_{config.device}", {}, []
+    with benchmark(config, out, name) as environment:
         linked = len(config.num_pairs) * (1 + 2 * len(config.num_shallow_units))
         num_steps = sum(linked + (3 if size.task == "text-to-video" else 1) for size in config.sizes())
         with progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
@@ -182,39 +179,42 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
                 own = {row.step: row for row in bench_size(config, size, advance)}
                 rows |= own
                 cached += cached_steps(size.task, own)
-    report = {
-        "environment": environment,
-        "config": config,
-        "rows": [asdict(row) | {"median_seconds": median(row.seconds)} for row in rows.values()],
-        "ratios": cached,
-        "class_swap": swap_ratios(rows),
-    }
-    write_report(out, name, report, render_markdown(environment, rows, cached))
+    report_of(config, environment, rows, cached).write(out, name)
     return list(rows.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files
+# The report
 
 
-def render_markdown(
-    environment: Mapping[str, str], rows: Mapping[VideoStep, VideoRow], cached: Sequence[CachedStep]
-) -> list[str]:
-    """Command and machine, what steps and runs cost, what the cache holds, and in words what reaches its target."""
+def report_of(
+    config: VideoBenchConfig,
+    environment: Mapping[str, str],
+    rows: Mapping[VideoStep, VideoRow],
+    cached: Sequence[CachedStep],
+) -> Report:
     reuse = {each.step: rows[replace(each.step, kind="reuse")] for each in cached}
-    return [
-        *header(environment),
-        table([row_record(row, rows[VideoStep(row.step.model, 0, "plain")]) for row in rows.values()]),
-        "A full step beside its reuse step (step_ratio; step_bound is the same ratio in FLOPs), the uncached forward "
-        "(overhead), and the uncached forward beside that of the plain model (skips_over_plain).",
-        table([step_record(each, rows[each.step], reuse[each.step]) for each in cached]),
-        f"A run has {NUM_INFERENCE_STEPS} steps of DDIM; its time is added up from the steps above. A bound is the "
-        "same ratio in FLOPs.",
-        table([run_record(each.step, run) for each in cached for run in each.runs]),
-        "What the cache holds in a context after a reuse step, beside the outputs of all attentions and MLPs.",
-        table([memory_record(row) for row in reuse.values()]),
-        *verdict(cached, rows),
-    ]
+    return Report(
+        environment=environment,
+        config=config,
+        data={
+            "rows": [record(row, "median_seconds") for row in rows.values()],
+            "ratios": cached,
+            "class_swap": swap_ratios(rows),
+        },
+        parts=[
+            table([row_record(row, rows[VideoStep(row.step.model, 0, "plain")]) for row in rows.values()]),
+            "A full step beside its reuse step (step_ratio; step_bound is the same ratio in FLOPs), the uncached "
+            "forward (overhead), and the uncached forward beside that of the plain model (skips_over_plain).",
+            table([step_record(each, rows[each.step], reuse[each.step]) for each in cached]),
+            f"A run has {NUM_INFERENCE_STEPS} steps of DDIM; its time is added up from the steps above. A bound is the "
+            "same ratio in FLOPs.",
+            table([run_record(each.step, run) for each in cached for run in each.runs]),
+            "What the cache holds in a context after a reuse step, beside the outputs of all attentions and MLPs.",
+            table([memory_record(row) for row in reuse.values()]),
+            *verdict(cached, rows),
+        ],
+    )
 
 
 def row_record(row: VideoRow, plain: VideoRow) -> dict[str, object]:
@@ -230,13 +230,12 @@ def row_record(row: VideoRow, plain: VideoRow) -> dict[str, object]:
 
 
 def step_record(cached: CachedStep, full: VideoRow, reuse: VideoRow) -> dict[str, object]:
-    seconds = {"full s": f"{median(full.seconds):.3f}", "reuse s": f"{median(reuse.seconds):.3f}"}
-    return {"step": cached.step, **seconds, **{name: f"{x:.3f}" for name, x in cached.ratios.items()}}
+    seconds = {"full s": full.median_seconds, "reuse s": reuse.median_seconds}
+    return {"step": cached.step, **numbers(seconds | cached.ratios)}
 
 
 def run_record(step: VideoStep, run: CachedRun) -> dict[str, object]:
-    ratios = {name: f"{x:.3f}" for name, x in run.ratios.items()}
-    return {"step": step, "schedule": run.schedule, "full steps": run.num_full, **ratios}
+    return {"step": step, "schedule": run.schedule, "full steps": run.num_full, **numbers(run.ratios)}
 
 
 def memory_record(row: VideoRow) -> dict[str, object]:
@@ -251,7 +250,7 @@ def memory_record(row: VideoRow) -> dict[str, object]:
 
 
 def verdict(cached: Sequence[CachedStep], rows: Mapping[VideoStep, VideoRow]) -> Iterator[str]:
-    """In words, what reaches its target and what does not, and what the class swap costs."""
+    """Say what reaches its target and what does not, and what the class swap costs."""
     achieved = {f"{each.step} {run.schedule}": run.ratios["achieved"] for each in cached for run in each.runs}
     yield judge("Run speedup over its bound", achieved, ACHIEVED_TARGET)
     overheads = [each.ratios["overhead"] for each in cached]

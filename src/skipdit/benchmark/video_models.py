@@ -13,12 +13,13 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
-from skipdit.benchmark.measure import Device, DType, Kind, Subject, fill_zeros
+from skipdit.benchmark.measure import BenchConfig, DType, Kind, Subject, fill_zeros
+from skipdit.environment import Device
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import LATTE_PRESETS, Latte
 from skipdit.models.long_skip import LongSkipConfig, LongSkipLinks, pair_units
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_choice, check_numbers, check_positive
+from skipdit.options import check_choice, check_option, check_per_item, check_range
 
 Task = Literal["class-to-video", "text-to-video"]
 VideoKind = Kind | Literal["opened", "plain again"]
@@ -45,43 +46,42 @@ class Size:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoBenchConfig:
-    """Which video models are measured, and how often.
-
-    presets: of Latte, for class-to-video. num_frames: one a preset; by default 16 for S, 8 for B, 4 for L, 3 for XL on
-    a CPU, and 16 on a GPU. text_num_heads (of 64 channels), text_num_units, text_num_frames: of
-    LatteTransformer3DModel, which has 28 units as released and is narrower here. sample_size: of the latents, 32 for
-    videos of 256 pixels.
-    num_pairs: how many of the outermost pairs are linked, None for all. num_shallow_units: the values of k.
-    num_threads: of the CPU; by default PyTorch's choice.
-    """
+class VideoBenchConfig(BenchConfig):
+    """Which video models are measured, and how often."""
 
     tasks: tuple[Task, ...] = get_args(Task)
+    """class-to-video: our Latte; text-to-video: diffusers' LatteTransformer3DModel"""
     presets: tuple[str, ...] = ("Latte-S/2", "Latte-XL/2")
+    """published sizes of Latte"""
     num_frames: tuple[int, ...] = ()
+    """one per preset; by default 16 for S, 8 for B, 4 for L, 3 for XL on a CPU, and 16 on a GPU"""
     text_num_heads: int = 6
+    """of 64 channels each; the released text-to-video model is wider"""
     text_num_units: int = 28
+    """of the text-to-video model; 28 as released"""
     text_num_frames: int = 4
+    """of the text-to-video model"""
     sample_size: int = 32
+    """side of the latents; 32 for videos of 256 pixels"""
     batch_size: int = 1
+    """clips per call"""
     num_pairs: tuple[int | None, ...] = (None, 2)
+    """how many of the outermost pairs are linked; None for all"""
     num_shallow_units: tuple[int, ...] = (1, 2)
+    """units at each end that a reuse step runs"""
     dtype: DType = "float32"
-    device: Device = "cpu"
-    num_threads: int | None = None
+    """of weights and inputs"""
     num_repetitions: int = 5
-    seed: int = 0
+    """of each step, in turn"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        super().__post_init__()
         check_choice("tasks", self.tasks, get_args(Task))
         check_choice("presets", self.presets, tuple(LATTE_PRESETS))
-        check_choice("dtype", (self.dtype,), get_args(DType))
-        check_choice("device", (self.device,), get_args(Device))
-        if self.num_frames and (len(self.num_frames) != len(self.presets) or min(self.num_frames) < 1):
-            raise ValueError(f"num_frames must be {len(self.presets)} numbers above 0 or none, got {self.num_frames}")
-        check_positive(self, "text_num_heads", "text_num_units", "text_num_frames", "sample_size", "batch_size")
-        check_positive(self, "num_threads", "num_repetitions")
+        check_option(self, "dtype", get_args(DType))
+        check_per_item("num_frames", self.num_frames, len(self.presets))
+        check_range(self, "text_num_heads", "text_num_units", "text_num_frames", "sample_size", "batch_size")
+        check_range(self, "num_repetitions")
         if not self.num_shallow_units or len(set(self.num_shallow_units)) < len(self.num_shallow_units):
             raise ValueError(f"num_shallow_units must be one or more, each once, got {self.num_shallow_units}")
         for size in self.sizes():
@@ -102,7 +102,7 @@ class VideoBenchConfig:
                     each.check_num_shallow_units(k)
 
     def sizes(self) -> list[Size]:
-        """The models, in the order they are measured."""
+        """Return the models, in the order they are measured."""
         sizes = []
         if "class-to-video" in self.tasks:
             defaults = [NUM_FRAMES[self.device][name.removeprefix("Latte-").partition("/")[0]] for name in self.presets]
@@ -136,7 +136,7 @@ class VideoStep:
 
 
 def make_plain(config: VideoBenchConfig, size: Size) -> Subject:
-    """The plain model of a size: random weights and inputs."""
+    """Return the plain model of a size with random weights, and inputs for it."""
     torch.manual_seed(config.seed)
     sides = (config.sample_size, config.sample_size)
     if size.task == "class-to-video":
@@ -177,13 +177,13 @@ def make_plain(config: VideoBenchConfig, size: Size) -> Subject:
 
 
 def shared_copy(subject: Subject) -> Subject:
-    """A copy of the model with the very same weights, for the same inputs."""
+    """Return a copy of the model with the very same weights, for the same inputs."""
     memo = {id(weight): weight for weight in subject.model.parameters()}
     return replace(subject, model=copy.deepcopy(subject.model, memo))
 
 
 def make_subjects(config: VideoBenchConfig, size: Size) -> list[tuple[VideoStep, Subject]]:
-    """The models of one size, and what their uncached forward is called."""
+    """Return the models of one size, and what their uncached forward is called."""
     plain = make_plain(config, size)
     subjects = [(VideoStep(size.name, 0, "plain"), plain)]
     if size.task == "text-to-video":
@@ -199,12 +199,12 @@ def make_subjects(config: VideoBenchConfig, size: Size) -> list[tuple[VideoStep,
 
 
 def num_outputs(model: nn.Module) -> int:
-    """How many attentions and MLPs the blocks have; each puts out a tensor like the hidden states."""
+    """Return how many attentions and MLPs the blocks have; the output of each is a tensor like the hidden states."""
     return sum(isinstance(module, OUTPUT_CLASSES) for module in model.modules())
 
 
 def feature_bytes(config: VideoBenchConfig, size: Size, model: Any) -> int:
-    """Of the hidden states between two units."""
+    """Return the bytes of the hidden states between two units."""
     hidden_size = model.config["num_attention_heads"] * model.config["attention_head_dim"]
     num_tokens = config.batch_size * size.num_frames * (config.sample_size // size.patch_size) ** 2
     return num_tokens * hidden_size * getattr(torch, config.dtype).itemsize

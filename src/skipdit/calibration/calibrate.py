@@ -4,12 +4,11 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
-import torch
 from rich.progress import Progress
 from torch import Tensor
 
@@ -20,68 +19,65 @@ from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSched
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.calibration.plan import choose, plan
 from skipdit.calibration.trials import Measured, Trials, measure, smooth_errors, smooth_schedule
-from skipdit.compare import SampleConfig, choose_wanted, versions
-from skipdit.files import OutputFolder, to_json
+from skipdit.environment import versions
+from skipdit.files import OutputFolder
 from skipdit.loading import Source
-from skipdit.metrics.paired import PairedScore, psnr_db
-from skipdit.options import check_numbers
+from skipdit.metrics.paired import PairedScore
+from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
+from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range
 from skipdit.plots import Tradeoffs, check_plots_installed, save_png
+from skipdit.report import Report, record, table
+from skipdit.runs import OwnCache, Runner, choose_conditions
 
 COHERENCES = (0.0, 1.0)
+WITH_SITE = tuple(name for name, row in METHODS.items() if row.site is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """What `skipdit calibrate` does.
-
-    method: a row of the cache methods with one site (`skip-taylor`, `delta-taylor`, `taylorseer`, ...), or
-    `smoothcache`. shallow_units: the numbers of fresh units at each end among which a schedule may choose. speedups: by
-    compute; a schedule each. psnr_db: or the least predicted PSNR; a schedule each. labels, prompt: as of `skipdit
-    sample`. num_samples: pictures or clips of the pass. seed: of the pass; held_out_seed: of what the report measures.
-    trials: what is tried. refine: how many exchanges of single steps are tried on each schedule afterwards, each a
-    cached run. rivals: fixed specs that the report shows beside.
-    """
+    """What `skipdit calibrate` does."""
 
     method: str = "skip-taylor"
+    """a row of the cache methods with one site (skip-taylor, delta-taylor, taylorseer, ...), or smoothcache"""
     shallow_units: tuple[int, ...] = (1,)
+    """numbers of fresh units at each end among which a schedule may choose"""
     speedups: tuple[float, ...] = (1.5, 1.8, 2.0, 2.5, 3.0)
+    """by compute; a schedule is written for each"""
     psnr_db: tuple[float, ...] = ()
+    """least predicted PSNR; a schedule is written for each"""
     labels: tuple[str, ...] = ()
+    """class names or numbers, repeated in turn; by default as of skipdit sample"""
     prompt: tuple[str, ...] = ()
+    """texts, repeated in turn, for the text tasks"""
     num_samples: int = 8
-    steps: int = 50
+    """pictures or clips of each run"""
+    num_inference_steps: NumInferenceSteps = 50
+    """denoising steps of a run, for which the schedules are made"""
     guidance_scale: float = 2.0
+    """strength of classifier-free guidance; none at 1"""
     seed: int = 0
+    """of the runs that schedules are found on"""
     held_out_seed: int = 1000
+    """of what the report measures"""
     trials: Trials = Trials()  # noqa: RUF009 (frozen)
+    """what is tried at each step"""
     refine: int = 0
+    """exchanges of single steps that are tried on each schedule afterwards, each a cached run"""
     rivals: tuple[str, ...] = (
-        "skip-taylor:N2",
-        "skip-taylor:N3",
-        "skip-taylor:N4",
-        "skip-taylor:N5",
-        "skip-taylor:N4-800-100",
-        "auto:1.5",
-        "auto:1.8",
-        "auto:2",
-        "auto:2.5",
-        "auto:3",
+        *(f"skip-taylor:{schedule}" for schedule in ("N2", "N3", "N4", "N5", "N4-800-100")),
+        *(f"auto:{speedup}" for speedup in ("1.5", "1.8", "2", "2.5", "3")),
     )
+    """fixed specs that the report shows beside"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        with_site = [name for name, row in METHODS.items() if row.site is not None]
-        if self.method not in (*with_site, "smoothcache"):
-            raise ValueError(f"method must be one of {', '.join((*with_site, 'smoothcache'))}, got {self.method!r}")
+        check_option(self, "method", (*WITH_SITE, "smoothcache"))
+        check_range(self, "num_samples", "num_inference_steps")
+        check_range(self, "refine", least=0)
         if not self.speedups and not self.psnr_db:
             raise ValueError("give at least one of speedups and psnr_db")
         if any(not speedup > 1 for speedup in self.speedups):
             raise ValueError(f"speedups must be above 1, got {self.speedups}")
-        for name in ("num_samples", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.refine < 0:
-            raise ValueError(f"refine must be at least 0, got {self.refine}")
         if self.seed == self.held_out_seed:
             raise ValueError(f"held_out_seed must differ from seed, got {self.seed} for both")
         known = self.site.shallow_units
@@ -107,54 +103,47 @@ class CalibrateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run on the held-out seed. group: calibrated, fixed interval, auto, or fewer steps. compute_ratio: work of the
-    full run over the work done. psnr: to the full run in dB, over pictures or frames."""
+    """One run on the held-out seed."""
 
     group: str
+    """calibrated, fixed interval, auto, or fewer steps"""
     name: str
+    """of the schedule, or its spec"""
     steps_full: int
     compute_ratio: float
-    psnr: PairedScore
+    """work of the full run over the work done"""
+    scores: Scores
+    """distances to the full run, over pictures or frames, by the name of the metric"""
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """Compute ratio and PSNR; `None` where that is not finite."""
+        psnr = self.scores["psnr"].finite_mean
+        return None if psnr is None else (self.compute_ratio, psnr)
+
+    def cells(self) -> dict[str, object]:
+        """Return the row of a table."""
+        cells = {"group": self.group, "run": self.name, "full steps": self.steps_full}
+        return cells | {"compute": f"{self.compute_ratio:.2f}"} | score_cells(self.scores, ALWAYS)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Runs the pipeline of a source on one seed, again and again."""
-
-    source: Source
-    config: CalibrateConfig
-    wanted: list[Any]
-    advance: Callable[[], object]
-
-    def __call__(self, seed: int | None = None, steps: int | None = None) -> Tensor:
-        config = self.config
-        samples = self.source.sampler.sample(
-            self.wanted,
-            guidance_scale=config.guidance_scale,
-            num_inference_steps=config.steps if steps is None else steps,
-            generator=torch.Generator().manual_seed(config.seed if seed is None else seed),
-        )
-        self.advance()
-        return samples.cpu()
-
-    def cached(self, method: CacheMethod, seed: int | None = None) -> tuple[Tensor, Any]:
-        with cached(self.source.sampler.pipeline, method) as cache:
-            return self(seed), cache.summary()
+def frames_of(samples: Tensor) -> Tensor:
+    return samples.flatten(0, -4)
 
 
-def score(samples: Tensor, reference: Tensor) -> PairedScore:
-    return PairedScore.of(psnr_db(samples.flatten(0, -4), reference.flatten(0, -4)))
+def score(samples: Tensor, reference: Tensor) -> Scores:
+    return score_pictures(frames_of(samples), frames_of(reference))
 
 
-def check_finite(reference: Tensor) -> Tensor:
-    """Return what a full run sampled; `ValueError` where nothing can be measured by it."""
+def check_finite(reference: Tensor) -> None:
+    """Raise `ValueError` where nothing can be measured by what a full run sampled."""
     if not reference.isfinite().all():
         raise ValueError("the model samples NaN or infinite pixels without a cache: there is nothing to calibrate")
-    return reference
 
 
 @contextmanager
 def progress(description: str, total: int | None) -> Iterator[Callable[[], object]]:
+    """Show a bar inside the block, and yield what moves it on by one."""
     with Progress() as bar:
         yield partial(bar.advance, bar.add_task(description, total=total))
 
@@ -165,19 +154,50 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[], objec
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A schedule: what was asked for, what was predicted, and what the calibration seeds gave."""
+    """A schedule, and what was predicted and measured of it."""
 
     name: str
+    """what was asked for, as the name of its file"""
     method: CacheMethod
     compute_ratio: float
+    """work of the full run over the work done"""
     predicted_psnr_db: float
+    """NaN where nothing was predicted"""
     measured: PairedScore
+    """PSNR on the calibration seed"""
+
+    @classmethod
+    def on_seed(
+        cls, name: str, method: CacheMethod, reference: Tensor, run: Runner, predicted: float = math.nan
+    ) -> "Found":
+        """Return what a schedule gives in a run on the calibration seed. reference: the samples of the full run."""
+        made = run(OwnCache(method))
+        return cls(
+            name=name,
+            method=method,
+            compute_ratio=made.compute_ratio,
+            predicted_psnr_db=predicted,
+            measured=score(made.samples, reference)["psnr"],
+        )
+
+    def cells(self) -> dict[str, object]:
+        """Return the row of a table."""
+        return {
+            "schedule": self.name,
+            "order": self.method.predictor.order,
+            "full steps": self.method.schedule,
+            "compute": f"{self.compute_ratio:.2f}",
+            "predicted dB": "" if math.isnan(self.predicted_psnr_db) else f"{self.predicted_psnr_db:.1f}",
+            "on the calibration seed dB": self.measured.text(1),
+        }
 
 
-def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampling) -> list[Found]:
-    """For each target the best of the planned schedules, of all Taylor orders and both ways in which errors may add up,
-    and of the rule of `auto`, by what the calibration seeds give. None for a target out of reach; `ValueError` if all
-    are."""
+def find_schedules(measured: Measured, config: CalibrateConfig, run: Runner) -> list[Found]:
+    """Return for each target the best of the planned schedules, of all Taylor orders and both ways in which errors may
+    add up, and of the rule of `auto`, by what the calibration seed gives.
+
+    Of a target out of reach there is none; `ValueError` if all are.
+    """
     fronts = {
         (order, coherence): plan(measured.reuse_errors(order), coherence=coherence)
         for order in config.trials.orders
@@ -185,34 +205,34 @@ def find_schedules(measured: Measured, config: CalibrateConfig, sampling: Sampli
     }
     found, reason = [], "nothing can be reused so well"
     for name, target in config.targets.items():
-        candidates: dict[tuple, Found] = {}
+        planned: dict[tuple, float] = {}  # order and variants: the predicted PSNR
         for (order, _), front in fronts.items():
             try:
-                planned = choose(front, **target)
+                chosen = choose(front, **target)
             except ValueError as error:
                 reason = str(error)
                 continue
-            method = measured.method(planned.full_steps, planned.variants, order)
-            if planned.cost == 1 or (order, planned.variants) in candidates:
-                continue
-            candidates[order, planned.variants] = measured_on_seeds(name, method, planned.psnr_db, measured, sampling)
-        for order in config.trials.orders if "speedup" in target else ():
-            full = by_rule(measured, target["speedup"])
+            if chosen.cost < 1:
+                planned.setdefault((order, chosen.variants), chosen.psnr_db)
+        if (speedup := target.get("speedup")) and (full := by_rule(measured, speedup)):
             variants = tuple(None if is_full else 0 for is_full in full)
-            if full and (order, variants) not in candidates:
-                method = measured.method(full_steps_of(full), variants, order)
-                candidates[order, variants] = measured_on_seeds(name, method, math.nan, measured, sampling)
-        whole = [each for each in candidates.values() if not each.measured.num_broken]
+            for order in config.trials.orders:
+                planned.setdefault((order, variants), math.nan)
+        candidates = [
+            Found.on_seed(name, measured.method(variants, order), measured.reference, run, predicted)
+            for (order, variants), predicted in planned.items()
+        ]
+        whole = [each for each in candidates if not each.measured.num_broken]
         if whole:
             best = max(whole, key=lambda each: each.measured.rank)
-            found.append(refine(best, config.refine, measured, sampling, config.seed))
+            found.append(refine(best, config.refine, measured.reference, run, config.seed))
     if not found:
         raise ValueError(f"no target is within reach: {reason}")
     return found
 
 
 def by_rule(measured: Measured, speedup: float) -> tuple[bool, ...]:
-    """Which steps the rule of `auto` makes in full to save so much; none where it cannot."""
+    """Return which steps the rule of `auto` makes in full to save so much; none where it cannot."""
     cost = measured.reuse_costs[0]
     for asked in np.linspace(speedup, 1.2 * speedup, 21):
         try:
@@ -224,25 +244,8 @@ def by_rule(measured: Measured, speedup: float) -> tuple[bool, ...]:
     return ()
 
 
-def full_steps_of(full: Sequence[bool]) -> tuple[int, ...]:
-    return tuple(step for step, is_full in enumerate(full) if is_full)
-
-
-def measured_on_seeds(
-    name: str, method: CacheMethod, predicted: float, measured: Measured, sampling: Sampling
-) -> Found:
-    samples, summary = sampling.cached(method)
-    return Found(
-        name=name,
-        method=method,
-        compute_ratio=summary.compute_ratio,
-        predicted_psnr_db=predicted,
-        measured=score(samples, measured.reference),
-    )
-
-
-def refine(found: Found, num_trials: int, measured: Measured, sampling: Sampling, seed: int) -> Found:
-    """Moves one full step at a time to a place near by, and keeps what the calibration seeds like better."""
+def refine(found: Found, num_trials: int, reference: Tensor, run: Runner, seed: int) -> Found:
+    """Move one full step at a time to a place near by, and keep what the calibration seed likes better."""
     generator = np.random.default_rng(seed)
     tried = {explicit(found.method).full_steps}
     for _ in range(num_trials):
@@ -259,15 +262,34 @@ def refine(found: Found, num_trials: int, measured: Measured, sampling: Sampling
         tried.add(steps)
         variants = list(schedule.variants)
         variants[moved], variants[moved + offset] = variants[moved + offset], None
-        changed = ExplicitSchedule(
-            full_steps=steps,
-            num_inference_steps=schedule.num_inference_steps,
-            timesteps=schedule.timesteps,
-            variants=tuple(variants),
-        )
+        changed = replace(schedule, full_steps=steps, variants=tuple(variants))
         method = CacheMethod(schedule=changed, site=found.method.site, predictor=found.method.predictor)
-        other = measured_on_seeds(found.name, method, found.predicted_psnr_db, measured, sampling)
+        other = Found.on_seed(found.name, method, reference, run, found.predicted_psnr_db)
         found = max(found, other, key=lambda each: each.measured.rank)
+    return found
+
+
+def find_smooth(config: CalibrateConfig, run: Runner) -> list[Found]:
+    """Return SmoothCache's rule for each target speedup, its threshold by bisection.
+
+    Of a target out of reach there is none; `ValueError` if all are.
+    """
+    seen = smooth_errors(run.pipeline, lambda: run().samples, max_age=config.trials.max_age)
+    check_finite(seen.reference)
+    found, most = [], 1.0
+    for speedup in config.speedups:
+        low, high = 0.0, 10.0
+        for _ in range(30):
+            threshold = (low + high) / 2
+            is_reached = seen.compute_ratio(smooth_schedule(seen, threshold)) >= speedup
+            low, high = (low, threshold) if is_reached else (threshold, high)
+        method = smooth_schedule(seen, high)
+        most = max(most, seen.compute_ratio(method))
+        if seen.compute_ratio(method) >= speedup:
+            found.append(Found.on_seed(f"{speedup:g}x", method, seen.reference, run))
+    found = [each for each in found if not each.measured.num_broken]
+    if not found:
+        raise ValueError(f"no target is within reach: all branches reused give {most:.2f}x")
     return found
 
 
@@ -276,12 +298,12 @@ def explicit(method: CacheMethod) -> ExplicitSchedule:
 
 
 def rounded(psnr: float) -> float | None:
-    """`None` where nothing was predicted, or all pictures are equal."""
+    """Return `None` where nothing was predicted, or all pictures are equal."""
     return round(psnr, 2) if math.isfinite(psnr) else None
 
 
 def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[str, Any]:
-    """As JSON: what `skipdit.cache.methods.load_schedule` reads, and where it is from."""
+    """Return, as JSON, what `skipdit.cache.methods.load_schedule` reads, and where it is from."""
     schedule = explicit(found.method)
     common = {
         "num_inference_steps": schedule.num_inference_steps,
@@ -296,8 +318,8 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
     }
     if config.method == "smoothcache":
         parts = [
-            {"kinds": cast(BranchOutputs, part.site).kinds, "full_steps": explicit(part).full_steps}
-            for part in found.method.parts
+            {"kinds": cast(BranchOutputs, rule.site).kinds, "full_steps": explicit(rule).full_steps}
+            for rule in found.method.parts
         ]
         return {"method": "smoothcache", "parts": parts} | common
     return {
@@ -326,166 +348,151 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
     samples is not finite.
     """
     claim(out, config)
-    options = SampleConfig(labels=config.labels, prompt=config.prompt, num_samples=config.num_samples)
-    wanted, _ = choose_wanted(source, options)
-    pipeline = source.sampler.pipeline
-    pipeline.set_progress_bar_config(disable=True)
-    made_for = MadeFor(
-        model=type(pipeline.transformer).__name__,
-        num_units=num_units_of(pipeline, config.site),
-        weights=fingerprint(pipeline.transformer),
-        scheduler=type(pipeline.scheduler).__name__,
-        guidance_scale=config.guidance_scale,
-    )
-    num_runs = 1 + config.trials.num_probed
-    with progress("measuring", config.steps + num_runs * 2 if config.method != "smoothcache" else None) as advance:
-        sampling = Sampling(source, config, wanted, advance)
-        if config.method == "smoothcache":
-            found = find_smooth(config, sampling)
+    run, made_for = make_runner(source, config), made_for_of(source.sampler.pipeline, config)
+    num_runs, smooth = 1 + config.trials.num_probed, config.method == "smoothcache"
+    with progress("measuring", None if smooth else config.num_inference_steps + num_runs * 2) as advance:
+        run = replace(run, advance=advance)
+        if smooth:
+            found = find_smooth(config, run)
         else:
-            measured = measure(pipeline, sampling, config.site, config.trials, advance=advance)
+            sample = lambda: run().samples  # noqa: E731
+            measured = measure(run.pipeline, sample, config.site, config.trials, advance=advance)
             check_finite(measured.reference)
-            found = find_schedules(measured, config, sampling)
+            found = find_schedules(measured, config, run)
     for each in found:
         fields = to_fields(each, config, made_for)
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]
         out.write_text(f"{each.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
     with progress("checking", len(found) + 2 * len(config.rivals) + 1) as advance:
-        rows = held_out(found, Sampling(source, config, wanted, advance))
-    write_report(rows, found, config, made_for, out)
+        rows = held_out(found, config, replace(run, advance=advance, seed=config.held_out_seed))
+    report_of(rows, found, config, made_for).write(out, "report")
+    if plot := draw(rows, config, made_for):
+        save_png(plot, out)
     return rows
 
 
-def num_units_of(pipeline: Any, site: Site) -> int:
-    with cached(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=site)) as cache:
-        return cache.summary().num_units
+def make_runner(source: Source, config: CalibrateConfig) -> Runner:
+    """Return what runs the model on the calibration seed. `ValueError` on an unknown label or prompt."""
+    conditions, _ = choose_conditions(
+        source.sampler, source.showcase, labels=config.labels, prompt=config.prompt, count=config.num_samples
+    )
+    source.sampler.pipeline.set_progress_bar_config(disable=True)
+    return Runner.of(
+        source.sampler,
+        conditions,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+    )
 
 
-def find_smooth(config: CalibrateConfig, sampling: Sampling) -> list[Found]:
-    """SmoothCache's rule for each target speedup: the threshold by bisection. None for a target out of reach;
-    `ValueError` if all are."""
-    pipeline = sampling.source.sampler.pipeline
-    seen = smooth_errors(pipeline, sampling, max_age=config.trials.max_age)
-    check_finite(seen.reference)
-    found, most = [], 1.0
-    for speedup in config.speedups:
-        low, high = 0.0, 10.0
-        for _ in range(30):
-            threshold = (low + high) / 2
-            reached = seen.compute_ratio(smooth_schedule(seen, threshold)) >= speedup
-            low, high = (low, threshold) if reached else (threshold, high)
-        method = smooth_schedule(seen, high)
-        most = max(most, seen.compute_ratio(method))
-        if seen.compute_ratio(method) < speedup:
-            continue
-        samples, summary = sampling.cached(method)
-        measured = score(samples, seen.reference)
-        if measured.num_broken:
-            continue
-        found.append(
-            Found(
-                name=f"{speedup:g}x",
-                method=method,
-                compute_ratio=summary.compute_ratio,
-                predicted_psnr_db=math.nan,
-                measured=measured,
-            )
-        )
-    if not found:
-        raise ValueError(f"no target is within reach: all branches reused give {most:.2f}x")
-    return found
+def made_for_of(pipeline: Any, config: CalibrateConfig) -> MadeFor:
+    """Return what a schedule must be used with. `ValueError` where the model lacks the site."""
+    with cached(pipeline, CacheMethod(schedule=IntervalSchedule(interval=1), site=config.site)) as cache:
+        num_units = cache.summary().num_units
+    return MadeFor(
+        model=type(pipeline.transformer).__name__,
+        num_units=num_units,
+        weights=fingerprint(pipeline.transformer),
+        scheduler=type(pipeline.scheduler).__name__,
+        guidance_scale=config.guidance_scale,
+    )
 
 
-def held_out(found: Sequence[Found], sampling: Sampling) -> list[Row]:
-    """What schedules and rivals give on a seed that no schedule has seen."""
-    config, rows = sampling.config, []
-    seed = config.held_out_seed
-    reference = sampling(seed)
+def held_out(found: Sequence[Found], config: CalibrateConfig, run: Runner) -> list[Row]:
+    """Return what schedules and rivals give on a seed that no schedule has seen."""
+    rows, reference = [], run().samples
 
     def add(group: str, name: str, method: CacheMethod) -> None:
-        samples, summary = sampling.cached(method, seed)
-        counts = {"steps_full": summary.steps_full, "compute_ratio": summary.compute_ratio}
-        rows.append(Row(group=group, name=name, psnr=score(samples, reference), **counts))
+        made = run(OwnCache(method))
+        counts = {"steps_full": int(made.steps[0]), "compute_ratio": made.compute_ratio}
+        rows.append(Row(group=group, name=name, scores=score(made.samples, reference), **counts))
 
     for each in found:
         add(f"calibrated {config.method}", each.name, each.method)
     for spec in config.rivals:
         try:
             add("auto" if spec.startswith("auto") else "fixed interval", spec, parse_method(spec))
-        except ValueError:  # this model has not the site
+        except ValueError:  # this model lacks the site
             continue
-    for steps in sorted({max(1, math.ceil(config.steps / row.compute_ratio)) for row in rows}, reverse=True):
-        psnr, counts = score(sampling(seed, steps), reference), {"compute_ratio": config.steps / steps}
-        rows.append(Row(group="fewer steps", name=f"{steps} steps", steps_full=steps, psnr=psnr, **counts))
+    full = config.num_inference_steps
+    for steps in sorted({max(1, math.ceil(full / row.compute_ratio)) for row in rows}, reverse=True):
+        scores = score(run(num_inference_steps=steps).samples, reference)
+        rows.append(
+            Row(group="fewer steps", name=f"{steps} steps", steps_full=steps, compute_ratio=full / steps, scores=scores)
+        )
     return rows
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def points_of(rows: Sequence[Row]) -> list[tuple[float, float]]:
+    """Return compute ratios and PSNRs of the rows that have a finite one, sorted."""
+    return sorted(row.point for row in rows if row.point is not None)
+
+
 def at_compute(rows: Sequence[Row], compute_ratio: float) -> float | None:
-    """The PSNR of a group at this compute ratio, linear between its finite rows; `None` outside of them."""
-    points = sorted((row.compute_ratio, row.psnr.mean) for row in rows if row.psnr.finite_mean is not None)
+    """Return the PSNR of a group at this compute ratio, linear between its finite rows; `None` outside of them."""
+    points = points_of(rows)
     if not points or not points[0][0] <= compute_ratio <= points[-1][0]:
         return None
     return float(np.interp(compute_ratio, [ratio for ratio, _ in points], [psnr for _, psnr in points]))
 
 
-def by_compute(row: Row) -> float:
-    return row.compute_ratio
+def by_group(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return {group: [row for row in rows if row.group == group] for group in dict.fromkeys(row.group for row in rows)}
 
 
-def write_report(
-    rows: Sequence[Row], found: Sequence[Found], config: CalibrateConfig, made_for: MadeFor, out: OutputFolder
-) -> None:
-    groups: Mapping[str, list[Row]] = {row.group: [] for row in rows}
-    for row in rows:
-        groups[row.group].append(row)
-    lines = [
-        f"`skipdit calibrate`, method {config.method}, {made_for.model} of {made_for.num_units} units, weights "
-        f"{made_for.weights}, {made_for.scheduler}, {config.steps} steps, guidance {config.guidance_scale:g}, "
-        f"{config.num_samples} samples; schedules found on seed {config.seed}, rows measured on seed "
-        f"{config.held_out_seed}. PSNR to the full run. " + ", ".join(f"{k} {v}" for k, v in versions().items()),
-        "",
-        "| schedule | order | full steps | compute | predicted dB | on the calibration seed dB |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {each.name} | {each.method.predictor.order} | {each.method.schedule} | {each.compute_ratio:.2f} | "
-        f"{'' if math.isnan(each.predicted_psnr_db) else f'{each.predicted_psnr_db:.1f}'} | "
-        f"{each.measured.text(1)} |"
-        for each in found
-    ]
-    if missed := [name for name in config.targets if name not in {each.name for each in found}]:
-        lines += ["", f"Out of reach: {', '.join(missed)}."]
-    lines += ["", "| group | run | full steps | compute | PSNR dB |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {row.group} | {row.name} | {row.steps_full} | {row.compute_ratio:.2f} | {row.psnr.text(1)} |"
-        for row in rows
-    ]
-    lines.append("")
-    others = {group: members for group, members in groups.items() if not group.startswith("calibrated")}
-    for each in (row for row in rows if row.group.startswith("calibrated")):
-        gains = [
-            f"{each.psnr.mean - there:+.1f} dB over {group}"
-            for group, members in others.items()
-            if each.psnr.finite_mean is not None and (there := at_compute(members, each.compute_ratio)) is not None
+def gains(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line per schedule: how far it is above each group of rivals at equal compute."""
+    groups = by_group(rows)
+    rivals: Mapping[str, list[Row]] = {name: own for name, own in groups.items() if not name.startswith("calibrated")}
+    for row in (row for name, own in groups.items() if name not in rivals for row in own):
+        parts = [
+            f"{row.point[1] - there:+.1f} dB over {name}"
+            for name, own in rivals.items()
+            if row.point is not None and (there := at_compute(own, row.compute_ratio)) is not None
         ]
-        lines.append(
-            f"- {each.name}, compute {each.compute_ratio:.2f}: {'; '.join(gains) or 'no rival at this compute'}."
-        )
-    out.write_text("report.md", "\n".join(lines) + "\n")
-    out.write_text("report.json", to_json({"rows": rows, "config": config, "made_for": made_for}))
+        yield f"- {row.name}, compute {row.compute_ratio:.2f}: {'; '.join(parts) or 'no rival at this compute'}."
+
+
+def report_of(rows: Sequence[Row], found: Sequence[Found], config: CalibrateConfig, made_for: MadeFor) -> Report:
+    missed = [name for name in config.targets if name not in {each.name for each in found}]
+    return Report(
+        config=config,
+        data={"rows": [record(row) for row in rows], "made_for": made_for},
+        parts=[
+            f"`skipdit calibrate`, method {config.method}, {made_for.model} of {made_for.num_units} units, weights "
+            f"{made_for.weights}, {made_for.scheduler}, {config.num_inference_steps} steps, guidance "
+            f"{config.guidance_scale:g}, {config.num_samples} samples; schedules found on seed {config.seed}, rows "
+            f"measured on seed {config.held_out_seed}. Distances to the full run. "
+            + ", ".join(f"{name} {number}" for name, number in versions().items()),
+            table([each.cells() for each in found]),
+            f"Out of reach: {', '.join(missed)}." if missed else "",
+            table([row.cells() for row in rows]),
+            "\n".join(gains(rows)),
+        ],
+    )
+
+
+def draw(rows: Sequence[Row], config: CalibrateConfig, made_for: MadeFor) -> Tradeoffs | None:
+    """Return the figure of all groups; `None` where nothing is finite."""
+    groups = by_group(rows)
     series = {
-        group: (np.array([row.compute_ratio for row in finite]), np.array([row.psnr.mean for row in finite]))
-        for group, members in groups.items()
-        if (finite := sorted((row for row in members if row.psnr.finite_mean is not None), key=by_compute))
+        name: (np.array([ratio for ratio, _ in points]), np.array([psnr for _, psnr in points]))
+        for name, own in groups.items()
+        if (points := points_of(own))
     }
-    plot = Tradeoffs(
+    if not series:
+        return None
+    return Tradeoffs(
         name="pareto",
-        title=f"{made_for.model}, {config.steps} steps, held-out seed",
+        title=f"{made_for.model}, {config.num_inference_steps} steps, held-out seed",
         x_label="compute ratio",
         y_label="PSNR to the full run, dB",
         series=series,
-        emphasized=frozenset(group for group in groups if group.startswith("calibrated")),
+        emphasized=frozenset(name for name in groups if name.startswith("calibrated")),
         dashed=frozenset({"fewer steps"}),
     )
-    if series:
-        save_png(plot, out)

@@ -35,13 +35,16 @@ Steps = TypeVar("Steps", bound=Stepper)
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """What is tried at each step. orders: of Taylor predictions. max_age, max_spacing: in steps. Of the sensitivity:
-    num_probed steps, spread over the run and denser at both ends."""
+    """What is tried at each step."""
 
     orders: tuple[int, ...] = (1, 2)
+    """orders of the Taylor predictions"""
     max_age: int = 9
+    """steps that a prediction may be old, at most"""
     max_spacing: int = 5
+    """steps between the full ones that it is drawn from, at most"""
     num_probed: int = 12
+    """steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
 
     def __post_init__(self) -> None:
         for name in ("max_age", "max_spacing", "num_probed"):
@@ -78,10 +81,10 @@ class Measured:
             num_units=self.num_units,
         )
 
-    def method(self, full_steps: tuple[int, ...], variants: tuple[int | None, ...], order: int) -> CacheMethod:
-        """What `enable_cache` takes."""
+    def method(self, variants: tuple[int | None, ...], order: int) -> CacheMethod:
+        """Return what `enable_cache` takes. variants: one per step, `None` where it is full."""
         schedule = ExplicitSchedule(
-            full_steps=full_steps,
+            full_steps=tuple(step for step, variant in enumerate(variants) if variant is None),
             num_inference_steps=len(self.timesteps),
             timesteps=self.timesteps,
             variants=variants,

@@ -19,34 +19,33 @@ from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from skipdit.options import Fusion
+
 BranchKind = Literal["attention", "temporal_attention", "cross_attention", "mlp"]
 Norm = Literal["layer_norm", "rms_norm"]
 Init = Literal["default", "xavier", "zero"]
-Fusion = Literal["replace", "residual"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongSkipConfig:
-    """Which units are linked, and how a link fuses.
-
-    num_pairs (`int`, *optional*): link the m outermost pairs; `None` links all of them, 0 none.
-    middle_pair (`bool`, defaults to `True`): link the two adjacent middle units of an even depth. There the skip *is*
-        the hidden state (the released Skip-DiT does this; HunyuanDiT leaves it out). An odd depth has no such pair.
-    norm (`str`, defaults to `"layer_norm"`): over the 2D concatenated channels, always computed in float32.
-    init (`str`, *optional*): of the projection 2D -> D: PyTorch's default (as released), Xavier, or zero. `None` is the
-        fusion's own: `"default"` for `"replace"`, `"zero"` for `"residual"`.
-    fusion (`str`, defaults to `"replace"`): `proj(norm([hidden, skip]))` replaces the hidden states (the paper), or is
-        added to them, so that with a zero projection a converted model starts exactly where it was.
-    fill_token (`bool`, defaults to `False`): learn one vector, `fill_token`, that stands before the last units for each
-        token that the deep units did not see in training, beside its skip (SPRINT, arXiv 2510.21986).
-    """
+    """Which units are linked, and how a link fuses."""
 
     num_pairs: int | None = None
+    """how many pairs to link, the outermost first; None links all of them"""
     middle_pair: bool = True
+    """link the two adjacent middle units of an even depth, where the skip is the hidden state itself (the released
+    Skip-DiT does this; HunyuanDiT leaves it out); an odd depth has no such pair"""
     norm: Norm = "layer_norm"
+    """norm over the 2D concatenated channels, computed in float32"""
     init: Init | None = None
+    """of the projection 2D -> D: PyTorch's default (as released), Xavier, or zero; None is default for replace, zero
+    for residual"""
     fusion: Fusion = "replace"
+    """proj(norm([hidden, skip])) replaces the hidden states (arXiv 2411.17616), or is added to them (residual), so that
+    with a zero projection a converted model starts exactly where it was"""
     fill_token: bool = False
+    """learn one vector that stands, before the last units, for each token that the deep units did not see in training,
+    beside its skip (SPRINT, arXiv 2510.21986)"""
 
     def __post_init__(self) -> None:
         if self.num_pairs is not None and self.num_pairs < 0:

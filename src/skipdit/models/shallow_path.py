@@ -7,13 +7,12 @@ make the unconditional prediction of guidance, for a fraction of the cost (arXiv
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
 from skipdit.models.routing import TokenRoute
-
-Guidance = Literal["full", "shallow"]
+from skipdit.options import Guidance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from skipdit.training.config import SpectralConfig as SpectralConfig
     from skipdit.training.config import TrainConfig as TrainConfig
     from skipdit.training.config import learning_rate_at as learning_rate_at
-    from skipdit.training.devices import resolve_device as resolve_device
     from skipdit.training.loop import train as train
     from skipdit.training.precision import computes_in_bf16 as computes_in_bf16
     from skipdit.training.routing import TokenRoutingConfig as TokenRoutingConfig
@@ -34,7 +33,6 @@ _MODULES = {
     "learning_rate_at": "config",
     "list_checkpoints": "checkpointing",
     "prepare_batch": "batches",
-    "resolve_device": "devices",
     "step_generator": "batches",
     "train": "loop",
 }

@@ -10,19 +10,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return a device: `"auto"` is CUDA where there is one; `ValueError` on a device that this machine lacks."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device {name!r} is not available here: {reason}") from error
-    return device
-
-
 def start_processes(target: torch.device) -> "Accelerator":
     """Join the process group on this device; `ValueError` where accelerate ends up on another, in fewer processes, or
     was told to shard by itself."""

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
+from skipdit.environment import resolve_device
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.spectral import cap_spectral_norm, spectral_penalty, weighted
@@ -41,7 +42,7 @@ from skipdit.training.checkpointing import (
     set_aside,
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
-from skipdit.training.devices import in_main, resolve_device, start_processes
+from skipdit.training.devices import in_main, start_processes
 from skipdit.training.learner import POWERS, freeze_all_but_long_skips, make_learner, unit_gradient_norms
 from skipdit.training.loader import Stored, items_of_step, load_batches
 from skipdit.training.precision import autocast_dtype

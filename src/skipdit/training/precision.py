@@ -5,16 +5,13 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from skipdit.environment import has_bf16
 from skipdit.training.config import Precision
 
 
 def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return has_bf16(device) if precision == "auto" else precision == "bf16"
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -27,7 +27,7 @@ from diffusers import (
 )
 from torch import nn
 
-from skipdit.benchmark.rival_model import HookedDiT
+from .model import HookedDiT
 
 CACHE_DIT = "cache_dit"
 
@@ -229,8 +229,8 @@ class Faster(Technique):
         return f"N{self.skip_range}-null{self.null_range}"
 
     def enable(self, pipeline: Any, num_inference_steps: int) -> None:
-        pipeline.transformer.null_class_first = True
         super().enable(pipeline, num_inference_steps)
+        pipeline.transformer.null_class_first = True
 
     def disable(self, pipeline: Any) -> None:
         super().disable(pipeline)

@@ -1,0 +1,132 @@
+"""How a command reads its options, and options that several commands share; nothing heavy is imported."""
+
+import ast
+import contextlib
+import inspect
+import io
+import itertools
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import tyro
+
+from skipdit.options import ObjectiveName, suggestion
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOptions:
+    """What a file of bare weights does not say about its model."""
+
+    num_attention_heads: int | None = None
+    """heads of each block"""
+    num_classes: int | None = None
+    """classes, without the one that stands for no class"""
+    objective: ObjectiveName | None = None
+    """what the model predicts: epsilon, v_prediction, flow (noise - data), sit (as SiT) or repa (as REPA); by default
+    epsilon where half of its output is the variance, as in the official DiT"""
+    drop: tuple[str, ...] = ()
+    """roots of keys to leave out, such as the projectors of REPA"""
+
+    def __post_init__(self) -> None:
+        if self.objective not in (None, *get_args(ObjectiveName)):
+            raise ValueError(f"objective must be one of {', '.join(get_args(ObjectiveName))}, got {self.objective!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where results go."""
+
+    out: Path = Path("out")
+    """folder of the results"""
+    overwrite: bool = False
+    """replace files of the same names that no earlier run wrote; each one is named"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parsing
+
+
+def parse(
+    command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
+) -> Config:
+    """Return the options of a command; `ValueError` in one line where they are none.
+
+    text: what its help says first. The help lists the options in the groups that `config.GROUPS` names, where it has
+    any: `{group: names of fields}`.
+    """
+    messages = io.StringIO()
+    groups = getattr(config, "GROUPS", {})
+    try:
+        with contextlib.redirect_stderr(messages):
+            options: Any = tyro.cli(
+                _grouped(config, groups) if groups else config,
+                default=tyro.MISSING_NONPROP if default is None else default,
+                args=list(arguments),
+                prog=f"skipdit {command}",
+                description=inspect.cleandoc(text or "").replace("\nExample:", "\n\nExample:"),
+            )
+    except SystemExit as exit:
+        if exit.code == 0:
+            raise
+        raise ValueError(_one_line(messages.getvalue())) from exit
+    if not groups:
+        return options
+    return config(**{name: getattr(getattr(options, group), name) for group in groups for name in groups[group]})
+
+
+def choose(what: str, name: str, allowed: Iterable[str]) -> str:
+    """Return a name that is allowed; else `ValueError` with the nearest one that is."""
+    if name not in (names := list(allowed)):
+        raise ValueError(f"{what} must be one of {', '.join(names)}, got {name!r}{suggestion(name, names)}")
+    return name
+
+
+def explain_fields(config: type) -> dict[str, str]:
+    """Return the string under each field of a dataclass and of its bases, by the name of the field; a class that has no
+    source has no such strings."""
+    found: dict[str, str] = {}
+    for cls in reversed(config.__mro__[:-1]):
+        try:
+            source = inspect.getsource(cls)
+        except OSError:
+            continue
+        (tree,) = ast.parse(textwrap.dedent(source)).body
+        assert isinstance(tree, ast.ClassDef)
+        for before, statement in itertools.pairwise(tree.body):
+            match before, statement:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+def _grouped(config: type, groups: dict[str, tuple[str, ...]]) -> Any:
+    """Return a dataclass with one dataclass of options per group, which the help shows as boxes."""
+    texts, hints = explain_fields(config), get_type_hints(config, include_extras=True)
+    by_name = {each.name: each for each in fields(config)}
+    assert sorted(by_name) == sorted(itertools.chain(*groups.values())), "a field is in one group"
+
+    def option(name: str) -> tuple[str, Any, Any]:
+        return name, Annotated[hints[name], tyro.conf.arg(help=texts[name])], _as_default(by_name[name])
+
+    boxes: list[tuple[str, Any, Any]] = []
+    for group, names in groups.items():
+        box = make_dataclass(group, [option(name) for name in names], frozen=True, kw_only=True)
+        box.__doc__ = None
+        boxes.append((group, box, field()))
+    return tyro.conf.OmitArgPrefixes[make_dataclass("Options", boxes, frozen=True, kw_only=True)]
+
+
+def _as_default(source: Field[Any]) -> Any:
+    return field() if source.default is MISSING else field(default=source.default)
+
+
+def _one_line(box: str) -> str:
+    """What tyro says under its title and above its advice, without rules and frame."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    message = itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines)
+    return " ".join(line for line in message if line.strip("─-")) or box.strip()

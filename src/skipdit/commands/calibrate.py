@@ -1,0 +1,54 @@
+"""`skipdit calibrate`: the best cache schedules of a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from skipdit.command_options import OutputOptions, WeightsOptions, parse
+from skipdit.files import output_folder
+
+
+def calibrate(arguments: Sequence[str]) -> None:
+    """Measure what reuse costs a model at every step, and write the best cache schedules, for `sample --cache FILE`.
+
+    Example: skipdit calibrate emoji --speedups 1.8 2.5 --out out/schedules
+    """
+    from skipdit.calibration.calibrate import CalibrateConfig, claim
+    from skipdit.calibration.calibrate import calibrate as run
+    from skipdit.loading import load_source
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options(WeightsOptions, OutputOptions):
+        """Which model is calibrated, and where its schedules go."""
+
+        model: tyro.conf.Positional[str] = "emoji"
+        """a bundled model, the folder of a pipeline, or a checkpoint"""
+        config: Annotated[CalibrateConfig, tyro.conf.arg(name="")]
+        scheduler: str | None = None
+        """euler or dpm for a flow model; ddim, dpm or ddpm for the others; by default the model's own"""
+        vae: Path | None = None
+        """folder of an AutoencoderKL, or of a pipeline with one, for a checkpoint of latents"""
+        device: str = "auto"
+        """cpu, cuda, or auto: a GPU where there is one"""
+        out: Path = Path("out/schedules")
+        """folder of the schedules and the report"""
+
+    options = parse("calibrate", calibrate.__doc__, arguments, Options, Options(config=CalibrateConfig()))
+    with output_folder(options.out, "calibrate", overwrite=options.overwrite) as out:
+        claim(out, options.config)
+        source = load_source(
+            options.model,
+            device=options.device,
+            scheduler=options.scheduler,
+            vae=options.vae,
+            num_attention_heads=options.num_attention_heads,
+            num_classes=options.num_classes,
+            objective=options.objective,
+            drop=options.drop,
+        )
+        run(source, options.config, out)
+    print((options.out / "report.md").read_text(encoding="utf-8"))
+    print(f"written: {options.out}; use one: skipdit sample --model {options.model} --cache {options.out}/NAME.json")

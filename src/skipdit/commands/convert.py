@@ -1,0 +1,81 @@
+"""`skipdit convert`: a checkpoint in other keys."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from skipdit.command_options import WeightsOptions, parse
+from skipdit.files import atomic_folder, check_apart, check_replaceable
+from skipdit.options import Fusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions(WeightsOptions):
+    """What is converted, and to what."""
+
+    model: tyro.conf.Positional[Path]
+    """a .pt or .safetensors file, or a folder"""
+    to: Literal["official", "skipdit", "diffusers"]
+    """official (one .safetensors), skipdit or diffusers (a folder; the same where the model's class is diffusers')"""
+    out: Path
+    """file or folder to write"""
+    prefer: Literal["ema", "model"] = "ema"
+    """which weights of a training checkpoint: the averaged ones or the model's own"""
+    sample_size: int | None = None
+    """side of the latents, which a file of bare weights does not always say"""
+    num_frames: int | None = None
+    """frames of a clip, which a file of bare weights does not always say"""
+    fusion: Fusion | None = None
+    """how its long skips fuse, which a file of bare weights does not say"""
+    variant: str | None = None
+    """variant of a folder's weights, such as fp16"""
+    overwrite: bool = False
+    """replace a file, or the config and the weights in a folder, also where skipdit did not write them"""
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Convert a checkpoint between the official keys, our own folder and that of a diffusers transformer.
+
+    With --objective a whole pipeline is written, to skipdit only.
+
+    Example: skipdit convert DiT-XL-2-skip.pt --to skipdit --out DiT-XL-2-skip
+    """
+    options = parse("convert", convert.__doc__, arguments, ConvertOptions)
+    if options.objective is not None and options.to != "skipdit":
+        raise ValueError(f"objective is for --to skipdit, which has a place for it, got --to {options.to}")
+    names = ("config.json", "model_index.json", "*/config.json", "*.safetensors", "*.safetensors.index.json")
+    overwritten = (*names, "*/*.safetensors", "*/*.json") if options.overwrite else ()
+    check_apart(options.out, (options.model, *options.model.glob("*"), *options.model.glob("*/*")))
+    if options.to != "official":
+        check_replaceable(options.out, "model", overwritten)
+    elif os.path.lexists(options.out) and not options.overwrite:
+        raise FileExistsError(f"{options.out} exists: give another --out, or --overwrite")
+    from skipdit.checkpoints import load_model, save_official, to_diffusers
+
+    model = load_model(
+        options.model,
+        prefer=options.prefer,
+        num_attention_heads=options.num_attention_heads,
+        sample_size=options.sample_size,
+        num_frames=options.num_frames,
+        num_classes=options.num_classes,
+        fusion=options.fusion,
+        drop=options.drop,
+        variant=options.variant,
+    )
+    if options.to == "official":
+        save_official(model, options.out)
+    else:
+        converted = model if options.to == "skipdit" else to_diffusers(model)
+        with atomic_folder(options.out, "model", overwritten=overwritten) as draft:
+            if options.objective is None:
+                converted.save_pretrained(draft)
+            else:
+                from skipdit.loading import pipeline_of
+
+                pipeline_of(model, options.objective).save(draft, "10GB")
+    print(f"written: {options.out}")

@@ -1,0 +1,73 @@
+"""`skipdit train`: a training run by a named recipe."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from skipdit.command_options import choose, parse
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Train by a named recipe, every setting of which can be changed; goes on from the last checkpoint in --out.
+
+    Example: skipdit train emoji --max-steps 20 --out runs/try
+    """
+    from skipdit.recipes import RECIPES
+    from skipdit.training import Stopped, TrainConfig
+    from skipdit.training import train as run
+
+    recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: skipdit train RECIPE [OPTIONS]\n\n{train.__doc__}")
+        print(f"Recipes (`skipdit train RECIPE --help` lists the options):\n{recipes}")
+        return
+    if not arguments:
+        raise ValueError(f"give a recipe:\n{recipes}")
+    name = choose("the recipe", arguments[0], RECIPES)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        """A training run and where it goes."""
+
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        out: Path = Path("runs") / name
+        """folder of the run"""
+        resume: bool = True
+        """go on from the last checkpoint in the folder; --no-resume begins anew, and the checkpoints there stay until a
+        new one is written"""
+        allow_changes: bool = False
+        """go on with other settings than the checkpoint's where that is possible: the rate, the clip, the precision"""
+        overwrite: bool = False
+        """replace files in --out that skipdit did not write; each one is named"""
+        device: str = "auto"
+        """cpu, cuda, or auto: a GPU where there is one"""
+        dry_run: bool = False
+        """only build the model, without memory, and count what its steps cost; needs no latents"""
+
+    options = parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
+    if options.dry_run:
+        from skipdit.training.dry_run import plan_run
+
+        print(plan_run(options.config).text())
+        return
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
+    try:
+        folder = run(
+            options.config,
+            options.out,
+            resume=options.resume,
+            device=options.device,
+            overwrite=options.overwrite,
+            allow_changes=options.allow_changes,
+        )
+    except Stopped as stopped:
+        if is_main:
+            print(f"skipdit: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
+    if is_main:
+        print(f"trained: skipdit sample --model {folder}")
