@@ -21,6 +21,7 @@ from training_runs import assert_same_run, make_config, names, read_log
 
 from skipdit.checkpoints.parts import read_autoencoder
 from skipdit.cli import main
+from skipdit.data import Draws
 from skipdit.diffusion import Objective, ddpm_tables
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.encode import encode, encode_pixels
@@ -119,7 +120,7 @@ def test_latents_are_those_of_the_pictures(kind: str, dtype: str, tmp_path: Path
             torch.testing.assert_close(stored[variant].float(), torch.cat(parts), atol=tolerance, rtol=tolerance)
     assert not torch.equal(items[0][0][0], items[0][0][1])
     # the copy in the folder decodes what training on latents ends with
-    scaled = items.draw(items[3][0][None], False, torch.Generator().manual_seed(0))
+    scaled = items.draw(items[3][0][None], False, Draws(torch.Generator().manual_seed(0), 1))
     assert items.vae is items.vae
     back = unscale_latents(scaled, items.vae.config)
     mean, std = items[3][0][0].float().unbind() if items.info["has_std"] else (items[3][0][0, 0].float(), 0)
@@ -149,11 +150,11 @@ def test_half_of_a_batch_is_mirrored(encoded: Path) -> None:
     items = open_latents(LatentConfig(source=str(encoded / "latents")))
     stored = torch.stack([items[0][0]] * 64)
     stored[:, :, 1] = 0  # no noise
-    drawn = items.draw(stored, True, torch.Generator().manual_seed(0))
+    drawn = items.draw(stored, True, Draws(torch.Generator().manual_seed(0), 64))
     kinds = [torch.equal(each, drawn[0]) for each in drawn]
     assert 16 < sum(kinds) < 48
     assert len({each.numpy().tobytes() for each in drawn}) == 2
-    assert len({each.numpy().tobytes() for each in items.draw(stored, False, torch.Generator())}) == 1
+    assert len({each.numpy().tobytes() for each in items.draw(stored, False, Draws(torch.Generator(), 64))}) == 1
 
 
 def test_imagenet_is_cut_as_adm_cuts_it() -> None:
@@ -361,7 +362,7 @@ def test_damaged_bytes_never_end_in_another_error(encoded: Path, tmp_path: Path)
         path.write_bytes(content)
         try:
             items = open_latents(LatentConfig(source=str(folder), verify=False))
-            items.draw(items[0][0][None], False, torch.Generator())
+            items.draw(items[0][0][None], False, Draws(torch.Generator(), 1))
             _ = items.vae
         except (ValueError, OSError) as error:
             refused.append(str(error))

@@ -3,11 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
-import pickle
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -445,74 +440,6 @@ def test_a_checkpoint_from_before_routing_goes_on_dense(config: TrainConfig, tmp
     (path.parent / MARKER).write_text(json.dumps(marker))
     train(config, tmp_path / "run", device="cpu")
     assert [entry["step"] for entry in read_log(tmp_path / "run")] == list(range(1, 13))
-
-
-IN_PARALLEL = """
-import pickle, sys
-from pathlib import Path
-import torch
-import skipdit.training.loop as loop
-torch.set_num_threads(1)
-draw, prepare, at = loop.step_generator, loop.prepare_batch, {}
-
-def remember(config, rank, step, *device):
-    if rank != loop.ALL_RANKS:
-        at.update(step=step, part=0)
-    return draw(config, rank, step, *device)
-
-def prepare_as_process(pixels, labels, config, task, generator, *rest):
-    at["part"] += 1
-    return prepare(pixels, labels, config, task, draw(config, at["part"] - 1, at["step"]), *rest)
-
-if sys.argv[2].endswith("alone"):  # two parts of a batch draw what two processes draw
-    loop.step_generator, loop.prepare_batch = remember, prepare_as_process
-for name, config in pickle.loads(Path(sys.argv[1]).read_bytes()).items():
-    loop.train(config, Path(sys.argv[2]) / name, device="cpu")
-"""
-
-
-def test_two_processes_average_the_gradients_of_every_kind_of_step(tmp_path: Path) -> None:
-    """DDP expects a gradient of every weight: deep units have none in shallow steps, fill tokens none in dense ones.
-
-    All pictures are equal, so that one process that draws for both in turn must end where two end.
-    """
-    data = make_data(tmp_path / "data")
-    for folder in ("blue", "green"):
-        for path in (data / folder).iterdir():
-            path.unlink()
-        (data / folder).rmdir()
-    script = tmp_path / "script.py"
-    script.write_text(IN_PARALLEL)
-    configs = {mode: make_config(data, max_steps=12, batch_size=6, routing=ROUTING[mode]) for mode in ROUTING}
-    parts = {mode: replace(config, num_accumulation_steps=2) for mode, config in configs.items()}
-    for name, settings in (("alone", parts), ("two", configs)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "settings").write_bytes(pickle.dumps(settings))
-
-    def start(name: str, **environment: str) -> subprocess.Popen:
-        out = tmp_path / name
-        command = [sys.executable, "-W", "ignore", str(script), str(out / "settings"), str(out)]
-        variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
-
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(find_port())}
-    running = [start("alone"), *(start("two", RANK=str(rank), LOCAL_RANK=str(rank), **shared) for rank in range(2))]
-    texts = [process.communicate(timeout=240) for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], texts
-    for mode, config in configs.items():
-        runs = tmp_path / "alone" / mode, tmp_path / "two" / mode
-        alone, two = (load_model(run / "pipeline").state_dict() for run in runs)
-        for key, weight in alone.items():
-            torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-5)
-        assert {*kinds_of(config, runs[0])} == {"dense", "routed", "shallow"}
-        spent = [[entry["flops"] for entry in read_log(run)] for run in runs]
-        assert spent[0] == spent[1]
-
-
-def find_port() -> int:
-    with socket.socket() as held:
-        held.bind(("localhost", 0))
-        return held.getsockname()[1]
 
 
 def test_a_routed_model_learns_what_a_dense_one_learns(config: TrainConfig, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import skipdit.training.loop
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
 from skipdit.clips import ClipConfig
-from skipdit.data import DataConfig
+from skipdit.data import DataConfig, Draws
 from skipdit.diffusion import Objective
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
@@ -332,7 +332,10 @@ def test_sampling_calls_the_model_as_training_does(task: str, guidance_scale: fl
     shape = (3, 3, 4, 8, 8) if task == "text-to-video" else (3, 4, 3, 8, 8) if "video" in task else (3, 3, 8, 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     sample = noise.transpose(1, 2) if task == "text-to-video" else noise
-    heard, unheard = (trainee.draw_conditions(torch.tensor(numbers), share, torch.Generator()) for share in (0.0, 1.0))
+    heard, unheard = (
+        trainee.draw_conditions(torch.tensor(numbers), share, Draws(torch.Generator(), len(numbers)))
+        for share in (0.0, 1.0)
+    )
     scheduler: Any = make_task_scheduler(FLOW)
     scheduler.set_timesteps(4)
     with torch.no_grad():
@@ -488,7 +491,7 @@ def test_fresh_blocks_over_time_are_the_identity(task: str, data: Path) -> None:
         if id(parameter) not in frozen:
             torch.nn.init.normal_(parameter, std=0.1)
     clips = torch.randn(1, 4, 3, 8, 8)
-    conditions = trainee.draw_conditions(torch.tensor([1]), 0.0, torch.Generator())
+    conditions = trainee.draw_conditions(torch.tensor([1]), 0.0, Draws(torch.Generator(), 1))
     changed = clips.clone()
     changed[:, 2] = -clips[:, 2]
     with torch.no_grad():
@@ -505,7 +508,7 @@ def test_a_fresh_model_predicts_zero_and_showcases_its_classes(task: str, data: 
     trainee = config.model.build(open_items(config.data), config.objective)
     shape = (2, 4, 3, 8, 8) if task.endswith("video") else (2, 3, 8, 8)
     with torch.no_grad():
-        conditions = trainee.draw_conditions(torch.tensor([0, 1]), 0.0, torch.Generator())
+        conditions = trainee.draw_conditions(torch.tensor([0, 1]), 0.0, Draws(torch.Generator(), 2))
         output = trainee.predict(trainee.model, torch.randn(shape), torch.tensor([100.0, 900.0]), conditions)
     assert output.shape == shape
     assert not output.any()

@@ -18,7 +18,7 @@ import skipdit.training.loop
 from skipdit.tasks.training import open_items
 from skipdit.training import TrainConfig, learning_rate_at, list_checkpoints, train
 from skipdit.training.devices import start_processes
-from skipdit.training.guard import WINDOW, GradientGuard
+from skipdit.training.guard import WINDOW, GradientGuard, leave_out
 from skipdit.training.loader import items_of_step, load_batches
 
 CPU = torch.device("cpu")
@@ -41,16 +41,16 @@ def test_a_step_that_is_left_out_changes_nothing_and_the_next_is_as_if_it_had_no
         weight = nn.Parameter(torch.ones(4))
         optimizer, guard = make_optimizer(weight), GradientGuard(3.0, CPU)
         for norm in norms:
-            guard.set(optimizer, torch.tensor(norm))
+            leave_out(optimizer, [guard.update(torch.tensor(norm))])
         seen = []
         for i, gradient in enumerate(gradients):
             if spiked and i in (0, 3):
                 weight.grad = torch.full((4,), 1e6)
-                guard.set(optimizer, torch.tensor(2e6))
+                leave_out(optimizer, [guard.update(torch.tensor(2e6))])
                 optimizer.step()
                 assert torch.equal(weight, seen[-1] if seen else torch.ones(4))
             weight.grad = gradient.clone()
-            guard.set(optimizer, torch.tensor(1.0))
+            leave_out(optimizer, [guard.update(torch.tensor(1.0))])
             optimizer.step()
             seen.append(weight.detach().clone())
         runs.append((seen, optimizer.state_dict()["state"][0], guard.left_out.item()))
@@ -63,12 +63,12 @@ def test_a_step_that_is_left_out_changes_nothing_and_the_next_is_as_if_it_had_no
 def test_the_limit_follows_the_median_of_the_window() -> None:
     torch.manual_seed(3)
     norms = (torch.rand(3 * WINDOW) * 4).tolist()
-    guard, optimizer = GradientGuard(1.7, CPU), make_optimizer(nn.Parameter(torch.ones(1)))
+    guard = GradientGuard(1.7, CPU)
     expected = 0
     for i, norm in enumerate(norms):
         window = sorted(norms[max(0, i - WINDOW) : i] + [math.inf] * max(0, WINDOW - i))
         expected += norm > 1.7 * window[WINDOW // 2]
-        guard.set(optimizer, torch.tensor(norm))
+        guard.update(torch.tensor(norm))
         if i <= WINDOW // 2:
             assert guard.left_out == 0
     assert guard.left_out == expected > 10

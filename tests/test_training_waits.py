@@ -24,11 +24,12 @@ from skipdit.diffusion import Objective, device_tables
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.tasks.training import StoredItems
 from skipdit.training import TokenRoutingConfig, TrainConfig
-from skipdit.training.batches import ALL_RANKS, batch_loss, find_step_kinds, prepare_batch, step_generator
+from skipdit.training.batches import KIND, batch_loss, find_step_kinds, prepare_batch, step_generator
 from skipdit.training.config import OnDevice
 from skipdit.training.devices import start_processes
+from skipdit.training.learner import unit_gradient_norms
 from skipdit.training.loader import DeviceBatches, find_num_workers, load_batches, stays_on_device
-from skipdit.training.loop import Run, build_task, unit_gradient_norms
+from skipdit.training.loop import Run, build_task
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 BYPASS = TokenRoutingConfig(mode="bypass", share=0.5, num_shallow_units=1, deep_drop=0.4, dense_end=0.3)
@@ -49,7 +50,7 @@ def routed(task: str, folder: Path, **options: Any) -> TrainConfig:
 
 
 def kinds_of(run: Run, config: TrainConfig) -> list[str]:
-    draws = (step_generator(config, ALL_RANKS, step) for step in range(NUM_STEPS))
+    draws = (step_generator(config, KIND, step) for step in range(NUM_STEPS))
     return [run.kinds.at(step, NUM_STEPS, generator) for step, generator in enumerate(draws)]
 
 

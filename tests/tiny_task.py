@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from skipdit.data import Draws
 from skipdit.diffusion import Objective
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import resize_grid
@@ -27,8 +28,8 @@ class WordPipeline(ClassToImagePipeline):
 class WordTraining(TrainingTask[Tensor]):
     """Pictures of the first class are dull, all others vivid."""
 
-    def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-        return torch.where(draw_dropped(given, dropout, generator), len(WORDS), given.clamp(max=1))
+    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Tensor:
+        return torch.where(draw_dropped(given, dropout, draws), len(WORDS), given.clamp(max=1))
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Tensor, **plan: Any) -> Any:
         return model(noisy, timesteps, class_labels=conditions, **plan)

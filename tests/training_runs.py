@@ -19,7 +19,7 @@ from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train
-from skipdit.training.checkpointing import FILES
+from skipdit.training.learner import FILES
 
 COLORS = {"blue": (20, 20, 240), "green": (20, 240, 20), "red": (240, 20, 20)}
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from skipdit.data import (
     MAX_CACHED_BYTES,
+    Draws,
     as_floats,
     check_no_caption_column,
     emoji_captions,
@@ -161,9 +162,9 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         labels = [self.labels[index], *(self.labels[other] for other, _ in others)]
         return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
-    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
         """Return what a step learns of a batch of items."""
-        return flip_half(stored, generator) if flip else stored
+        return flip_half(stored, draws) if flip else stored
 
     def _clip(self, index: int) -> UInt8[Tensor, "num_frames 3 size size"]:
         return self._decode(self._kept[index]) if self._decoded is None else self._decoded[index]

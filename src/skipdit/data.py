@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,9 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
             pixels = self._decoded[index]
         return pixels, self.labels[index]
 
-    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, stored: Tensor, flip: bool, draws: "Draws") -> Tensor:
         """Return what a step learns of a batch of items."""
-        return flip_half(stored, generator) if flip else stored
+        return flip_half(stored, draws) if flip else stored
 
     def _decode(self, index: int) -> Tensor:
         picture = self.read(index)
@@ -107,9 +107,31 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], generator: torch.Generator) -> Tensor:
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for `rows` of a batch of `size`, drawn for the whole batch on the generator's device: a row gets
+    the same ones whoever draws for the others."""
+
+    generator: torch.Generator
+    size: int
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def rand(self, *shape: int) -> Tensor:
+        """Return (rows, *shape), uniform in [0, 1)."""
+        return torch.rand(self.size, *shape, generator=self.generator, device=self.generator.device)[self.rows]
+
+    def randn(self, *shape: int) -> Tensor:
+        """Return (rows, *shape), standard normal."""
+        return torch.randn(self.size, *shape, generator=self.generator, device=self.generator.device)[self.rows]
+
+    def randint(self, high: int) -> Tensor:
+        """Return (rows,), integers below `high`."""
+        return torch.randint(high, (self.size,), generator=self.generator, device=self.generator.device)[self.rows]
+
+
+def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], draws: Draws) -> Tensor:
     """Mirror each picture or clip of a batch, or leave it, as a coin falls."""
-    flipped = torch.rand(len(pixels), generator=generator, device=generator.device) < 0.5
+    flipped = draws.rand() < 0.5
     return torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)).to(pixels.device), pixels.flip(-1), pixels)
 
 

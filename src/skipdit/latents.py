@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
-from skipdit.data import pad_captions, pictures_beside
+from skipdit.data import Draws, pad_captions, pictures_beside
 from skipdit.files import file_digest
 from skipdit.options import check_positive
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
@@ -172,7 +172,7 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         row = index - (self._ends[number - 1] if number else 0)
         return torch.stack([self._shards[number].get_slice(name)[row] for name in _moments(self.info)], dim=1)
 
-    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
         """Return latents (b c h w) or (b f c h w), as transformers are trained on them, from the items of a batch.
 
         `ValueError` where mirrored ones are asked for and none were encoded.
@@ -180,13 +180,11 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         if flip and not self.info["flipped"]:
             raise ValueError(f"{printable_path(self.folder)} has no mirrored ones: encode with --flip, or set no flip")
         rows = torch.arange(len(stored), device=stored.device)
-        at = generator.device
-        is_flipped = torch.rand(len(stored), generator=generator, device=at) < (0.5 if flip else 0)
+        is_flipped = draws.rand() < (0.5 if flip else 0)
         moments = stored[rows, is_flipped.to(stored.device, torch.long)].float()
         latents = moments[:, 0]
         if self.info["has_std"]:
-            noise = torch.randn(latents.shape, generator=generator, device=at)
-            latents = latents + moments[:, 1] * noise.to(stored.device)
+            latents = latents + moments[:, 1] * draws.randn(*latents.shape[1:]).to(stored.device)
         return scale_latents(latents, self.info["scale"])
 
     @cached_property
@@ -241,7 +239,7 @@ class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
         labels = torch.zeros(1 + self.num_pictures, dtype=torch.long) if self.num_pictures else 0
         return torch.zeros(*frames, self.num_channels, self.size, self.size), labels
 
-    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
         return stored
 
 

@@ -161,9 +161,14 @@ def fold_spectral_caps(module: nn.Module) -> int:
     return len(capped)
 
 
-def spectral_penalty(module: nn.Module, maximum: float) -> Tensor:
-    """Sum over linear layers and convolutions of (norm - maximum)^2 where the norm is above: to be added to a loss."""
-    norms = torch.stack([differentiable_norm(layer.get_parameter("weight")) for layer in weighted(module)])
+def spectral_penalty(
+    module: nn.Module, maximum: float, whole: Callable[[Tensor], Tensor] = lambda weight: weight
+) -> Tensor:
+    """Sum over linear layers and convolutions of (norm - maximum)^2 where the norm is above: to be added to a loss.
+
+    whole: makes a weight whole that is in shards.
+    """
+    norms = torch.stack([differentiable_norm(whole(layer.get_parameter("weight"))) for layer in weighted(module)])
     return (norms - maximum).clamp(min=0).square().sum()
 
 

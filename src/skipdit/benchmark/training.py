@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
-from skipdit.data import ShuffledForever
+from skipdit.data import Draws, ShuffledForever
 from skipdit.diffusion import Objective
 from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files import OutputFolder
@@ -124,7 +124,7 @@ class RandomLatents:
     def stored(self, index: int) -> tuple[Tensor, int]:
         return self.latents[index], self.labels[index]
 
-    def draw(self, stored: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
+    def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
         return stored
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from skipdit.checkpoints.parts import read_labels
+from skipdit.data import Draws
 from skipdit.diffusion import Objective
 from skipdit.pipelines import ClassPipeline
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
@@ -69,8 +70,8 @@ class LabelTraining(TrainingTask[Tensor]):
         """Return whether the model looks at the classes."""
         return self.model.config.num_classes is not None
 
-    def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-        dropped = draw_dropped(given, dropout, generator).view(-1, *[1] * (given.ndim - 1))
+    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Tensor:
+        dropped = draw_dropped(given, dropout, draws).view(-1, *[1] * (given.ndim - 1))
         return torch.where(dropped, self.model.null_class_label, given) if self.knows_classes else given
 
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:

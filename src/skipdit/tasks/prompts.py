@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from skipdit.checkpoints.parts import part_class
+from skipdit.data import Draws
 from skipdit.guidance import split_guidance
 from skipdit.pipelines import SamplingOptions
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
@@ -152,13 +153,11 @@ class PromptTraining(TrainingTask[PromptStates]):
             raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them anew")
         return CaptionStates(stored, num_variants)
 
-    def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> PromptStates:
+    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> PromptStates:
         captions, variants = self.captions_on(given.device), torch.zeros_like(given)
         if captions.num_variants > 1:
-            at = generator.device
-            drawn = torch.randint(captions.num_variants, (len(given),), generator=generator, device=at)
-            variants = drawn.to(given.device, non_blocking=True)
-        return captions.select(given, variants, draw_dropped(given, dropout, generator))
+            variants = draws.randint(captions.num_variants).to(given.device, non_blocking=True)
+        return captions.select(given, variants, draw_dropped(given, dropout, draws))
 
     def showcase(self, count: int) -> tuple[list[str], list[str]]:
         chosen = [self.items.captions[index][0] for index in spread(count, len(self.items))]

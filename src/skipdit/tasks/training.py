@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from skipdit.clips import ClipConfig, LabelledClips, open_clips
-from skipdit.data import DataConfig, LabelledPictures, open_pictures
+from skipdit.data import DataConfig, Draws, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
@@ -95,7 +95,7 @@ class TrainingTask(Generic[Conditions]):
     def prepare(self, device: torch.device) -> None:
         """Compute on a device what all steps need there, which the first step would else compute."""
 
-    def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> Conditions:
+    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Conditions:
         """Return what a batch is learned with, of which a share is left out as chance has it.
 
         given (b) or (b n): what `data` has of each item, on the device of the batch.
@@ -137,10 +137,9 @@ class TrainingTask(Generic[Conditions]):
         return self.task.sampler(model, scheduler, self.vae, names)
 
 
-def draw_dropped(given: Tensor, share: float, generator: torch.Generator) -> Bool[Tensor, " batch"]:
+def draw_dropped(given: Tensor, share: float, draws: Draws) -> Bool[Tensor, " batch"]:
     """Draw for each item of a batch whether its condition is left out, on the device of what is given."""
-    drawn = torch.rand(len(given), generator=generator, device=generator.device) < share
-    return drawn.to(given.device, non_blocking=True)
+    return (draws.rand() < share).to(given.device, non_blocking=True)
 
 
 def make_task_scheduler(objective: Objective) -> SchedulerMixin:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from skipdit.training.config import SpectralConfig as SpectralConfig
     from skipdit.training.config import TrainConfig as TrainConfig
     from skipdit.training.config import learning_rate_at as learning_rate_at
-    from skipdit.training.devices import computes_in_bf16 as computes_in_bf16
     from skipdit.training.loop import train as train
+    from skipdit.training.precision import computes_in_bf16 as computes_in_bf16
     from skipdit.training.routing import TokenRoutingConfig as TokenRoutingConfig
     from skipdit.training.routing import draw_kept_tokens as draw_kept_tokens
     from skipdit.training.stopping import Stopped as Stopped
@@ -28,7 +28,7 @@ _MODULES = {
     "Stopped": "stopping",
     "TokenRoutingConfig": "routing",
     "TrainConfig": "config",
-    "computes_in_bf16": "devices",
+    "computes_in_bf16": "precision",
     "draw_kept_tokens": "routing",
     "learning_rate_at": "config",
     "list_checkpoints": "checkpointing",

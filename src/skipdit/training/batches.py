@@ -1,4 +1,4 @@
-"""What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, rank, step)."""
+"""What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, step)."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.data import as_floats
+from skipdit.data import Draws, as_floats
 from skipdit.diffusion import Objective, device_tables, sample_timesteps, training_loss
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
@@ -20,13 +20,33 @@ from skipdit.text import PromptStates
 from skipdit.training.config import TrainConfig
 from skipdit.training.routing import StepKind, StepKinds, draw_kept_tokens, make_plans
 
-ALL_RANKS = 4098  # no process has it
+BATCH, KIND = 0, 4098  # what a step draws: all that its batch needs; which kind of step it is
 
 
-def step_generator(config: TrainConfig, rank: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return the source, on a device, of all that is random in one step of one process; of `ALL_RANKS`, of what
-    processes share. Devices of one kind draw the same numbers, a CPU others than a GPU."""
-    return torch.Generator(device).manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
+def step_generator(config: TrainConfig, what: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """Return the source, on a device, of what is random in one step, the same in all processes. what: `BATCH` or
+    `KIND`. Devices of one kind draw the same numbers, a CPU others than a GPU."""
+    return torch.Generator(device).manual_seed((config.seed * 1_000_003 + step) * 4099 + what)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShare:
+    """The items of a batch that a process takes at a time, as `load_batches` hands them out: every `num_processes`-th,
+    in `num_parts` parts one after the other."""
+
+    rank: int = 0
+    num_processes: int = 1
+    part: int = 0
+    num_parts: int = 1
+
+    def draws(self, generator: torch.Generator, num_items: int) -> Draws:
+        """Return what draws for this share, of so many items. generator: new, that of the whole batch."""
+        begin, end = (part * num_items * self.num_processes for part in (self.part, self.part + 1))
+        rows = slice(self.rank + begin, end, self.num_processes)
+        return Draws(generator, num_items * self.num_processes * self.num_parts, rows)
+
+
+WHOLE_BATCH = BatchShare()
 
 
 @dataclass(frozen=True)
@@ -49,22 +69,24 @@ def prepare_batch(
     generator: torch.Generator,
     device: torch.device,
     kept_share: float | None = None,
+    share: BatchShare = WHOLE_BATCH,
 ) -> Batch:
     """Draw what one step adds to its pictures or clips, as they are stored, on the generator's device.
 
-    kept_share: of the tokens that deep units see, where they do not see all.
+    kept_share: of the tokens that deep units see, where they do not see all. share: which items of the batch these are.
     """
-    at, size = generator.device, len(pixels)
+    draws = share.draws(generator, len(pixels))
     pixels, labels = as_floats(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
-    pixels = task.items.draw(pixels, config.flip, generator)
-    conditions = task.draw_conditions(labels, config.label_dropout, generator)
-    noise = torch.randn(pixels.shape, generator=generator, device=at).to(device, non_blocking=True)
-    timesteps = sample_timesteps(config.objective, size, generator).to(device, non_blocking=True)
+    pixels = task.items.draw(pixels, config.flip, draws)
+    conditions = task.draw_conditions(labels, config.label_dropout, draws)
+    noise = draws.randn(*pixels.shape[1:]).to(device, non_blocking=True)
+    timesteps = sample_timesteps(config.objective, draws.size, generator)[draws.rows].to(device, non_blocking=True)
     kept = None
     if kept_share is not None:
-        num_draws = 1 if task.model.shares_tokens else size
-        kept = draw_kept_tokens(num_draws, task.num_tokens, kept_share, generator).to(device, non_blocking=True)
+        num_draws, rows = (1, slice(None)) if task.model.shares_tokens else (draws.size, draws.rows)
+        kept = draw_kept_tokens(num_draws, task.num_tokens, kept_share, generator)[rows]
+        kept = kept.to(device, non_blocking=True)
     return Batch(x_start=pixels, noise=noise, timesteps=timesteps, conditions=conditions, kept=kept)
 
 
@@ -99,7 +121,7 @@ def _sample_flops(
     """
     pixels, labels = default_collate([task.data[0]])
     share = config.routing.share if kind == "routed" else None
-    batch = prepare_batch(pixels, labels, config, task, step_generator(config, ALL_RANKS, 0), device, share)
+    batch = prepare_batch(pixels, labels, config, task, step_generator(config, BATCH, 0), device, share)
     trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     fake = FakeTensorMode(allow_non_fake_inputs=True)  # private to torch; a test holds the count to that of real steps
     with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

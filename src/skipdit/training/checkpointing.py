@@ -6,15 +6,13 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from skipdit.files import (
     atomic_folder,
@@ -28,22 +26,22 @@ from skipdit.files import (
 from skipdit.latents import LabelledLatents
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
-from skipdit.training.guard import WINDOW, GradientGuard, GuardState
-from skipdit.training.posthoc_ema import LENGTHS, PowerAverages
+from skipdit.training.guard import WINDOW, GuardState
+from skipdit.training.learner import MOMENTS, POWERS, Learner, Tensors, all_finite
+from skipdit.training.posthoc_ema import LENGTHS
+from skipdit.training.precision import ScaleState
 from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)
 
 KIND = "checkpoint"  # in the marker of each
+MAX_SCALE = 2.0**64  # of a loss
 PREVIOUS = "previous-run"  # a folder beside them
-FILES = ("model", "ema", "optimizer")
-POWERS = "power_averages"  # one more where there are snapshots
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 # what may change when a run goes on; and what may change when that is asked for
 FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
-FREE_TO_CHANGE |= {"tensorboard"}
+FREE_TO_CHANGE |= {"tensorboard", "num_accumulation_steps", "parallel"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
 CHANGED_ON_REQUEST |= {"gradient_guard"}
@@ -59,7 +57,7 @@ class Fingerprint(TypedDict):
 
 class State(TypedDict):
     """`state.json` of a checkpoint. flops: of all steps so far. without_moments: trained parameters that no gradient
-    has reached yet. guard: of the gradient's norm, where there is one."""
+    has reached yet. guard: of the gradient's norm, where there is one. loss_scale: in fp16."""
 
     step: int
     flops: NotRequired[float]
@@ -68,6 +66,7 @@ class State(TypedDict):
     data: Fingerprint
     without_moments: list[str]
     guard: NotRequired[GuardState]
+    loss_scale: NotRequired[ScaleState]
 
 
 def fingerprint(items: Items) -> Fingerprint:
@@ -77,70 +76,6 @@ def fingerprint(items: Items) -> Fingerprint:
     if isinstance(items, LabelledLatents):
         digest.update(items.content.encode())
     return Fingerprint(num_items=len(items), class_names=list(items.label_names), digest=digest.hexdigest())
-
-
-@dataclass(frozen=True)
-class Learner:
-    """All that a step changes: the weights, their averages, the optimizer's moments, and what the guard has seen.
-    powers: the averages that snapshots are made of."""
-
-    model: nn.Module
-    ema: EMAModel
-    optimizer: torch.optim.Optimizer
-    guard: GradientGuard | None = None
-    powers: PowerAverages | None = None
-
-    @property
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of what is saved, without suffix."""
-        return FILES if self.powers is None else (*FILES, POWERS)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return what is saved, by file and name."""
-        parameters, trained = dict(self.model.named_parameters()), list(self.trained)
-        powers = {} if self.powers is None else {POWERS: self.powers.tensors(parameters)}
-        return powers | {
-            "model": {name: parameter.detach().contiguous() for name, parameter in parameters.items()},
-            "ema": dict(zip(parameters, self.ema.shadow_params, strict=True)),
-            "optimizer": {
-                f"{trained[index]}.{key}": value
-                for index, moments in self.optimizer.state_dict()["state"].items()
-                for key, value in moments.items()
-            },
-        }
-
-    def is_finite(self) -> bool:
-        return all_finite(self.tensors())
-
-    def take(self, tensors: dict[str, dict[str, Tensor]], ema_step: int) -> None:
-        """Go on with tensors as `tensors` gives them."""
-        parameters = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(tensors["model"][name])
-        averages = tensors["ema"]
-        self.ema.shadow_params = [averages[name].to(parameter.device) for name, parameter in parameters.items()]
-        self.ema.optimization_step = ema_step
-        if self.powers is not None:
-            self.powers.take(parameters, tensors[POWERS])
-        moments = tensors["optimizer"]
-        entries = {
-            index: {key: moments[f"{name}.{key}"] for key in MOMENTS}
-            for index, name in enumerate(self.trained)
-            if f"{name}.step" in moments
-        }
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
-
-
-def all_finite(tensors: dict[str, dict[str, Tensor]]) -> bool:
-    """Whether no number is NaN or infinite. Asks the device once."""
-    each = [tensor.isfinite().all() for group in tensors.values() for tensor in group.values()]
-    device = next(iter(tensors["model"].values())).device
-    return bool(torch.stack([flag.to(device) for flag in each]).all())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -210,10 +145,10 @@ def written(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, flops: float, learner: Learner, config: TrainConfig, data: Fingerprint
+    folder: Path, step: int, flops: float, learner: Learner, tensors: Tensors, config: TrainConfig, data: Fingerprint
 ) -> None:
-    """Write a checkpoint whole or not at all; then delete all but the last few up to its step."""
-    tensors = learner.tensors()
+    """Write a checkpoint whole or not at all; then delete all but the last few up to its step. tensors: of the learner,
+    whole ones."""
     unreached = [name for name in learner.trained if f"{name}.step" not in tensors["optimizer"]]
     state = State(
         step=step,
@@ -225,6 +160,8 @@ def save_checkpoint(
     )
     if learner.guard is not None:
         state["guard"] = learner.guard.state()
+    if learner.loss_scale is not None:
+        state["loss_scale"] = learner.loss_scale.state()
     path = checkpoint_path(folder, step)
     with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
         for name in learner.files:
@@ -265,6 +202,8 @@ def go_on(
         learner.take(tensors, state["ema_step"])
         if learner.guard is not None and "guard" in state:
             learner.guard.take(state["guard"])
+        if learner.loss_scale is not None and "loss_scale" in state:
+            learner.loss_scale.take(state["loss_scale"])
         if unfit:
             notes.insert(0, f"{'; '.join(unfit)}: the run goes on from {path.name}")
         return state["step"], state.get("flops", 0.0), notes
@@ -284,6 +223,9 @@ def read_state(path: Path) -> State:
     guard = state.get("guard", GuardState(norms=[], left_out=0))
     if len(guard["norms"]) > WINDOW or guard["left_out"] < 0:
         raise ValueError(f"{path.name}/state.json has a guard that is none of ours")
+    scale = state.get("loss_scale", ScaleState(scale=1.0, good_steps=0, overflows=0))
+    if not 0 < scale["scale"] < MAX_SCALE or not 0 <= scale["good_steps"] < 2**31 or scale["overflows"] < 0:
+        raise ValueError(f"{path.name}/state.json has a scale of the loss that is none of ours")
     return state
 
 
@@ -329,7 +271,7 @@ def difference(before: Fingerprint, now: Fingerprint) -> str:
     return "" if before["digest"] == now["digest"] else "other labels or captions now"
 
 
-def read_tensors(path: Path, state: State, learner: Learner) -> dict[str, dict[str, Tensor]]:
+def read_tensors(path: Path, state: State, learner: Learner) -> Tensors:
     """Read a checkpoint's tensors; `ValueError` where one is missing, too many, of another shape or not finite."""
     tensors = {name: load_file(path / f"{name}.safetensors") for name in learner.files}
     wanted = {name: (parameter.shape, parameter.dtype) for name, parameter in learner.model.named_parameters()}

@@ -18,7 +18,8 @@ from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.training import TransformerConfig
 from skipdit.training.routing import TokenRoutingConfig
 
-Precision = Literal["auto", "no", "bf16"]
+Precision = Literal["auto", "no", "bf16", "fp16"]
+Parallel = Literal["ddp", "fsdp"]
 RateSchedule = Literal["constant", "cosine"]
 Constraint = Literal["cap", "penalty"]
 Constrained = Literal["long_skips", "blocks"]
@@ -121,7 +122,10 @@ class TrainConfig:
     flip: bool = False
     """mirror half of all pictures"""
     precision: Precision = "auto"
-    """auto is bf16 where the hardware computes in it"""
+    """auto is bf16 where the hardware computes in it; fp16 comes with a scale of the loss that adapts"""
+    parallel: Parallel = "ddp"
+    """of several processes, whether each holds the whole model (ddp), or its part of every weight, gradient, moment and
+    average (fsdp: torch's FSDP2, a unit at a time)"""
     gradient_checkpointing: bool = False
     """compute blocks again in the backward pass instead of storing what they need"""
     compile: bool = False
@@ -161,6 +165,7 @@ class TrainConfig:
             ("release_dtype", ReleaseDType),
             ("stage", Stage),
             ("data_on_device", OnDevice),
+            ("parallel", Parallel),
         ):
             _check_allowed(self, name, get_args(allowed))
         if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
@@ -181,6 +186,8 @@ class TrainConfig:
             raise ValueError(
                 "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
             )
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError("compile makes whole graphs, which parallel fsdp breaks at each unit: set one of them")
         if self.gradient_guard and self.gradient_guard <= 1:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":

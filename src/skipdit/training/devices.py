@@ -6,22 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from skipdit.environment import has_bf16
-from skipdit.training.config import Precision
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
-    return has_bf16(device) if precision == "auto" else precision == "bf16"
-
-
 def start_processes(target: torch.device) -> "Accelerator":
-    """Join the process group on this device; `ValueError` where accelerate ends up on another, or in fewer
-    processes."""
+    """Join the process group on this device; `ValueError` where accelerate ends up on another, in fewer processes, or
+    was told to shard by itself."""
     from accelerate import Accelerator
+
+    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate was configured to use {plugin}: launch without it; --parallel fsdp shards by torch's FSDP2"
+            )
 
     accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
     if accelerator.device.type != target.type or target.index not in (None, accelerator.device.index):

@@ -13,7 +13,7 @@ from skipdit.models.surgery import add_fill_token
 from skipdit.tasks.training import FRESH, open_items
 from skipdit.training.batches import find_step_kinds
 from skipdit.training.config import TrainConfig
-from skipdit.training.loop import freeze_all_but_long_skips
+from skipdit.training.learner import freeze_all_but_long_skips
 from skipdit.training.routing import StepKind
 from skipdit.untrusted import printable_path
 

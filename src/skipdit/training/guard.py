@@ -8,6 +8,13 @@ from torch import Tensor
 WINDOW = 100  # norms
 
 
+def leave_out(optimizer: torch.optim.Optimizer, flags: list[Tensor]) -> None:
+    """Make the next call of a fused optimizer's `step` do nothing where one of the flags, if any, is 1, the moments and
+    their count included. That is what torch's GradScaler does through the same attribute; a test pins it."""
+    if flags:
+        cast(Any, optimizer).found_inf = torch.stack(flags).amax()
+
+
 class GuardState(TypedDict):
     """norms: the last ones, oldest first. left_out: steps so far."""
 
@@ -27,13 +34,15 @@ class GradientGuard:
         self.norms = torch.full((WINDOW,), torch.inf, device=device)
         self.left_out = torch.zeros((), device=device)
 
-    def set(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
-        """Make the next call of a fused optimizer's `step` do nothing where a norm is too large, the moments and their
-        count included. That is what torch's GradScaler does through the same attribute; a test pins it."""
-        too_large = (norm > self.factor * self.norms.sort().values[WINDOW // 2]).float()
-        self.norms = torch.cat([self.norms[1:], norm.float().reshape(1)])
+    def update(self, norm: Tensor) -> Tensor:
+        """Take in the norm of a step; return 1 where it is too large, else 0. One that is not finite is not taken in,
+        and 0: that is for others to say."""
+        finite = norm.isfinite()
+        too_large = (finite & (norm > self.factor * self.norms.sort().values[WINDOW // 2])).float()
+        taken = torch.cat([self.norms[1:], norm.float().reshape(1)])
+        self.norms = torch.where(finite, taken, self.norms)
         self.left_out += too_large
-        cast(Any, optimizer).found_inf = too_large
+        return too_large
 
     def state(self) -> GuardState:
         norms = self.norms[self.norms.isfinite()].tolist()

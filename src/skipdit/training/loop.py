@@ -1,14 +1,14 @@
 """The training loop: one readable pass over accelerate, with exact resume.
 
-Step s draws everything random (which pictures, flips, dropped labels, timesteps, noise) from (seed, rank, s) alone,
-so a run that is resumed from a checkpoint goes on exactly as if it had never stopped.
+Step s draws everything random (which pictures, flips, dropped labels, timesteps, noise) from (seed, s) alone, for the
+whole batch, so a run that is resumed from a checkpoint goes on exactly as if it had never stopped, by any number of
+processes.
 """
 
-import copy
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
@@ -16,26 +16,24 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
-from PIL.Image import Image
 from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
 from skipdit.environment import resolve_device
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
-from skipdit.pictures import labelled_grid, to_pictures
-from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
-from skipdit.tasks.training import TrainingTask, make_task_scheduler, open_items
+from skipdit.spectral import cap_spectral_norm, spectral_penalty, weighted
+from skipdit.tasks.training import TrainingTask, open_items
 from skipdit.training.batches import (
-    ALL_RANKS,
+    BATCH,
+    KIND,
+    BatchShare,
     batch_loss,
     find_step_kinds,
     prepare_batch,
     step_generator,
 )
 from skipdit.training.checkpointing import (
-    Learner,
     checkpoint_path,
     fingerprint,
     go_on,
@@ -43,20 +41,20 @@ from skipdit.training.checkpointing import (
     save_checkpoint,
     set_aside,
 )
-from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at, long_skips_of
-from skipdit.training.devices import computes_in_bf16, in_main, start_processes
-from skipdit.training.guard import GradientGuard
+from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
+from skipdit.training.devices import in_main, start_processes
+from skipdit.training.learner import POWERS, freeze_all_but_long_skips, make_learner, unit_gradient_norms
 from skipdit.training.loader import Stored, items_of_step, load_batches
-from skipdit.training.posthoc_ema import PowerAverages
-from skipdit.training.reporter import Reporter, RunFolder, check_tensorboard_installed, run_folder
+from skipdit.training.precision import autocast_dtype
+from skipdit.training.reporter import Reporter, RunFolder, Told, check_tensorboard_installed, run_folder
 from skipdit.training.routing import StepKind
+from skipdit.training.sharding import clip_gradients, shard, whole
+from skipdit.training.showing import draw_samples, release, with_weights, without_weights
 from skipdit.training.stopping import Stopped, stoppable
 from skipdit.untrusted import printable
-from skipdit.videos import frame_grid
 
 LOGGER = logging.getLogger(__name__)
 
-RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_SIZE = "14MB"  # per file
 MAX_NAMED = 5  # items in a message
 
@@ -108,11 +106,33 @@ def build_task(config: TrainConfig) -> TrainingTask:
 
 
 @dataclass(frozen=True)
+class Due:
+    """What is written after a step."""
+
+    line: bool
+    snapshot: bool
+    checkpoint: bool
+    grid: bool
+
+    @classmethod
+    def after(cls, done: int, config: TrainConfig) -> "Due":
+        """Return what is due after so many steps."""
+
+        def is_due(every: int) -> bool:
+            return every > 0 and (done % every == 0 or done == config.max_steps)
+
+        snapshot, checkpoint = is_due(config.ema_snapshots_every), is_due(config.checkpoint_every)
+        line = checkpoint or snapshot or done % config.log_every == 0
+        return cls(line=line, snapshot=snapshot, checkpoint=checkpoint, grid=is_due(config.sample_every))
+
+
+@dataclass(frozen=True)
 class StepMade:
-    """What a step made, on the device: the loss of this process, the gradient's norm, and that of each unit, none where
-    they were not asked for."""
+    """What a step made, on the device: the loss of this process, whether the run can go on after it, the gradient's
+    norm, and that of each unit, none where they were not asked for."""
 
     loss: Tensor
+    finite: Tensor
     norm: Tensor
     unit_norms: Tensor
 
@@ -131,15 +151,21 @@ class Run:
         resume: bool,
     ) -> None:
         self.config, self.accelerator, self.folder, self.out, self.resume = config, accelerator, folder, out, resume
-        self.bf16 = computes_in_bf16(config.precision, accelerator.device)
+        self.device = accelerator.device
+        self.autocast = autocast_dtype(config.precision, self.device)
+        self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         self.task, self.data = task, fingerprint(task.items)
-        model = task.model.to(accelerator.device).train()
+        model = task.model.train()
+        if not self.sharded:  # else unit by unit
+            model.to(self.device)
         self.units = cast(LongSkipModel, model)
         if config.routing.mode == "fill":
             add_fill_token(model)
         if config.stage == "long-skips-only":
             freeze_all_but_long_skips(model)
-        self.kinds, self.flops = find_step_kinds(self.task, config, accelerator.device), 0.0
+        self.kinds = find_step_kinds(task, config, next(model.parameters()).device)
+        self.flops = 0.0
+        task.prepare(self.device)
         path = config.routing.shallow_path(self.units.long_skip_links.num_units)
         if path is not None:
             cast(Any, model).register_to_config(shallow_path=path.to_dict())
@@ -148,7 +174,10 @@ class Run:
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()
-        self.learner = make_learner(config, model, accelerator.device)
+        self.shown = without_weights(model)
+        if self.sharded:
+            shard(model, self.device)
+        self.learner = make_learner(config, model, self.device)
 
     def begin(self, *, allow_changes: bool) -> int:
         """Return the step to begin with: after the last checkpoint, or 0."""
@@ -163,98 +192,79 @@ class Run:
             in_main(self.accelerator, lambda: set_aside(self.out))
         if self.config.compile:
             self.learner.model.compile()
-        self.wrapped = self.accelerator.prepare_model(self.learner.model)
+        model = self.learner.model
+        self.wrapped = model if self.sharded else self.accelerator.prepare_model(model)
         return first_step
 
     def steps(self, first_step: int) -> None:
         """Train up to max_steps, or until somebody stops it."""
-        config, accelerator = self.config, self.accelerator
-        alone, guard = accelerator.num_processes == 1, self.learner.guard
-        left_out = torch.zeros((), device=accelerator.device) if guard is None else guard.left_out
-        # the first step whose loss or gradient is not finite: known to the device alone between the lines of the log
-        spoiled = torch.full((), math.inf, device=accelerator.device)
+        config, alone = self.config, self.accelerator.num_processes == 1
+        # the first step after which it cannot go on: known to the device alone between the lines of the log
+        spoiled = torch.full((), math.inf, device=self.device)
         with (
             stoppable() as stop,
-            load_batches(self.task.data, config, accelerator, first_step) as batches,
-            Reporter(self.folder, config, first_step, int(left_out.item())) as report,
+            load_batches(self.task.data, config, self.accelerator, first_step) as batches,
+            Reporter(self.folder, config, first_step, int(self.learner.counts()[0].item())) as report,
         ):
             for step in range(first_step, config.max_steps):
                 done, rate = step + 1, learning_rate_at(config, step)
-                saves = done % config.checkpoint_every == 0 or done == config.max_steps
-                every = config.ema_snapshots_every
-                keeps = every > 0 and (done % every == 0 or done == config.max_steps)
-                logs = saves or keeps or done % config.log_every == 0
-                shows = config.sample_every > 0 and (done % config.sample_every == 0 or done == config.max_steps)
-                made = self.step(batches, step, rate, norms_of_units=logs)
-                finite = made.loss.isfinite() & made.norm.isfinite()
-                spoiled = torch.minimum(spoiled, torch.where(finite, math.inf, float(done)))
-
+                due = Due.after(done, config)
+                made = self.step(batches, step, rate, norms_of_units=due.line)
+                spoiled = torch.minimum(spoiled, torch.where(made.finite, math.inf, float(done)))
                 # alone at once; several processes agree on it when they exchange numbers
                 stopped = stop.signal if alone else 0
-                if logs or shows or stopped:
-                    signal = torch.full_like(made.loss, stop.signal)
-                    all_steps = torch.stack([made.loss, made.norm, spoiled, signal, left_out])
-                    numbers = torch.cat([all_steps, made.unit_norms])
-                    gathered = cast(Tensor, accelerator.gather(numbers[None])).tolist()
-                    losses, norms, bad, signals, counts = zip(*(each[:5] for each in gathered), strict=True)
-                    stopped = int(max(signals))
-                    if min(bad) < math.inf:
-                        first = int(min(bad))
-                        what = f"the loss or its gradient at step {first}"
-                        raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
-                    if (saves or shows or keeps or stopped) and not self.learner.is_finite():
-                        raise ValueError(self.not_finite(f"the weights after step {done}"))
-                    if logs:
-                        loss = sum(losses) / len(losses)
-                        report(done, self.flops, loss, norms[0], rate, int(counts[0]), gathered[0][5:])
-                if keeps:  # before the checkpoint, so that none is missing where a run goes on
-                    in_main(accelerator, lambda done=done: self.keep(done))
-                if saves or stopped:
-                    in_main(accelerator, lambda done=done: self.save(done))
-                if shows:
-                    in_main(accelerator, lambda done=done: report.grid(done, self.draw()))
+                if due.line or due.grid or stopped:
+                    told, stopped = self.agree(made, spoiled, stop.signal)
+                    self.check_weights(due, stopped, done)
+                    if due.line:
+                        report(done, self.flops, rate, told)
+                self.write(due, stopped, done, report)
                 if stopped:
                     raise Stopped(stopped, self.how_to_go_on(stopped, done))
 
-    def step(self, batches: Iterator[Stored], step: int, rate: float, *, norms_of_units: bool = False) -> "StepMade":
-        """Make one step; nothing here waits for the device."""
+    # ------------------------------------------------------------------------------------------------------------------
+    # A step; nothing here waits for the device
+
+    def step(self, batches: Iterator[Stored], step: int, rate: float, *, norms_of_units: bool = False) -> StepMade:
+        """Make one step: gradients, what limits them, what they change."""
         config, learner = self.config, self.learner
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
-        kind = self.kinds.at(step, config.max_steps, step_generator(config, ALL_RANKS, step))
+        kind = self.kinds.at(step, config.max_steps, step_generator(config, KIND, step))
         loss = self.backward(batches, step, kind)
         self.flops += self.kinds.flops[kind] * config.batch_size
-        unit_norms = unit_gradient_norms(self.units, loss.device) if norms_of_units else loss.new_empty(0)
+        if learner.loss_scale is not None:
+            learner.loss_scale.unscale(learner.optimizer)
+        if config.spectral is not None and config.spectral.form == "penalty":
+            self.add_penalty(config.spectral)
+        unit_norms = unit_gradient_norms(self.units, self.device) if norms_of_units else loss.new_empty(0)
         limit = config.gradient_clip or torch.finfo(torch.float32).max
-        norm = cast(Tensor, self.accelerator.clip_grad_norm_(learner.model.parameters(), limit))
-        if learner.guard is not None:
-            learner.guard.set(learner.optimizer, norm)
-        learner.optimizer.step()
-        learner.optimizer.zero_grad()
-        learner.ema.step(learner.model.parameters())
-        if learner.powers is not None:
-            learner.powers.step(learner.model.parameters(), step + 1)
-        return StepMade(loss, norm, unit_norms)
+        norm = clip_gradients(learner.model.parameters(), limit, self.device)
+        finite = loss.isfinite() & learner.can_go_on(norm)
+        learner.update(norm, step + 1)
+        return StepMade(loss, finite, norm, unit_norms)
 
     def backward(self, batches: Iterator[Stored], step: int, kind: StepKind) -> Tensor:
-        """Fill the gradients of one step; return the loss of this process."""
-        config, accelerator, plan = self.config, self.accelerator, self.kinds.plans[kind]
-        generator = step_generator(config, accelerator.process_index, step, accelerator.device)
+        """Fill the gradients of one step, in fp16 times the scale; return the loss of this process."""
+        config, accelerator, scale = self.config, self.accelerator, self.learner.loss_scale
         kept_share = config.routing.share if kind == "routed" else None
-        loss = torch.zeros((), device=accelerator.device)
-        for part in range(config.num_accumulation_steps):
+        num_parts = config.num_accumulation_steps
+        loss = torch.zeros((), device=self.device)
+        for part in range(num_parts):
             pixels, labels = next(batches)
-            batch = prepare_batch(pixels, labels, config, self.task, generator, accelerator.device, kept_share)
-            syncs = part == config.num_accumulation_steps - 1 and kind in self.kinds_with_all_weights
+            share = BatchShare(
+                rank=accelerator.process_index, num_processes=accelerator.num_processes, part=part, num_parts=num_parts
+            )
+            generator = step_generator(config, BATCH, step, self.device)
+            batch = prepare_batch(pixels, labels, config, self.task, generator, self.device, kept_share, share)
+            syncs = self.sharded or (part == num_parts - 1 and kind in self.kinds_with_all_weights)
             with nullcontext() if syncs else accelerator.no_sync(self.wrapped):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=self.bf16):
-                    part_loss = (
-                        batch_loss(self.task, self.wrapped, config.objective, batch, plan)
-                        / config.num_accumulation_steps
-                    )
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    plan = self.kinds.plans[kind]
+                    part_loss = batch_loss(self.task, self.wrapped, config.objective, batch, plan) / num_parts
                 loss += part_loss.detach()
-                accelerator.backward(part_loss + self.penalty() if self.penalised else part_loss)
-        if kind not in self.kinds_with_all_weights:
+                accelerator.backward(part_loss if scale is None else scale.scale(part_loss))
+        if not self.sharded and kind not in self.kinds_with_all_weights:
             self.average_gradients()
         return loss
 
@@ -270,43 +280,81 @@ class Run:
                 if parameter.grad is not None:
                     parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, "mean"))
 
-    @property
-    def penalised(self) -> bool:
-        return self.config.spectral is not None and self.config.spectral.form == "penalty"
+    def add_penalty(self, spectral: SpectralConfig) -> None:
+        """Add the gradients of a spectral penalty, which all processes compute alike."""
+        constrained = cast(nn.ModuleList, self.constrained)
+        weights = [layer.get_parameter("weight") for layer in weighted(constrained)]
+        penalty = spectral.penalty_weight * spectral_penalty(constrained, spectral.maximum, whole)
+        for weight, gradient in zip(weights, torch.autograd.grad(penalty, weights), strict=True):
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
-    def penalty(self) -> Tensor:
-        """The part of a spectral penalty that belongs to one part of a batch."""
-        spectral = cast(SpectralConfig, self.config.spectral)
-        excess = spectral_penalty(cast(nn.ModuleList, self.constrained), spectral.maximum)
-        return spectral.penalty_weight * excess / self.config.num_accumulation_steps
+    # ------------------------------------------------------------------------------------------------------------------
+    # What processes tell one another
 
-    def save(self, done: int) -> None:
-        save_checkpoint(self.out, done, self.flops, self.learner, self.config, self.data)
+    def agree(self, made: StepMade, spoiled: Tensor, signal: int) -> tuple[Told, int]:
+        """Return what all processes know of a step, and the signal that any of them has got; `ValueError` where one of
+        them has met numbers that are not finite."""
+        norms = torch.cat([made.norm[None], made.unit_norms])
+        if self.learner.loss_scale is not None:
+            norms = norms.nan_to_num(0.0, 0.0)
+        numbers = torch.cat(
+            [
+                torch.stack([made.loss, spoiled, torch.full_like(made.loss, signal)]),
+                self.learner.counts(),
+                norms,
+            ]
+        )
+        gathered = cast(Tensor, self.accelerator.gather(numbers[None])).tolist()
+        losses, bad, signals = zip(*(each[:3] for each in gathered), strict=True)
+        if min(bad) < math.inf:
+            first = int(min(bad))
+            what = f"the loss or its gradient at step {first}"
+            raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
+        left_out, overflows, scale, norm, *unit_norms = gathered[0][3:]
+        told = Told(sum(losses) / len(losses), norm, int(left_out), int(overflows), scale, unit_norms)
+        return told, int(max(signals))
 
-    def keep(self, done: int) -> None:
-        """Write a snapshot of the averages."""
-        assert self.folder is not None
-        assert self.learner.powers is not None
-        names = [name for name, _ in self.learner.model.named_parameters()]
-        self.folder.write_snapshot(done, self.learner.powers.tensors(names))
+    def check_weights(self, due: Due, stopped: int, done: int) -> None:
+        """Raise `ValueError` where something is going to be written of weights that are not finite in some process."""
+        if due.checkpoint or due.snapshot or due.grid or stopped:
+            finite = cast(Tensor, self.accelerator.gather(self.learner.is_finite()[None]))
+            if not finite.all():
+                raise ValueError(self.not_finite(f"the weights after step {done}"))
 
-    def draw(self) -> Image:
-        """Return a grid of samples of the averaged weights."""
-        with averaged(self.learner.ema, self.learner.model):
-            return draw_samples(self.task, self.config)
+    # ------------------------------------------------------------------------------------------------------------------
+    # What is written, by the main process, of what all processes gather
+
+    def write(self, due: Due, stopped: int, done: int, report: Reporter) -> None:
+        """Write what is due after a step."""
+        accelerator, learner, keeps = self.accelerator, self.learner, self.accelerator.is_main_process
+        if due.snapshot:  # before the checkpoint, so that none is missing where a run goes on
+            snapshot = learner.tensors(keeps=keeps, file=POWERS)[POWERS]
+            in_main(accelerator, lambda: cast(RunFolder, self.folder).write_snapshot(done, snapshot))
+        if due.checkpoint or stopped:
+            tensors = learner.tensors(keeps=keeps)
+            in_main(
+                accelerator,
+                lambda: save_checkpoint(self.out, done, self.flops, learner, tensors, self.config, self.data),
+            )
+        if due.grid:
+            averages = learner.tensors(keeps=keeps, file="ema")["ema"]
+            in_main(
+                accelerator, lambda: report.grid(done, draw_samples(self.averaged(averages), self.config, self.task))
+            )
+
+    def averaged(self, averages: dict[str, Tensor]) -> nn.Module:
+        """Return the model of averaged weights."""
+        return with_weights(self.shown, averages, self.device)
 
     def release(self) -> None:
         """Write the finished pipeline."""
-        in_main(self.accelerator, self._release)
+        averages = self.learner.tensors(keeps=self.accelerator.is_main_process, file="ema")["ema"]
 
-    def _release(self) -> None:
-        assert self.folder is not None
-        with averaged(self.learner.ema, self.learner.model), self.folder.pipeline() as draft:
-            # not model.to: ModelMixin.to warns of every cast
-            released = copy.deepcopy(self.learner.model)
-            fold_spectral_caps(released)
-            nn.Module.to(released, RELEASE_DTYPES[self.config.release_dtype])
-            self.task.sampler(released, make_task_scheduler(self.config.objective)).save(draft, MAX_SHARD_SIZE)
+        def write() -> None:
+            with cast(RunFolder, self.folder).pipeline() as draft:
+                release(self.averaged(averages), self.config, self.task).save(draft, MAX_SHARD_SIZE)
+
+        in_main(self.accelerator, write)
 
     def not_finite(self, what: str) -> str:
         """Say that training cannot go on, and how it can."""
@@ -336,71 +384,3 @@ class Run:
             f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
             f"{printable(checkpoint_path(self.out, done))}: {way}"
         )
-
-
-def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) -> Learner:
-    """Return a model with its average and an optimizer, which both change all weights in a few calls."""
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    ema = EMAModel(model.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    guard = GradientGuard(config.gradient_guard, device) if config.gradient_guard else None
-    powers = PowerAverages(model.parameters()) if config.ema_snapshots_every else None
-    return Learner(model, ema, optimizer, guard, powers)
-
-
-def freeze_all_but_long_skips(model: nn.Module) -> None:
-    """Leave only the long skips to train; `ValueError` where the model has none of ours."""
-    long_skips = long_skips_of(cast(LongSkipModel, model))
-    if not long_skips:
-        raise ValueError(
-            "the stage long-skips-only needs a model with long skips that skipdit added: set model.long_skip"
-        )
-    model.requires_grad_(False)
-    for long_skip in long_skips:
-        long_skip.requires_grad_(True)
-
-
-def unit_gradient_norms(model: LongSkipModel, device: torch.device) -> Tensor:
-    """Return the norm of the gradient of each unit's parameters, those of its long skip included, on the device: 0
-    where it has none."""
-    norms = []
-    for blocks in model.units():
-        parameters = [parameter for block in blocks for parameter in block.parameters()]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # torch's norm of no gradients is on the CPU
-        norms.append(nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device))
-    return torch.stack(norms)
-
-
-@contextmanager
-def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
-    """Inside, the model has the averaged weights, is in eval mode and not compiled, as a grid has another size."""
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    model.eval()
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
-        ema.restore(model.parameters())
-        model.train()
-
-
-def draw_samples(task: TrainingTask, config: TrainConfig) -> Image:
-    """Return a labelled grid, of things spread over the data, from the run's seed; of clips some frames each."""
-    sampler = task.sampler(task.model, make_task_scheduler(config.objective))
-    sampler.pipeline.set_progress_bar_config(disable=True)
-    wanted, captions = task.showcase(config.num_samples)
-    samples = sampler.sample(
-        wanted,
-        guidance_scale=config.sample_guidance_scale,
-        num_inference_steps=config.sample_steps,
-        generator=torch.Generator().manual_seed(config.seed),
-    ).cpu()
-    return frame_grid(samples, captions) if samples.ndim == 5 else labelled_grid(to_pictures(samples), captions)

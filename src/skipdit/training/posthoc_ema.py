@@ -41,13 +41,13 @@ class PowerAverages:
     """Averages of weights, one per length, whose weights are power functions of the step. Nothing here waits for the
     device."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lengths: Sequence[float] = LENGTHS) -> None:
+    def __init__(self, parameters: Iterable[Tensor], lengths: Sequence[float] = LENGTHS) -> None:
         shadows = [parameter.detach() for parameter in parameters]
         self.averages = {length: [shadow.clone() for shadow in shadows] for length in lengths}
         self.exponents = {length: exponent(length) for length in lengths}
 
     @torch.no_grad()
-    def step(self, parameters: Iterable[nn.Parameter], done: int) -> None:
+    def step(self, parameters: Iterable[Tensor], done: int) -> None:
         """Take in the weights after the step of this number, of which the first is 1 (section 3.1)."""
         weights = [parameter.detach() for parameter in parameters]
         for length, averages in self.averages.items():

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -202,6 +203,19 @@ class Board:
         self.writer.close()
 
 
+@dataclass(frozen=True)
+class Told:
+    """What all processes know of a step. left_out: steps so far that the guard has left out. overflows: steps so far
+    that fp16 has. Norms are 0 where the gradient overflowed, which changed nothing."""
+
+    loss: float
+    gradient_norm: float
+    left_out: int
+    overflows: int
+    loss_scale: float
+    unit_norms: list[float]
+
+
 class Reporter:
     """`config.json`, `log.jsonl`, the grids, TensorBoard's events and the progress bar, in the main process only."""
 
@@ -243,14 +257,10 @@ class Reporter:
         self,
         step: int,
         flops: float,
-        loss: float,
-        gradient_norm: float,
         learning_rate: float,
-        left_out: int,
-        unit_norms: list[float],
+        told: "Told",
     ) -> None:
-        """Write one line of the log. flops: of all steps so far and all processes. left_out: steps so far that the
-        guard has left out."""
+        """Write one line of the log. flops: of all steps so far and all processes."""
         if self.folder is None:
             return
         elapsed, images = time.perf_counter() - self.started, (step - self.first_step) * self.config.batch_size
@@ -258,28 +268,30 @@ class Reporter:
             "step": step,
             "images": step * self.config.batch_size,
             "flops": flops,
-            "loss": loss,
-            "gradient_norm": gradient_norm,
+            "loss": told.loss,
+            "gradient_norm": told.gradient_norm,
             "learning_rate": learning_rate,
             "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
-            "unit_gradient_norms": [float(f"{norm:.4g}") for norm in unit_norms],
+            "unit_gradient_norms": [float(f"{norm:.4g}") for norm in told.unit_norms],
         }
         if self.config.gradient_guard:
-            entry["steps_left_out"] = left_out
-            if left_out > self.left_out:
+            entry["steps_left_out"] = told.left_out
+            if told.left_out > self.left_out:
                 LOGGER.warning(
                     "up to step %d, %d more left out: the gradient norm was above %g times its median",
                     step,
-                    left_out - self.left_out,
+                    told.left_out - self.left_out,
                     self.config.gradient_guard,
                 )
-            self.left_out = left_out
+            self.left_out = told.left_out
+        if self.config.precision == "fp16":
+            entry |= {"loss_scale": told.loss_scale, "steps_overflowed": told.overflows}
         with written(self.folder.path / LOG):
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
         if self.board is not None:
             self.board.line(entry)
-        self.progress.update(self.task, completed=step, description=f"loss {loss:.4f}")
+        self.progress.update(self.task, completed=step, description=f"loss {told.loss:.4f}")
 
     def grid(self, step: int, grid: Image) -> None:
         """Write a grid of samples."""

@@ -1,0 +1,173 @@
+"""What learns: a model with its averages and its optimizer, whole in each process or in shards."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.training.config import TrainConfig, long_skips_of
+from skipdit.training.guard import GradientGuard, leave_out
+from skipdit.training.posthoc_ema import PowerAverages
+from skipdit.training.precision import LossScale
+from skipdit.training.sharding import as_shard, gather, gradient_norms, local, local_parameters, shard_like
+
+FILES = ("model", "ema", "optimizer")
+POWERS = "power_averages"  # one more where there are snapshots
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
+
+Tensors = dict[str, dict[str, Tensor]]  # by file and name
+
+
+@dataclass(frozen=True)
+class Learner:
+    """All that a step changes: the weights, their averages, the optimizer's moments, and what the guard has seen.
+    powers: the averages that snapshots are made of. loss_scale: in fp16."""
+
+    model: nn.Module
+    ema: EMAModel
+    optimizer: torch.optim.Optimizer
+    guard: GradientGuard | None = None
+    powers: PowerAverages | None = None
+    loss_scale: LossScale | None = None
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of what is saved, without suffix."""
+        return FILES if self.powers is None else (*FILES, POWERS)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # A step
+
+    def update(self, norm: Tensor, done: int) -> None:
+        """Change all of it by the gradients, of this norm, of the step of this number, of which the first is 1."""
+        seeing = [each for each in (self.guard, self.loss_scale) if each is not None]
+        leave_out(self.optimizer, [each.update(norm) for each in seeing])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        weights = local_parameters(self.model)
+        self.ema.step(weights)
+        if self.powers is not None:
+            self.powers.step(weights, done)
+
+    def can_go_on(self, norm: Tensor) -> Tensor:
+        """Return whether a step's gradient is finite, or would be at a smaller scale of the loss, to be asked before
+        `update`."""
+        finite = norm.isfinite()
+        return finite if self.loss_scale is None else finite | (self.loss_scale.value > 1)
+
+    def counts(self) -> Tensor:
+        """Return how many steps the guard has left out, how many have overflowed, and the scale of the loss, on the
+        device."""
+        none = torch.zeros((), device=next(self.model.parameters()).device)
+        left_out = none if self.guard is None else self.guard.left_out
+        scale = self.loss_scale
+        return torch.stack([left_out, *((none, none + 1) if scale is None else (scale.overflows, scale.value))])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What is saved
+
+    def parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield the file, the name and the value of all that is saved, as it lies in this process."""
+        parameters, trained = dict(self.model.named_parameters()), list(self.trained)
+        for (name, parameter), average in zip(parameters.items(), self.ema.shadow_params, strict=True):
+            yield "model", name, parameter.detach()
+            yield "ema", name, as_shard(average, parameter)
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            for key, value in moments.items():
+                yield "optimizer", f"{trained[index]}.{key}", value
+        if self.powers is not None:
+            for length, averages in self.powers.averages.items():
+                for (name, parameter), average in zip(parameters.items(), averages, strict=True):
+                    yield POWERS, f"{length}.{name}", as_shard(average, parameter)
+
+    def tensors(self, *, keeps: bool, file: str | None = None) -> Tensors:
+        """Return what is saved, or one file of it, whole; all processes must ask, and those get it that `keeps` says:
+        of a model in shards in memory of the CPU."""
+        tensors: Tensors = {name: {} for name in self.files if file in (None, name)}
+        for each, name, part in self.parts():
+            if each in tensors and (tensor := gather(part, keeps=keeps)) is not None:
+                tensors[each][name] = tensor
+        return tensors
+
+    def is_finite(self) -> Tensor:
+        """Return whether every number of this process is finite, on the device."""
+        parts: Tensors = {name: {} for name in self.files}
+        for file, name, part in self.parts():
+            parts[file][name] = local(part)
+        return all_finite(parts)
+
+    def take(self, tensors: Tensors, ema_step: int) -> None:
+        """Go on with whole tensors as `tensors` gives them."""
+        parameters = dict(self.model.named_parameters())
+
+        def part(value: Tensor, name: str) -> Tensor:
+            return local(shard_like(value, parameters[name]))
+
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                local(parameter).copy_(part(tensors["model"][name], name))
+        self.ema.shadow_params = [part(tensors["ema"][name], name) for name in parameters]
+        self.ema.optimization_step = ema_step
+        if self.powers is not None:
+            of = {f"{length}.{name}": name for length in self.powers.averages for name in parameters}
+            self.powers.take(parameters, {key: part(tensors[POWERS][key], name) for key, name in of.items()})
+        moments = tensors["optimizer"]
+        entries = {
+            index: {
+                key: moments[f"{name}.{key}"] if key == "step" else shard_like(moments[f"{name}.{key}"], parameter)
+                for key in MOMENTS
+            }
+            for index, (name, parameter) in enumerate(self.trained.items())
+            if f"{name}.step" in moments
+        }
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": entries})
+
+
+def all_finite(tensors: Tensors) -> Tensor:
+    """Return whether no number is NaN or infinite, on the device of the model."""
+    each = [tensor.isfinite().all() for group in tensors.values() for tensor in group.values()]
+    device = next(iter(tensors["model"].values())).device
+    return torch.stack([flag.to(device) for flag in each]).all()
+
+
+def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) -> Learner:
+    """Return a model with its average and an optimizer, which both change all weights in a few calls."""
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    weights = local_parameters(model)
+    ema = EMAModel(weights, decay=config.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    guard = GradientGuard(config.gradient_guard, device) if config.gradient_guard else None
+    powers = PowerAverages(weights) if config.ema_snapshots_every else None
+    return Learner(model, ema, optimizer, guard, powers, LossScale(device) if config.precision == "fp16" else None)
+
+
+def freeze_all_but_long_skips(model: nn.Module) -> None:
+    """Leave only the long skips to train; `ValueError` where the model has none of ours."""
+    long_skips = long_skips_of(cast(LongSkipModel, model))
+    if not long_skips:
+        raise ValueError(
+            "the stage long-skips-only needs a model with long skips that skipdit added: set model.long_skip"
+        )
+    model.requires_grad_(False)
+    for long_skip in long_skips:
+        long_skip.requires_grad_(True)
+
+
+def unit_gradient_norms(model: LongSkipModel, device: torch.device) -> Tensor:
+    """Return the norm of the gradient of each unit's parameters, those of its long skip included, on the device: 0
+    where it has none."""
+    groups = ([parameter for block in blocks for parameter in block.parameters()] for blocks in model.units())
+    return gradient_norms(groups, device)

@@ -1,0 +1,91 @@
+"""Models in shards over processes: FSDP2, torch's `fully_shard`, a unit at a time.
+
+What is not sharded passes these functions as it is, so that a loop is the same with shards and without.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from skipdit.models.long_skip import LongSkipModel
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Leave each process its part of every parameter, on its device. A unit's are whole while it runs."""
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    for blocks in cast(LongSkipModel, model).units():
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return this process's part of each parameter; one that is trained says so, as `EMAModel` asks."""
+    with torch.enable_grad():
+        return [cast(nn.Parameter, local(parameter)) for parameter in model.parameters()]
+
+
+def as_shard(part: Tensor, parameter: Tensor) -> Tensor:
+    """Return a part that lies in this process as what it is a part of, of which the parameter has the shape."""
+    if not isinstance(parameter, DTensor):
+        return part
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+
+def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """Return the part of a tensor that lies where that of the parameter does."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    # every process has the whole one; a copy, else the part would keep all of it in memory
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a whole tensor, from its parts, through which gradients flow; all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gather(tensor: Tensor, *, keeps: bool) -> Tensor | None:
+    """Return a whole tensor to a process that keeps it, one that was in shards in memory of the CPU; all processes must
+    ask for that."""
+    if not isinstance(tensor, DTensor):
+        return tensor.contiguous() if keeps else None
+    complete = tensor.full_tensor()
+    return complete.cpu() if keeps else None
+
+
+def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], device: torch.device) -> Tensor:
+    """Return the norm of the gradient of each group of parameters, on the device: 0 where it has none. Where they are
+    in shards all processes must ask."""
+    norms, sharded = [], False
+    for parameters in groups:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        sharded = sharded or any(isinstance(gradient, DTensor) for gradient in gradients)
+        # torch's norm of no gradients is on the CPU
+        parts = [local(gradient) for gradient in gradients]
+        norms.append(nn.utils.get_total_norm(parts) if parts else torch.zeros((), device=device))
+    if not sharded:
+        return torch.stack(norms)
+    squares = torch.stack(norms).square()
+    dist.all_reduce(squares)
+    return squares.sqrt()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, device: torch.device) -> Tensor:
+    """Scale gradients down to a norm of at most `limit`; return what their norm was."""
+    parameters = list(parameters)
+    norm = gradient_norms([parameters], device)[0]
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

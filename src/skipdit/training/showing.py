@@ -1,0 +1,59 @@
+"""What a run shows and releases: a model of its averaged weights, whole, beside the one that learns."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from skipdit.pictures import labelled_grid, to_pictures
+from skipdit.spectral import fold_spectral_caps
+from skipdit.tasks.task import Sampler
+from skipdit.tasks.training import TrainingTask, make_task_scheduler
+from skipdit.training.config import TrainConfig
+from skipdit.videos import frame_grid
+
+RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode with parameters that have no memory, to be made before a model is compiled or put in
+    shards."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty).eval()
+
+
+def with_weights(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+    """Return a copy on a device whose parameters are these tensors, by name, without copies of them where they are
+    there."""
+    given = {
+        id(parameter): nn.Parameter(weights[name], requires_grad=False) for name, parameter in model.named_parameters()
+    }
+    return nn.Module.to(copy.deepcopy(model, given), device)
+
+
+def release(model: nn.Module, config: TrainConfig, task: TrainingTask) -> Sampler:
+    """Return what samples a finished model, of ordinary weights."""
+    released = copy.deepcopy(model)
+    fold_spectral_caps(released)
+    # not model.to: ModelMixin.to warns of every cast
+    nn.Module.to(released, RELEASE_DTYPES[config.release_dtype])
+    return task.sampler(released, make_task_scheduler(config.objective))
+
+
+def draw_samples(model: nn.Module, config: TrainConfig, task: TrainingTask) -> Image:
+    """Return a labelled grid, of things spread over the data, from the run's seed; of clips some frames each."""
+    sampler: Sampler = task.sampler(model, make_task_scheduler(config.objective))
+    sampler.pipeline.set_progress_bar_config(disable=True)
+    wanted, captions = task.showcase(config.num_samples)
+    samples = sampler.sample(
+        wanted,
+        guidance_scale=config.sample_guidance_scale,
+        num_inference_steps=config.sample_steps,
+        generator=torch.Generator().manual_seed(config.seed),
+    ).cpu()
+    return frame_grid(samples, captions) if samples.ndim == 5 else labelled_grid(to_pictures(samples), captions)
