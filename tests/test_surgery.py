@@ -270,7 +270,7 @@ def test_taken_long_skips_leave_nothing_behind(name: str) -> None:
     assert (dict(model.config), list(model.state_dict())) == (config, keys)
     assert torch.equal(run(model, arguments), expected)
     if not family.ours:
-        assert not any(isinstance(module, RunsUnits) or hasattr(module, "_place") for module in model.modules())
+        assert not any(isinstance(module, RunsUnits) or hasattr(module, "_info") for module in model.modules())
 
 
 def fused(long_skip: nn.Module, hidden: Tensor, skip: Tensor) -> Tensor:

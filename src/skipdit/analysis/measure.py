@@ -20,7 +20,7 @@ from skipdit.analysis.trajectory import (
 )
 from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.runtime import parts_on
+from skipdit.cache.runtime import rules_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.options import NumInferenceSteps, check_numbers, check_range
 from skipdit.pipelines import ClassToImagePipeline
@@ -185,7 +185,7 @@ def measure(
     for spec in config.methods:
         method: CacheMethod = parse_method(spec)
         try:
-            parts_on(method, model)
+            rules_on(method, model)
         except ValueError as error:
             left_out[spec] = str(error)
         else:

@@ -9,11 +9,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from skipdit.models.class_swap import Remade, hooked, refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import SwapMixin, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.long_skip import LongSkipModel, OpenCall
 
 
-class UnitBranch(Remade, nn.Module):
+class UnitBranch(SwapMixin, nn.Module):
     """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
 
     _branch: tuple[str, int, str]  # kind, unit, name

@@ -49,7 +49,7 @@ def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
     return None
 
 
-class Remade:
+class SwapMixin:
     """Pickles and copies an instance of a final subclass that no module names: by how its class is made."""
 
     _made_by: tuple[Callable[[Any], type], type]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
-    BranchPlace,
+    BranchInfo,
     LongSkip,
     LongSkipConfig,
     LongSkipModel,
@@ -119,14 +119,14 @@ class DiTBlock(nn.Module):
         return hidden_states + gate_mlp.unsqueeze(1) * transformed
 
 
-def branches_of(model: LongSkipModel) -> list[BranchPlace]:
+def branches_of(model: LongSkipModel) -> list[BranchInfo]:
     """Return the branches of a model whose blocks are all `DiTBlock`s."""
-    places: list[BranchPlace] = []
+    places: list[BranchInfo] = []
     for unit, blocks in enumerate(model.units()):
         for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
             places += [
-                BranchPlace(kind_in("attention", number), unit, f"{number}.attn", block.attn),
-                BranchPlace("mlp", unit, f"{number}.mlp", block.mlp),
+                BranchInfo(kind_in("attention", number), unit, f"{number}.attn", block.attn),
+                BranchInfo("mlp", unit, f"{number}.mlp", block.mlp),
             ]
     return places
 
@@ -319,7 +319,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return [(block,) for block in self.blocks]
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         return branches_of(self)
 
     @property

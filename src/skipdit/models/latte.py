@@ -25,7 +25,7 @@ from skipdit.models.dit import (
     sincos_position_embedding,
 )
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
-from skipdit.models.long_skip import BranchPlace, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
+from skipdit.models.long_skip import BranchInfo, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
 from skipdit.models.shallow_path import ShallowPath
 
 LATTE_PRESETS = {
@@ -159,7 +159,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         return branches_of(self)
 
     @property

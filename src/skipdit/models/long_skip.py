@@ -194,7 +194,7 @@ class PlannedOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BranchPlace:
+class BranchInfo:
     """Where a branch stands: attention, cross-attention or MLP; its unit; its name there, and its module."""
 
     kind: BranchKind
@@ -244,7 +244,7 @@ class LongSkipModel:
         """Return the first unit of every segment but the first."""
         return ()
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         """Return every branch: attention (in the second block of a unit over time), cross-attention and MLP; several of
         a kind where streams have one each."""
         raise NotImplementedError

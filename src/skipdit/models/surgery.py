@@ -21,11 +21,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import Remade, hooked, refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import SwapMixin, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.families import Family, Segment, find_family, get_family
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, Writes, kind_in
 from skipdit.models.long_skip import (
-    BranchPlace,
+    BranchInfo,
     LongSkip,
     LongSkipConfig,
     LongSkipLinks,
@@ -42,7 +42,7 @@ LONG_SKIP_VARIANT = "long_skip"
 
 
 @dataclass(frozen=True)
-class BlockPlace:
+class UnitBlockInfo:
     """Where a block stands: its unit, whether it is the unit's first block or the model's last, and where its streams
     are among its arguments.
 
@@ -67,16 +67,16 @@ class BlockPlace:
         return streams[0] if len(streams) == 1 else tuple(streams)
 
 
-class UnitBlock(Remade, nn.Module):
+class UnitBlock(SwapMixin, nn.Module):
     """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
     step a block of a unit that does not run hands its streams on."""
 
-    _place: BlockPlace
+    _info: UnitBlockInfo
     _open: OpenCall
     long_skip: LongSkip | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state, place = self._open.state, self._place
+        state, place = self._open.state, self._info
         if state is None or place.unit not in state.plan.idle or self._is_hooked():
             return self._call_impl(*args, **kwargs)
         return place.hand_on(args, kwargs)
@@ -92,7 +92,7 @@ class UnitBlock(Remade, nn.Module):
         return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        place, state = self._place, self._open.state
+        place, state = self._info, self._open.state
         if state is None:
             raise RuntimeError(
                 f"this {type(self).__name__} belongs to unit {place.unit} of a model and runs only inside its forward"
@@ -141,7 +141,7 @@ class UnitBlock(Remade, nn.Module):
         return output
 
 
-def _exit(state: ForwardState, place: BlockPlace, output: Any, num_tokens: int) -> Any:
+def _exit(state: ForwardState, place: UnitBlockInfo, output: Any, num_tokens: int) -> Any:
     """Return what leaves the last unit, stored or replaced."""
     if place.over_time:
         num_frames = output.shape[1]
@@ -153,7 +153,7 @@ def _exit(state: ForwardState, place: BlockPlace, output: Any, num_tokens: int) 
     return state.enter(place.unit + 1, *output)
 
 
-class RunsUnits(Remade, LongSkipModel):
+class RunsUnits(SwapMixin, LongSkipModel):
     """Mixed in front of a transformer's class: opens a `ForwardState` for each forward call."""
 
     open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -183,7 +183,7 @@ class RunsUnits(Remade, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return _units(cast(nn.Module, self), self._family)
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         return _branches(cast(nn.Module, self), self._family)
 
     def enable_cache(self, spec: Any) -> None:
@@ -342,14 +342,14 @@ def num_units_of(model: nn.Module) -> int:
     return len(_units(model, get_family(type(model))))
 
 
-def _branches(model: nn.Module, family: Family) -> list[BranchPlace]:
+def _branches(model: nn.Module, family: Family) -> list[BranchInfo]:
     found, unit = [], 0
     for segment, units in zip(family.segments, _segments(model, family), strict=True):
         for blocks in units:
             for number, block in enumerate(blocks):
                 children = dict(block.named_modules())
                 found += [
-                    BranchPlace(kind_in(kind, number), unit, f"{number}.{name}", children[name])
+                    BranchInfo(kind_in(kind, number), unit, f"{number}.{name}", children[name])
                     for kind, names in segment.branches.items()
                     for name in names
                     if name in children
@@ -387,7 +387,7 @@ def open_units(model: nn.Module) -> None:
             unit = len(places)
             places.append(
                 [
-                    BlockPlace(
+                    UnitBlockInfo(
                         unit=unit,
                         is_entry=block is blocks[0],
                         is_exit=unit == len(units) - 1 and block is blocks[-1],
@@ -405,10 +405,10 @@ def open_units(model: nn.Module) -> None:
                     for block in blocks
                 ]
             )
-    for blocks, block_places in zip(units, places, strict=True):
-        for block, place in zip(cast(tuple[Any, ...], blocks), block_places, strict=True):
+    for blocks, block_infos in zip(units, places, strict=True):
+        for block, place in zip(cast(tuple[Any, ...], blocks), block_infos, strict=True):
             swap(block, _block_class(type(block)))
-            block._place, block._open, block.long_skip = place, open_call, None
+            block._info, block._open, block.long_skip = place, open_call, None
     opened = cast(Any, model)
     swap(opened, model_class)
     opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
@@ -445,7 +445,7 @@ def close_units(model: nn.Module) -> None:
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
     close_branches(model)
     for block in blocks:
-        del block._place, block._open, block.long_skip
+        del block._info, block._open, block.long_skip
         swap(block, type(block).__bases__[1])
         if block._compiled_call_impl is not None:
             args, options = block._compiled_call_impl.options
