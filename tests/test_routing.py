@@ -220,7 +220,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routed(model, KEPT, fill=True, **given)
     plan = ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4))
     for stored in (None, {}):
-        with pytest.raises(ValueError, match=r"give stored=kept_tokens\(kept\)"):
+        with pytest.raises(ValueError, match=r"pass stored=kept_tokens\(kept\)"):
             model(**given, plan=plan, stored=stored)
     left_out = ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4, leaves_out=True))
     with pytest.raises(ValueError, match="keeps no tokens"):

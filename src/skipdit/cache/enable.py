@@ -43,10 +43,10 @@ class CachedModel(SwapMixin, nn.Module):
         self._skipdit_cache.end_runs()
 
     @contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Keep the calls inside apart, as the stream `name` of the current run. where: the position in the loop
+    def cache_context(self, name: str, **position: Any) -> Iterator[None]:
+        """Keep the calls inside apart, as the stream `name` of the current run. position: in the loop
         (`step_index`, `num_inference_steps`, `timestep`), which takes precedence over what the call shows."""
-        with branch_context(name, **where), cast(Any, super()).cache_context(name, **where):
+        with branch_context(name, **position), cast(Any, super()).cache_context(name, **position):
             yield
 
     # models created through this class have no cache

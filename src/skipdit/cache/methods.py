@@ -35,11 +35,11 @@ class CacheMethod:
     """A rule (when, what and how), and perhaps more rules for other parts of the model at the same time."""
 
     schedule: Schedule
-    """When to reuse."""
+    """The steps that reuse."""
     site: Site = field(default_factory=DeepFeatures)
-    """What to reuse."""
+    """The values to reuse."""
     predictor: TaylorPredictor = field(default_factory=TaylorPredictor)
-    """How stored values become those of the current step."""
+    """The prediction of the current values from stored ones."""
     probe: Probe | None = None
     """The values that an adaptive schedule compares before it decides."""
     others: tuple["CacheMethod", ...] = ()

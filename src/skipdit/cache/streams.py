@@ -54,10 +54,10 @@ def cache_context(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def branch_context(name: str, **where: Any) -> Iterator[None]:
+def branch_context(name: str, **position: Any) -> Iterator[None]:
     """Keep the calls inside, one branch of guidance, apart from other branches of the current run; all end together.
-    where: the position in the loop, with the fields of diffusers' `CacheContext`."""
-    with _entered(_branch, (*_branch.get(), name)), _entered(_loop, where):
+    position: in the loop, with the fields of diffusers' `CacheContext`."""
+    with _entered(_branch, (*_branch.get(), name)), _entered(_loop, position):
         yield
 
 

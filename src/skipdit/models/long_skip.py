@@ -28,7 +28,7 @@ Init = Literal["default", "xavier", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class LongSkipConfig:
-    """Which units are linked, and how a link fuses."""
+    """The pairs of units that are linked, and the fusion of a link."""
 
     num_pairs: int | None = None
     """number of pairs to link, the outermost first; None links all of them"""
@@ -279,8 +279,8 @@ class LongSkipModel:
 
         skipdit.disable_cache(cast(nn.Module, self))
 
-    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
-        """Keep the calls of a guidance branch apart in a cache that is on. where: the position in the loop, which
+    def cache_context(self, name: str, **position: Any) -> AbstractContextManager[None]:
+        """Keep the calls of a guidance branch apart in a cache that is on. position: in the loop, which
         pipelines of diffusers may pass."""
         context = getattr(super(), "cache_context", None)
-        return nullcontext() if context is None else context(name, **where)
+        return nullcontext() if context is None else context(name, **position)
