@@ -59,7 +59,7 @@ def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe |
 ])  # fmt: skip
 def test_what_is_reused_lies_behind_the_probe(site: Any) -> None:
     model = tiny_dit()
-    with pytest.raises(ValueError, match="what is reused must be units after them"):
+    with pytest.raises(ValueError, match="must reuse one range of units after them"):
         enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=Probe()))
     assert not isinstance(model, CachedModel)
 

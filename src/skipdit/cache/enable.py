@@ -44,8 +44,8 @@ class CachedModel(SwapMixin, nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **position: Any) -> Iterator[None]:
-        """Keep the calls inside apart, as the stream `name` of the current run. position: in the loop
-        (`step_index`, `num_inference_steps`, `timestep`), which takes precedence over what the call shows."""
+        """Keep the calls inside apart, as the stream `name` of the current run. position: fields of the loop
+        (`step_index`, `num_inference_steps`, `timestep`), which take precedence over the arguments of the calls."""
         with branch_context(name, **position), cast(Any, super()).cache_context(name, **position):
             yield
 

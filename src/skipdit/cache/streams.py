@@ -56,7 +56,7 @@ def cache_context(name: str) -> Iterator[None]:
 @contextmanager
 def branch_context(name: str, **position: Any) -> Iterator[None]:
     """Keep the calls inside, one branch of guidance, apart from other branches of the current run; all end together.
-    position: in the loop, with the fields of diffusers' `CacheContext`."""
+    position: fields of diffusers' `CacheContext`, which give the position in the loop."""
     with _entered(_branch, (*_branch.get(), name)), _entered(_loop, position):
         yield
 

@@ -280,7 +280,7 @@ class LongSkipModel:
         skipdit.disable_cache(cast(nn.Module, self))
 
     def cache_context(self, name: str, **position: Any) -> AbstractContextManager[None]:
-        """Keep the calls of a guidance branch apart in a cache that is on. position: in the loop, which
-        pipelines of diffusers may pass."""
+        """Keep the calls of a guidance branch apart in a cache that is on. position: fields of the
+        loop, such as `step_index`, which pipelines of diffusers may pass."""
         context = getattr(super(), "cache_context", None)
         return nullcontext() if context is None else context(name, **position)
