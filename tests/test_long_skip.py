@@ -204,6 +204,6 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
 
 def test_a_forward_state_has_no_default_that_the_compiler_cannot_name() -> None:
     """Up to torch 2.11 a default that is an object breaks the graph of every compiled model at its first line."""
-    given = [field for field in dataclasses.fields(ForwardState) if field.init]
-    assert [field.name for field in given] == ["links", "plan", "given"]
-    assert all(field.default is dataclasses.MISSING for field in given)
+    arguments = [field for field in dataclasses.fields(ForwardState) if field.init]
+    assert [field.name for field in arguments] == ["links", "plan", "reused"]
+    assert all(field.default is dataclasses.MISSING for field in arguments)
