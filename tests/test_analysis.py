@@ -36,7 +36,7 @@ from skipdit.analysis.trajectory import (
 )
 from skipdit.analysis.weights import TrainingLog, find_training_log, layer_norms, long_skip_spectra
 from skipdit.cache.methods import METHODS, parse_method
-from skipdit.cache.runtime import parts_on
+from skipdit.cache.runtime import rules_on
 from skipdit.cli import main
 from skipdit.files import OutputFolder
 from skipdit.models.long_skip import LongSkipConfig
@@ -302,7 +302,7 @@ def test_errors_are_measured_under_any_cache(method: str) -> None:
     for spec in specs:
         parsed = parse_method(spec)
         try:
-            parts_on(parsed, pipeline.transformer)
+            rules_on(parsed, pipeline.transformer)
         except ValueError:
             continue
         growth = error_growth(pipeline, SETTINGS, run, torch.ones(8, dtype=torch.float64), parsed)

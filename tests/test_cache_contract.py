@@ -232,7 +232,7 @@ def test_the_contract(method: str, name: str, long_skips: bool, tmp_path: Path) 
     elif row.full is not None:
         assert tuple(loop.full) == row.full[kinds_of(name)]
     runtime = model._skipdit_cache
-    if len(runtime.parts) == 1 and not runtime.method.schedule.is_adaptive:
+    if len(runtime.rules) == 1 and not runtime.method.schedule.is_adaptive:
         (costs,) = runtime.costs.values()
         full = resolve(runtime.stepper.schedule_of(0, costs), TIMESTEPS)
         assert loop.full == [step for step, is_full in enumerate(full) if is_full]

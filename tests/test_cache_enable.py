@@ -25,7 +25,7 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, Schedule
-from skipdit.cache.site import BranchOutputs, DeepFeatures, Probe, Stack, UnitRange
+from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, Probe, UnitRange
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, long_skip_class
 
@@ -49,7 +49,7 @@ def counts(target: Any) -> tuple[int, int]:
 ])  # fmt: skip
 def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe | None) -> None:
     with pytest.raises(ValueError, match="a ProbeSchedule and a probe go together"):
-        CacheMethod(schedule=schedule, site=Stack(), probe=probe)
+        CacheMethod(schedule=schedule, site=AllButFirst(), probe=probe)
 
 
 @pytest.mark.parametrize("site", [
@@ -59,7 +59,7 @@ def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe |
 ])  # fmt: skip
 def test_what_is_reused_lies_behind_the_probe(site: Any) -> None:
     model = tiny_dit()
-    with pytest.raises(ValueError, match="what is reused must be units after them"):
+    with pytest.raises(ValueError, match="must reuse one range of units after them"):
         enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=Probe()))
     assert not isinstance(model, CachedModel)
 
@@ -139,7 +139,7 @@ def test_a_calibrated_schedule_on_offloaded_weights(tmp_path: Path) -> None:
 def test_a_calibrated_schedule_on_the_weights_in_another_dtype(tmp_path: Path) -> None:
     model = tiny_dit()
     path = calibrated_for(model, tmp_path / "schedule.json")
-    with pytest.warns(UserWarning, match=r"other weights, or these before torch\.bfloat16"):
+    with pytest.warns(UserWarning, match=r"other weights, or these before a cast to torch\.bfloat16"):
         enable_cache(nn.Module.to(model, torch.bfloat16), path)
 
 

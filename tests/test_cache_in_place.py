@@ -137,7 +137,7 @@ def test_a_declaration_may_say_it() -> None:
             enable_cache(each, "N3")
         torch.testing.assert_close(run(model), run(expected), atol=1e-5, rtol=0)
         writes = model.open_call.writes
-        assert (writes is None) if not says else (writes.known == {} and not writes.seen)
+        assert (writes is None) if not says else (writes.known == {} and not writes.previous)
 
 
 @pytest.mark.parametrize("name", LISTED)

@@ -172,7 +172,7 @@ def test_a_schedule_for_falling_timesteps_refuses_rising_ones() -> None:
         pipeline,
         CacheMethod(schedule=ExplicitSchedule(full_steps=(0, 4), num_inference_steps=10, timesteps=timesteps)),
     )
-    with pytest.raises(ValueError, match="made for timesteps that fall, got a run in which they rise"):
+    with pytest.raises(ValueError, match="made for falling timesteps, got a run in which they rise"):
         sample(pipeline.transformer, pipeline.scheduler, 10)
 
 

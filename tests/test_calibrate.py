@@ -16,7 +16,7 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, UnitRange
-from skipdit.cache.steppers import Part
+from skipdit.cache.steppers import CacheRule
 from skipdit.calibration.calibrate import CalibrateConfig, Row, at_compute, calibrate
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.trials import (
@@ -131,8 +131,8 @@ def test_every_trial_that_planning_reads_is_there(pipeline: ClassToImagePipeline
 def test_what_a_recorded_run_held_goes_with_it(pipeline: ClassToImagePipeline) -> None:
     """Of each run of a pass in several batches all stored steps were kept until the last had ended."""
 
-    def make(model: Any, parts: list[Part]) -> RecordingSteps:
-        return RecordingSteps(model, parts, Trials(max_age=2), lambda: None)
+    def make(model: Any, rules: list[CacheRule]) -> RecordingSteps:
+        return RecordingSteps(model, rules, Trials(max_age=2), lambda: None)
 
     with recorded(pipeline, DeepFeatures(), make) as (_, steps):
         for _ in range(2):
@@ -154,9 +154,9 @@ def test_smoothcache_reuses_where_outputs_hardly_change(pipeline: ClassToImagePi
     assert torch.equal(changes.reference, sample(pipeline))
     assert set(changes.relative) == {"attention", "mlp"}
     never = smooth_schedule(changes, 0.0)
-    assert all(part.schedule.full_steps == tuple(range(NUM_STEPS)) for part in never.parts)
+    assert all(rule.schedule.full_steps == tuple(range(NUM_STEPS)) for rule in never.rules)
     always = smooth_schedule(changes, 1e9)
-    assert all(part.schedule.full_steps == (0, 4) for part in always.parts)
+    assert all(rule.schedule.full_steps == (0, 4) for rule in always.rules)
     enable_cache(pipeline, always)
     sample(pipeline)
     summary = cache_summary(pipeline)

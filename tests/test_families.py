@@ -132,7 +132,7 @@ def test_a_family_that_fits_is_checked() -> None:
 
 
 @pytest.mark.parametrize(("family", "message"), [
-    (Family(segments=(Segment(lists=("blocks",)),), timestep_scale=1000.0), "lists of the family are none of"),
+    (Family(segments=(Segment(lists=("blocks",)),), timestep_scale=1000.0), "has no such lists as its family"),
     (Family(segments=(Segment(streams=("hidden_states", "text")),), timestep_scale=1000.0),
      "streams must be arguments"),
     (Family(segments=(Segment(streams=("hidden_states", "encoder_hidden_states")),), timestep_scale=1000.0),

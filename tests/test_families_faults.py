@@ -144,7 +144,7 @@ def test_silence_of_a_transformer_outside_the_window_is_one_warning() -> None:
     pipeline.register_to_config(boundary_ratio=0.6)
     pipeline.set_progress_bar_config(disable=True)
     enable_cache(pipeline, "N2-500-0")
-    with one_warning("not reused once in 4 steps: timesteps from 999 to 625, all that this WanTransformer3DModel was "):
+    with one_warning("not reused once in 4 steps: this WanTransformer3DModel was called at timesteps 999 to 625 only"):
         sample(pipeline, case, 1, 8)
     assert cache_summary(pipeline.transformer).steps_reused == 0
     assert cache_summary(pipeline.transformer_2).steps_reused > 0
@@ -161,7 +161,9 @@ def test_silence_of_a_forgotten_scale_is_one_warning(spec: str, monkeypatch: pyt
     enable_cache(model, spec)
     for step in range(20):
         run(model, TINY[name].inputs(step, 20))
-    with one_warning("in 20 steps: timesteps are 1 to 0.05, not 1000 to 0: timestep_scale of its Family does not fit"):
+    with one_warning(
+        "in 20 steps: timesteps are 1 to 0.05, not 1000 to 0: the timestep_scale of its Family does not fit"
+    ):
         run(model, TINY[name].inputs(0, 20))
     monkeypatch.undo()
     fitting = TINY[name].build().requires_grad_(False)
@@ -226,7 +228,7 @@ def test_offloading_first_works_or_says_what_to_do(name: str) -> None:
     apply_group_offloading(model, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
     classes = [type(module) for module in model.modules()]
     for act in (lambda: enable_cache(model, "delta:N2"), lambda: add_long_skips(model)):
-        with pytest.raises(ValueError, match=r"group offloading.*take them off, call skipdit, then set them up again"):
+        with pytest.raises(ValueError, match=r"group offloading.*remove them, call skipdit, then set them up again"):
             act()
     assert [type(module) for module in model.modules()] == classes
 
@@ -369,7 +371,7 @@ def test_a_call_without_a_timestep_is_told(given: dict[str, None]) -> None:
     enable_cache(model, "delta:N2")
     arguments = TINY_FAMILIES["PixArtTransformer2DModel"].arguments()
     del arguments["timestep"]
-    with pytest.raises(TypeError, match="PixArtTransformer2DModel needs its argument 'timestep'"):
+    with pytest.raises(TypeError, match="PixArtTransformer2DModel needs the argument 'timestep'"):
         model(**arguments, **given)
 
 

@@ -105,20 +105,20 @@ def test_blocks_are_taken_from_both_ends() -> None:
     assert outermost_blocks(picture, 4) == [blocks[index] for index in (0, 1, 4, 5)]
     assert outermost_blocks(picture, 3) == [blocks[index] for index in (0, 1, 5)]
     assert outermost_blocks(picture, 6) == blocks
-    with pytest.raises(ValueError, match="the picture model has 6 blocks, the video model needs 7"):
+    with pytest.raises(ValueError, match="the image model has 6 blocks, the video model needs 7"):
         outermost_blocks(picture, 7)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_attention_heads": 4}, "num_attention_heads must be 2 as in the picture model, got 4"),
-        ({"attention_head_dim": 8}, "attention_head_dim must be 16 as in the picture model, got 8"),
-        ({"patch_size": 4}, "patch_size must be 2 as in the picture model, got 4"),
-        ({"in_channels": 4}, "in_channels must be 3 as in the picture model, got 4"),
-        ({"out_channels": 6}, "out_channels must be 3 as in the picture model, got 6"),
-        ({"mlp_ratio": 2.0}, "mlp_ratio must be 4.0 as in the picture model, got 2.0"),
-        ({"downscale_freq_shift": 1.0}, "downscale_freq_shift must be 0.0 as in the picture model, got 1.0"),
+        ({"num_attention_heads": 4}, "num_attention_heads must be 2 as in the image model, got 4"),
+        ({"attention_head_dim": 8}, "attention_head_dim must be 16 as in the image model, got 8"),
+        ({"patch_size": 4}, "patch_size must be 2 as in the image model, got 4"),
+        ({"in_channels": 4}, "in_channels must be 3 as in the image model, got 4"),
+        ({"out_channels": 6}, "out_channels must be 3 as in the image model, got 6"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio must be 4.0 as in the image model, got 2.0"),
+        ({"downscale_freq_shift": 1.0}, "downscale_freq_shift must be 0.0 as in the image model, got 1.0"),
         ({"long_skip": None}, r"unit 2 has no long skip, its block .* a long skip \(replace, FP32LayerNorm\)"),
         ({"long_skip": LongSkipConfig(fusion="residual")}, r"unit 2 has a long skip \(residual, FP32LayerNorm\)"),
         ({"long_skip": LongSkipConfig(norm="rms_norm")}, r"unit 2 has a long skip \(replace, FP32RMSNorm\)"),
@@ -299,14 +299,14 @@ def test_modulation_is_exact_where_a_block_adds_the_same_at_every_timestep(learn
 @pytest.mark.parametrize(
     ("video", "picture", "message"),
     [
-        ({"num_attention_heads": 4}, {}, "num_attention_heads must be 2 as in the picture model, got 4"),
-        ({"patch_size": 4}, {}, "patch_size must be 2 as in the picture model, got 4"),
-        ({}, {"out_channels": 6}, "out_channels must be 6 as in the picture model, got 3"),
-        ({}, {"mlp_ratio": 2.0}, "mlp_ratio must be 2.0 as in the picture model, got 4.0"),
-        ({}, {"downscale_freq_shift": 1.0}, "downscale_freq_shift must be 1.0 as in the picture model, got 0.0"),
+        ({"num_attention_heads": 4}, {}, "num_attention_heads must be 2 as in the image model, got 4"),
+        ({"patch_size": 4}, {}, "patch_size must be 2 as in the image model, got 4"),
+        ({}, {"out_channels": 6}, "out_channels must be 6 as in the image model, got 3"),
+        ({}, {"mlp_ratio": 2.0}, "mlp_ratio must be 2.0 as in the image model, got 4.0"),
+        ({}, {"downscale_freq_shift": 1.0}, "downscale_freq_shift must be 1.0 as in the image model, got 0.0"),
         ({"num_units": 8}, {}, "has 6 blocks, the video model needs 8"),
         ({"long_skip": None}, {}, "unit 2 has no long skip"),
-        ({}, {"long_skip": None}, "unit 2 has a long skip .*, its block in the picture model no long skip"),
+        ({}, {"long_skip": None}, "unit 2 has a long skip .*, its block in the image model no long skip"),
     ],
 )
 def test_text_video_names_sizes_that_differ(video: dict[str, Any], picture: dict[str, Any], message: str) -> None:

@@ -140,10 +140,10 @@ def test_order_in_time_matters() -> None:
 
 def test_class_labels_are_given_where_the_model_knows_classes_and_only_there() -> None:
     latents, timestep, labels = clips()
-    with pytest.raises(ValueError, match="this model takes one a clip"):
+    with pytest.raises(ValueError, match="this model takes one per clip"):
         tiny_latte()(latents, timestep)
     unconditional = tiny_latte(num_classes=None)
-    with pytest.raises(ValueError, match="this model takes no"):
+    with pytest.raises(ValueError, match="this model takes none"):
         unconditional(latents, timestep, labels)
     assert unconditional(latents, timestep).sample.shape == (2, 3, 8, 8, 8)
     assert not any("class_embedder" in key for key in unconditional.state_dict())

@@ -167,15 +167,15 @@ def test_shallow_units_out_of_range_are_refused() -> None:
 
 def test_steps_that_do_not_add_up_are_refused() -> None:
     links, units = LongSkipLinks(6, {5: 0}), Units(start=1, stop=5)
-    with pytest.raises(ValueError, match="give stored="):
+    with pytest.raises(ValueError, match="pass stored="):
         ForwardState(links, ForwardPlan.of(links, reuse=(units,)), None)
-    with pytest.raises(ValueError, match="says not what of it to reuse"):
+    with pytest.raises(ValueError, match="the plan reuses nothing of it"):
         ForwardState(links, PLAIN, {})
-    with pytest.raises(ValueError, match="there are 6 units"):
+    with pytest.raises(ValueError, match="the model has 6 units"):
         ForwardPlan.of(links, store=(Units(start=1, stop=7),))
-    with pytest.raises(ValueError, match="at least one, got 2 to 2"):
+    with pytest.raises(ValueError, match="at least one unit in the range, got 2 to 2"):
         Units(start=2, stop=2)
-    with pytest.raises(ValueError, match="takes the skip of unit 0, which was left out"):
+    with pytest.raises(ValueError, match="needs the skip of unit 0, which was left out"):
         ForwardState(links, ForwardPlan.of(links, reuse=(Units(start=0, stop=2, skips=False),)), {}).skip(5)
 
 
@@ -204,6 +204,6 @@ def test_a_deep_copy_runs_its_own_weights() -> None:
 
 def test_a_forward_state_has_no_default_that_the_compiler_cannot_name() -> None:
     """Up to torch 2.11 a default that is an object breaks the graph of every compiled model at its first line."""
-    given = [field for field in dataclasses.fields(ForwardState) if field.init]
-    assert [field.name for field in given] == ["links", "plan", "given"]
-    assert all(field.default is dataclasses.MISSING for field in given)
+    arguments = [field for field in dataclasses.fields(ForwardState) if field.init]
+    assert [field.name for field in arguments] == ["links", "plan", "reused"]
+    assert all(field.default is dataclasses.MISSING for field in arguments)

@@ -98,7 +98,7 @@ def test_formats_that_cannot_hold_norms_refuse_them() -> None:
     video = tiny_latte(2, num_classes=3, in_channels=3, out_channels=3)
     picture = DiT(sample_size=8, in_channels=3, out_channels=3, num_layers=2, num_attention_heads=2,
                   attention_head_dim=8, num_classes=3, qk_norm=True)  # fmt: skip
-    with pytest.raises(ValueError, match="qk_norm must be True as in the picture model, got False"):
+    with pytest.raises(ValueError, match="qk_norm must be True as in the image model, got False"):
         inflate_latte(video, picture, {})
 
 

@@ -215,7 +215,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
         routed(model, KEPT, fill=True, **given)
     plan = ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4))
     for stored in (None, {}):
-        with pytest.raises(ValueError, match=r"give stored=kept_tokens\(kept\)"):
+        with pytest.raises(ValueError, match=r"pass stored=kept_tokens\(kept\)"):
             model(**given, plan=plan, stored=stored)
     left_out = ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4, leaves_out=True))
     with pytest.raises(ValueError, match="keeps no tokens"):
@@ -223,7 +223,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
     for start, stop in ((0, 3), (3, 3), (4, 3)):
         with pytest.raises(ValueError, match=f"got {start} to {stop}"):
             TokenRoute(start=start, stop=stop)
-    with pytest.raises(ValueError, match="there are 6 units"):
+    with pytest.raises(ValueError, match="the model has 6 units"):
         ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=7))
     with pytest.raises(ValueError, match="either routes tokens or"):
         ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4), store=[Units(start=1, stop=5)])

@@ -270,7 +270,7 @@ def test_taken_long_skips_leave_nothing_behind(name: str) -> None:
     assert (dict(model.config), list(model.state_dict())) == (config, keys)
     assert torch.equal(run(model, arguments), expected)
     if not family.ours:
-        assert not any(isinstance(module, RunsUnits) or hasattr(module, "_place") for module in model.modules())
+        assert not any(isinstance(module, RunsUnits) or hasattr(module, "_info") for module in model.modules())
 
 
 def fused(long_skip: nn.Module, hidden: Tensor, skip: Tensor) -> Tensor:
@@ -344,12 +344,12 @@ def test_what_cannot_be_added_or_taken_is_refused() -> None:
         add_long_skips(model)
     with pytest.raises(ValueError, match="has long skips of its own"):
         add_long_skips(build("HunyuanDiT2DModel", False))
-    with pytest.raises(ValueError, match="are its own"):
+    with pytest.raises(ValueError, match="are part of it and cannot be removed"):
         remove_long_skips(build("HunyuanDiT2DModel", False))
     for plain in (TINY_FAMILIES["PixArtTransformer2DModel"].build(), build("DiT", False), build("Latte", False)):
         with pytest.raises(ValueError, match="has no long skips that skipdit added"):
             remove_long_skips(plain)
-    with pytest.raises(ValueError, match=r"Linear is no family .*declare_family"):
+    with pytest.raises(ValueError, match=r"not know the units of Linear.*declare_family"):
         add_long_skips(nn.Linear(2, 2))
 
 
@@ -530,7 +530,7 @@ def test_a_declared_family_is_one_of_them(tmp_path: Path) -> None:
 
 
 def test_an_unknown_transformer_is_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"TwoPartTransformer is no family .*declare_family"):
+    with pytest.raises(ValueError, match=r"not know the units of TwoPartTransformer.*declare_family"):
         add_long_skips(TwoPartTransformer())
     with pytest.raises(ValueError, match=r"TwoPartTransformer has no long skips .*declare_family"):
         enable_cache(TwoPartTransformer(), "N2")
@@ -618,7 +618,7 @@ def test_a_second_thread_in_the_same_model_is_refused() -> None:
     handle = model.transformer_blocks[3].attn1.register_forward_pre_hook(enter)
     assert torch.equal(run(model, family.arguments()), expected)
     handle.remove()
-    assert "give each thread a copy.deepcopy" in str(errors[0])
+    assert "use a copy.deepcopy of it per thread" in str(errors[0])
     assert torch.equal(run(model, family.arguments()), expected)
     with pytest.raises(RuntimeError, match="belongs to unit 2 of a model and runs only inside its forward"):
         model.transformer_blocks[2](torch.zeros(1, 16, 16))

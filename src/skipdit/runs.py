@@ -94,11 +94,11 @@ def check_method(pipeline: Any, method: CacheMethod, num_inference_steps: int) -
     """Raise `ValueError` where this model lacks what the method reuses, or no step of such a run would reuse."""
     with switched_on(pipeline, OwnCache(method)):
         pass
-    if any(rule.schedule.is_adaptive for rule in method.parts):
+    if any(rule.schedule.is_adaptive for rule in method.rules):
         return
     pipeline.scheduler.set_timesteps(num_inference_steps)
     timesteps = pipeline.scheduler.timesteps.tolist()
-    if all(all(resolve(rule.schedule, timesteps)) for rule in method.parts):
+    if all(all(resolve(rule.schedule, timesteps)) for rule in method.rules):
         raise ValueError(f"cache {method} would never reuse in {num_inference_steps} steps of this sampler")
 
 

@@ -21,7 +21,7 @@ from skipdit.analysis.trajectory import (
 )
 from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
 from skipdit.cache.methods import parse_method
-from skipdit.cache.runtime import parts_on
+from skipdit.cache.runtime import rules_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.models.dit import DiT
 from skipdit.options import NumInferenceSteps, check_numbers, check_range
@@ -221,7 +221,7 @@ def growth_by_method(
     for spec in methods:
         method = parse_method(spec)
         try:
-            parts_on(method, pipeline.transformer)
+            rules_on(method, pipeline.transformer)
         except ValueError as error:
             left_out[spec] = str(error)
         else:

@@ -64,7 +64,7 @@ def method_of(spec: str) -> tuple[str, bool]:
 
 def _method_of_schedule(path: str) -> tuple[str, bool]:
     method = parse_method(path)
-    name = next((name for name, row in PUBLISHED.items() if row.is_like(method)), "smoothcache")
+    name = next((name for name, row in PUBLISHED.items() if row.matches(method)), "smoothcache")
     ours = name.startswith("skip")
     return ("calibrated" if ours else name if name == "smoothcache" else f"{name}, calibrated"), ours
 

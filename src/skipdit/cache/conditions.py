@@ -1,4 +1,4 @@
-"""Tells the conditioning of one call from that of another, asking the device for as little as possible."""
+"""Compares the conditioning of calls, with as few reads from the device as possible."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 
-def read(questions: list[Tensor]) -> list[float]:
-    """Return the numbers on the host, after a single wait for the device."""
-    if len(questions) < 2:
-        return [each.item() for each in questions]
-    device = questions[-1].device
+def read(scalars: list[Tensor]) -> list[float]:
+    """Return scalar tensors as numbers on the host; waits for the device once."""
+    if len(scalars) < 2:
+        return [scalar.item() for scalar in scalars]
+    device = scalars[-1].device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([each.to(device, dtype) for each in questions]).tolist()
+    return torch.stack([scalar.to(device, dtype) for scalar in scalars]).tolist()
 
 
 def _version(tensor: Tensor) -> int | None:
-    """Return a counter of writes in place; tensors of inference mode have none."""
+    """Return a tensor's counter of in-place writes; tensors of inference mode have none."""
     return None if tensor.is_inference() else tensor._version
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """Return a number that differs where contents do; it stays on the tensor's device and is not read."""
+    """Return a scalar that depends on every entry of a tensor; it stays on the device."""
     flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     flat = flat.reshape(-1).to(torch.float32 if tensor.device.type == "mps" else torch.float64)
     weights = torch.arange(1, len(flat) + 1, dtype=flat.dtype, device=flat.device).mul_(0.6180339887498949).frac_()
@@ -30,65 +30,62 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def _is_choice(value: Any) -> bool:
-    """Whether an argument chooses what a model does, as SD3's `skip_layers` does; a float is a strength, no choice."""
+    """Return true if an argument selects what a model does, as SD3's `skip_layers`; a float is a strength instead."""
     if isinstance(value, (list, tuple)):
-        return all(_is_choice(each) for each in value)
+        return all(_is_choice(entry) for entry in value)
     return value is None or isinstance(value, (bool, int, str))
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors among arguments and in lists: Z-Image takes its text states as one tensor per sample."""
+    """Yield the tensors among arguments and in their lists: Z-Image takes one text tensor per sample."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
         elif isinstance(value, list):
-            yield from _tensors({f"{name}.{index}": each for index, each in enumerate(value)})
+            yield from _tensors({f"{name}.{index}": entry for index, entry in enumerate(value)})
 
 
 class Conditions:
-    """The arguments of one call that tell its stream from others: tensors, and choices such as `skip_layers`.
-
-    versions: of the tensors at the call. sums: their checksums, numbers once they have been read.
-    """
+    """The arguments of one call that tell its stream from others: tensors, and choices such as `skip_layers`."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.choices = {name: value for name, value in arguments.items() if _is_choice(value)}
         self.tensors = dict(_tensors(arguments))
-        self.versions = {name: _version(tensor) for name, tensor in self.tensors.items()}
-        self.sums: dict[str, Tensor | float] = {}
+        self.versions = {name: _version(tensor) for name, tensor in self.tensors.items()}  # at the call
+        self.sums: dict[str, Tensor | float] = {}  # checksums; numbers once they have been read
 
     def same(self, name: str, other: "Conditions") -> bool:
-        """Whether both have the very same tensor, and it was not written in between."""
+        """Return true if both have the same tensor object, which was not written in between."""
         return self.tensors.get(name) is other.tensors.get(name) and self.versions.get(name) == other.versions.get(name)
 
     def add_checksums(self, known: "Sequence[Conditions]" = ()) -> None:
-        """Add the checksums of all tensors that have none yet. known: other calls, which may share some of them."""
+        """Add the checksums of all tensors that have none yet. known: other calls, which may share tensors."""
         for name, tensor in self.tensors.items():
             if name not in self.sums:
-                sums = (each.sums[name] for each in known if name in each.sums and self.same(name, each))
+                sums = (other.sums[name] for other in known if name in other.sums and self.same(name, other))
                 value = None if self.versions[name] is None else next(sums, None)
                 self.sums[name] = checksum(tensor) if value is None else value
 
-    def compare(self, others: "Sequence[Conditions]", questions: list[Tensor]) -> list[float]:
-        """Return the answers to some questions, reading the checksums of this and the other calls in the same wait."""
+    def compare(self, others: "Sequence[Conditions]", scalars: list[Tensor]) -> list[float]:
+        """Return some scalars as numbers, and read the checksums of this and the other calls in the same wait."""
         if others:
             self.add_checksums(others)
         compared = (self, *others) if others else ()
         sums = [
-            (each, name, value) for each in compared for name, value in each.sums.items() if isinstance(value, Tensor)
+            (call, name, value) for call in compared for name, value in call.sums.items() if isinstance(value, Tensor)
         ]
-        answers = read([*questions, *(value for *_, value in sums)])
-        for (each, name, _), answer in zip(sums, answers[len(questions) :], strict=True):
-            each.sums[name] = answer
-        return answers[: len(questions)]
+        numbers = read([*scalars, *(value for *_, value in sums)])
+        for (call, name, _), number in zip(sums, numbers[len(scalars) :], strict=True):
+            call.sums[name] = number
+        return numbers[: len(scalars)]
 
     def differing(self, other: "Conditions") -> set[str]:
-        """Return the names of choices that differ, and of tensors that are not the very same."""
+        """Return the names of choices that differ, and of tensors that are not the same object."""
         tensors = self.tensors.keys() | other.tensors.keys()
         return self._chosen(other) | {name for name in tensors if not self.same(name, other)}
 
     def unequal(self, other: "Conditions") -> set[str]:
-        """Return the names of choices and contents that differ; the checksums of both must have been read."""
+        """Return the names of choices and tensors that differ; the checksums of both must have been read."""
         shared = self.tensors.keys() & other.tensors.keys()
         return (
             self._chosen(other)

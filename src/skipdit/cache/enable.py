@@ -1,4 +1,4 @@
-"""Switches a cache on and off: a model's class becomes a final subclass whose `__call__` is the cache's."""
+"""Switches a cache on and off: the model becomes an instance of a final subclass whose `__call__` is the cache's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,21 +16,21 @@ from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import CacheRuntime
 from skipdit.cache.state import CacheSummary
-from skipdit.cache.steppers import Part, Stepper, make_stepper
+from skipdit.cache.steppers import CacheRule, Stepper, make_stepper
 from skipdit.cache.streams import Stream, branch_context
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import Remade, swap, swapped_class
+from skipdit.models.class_swap import SwapMixin, swap, swapped_class
 from skipdit.models.costs import Costs
 from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import close_units, open_units
 
 Pipeline = DiffusionPipeline | ModularPipeline
-TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline: Wan 2.2 has two, for high and low noise
+TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline; Wan 2.2 has two, for high and low noise
 
 
-class CachedModel(Remade, nn.Module):
-    """Mixed in before a model's class while its cache is on; `_cached_class` makes the final subclass."""
+class CachedModel(SwapMixin, nn.Module):
+    """Mixin before a model's class while its cache is on; `_cached_class` makes the final subclass."""
 
     _skipdit_cache: CacheRuntime
     is_cache_enabled = True
@@ -39,17 +39,17 @@ class CachedModel(Remade, nn.Module):
         return self._skipdit_cache.call(self, super().__call__, args, kwargs)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
-        """diffusers' pipelines call this at the end of a run."""
+        """End the current runs; called by diffusers' pipelines at the end of a call."""
         self._skipdit_cache.end_runs()
 
     @contextmanager
-    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
-        """Keep the calls inside apart, as the branch `name` of the current run. where: the place in the loop
-        (`step_index`, `num_inference_steps`, `timestep`), which is believed."""
-        with branch_context(name, **where), cast(Any, super()).cache_context(name, **where):
+    def cache_context(self, name: str, **position: Any) -> Iterator[None]:
+        """Keep the calls inside apart, as the stream `name` of the current run. position: fields of the loop
+        (`step_index`, `num_inference_steps`, `timestep`), which take precedence over the arguments of the calls."""
+        with branch_context(name, **position), cast(Any, super()).cache_context(name, **position):
             yield
 
-    # other models that are made through this class have no cache
+    # models created through this class have no cache
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
@@ -66,14 +66,14 @@ def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
 
 
 def models_of(target: nn.Module | Pipeline) -> list[nn.Module]:
-    """Return the models that a cache of this target is on: the model itself, or all transformers of a pipeline."""
+    """Return the models that a cache of this target covers: the model itself, or all transformers of a pipeline."""
     if isinstance(target, Pipeline):
         components = target.components
-        found = [components[name] for name in TRANSFORMERS if components.get(name) is not None]
-        if not found:
+        transformers = [components[name] for name in TRANSFORMERS if components.get(name) is not None]
+        if not transformers:
             present = ", ".join(name for name, value in components.items() if value is not None)
             raise ValueError(f"this {type(target).__name__} has no transformer to cache, only {present or 'nothing'}")
-        return [model for each in found for model in models_of(each)]
+        return [model for transformer in transformers for model in models_of(transformer)]
     if isinstance(target, torch.nn.parallel.DistributedDataParallel):
         return [target.module]
     if type(target).__module__.startswith("torch._dynamo"):
@@ -99,20 +99,20 @@ def enable_cache(
     target: nn.Module | Pipeline,
     spec: str | Path | CacheMethod,
     *,
-    make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
+    make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
 ) -> None:
-    """Make every later call of the model a full or a reuse step; a cache that is already on is replaced.
+    """Make every later call of the model a full or a reuse step; replaces a cache that is already on.
 
-    target: a pipeline, all of whose transformers are cached and whose scheduler's timesteps are then known; or a model,
-        for which each timestep is read from its call: one of ours, or a transformer of diffusers whose units skipdit
-        knows, with long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
+    target: a pipeline, all of whose transformers are cached, with timesteps from its scheduler; or a model, whose
+        timesteps are read from its calls: one of ours, or a transformer of diffusers whose units skipdit knows, with
+        long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
     spec: `"auto"`, `"N2-700-50"`, any other spec of `skipdit.cache.methods`, a `CacheMethod`, or the path of a
         schedule.json.
-    make: builds the stepper, in place of the one that the spec asks for; for measuring.
+    make: builds the stepper, in place of the one that the spec needs; for measurements.
 
-    Raises `ValueError` where the cache could have no effect: a model without long skips, more shallow units than it has
-    pairs, an empty window; at the first step of a pipeline's run, a schedule that reuses in none of its steps. After an
-    error the target is what it was.
+    Raises `ValueError` if the cache could have no effect: a model without long skips, more shallow units than it has
+    pairs, an empty window; and, at the first step of a pipeline's run, if the schedule would never reuse in it. After
+    an error the target is unchanged.
     """
     method, models = parse_method(spec), models_of(target)
     pipeline = target if isinstance(target, Pipeline) else None
@@ -139,7 +139,7 @@ def enable_cache(
 def _prepare(
     model: nn.Module, method: CacheMethod, pipeline: Pipeline | None, make: Callable[..., Stepper]
 ) -> CacheRuntime:
-    """Open what a cache needs and make its runtime; after an error the model is what it was."""
+    """Open the units and branches that a cache needs and return its runtime; after an error the model is unchanged."""
     if isinstance(model, CachedModel):
         opened = model._skipdit_cache.opened
     else:
@@ -159,7 +159,7 @@ def _prepare(
 
 
 def _close(model: nn.Module, *, opened: bool) -> None:
-    """Undo what was opened for a cache."""
+    """Close the units and branches that were opened for a cache."""
     if opened:
         close_units(model)
     elif isinstance(model, LongSkipModel):
@@ -167,7 +167,7 @@ def _close(model: nn.Module, *, opened: bool) -> None:
 
 
 def disable_cache(target: nn.Module | Pipeline) -> None:
-    """Make the model what it was; nothing stays stored. Does nothing without a cache."""
+    """Restore the model and drop all stored values. Does nothing if no cache is enabled."""
     for model in models_of(target):
         if isinstance(model, CachedModel):
             opened = model._skipdit_cache.opened
@@ -182,7 +182,7 @@ def _uncache(model: CachedModel) -> None:
 
 @lru_cache
 def _plain_class(model_class: type) -> type:
-    """Return the class without the cache's, also where `fully_shard` has since put one on top of it."""
+    """Return the class without the cache's, also if `fully_shard` has put its own on top of it since."""
     first, *others = model_class.__bases__
     if first is CachedModel:
         return others[0]
@@ -192,34 +192,35 @@ def _plain_class(model_class: type) -> type:
 
 
 def cache_summary(target: nn.Module | Pipeline) -> CacheSummary:
-    """Return what the cache did in the current run, or in the last one; for a pipeline of two transformers, in both
-    together. `ValueError` without a cache."""
+    """Return the summary of the current run, or of the last one; for a pipeline of two transformers, of both together.
+    Raises `ValueError` if no cache is enabled."""
     return Cache(_runtimes_of(target)).summary()
 
 
 def last_stream(model: nn.Module) -> Stream | None:
-    """Return the stream of this thread's last step of a model in the current context; `None` without a cache."""
+    """Return the stream of this thread's last call of a model in the current context; `None` without a cache."""
     if not isinstance(model, CachedModel):
         return None
     runtime = model._skipdit_cache
     with runtime.lock:
-        run = max(runtime.streams.own_runs, key=lambda each: each.last_call, default=None)
+        run = max(runtime.streams.runs_in_context, key=lambda run: run.last_call, default=None)
     return None if run is None else run.streams[-1]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A cache that `cached` switched on. runtimes: one per model of the target."""
+    """A cache that `cached` switched on."""
 
     runtimes: list[CacheRuntime]
+    """One per model of the target."""
 
     def summary(self) -> CacheSummary:
-        """Return what the cache did in the current run, or in the last one, also after it was switched off."""
+        """Return the summary of the current run, or of the last one; works after the cache is off, too."""
         first, *others = self.runtimes
         return first.summary(others)
 
     def costs(self) -> Costs:
-        """Return what the parts of the first model cost, as counted in its last run."""
+        """Return the costs of the first model's units and branches, as counted in its last run."""
         return list(self.runtimes[0].costs.values())[-1]
 
 
@@ -228,9 +229,9 @@ def cached(
     target: nn.Module | Pipeline,
     spec: str | Path | CacheMethod,
     *,
-    make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
+    make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
 ) -> Iterator[Cache]:
-    """Switch a cache on inside the block, and off at its end; takes the arguments of `enable_cache`.
+    """Switch a cache on inside the block, and off at its end. Arguments are those of `enable_cache`.
 
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """

@@ -1,4 +1,4 @@
-"""Tells which model a schedule was made for, and whether it is used on another one."""
+"""Identifies the model that a schedule was made for, and warns if it is used on another one."""
 
 import hashlib
 import warnings
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from skipdit.cache.methods import MadeFor
 from skipdit.models.long_skip import LongSkipModel
 
-NUM_SAMPLED = 64  # entries of each weight
+NUM_SAMPLED = 64  # entries per weight
 
 
 def fingerprint(model: nn.Module) -> str:
     """Return 16 hexadecimal digits that identify a model's weights.
 
-    They come from the name, shape and some evenly spaced entries of each weight, so they take a moment whatever the
-    size. They are the same on every device, and differ between dtypes. `ValueError` where weights are on the meta
-    device, where offloading leaves them.
+    They hash the name, the shape and some evenly spaced entries of each weight, so they are quick to compute at any
+    size. They are the same on every device and differ between dtypes. Raises `ValueError` if weights are on the meta
+    device, as they are under offloading.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
@@ -36,22 +36,24 @@ def _sampled(weight: Tensor) -> Tensor:
 
 
 def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -> None:
-    """Raise `ValueError` where a schedule was calibrated on another kind of model; warn where only the weights or the
-    scheduler differ, as it may then be less good. Offloaded weights are not compared."""
+    """Raise `ValueError` if a schedule was calibrated on another kind of model; warn if only the weights or the
+    scheduler differ, as quality may then be lower. Offloaded weights are not compared."""
     name, num_units = type(model).__name__, cast(LongSkipModel, model).long_skip_links.num_units
     if (name, num_units) != (made_for.model, made_for.num_units):
         raise ValueError(
             f"this schedule was calibrated on a {made_for.model} of {made_for.num_units} units, not on a {name} of "
             f"{num_units}: run skipdit calibrate on this model"
         )
-    differs = []
+    changes = []
     weights = list(model.parameters())
     if not any(weight.is_meta for weight in weights) and fingerprint(model) != made_for.weights:
         dtype = weights[0].dtype
-        differs.append("other weights" if dtype == torch.float32 else f"other weights, or these before {dtype}")
+        changes.append(
+            "other weights" if dtype == torch.float32 else f"other weights, or these before a cast to {dtype}"
+        )
     if scheduler is not None and scheduler != made_for.scheduler:
-        differs.append(f"{made_for.scheduler} instead of {scheduler}")
-    if differs:
+        changes.append(f"{made_for.scheduler} instead of {scheduler}")
+    if changes:
         warnings.warn(
-            f"this schedule was calibrated with {' and '.join(differs)}: it may be less good here", stacklevel=3
+            f"this schedule was calibrated with {' and '.join(changes)}: quality may be lower here", stacklevel=3
         )

@@ -1,4 +1,4 @@
-"""WHEN, from what a step shows: a gate looks at how much something has changed, and lets a step reuse or not."""
+"""WHEN to reuse, decided while the model runs: a gate compares values of the step with those of earlier ones."""
 
 import math
 from collections.abc import Sequence
@@ -14,26 +14,26 @@ class Gate:
     """
 
     def opens(self) -> bool:
-        """Whether the next step may reuse, before anything of it has run."""
+        """Return true if the next step may reuse; called before any of it has run."""
         return True
 
     def accepts(self, change: float) -> bool:
-        """Whether a step reuses, given how much its probe has changed."""
+        """Return true if a step reuses, given the change of its probe."""
         return True
 
     def observe(self, change: float, distance: int) -> None:
-        """Note, at a full step, that what is stored changed by `change` over `distance` steps."""
+        """Record, at a full step, that the stored values changed by `change` over `distance` steps."""
 
     def advance(self, *, full: bool) -> None:
         """Count a step that has run."""
 
 
 class AdaptiveSchedule(Schedule):
-    """What the schedules that decide by a change have in common. A threshold of 0 never reuses. Abstract."""
+    """A schedule that decides by how much values have changed. A threshold of 0 never reuses. Abstract."""
 
     is_adaptive = True
     follows_each_step = False
-    """Whether changes are measured from the last step instead of the last full one."""
+    """If true, changes are measured from the last step instead of the last full one."""
     threshold: float
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class AdaptiveSchedule(Schedule):
         return self.threshold == 0
 
     def gate(self) -> Gate:
-        """Make the gate of a new stream."""
+        """Return a new gate, for a new stream."""
         raise NotImplementedError
 
     def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
@@ -57,15 +57,15 @@ class AdaptiveSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeSchedule(AdaptiveSchedule):
-    """A step reuses while its probe, taken before the decision, differs by less than `threshold` from that of the last
-    full step (First-Block-Cache), or, with `accumulate`, while its changes from step to step add up to less (TeaCache).
-
-    coefficients: of a polynomial, highest power first, that turns a change of the probe into one of the output.
-    """
+    """Reuse while the probe, taken before the decision, differs by less than `threshold` from that of the last full
+    step (First-Block-Cache), or, with `accumulate`, while its changes from step to step add up to less (TeaCache)."""
 
     threshold: float
+    """Relative L1 change from which on a step is full."""
     accumulate: bool = False
+    """Add up the changes from step to step."""
     coefficients: tuple[float, ...] = (1.0, 0.0)
+    """Polynomial, highest power first, from a change of the probe to one of the output."""
 
     @property
     def follows_each_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -92,12 +92,13 @@ class ProbeGate(Gate):
 
 @dataclass(frozen=True, kw_only=True)
 class RateSchedule(AdaptiveSchedule):
-    """After a full step, as many steps reuse as fit below `threshold` at the rate at which the stored values changed
-    since the previous full step (AdaCache, arXiv 2411.02397, whose codebook is read as this rule), but at most
-    `max_reused`."""
+    """Reuse after a full step for as long as the change stays below `threshold`, at the rate at which the stored values
+    changed since the previous full step (AdaCache, arXiv 2411.02397, with this rule in place of its codebook)."""
 
     threshold: float
+    """Relative L1 change that is allowed since the last full step."""
     max_reused: int = 5
+    """The largest number of reuse steps in a row."""
 
     def gate(self) -> "RateGate":
         return RateGate(self)

@@ -1,4 +1,4 @@
-"""Every cache method is a choice of when x what x how; those with a name are rows of one table."""
+"""Cache methods: each is a choice of when x what x how, and the named ones are rows of one table."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,42 +11,48 @@ import msgspec
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
-from skipdit.cache.site import BranchOutputs, DeepFeatures, Inner, Probe, Site, Stack, UnitRange
+from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
 from skipdit.models.long_skip import BranchKind
 from skipdit.untrusted import printable, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class MadeFor:
-    """What a calibrated schedule was measured on. weights: their `skipdit.cache.fingerprint`."""
+    """The model and the settings that a schedule was calibrated on."""
 
     model: str
+    """Name of its class."""
     num_units: int
     weights: str
+    """Fingerprint of its weights, see `skipdit.cache.fingerprint`."""
     scheduler: str
+    """Name of the scheduler's class."""
     guidance_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMethod:
-    """When (`schedule`), what (`site`) and how (`predictor`).
-
-    probe: what an adaptive schedule looks at before it decides. others: further choices, for other parts of the model
-    at the same time. made_for: what the schedule was calibrated on. spec: how it was written.
-    """
+    """A rule (when, what and how), and perhaps more rules for other parts of the model at the same time."""
 
     schedule: Schedule
+    """The steps that reuse."""
     site: Site = field(default_factory=DeepFeatures)
+    """The values to reuse."""
     predictor: TaylorPredictor = field(default_factory=TaylorPredictor)
+    """The prediction of the current values from stored ones."""
     probe: Probe | None = None
+    """The values that an adaptive schedule compares before it decides."""
     others: tuple["CacheMethod", ...] = ()
+    """Further rules."""
     made_for: MadeFor | None = field(default=None, compare=False)
+    """The model that the schedule was calibrated on."""
     spec: str = field(default="", compare=False)
+    """The spec it was parsed from."""
 
     def __post_init__(self) -> None:
         if self.schedule.is_adaptive and self.others:
             raise ValueError(
-                "an adaptive schedule decides for the whole step, so it cannot be combined with another choice"
+                "an adaptive schedule decides for the whole step, so it cannot be combined with another rule"
             )
         if (self.probe is not None) != isinstance(self.schedule, ProbeSchedule):
             raise ValueError(
@@ -54,42 +60,40 @@ class CacheMethod:
             )
 
     @property
-    def parts(self) -> "tuple[CacheMethod, ...]":
+    def rules(self) -> "tuple[CacheMethod, ...]":
         return (self, *self.others)
 
     @property
     def may_stay_full(self) -> bool:
-        return all(part.schedule.may_stay_full for part in self.parts)
+        return all(rule.schedule.may_stay_full for rule in self.rules)
 
     def __str__(self) -> str:
         if self.spec:
             return self.spec
         order = self.predictor.order
-        name = next((name for name, row in METHODS.items() if row.is_like(self)), type(self.site).__name__)
+        name = next((name for name, row in METHODS.items() if row.matches(self)), type(self.site).__name__)
         prefix, suffix = "" if name == "skip" else f"{name}:", f"-o{order}" if order else ""
         return f"{prefix}{self.schedule}{''.join(f'-k{k}' for k in self.site.shallow_units)}{suffix}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The table
-
-
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a spec says after the name. shallow_units: the numbers given as -k."""
+class ParsedSpec:
+    """The options of a spec, without the method's name."""
 
     schedule: IntervalSchedule
     shallow_units: tuple[int, ...] = ()
+    """The number after -k, if there is one."""
     order: int = 0
+    """The Taylor order."""
 
     @property
     def k(self) -> int:
         return self.shallow_units[0] if self.shallow_units else 1
 
-    def part(
+    def rule(
         self, site: Site, *, stretch: int = 1, start: float | None = None, stop: float | None = None
     ) -> CacheMethod:
-        """Return a choice with `stretch` times the interval, and another window where one is given."""
+        """Return a rule with `stretch` times the interval; `start` and `stop`, if given, replace the window."""
         schedule = IntervalSchedule(
             interval=self.schedule.interval * stretch,
             start_timestep=self.schedule.start_timestep if start is None else start,
@@ -99,31 +103,30 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """A named method.
-
-    source: where it is from, and how this differs. order: its default Taylor order; with 0 it takes no -o. parts: its
-    choices, for an interval; adaptive: its choice, for a threshold; `None` where it has no such spec. site: what a
-    schedule.json of this name reuses. takes_k: whether it takes -k.
-    """
+class MethodEntry:
+    """A named method, one row of the table."""
 
     source: str
+    """The paper or repository it is from, and how this implementation differs."""
     order: int = 0
-    parts: Callable[[Options], tuple[CacheMethod, ...]] | None = None
+    """Its default Taylor order; with 0 it takes no -o."""
+    rules: Callable[[ParsedSpec], tuple[CacheMethod, ...]] | None = None
+    """Makes its rules from a spec with an interval; `None` if it has no such spec."""
     adaptive: Callable[[float], CacheMethod] | None = None
+    """Makes its only rule from a threshold; `None` if it has no such spec."""
     site: Callable[[tuple[int, ...]], Site] | None = None
+    """Makes the site of a schedule.json of this name from its shallow units."""
     takes_k: bool = True
 
-    def is_like(self, method: CacheMethod) -> bool:
-        """Whether a method of one part has this row's site and kind of predictor."""
+    def matches(self, method: CacheMethod) -> bool:
+        """Return true if a method of one rule has the site and the kind of predictor of this row."""
         if self.site is None or method.others or method.probe is not None:
             return False
-        here = self.site(method.site.shallow_units)
-        return here == method.site and (self.order > 0) == (method.predictor.order > 0)
+        return self.site(method.site.shallow_units) == method.site and (self.order > 0) == (method.predictor.order > 0)
 
     @property
     def form(self) -> str:
-        if self.parts is None:
+        if self.rules is None:
             return "{threshold}" if self.adaptive else "json"
         order = "[-o{Taylor order}]" if self.order else ""
         k = "[-k{shallow units}]" if self.takes_k else ""
@@ -133,7 +136,7 @@ class Published:
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
 AUTO_ORDER = 2
-NEVER_AGAIN = 10**6  # an interval that no run outlasts
+NEVER_AGAIN = 10**6  # an interval longer than any run
 FIRST_ADDED, FIRST_INPUT = Probe(), Probe(inputs=True)
 
 
@@ -149,107 +152,107 @@ def _branches(ks: tuple[int, ...]) -> Site:
     return BranchOutputs(EVERY)
 
 
-def _one(site: Callable[[tuple[int, ...]], Site]) -> Callable[[Options], tuple[CacheMethod, ...]]:
-    return lambda options: (options.part(site(options.shallow_units[:1])),)
+def _one(site: Callable[[tuple[int, ...]], Site]) -> Callable[[ParsedSpec], tuple[CacheMethod, ...]]:
+    return lambda options: (options.rule(site(options.shallow_units[:1])),)
 
 
-def _skip_branch(options: Options) -> tuple[CacheMethod, ...]:
+def _skip_branch(options: ParsedSpec) -> tuple[CacheMethod, ...]:
     shallow = BranchOutputs((*ATTENTION, "cross_attention"), options.k)
     every_second = replace(options.schedule, interval=2)
     return (
-        options.part(DeepFeatures(options.k)),
+        options.rule(DeepFeatures(options.k)),
         CacheMethod(schedule=every_second, site=shallow, predictor=TaylorPredictor(options.order)),
     )
 
 
-def _delta_dit(options: Options) -> tuple[CacheMethod, ...]:
+def _delta_dit(options: ParsedSpec) -> tuple[CacheMethod, ...]:
     middle = 500.0
     return (
-        options.part(UnitRange(options.k, at="first"), stop=max(middle, options.schedule.stop_timestep)),
-        options.part(UnitRange(options.k, at="last"), start=min(middle, options.schedule.start_timestep)),
+        options.rule(UnitRange(options.k, at="first"), stop=max(middle, options.schedule.stop_timestep)),
+        options.rule(UnitRange(options.k, at="last"), start=min(middle, options.schedule.start_timestep)),
     )
 
 
-def _pab(options: Options) -> tuple[CacheMethod, ...]:
+def _pab(options: ParsedSpec) -> tuple[CacheMethod, ...]:
     return (
-        options.part(BranchOutputs(("attention",))),
-        options.part(BranchOutputs(("temporal_attention",), optional=True), stretch=2),
-        options.part(BranchOutputs(("cross_attention",), optional=True), stretch=3),
+        options.rule(BranchOutputs(("attention",))),
+        options.rule(BranchOutputs(("temporal_attention",), optional=True), stretch=2),
+        options.rule(BranchOutputs(("cross_attention",), optional=True), stretch=3),
     )
 
 
-def _tgate(options: Options) -> tuple[CacheMethod, ...]:
+def _tgate(options: ParsedSpec) -> tuple[CacheMethod, ...]:
     gate = options.schedule.stop_timestep
     if gate == 0:
         raise ValueError("tgate needs the timestep of its gate: tgate:N{interval}-{start}-{gate}, as tgate:N5-900-600")
     held = IntervalSchedule(interval=NEVER_AGAIN, start_timestep=gate)
     cross = CacheMethod(schedule=held, site=BranchOutputs(("cross_attention",)))
-    return (cross, options.part(BranchOutputs(ATTENTION)))
+    return (cross, options.rule(BranchOutputs(ATTENTION)))
 
 
-METHODS: dict[str, Published] = {
-    "skip": Published(source="Skip-Cache, arXiv 2411.17616", parts=_one(_deep), site=_deep),
-    "skip-taylor": Published(
-        source="Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1, parts=_one(_deep), site=_deep
+METHODS: dict[str, MethodEntry] = {
+    "skip": MethodEntry(source="Skip-Cache, arXiv 2411.17616", rules=_one(_deep), site=_deep),
+    "skip-taylor": MethodEntry(
+        source="Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1, rules=_one(_deep), site=_deep
     ),
-    "skip-branch": Published(
-        source="Skip-Cache (arXiv 2411.17616); in the shallow units attention runs at every second step",
-        parts=_skip_branch,
+    "skip-branch": MethodEntry(
+        source="Skip-Cache (arXiv 2411.17616); attention of the shallow units runs at every second step",
+        rules=_skip_branch,
     ),
-    "delta": Published(
-        source="Delta-DiT's offset (arXiv 2406.01125), of the units in the middle at all steps",
-        parts=_one(_offset),
+    "delta": MethodEntry(
+        source="Delta-DiT's offset (arXiv 2406.01125) of the units in the middle, at all steps",
+        rules=_one(_offset),
         site=_offset,
     ),
-    "delta-taylor": Published(
+    "delta-taylor": MethodEntry(
         source="Delta-DiT's offset (arXiv 2406.01125) of the units in the middle, with TaylorSeer's prediction",
         order=1,
-        parts=_one(_offset),
+        rules=_one(_offset),
         site=_offset,
     ),
-    "delta-dit": Published(
-        source="Delta-DiT, arXiv 2406.01125: of the last units down to timestep 500, of the first ones below",
-        parts=_delta_dit,
+    "delta-dit": MethodEntry(
+        source="Delta-DiT, arXiv 2406.01125: offset of the last units down to timestep 500, of the first ones below",
+        rules=_delta_dit,
     ),
-    "faster-diffusion": Published(
+    "faster-diffusion": MethodEntry(
         source="Faster Diffusion, arXiv 2312.09608: the first half of the units is reused; no noise is injected",
-        parts=lambda options: (options.part(UnitRange(None, at="last", delta=False)),),
+        rules=lambda options: (options.rule(UnitRange(None, at="last", delta=False)),),
         takes_k=False,
     ),
-    "fora": Published(source="FORA, arXiv 2407.01425", parts=_one(_branches), site=_branches, takes_k=False),
-    "taylorseer": Published(
-        source="TaylorSeer, arXiv 2503.06923", order=1, parts=_one(_branches), site=_branches, takes_k=False
+    "fora": MethodEntry(source="FORA, arXiv 2407.01425", rules=_one(_branches), site=_branches, takes_k=False),
+    "taylorseer": MethodEntry(
+        source="TaylorSeer, arXiv 2503.06923", order=1, rules=_one(_branches), site=_branches, takes_k=False
     ),
-    "pab": Published(
+    "pab": MethodEntry(
         source="Pyramid Attention Broadcast, arXiv 2408.12588: attention every N, over time 2N, cross 3N; no MLPs",
-        parts=_pab,
+        rules=_pab,
         takes_k=False,
     ),
-    "tgate": Published(
-        source="T-GATE, arXiv 2404.02747: cross-attention is held below the gate, attention every N above it; guidance "
-        "is the pipeline's and goes on",
-        parts=_tgate,
+    "tgate": MethodEntry(
+        source="T-GATE, arXiv 2404.02747: cross-attention is held below the gate, attention every N above it; "
+        "the pipeline's guidance continues",
+        rules=_tgate,
         takes_k=False,
     ),
-    "smoothcache": Published(
+    "smoothcache": MethodEntry(
         source="SmoothCache, arXiv 2411.10510: branches by kind, from a calibrated schedule (skipdit calibrate)"
     ),
-    "fbcache": Published(
+    "fbcache": MethodEntry(
         source="First-Block-Cache, ParaAttention (github.com/chengzeyi/ParaAttention), after arXiv 2411.19108",
         adaptive=lambda threshold: CacheMethod(
-            schedule=ProbeSchedule(threshold=threshold), site=Stack(), probe=FIRST_ADDED
+            schedule=ProbeSchedule(threshold=threshold), site=AllButFirst(), probe=FIRST_ADDED
         ),
         takes_k=False,
     ),
-    "teacache": Published(
+    "teacache": MethodEntry(
         source="TeaCache, arXiv 2411.19108, without a fitted polynomial; the first unit runs too",
         adaptive=lambda threshold: CacheMethod(
-            schedule=ProbeSchedule(threshold=threshold, accumulate=True), site=Stack(), probe=FIRST_INPUT
+            schedule=ProbeSchedule(threshold=threshold, accumulate=True), site=AllButFirst(), probe=FIRST_INPUT
         ),
         takes_k=False,
     ),
-    "adacache": Published(
-        source="AdaCache, arXiv 2411.02397, its codebook as a rate; no motion regularisation",
+    "adacache": MethodEntry(
+        source="AdaCache, arXiv 2411.02397, its codebook as a rate; no motion regularization",
         adaptive=lambda threshold: CacheMethod(schedule=RateSchedule(threshold=threshold), site=BranchOutputs(EVERY)),
         takes_k=False,
     ),
@@ -273,15 +276,15 @@ SPEC_FORM = (
 
 
 def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
-    """Return the method of a spec string or of a schedule's path (`.json`); a method is returned as it is.
+    """Return the method of a spec string or of the path of a schedule (`.json`); a `CacheMethod` is returned unchanged.
 
-    `ValueError` for a spec that is not of the form, names an unknown method, or could never reuse; `FileNotFoundError`
-    for a schedule that does not exist.
+    Raises `ValueError` on a spec that is malformed, names an unknown method, or could never reuse; `FileNotFoundError`
+    if the schedule does not exist.
     """
     if isinstance(spec, CacheMethod):
         return spec
     if not isinstance(spec, (str, Path)):
-        raise TypeError(f"a cache is a spec, a schedule's path or a CacheMethod, got {type(spec).__name__}")
+        raise TypeError(f"a cache is a spec, the path of a schedule or a CacheMethod, got {type(spec).__name__}")
     if str(spec).endswith(".json"):
         return load_schedule(Path(spec))
     text = str(spec)
@@ -301,17 +304,17 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
         method = row.adaptive(float(match["value"]))
     else:
-        if row.parts is None:
+        if row.rules is None:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
-        method = _together(row.parts(_options(row, match, text)))
+        method = _combine(row.rules(_options(row, match, text)))
     return method if row.site is not None else replace(method, spec=text)
 
 
-def _options(row: Published, match: re.Match[str], text: str) -> Options:
-    given = re.findall(r"-([ko])(\d+)", match["options"])
-    values = {letter: int(value) for letter, value in given}
-    if len(values) < len(given):
-        raise ValueError(f"each of -k and -o may be given once, got {printable(text)!r}")
+def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
+    options = re.findall(r"-([ko])(\d+)", match["options"])
+    values = {letter: int(value) for letter, value in options}
+    if len(values) < len(options):
+        raise ValueError(f"-k and -o may be given once each, got {printable(text)!r}")
     if "o" in values and row.order == 0:
         with_order = ", ".join(f"{name}:" for name, other in METHODS.items() if other.order)
         raise ValueError(f"a Taylor order needs one of {with_order}, got {printable(text)!r}")
@@ -320,7 +323,7 @@ def _options(row: Published, match: re.Match[str], text: str) -> Options:
     window = (
         {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
     )
-    return Options(
+    return ParsedSpec(
         schedule=IntervalSchedule(interval=int(match["interval"]), **window),
         shallow_units=(values["k"],) if "k" in values else (),
         order=values.get("o", row.order),
@@ -331,20 +334,16 @@ def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
     return CacheMethod(
-        schedule=schedule, site=Inner(int(k or 1)), predictor=TaylorPredictor(int(order or AUTO_ORDER)), spec=spec
+        schedule=schedule, site=MiddleUnits(int(k or 1)), predictor=TaylorPredictor(int(order or AUTO_ORDER)), spec=spec
     )
 
 
-def _together(parts: tuple[CacheMethod, ...]) -> CacheMethod:
-    first, *others = parts
+def _combine(rules: tuple[CacheMethod, ...]) -> CacheMethod:
+    first, *others = rules
     return replace(first, others=tuple(others))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedules as files
-
-
-MAX_SCHEDULE_STEPS = 1000  # of a run; `skipdit sample --steps` goes no further
+MAX_SCHEDULE_STEPS = 1000  # per run; `skipdit sample --num-inference-steps` has the same limit
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SCHEDULE_STEPS)]
 Steps = Annotated[list[Count], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
 Variants = Annotated[list[Count | None], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
@@ -360,7 +359,7 @@ class PartFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A schedule.json. What `skipdit calibrate` adds about a schedule's origin has no effect."""
+    """A schedule.json. The fields in which `skipdit calibrate` records its origin have no effect."""
 
     num_inference_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULE_STEPS)]
     full_steps: Steps | None = None
@@ -380,30 +379,30 @@ class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def load_schedule(path: Path) -> CacheMethod:
-    """Return an explicit schedule, written by hand or by `skipdit calibrate`.
+    """Read an explicit schedule, written by hand or by `skipdit calibrate`.
 
     `{"full_steps": [0, 2], "num_inference_steps": 4}` and optionally `method` (a row of `METHODS`, by default skip),
     `num_shallow_units` (a number, or a list that `variants` indexes), `order`, `timesteps`, `variants` and `made_for`;
-    or, in place of `full_steps` and `method`, `parts`: a list of `{"kinds": [...], "full_steps": [...]}`. Any other
-    field is an error, and so is a number of another type.
+    or, in place of `full_steps` and `method`, `parts`: a list of `{"kinds": [...], "full_steps": [...]}`. Raises
+    `ValueError` on any other field and on a number of the wrong type, `FileNotFoundError` if there is no such file.
     """
     try:
         fields = read_json(path, ScheduleFields, infinite=("predicted_psnr_db", "measured_psnr_db"))
-        parts = tuple(_read_parts(fields))
+        rules = tuple(_read_rules(fields))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no schedule at {printable(path)}") from error
     except ValueError as error:
         name = printable(path)
         raise ValueError(f"{name} is not a schedule: {printable(str(error).removeprefix(f'{name} '))}") from error
-    spec = f"{printable(path.name)} ({parts[0].schedule} steps full)"
-    return replace(_together(parts), made_for=fields.made_for, spec=spec)
+    spec = f"{printable(path.name)} ({rules[0].schedule} steps full)"
+    return replace(_combine(rules), made_for=fields.made_for, spec=spec)
 
 
-def _read_parts(fields: ScheduleFields) -> Iterator[CacheMethod]:
+def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
     if fields.parts is not None:
         kinds = [kind for part in fields.parts for kind in part.kinds]
         if fields.full_steps is not None or fields.variants or len(set(kinds)) < len(kinds):
-            raise ValueError("parts take the place of full_steps and variants, and name each kind once")
+            raise ValueError("parts replace full_steps and variants, and name each kind once")
         for part in fields.parts:
             schedule = _explicit(fields, part.full_steps, part.variants)
             yield CacheMethod(
@@ -416,10 +415,10 @@ def _read_parts(fields: ScheduleFields) -> Iterator[CacheMethod]:
     if make is None:
         with_site = ", ".join(name for name, row in METHODS.items() if row.site is not None)
         raise ValueError(f"method must be one of {with_site}, got {printable(fields.method)!r}")
-    given = fields.num_shallow_units
+    numbers = fields.num_shallow_units
     yield CacheMethod(
         schedule=_explicit(fields, fields.full_steps, fields.variants),
-        site=make(tuple(given) if isinstance(given, list) else (given,)),
+        site=make(tuple(numbers) if isinstance(numbers, list) else (numbers,)),
         predictor=TaylorPredictor(fields.order),
     )
 

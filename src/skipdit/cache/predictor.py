@@ -1,4 +1,4 @@
-"""HOW stored values become those of the current step: held as they are, or extrapolated."""
+"""HOW stored values become those of the current step: held, or extrapolated."""
 
 import math
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ Derivatives = tuple[Values, ...]
 class TaylorPredictor:
     """Taylor expansion of order m in the step count, from differences of full steps (TaylorSeer, arXiv 2503.06923).
 
-    Order 0 holds the stored values. `stored[i]` are the i-th derivatives, so m + 1 tensors are held for each value;
-    while fewer full steps have been seen, the order is lower.
-    """
+    `stored[i]` holds the i-th derivatives, so memory is m + 1 tensors per value. The order is lower until m + 1 full
+    steps have run."""
 
     order: int = 0
+    """m, from 0 (hold the stored values) to 4."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.order <= 4:

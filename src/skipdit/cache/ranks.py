@@ -1,4 +1,4 @@
-"""Ranks that hold shards of one model must decide alike: a unit's weights are gathered only while all ranks run it."""
+"""Ranks that hold shards of one model must decide alike: a unit's weights are gathered only if all ranks run it."""
 
 import math
 
@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import nn
 
 
-def agreed(change: float, model: nn.Module) -> float:
-    """Return the largest change on all ranks that share this model's weights (FSDP2, tensor parallel), so that all of
-    them decide alike; where each rank has all weights, as under DDP, the change itself."""
+def all_reduce_max(change: float, model: nn.Module) -> float:
+    """Return the largest change over the ranks that shard this model's weights (FSDP2, tensor parallel), so that all of
+    them decide alike; the change itself if each rank holds all weights, as under DDP. NaN counts as infinite."""
     if not (dist.is_available() and dist.is_initialized()):
         return change
     for device_type, group in _shard_groups(model):

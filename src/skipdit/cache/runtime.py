@@ -1,7 +1,7 @@
 """The cache of one model: makes each of its calls a full or a reuse step.
 
-What a step does is decided outside whatever `model.compile()` compiled, so that it runs one of a few whole graphs.
-State belongs to a run, never to the model; the one rule for what a run is stands in `streams`.
+Steps are decided outside the graphs of `model.compile()`, so that a step runs one of a few whole graphs. State belongs
+to a run, never to the model; `streams` defines what a run is.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from skipdit.cache.compiled import Call, more_graphs
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
-from skipdit.cache.steppers import Part, PartState, Stepper, make_stepper, parts_on
+from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
 from skipdit.cache.streams import Run, Stream, Streams
 from skipdit.models.branches import open_branches
 from skipdit.models.costs import Costs, count_costs
@@ -28,8 +28,8 @@ from skipdit.models.long_skip import LongSkipModel
 class CacheRuntime:
     """The cache of one model.
 
-    opened: whether the model's units were opened for the cache alone. make: builds the stepper; by default, what the
-    method says.
+    opened: true if the model's units were opened for the cache alone. make: builds the stepper; by default, the one
+    that the method needs.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class CacheRuntime:
         method: CacheMethod,
         *,
         opened: bool = False,
-        make: Callable[[nn.Module, list[Part]], Stepper] = make_stepper,
+        make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
     ) -> None:
         linked = cast(LongSkipModel, model)
         self.method, self.opened = method, opened
         self.family = find_family(type(model)) or Family()
         self.model_name = type(model).__name__
         self.names, self.conditions = arguments_of(type(model), self.family)
-        parts = parts_on(method, model)
-        self.stepper = make(model, parts)
-        if any(isinstance(region, Branches) for part in parts for region in (*part.regions, *part.probe)):
+        rules = rules_on(method, model)
+        self.stepper = make(model, rules)
+        if any(isinstance(region, Branches) for rule in rules for region in (*rule.regions, *rule.probe)):
             open_branches(linked)
         self.num_units, self.timestep_scale = linked.long_skip_links.num_units, linked.timestep_scale
         self.reset()
@@ -62,14 +62,14 @@ class CacheRuntime:
         self.peak_bytes_held = 0
 
     @property
-    def parts(self) -> list[Part]:
-        return self.stepper.parts
+    def rules(self) -> list[CacheRule]:
+        return self.stepper.rules
 
-    def _start(self) -> list[PartState]:
-        return [PartState.of(part) for part in self.parts]
+    def _start(self) -> list[RuleState]:
+        return [RuleState.of(rule) for rule in self.rules]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state of a copy, or of a pickle: it caches in the same way and shares no state."""
+        """Return the state of a copy or a pickle, which caches in the same way and shares no runs."""
         return {name: value for name, value in vars(self).items() if name not in ("lock", "streams", "costs")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class CacheRuntime:
         self.reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CacheRuntime":
-        """Copy; together with its pipeline, the copy watches the copied pipeline's scheduler."""
+        """Copy; a copy made together with its pipeline watches the copied scheduler."""
         copy = object.__new__(type(self))
         copy.__setstate__(self.__getstate__())
         for pipeline in self.streams.pipelines:
@@ -85,12 +85,9 @@ class CacheRuntime:
                 copy.streams.pipelines.add(memo[id(pipeline)])
         return copy
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # One call
-
     def call(self, model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make one call of the model, through `run`, as the next step of its stream. A call that comes with a plan is
-        the plain model's, and no step."""
+        """Call the model, through `run`, as the next step of its stream. A call that has a plan is passed to the plain
+        model and is no step."""
         if model.training:
             raise RuntimeError("a cache serves inference: call model.eval(), or skipdit.disable_cache(model) to train")
         if "plan" in kwargs:
@@ -99,50 +96,51 @@ class CacheRuntime:
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
         for name in (self.family.latents, self.family.timestep):
             if arguments.get(name) is None:
-                raise TypeError(f"a cached call of {self.model_name} needs its argument {name!r}")
-        given = {name: arguments.get(name, default) for name, default in self.conditions.items()}
+                raise TypeError(f"a cached call of {self.model_name} needs the argument {name!r}")
+        conditions = {name: arguments.get(name, default) for name, default in self.conditions.items()}
         with self.lock:
-            this_run, stream = self.streams.next(arguments[self.family.timestep], arguments[self.family.latents], given)
+            timestep, latents = arguments[self.family.timestep], arguments[self.family.latents]
+            current, stream = self.streams.next(timestep, latents, conditions)
             call = Call(model, run, args, kwargs, stream.layout[2], stream.compiled)
             try:
                 output = self._step(call, stream)
             except BaseException:
-                self.streams.drop(self.streams.own_runs)  # the other branches of the run too
+                self.streams.drop(self.streams.runs_in_context)  # the other branches of the run too
                 open_call = cast(LongSkipModel, model).open_call
                 if open_call is not None:
                     open_call.state = None
                 raise
-            if self.method.schedule.is_adaptive and len(this_run.coming) == 1:
+            if self.method.schedule.is_adaptive and len(current.coming) == 1:
                 self._warn_unless_reused(self.streams.current_runs)
         return output
 
     def _step(self, call: Call, stream: Stream) -> Any:
-        made, stream.costs = None, stream.costs or self.costs.get(stream.layout)
+        result, stream.costs = None, stream.costs or self.costs.get(stream.layout)
         if stream.costs is None:
             if not self.family.counted:
                 stream.costs = Costs.by_weights(call.model)
-            elif call.has_graphs:  # a counter sees nothing inside, and torch compiles nothing
+            elif call.has_graphs:  # a counter sees nothing in graphs, and under one torch does not compile
                 _, stream.costs = count_costs(call.model, call.eager)
             else:
-                made, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+                result, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
             self.costs[stream.layout] = stream.costs
-        output, reused = made or self.stepper.step(call, stream)
+        output, reused = result or self.stepper.step(call, stream)
         stream.counts += Counts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))
         if not reused:
             self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
 
     def _check_reuses(self, levels: list[float]) -> None:
-        """Raise `ValueError` where a run of several steps at these noise levels would never reuse."""
+        """Raise `ValueError` if a run of several steps at these noise levels would never reuse."""
         if self.method.may_stay_full or self.method.schedule.is_adaptive or len(levels) < 2:
             return
-        if all(all(resolve(part.schedule, levels)) for part in self.parts):
+        if all(all(resolve(rule.schedule, levels)) for rule in self.rules):
             raise ValueError(f"cache {self.method} would never reuse in {len(levels)} steps")
 
     def _warn_unless_reused(self, runs: list[Run]) -> None:
-        """Warn once, and name the cause, where runs of several steps that are over have never reused."""
+        """Warn once, and name the cause, if runs of several steps that are over have never reused."""
         streams = [stream for run in runs for stream in run.streams]
-        longest = max(streams, key=lambda each: each.counts.full, default=None)
+        longest = max(streams, key=lambda stream: stream.counts.full, default=None)
         if longest is None or longest.counts.full < 2 or any(run.warned or run.counts.reused for run in runs):
             return
         cause = self._why_never(longest.levels)
@@ -154,50 +152,47 @@ class CacheRuntime:
             )
 
     def _why_never(self, levels: list[float]) -> str | None:
-        """Return why a run of these noise levels has never reused; `None` where that is no mistake."""
-        schedules, most, least = [part.schedule for part in self.parts], max(levels), min(levels)
+        """Return why a run of these noise levels has never reused; `None` if that is intended."""
+        schedules, most, least = [rule.schedule for rule in self.rules], max(levels), min(levels)
         if self.method.schedule.is_adaptive:
             return None if self.method.may_stay_full else "raise its threshold"
-        if most <= 1.5 and any(set(each.decisions([1000 * level for level in levels])) != {None} for each in schedules):
-            return f"timesteps are {most:g} to {least:g}, not 1000 to 0: timestep_scale of its Family does not fit"
+        if most <= 1.5 and any({*when.decisions([1000 * level for level in levels])} != {None} for when in schedules):
+            return f"timesteps are {most:g} to {least:g}, not 1000 to 0: the timestep_scale of its Family does not fit"
         if self.method.may_stay_full:
             return None
-        return (
-            f"timesteps from {most:g} to {least:g}, all that this {self.model_name} was called at, are full by schedule"
-        )
+        return f"this {self.model_name} was called at timesteps {most:g} to {least:g} only, all full by schedule"
 
     # ------------------------------------------------------------------------------------------------------------------
     # The end of a run, and its summary
 
     def end_runs(self) -> None:
-        """Drop what this thread's runs in the current context hold; their counts stay for the summary."""
+        """End this thread's runs in the current context: drop their stores, keep their counts for the summary."""
         with self.lock:
             self.streams.end()
 
     def summary(self, others: Sequence["CacheRuntime"] = ()) -> CacheSummary:
-        """Return what it did. others: those of more models that share its runs, as if all steps were one model's."""
-        everything = (self, *others)
-        counts = sum((each.streams.counts for each in everything), Counts())
+        """Return the summary. others: caches of other models of the same pipeline, whose steps are added."""
+        caches = (self, *others)
+        counts = sum((cache.streams.counts for cache in caches), Counts())
         return CacheSummary(
             method=str(self.method),
             model=self.model_name,
             num_units=self.num_units,
-            reused=tuple(str(region) for part in self.parts for region in part.regions),
+            reused=tuple(str(region) for rule in self.rules for region in rule.regions),
             steps_full=counts.full,
             steps_reused=counts.reused,
             steps_shallow=counts.shallow,
             steps_held=counts.held,
             compute_ratio=counts.predictions / counts.cost if counts.cost else 1.0,
-            bytes_held=sum(each.streams.bytes_held for each in everything),
-            peak_bytes_held=sum(each.peak_bytes_held for each in everything),
+            bytes_held=sum(cache.streams.bytes_held for cache in caches),
+            peak_bytes_held=sum(cache.peak_bytes_held for cache in caches),
         )
 
 
 def arguments_of(model_class: type[nn.Module], family: Family) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Return the names of a forward's arguments, and the defaults of those that may tell one stream of calls from
-    another. They are read from the class: what a hook leaves on an instance may have an unbound function's signature.
-    """
+    """Return the names of a forward's arguments, and the defaults of those that may tell streams apart. They are read
+    from the class: a hook may leave a forward with another signature on the instance."""
     _, *parameters = inspect.signature(model_class.forward).parameters.values()
     others = {family.latents, family.timestep, *family.changing, "return_dict", "plan", "stored"}
-    conditions = {each.name: each.default for each in parameters if each.name not in others}
-    return tuple(each.name for each in parameters), conditions
+    conditions = {parameter.name: parameter.default for parameter in parameters if parameter.name not in others}
+    return tuple(parameter.name for parameter in parameters), conditions

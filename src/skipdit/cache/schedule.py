@@ -1,6 +1,6 @@
-"""WHEN a step runs in full and when it reuses, as a pure function of the timesteps seen; no tensors here.
+"""WHEN a step runs in full and when it reuses, as a pure function of the timesteps so far; no tensors here.
 
-Timesteps are falling noise levels on a scale from 0 to 1000. What decides from what a step shows is in `gates.py`.
+Timesteps are falling noise levels on a scale from 0 to 1000. Schedules that decide while the model runs are in `gates`.
 """
 
 from bisect import bisect_left
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-# None: the step is full; a number: it reuses, in this variant of the site (counted from 0)
+# None: a full step; a number: a reuse step, of this variant of the site (counted from 0)
 Decision = int | None
 
 
@@ -17,38 +17,37 @@ class Schedule:
     """Decides whether a step is full. Abstract."""
 
     is_adaptive = False
-    """Whether it decides from what a step shows, so that nothing is known in advance."""
+    """True if it decides while the model runs, so that no decision is known in advance."""
     may_stay_full = False
-    """Whether a run without any reuse is acceptable."""
+    """True if a run without any reuse is acceptable."""
 
     def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        """Return what each step of a run does, given its timesteps so far. `ValueError` where the schedule was not made
-        for such a run, or is adaptive."""
+        """Return the decision for each step of a run, given its timesteps so far. Raises `ValueError` if the schedule
+        was not made for such a run, or is adaptive."""
         raise NotImplementedError
 
     def check(self, timesteps: Sequence[float]) -> None:
-        """Raise `ValueError` where the schedule was not made for a run of these timesteps."""
+        """Raise `ValueError` if the schedule was not made for a run of these timesteps."""
 
     def stores(self, timestep: float) -> bool:
-        """Whether what a step at `timestep` holds is kept after it."""
+        """Return true if stored values are kept after a step at `timestep`."""
         return True
 
     def for_cost(self, reuse_cost: float) -> Any:
-        """Return the schedule for when a reuse step costs this share of a full one."""
+        """Return the schedule for a reuse step that costs this share of a full one."""
         return self
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalSchedule(Schedule):
-    """Every `interval`-th step is full, and so is every step at or above `start_timestep`. After a step at or below
-    `stop_timestep` the count starts again and nothing stays stored (the authors' counting, arXiv 2411.17616).
-
-    Interval 1 never reuses: it is the control that must be bit-equal to no cache.
-    """
+    """Every `interval`-th step is full, counted as the authors do (arXiv 2411.17616)."""
 
     interval: int
+    """Steps from one full step to the next; 1 never reuses: the control, bit-equal to no cache."""
     start_timestep: float = 1000
+    """Every step at or above it is full."""
     stop_timestep: float = 0
+    """After a step at or below it the count starts again and nothing stays stored."""
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -82,24 +81,24 @@ class IntervalSchedule(Schedule):
 
 
 def check_variants(variants: tuple[Any, ...]) -> None:
-    """Raise `ValueError` unless each is `None` or a whole number of at least 0."""
+    """Raise `ValueError` unless all are `None` or whole numbers of at least 0."""
     if any(variant is not None and (type(variant) is not int or variant < 0) for variant in variants):
-        raise ValueError(f"variants must be whole numbers from 0, got {variants}")
+        raise ValueError(f"variants must be whole numbers of at least 0, got {variants}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitSchedule(Schedule):
-    """The listed steps (counted from 0, the first always among them) are full, all others reuse.
-
-    timesteps: of the run that it was made for, in sampling order. With them it maps to other runs: a step is full where
-    a full timestep was passed since the previous step. variants: the variant in which each step reuses, `None` for full
-    ones; by default 0.
-    """
+    """The listed steps are full, all others reuse."""
 
     full_steps: tuple[int, ...]
+    """Counted from 0, rising; 0 is always among them."""
     num_inference_steps: int
+    """Steps of the run that it was made for."""
     timesteps: tuple[float, ...] = ()
+    """Timesteps of that run, in sampling order. With them it applies to other runs too: a step is full if the run
+    passed the timestep of a full step since the previous step."""
     variants: tuple[int | None, ...] = ()
+    """The variant of each reuse step, `None` for full ones; by default 0."""
 
     def __post_init__(self) -> None:
         steps, count = self.full_steps, self.num_inference_steps
@@ -109,21 +108,23 @@ class ExplicitSchedule(Schedule):
             )
         falling = list(self.timesteps) == sorted(set(self.timesteps), reverse=True)
         if self.timesteps and (len(self.timesteps) != count or not falling):
-            raise ValueError(f"timesteps must be {count} falling ones, got {list(self.timesteps)}")
+            raise ValueError(f"timesteps must be {count} falling numbers, got {list(self.timesteps)}")
         if self.variants and (
             len(self.variants) != count
             or any((variant is None) != (step in steps) for step, variant in enumerate(self.variants))
         ):
-            raise ValueError(f"variants must be {count}, none for full steps and one for others, got {self.variants}")
+            raise ValueError(
+                f"variants must be {count}, None for full steps and a number for others, got {self.variants}"
+            )
         check_variants(self.variants)
 
     def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
         if not self.timesteps:
             if len(timesteps) > self.num_inference_steps:
-                raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got one more")
+                raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got {len(timesteps)}")
             return [None if step in self.full_steps else self.variant_at(step) for step in range(len(timesteps))]
         found: list[Decision] = []
-        passed = 0  # full steps of the schedule at or above the last timestep
+        passed = 0  # the number of full steps of the schedule at or above the last timestep
         for timestep in timesteps:
             before, passed = passed, sum(self.timesteps[step] >= timestep - 1e-3 for step in self.full_steps)
             full = not found or passed > before
@@ -134,10 +135,10 @@ class ExplicitSchedule(Schedule):
         if not self.timesteps and len(timesteps) != self.num_inference_steps:
             raise ValueError(
                 f"this schedule was made for {self.num_inference_steps} steps, got a run of {len(timesteps)}; "
-                "one that lists its timesteps (skipdit calibrate) fits other runs too"
+                "a schedule that lists its timesteps (skipdit calibrate) applies to other runs too"
             )
         if self.timesteps and timesteps[-1] > timesteps[0]:
-            raise ValueError("this schedule was made for timesteps that fall, got a run in which they rise")
+            raise ValueError("this schedule was made for falling timesteps, got a run in which they rise")
 
     @property
     def num_variants(self) -> int:
@@ -146,10 +147,10 @@ class ExplicitSchedule(Schedule):
 
     def position(self, timestep: float) -> int:
         """Return the number of its steps before the first at or below `timestep`."""
-        return bisect_left(self.timesteps, -timestep - 1e-3, key=lambda each: -each)
+        return bisect_left(self.timesteps, -timestep - 1e-3, key=lambda level: -level)
 
     def variant_at(self, step: int) -> int:
-        """Return the variant of a step that reuses; for a full one, of the next that reuses, or else of the last."""
+        """Return the variant of a reuse step; for a full step, that of the next reuse step, or else of the last one."""
         if not self.variants:
             return 0
         later = (*self.variants[min(step, self.num_inference_steps - 1) :], *reversed(self.variants))
@@ -159,23 +160,23 @@ class ExplicitSchedule(Schedule):
         return f"{len(self.full_steps)}of{self.num_inference_steps}"
 
 
-# How dense full steps should be at each timestep: learned from the bundled class-to-image model alone, by
-# `benchmarks/learn_auto.py`; `benchmarks/calibration.md` shows it on models that it was not learned from.
+# The density of full steps at each timestep, learned on the bundled class-to-image model alone by
+# `benchmarks/learn_auto.py`; `benchmarks/calibration.md` tests it on other models.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
 AUTO_DENSITY = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
-
-
-NOMINAL_STEPS = 50  # of the run for which a speedup is meant
+NOMINAL_STEPS = 50  # steps of the run that a speedup refers to
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSchedule(Schedule):
     """Full steps are dense at the start and at the end, and sparse in the middle: a step is full once the densities of
-    the steps since the last full one add up to 1. The densities are scaled so that a run of 50 evenly spaced
-    timesteps saves compute by at least `speedup`, and other runs by about as much."""
+    the steps since the last full one add up to 1."""
 
     speedup: float = 1.8
+    """Compute of all steps in full over that with the cache: at least this for 50 evenly spaced timesteps, to which the
+    densities are scaled, and about this for other runs."""
     reuse_cost: float = 0.0
+    """Cost of a reuse step, as a share of a full one."""
     may_stay_full = True  # a short run, as of image-to-image, may have nothing to spare
 
     def __post_init__(self) -> None:
@@ -183,7 +184,7 @@ class AutoSchedule(Schedule):
             raise ValueError(f"the speedup must be at least 1, got {self.speedup:g}")
 
     def for_cost(self, reuse_cost: float) -> "AutoSchedule":
-        most = NOMINAL_STEPS / (1 + reuse_cost * (NOMINAL_STEPS - 1))  # one full step
+        most = NOMINAL_STEPS / (1 + reuse_cost * (NOMINAL_STEPS - 1))  # with a single full step
         if self.speedup > most:
             raise ValueError(
                 f"a speedup of {self.speedup:g} is out of reach: a reuse step costs {reuse_cost:.2f} of a full one, so "
@@ -200,19 +201,19 @@ class AutoSchedule(Schedule):
 
 @lru_cache
 def auto_scale(speedup: float, reuse_cost: float) -> float:
-    """Return the factor by which densities are multiplied; the first step is full in any case."""
-    wanted = (NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost)
+    """Return the factor for the densities at which a nominal run reaches this speedup."""
+    target = (NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost)
     timesteps = [1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS)]
     low, high = 0.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
         full = _by_density(timesteps, middle).count(None)
-        low, high = (middle, high) if full <= max(wanted, 1) + 1e-9 else (low, middle)
+        low, high = (middle, high) if full <= max(target, 1) + 1e-9 else (low, middle)
     return low
 
 
 def _by_density(timesteps: Sequence[float], scale: float) -> list[Decision]:
-    """Make a step full once the densities of the steps since the last full one add up to 1."""
+    """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1."""
     found: list[Decision] = []
     account = 0.0
     for timestep in timesteps:
@@ -225,7 +226,7 @@ def _by_density(timesteps: Sequence[float], scale: float) -> list[Decision]:
 
 @lru_cache(maxsize=4096)
 def density_at(timestep: float) -> float:
-    """Return `AUTO_DENSITY` at a timestep, linear in between."""
+    """Return `AUTO_DENSITY` at a timestep, interpolated linearly."""
     right = min(max(bisect_left(AUTO_TIMESTEPS, timestep), 1), len(AUTO_TIMESTEPS) - 1)
     low, high = AUTO_TIMESTEPS[right - 1], AUTO_TIMESTEPS[right]
     share = min(max((timestep - low) / (high - low), 0.0), 1.0)
@@ -233,9 +234,7 @@ def density_at(timestep: float) -> float:
 
 
 def resolve(schedule: Schedule, timesteps: Sequence[float]) -> tuple[bool, ...]:
-    """Return for each of a run's timesteps, in sampling order, whether its step is full.
-
-    `ValueError` where the schedule was not made for such a run, or is adaptive.
-    """
+    """Return true for each full step of a run, given its timesteps in sampling order. Raises `ValueError` if the
+    schedule was not made for such a run, or is adaptive."""
     schedule.check(timesteps)
     return tuple(decision is None for decision in schedule.decisions(timesteps))

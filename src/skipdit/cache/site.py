@@ -1,4 +1,4 @@
-"""WHAT is reused: a site says which region of the units' work full steps store and reuse steps leave out."""
+"""WHAT is reused: a site selects the region of the units' work that full steps store and reuse steps leave out."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -13,29 +13,30 @@ class Site:
     """A choice of regions. Abstract."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        """Return what this model can reuse here: one region per variant of a reuse step, among which a schedule chooses
-        by index. A full step stores all of them. `ValueError` where there is nothing, unless the site is optional."""
+        """Return the regions of this model that can be reused: one per variant of a reuse step; a schedule selects by
+        index. A full step stores all of them. Raises `ValueError` if there are none, unless the site is optional."""
         raise NotImplementedError
 
     @property
     def shallow_units(self) -> tuple[int, ...]:
-        """The numbers that a spec gives as -k."""
+        """The numbers that a spec writes as -k."""
         return ()
 
 
 @dataclass(frozen=True)
 class DeepFeatures(Site):
-    """The hidden states that enter the last units, behind the long skips (arXiv 2411.17616): at a reuse step the first
-    and last `num_shallow_units` units run. others: more such numbers, among which a schedule may choose."""
+    """The hidden states that enter the last units, which the long skips feed (arXiv 2411.17616)."""
 
     num_shallow_units: int = 1
+    """Number of first units, and of last units, that run at a reuse step."""
     others: tuple[int, ...] = ()
+    """Further such numbers, one per variant that a schedule may select."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not isinstance(model, LongSkipModel):
             raise ValueError(
                 f"{type(model).__name__} has no long skips that skipdit knows of, so a skip cache could have no "
-                "effect: skipdit.declare_family tells where its units are, skipdit.add_long_skips gives it long skips"
+                "effect: declare its units with skipdit.declare_family, or add long skips with skipdit.add_long_skips"
             )
         links = model.long_skip_links
         for k in self.shallow_units:
@@ -49,17 +50,16 @@ class DeepFeatures(Site):
 
 @dataclass(frozen=True)
 class UnitRange(Site):
-    """Units between the first and last few, which still run: with `delta`, what they add to the hidden states (the
-    offset of Delta-DiT, arXiv 2406.01125), otherwise what leaves them. Needs no long skips; a long skip into a unit
-    that runs comes from the store where its source does not run.
-
-    Twice `num_shallow_units` units run, half of them first and half last, or all `at` one end; `None` means half of all
-    units (Faster Diffusion, arXiv 2312.09608).
-    """
+    """A range of units. Needs no long skips; the skip of a unit that is left out comes from the store."""
 
     num_shallow_units: int | None = 1
+    """Half the number of units that run at a reuse step; `None` for half of all units (Faster Diffusion, arXiv
+    2312.09608)."""
     at: str = "both"
+    """The units that run: the first ones and the last ones (`both`), or all `first` or all `last`."""
     delta: bool = True
+    """Reuse the sum that the units add to the hidden states (the offset of Delta-DiT, arXiv 2406.01125), rather than
+    the hidden states after them."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
@@ -82,8 +82,8 @@ class UnitRange(Site):
 
 
 @dataclass(frozen=True)
-class Inner(Site):
-    """`DeepFeatures` where the model has long skips, otherwise what the units in the middle add."""
+class MiddleUnits(Site):
+    """`DeepFeatures` if the model has long skips, otherwise the `UnitRange` in the middle."""
 
     num_shallow_units: int = 1
 
@@ -98,32 +98,33 @@ class Inner(Site):
 
 
 @dataclass(frozen=True)
-class Stack(Site):
-    """What all units after the first add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs at every step,
-    and adaptive schedules look at it."""
+class AllButFirst(Site):
+    """The sum that all units after the first add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs at
+    every step, and adaptive schedules probe it."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         if num_units < 2:
-            raise ValueError(f"there must be a unit after the first, got {num_units}")
+            raise ValueError(f"the model must have at least 2 units, got {num_units}")
         return (Units(start=1, stop=num_units, delta=True),)
 
 
 @dataclass(frozen=True)
 class BranchOutputs(Site):
-    """Outputs of attention and MLP branches, before their gates, in all units (FORA, arXiv 2407.01425) or in the first
-    and last `num_shallow_units`. optional: a model may have none of them."""
+    """Outputs of attention and MLP branches, before their gates (FORA, arXiv 2407.01425)."""
 
     kinds: tuple[BranchKind, ...]
     num_shallow_units: int | None = None
+    """Number of first units, and of last units, whose branches are reused; `None` for all units."""
     optional: bool = False
+    """Allow models that have no such branch."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         units = range(num_units)
         if self.num_shallow_units is not None:
             units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
-        found = {place.kind for place in cast(LongSkipModel, model).branches() if place.unit in units}
+        found = {info.kind for info in cast(LongSkipModel, model).branches() if info.unit in units}
         kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in found)
         if not kinds and self.optional:
             return ()
@@ -137,27 +138,27 @@ class BranchOutputs(Site):
 
 @dataclass(frozen=True)
 class Probe:
-    """What an adaptive schedule looks at: what the first unit adds, or with `inputs` what enters its attention (after
-    the modulation by the timestep)."""
+    """The values that an adaptive schedule compares: the sum that the first unit adds to the hidden states."""
 
     inputs: bool = False
+    """Compare the input of its attention instead, after the modulation by the timestep."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not self.inputs:
             return (Units(start=0, stop=1, delta=True, skips=False),)
-        if not any(place.unit == 0 and place.kind == "attention" for place in cast(LongSkipModel, model).branches()):
+        if not any(info.unit == 0 and info.kind == "attention" for info in cast(LongSkipModel, model).branches()):
             raise ValueError(
-                f"{type(model).__name__} has no attention in its first unit that skipdit knows of, which is what this "
-                "cache looks at: name it in the branches of skipdit.declare_family"
+                f"{type(model).__name__} has no attention in its first unit that skipdit knows of, which this cache "
+                "probes: name it in the branches of skipdit.declare_family"
             )
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
 
 
 def known_units(model: nn.Module) -> int:
-    """Return the number of units of a model; `ValueError` where skipdit does not know them."""
+    """Return the number of units of a model; raises `ValueError` if skipdit does not know them."""
     if not isinstance(model, LongSkipModel):
         raise ValueError(
             f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused: "
-            "skipdit.declare_family tells where its units are"
+            "declare them with skipdit.declare_family"
         )
     return model.long_skip_links.num_units

@@ -1,4 +1,4 @@
-"""What a cache reports about a run."""
+"""The report of a cache on a run."""
 
 from dataclasses import asdict, dataclass
 from operator import add
@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 
 
 class Counts(NamedTuple):
-    """Numbers of steps. shallow, held: unconditional predictions beside them, made by a model's shallow path or not at
-    all. cost: of everything, in full steps."""
+    """Numbers of steps, and of unconditional predictions made in other ways."""
 
     full: int = 0
     reused: int = 0
     shallow: int = 0
+    """Unconditional predictions by the model's shallow path."""
     held: int = 0
+    """Unconditional predictions that were not made: their difference from the conditional ones was held."""
     cost: float = 0.0
+    """Cost of all of them, in full steps."""
 
     @property
     def predictions(self) -> int:
@@ -25,25 +27,27 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What the cache did in the current run, or in the last one that ended.
-
-    reused: what a reuse step takes from the store, one entry per variant. steps_shallow: unconditional predictions of
-    shallow guidance, beside the cache. steps_held: those that were not made, as the conditional one reused.
-    compute_ratio: the work of as many full steps over the work done, in FLOPs of the whole model. bytes_held: now.
-    peak_bytes_held: since the cache was enabled.
-    """
+    """The work of the cache in the current run, or in the last one that ended."""
 
     method: str
+    """The spec, or the schedule's file."""
     model: str
+    """Name of its class."""
     num_units: int
     reused: tuple[str, ...]
+    """The values that reuse steps take from the store, one entry per variant."""
     steps_full: int
     steps_reused: int
     steps_shallow: int
+    """Unconditional predictions of shallow guidance, in addition to the steps."""
     steps_held: int
+    """Unconditional predictions that were not made, as the conditional step reused."""
     compute_ratio: float
+    """FLOPs of the whole model with every step in full, over the FLOPs of the run."""
     bytes_held: int
+    """Memory of the store now."""
     peak_bytes_held: int
+    """Largest memory of the store since the cache was enabled."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

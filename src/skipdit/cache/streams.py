@@ -1,12 +1,12 @@
 """Finds the stream that a call continues.
 
 A *stream* is a name (`cache_context`), a shape and a conditioning; every call of a stream is its next step. A *run* is
-over when the pipeline says so (`_reset_stateful_cache`), when a watched scheduler has a new list of timesteps, or when
-the timestep turns back. What `cache_context(name, step_index=..., timestep=...)` says is believed.
+over when the pipeline ends it (`_reset_stateful_cache`), when a watched scheduler has a new list of timesteps, or when
+the timestep turns back. The arguments of `cache_context(name, step_index=..., timestep=...)` take precedence.
 
-Under a watched scheduler a step is known by its place in the list, and the device is asked for nothing. For a bare
-model the timestep is read once per call. Conditioning is known by the tensors themselves; only where they are created
-anew at each step are their contents compared, as checksums that are read together with the timestep.
+Under a watched scheduler the position in its list identifies a step, and nothing is read from the device. For a bare
+model the timestep is read once per call. The tensor objects identify the conditioning; only if they are created anew at
+each step are their contents compared, as checksums that are read together with the timestep.
 """
 
 import math
@@ -24,21 +24,21 @@ from torch import Tensor
 
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
-from skipdit.cache.steppers import PartState
+from skipdit.cache.steppers import RuleState
 from skipdit.diffusion import noise_levels
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
-# more streams than this in one run are not guidance: the cache misunderstands its calls
+# more streams than this in one run cannot be guidance: the cache misreads its calls
 MAX_STREAMS = 16
 # beyond this many runs, the least recently called are dropped
 MAX_RUNS = 64
 
 _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
 _branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
-_told: ContextVar[Mapping[str, Any]] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
+_loop: ContextVar[Mapping[str, Any]] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
 
-TOLD = "told"  # the order of calls whose places come from `cache_context`
+BY_STEP_INDEX = "step_index"  # the order of calls whose positions come from `cache_context`
 Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names from the model's own `cache_context`
 
 
@@ -46,18 +46,18 @@ Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names fr
 def cache_context(name: str) -> Iterator[None]:
     """Keep the calls inside, the run `name`, apart from all others. Contexts nest.
 
-    Needed only where one thread alternates between steps of several runs; our own pipelines enter one by themselves,
-    and guidance branches that differ in their conditioning are told apart without it.
+    Needed only if one thread alternates between steps of several runs; our own pipelines enter one by themselves, and
+    guidance streams that differ in their conditioning are told apart without it.
     """
     with _entered(_context, (*_context.get(), name)):
         yield
 
 
 @contextmanager
-def branch_context(name: str, **where: Any) -> Iterator[None]:
-    """Keep the calls inside, a branch of the current run, apart from its other branches; all end together. where: the
-    place in the loop, with the fields of diffusers' `CacheContext`."""
-    with _entered(_branch, (*_branch.get(), name)), _entered(_told, where):
+def branch_context(name: str, **position: Any) -> Iterator[None]:
+    """Keep the calls inside, one branch of guidance, apart from other branches of the current run; all end together.
+    position: fields of diffusers' `CacheContext`, which give the position in the loop."""
+    with _entered(_branch, (*_branch.get(), name)), _entered(_loop, position):
         yield
 
 
@@ -70,79 +70,80 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Streams and runs
-
-
 @dataclass(eq=False)
 class Stream:
-    """The calls of one name, shape and conditioning: what they have stored, and their counts.
-
-    places: of the last step, and of the one before it. new: the arguments in which it differed, when it began, from the
-    streams of the previous step. levels: noise levels of its steps since `states` was last renewed. coming: noise
-    levels of the run from this step on, where they are known. costs: see `Costs`. compiled: the plans whose graphs have
-    been called.
-    """
+    """The calls of one name, shape and conditioning: their stored values and their counts."""
 
     layout: tuple
+    """Shape, dtype and device of the latents."""
     conditions: Conditions
-    states: list[PartState]
+    """The conditioning of the last call."""
+    states: list[RuleState]
+    """One per rule of the method."""
     places: tuple[float, float]
+    """Places in the run of the last step, and of the one before it."""
     new: set[str] = field(default_factory=set)
+    """The arguments in which its first call differed from the streams of the previous step."""
     levels: list[float] = field(default_factory=list)
+    """Noise levels of its steps, including the current one, since `states` was last renewed."""
     coming: list[float] = field(default_factory=list)
+    """Noise levels of the run from the current step on; empty if unknown."""
     costs: Costs | None = None
+    """Costs for its layout, once they have been counted."""
     compiled: set[ForwardPlan] = field(default_factory=set)
+    """The plans whose graphs have run."""
     counts: Counts = field(default_factory=Counts)
 
-    def go_on(self, given: Conditions, place: float) -> None:
+    def advance(self, conditions: Conditions, place: float) -> None:
         """Record a step at this place, whose conditions equal the previous ones."""
-        given.sums = self.conditions.sums | given.sums
-        given.add_checksums()
-        self.conditions = given
+        conditions.sums = self.conditions.sums | conditions.sums
+        conditions.add_checksums()
+        self.conditions = conditions
         if place != self.places[0]:
             self.places = (place, self.places[0])
 
     @property
     def bytes_held(self) -> int:
-        """Size of the memory that is kept alive: a view counts as the whole tensor, and shared memory counts once."""
+        """Size of the memory kept alive: a view counts as its whole tensor, shared memory counts once."""
         storages = [tensor.untyped_storage() for state in self.states for tensor in state.tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(eq=False)
 class Run:
-    """The streams of one name.
-
-    order: what orders the steps: the list of a watched scheduler, `TOLD`, or `None` for the timestep itself. place: of
-    the last call; it grows from step to step. level: its noise level, from 0 to 1000. levels: of the whole list.
-    rises: whether the timestep of a bare model grows. risen: whether the previous run had one step, at a lower
-    timestep. changing: arguments that are new at each call. dropped: the counts of streams that are no longer kept.
-    """
+    """The streams of one name."""
 
     order: Any
+    """The order of its steps: the list of a watched scheduler, `BY_STEP_INDEX`, or `None` for the timestep itself."""
     levels: list[float] = field(default_factory=list)
+    """Noise levels of the whole list, from 0 to 1000; empty if unknown."""
     place: float = -math.inf
+    """Place of the last call; it grows from step to step."""
     level: float = 0.0
+    """Noise level of the last call."""
     rises: bool = False
+    """True if the noise of a bare model's run rises."""
     risen: bool = False
+    """True if the previous run had one step, at a lower timestep."""
     streams: list[Stream] = field(default_factory=list)
     changing: set[str] = field(default_factory=set)
+    """Arguments that are new at each call, and so are no conditioning."""
     dropped: Counts = field(default_factory=Counts)
+    """Counts of streams that were dropped."""
     last_call: int = 0
     warned: bool = False
 
     @property
     def counts(self) -> Counts:
-        return sum((each.counts for each in self.streams), self.dropped)
+        return sum((stream.counts for stream in self.streams), self.dropped)
 
     @property
     def coming(self) -> list[float]:
-        """The noise levels of the steps from this one on, where they are known."""
+        """Noise levels of the steps from this one on; empty if unknown."""
         return self.levels[int(self.place) :] if self.levels else []
 
     def follow_levels(self) -> None:
-        """From now on, order the steps by the timesteps of the calls instead of by a list."""
+        """Order the steps by the timesteps of the calls from now on, instead of by a list."""
         for stream in self.streams:
             stream.places = (-stream.levels[-1], -stream.levels[-1])
         self.order, self.levels, self.place = None, [], max(stream.places[0] for stream in self.streams)
@@ -152,46 +153,43 @@ class Run:
         self.dropped += stream.counts
 
     def make_room(self) -> None:
-        """Make room for one more stream: the least recently called one goes, with a warning the first time."""
+        """Drop the least recently called stream if there is no room for one more, with a warning the first time."""
         if len(self.streams) == MAX_STREAMS:
             if self.dropped == Counts():
-                warnings.warn("labels, text states or options are new at each call: steps stay full", stacklevel=5)
+                warnings.warn("labels, text states or options change at each call: no step can reuse", stacklevel=5)
             self.drop(self.streams[0])
 
-    def find(self, fitting: list[Stream], given: Conditions, place: float) -> tuple[Stream | None, set[str]]:
-        """Return the stream of an equal conditioning, or else what is new since the nearest stream of an earlier step.
-        What is new at two steps in a row is no condition, unless it tells calls of one step apart."""
-        unequal = {stream: given.unequal(stream.conditions) - self.changing for stream in fitting}
+    def find(self, fitting: list[Stream], conditions: Conditions, place: float) -> tuple[Stream | None, set[str]]:
+        """Return the stream of equal conditions, or else the arguments that differ from the nearest stream of earlier
+        steps. Arguments new at two steps in a row are ignored, unless they tell calls of one step apart."""
+        unequal = {stream: conditions.unequal(stream.conditions) - self.changing for stream in fitting}
         equal = next((stream for stream in reversed(fitting) if not unequal[stream]), None)
         waiting = [stream for stream in reversed(fitting) if stream.places[0] < place]
         nearest = equal or min(waiting, key=lambda stream: len(unequal[stream]), default=None)
         if equal is not None or nearest is None:
             return equal, set()
         new = unequal[nearest]
-        alike = [each for each in fitting if not each.conditions.unequal(nearest.conditions) - self.changing - new]
-        if not new <= nearest.new or sum(each.places[0] == nearest.places[0] for each in alike) > 1:
+        alike = [other for other in fitting if not other.conditions.unequal(nearest.conditions) - self.changing - new]
+        if not new <= nearest.new or sum(other.places[0] == nearest.places[0] for other in alike) > 1:
             return None, new
         self.changing |= new
-        for each in alike:
-            if each is not nearest:
-                self.drop(each)
+        for other in alike:
+            if other is not nearest:
+                self.drop(other)
         return nearest, new
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# All runs of a model
 
 
 class Streams:
     """All runs of one cached model.
 
-    start: makes the states of a new stream. check: is given the noise levels of each run that begins. over: is given
-    runs that are over. scale: from the timestep argument to noise levels; below 0 where it rises as noise falls.
+    start: returns the states of a new stream. check: called with the noise levels of each run that begins. over: called
+    with runs that are over. scale: noise level per unit of the timestep argument; negative if the timestep rises as
+    noise falls. by_token: a flat timestep lists levels of tokens, not of samples.
     """
 
     def __init__(
         self,
-        start: Callable[[], list[PartState]],
+        start: Callable[[], list[RuleState]],
         check: Callable[[list[float]], None],
         over: Callable[[list[Run]], None],
         scale: float,
@@ -200,21 +198,21 @@ class Streams:
     ) -> None:
         self.start, self.check, self.over, self.scale, self.by_token = start, check, over, scale, by_token
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
-        # for each watched scheduler, the list on which a run began last
+        # by watched scheduler, the list of the run that began last
         self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
         self.runs: dict[Key, Run] = {}
         self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
 
     def watch(self, pipeline: Any) -> None:
-        """Follow the scheduler of a pipeline. Copied timesteps belong to lists that it makes from now on."""
+        """Follow the scheduler of a pipeline: copied timesteps belong to the lists that it makes from now on."""
         self.pipelines.add(pipeline)
         self.begun |= self._lists()
 
     def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
         """Return the run and the stream that a call continues; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
-        given, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
-        run, place, stream, fitting = self._place(key, before, timestep, given, layout)
+        current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
+        run, place, stream, fitting = self._place(key, before, timestep, current, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
             run, place = Run(run.order, run.levels, level=run.level), place if place < run.place else 0
         if not run.streams:
@@ -226,47 +224,47 @@ class Streams:
 
         new: set[str] = set()
         if stream is None and fitting:
-            stream, new = run.find(fitting, given, place)
+            stream, new = run.find(fitting, current, place)
         if stream is None:
-            given.add_checksums()
+            current.add_checksums()
             run.make_room()
-            stream = Stream(layout, given, self.start(), (place, place), new)
+            stream = Stream(layout, current, self.start(), (place, place), new)
         else:
             run.streams.remove(stream)
-            if self._went_on(key, run, stream.places[0], place):
+            if self._others_stepped(key, run, stream.places[0], place):
                 stream.states, stream.levels = self.start(), []
-            stream.go_on(given, place)
+            stream.advance(current, place)
         stream.levels.append(run.level)
         stream.coming = run.coming
-        run.streams.append(stream)  # the last called stands last
+        run.streams.append(stream)  # in the order of their last calls
         self._keep(key, run)
         return run, stream
 
     def _place(
-        self, key: Key, before: Run | None, timestep: Any, given: Conditions, layout: tuple
+        self, key: Key, before: Run | None, timestep: Any, conditions: Conditions, layout: tuple
     ) -> tuple[Run, float, Stream | None, list[Stream]]:
-        """Return a call's run and its place there; its stream, where the very same tensors identify it; and the streams
-        of its shape. Whatever must be read is read at once."""
-        branches = [each for name, each in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
+        """Return a call's run and its place there; its stream, if the same tensor objects identify it; and the streams
+        of its layout. Reads the timestep and the checksums from the device together."""
+        branches = [other for name, other in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
         order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
-        fitting = [each for each in run.streams if each.layout == layout]
-        same = [each for each in fitting if not given.differing(each.conditions) - run.changing]
-        # for a tensor of inference mode, nobody can tell whether it was written between two calls of one step
-        unsure = None in given.versions.values() and (order is None or any(each.places[0] == place for each in same))
+        fitting = [stream for stream in run.streams if stream.layout == layout]
+        same = [stream for stream in fitting if not conditions.differing(stream.conditions) - run.changing]
+        # a tensor of inference mode may have been written between two calls of one step
+        unsure = None in conditions.versions.values() and (order is None or any(s.places[0] == place for s in same))
         stream = same[0] if len(same) == 1 and not unsure else None
 
         again = stream is not None and stream.places[0] == run.place
         if place is None and again and isinstance(timestep, Tensor) and timestep.ndim > 1:
-            # each frame has a scheduler of its own, and that of the pipeline stands still (diffusion forcing)
+            # each frame has its own scheduler, and that of the pipeline does not advance (diffusion forcing)
             order = run.follow_levels()
 
         levels = [] if isinstance(order, Tensor) else self._levels(timestep)
-        answers = given.compare([each.conditions for each in fitting] if stream is None else [], levels)
-        level = self._level(answers) if levels else 0.0
+        numbers = conditions.compare([other.conditions for other in fitting] if stream is None else [], levels)
+        level = self._level(numbers) if levels else 0.0
         if order is None:
             run, place = _by_level(run, level)
-        elif place is None:  # counted: a stream that has already made the run's current step makes the next one
+        elif place is None:  # by count: a stream that has already made the run's current step makes the next one
             place = 0 if not run.streams else run.place + again
         run.level = level
         assert place is not None
@@ -283,72 +281,76 @@ class Streams:
     # Where a call stands
 
     def _lists(self) -> dict[Any, Tensor]:
-        """Return the timesteps of each watched scheduler; one that has not been set up lists all that there are."""
-        schedulers = {id(each.scheduler): each.scheduler for each in list(self.pipelines)}.values()
-        return {each: each.timesteps for each in schedulers if getattr(each, "num_inference_steps", None) is not None}
+        """Return the timesteps of each watched scheduler on which `set_timesteps` has been called."""
+        schedulers = {id(pipeline.scheduler): pipeline.scheduler for pipeline in list(self.pipelines)}.values()
+        ready = (other for other in schedulers if getattr(other, "num_inference_steps", None) is not None)
+        return {scheduler: scheduler.timesteps for scheduler in ready}
 
     def _tables(self, order: Any) -> Iterator[Tensor]:
-        """Yield the list that orders a run, then those of the schedulers: nearly always the first is the one."""
+        """Yield the list that orders a run, nearly always the right one, then those of the schedulers."""
         if isinstance(order, Tensor):
             yield order
         yield from self._lists().values()
 
     def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
-        """Return what orders the run's calls, and this call's place as far as it is known without asking the device:
-        `None` where it must be counted or read. branches: the other named branches of the same run."""
-        told, order = _told.get(), None if run is None else run.order
+        """Return the order of the run's calls, and the place of this call if it is known without a read from the
+        device; `None` if it must be counted or read. branches: the other named branches of the same run."""
+        loop, order = _loop.get(), None if run is None else run.order
         for table in self._tables(order):
-            for entry in (timestep, told.get("timestep")):
+            for entry in (timestep, loop.get("timestep")):
                 if _shares_memory(entry, table):
                     return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
         lists = self._lists()
-        current = next((each for each, table in lists.items() if run is not None and table is run.order), None)
-        fresh = [each for each, table in lists.items() if self.begun.get(each) is not table]
-        if current is not None and fresh and not self._goes_on(timestep, run, fresh):
+        current = next((key for key, table in lists.items() if run is not None and table is run.order), None)
+        fresh = [scheduler for scheduler, table in lists.items() if self.begun.get(scheduler) is not table]
+        if current is not None and fresh and not self._continues(timestep, run, fresh):
             current = None
         if current is None and len(fresh) == 1 and not _is_entry(timestep):
             current = fresh[0]
         if current is None and run is None and not _is_entry(timestep):  # a branch that begins after others
-            current = next((key for key, table in lists.items() if any(table is each.order for each in branches)), None)
-        index, count = told.get("step_index"), told.get("num_inference_steps")
+            current = next(
+                (key for key, table in lists.items() if any(table is branch.order for branch in branches)), None
+            )
+        index, count = loop.get("step_index"), loop.get("num_inference_steps")
         if current is None:
-            return (None, None) if index is None else (TOLD, index)
+            return (None, None) if index is None else (BY_STEP_INDEX, index)
         table = lists[current]
         if index is not None and count is not None:
-            index += len(table) - count  # of a run that starts later
+            index += len(table) - count  # image-to-image starts later in the list
         if index is None:
             index = getattr(current, "step_index", None)
         if index is None and (run is None or run.order is not table):
-            begun = [int(each.place) for each in branches if each.order is table]
+            begun = [int(branch.place) for branch in branches if branch.order is table]
             index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
-    def _goes_on(self, timestep: Any, run: Run | None, fresh: list[Any]) -> bool:
-        """Whether a copied timestep continues its run, rather than starting another scheduler's new list. Reads it."""
+    def _continues(self, timestep: Any, run: Run | None, fresh: list[Any]) -> bool:
+        """Return true if a copied timestep, which is read, continues its run rather than starting the new list of
+        another scheduler."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [_levels_of(each)[0] for each in fresh]
-        return any(_near(level, each) for each in coming) and not any(_near(level, each) for each in first)
+        coming, first = run.coming[:2], [_levels_of(scheduler)[0] for scheduler in fresh]
+        return any(_near(level, other) for other in coming) and not any(_near(level, other) for other in first)
 
     def _levels(self, timestep: Any) -> list[Tensor]:
-        """Return what must be read of a timestep: the highest and lowest over samples, each of its noisiest token."""
-        told = _told.get().get("timestep")
-        timestep = torch.as_tensor(timestep if told is None else told)
+        """Return the highest and the lowest timestep over samples, each that of its noisiest token, as scalars."""
+        known = _loop.get().get("timestep")
+        timestep = torch.as_tensor(timestep if known is None else known)
         if timestep.numel() == 1:
             return [timestep.reshape(())]
         tokens = timestep.reshape(1 if self.by_token else len(timestep), -1)
         noisiest = tokens.amax(dim=1) if self.scale > 0 else tokens.amin(dim=1)
         return [noisiest.amax(), noisiest.amin()]
 
-    def _level(self, read: list[float]) -> float:
-        if read[0] != read[-1]:
+    def _level(self, values: list[float]) -> float:
+        if values[0] != values[-1]:
             raise ValueError(
-                f"a cached call needs one timestep for the whole batch, got {read}: "
+                f"a cached call needs one timestep for the whole batch, got {values}: "
                 "call skipdit.disable_cache(model), or split the batch"
             )
-        scale = self.scale if _told.get().get("timestep") is None else 1.0
+        scale = self.scale if _loop.get().get("timestep") is None else 1.0
         # 0.7 in float32 is a timestep of 700, not of 699.99999
-        return read[0] if scale == 1 else round(read[0] * scale + (1000 if scale < 0 else 0), 3)
+        return values[0] if scale == 1 else round(values[0] * scale + (1000 if scale < 0 else 0), 3)
 
     def _begin(self, key: Key, run: Run) -> None:
         """Drop runs that can no longer be continued: branches under another list, and runs of threads that ended."""
@@ -363,32 +365,30 @@ class Streams:
                 del self.runs[name]
         self.check(run.coming)
 
-    def _went_on(self, key: Key, run: Run, last: float, place: float) -> bool:
-        """Whether other streams of the run made a step between these two places."""
-        others = [each for name, each in self.runs.items() if name[:2] == key[:2] and each.order is run.order]
-        return any(
-            last < each < place for other in (run, *others) for stream in other.streams for each in stream.places
-        )
+    def _others_stepped(self, key: Key, run: Run, last: float, place: float) -> bool:
+        """Return true if other streams of the run made a step between these two places."""
+        others = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
+        places = (between for other in (run, *others) for stream in other.streams for between in stream.places)
+        return any(last < between < place for between in places)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The end of a run
 
     def end(self) -> None:
-        """Drop what this thread's runs in the current context hold."""
-        runs = self.own_runs
+        """End this thread's runs in the current context and drop their stores."""
+        runs = self.runs_in_context
         self.drop(runs)
         self.over(runs)
 
     @property
-    def own_runs(self) -> list[Run]:
-        """This thread's runs in the current context, all branches. Outside of any context, these are the runs that were
-        called outside of any."""
+    def runs_in_context(self) -> list[Run]:
+        """This thread's runs in the current context, all branches; outside of any context, those called outside."""
         thread, path = threading.get_ident(), _context.get()
-        own = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
-        return [self.runs[key] for key in own]
+        keys = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
+        return [self.runs[key] for key in keys]
 
     def drop(self, runs: list[Run]) -> None:
-        """Drop what these runs hold; their counts stay for the summary."""
+        """Drop these runs and their stores; their counts stay for the summary."""
         if runs:
             self.ended_at = self.num_calls
             self.ended_counts = sum((run.counts for run in runs), Counts())
@@ -400,19 +400,19 @@ class Streams:
 
     @property
     def counts(self) -> Counts:
-        """The counts of the current runs, or of those that ended last."""
+        """Counts of the current runs, or of those that ended last."""
         current = [run.counts for run in self.current_runs]
         return sum(current, Counts()) if current else self.ended_counts
 
     @property
     def current_runs(self) -> list[Run]:
-        """The runs that were called since others ended."""
+        """Runs that were called since others ended."""
         return [run for run in list(self.runs.values()) if run.last_call > self.ended_at]
 
 
 def _by_level(run: Run, level: float) -> tuple[Run, float]:
-    """Return the run of a bare model at this noise level, and the place there. A run falls; after two steps that rose,
-    as in an inversion by hand, it rises."""
+    """Return the run of a bare model at this noise level, and the place there. In a run noise falls; after two steps
+    in which it rose, as in an inversion by hand, it rises."""
     place = level if run.rises else -level
     if not run.streams or place >= run.place:
         return run, place
@@ -426,7 +426,7 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
 
 
 def _levels_of(scheduler: Any) -> list[float]:
-    """Return the noise levels of a scheduler's list, which is read."""
+    """Return the noise levels of a scheduler's list, which is read from the device."""
     config = scheduler.config
     num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
     return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
@@ -436,17 +436,17 @@ def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
     """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
     if isinstance(latents, Tensor):
         return latents.shape, latents.dtype, latents.device
-    layouts = [layout_of(each) for each in latents]
+    layouts = [layout_of(sample) for sample in latents]
     return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
 
 
 def _is_entry(timestep: Any) -> bool:
-    """Whether a timestep is a view of one entry of a longer list."""
+    """Return true if a timestep is a view of one entry of a longer list."""
     return _is_one(timestep) and timestep.untyped_storage().nbytes() > timestep.element_size()
 
 
 def _shares_memory(timestep: Any, table: Tensor) -> bool:
-    """Whether a timestep is a view of an entry of this list, as pipelines pass them."""
+    """Return true if a timestep is a view of an entry of this list, as pipelines pass them."""
     return _is_one(timestep) and timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
 
 
@@ -455,5 +455,5 @@ def _is_one(timestep: Any) -> bool:
 
 
 def _near(level: float, other: float) -> bool:
-    """Whether two levels are equal up to what rounding to bfloat16 does."""
+    """Return true if two levels are equal up to rounding to bfloat16."""
     return abs(level - other) < 0.01 + 0.008 * abs(other)

@@ -319,7 +319,7 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
     if config.method == "smoothcache":
         parts = [
             {"kinds": cast(BranchOutputs, rule.site).kinds, "full_steps": explicit(rule).full_steps}
-            for rule in found.method.parts
+            for rule in found.method.rules
         ]
         return {"method": "smoothcache", "parts": parts} | common
     return {

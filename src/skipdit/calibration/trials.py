@@ -23,7 +23,7 @@ from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.predictor import Derivatives, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, Site
-from skipdit.cache.steppers import Part, Stepper, StepState, relative_change
+from skipdit.cache.steppers import CacheRule, Stepper, StepState, relative_change
 from skipdit.calibration.plan import ReuseErrors
 from skipdit.models.check import first_tensor
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored, Values
@@ -95,9 +95,9 @@ class Measured:
 class RecordingSteps:
     """Makes every step in full, tries every reuse, and keeps how far off each is."""
 
-    def __init__(self, model: nn.Module, parts: list[Part], trials: Trials, advance: Callable[[], object]) -> None:
-        self.parts, self.trials, self.advance = parts, trials, advance
-        self.regions = parts[0].regions
+    def __init__(self, model: nn.Module, rules: list[CacheRule], trials: Trials, advance: Callable[[], object]) -> None:
+        self.rules, self.trials, self.advance = rules, trials, advance
+        self.regions = rules[0].regions
         links = cast(LongSkipModel, model).long_skip_links
         self.full = ForwardPlan.of(links, store=self.regions)
         self.reuse = [ForwardPlan.of(links, reuse=(region,)) for region in self.regions]
@@ -159,7 +159,7 @@ class RecordingSteps:
 
 @contextmanager
 def recorded(
-    pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module, list[Part]], Steps]
+    pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module, list[CacheRule]], Steps]
 ) -> Iterator[tuple[Cache, Steps]]:
     """Let the pipeline's transformer make its steps by what `make` returns inside the block; yield it with the
     cache."""
@@ -189,7 +189,7 @@ def measure(
 
     `ValueError` where the model lacks the site, or a run has fewer than 3 steps.
     """
-    with recorded(pipeline, site, lambda model, parts: RecordingSteps(model, parts, trials, advance)) as (
+    with recorded(pipeline, site, lambda model, rules: RecordingSteps(model, rules, trials, advance)) as (
         cache,
         recorder,
     ):
@@ -244,9 +244,9 @@ class Changes:
 
     def compute_ratio(self, method: CacheMethod) -> float:
         saved = sum(
-            self.shares[cast(BranchOutputs, part.site).kinds[0]]
-            * (len(self.timesteps) - len(cast(ExplicitSchedule, part.schedule).full_steps))
-            for part in method.parts
+            self.shares[cast(BranchOutputs, rule.site).kinds[0]]
+            * (len(self.timesteps) - len(cast(ExplicitSchedule, rule.schedule).full_steps))
+            for rule in method.rules
         )
         return len(self.timesteps) / (len(self.timesteps) - saved)
 
@@ -254,9 +254,9 @@ class Changes:
 class ChangeRecordingSteps:
     """Makes every step in full and keeps how far the branches' outputs are from those of earlier steps."""
 
-    def __init__(self, model: nn.Module, parts: list[Part], max_age: int) -> None:
-        self.parts = parts
-        whole = cast(Branches, parts[0].regions[0])
+    def __init__(self, model: nn.Module, rules: list[CacheRule], max_age: int) -> None:
+        self.rules = rules
+        whole = cast(Branches, rules[0].regions[0])
         self.kinds: dict[BranchKind, Branches] = {kind: replace(whole, kinds=(kind,)) for kind in whole.kinds}
         self.full = ForwardPlan.of(cast(LongSkipModel, model).long_skip_links, store=tuple(self.kinds.values()))
         self.history: WeakKeyDictionary[StepState, deque[Stored]] = WeakKeyDictionary()
@@ -280,7 +280,7 @@ class ChangeRecordingSteps:
 
 def smooth_errors(pipeline: DiffusionPipeline, sample: Sample, *, max_age: int) -> Changes:
     """Make one pass of SmoothCache's calibration (arXiv 2411.10510). sample: as in `measure`."""
-    with recorded(pipeline, BranchOutputs(EVERY), lambda model, parts: ChangeRecordingSteps(model, parts, max_age)) as (
+    with recorded(pipeline, BranchOutputs(EVERY), lambda model, rules: ChangeRecordingSteps(model, rules, max_age)) as (
         cache,
         recorder,
     ):

@@ -1,7 +1,7 @@
 """Opens the attentions and MLPs of a model, ours or diffusers', so that their outputs can be stored and reused.
 
-By *class swap*: an open branch is an instance of a final subclass made from (mixin, its class). The keys of the weights
-stay, a copy of the model is a model of its own, and `torch.compile` sees one plain forward.
+By *class swap*: an open branch is an instance of a final subclass made from (mixin, its class). Weight keys stay the
+same, a copy of the model is independent, and `torch.compile` sees one plain forward.
 """
 
 from functools import lru_cache
@@ -9,12 +9,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from skipdit.models.class_swap import Remade, hooked, refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import SwapMixin, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.long_skip import LongSkipModel, OpenCall
 
 
-class UnitBranch(Remade, nn.Module):
-    """Mixed in front of the class of an attention or MLP of a block: its output can be stored and reused."""
+class UnitBranch(SwapMixin, nn.Module):
+    """Mixin before the class of an attention or MLP of a block: its output can be stored and reused."""
 
     _branch: tuple[str, int, str]  # kind, unit, name
     _open: OpenCall
@@ -34,26 +34,26 @@ def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
 
 
 def open_branches(model: LongSkipModel) -> None:
-    """Make the branches of a model ones that can be stored and reused; its output stays the same.
+    """Make the outputs of a model's branches ones that can be stored and reused; the model's output stays the same.
 
-    `ValueError` where hooks are on the forward of one (offloading: set it up afterwards).
+    Raises `ValueError` if hooks are on the forward of a branch (offloading: set it up afterwards).
     """
-    places = model.branches()
-    refuse_hooked(place.module for place in places if not isinstance(place.module, UnitBranch))
+    branches = model.branches()
+    refuse_hooked(branch.module for branch in branches if not isinstance(branch.module, UnitBranch))
     model.open_call = model.open_call or OpenCall(for_branches=True)
-    for place in places:
-        module = cast(Any, place.module)
+    for branch in branches:
+        module = cast(Any, branch.module)
         if not isinstance(module, UnitBranch):
             swap(module, _branch_class(type(module)))
-        module._branch, module._open = (place.kind, place.unit, place.name), model.open_call
+        module._branch, module._open = (branch.kind, branch.unit, branch.name), model.open_call
 
 
 def close_branches(model: LongSkipModel) -> None:
-    """Undo `open_branches`. Where hooks were set since, or another class stands on top (`fully_shard`), a branch stays
-    open, which changes no output."""
+    """Undo `open_branches`. A branch stays open, which changes no output, if hooks were set on it since, or another
+    class is on top of it (`fully_shard`)."""
     still_open = False
-    for place in model.branches():
-        module = cast(Any, place.module)
+    for branch in model.branches():
+        module = cast(Any, branch.module)
         if type(module).__bases__[0] is UnitBranch and hooked([module]) is None:
             swap(module, type(module).__bases__[1])
             del module._branch, module._open

@@ -1,4 +1,4 @@
-"""Gives a module another class and takes it back, also where offloading has hooks on its forward.
+"""Gives a module another class and undoes it, also if offloading has hooks on its forward.
 
 The private parts of accelerate (`_hf_hook`, `_old_forward`) and diffusers (`_diffusers_hook`) that this needs are here.
 """
@@ -11,19 +11,19 @@ from torch import nn
 
 
 def swapped_class(mixin: type, base: type, **namespace: Any) -> type:
-    """Make a final subclass of the same name, so that a saved config names the model."""
+    """Return a final subclass of the same name, so that a saved config names the model."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), names | namespace)
 
 
 def swap(module: nn.Module, new_class: type) -> None:
-    """Give a module another class. accelerate's hooks, where it has some, then run the forward of that class."""
+    """Give a module another class; hooks of accelerate on it then run the forward of that class."""
     cast(Any, module).__class__ = new_class
-    own = vars(module)
-    if _is_own_method(module, own.get("forward")):  # what is left of a hook that was removed
-        del own["forward"]
-    if _is_own_method(module, own.get("_old_forward")):
-        own["_old_forward"] = MethodType(new_class.forward, module)
+    attributes = vars(module)
+    if _is_own_method(module, attributes.get("forward")):  # left by a hook that was removed
+        del attributes["forward"]
+    if _is_own_method(module, attributes.get("_old_forward")):
+        attributes["_old_forward"] = MethodType(new_class.forward, module)
 
 
 def _is_own_method(module: nn.Module, value: Any) -> bool:
@@ -31,26 +31,26 @@ def _is_own_method(module: nn.Module, value: Any) -> bool:
 
 
 def refuse_hooked(modules: Iterable[nn.Module]) -> None:
-    """Raise `ValueError` where something that skipdit cannot look behind has replaced the forward of a module."""
+    """Raise `ValueError` if hooks that skipdit cannot keep have replaced the forward of a module."""
     found = hooked(modules)
     if found is not None:
         raise ValueError(
             f"hooks of diffusers are on the forward of this {type(found).__name__} (group offloading, layerwise "
-            "casting or a cache): take them off, call skipdit, then set them up again"
+            "casting or a cache): remove them, call skipdit, then set them up again"
         )
 
 
 def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
     """Return the first module whose forward was replaced by hooks other than accelerate's (CPU offloading)."""
     for module in modules:
-        own = vars(module)
-        if "forward" in own and "_hf_hook" not in own and not _is_own_method(module, own["forward"]):
+        fields = vars(module)
+        if "forward" in fields and "_hf_hook" not in fields and not _is_own_method(module, fields["forward"]):
             return module
     return None
 
 
-class Remade:
-    """Pickles and copies an instance of a final subclass that no module names: by how its class is made."""
+class SwapMixin:
+    """Mixin that pickles and copies instances of a swapped class, which no module names, by how the class is made."""
 
     _made_by: tuple[Callable[[Any], type], type]
 
@@ -60,7 +60,7 @@ class Remade:
 
 
 def _recipe(cls: type) -> Any:
-    """Functions and the class that they are applied to, innermost last; a class that a module names is its own."""
+    """Return a class that a module names, or (function, recipe of the class that it is applied to)."""
     made_by = vars(cls).get("_made_by")
     return cls if made_by is None else (made_by[0], _recipe(made_by[1]))
 

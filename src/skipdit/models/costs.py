@@ -1,5 +1,5 @@
-"""What the parts of one forward cost, in FLOPs of the whole model: blocks that always run and everything around the
-blocks included.
+"""Costs of units and branches in FLOPs of the whole model, which includes blocks that always run and all layers outside
+the blocks.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,24 +16,28 @@ from skipdit.models.long_skip import LongSkipModel
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Shares of one full step: of each unit, and within them of each branch by kind and unit."""
+    """Costs as shares of one full step."""
 
     units: tuple[float, ...]
+    """Share of each unit."""
     branches: Mapping[tuple[str, int], float]
+    """Share of the branches of each kind in each unit, which is part of the unit's."""
     known: dict[tuple[Region, ...], float] = field(init=False, repr=False, default_factory=dict)
+    """Costs of steps that have been asked for, by the regions they reuse."""
 
     def of_step(self, reuse: tuple[Region, ...]) -> float:
-        """Return the share of a full step that a step costs which reuses these regions."""
+        """Return the cost of a step that reuses these regions, as a share of a full step."""
         if reuse not in self.known:
             self.known[reuse] = self._of_step(reuse)
         return self.known[reuse]
 
     def _of_step(self, reuse: tuple[Region, ...]) -> float:
-        saved = sum(cost for unit, cost in enumerate(self.units) if any(each.leaves_out(unit) for each in reuse))
+        saved = sum(cost for unit, cost in enumerate(self.units) if any(region.leaves_out(unit) for region in reuse))
         saved += sum(
             cost
             for (kind, unit), cost in self.branches.items()
-            if any(each.has_branch(kind, unit) for each in reuse) and not any(each.leaves_out(unit) for each in reuse)
+            if any(region.has_branch(kind, unit) for region in reuse)
+            and not any(region.leaves_out(unit) for region in reuse)
         )
         return max(1.0 - saved, 0.0)
 
@@ -42,15 +46,15 @@ class Costs:
         linked = cast(LongSkipModel, model)
         units = tuple(sum(map(cost_of, blocks)) / total for blocks in linked.units())
         branches: dict[tuple[str, int], float] = {}
-        for place in linked.branches():
-            key = place.kind, place.unit
-            branches[key] = branches.get(key, 0.0) + cost_of(place.module) / total
+        for branch in linked.branches():
+            key = branch.kind, branch.unit
+            branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / total
         return cls(units, branches)
 
     @classmethod
     def at_best(cls, model: nn.Module) -> "Costs":
-        """Estimate the costs before a step has run, as if there were nothing but units: a product's are as many as its
-        weights, and units cost alike."""
+        """Estimate the costs before a step has run, as if all layers were in units of the same cost. FLOPs are taken
+        as proportional to the number of weights."""
 
         def cost_of(module: nn.Module) -> float:
             return float(sum(weight.numel() for weight in module.parameters()))
@@ -58,14 +62,14 @@ class Costs:
         linked = cast(LongSkipModel, model)
         units = linked.units()
         branches: dict[tuple[str, int], float] = {}
-        for place in linked.branches():
-            key, whole = (place.kind, place.unit), sum(map(cost_of, units[place.unit])) or 1.0
-            branches[key] = branches.get(key, 0.0) + cost_of(place.module) / whole / len(units)
+        for branch in linked.branches():
+            key, whole = (branch.kind, branch.unit), sum(map(cost_of, units[branch.unit])) or 1.0
+            branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / whole / len(units)
         return cls((1 / len(units),) * len(units), branches)
 
     @classmethod
     def by_weights(cls, model: nn.Module) -> "Costs":
-        """Estimate the costs of a step whose FLOPs cannot be counted: a product's are as many as its weights."""
+        """Estimate the costs of a step whose FLOPs cannot be counted, as proportional to the number of weights."""
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
         def cost_of(module: nn.Module) -> float:
@@ -77,14 +81,14 @@ class Costs:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Count FLOPs; torch's counter lacks the attention of CPUs."""
+    """Return a counter of FLOPs that includes the attention of CPUs, which torch's counter lacks."""
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     )
 
 
 def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
-    """Return the FLOPs of a model's forwards within a call, as of its pipeline. What is compiled counts as nothing."""
+    """Return the FLOPs of a model's forwards within a call, such as that of its pipeline. Graphs count as 0."""
     counter, within = flop_counter(), 0
 
     def enter(*_: Any) -> None:
@@ -110,14 +114,14 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
 
 
 def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
-    """Return what a full forward `call` of a model returns, and what its parts cost.
+    """Return the output of `call`, a full forward of a model, and the costs of its units and branches.
 
-    `None` and an estimate where torch cannot count: flex attention on a CPU, sharded weights. Hooks on these very
-    modules tell what each costs: those of torch's counter are global, and see what other threads run.
+    Returns `None` and an estimate if torch cannot count: flex attention on a CPU, sharded weights. Costs are read by
+    hooks on the modules themselves, as those of torch's counter are global and see the work of other threads.
     """
     linked = cast(LongSkipModel, model)
     blocks = {block for blocks in linked.units() for block in blocks}
-    flops = dict.fromkeys((*blocks, *(place.module for place in linked.branches())), 0)
+    flops = dict.fromkeys((*blocks, *(branch.module for branch in linked.branches())), 0)
     counter = flop_counter()
 
     def enter(module: nn.Module, *_: Any) -> None:
@@ -131,7 +135,7 @@ def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
     try:
         with counter:
             result = call()
-    except Exception:  # whatever is wrong with the call itself comes again without a counter
+    except Exception:  # an error of the call itself is raised again without the counter
         return None, Costs.by_weights(model)
     finally:
         for hook in hooks:

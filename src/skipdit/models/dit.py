@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
-    BranchPlace,
+    BranchInfo,
     LongSkip,
     LongSkipConfig,
     LongSkipModel,
@@ -43,7 +43,7 @@ class HeadNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention. qk_norm: norms of queries and keys, which keep the logits small (arXiv 2302.05442, section 2; as
+    """Self-attention. qk_norm: normalize queries and keys to keep the logits small (arXiv 2302.05442, section 2; as
     in SD3, arXiv 2403.03206, section 5.3.2)."""
 
     def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool = False) -> None:
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def split(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values (b h n d), before norms."""
+        """Return queries, keys and values, each (b h n d), before their norms."""
         qkv = rearrange(self.qkv(hidden_states), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         return qkv[0], qkv[1], qkv[2]
 
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 def repeat_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """Each row as often as it takes to have `num_rows`: all frames of a clip share its conditioning."""
+    """Repeat each row equally often, to `num_rows` in total: all frames of a clip share its conditioning."""
     return rows if rows.shape[0] == num_rows else rows.repeat_interleave(num_rows // rows.shape[0], dim=0)
 
 
@@ -90,7 +90,7 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(nn.Module):
     """One unit: attention and MLP, each modulated and gated by the conditioning (adaLN-Zero, DiT paper, section 3.2).
 
-    `long_skip` is set by the model on the units that take a skip. Each row of the conditioning serves batch / groups
+    The model sets `long_skip` on the units that take a skip. Each row of the conditioning is used for batch / groups
     rows of the batch.
     """
 
@@ -119,16 +119,16 @@ class DiTBlock(nn.Module):
         return hidden_states + gate_mlp.unsqueeze(1) * transformed
 
 
-def branches_of(model: LongSkipModel) -> list[BranchPlace]:
+def branches_of(model: LongSkipModel) -> list[BranchInfo]:
     """Return the branches of a model whose blocks are all `DiTBlock`s."""
-    places: list[BranchPlace] = []
+    branches: list[BranchInfo] = []
     for unit, blocks in enumerate(model.units()):
         for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
-            places += [
-                BranchPlace(kind_in("attention", number), unit, f"{number}.attn", block.attn),
-                BranchPlace("mlp", unit, f"{number}.mlp", block.mlp),
+            branches += [
+                BranchInfo(kind_in("attention", number), unit, f"{number}.attn", block.attn),
+                BranchInfo("mlp", unit, f"{number}.mlp", block.mlp),
             ]
-    return places
+    return branches
 
 
 class PatchEmbed(nn.Module):
@@ -154,22 +154,22 @@ class FinalLayer(nn.Module):
 
 
 def sincos(dim: int, positions: Float[Tensor, " positions"]) -> Float[Tensor, "positions dim"]:
-    """Sines, then cosines, of dim / 2 frequencies between 1 and 1 / 10000."""
+    """Return the sines, then the cosines, of positions at dim / 2 frequencies between 1 and 1 / 10000."""
     frequencies = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
     angles = torch.outer(positions, frequencies)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Float[Tensor, "tokens dim"]:
-    """Fixed 2D sine-cosine table (MAE, arXiv 2111.06377): half of the channels for the column, half for the row."""
-
+    """Return the fixed 2D sine-cosine table (MAE, arXiv 2111.06377): half of the channels for the column, half for the
+    row."""
     rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
     columns = torch.arange(width, dtype=torch.float64).repeat(height)
     return torch.cat([sincos(hidden_size // 2, columns), sincos(hidden_size // 2, rows)], dim=1).float()
 
 
 def position_embedding_of(model: Any, height: int, width: int) -> Float[Tensor, "tokens dim"]:
-    """The model's own table, or that of another grid of patches, on the model's device."""
+    """Return the model's position embedding for a grid of height x width patches, on the model's device."""
     native = model.config.sample_size // model.config.patch_size
     if (height, width) == (native, native):
         return model.position_embedding
@@ -179,14 +179,14 @@ def position_embedding_of(model: Any, height: int, width: int) -> Float[Tensor, 
 
 
 def run_block(model: Any, block: nn.Module, *args: Tensor | None) -> Tensor:
-    """The block, which runs again in the backward pass where gradient checkpointing is on."""
+    """Run a block; under gradient checkpointing it runs again in the backward pass."""
     if model.gradient_checkpointing and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(block, *args)
     return block(*args)
 
 
 def init_adaln_zero(model: Any) -> None:
-    """Every block starts as the identity and the output as zero (DiT paper, section 3.2)."""
+    """Initialize every block as the identity and the output as zero (DiT paper, section 3.2)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -205,21 +205,23 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     """Class-to-image diffusion transformer.
 
     Args:
-        sample_size (`int`): height and width of the latents (or pixels) it is trained on; others work too.
+        sample_size (`int`): height and width of the latents (or pixels) it is trained on; other sizes work too.
         patch_size (`int`): side of the square patch that becomes one token.
         in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` where
             the model also predicts a variance.
-        num_layers (`int`): blocks; each is one unit. num_attention_heads (`int`), attention_head_dim (`int`): their
-            product is the hidden size, which must be divisible by 4.
+        num_layers (`int`): number of blocks; each is one unit.
+        num_attention_heads (`int`), attention_head_dim (`int`): their product is the hidden size, which must be
+            divisible by 4.
         mlp_ratio (`float`): hidden size of the MLP over that of the block.
-        num_classes (`int`). null_class (`bool`): whether class `num_classes` means "no class", which guidance needs.
+        num_classes (`int`): number of classes. null_class (`bool`): adds class `num_classes`, which means "no class"
+            and which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 that of diffusers.
-        time_scale (`float`), time_shift (`float`): what is embedded is `time_scale * timestep + time_shift`. The
+        time_scale (`float`), time_shift (`float`): the model embeds `time_scale * timestep + time_shift`. The
             official SiT embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
         qk_norm (`bool`): RMSNorm of the queries and keys of each head.
-        long_skip (`LongSkipConfig`, *optional*): `None` is the plain DiT.
-        shallow_path (`ShallowPath`, *optional*): what training taught the first and last units to do alone, which
-            guidance may use; changes nothing else.
+        long_skip (`LongSkipConfig`, *optional*): `None` for the plain DiT.
+        shallow_path (`ShallowPath`, *optional*): first and last units that training taught to predict alone, which
+            guidance may use; no effect otherwise.
     """
 
     _supports_gradient_checkpointing = True
@@ -267,7 +269,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
             out_channels=out_channels,
             long_skip=None if long_skip is None else long_skip.to_dict(),
             shallow_path=None if shallow_path is None else shallow_path.to_dict(),
-            _use_default_values=[],  # `from_config` would leave them so, and add_long_skips changes one
+            _use_default_values=[],  # else `from_config` resets them, and add_long_skips changes one
         )
         self.gradient_checkpointing = False
         self.patch_size = patch_size
@@ -300,7 +302,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         num_classes: int = 1000,
         long_skip: LongSkipConfig | None = None,
     ) -> "DiT":
-        """A published size with fresh weights: `"DiT-S/2"` ... `"DiT-XL/8"`; `ValueError` on any other name."""
+        """Build a published size with fresh weights: `"DiT-S/2"` ... `"DiT-XL/8"`; `ValueError` on others."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         num_layers, hidden_size, num_attention_heads, patch_size = PRESETS[name]
@@ -319,12 +321,12 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return [(block,) for block in self.blocks]
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         return branches_of(self)
 
     @property
     def null_class_label(self) -> int:
-        """The label that means "no class"; `ValueError` where the model was built without one."""
+        """The label that means "no class"; raises `ValueError` if the model was built without one."""
         if not self.config.null_class:
             raise ValueError("this model has no null class: classifier-free guidance needs null_class=True")
         return self.config.num_classes
@@ -339,10 +341,10 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         stored: Stored | None = None,
         return_dict: bool = True,
     ) -> LongSkipOutput | tuple[Tensor, ...] | PlannedOutput:
-        """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
+        """Predict from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch, or one per sample).
 
-        Under a `plan` this returns a `PlannedOutput`: what the plan says is stored there, or taken from `stored`, what
-        an earlier call stored. Each tensor has the shape (batch, tokens, dim).
+        Under a `plan` this returns a `PlannedOutput` with the values that the plan stores; the values that it reuses
+        come from `stored`, those of an earlier call. Each tensor has the shape (batch, tokens, dim).
         """
         if any(size % self.patch_size for size in hidden_states.shape[-2:]):
             sizes = tuple(hidden_states.shape[-2:])

@@ -1,4 +1,4 @@
-"""Where the units are in the transformers of diffusers. Data only; `surgery.py` acts on it."""
+"""The units of diffusers' transformers: one row per class. Data only; `surgery` acts on it."""
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, replace
@@ -23,28 +23,28 @@ BRANCHES: Named = {
         *("img_mlp", "txt_mlp", "txt_ff", "audio_ff", "mlp_moe_gen"),
     ),
 }
-"""What blocks of diffusers call them."""
+"""The names of branches in blocks of diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Blocks that run one after another; long skips pair within a segment, a cache spans all of them."""
+    """Blocks that run one after another. Long skips pair units within a segment; a cache spans all segments."""
 
     lists: tuple[str, ...] = ("transformer_blocks",)
     """Attributes of the model, each a `ModuleList`. The i-th blocks of all lists, in this order, are one unit."""
     streams: tuple[str, ...] = ("hidden_states",)
     """Token streams: the names under which a block takes them, in the order in which it returns them."""
     fused: str | None = None
-    """The stream that long skips fuse; by default `hidden_states`, or the only one."""
+    """The stream that long skips fuse; by default the only one, or else `hidden_states`."""
     joins: tuple[str, ...] = ()
-    """Where a segment has one stream and the one before had several: which of those the model concatenates along their
-    tokens, in this order."""
+    """For a segment of one stream after one of several: the streams that the model concatenates along their tokens, in
+    this order."""
     branches: Named = field(default_factory=lambda: BRANCHES)
-    """By kind the attributes of a block, where it has them, dotted where they are deeper; the attention of a unit's
-    second block is over time. What they output can be reused: a tensor, or a tuple."""
+    """Attributes of a block by kind of branch, with dots for nested ones; those that a block lacks are ignored. The
+    attention of a unit's second block is over time. Their outputs, tensors or tuples, can be reused."""
     by_token: Mapping[str, ByToken] | None = None
-    """Arguments of a block beside its streams that have an entry per token of the fused stream, so that tokens can be
-    routed; `None` where that is not known, or cannot be right."""
+    """Arguments of a block, other than its streams, that have an entry per token of the fused stream, so that tokens
+    can be routed; `None` if they are unknown, or if routing would be wrong."""
 
     def __post_init__(self) -> None:
         _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
@@ -61,10 +61,10 @@ class Segment:
 
 
 def _check_names(**names: tuple[str, ...]) -> None:
-    """Refuse one name where a tuple of names belongs: its letters would be taken for names."""
-    for role, given in names.items():
-        if isinstance(given, str):
-            raise ValueError(f"{role} must be a tuple of names, as ({given!r},), got {given!r}")
+    """Raise `ValueError` on a string in place of a tuple of names: its letters would be taken for names."""
+    for role, value in names.items():
+        if isinstance(value, str):
+            raise ValueError(f"{role} must be a tuple of names, as ({value!r},), got {value!r}")
 
 
 ONE_SEGMENT = (Segment(),)
@@ -72,14 +72,14 @@ ONE_SEGMENT = (Segment(),)
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What skipdit must know of one class of transformers.
+    """The facts that skipdit needs about one class of transformers.
 
-    A family of one segment has a short form: `block_lists`, `streams` and `branches` in place of `segments`.
-    `ValueError` where both are given.
+    A family of one segment has a short form: `block_lists`, `streams` and `branches` in place of `segments`. Raises
+    `ValueError` if both are set.
     """
 
     segments: tuple[Segment, ...] = ONE_SEGMENT
-    """In the order in which they run; units number through all of them."""
+    """Segments in the order in which they run; units are numbered through all of them."""
     block_lists: InitVar[tuple[str, ...] | None] = None
     """Short form: the `lists` of the only segment."""
     streams: InitVar[tuple[str, ...] | None] = None
@@ -89,38 +89,39 @@ class Family:
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     """Entries of the config whose product is the hidden size."""
     native_pairs: bool = False
-    """Whether blocks fuse skips of their own, which the model hands them: all pairs but the two middle units
-    (HunyuanDiT, arXiv 2405.08748)."""
+    """True if the model passes skips to its blocks, which fuse them: all pairs but the two middle units (HunyuanDiT,
+    arXiv 2405.08748)."""
     latents: str = "hidden_states"
     """The argument of the model that holds the noisy latents."""
     timestep: str = "timestep"
     """The argument of the model that holds the timestep."""
     timestep_scale: float = 1.0
-    """What one unit of that argument is on the scale from 0 to 1000; below 0 where it is 1 minus the noise level and
-    rises (Lumina)."""
+    """Factor from that argument to the scale from 0 to 1000; negative if the argument is 1 minus the noise level, and
+    so rises (Lumina)."""
     counted: bool = True
-    """Whether torch can count its FLOPs. Of flex attention it cannot: then costs are estimated by weights."""
+    """True if torch can count its FLOPs, as it cannot for flex attention: costs are then estimated from weights."""
     timestep_by_token: bool = False
-    """Whether a flat timestep lists levels of tokens, not of samples (MiniMax-H3): the noisiest is the step's."""
+    """True if a flat timestep lists levels of tokens, not of samples (MiniMax-H3): the noisiest one counts."""
     writes_in_place: bool | None = None
-    """Whether blocks write their input, or a buffer of theirs, in place. By default that is found out as a model runs,
-    and what is stored is copied until then, or always under `torch.compile`."""
+    """True if blocks write their input or a buffer in place. `None`: skipdit finds out while the model runs, and copies
+    stored values until then, or always under `torch.compile`."""
     changing: tuple[str, ...] = ()
-    """Arguments that are new at every step and no condition: a second timestep, a control signal, audio latents."""
+    """Arguments that change at every step and are no conditioning: a second timestep, a control signal, audio
+    latents."""
 
     def __post_init__(
         self, block_lists: tuple[str, ...] | None, streams: tuple[str, ...] | None, branches: Named | None
     ) -> None:
         _check_names(hidden_size=self.hidden_size, changing=self.changing)
         short = {"block_lists": block_lists, "streams": streams, "branches": branches}
-        given: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
-        if given and self.segments is not ONE_SEGMENT:
+        fields: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
+        if fields and self.segments is not ONE_SEGMENT:
             raise ValueError(
-                "give either segments or block_lists, streams and branches, the short form of one segment: "
-                f"got segments and {', '.join(given)}"
+                "pass either segments or block_lists, streams and branches, the short form of one segment: "
+                f"got segments and {', '.join(fields)}"
             )
-        if given:
-            options = {name.removeprefix("block_"): value for name, value in given.items()}
+        if fields:
+            options = {name.removeprefix("block_"): value for name, value in fields.items()}
             object.__setattr__(self, "segments", (Segment(**options),))
         if not self.segments:
             raise ValueError("segments must have at least one Segment")
@@ -132,23 +133,23 @@ class Family:
                 )
 
     def check_route(self, name: str, segment_starts: tuple[int, ...], route: TokenRoute) -> None:
-        """`ValueError` where the tokens of such a model cannot be routed past these units."""
+        """Raise `ValueError` if the tokens of such a model cannot be routed past these units."""
         if any(segment.by_token is None for segment in self.segments):
             raise ValueError(
-                f"the tokens of {name} cannot be routed: its blocks need all of them, or it is not known which of "
+                f"the tokens of {name} cannot be routed: its blocks need all of them, or skipdit cannot know which of "
                 "their arguments have an entry per token (Segment.by_token)"
             )
         for segment, start in zip(self.segments[1:], segment_starts, strict=True):
             if segment.joins and route.start >= start:
                 raise ValueError(
-                    f"tokens of {name} must leave before unit {start}, where text joins them, got {route.start}"
+                    f"tokens of {name} must leave before unit {start}, where text joins them, got unit {route.start}"
                 )
 
     @property
     def shares_tokens(self) -> bool:
-        """Whether the samples of a batch share what blocks know of their tokens, and so must keep the same ones."""
-        entries = [each for segment in self.segments for each in (segment.by_token or {}).values()]
-        return any(each.dim == 0 and not each.of_rows for each in entries)
+        """True if the samples of a batch share inputs by token, such as positions, and so must keep the same tokens."""
+        inputs = [by_token for segment in self.segments for by_token in (segment.by_token or {}).values()]
+        return any(by_token.dim == 0 and not by_token.of_rows for by_token in inputs)
 
 
 TEXT_FIRST = ("encoder_hidden_states", "hidden_states")
@@ -162,9 +163,9 @@ def _units(*lists: str, **options: Any) -> tuple[Segment, ...]:
 
 
 def _two(first: str, second: str, streams: tuple[str, ...], *, joined: bool = False) -> tuple[Segment, ...]:
-    """Double-stream, then single-stream blocks; joined: the model concatenates the streams for the latter."""
-    then = Segment(lists=(second,), joins=streams) if joined else Segment(lists=(second,), streams=streams)
-    return Segment(lists=(first,), streams=streams), then
+    """Return double-stream, then single-stream blocks; joined: the model concatenates the streams for the latter."""
+    single = Segment(lists=(second,), joins=streams) if joined else Segment(lists=(second,), streams=streams)
+    return Segment(lists=(first,), streams=streams), single
 
 
 BLOCKS = "transformer_blocks", "single_transformer_blocks"
@@ -327,7 +328,7 @@ ROTARY, ROTARY_WITH_TEXT = {"image_rotary_emb": ByToken()}, {"image_rotary_emb":
 ROTARY_WAN = {"rotary_emb": ByToken(dim=1), "temb": ByToken(dim=1, ndim=4)}
 MASK_WITH_TEXT = {"attention_mask": ByToken(dim=-1, text="after")}
 
-# the classes whose tokens can be routed, and what their blocks take with an entry per token; of each segment, or of all
+# the classes whose tokens can be routed, and the inputs of their blocks by token: of all segments, or one per segment
 BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] = {
     "AllegroTransformer3DModel": {"image_rotary_emb": ByToken(dim=1, index=1)},
     "AuraFlowTransformer2DModel": {},
@@ -364,8 +365,8 @@ BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] =
 
 
 def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]) -> Family:
-    each = by_token if isinstance(by_token, tuple) else (by_token,) * len(family.segments)
-    segments = zip(family.segments, each, strict=True)
+    inputs = by_token if isinstance(by_token, tuple) else (by_token,) * len(family.segments)
+    segments = zip(family.segments, inputs, strict=True)
     return replace(family, segments=tuple(replace(segment, by_token=names) for segment, names in segments))
 
 
@@ -375,7 +376,7 @@ FAMILIES |= {name: _with_tokens(FAMILIES[name], by_token) for name, by_token in 
 OUT_OF_SCOPE: dict[str, str] = {
     "DreamLiteTransformer2DModel": "part of a U-Net",
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder: it does not denoise",
-    "RFD4ProteinaTransformer": "its blocks run several times per forward, and half of its work stands between them",
+    "RFD4ProteinaTransformer": "its blocks run several times per forward, and half of its work is outside them",
     "T5FilmDecoder": "no pipeline of diffusers uses it",
     "Transformer2DModel": "part of a U-Net",
     "TransformerTemporalModel": "part of a U-Net",
@@ -383,24 +384,25 @@ OUT_OF_SCOPE: dict[str, str] = {
 
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:
-    """Make a class that skipdit does not list, and its subclasses, known to `add_long_skips` and `enable_cache`.
+    """Declare the units of a class that skipdit does not list, for `add_long_skips` and `enable_cache`; holds for its
+    subclasses too.
 
-    Its forward must run the units in order. `skipdit.check_family(model, example_inputs)` tells whether it fits.
+    Its forward must run the units in order. `skipdit.check_family(model, example_inputs)` checks that the family fits.
     """
     FAMILIES[model_class.__name__] = family
 
 
 def find_family(model_class: type[nn.Module]) -> Family | None:
-    """Return the family of a class, or of the nearest class that it is made from; `None` where there is none."""
+    """Return the family of a class, or of its nearest base class that has one; `None` if there is none."""
     return next((FAMILIES[base.__name__] for base in model_class.__mro__ if base.__name__ in FAMILIES), None)
 
 
 def get_family(model_class: type[nn.Module]) -> Family:
-    """As `find_family`; `ValueError` where there is none."""
+    """Return the family of a class as `find_family` does; raises `ValueError` if there is none."""
     family = find_family(model_class)
     if family is None:
         raise ValueError(
-            f"{model_class.__name__} is no family that skipdit knows: declare its units with "
+            f"skipdit does not know the units of {model_class.__name__}: declare them with "
             "skipdit.declare_family(model_class, skipdit.Family(...))"
         )
     return family

@@ -1,9 +1,9 @@
-"""What one forward call runs, stores and takes back: data that is made outside the graph.
+"""Plans what one forward call runs, stores and reuses, as data that is made outside the graph.
 
 A call that reuses leaves out a *region* of the units' work and takes its result from an earlier call that stored it:
-whole units, as the streams after them or as what they add to the streams, or outputs of branches inside the units. In
-training a call may *route* tokens: deep units see only some of them. A `ForwardPlan` says for each unit what happens
-there, in booleans and names; a `ForwardState` carries it out.
+whole units, as the streams after them or as their sum added to the streams, or outputs of branches inside the units. In
+training a call may *route* tokens: deep units see only some of them. A `ForwardPlan` lists the actions at each unit, in
+booleans and names; a `ForwardState` carries them out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +17,7 @@ from torch import Tensor
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
 from skipdit.models.routing import RoutedTokens, TokenRoute
 
-Values = Mapping[str, Tensor]  # of one region: the names are its own
+Values = Mapping[str, Tensor]  # of one region, by names that the region chooses
 Stored = Mapping[str, Values]  # by the name of the region
 
 
@@ -27,12 +27,12 @@ class Region:
 
     @property
     def name(self) -> str:
-        """Tells it from all other regions of a model."""
+        """A name that identifies it among all regions of a model."""
         raise NotImplementedError
 
     @property
     def bounds(self) -> tuple[int, int] | None:
-        """The first unit that is left out and the first after them; `None` where all units run."""
+        """The first unit that is left out and the first after those; `None` if all units run."""
         return None
 
     @property
@@ -44,29 +44,30 @@ class Region:
         return self.bounds is not None and unit in range(*self.bounds)
 
     def has_branch(self, kind: str, unit: int) -> bool:
-        """Whether the output of this branch is part of it."""
+        """Return true if the output of this branch is part of it."""
         return False
 
     def has_input(self, kind: str, unit: int) -> bool:
-        """Whether what enters this branch is part of it."""
+        """Return true if the input of this branch is part of it."""
         return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Units(Region):
-    """The streams after unit `stop - 1`, or with `delta` what units `start` to `stop - 1` add to them.
-
-    skips: also the skips that these units hand to others that still run; a probe, which is not reused, needs none.
-    """
+    """The streams after unit `stop - 1`, each (batch, tokens, dim)."""
 
     start: int
+    """The first unit that is left out."""
     stop: int
+    """The first unit that runs again."""
     delta: bool = False
+    """Store the difference from the input of unit `start` instead."""
     skips: bool = True
+    """Store the skips from these units to others that still run; a probe, which is not reused, needs none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
-            raise ValueError(f"units must be a range of at least one, got {self.start} to {self.stop}")
+            raise ValueError(f"there must be at least one unit in the range, got {self.start} to {self.stop}")
 
     @property
     def name(self) -> str:
@@ -86,16 +87,16 @@ class Units(Region):
 
 @dataclass(frozen=True, kw_only=True)
 class Branches(Region):
-    """Outputs of the branches of some `kinds` in some `units`; with `inputs`, what enters them: a probe, which can be
-    stored and not reused."""
+    """Outputs of the branches of some kinds in some units."""
 
     kinds: tuple[BranchKind, ...]
     units: tuple[int, ...]
     inputs: bool = False
+    """Inputs instead of outputs: a probe, which can be stored but not reused."""
 
     def __post_init__(self) -> None:
         if not self.kinds or not set(self.kinds) <= set(get_args(BranchKind)):
-            raise ValueError(f"kinds must be of {', '.join(get_args(BranchKind))}, got {self.kinds}")
+            raise ValueError(f"kinds must be among {', '.join(get_args(BranchKind))}, got {self.kinds}")
 
     @property
     def name(self) -> str:
@@ -121,44 +122,53 @@ class Branches(Region):
 
 @dataclass(frozen=True, kw_only=True)
 class End:
-    """Of a region of units, where it ends. delta: what is stored is added."""
+    """The end of a region of units."""
 
     name: str
+    """Name of the region."""
     delta: bool
+    """The stored values are added to the streams instead of replacing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlan:
-    """What happens at one unit.
+    """The actions at one unit.
 
-    A caller may leave out units by itself (skip-layer guidance), so what is due at a unit is also due at all later
-    ones, until it is done.
-
-    runs: whether the unit runs. begins: regions before whose first unit the streams are remembered. takes, stores:
-    regions that end before this unit. keeps_skip: regions to which the output of this unit belongs, as the source of a
-    skip. given_skip: the region that has the output of this unit, which is left out. reuses, keeps, probes: by kind of
-    branch the region that has its output, that takes its output, and that takes its input. asks: whether the plan's
-    question is put before this unit. is_idle: the streams pass it as they are, and nothing is due here. sheds,
-    restores: whether tokens leave, or come back, before this unit. sees_kept: whether it sees only the kept tokens.
-    skip_sheds, skip_restores: whether tokens leave, or come back, on the way of the skip that it takes.
+    A caller may leave out units by itself (skip-layer guidance), so the actions of a unit are also listed at all later
+    units, and are taken once.
     """
 
     runs: bool = True
     begins: tuple[str, ...] = ()
+    """Regions that need the streams before their first unit, kept here."""
     takes: tuple[End, ...] = ()
+    """Reused regions that end before this unit."""
     stores: tuple[End, ...] = ()
+    """Stored regions that end before this unit."""
     keeps_skip: tuple[str, ...] = ()
-    given_skip: str | None = None
+    """Stored regions that include the output of this unit, as the source of a skip."""
+    stored_skip: str | None = None
+    """The reused region that has the output of this unit, which is left out."""
     reuses: Mapping[str, str] = field(default_factory=dict)
+    """By kind of branch, the reused region that has its output."""
     keeps: Mapping[str, str] = field(default_factory=dict)
+    """By kind of branch, the stored region for its output."""
     probes: Mapping[str, str] = field(default_factory=dict)
+    """By kind of branch, the stored region for its input."""
     asks: bool = False
+    """The plan's question is asked before this unit."""
     is_idle: bool = False
+    """The streams pass unchanged, and there is no action here."""
     sheds: bool = False
+    """Tokens leave the stream before this unit."""
     restores: bool = False
+    """Tokens return before this unit."""
     sees_kept: bool = False
+    """The unit sees only the kept tokens."""
     skip_sheds: bool = False
+    """The skip that it takes loses tokens on its way."""
     skip_restores: bool = False
+    """The skip that it takes gets tokens back on its way."""
 
     @property
     def is_boundary(self) -> bool:
@@ -167,33 +177,35 @@ class UnitPlan:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Put on the way through a forward that is not compiled: whether the rest of it shall follow another plan.
-
-    ask: is given what has been stored so far. plan, given: of the rest, where the answer is yes.
-    """
+    """A question asked within an eager forward: follow another plan for the rest of it?"""
 
     ask: Callable[[Stored], bool]
+    """Returns the answer, from the values stored so far."""
     plan: "ForwardPlan"
-    given: Stored
+    """The other plan."""
+    reused: Stored
+    """The values that it reuses."""
 
 
 @dataclass(frozen=True, eq=False)
 class ForwardPlan:
-    """What one forward call stores, and what it takes from an earlier one.
+    """The regions that one forward call stores, and those that it takes from an earlier call; see `of`.
 
-    units: what happens at each unit, and after the last. idle: the units that are passed as if they were not there.
-    untouched: those that run as if there were no plan.
-    Numbers that change from call to call would be symbols to `torch.compile`, so what a forward reads of it are
-    booleans and names at fixed places.
+    A number that changes from call to call would be a symbol to `torch.compile`, so a forward reads only booleans and
+    names of it, at fixed places.
     """
 
     store: tuple[Region, ...] = ()
     reuse: tuple[Region, ...] = ()
     route: TokenRoute | None = None
     units: tuple[UnitPlan, ...] = ()
+    """The actions at each unit, and after the last; empty for the plain forward."""
     idle: frozenset[int] = frozenset()
+    """Units that are passed as if they did not exist."""
     untouched: frozenset[int] = frozenset()
+    """Units that run as if there were no plan."""
     has_branches: bool = False
+    """True if a branch is stored or reused."""
     question: Question | None = None
 
     @classmethod
@@ -206,16 +218,16 @@ class ForwardPlan:
         asks_at: int | None = None,
         route: TokenRoute | None = None,
     ) -> "ForwardPlan":
-        """Make the plan of a model with these links. asks_at: the unit before which a question may be put. `ValueError`
-        where the model has fewer units, or where tokens are routed and regions stored or reused."""
+        """Return the plan of a model with these links. asks_at: the unit before which a question may be asked. Raises
+        `ValueError` if the model has too few units, or if tokens are routed while regions are stored or reused."""
         store, reuse = tuple(store), tuple(reuse)
         if route is not None and (store or reuse):
             raise ValueError("a forward either routes tokens or stores and reuses regions")
         if route is not None and route.stop > links.num_units:
-            raise ValueError(f"there are {links.num_units} units, got {route}")
+            raise ValueError(f"the model has {links.num_units} units, got {route}")
         for region in (*store, *reuse):
             if region.bounds is not None and region.bounds[1] > links.num_units:
-                raise ValueError(f"there are {links.num_units} units, got {region}")
+                raise ValueError(f"the model has {links.num_units} units, got {region}")
         units = tuple(
             _routed_unit_plan(links, unit, route)
             if route is not None
@@ -243,7 +255,7 @@ def _unit_plan(
     target = links.targets.get(unit)
 
     def passes(region: Region) -> bool:
-        """Whether the skip of this unit is part of a region: which leaves it out, and not the target."""
+        """Return true if the skip of this unit is part of a region, which leaves out the unit but not the target."""
         return (
             isinstance(region, Units)
             and region.skips
@@ -265,7 +277,7 @@ def _unit_plan(
         }
 
     runs = not any(region.leaves_out(unit) for region in reuse)
-    given_skip = next((region.name for region in reuse if passes(region)), None)
+    stored_skip = next((region.name for region in reuse if passes(region)), None)
     ranges = [region for region in (*store, *reuse) if isinstance(region, Units)]
     is_due = unit in links.segment_starts or any(
         unit == region.stop or (region.delta and unit == region.start) for region in ranges
@@ -276,12 +288,12 @@ def _unit_plan(
         takes=ends(reuse),
         stores=ends(store),
         keeps_skip=tuple(region.name for region in store if passes(region)),
-        given_skip=given_skip,
+        stored_skip=stored_skip,
         reuses=by_kind(reuse, "has_branch"),
         keeps=by_kind(store, "has_branch"),
         probes=by_kind(store, "has_input"),
         asks=asks,
-        is_idle=not (runs or given_skip or is_due or asks) and unit < links.num_units - 1,
+        is_idle=not (runs or stored_skip or is_due or asks) and unit < links.num_units - 1,
     )
 
 
@@ -304,23 +316,26 @@ def _routed_unit_plan(links: LongSkipLinks, unit: int, route: TokenRoute) -> Uni
 
 @dataclass(eq=False)
 class Writes:
-    """Finds out what blocks write later of what a call keeps: in place, or into a buffer that they fill again.
+    """Detects which tensors that a call keeps are later written by blocks: in place, or as a buffer that is refilled.
 
-    known: by place, an entry to a unit or a branch, whether they do. Until a place has been seen at two calls, and
-    where it is written, what is kept and what is handed on from a store is a copy. always: no need to look.
-    seen: tensors of a place and their versions, at the last call and in this one.
+    A place is an entry to a unit or a branch. Tensors are kept, and taken from a store, as copies until the place has
+    been checked in two calls, and also if it is written.
     """
 
     always: bool = False
+    """Always copy, without checks."""
     known: dict[str, bool] = field(default_factory=dict)
-    seen: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    """True for a place that is written, false for one that is not."""
+    previous: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    """Tensors of each place at the last call, and their versions."""
     now: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    """Tensors of each place in this call, and their versions."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"always": self.always, "known": self.known, "seen": {}, "now": {}}
+        return {"always": self.always, "known": self.known, "previous": {}, "now": {}}
 
     def apart(self, place: str, tensor: Tensor, *, look: bool) -> Tensor:
-        """Return a copy, or the tensor itself where it is known that nobody writes it."""
+        """Return a copy, or the tensor itself if it is known that nobody writes it. look: check it at later calls."""
         if self.known.get(place) is False:
             return tensor
         if look and not (self.always or torch.compiler.is_compiling() or tensor.is_inference()):
@@ -330,47 +345,48 @@ class Writes:
     def end_call(self) -> None:
         now, self.now = self.now, {}
         for place, tensors in now.items():
-            if any(tensor._version != version for tensor, version in (*tensors, *self.seen.get(place, ()))):
+            if any(tensor._version != version for tensor, version in (*tensors, *self.previous.get(place, ()))):
                 self.known[place] = True
-            elif place in self.seen:
+            elif place in self.previous:
                 self.known.setdefault(place, False)
             else:
-                self.seen[place] = tensors
+                self.previous[place] = tensors
             if place in self.known:
-                self.seen.pop(place, None)
+                self.previous.pop(place, None)
 
 
 @dataclass
 class ForwardState:
-    """What one forward call carries beside its streams. Made for the call, gone with it.
-
-    given: what earlier calls stored, of each region that the plan reuses. stored: what this call stores. skips: outputs
-    by unit, so that a gradient-checkpointed unit that runs twice finds the same skip twice. tokens: where some are
-    routed.
-    """
+    """The state of one forward call, besides its streams."""
 
     links: LongSkipLinks
     # no defaults: up to torch 2.11 the compiler breaks its graph at one that is an object (a test pins it)
     plan: ForwardPlan
-    given: Stored | None
+    reused: Stored | None
+    """Values of each region that the plan reuses, stored by earlier calls."""
     stored: dict[str, dict[str, Tensor]] = field(init=False, default_factory=dict)
+    """Values that this call stores."""
     skips: dict[int, Tensor] = field(init=False, default_factory=dict)
+    """Outputs by source unit: a gradient-checkpointed unit that runs twice finds the same skip twice."""
     entered: dict[str, tuple[Any, ...]] = field(init=False, default_factory=dict)
+    """By region, the streams before its first unit."""
     done: set[str] = field(init=False, default_factory=set)
+    """Regions that have been taken or stored."""
     num_branch_calls: dict[str, int] = field(init=False, default_factory=dict)
     num_arrived: int = field(init=False, default=0)
+    """Number of source units whose output has been kept."""
     tokens: RoutedTokens | None = field(init=False, default=None)
     open_call: OpenCall | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.plan.reuse and self.given is None:
-            raise ValueError("a plan that reuses needs what an earlier call stored: give stored=")
-        if self.given is not None and not self.plan.reuse and self.plan.route is None:
-            raise ValueError("what an earlier call stored was given, but the plan says not what of it to reuse")
+        if self.plan.reuse and self.reused is None:
+            raise ValueError("a plan that reuses needs the values that an earlier call stored: pass stored=")
+        if self.reused is not None and not self.plan.reuse and self.plan.route is None:
+            raise ValueError("stored was passed, but the plan reuses nothing of it")
 
     @classmethod
     def begin(cls, model: LongSkipModel, plan: ForwardPlan, stored: Stored | None) -> "ForwardState":
-        """Begin one forward of a model, whose branches see it where they are open."""
+        """Return the state of a new forward of a model, and show it to the model's open branches."""
         state = cls(model.long_skip_links, plan, stored)
         if plan.route is not None:
             state.tokens = RoutedTokens.begin(plan.route, stored, model.fill_token)
@@ -379,7 +395,7 @@ class ForwardState:
         return state
 
     def finish(self, output: Any) -> Any:
-        """Return what a forward returns: `output`, or under a plan a `PlannedOutput`."""
+        """End the forward; return `output`, or under a plan a `PlannedOutput`."""
         if self.open_call is not None:
             self.open_call.state = None
             if self.open_call.writes is not None and not torch.compiler.is_compiling():
@@ -393,11 +409,11 @@ class ForwardState:
         return self._at(unit).runs
 
     def sees_kept(self, unit: int) -> bool:
-        """Whether a unit sees only the tokens that are kept."""
+        """Return true if a unit sees only the kept tokens."""
         return self._at(unit).sees_kept
 
     def is_boundary(self, unit: int) -> bool:
-        """Whether `enter` has something to store or to replace at this unit."""
+        """Return true if `enter` has values to store or to replace at this unit."""
         at = self._at(unit)
         return at.is_boundary and (
             at.asks
@@ -408,8 +424,8 @@ class ForwardState:
         )
 
     def enter(self, unit: int, *streams: Any, routed: int = 0) -> tuple[Any, ...]:
-        """Return the streams with which `unit` starts, before its fusion; with the number of units, those that leave
-        the last one. routed: the index of the stream of which tokens may be routed."""
+        """Return the streams that enter `unit`, before its fusion; for the number of units, those after the last one.
+        routed: index of the stream whose tokens may be routed."""
         if unit in self.plan.idle or not self.is_boundary(unit):
             return streams
         at = self._at(unit)
@@ -433,12 +449,12 @@ class ForwardState:
                 self._store(end, unit, streams)
         question = self.plan.question
         if at.asks and question is not None and question.ask(self.stored):
-            self.plan, self.given = question.plan, question.given
+            self.plan, self.reused = question.plan, question.reused
         return streams
 
     def join(self, joins: tuple[int, ...], routed: int) -> None:
-        """Follow streams that are joined at the start of a segment, also for what entered earlier ones: the streams of
-        these indices are concatenated along their tokens. routed: the index of the stream of which tokens may be."""
+        """Join streams at the start of a segment, in what has been kept so far: those of these indices are concatenated
+        along their tokens. routed: index of the stream whose tokens may be routed."""
         if self.tokens is not None:
             self.tokens.texts_first = joins[0] != routed
         for name, streams in self.entered.items():
@@ -454,12 +470,12 @@ class ForwardState:
                 values[str(index)] = stream - before[index] if end.delta else self._keep(str(unit), stream)
 
     def _take(self, end: End, unit: int, streams: tuple[Any, ...]) -> tuple[Any, ...]:
-        assert self.given is not None
-        given = self.given.get(end.name, {})
+        assert self.reused is not None
+        values = self.reused.get(end.name, {})
         before = self.entered.get(end.name, streams)
         taken = []
         for index, stream in enumerate(streams):
-            value = given.get(str(index))
+            value = values.get(str(index))
             if value is not None:
                 stream = before[index] + value if end.delta else self._lend(str(unit), value)
             taken.append(stream)
@@ -477,8 +493,8 @@ class ForwardState:
     # Long skips
 
     def leave(self, unit: int, hidden_states: Tensor) -> Tensor:
-        """Keep the output of a source unit for its target and, where the unit may be left out while its target runs,
-        for later calls. Returns it."""
+        """Keep the output of a source unit for its target and, if a later call may leave out the unit but not the
+        target, for that call. Return the output."""
         if unit in self.links.targets and unit not in self.skips:
             self.skips[unit] = hidden_states = self._keep(str(unit + 1), hidden_states)
             for name in self._at(unit).keeps_skip:
@@ -486,29 +502,28 @@ class ForwardState:
         return hidden_states
 
     def arrive(self, unit: int, hidden_states: Tensor) -> None:
-        """Keep these hidden states, which enter `unit`, as the output of every source unit below that has run. A unit
-        that the caller has left out (skip-layer guidance), or past which all tokens are routed, outputs what entered
-        it."""
+        """Keep these hidden states, which enter `unit`, as the output of every earlier source unit that has run. A unit
+        that the caller has left out (skip-layer guidance), or past which all tokens are routed, outputs its input."""
         sources = self.links.ordered_sources
         while self.num_arrived < len(sources) and sources[self.num_arrived] < unit:
             if self.runs(sources[self.num_arrived]) or self.tokens is not None:
                 self.leave(sources[self.num_arrived], hidden_states)
             self.num_arrived += 1
 
-    def given_skip(self, unit: int) -> Tensor | None:
-        """Return the output of a unit that is left out while the target of its skip runs."""
-        name = self._at(unit).given_skip
-        return None if name is None or self.given is None else self.given[name].get(f"skip {unit}")
+    def stored_skip(self, unit: int) -> Tensor | None:
+        """Return the stored output of a unit that is left out while the target of its skip runs."""
+        name = self._at(unit).stored_skip
+        return None if name is None or self.reused is None else self.reused[name].get(f"skip {unit}")
 
     def skip(self, unit: int) -> Tensor | None:
-        """Return the skip that `unit` takes, `None` where it has none."""
+        """Return the skip that `unit` takes; `None` if it takes none."""
         source = self.links.sources.get(unit)
         if source is None:
             return None
         at = self._at(unit)
-        skip = self.skips[source] if source in self.skips else self.given_skip(source)
+        skip = self.skips[source] if source in self.skips else self.stored_skip(source)
         if skip is None:
-            raise ValueError(f"unit {unit} takes the skip of unit {source}, which was left out and is not stored")
+            raise ValueError(f"unit {unit} needs the skip of unit {source}, which was left out and is not stored")
         if self.tokens is not None and at.skip_sheds:
             return self.tokens.shed(skip)
         if self.tokens is not None and at.skip_restores:
@@ -519,18 +534,18 @@ class ForwardState:
     # Branches
 
     def branch(self, kind: str, unit: int, place: str, entering: Any, run: Callable[[], Any]) -> Any:
-        """Return the output of one branch, a tensor or a tuple; stored, or reused without running it.
+        """Return the output of one branch, a tensor or a tuple, and store it; or reuse it without running the branch.
 
-        place: names the branch within its unit. entering: its first input. A module that runs more than once per unit
-        (text and pictures through one MLP, chunks) is a branch each time.
+        place: name of the branch within its unit. entering: its first input. A module that runs more than once per unit
+        (text and images through one MLP, chunks) is a new branch each time.
         """
         at = self._at(unit)
         number = self.num_branch_calls.get(f"{unit} {place}", 0)
         self.num_branch_calls[f"{unit} {place}"] = number + 1
         name = f"{unit} {place} {number}"
         if kind in at.reuses:
-            assert self.given is not None
-            return _unpack(self.given[at.reuses[kind]], name, lambda tensor: self._lend(name, tensor))
+            assert self.reused is not None
+            return _unpack(self.reused[at.reuses[kind]], name, lambda tensor: self._lend(name, tensor))
         if kind in at.probes:
             self.stored.setdefault(at.probes[kind], {})[name] = self._keep(f"input of {name}", entering)
         output = run()
@@ -540,16 +555,16 @@ class ForwardState:
 
 
 NOTHING = UnitPlan()
-MAX_OUTPUTS = 4  # of one branch
+MAX_OUTPUTS = 4  # per branch
 
 
 def _pack(values: dict[str, Tensor], name: str, output: Any, keep: Callable[[Tensor], Tensor]) -> None:
     if isinstance(output, Tensor):
         values[name] = keep(output)
         return
-    for index, each in enumerate(output):
-        if each is not None:
-            values[f"{name}.{index} of {len(output)}"] = keep(each)
+    for index, tensor in enumerate(output):
+        if tensor is not None:
+            values[f"{name}.{index} of {len(output)}"] = keep(tensor)
 
 
 def _unpack(values: Values, name: str, lend: Callable[[Tensor], Tensor]) -> Any:
@@ -563,5 +578,5 @@ def _unpack(values: Values, name: str, lend: Callable[[Tensor], Tensor]) -> Any:
 
 
 def kind_in(kind: BranchKind, block: int) -> BranchKind:
-    """Return the kind of a branch in a unit's block: the second block attends over time (Latte)."""
+    """Return the kind of a branch in block `block` of a unit: the second block attends over time (Latte)."""
     return "temporal_attention" if kind == "attention" and block == 1 else kind

@@ -1,5 +1,5 @@
-"""How models start: those of diffusers with fresh weights as their authors set them, and video models from a trained
-picture model, whose weights go into the blocks that see one frame.
+"""Initial weights: those of diffusers' models as their authors set them, and those of a video model from a trained
+image model, whose weights go into the spatial blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from skipdit.models.long_skip import LongSkip
 
 
 def init_linears(model: nn.Module) -> None:
-    """Xavier, zero biases."""
+    """Initialize linear layers: Xavier weights, zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -25,7 +25,7 @@ def init_linears(model: nn.Module) -> None:
 
 
 def init_hunyuan(model: HunyuanDiT2DModel) -> None:
-    """As HunyuanDiT starts (arXiv 2405.08748, released code): what modulates and the output at zero."""
+    """Initialize as HunyuanDiT does (arXiv 2405.08748, released code): modulation and output at zero."""
     init_linears(model)
     for block in model.blocks:
         for zeroed in (block.get_submodule("norm1.linear"), block.get_submodule("attn2.to_out.0")):
@@ -37,7 +37,7 @@ def init_hunyuan(model: HunyuanDiT2DModel) -> None:
 
 
 def init_latte_t2v(model: LatteTransformer3DModel) -> None:
-    """As PixArt starts (arXiv 2310.00426, released code), and blocks over time as the identity."""
+    """Initialize as PixArt does (arXiv 2310.00426, released code), with temporal blocks as the identity."""
     init_linears(model)
     for spatial, temporal in zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True):
         nn.init.zeros_(spatial.get_parameter("attn2.to_out.0.weight"))
@@ -49,9 +49,9 @@ def init_latte_t2v(model: LatteTransformer3DModel) -> None:
 
 
 def resize_grid(model: DiT | Latte, **sizes: int) -> None:
-    """Make a model one of another `sample_size` or `num_frames`: only its fixed tables of positions know them.
+    """Change a model's `sample_size` or `num_frames`, which only its fixed position tables depend on.
 
-    `ValueError` where the side is no multiple of the patch.
+    Raises `ValueError` if the side is no multiple of the patch size.
     """
     config, table = model.config, model.get_buffer("position_embedding")
     side, rest = divmod(sizes["sample_size"], config.patch_size)
@@ -65,15 +65,15 @@ def resize_grid(model: DiT | Latte, **sizes: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A video model from a picture model
+# A video model from an image model
 
 
 def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
-    """As many blocks as there are units, from both ends, so that each keeps its long skip; one in the middle, which has
-    none, is of the first half. `ValueError` where the picture model is less deep."""
+    """Return `num_units` blocks, from both ends, so that each keeps its long skip; a middle one, which has none, comes
+    from the first half. Raises `ValueError` if the image model has fewer blocks."""
     blocks = [cast(DiTBlock, block) for block in picture.unit_entries()]
     if len(blocks) < num_units:
-        raise ValueError(f"the picture model has {len(blocks)} blocks, the video model needs {num_units}")
+        raise ValueError(f"the image model has {len(blocks)} blocks, the video model needs {num_units}")
     first = (num_units + 1) // 2
     return blocks[:first] + blocks[len(blocks) - num_units + first :]
 
@@ -81,17 +81,17 @@ def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
 def _refuse_other_sizes(picture: DiT, sizes: Mapping[str, float]) -> None:
     for name, size in sizes.items():
         if picture.config[name] != size:
-            raise ValueError(f"{name} must be {picture.config[name]} as in the picture model, got {size}")
+            raise ValueError(f"{name} must be {picture.config[name]} as in the image model, got {size}")
 
 
 def _match_blocks(entries: Sequence[nn.Module], picture: DiT) -> list[tuple[nn.Module, DiTBlock]]:
-    """Each unit's spatial block and the picture model's block for it. `ValueError` where one has a long skip of another
-    kind than the other."""
+    """Return each unit's spatial block with the block of the image model for it. Raises `ValueError` if their long
+    skips are not of the same kind."""
     matched = list(zip(entries, outermost_blocks(picture, len(entries)), strict=True))
     for unit, (entry, block) in enumerate(matched):
-        ours, theirs = (_kind_of_skip(getattr(each, "long_skip", None)) for each in (entry, block))
-        if ours != theirs:
-            raise ValueError(f"unit {unit} has {ours}, its block in the picture model {theirs}")
+        target, source = (_kind_of_skip(getattr(module, "long_skip", None)) for module in (entry, block))
+        if target != source:
+            raise ValueError(f"unit {unit} has {target}, its block in the image model {source}")
     return matched
 
 
@@ -103,11 +103,11 @@ def _kind_of_skip(long_skip: LongSkip | None) -> str:
 
 @torch.no_grad()
 def inflate_latte(video: Latte, picture: DiT, rows: Mapping[int, int]) -> None:
-    """Copies a picture model of the same width into the spatial blocks of a class-to-video model.
+    """Copy an image model of the same width into the spatial blocks of a class-to-video model.
 
-    rows: the picture model's class for each class of the video model that it knows; the null class is known to both.
-    The video model's fresh temporal blocks are the identity, so that at first each frame is a picture of its own. A
-    single picture is predicted as by the picture model; the frames of a clip but for the fixed embedding of their time.
+    rows: class of the image model for each class of the video model that it knows; both have the null class. The
+    video model's fresh temporal blocks are the identity, so that at first frames are independent. A single image is
+    predicted exactly as by the image model; frames of a clip differ by the fixed embedding of their time.
     """
     names = ("num_attention_heads", "attention_head_dim", "mlp_ratio", "patch_size", "in_channels", "out_channels")
     options = (*names, "downscale_freq_shift", "qk_norm")
@@ -124,18 +124,18 @@ def inflate_latte(video: Latte, picture: DiT, rows: Mapping[int, int]) -> None:
 
 @torch.no_grad()
 def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
-    """Copies a picture model of the same width into the spatial blocks of a text-to-video model with long skips.
+    """Copy an image model of the same width into the spatial blocks of a text-to-video model with long skips.
 
-    What modulates a block is here the sum of one function of the timestep, shared by all blocks, and a table of the
-    block's own. They start as the mean over the blocks, and as what a block differs from it on average over timesteps
-    (the re-parametrisation of PixArt, arXiv 2310.00426, section 2.3, there at one timestep). The class is the null
-    class. So the start is near the picture model, not equal to it.
+    Here a block's modulation is the sum of a function of the timestep, shared by all blocks, and a table per block. The
+    function starts as the mean over the blocks, the table as the block's mean difference from it over timesteps (the
+    re-parametrization of PixArt, arXiv 2310.00426, section 2.3, there at one timestep). The class is the null
+    class. So the start is near the image model, not equal to it.
     """
     config: Any = video.config
     dim = picture.config.num_attention_heads * picture.config.attention_head_dim
     names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels")
-    theirs = {"out_channels": config.in_channels, "mlp_ratio": 4.0, "downscale_freq_shift": 0.0, "qk_norm": False}
-    _refuse_other_sizes(picture, {name: config[name] for name in names} | theirs)
+    fixed = {"out_channels": config.in_channels, "mlp_ratio": 4.0, "downscale_freq_shift": 0.0, "qk_norm": False}
+    _refuse_other_sizes(picture, {name: config[name] for name in names} | fixed)
     matched = _match_blocks(list(video.transformer_blocks), picture)
     embedder = video.adaln_single.emb.timestep_embedder
     embedder.load_state_dict(picture.timestep_embedder.state_dict())
@@ -145,12 +145,12 @@ def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
     embedded = embedder(picture.timestep_frequencies(torch.arange(0.0, 1000.0, 20.0)))
     modulations = [block.modulation for _, block in matched]
     shared = video.adaln_single.linear
-    shared.weight.copy_(torch.stack([each.weight for each in modulations]).mean(0))
-    shared.bias.copy_(torch.stack([each.bias for each in modulations]).mean(0))
+    shared.weight.copy_(torch.stack([modulation.weight for modulation in modulations]).mean(0))
+    shared.bias.copy_(torch.stack([modulation.bias for modulation in modulations]).mean(0))
     for target, block in matched:
         _copy_block(target, block)
-        own = (block.modulation(F.silu(embedded)) - shared(F.silu(embedded))).mean(0)
-        target.get_parameter("scale_shift_table").copy_(own.view(6, dim))
+        table = (block.modulation(F.silu(embedded)) - shared(F.silu(embedded))).mean(0)
+        target.get_parameter("scale_shift_table").copy_(table.view(6, dim))
     last = picture.final_layer
     video.scale_shift_table.copy_((last.modulation(F.silu(embedded)).view(-1, 2, dim) - embedded[:, None]).mean(0))
     # the second half of the output channels, a variance that is not learned, stays zero

@@ -25,7 +25,7 @@ from skipdit.models.dit import (
     sincos_position_embedding,
 )
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
-from skipdit.models.long_skip import BranchPlace, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
+from skipdit.models.long_skip import BranchInfo, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
 from skipdit.models.shallow_path import ShallowPath
 
 LATTE_PRESETS = {
@@ -36,25 +36,26 @@ LATTE_PRESETS = {
 
 
 class Latte(ModelMixin, ConfigMixin, LongSkipModel):
-    """Class-to-video diffusion transformer: blocks that see one frame take turns with blocks that see one patch over
-    time. A unit is such a (spatial, temporal) pair, and a long skip links pairs.
+    """Class-to-video diffusion transformer: spatial blocks, which see one frame, alternate with temporal blocks, which
+    see one patch over time. A unit is a (spatial, temporal) pair, and a long skip links two units.
 
     Args:
-        sample_size (`int`): height and width of the latents (or pixels) it is trained on; others work too.
-        num_frames (`int`): of the clips it is trained on; shorter ones work too.
+        sample_size (`int`): height and width of the latents (or pixels) it is trained on; other sizes work too.
+        num_frames (`int`): frames of the clips it is trained on; shorter ones work too.
         patch_size (`int`): side of the square patch that becomes one token.
         in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` where
             the model also predicts a variance.
-        num_layers (`int`): blocks, an even number; two are one unit. num_attention_heads (`int`),
-            attention_head_dim (`int`): their product is the hidden size, which must be divisible by 4.
+        num_layers (`int`): number of blocks, even; two are one unit.
+        num_attention_heads (`int`), attention_head_dim (`int`): their product is the hidden size, which must be
+            divisible by 4.
         mlp_ratio (`float`): hidden size of the MLP over that of the block.
-        num_classes (`int`, *optional*): `None` is the unconditional model. null_class (`bool`): whether class
-            `num_classes` means "no class", which guidance needs.
+        num_classes (`int`, *optional*): number of classes; `None` for the unconditional model. null_class (`bool`):
+            adds class `num_classes`, which means "no class" and which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies.
         qk_norm (`bool`): RMSNorm of the queries and keys of each head.
-        long_skip (`LongSkipConfig`, *optional*): `None` is the plain Latte.
-        shallow_path (`ShallowPath`, *optional*): what training taught the first and last units to do alone, which
-            guidance may use; changes nothing else.
+        long_skip (`LongSkipConfig`, *optional*): `None` for the plain Latte.
+        shallow_path (`ShallowPath`, *optional*): first and last units that training taught to predict alone, which
+            guidance may use; no effect otherwise.
     """
 
     _supports_gradient_checkpointing = True
@@ -91,7 +92,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if num_layers % 2 or num_layers < 2:
-            raise ValueError(f"num_layers must be even, a spatial and a temporal block a unit, got {num_layers}")
+            raise ValueError(f"num_layers must be even, a spatial and a temporal block per unit, got {num_layers}")
         if sample_size % patch_size:
             raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
         if isinstance(long_skip, dict):
@@ -103,7 +104,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             out_channels=out_channels,
             long_skip=None if long_skip is None else long_skip.to_dict(),
             shallow_path=None if shallow_path is None else shallow_path.to_dict(),
-            _use_default_values=[],  # `from_config` would leave them so, and add_long_skips changes one
+            _use_default_values=[],  # else `from_config` resets them, and add_long_skips changes one
         )
         self.gradient_checkpointing = False
         self.patch_size = patch_size
@@ -139,7 +140,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         num_classes: int | None = None,
         long_skip: LongSkipConfig | None = None,
     ) -> "Latte":
-        """A published size with fresh weights: `"Latte-S/2"` ... `"Latte-XL/8"`; `ValueError` on any other name."""
+        """Build a published size with fresh weights: `"Latte-S/2"` ... `"Latte-XL/8"`; `ValueError` on others."""
         if name not in LATTE_PRESETS:
             raise ValueError(f"preset must be one of {', '.join(LATTE_PRESETS)}, got {name!r}")
         num_layers, hidden_size, num_attention_heads, patch_size = LATTE_PRESETS[name]
@@ -159,12 +160,12 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         return branches_of(self)
 
     @property
     def null_class_label(self) -> int:
-        """The label that means "no class"; `ValueError` where the model was built without one."""
+        """The label that means "no class"; raises `ValueError` if the model was built without one."""
         if self.config.num_classes is None or not self.config.null_class:
             raise ValueError("this model has no null class: classifier-free guidance needs num_classes and null_class")
         return self.config.num_classes
@@ -181,13 +182,13 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         stored: Stored | None = None,
         return_dict: bool = True,
     ) -> LongSkipOutput | tuple[Tensor, ...] | PlannedOutput:
-        """Predicts from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch or one a sample).
+        """Predict from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch, or one per sample).
 
-        The last `num_images` frames are single pictures: they pass by the temporal blocks, and where the model knows
-        classes each has its own, `image_class_labels` (joint training, Latte, section 3.3).
+        The last `num_images` frames are single images: they bypass the temporal blocks, and in a class-conditional
+        model each has its own class, `image_class_labels` (joint training, Latte, section 3.3).
 
-        Under a `plan` this returns a `PlannedOutput`: what the plan says is stored there, or taken from `stored`, what
-        an earlier call stored. Tensors of units have the shape (batch x frames, tokens, dim).
+        Under a `plan` this returns a `PlannedOutput` with the values that the plan stores; the values that it reuses
+        come from `stored`, those of an earlier call. Tensors of units have the shape (batch x frames, tokens, dim).
         """
         batch, num_all_frames = hidden_states.shape[:2]
         num_frames = num_all_frames - num_images
@@ -245,10 +246,10 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
 
     def _add_class(self, conditioning: Tensor, class_labels: Tensor | None) -> Tensor:
         if (class_labels is None) != (self.class_embedder is None):
-            wanted = "no" if self.class_embedder is None else "one a clip and one a single picture"
-            raise ValueError(f"class labels: this model takes {wanted}")
+            rule = "none" if self.class_embedder is None else "one per clip and one per single image"
+            raise ValueError(f"class labels: this model takes {rule}")
         if self.class_embedder is None or class_labels is None:
             return conditioning
         if len(class_labels) != len(conditioning):
-            raise ValueError(f"class labels: {len(conditioning)} are needed, got {len(class_labels)}")
+            raise ValueError(f"class labels: there must be {len(conditioning)}, got {len(class_labels)}")
         return conditioning + self.class_embedder(class_labels)

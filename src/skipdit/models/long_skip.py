@@ -1,4 +1,4 @@
-"""Long skip connections: which unit feeds which, how the two streams fuse, and what flows during one forward call.
+"""Long skip connections: the pairs of units, the fusion of the two streams, and the interface of a model with skips.
 
 An isotropic transformer has L units. Unit i of the first half hands its output to unit L-1-i, which fuses it with its
 own input before it runs (arXiv 2411.17616; U-ViT, arXiv 2209.12152). Because the deepest units see fresh shallow
@@ -29,24 +29,24 @@ Init = Literal["default", "xavier", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class LongSkipConfig:
-    """Which units are linked, and how a link fuses."""
+    """The pairs of units that are linked, and the fusion of a link."""
 
     num_pairs: int | None = None
-    """how many pairs to link, the outermost first; None links all of them"""
+    """number of pairs to link, the outermost first; None links all of them"""
     middle_pair: bool = True
     """link the two adjacent middle units of an even depth, where the skip is the hidden state itself (the released
     Skip-DiT does this; HunyuanDiT leaves it out); an odd depth has no such pair"""
     norm: Norm = "layer_norm"
     """norm over the 2D concatenated channels, computed in float32"""
     init: Init | None = None
-    """of the projection 2D -> D: PyTorch's default (as released), Xavier, or zero; None is default for replace, zero
-    for residual"""
+    """initialization of the projection 2D -> D: PyTorch's default (as released), Xavier, or zero; None means default
+    for replace and zero for residual"""
     fusion: Fusion = "replace"
-    """proj(norm([hidden, skip])) replaces the hidden states (arXiv 2411.17616), or is added to them (residual), so that
-    with a zero projection a converted model starts exactly where it was"""
+    """replace: proj(norm([hidden, skip])) replaces the hidden states (arXiv 2411.17616); residual: it is added to them,
+    so that with a zero projection a converted model starts with unchanged outputs"""
     fill_token: bool = False
-    """learn one vector that stands, before the last units, for each token that the deep units did not see in training,
-    beside its skip (SPRINT, arXiv 2510.21986)"""
+    """learn one vector that replaces, before the last units, each token that the deep units did not see in training;
+    its skip stays (SPRINT, arXiv 2510.21986)"""
 
     def __post_init__(self) -> None:
         if self.num_pairs is not None and self.num_pairs < 0:
@@ -70,9 +70,9 @@ class LongSkipConfig:
 
 
 def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:
-    """The source unit of every linked target unit: `{L-1-i: i}`, outermost pair first.
+    """Return the source unit of every linked target unit: `{L-1-i: i}`, outermost pair first.
 
-    Raises `ValueError` where more pairs are asked for than the depth has.
+    Raises `ValueError` if `num_pairs` is more than the depth has.
     """
     if config is None:
         return {}
@@ -88,16 +88,16 @@ def _num_available(num_units: int, config: LongSkipConfig) -> int:
 
 
 def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[int, int]:
-    """As `pair_units`, within each of several segments of units that follow one another; a short segment has as many
-    pairs as it can."""
+    """Pair units as `pair_units` does, within each of several successive segments of these sizes; a segment that is too
+    short has as many pairs as it can."""
     if config is None:
         return {}
     pair_units(max(sizes), config)  # raises
     sources, start = {}, 0
     for size in sizes:
         most = _num_available(size, config)
-        here = replace(config, num_pairs=most if config.num_pairs is None else min(config.num_pairs, most))
-        sources |= {target + start: source + start for target, source in pair_units(size, here).items()}
+        limited = replace(config, num_pairs=most if config.num_pairs is None else min(config.num_pairs, most))
+        sources |= {target + start: source + start for target, source in pair_units(size, limited).items()}
         start += size
     return sources
 
@@ -144,17 +144,18 @@ class LongSkip(nn.Module):
 
 @dataclass(frozen=True)
 class LongSkipLinks:
-    """The links of one model.
-
-    num_units: L. sources: of each linked target unit its source. segment_starts: the first unit of every segment but
-    the first. targets: of each source its target. ordered_sources: rising.
-    """
+    """The links of one model."""
 
     num_units: int
+    """L."""
     sources: Mapping[int, int]
+    """The source of each linked target unit."""
     segment_starts: tuple[int, ...] = ()
+    """The first unit of every segment but the first."""
     targets: Mapping[int, int] = field(init=False, repr=False)
+    """The target of each source unit."""
     ordered_sources: tuple[int, ...] = field(init=False, repr=False)
+    """All source units, rising."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ordered_sources", tuple(sorted(self.sources.values())))
@@ -162,16 +163,16 @@ class LongSkipLinks:
 
     @property
     def max_num_shallow_units(self) -> int:
-        """The largest k for which a reuse step still leaves out a unit and every deep unit it runs has its skip."""
+        """The largest k for which a reuse step leaves out a unit and every deep unit that runs has its skip."""
         return min(len(self.sources), (self.num_units - 1) // 2)
 
     def check_num_shallow_units(self, num_shallow_units: int) -> None:
-        """`ValueError` where no reuse step with this k exists, with the allowed range."""
+        """Raise `ValueError`, with the allowed range, if there is no reuse step with this k."""
         if not self.sources:
             raise ValueError(
-                "this model has no long skips, so there are no deep features to reuse behind them: "
-                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse what units in "
-                "the middle add, with delta:"
+                "this model has no long skips, so there are no deep features to reuse: "
+                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse the sum that "
+                "the units in the middle add, with delta:"
             )
         if not 1 <= num_shallow_units <= self.max_num_shallow_units:
             raise ValueError(
@@ -182,60 +183,63 @@ class LongSkipLinks:
 
 @dataclass
 class LongSkipOutput(BaseOutput):
-    """sample (`Tensor`): the prediction."""
+    """The output of a model with units."""
 
     sample: Tensor
+    """The prediction."""
 
 
 class PlannedOutput(NamedTuple):
-    """What a forward returns under a plan. output: what it returns without one. stored: what the plan asked for."""
+    """The return value of a forward under a plan."""
 
     output: Any
+    """The return value without a plan."""
     stored: dict[str, dict[str, Tensor]]
+    """The values that the plan stores, by the name of the region."""
 
 
 @dataclass(frozen=True)
-class BranchPlace:
-    """Where a branch stands: attention, cross-attention or MLP; its unit; its name there, and its module."""
+class BranchInfo:
+    """A branch of a unit: an attention, a cross-attention or an MLP."""
 
     kind: BranchKind
     unit: int
     name: str
+    """Number of the block in its unit, a dot, and the name in the block."""
     module: nn.Module
 
 
 @dataclass
 class OpenCall:
-    """The forward call that a model is in: one object that it shares with its blocks and branches.
-
-    state: a `ForwardState`. num_tokens: of a picture or frame, as the last unit's first block saw it. for_branches:
-    whether only branches are open. writes: finds out what blocks write in place, `None` where none does.
-    """
+    """The current forward call of a model: one object that the model shares with its blocks and branches."""
 
     state: Any = None
+    """The `ForwardState`, `None` outside a call."""
     num_tokens: int = 0
+    """Tokens per image or frame, as the first block of the last unit saw them."""
     for_branches: bool = False
+    """True if only branches are open."""
     writes: Any = None
+    """The `Writes` of the model, `None` if its blocks write nothing in place."""
 
 
 class LongSkipModel:
     """A model of units. Its forward takes `plan` and `stored` as in `skipdit.models.forward_plan`, and under a plan
-    returns a `PlannedOutput`. The first block of each unit has `long_skip`, a `LongSkip` where the unit takes a skip.
-
-    timestep_scale: what one unit of the `timestep` argument is on the scale from 0 to 1000. open_call: where its open
-    branches find the call that they are in; `None` where they are not open. fill_token: (dim), `None` where
-    `LongSkipConfig.fill_token` is off.
-    """
+    returns a `PlannedOutput`. The first block of each unit has `long_skip`: a `LongSkip` if the unit takes a skip."""
 
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
+    """(dim); `None` if `LongSkipConfig.fill_token` is off."""
     timestep_scale: float = 1.0
+    """Factor from the `timestep` argument to the scale from 0 to 1000; negative if it rises as noise falls."""
     shares_tokens: bool = False
+    """True if the samples of a batch must keep the same tokens."""
     open_call: "OpenCall | None" = None
+    """The current call, for blocks and branches; `None` if none are open."""
     is_cache_enabled: bool = False
 
     def units(self) -> list[tuple[nn.Module, ...]]:
-        """Return the blocks of each unit in the order they run; the first fuses the unit's skip."""
+        """Return the blocks of each unit in the order in which they run; the first fuses the unit's skip."""
         raise NotImplementedError
 
     def unit_entries(self) -> list[nn.Module]:
@@ -245,14 +249,14 @@ class LongSkipModel:
         """Return the first unit of every segment but the first."""
         return ()
 
-    def branches(self) -> list[BranchPlace]:
-        """Return every branch: attention (in the second block of a unit over time), cross-attention and MLP; several of
-        a kind where streams have one each."""
+    def branches(self) -> list[BranchInfo]:
+        """Return every branch: attention (over time in the second block of a unit), cross-attention and MLP; several of
+        a kind if each stream has its own."""
         raise NotImplementedError
 
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
-        """Give the target units fresh `LongSkip`s and take them from all others; `None` leaves none. Also the fill
-        token, which starts as zeros."""
+        """Give the target units fresh `LongSkip`s and remove those of all others; `None` removes all. Sets the fill
+        token too, which starts at zero."""
         entries, starts = self.unit_entries(), self.segment_starts()
         sizes = [stop - start for start, stop in pairwise((0, *starts, len(entries)))]
         self.long_skip_links = LongSkipLinks(len(entries), pair_segments(sizes, config), starts)
@@ -265,15 +269,15 @@ class LongSkipModel:
     # The verbs of diffusers' CacheMixin
 
     def enable_cache(self, spec: Any) -> None:
-        """As `skipdit.enable_cache(model, spec)`."""
+        """Call `skipdit.enable_cache(model, spec)`."""
         carry_out("enable_cache", self, spec)
 
     def disable_cache(self) -> None:
-        """As `skipdit.disable_cache(model)`."""
+        """Call `skipdit.disable_cache(model)`."""
         carry_out("disable_cache", self)
 
-    def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
-        """Where a pipeline calls a guidance branch; a cache that is on keeps it apart. where: the place in the loop,
-        which pipelines of diffusers may tell."""
-        theirs = getattr(super(), "cache_context", None)
-        return nullcontext() if theirs is None else theirs(name, **where)
+    def cache_context(self, name: str, **position: Any) -> AbstractContextManager[None]:
+        """Keep the calls of a guidance branch apart in a cache that is on. position: fields of the
+        loop, such as `step_index`, which pipelines of diffusers may pass."""
+        context = getattr(super(), "cache_context", None)
+        return nullcontext() if context is None else context(name, **position)

@@ -1,4 +1,4 @@
-"""Tokens that are routed past deep units: which units, and how tokens leave a stream and come back."""
+"""Routes tokens past deep units: the range of units, and how tokens leave a stream and return to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,48 +8,50 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-KEPT_TOKENS = "kept tokens"  # in what a call is given
+KEPT_TOKENS = "kept tokens"  # a key of `stored`
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRoute:
-    """Units `start` to `stop - 1` see only the tokens that are kept; the others come back before unit `stop`.
-
-    Which are kept the call is given in `stored`, as `kept_tokens(...)`. fill: the others come back as the model's
-    `fill_token` (arXiv 2510.21986), else as they were before unit `start` (arXiv 2501.04765). leaves_out: no token is
-    kept, and the units do not run.
-    """
+    """Units `start` to `stop - 1` see only the kept tokens, which the call takes in `stored`, see `kept_tokens`."""
 
     start: int
+    """The first unit that sees only the kept tokens."""
     stop: int
+    """The unit before which the other tokens return."""
     fill: bool = False
+    """They return as the model's `fill_token` (arXiv 2510.21986), else as they were before unit `start` (arXiv
+    2501.04765)."""
     leaves_out: bool = False
+    """No token is kept, and the units do not run."""
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.stop:
-            raise ValueError(f"tokens are routed past a range of units after unit 0, got {self.start} to {self.stop}")
+            raise ValueError(
+                f"tokens must be routed past a range of units after unit 0, got {self.start} to {self.stop}"
+            )
 
     def covers(self, unit: int) -> bool:
         return self.start <= unit < self.stop
 
 
 def kept_tokens(kept: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
-    """Return what a call is given whose plan routes tokens: the indices of those that deep units see, rising, (batch,
-    kept); (1, kept) serves every sample."""
+    """Return the `stored` argument of a call whose plan routes tokens. kept: rising indices of the tokens that deep
+    units see, (batch, kept), or (1, kept) for all samples."""
     return {KEPT_TOKENS: {"kept": kept}}
 
 
 def gather_tokens(
     stream: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
 ) -> Float[Tensor, "rows kept dim"]:
-    """Return the kept tokens; each sample's serve rows / batch rows: the frames of a clip."""
+    """Return the kept tokens. The indices of a sample apply to rows / batch rows: the frames of a clip."""
     return stream.gather(1, _index(stream, kept))
 
 
 def scatter_tokens(
     stream: Float[Tensor, "rows kept dim"], over: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
 ) -> Float[Tensor, "rows tokens dim"]:
-    """Return `over` with the kept tokens from `stream`."""
+    """Return `over` with its kept tokens replaced by `stream`."""
     return over.scatter(1, _index(stream, kept), stream.to(over.dtype))
 
 
@@ -60,44 +62,44 @@ def _index(stream: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class RoutedTokens:
-    """The tokens of one forward call that routes some past deep units.
-
-    kept: (batch, kept). fill: (dim), what the others come back as; `None` for what they were. passed: all tokens as
-    they were when some left, (rows, tokens, dim). texts_first: whether text tokens have been joined before them.
-    """
+    """The tokens of one forward call that routes some past deep units."""
 
     route: TokenRoute
     kept: Tensor | None
+    """Indices of the kept tokens, (batch, kept)."""
     fill: Tensor | None
+    """The value, (dim), with which the others return; `None` for their old values."""
     passed: Tensor | None = None
+    """All tokens as they were when some left, (rows, tokens, dim)."""
     texts_first: bool = False
+    """True if text tokens have been joined before the image tokens."""
 
     @classmethod
-    def begin(cls, route: TokenRoute, given: Mapping[str, Mapping[str, Tensor]] | None, fill: Tensor | None) -> Self:
-        """Begin a call. `ValueError` where it is not given which tokens are kept, or the model has no fill token."""
-        kept = (given or {}).get(KEPT_TOKENS, {}).get("kept")
+    def begin(cls, route: TokenRoute, stored: Mapping[str, Mapping[str, Tensor]] | None, fill: Tensor | None) -> Self:
+        """Begin a call. Raises `ValueError` if `stored` has no kept tokens, or the model no fill token it needs."""
+        kept = (stored or {}).get(KEPT_TOKENS, {}).get("kept")
         if kept is None and not route.leaves_out:
-            raise ValueError("a plan that routes tokens needs those that are kept: give stored=kept_tokens(kept)")
+            raise ValueError("a plan that routes tokens needs the kept ones: pass stored=kept_tokens(kept)")
         if kept is not None and route.leaves_out:
-            raise ValueError("a plan that leaves out deep units keeps no tokens: give no stored")
+            raise ValueError("a plan that leaves out deep units keeps no tokens: pass no stored")
         if route.fill and fill is None:
             raise ValueError("this model has no fill token: build it with LongSkipConfig(fill_token=True)")
         return cls(route, kept, fill if route.fill else None)
 
     def shed(self, stream: Tensor) -> Tensor:
-        """Return the kept tokens of a stream, all of them where units are left out."""
+        """Return the kept tokens of a stream, or all of them if units are left out."""
         return stream if self.kept is None else gather_tokens(stream, self.kept)
 
     def leave(self, stream: Tensor, copy: Tensor) -> Tensor:
-        """As `shed`, where tokens leave the stream. copy: which nobody writes to."""
-        if self.passed is None:  # else a gradient-checkpointed unit runs again
+        """Return the kept tokens where the others leave a stream. copy: the stream, which nobody will write to."""
+        if self.passed is None:  # else a gradient-checkpointed unit is running again
             self.passed = copy
         return self.shed(stream)
 
     def restore(self, stream: Tensor, fill: Tensor | None = None) -> Tensor:
-        """Return all tokens, from a stream of the kept ones, where there are any, and perhaps of text.
+        """Return all tokens, from a stream of the kept ones (if any) and perhaps of text tokens.
 
-        fill: what stands for the others; by default what they were.
+        fill: the value of the others, (dim); by default their old values.
         """
         assert self.passed is not None
         others = self.passed if fill is None else fill.to(stream.dtype).expand_as(self.passed)
@@ -112,7 +114,7 @@ class RoutedTokens:
         return torch.cat([texts, images] if self.texts_first else [images, texts], dim=1)
 
     def come_back(self, stream: Tensor) -> Tensor:
-        """As `restore`, where the tokens that left a stream come back."""
+        """Return all tokens where those that left a stream return."""
         return self.restore(stream, self.fill)
 
     def keep(self, value: Any, by_token: "ByToken") -> Any:
@@ -123,32 +125,32 @@ class RoutedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class ByToken:
-    """Where an input of a block has an entry per token: a tensor, or a tuple of them."""
+    """The layout of an input of a block, a tensor or a tuple of them, that has an entry per token."""
 
     dim: int = 0
     """The dimension of the tokens; one of size 1 serves all of them."""
     text: Literal["before", "after"] | None = None
-    """Whether entries of text tokens, which are all kept, stand beside those of the routed ones."""
+    """Position of the entries of text tokens, which are all kept; `None` if there are none."""
     index: int | None = None
-    """Of a tuple the only entry that is by token."""
+    """The only element of a tuple that is by token; `None` for all."""
     ndim: int | None = None
-    """The number of dimensions of its tensors, where those of others are not by token."""
+    """Only tensors of this number of dimensions are by token; `None` for all."""
     of_rows: bool = False
-    """Whether the input is that of blocks over time, of (batch x tokens) rows; their other inputs are not by token."""
+    """True for an input of blocks over time, with (batch x tokens) rows; their other inputs are not by token."""
 
     def keep(self, value: Any, kept: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
-        """Return the entries of the kept tokens. `ValueError` where all samples share the entries and are not given
+        """Return the entries of the kept tokens. Raises `ValueError` if all samples share the entries but do not keep
         the same tokens."""
         if isinstance(value, tuple | list):
             return type(value)(
-                self._of_tuple(each, kept, num_tokens) if self.index in (None, index) else each
-                for index, each in enumerate(value)
+                self._keep_all(entry, kept, num_tokens) if self.index in (None, index) else entry
+                for index, entry in enumerate(value)
             )
-        return self._of_tuple(value, kept, num_tokens)
+        return self._keep_all(value, kept, num_tokens)
 
-    def _of_tuple(self, value: Any, kept: Tensor, num_tokens: int) -> Any:
+    def _keep_all(self, value: Any, kept: Tensor, num_tokens: int) -> Any:
         if isinstance(value, tuple | list):
-            return type(value)(self._of_tuple(each, kept, num_tokens) for each in value)
+            return type(value)(self._keep_all(entry, kept, num_tokens) for entry in value)
         if not isinstance(value, Tensor) or self.ndim not in (None, value.ndim):
             return value
         if self.of_rows:
@@ -167,8 +169,8 @@ class ByToken:
             raise ValueError(f"an input must have an entry for each of {num_tokens} tokens, got {size}")
         if dim == 0 and len(kept) > 1:
             raise ValueError(
-                "the samples of a batch share what this model knows of its tokens: keep the same tokens in all of "
-                f"them, (1, kept), got {tuple(kept.shape)}"
+                "the samples of a batch share the positions of their tokens in this model: keep the same tokens in all "
+                f"of them, (1, kept), got {tuple(kept.shape)}"
             )
         return value.index_select(dim, index[0]) if len(kept) == 1 else _take(value, index, dim)
 

@@ -1,7 +1,7 @@
 """The shallow path of a model: its first and last units alone.
 
-Training that leaves out the deep units in some of its steps (`routing.deep_drop`) teaches it to predict. It may then
-make the unconditional prediction of guidance, for a fraction of the cost (arXiv 2510.21986).
+Training that leaves out the deep units in some of its steps (`routing.deep_drop`) teaches the shallow path to predict.
+It can then make the unconditional prediction of guidance, at a fraction of the cost (arXiv 2510.21986).
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,12 @@ from skipdit.options import Guidance
 
 @dataclass(frozen=True, kw_only=True)
 class ShallowPath:
-    """What a model was trained to do without its deep units; in its config as `shallow_path`.
-
-    num_shallow_units: first units, and as many last ones, that run. fill: whether the model's `fill_token` enters the
-    last ones, rather than what the first ones output.
-    """
+    """The units that a model was trained to predict with alone; in its config as `shallow_path`."""
 
     num_shallow_units: int
+    """Number of first units, and of last units, that run."""
     fill: bool = False
+    """The model's `fill_token` enters the last units, rather than the output of the first ones."""
 
     def __post_init__(self) -> None:
         number: Any = self.num_shallow_units
@@ -42,7 +40,7 @@ class ShallowPath:
 
     def plan(self, links: LongSkipLinks) -> ForwardPlan:
         """Return the plan of a model with these links; the same object each time, so that a compiled model has one
-        graph of it. `ValueError` where no unit would be left out."""
+        graph of it. Raises `ValueError` if no unit would be left out."""
         number, most = self.num_shallow_units, (links.num_units - 1) // 2
         if number > most:
             raise ValueError(f"num_shallow_units must be at most {most} for {links.num_units} units, got {number}")
@@ -51,7 +49,7 @@ class ShallowPath:
 
 
 def default_shallow_units(num_units: int) -> int:
-    """Return how many first, and as many last, units of a model are shallow where training is not told."""
+    """Return the default number of shallow units in training, at the start and at the end of a model each."""
     return min(2, (num_units - 1) // 2)
 
 
@@ -65,11 +63,11 @@ def _plan(
 def guidance_plan(
     model: LongSkipModel, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
 ) -> ForwardPlan | None:
-    """Return the plan of guidance's unconditional prediction: with `"shallow"` guidance that of the shallow path, with
-    `"full"` guidance `None`, for all units.
+    """Return the plan of guidance's unconditional prediction: for `"shallow"` guidance that of the shallow path, for
+    `"full"` guidance `None`, which means all units.
 
-    num_shallow_units: first units, and as many last ones, of the shallow path; by default as many as the model was
-    trained with. `ValueError` where it was not, or nothing is guided.
+    num_shallow_units: number of first units, and of last units, in the shallow path; by default that of the model's
+    training. Raises `ValueError` if the model was not trained so, or if `guidance_scale` is at most 1.
     """
     if guidance not in get_args(Guidance):
         raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
@@ -85,8 +83,8 @@ def guidance_plan(
         if trained is None:
             raise ValueError(
                 f"this {type(model).__name__} was not trained with its deep units left out (routing.deep_drop), so its "
-                "first and last units alone predict nothing: use guidance 'full', or say with guidance_shallow_units "
-                "how many of them to try"
+                "first and last units alone cannot predict: use guidance 'full', or set guidance_shallow_units to the "
+                "number of units to try"
             )
         return trained.plan(model.long_skip_links)
     fill = model.fill_token is not None if trained is None else trained.fill

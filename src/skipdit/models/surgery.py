@@ -1,8 +1,8 @@
-"""Gives a transformer long skips, and takes them again.
+"""Adds long skips to a transformer, and removes them.
 
 Our own models fuse skips in their forward. A transformer of diffusers gets them by *class swap*: each of its blocks,
-and the model itself, becomes an instance of a final subclass made from (mixin, its class). The keys of the weights
-stay, the copy of a model is a model of its own, and `torch.compile` sees one plain forward. All models drive the same
+and the model itself, becomes an instance of a final subclass made from (mixin, its class). Weight keys stay the
+same, a copy of the model is independent, and `torch.compile` sees one plain forward. All models drive the same
 `ForwardState`, so a cache treats them alike.
 """
 
@@ -21,11 +21,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from skipdit.models.branches import close_branches
-from skipdit.models.class_swap import Remade, hooked, refuse_hooked, swap, swapped_class
+from skipdit.models.class_swap import SwapMixin, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.families import Family, Segment, find_family, get_family
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, Writes, kind_in
 from skipdit.models.long_skip import (
-    BranchPlace,
+    BranchInfo,
     LongSkip,
     LongSkipConfig,
     LongSkipLinks,
@@ -37,54 +37,57 @@ from skipdit.models.long_skip import (
 from skipdit.models.routing import ByToken
 from skipdit.verbs import carry_out
 
-# weights with long skips go into files of another name, so that the plain class of diffusers refuses the folder instead
-# of leaving them out with a warning
+# weights with long skips go into files of another name, so that the plain class of diffusers rejects the folder instead
+# of dropping them with a warning
 LONG_SKIP_VARIANT = "long_skip"
 
 
 @dataclass(frozen=True)
-class BlockPlace:
-    """Where a block stands: its unit, whether it is the unit's first block or the model's last, and where its streams
-    are among its arguments.
-
-    over_time: the block sees one patch over time, (b n) f d, not (b f) n d. joins: of the first block of a segment
-    whose streams are joined, the indices of those, and that of the one with the tokens that may be routed. by_token:
-    which of its other inputs have an entry per token.
-    """
+class UnitBlockInfo:
+    """The position of a block in its model, and of its streams among its arguments."""
 
     unit: int
     is_entry: bool
+    """True for the first block of its unit."""
     is_exit: bool
+    """True for the last block of the model."""
     over_time: bool
+    """True if the block sees one patch over time, (b n) f d, not (b f) n d."""
     streams: tuple[str, ...]
+    """Arguments that hold the streams, in the order of the outputs."""
     fused: str
+    """The stream that long skips fuse."""
     positions: dict[str, int]
+    """Positions of the arguments by name."""
     joins: tuple[tuple[int, ...], int] | None
+    """For the first block of a segment whose streams are joined: their indices, and the index of the stream whose
+    tokens may be routed."""
     by_token: Mapping[str, ByToken]
+    """Other arguments that have an entry per token."""
 
-    def hand_on(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the streams among the arguments, as a block returns them."""
+    def input_streams(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return the streams among the arguments, in the form of a block's output."""
         streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
 
 
-class UnitBlock(Remade, nn.Module):
-    """Mixed in front of a block's class. On the way in it stores or reuses the streams and fuses the skip; on a reuse
-    step a block of a unit that does not run hands its streams on."""
+class UnitBlock(SwapMixin, nn.Module):
+    """Mixin before a block's class. Before the block it stores or reuses the streams and fuses the skip; at a reuse
+    step a block of a unit that does not run returns its input streams."""
 
-    _place: BlockPlace
+    _info: UnitBlockInfo
     _open: OpenCall
     long_skip: LongSkip | None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state, place = self._open.state, self._place
-        if state is None or place.unit not in state.plan.idle or self._is_hooked():
+        state, info = self._open.state, self._info
+        if state is None or info.unit not in state.plan.idle or self._is_hooked():
             return self._call_impl(*args, **kwargs)
-        return place.hand_on(args, kwargs)
+        return info.input_streams(args, kwargs)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile what the block's own class computes, and nothing of what a plan says: blocks of one class share their
-        graphs, and so do all steps. Under a plan that looks into branches a block runs without its graph."""
+        """Compile the forward of the block's own class without the actions of a plan: blocks of one class share their
+        graphs, and so do all steps. Under a plan that stores or reuses branches a block runs without its graph."""
         compiled: Any = torch.compile(super().forward, *args, **options)
         compiled.options = args, options
         self._compiled_call_impl = compiled
@@ -93,69 +96,69 @@ class UnitBlock(Remade, nn.Module):
         return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        place, state = self._place, self._open.state
+        info, state = self._info, self._open.state
         if state is None:
             raise RuntimeError(
-                f"this {type(self).__name__} belongs to unit {place.unit} of a model and runs only inside its forward"
+                f"this {type(self).__name__} belongs to unit {info.unit} of a model and runs only inside its forward"
             )
         compiled = None if state.plan.has_branches else self._compiled_call_impl
-        if place.unit in state.plan.untouched and place.joins is None:
+        if info.unit in state.plan.untouched and info.joins is None:
             return (compiled or super().forward)(*args, **kwargs)
         call = list(args)
 
         def get(name: str) -> Tensor:
-            return kwargs[name] if name in kwargs else call[place.positions[name]]
+            return kwargs[name] if name in kwargs else call[info.positions[name]]
 
         def put(name: str, value: Tensor) -> None:
             if name in kwargs:
                 kwargs[name] = value
             else:
-                call[place.positions[name]] = value
+                call[info.positions[name]] = value
 
-        if place.is_entry:
-            if place.joins:
-                state.join(*place.joins)
-            state.arrive(place.unit, get(place.fused))
-            if state.is_boundary(place.unit):
-                routed = place.streams.index(place.fused)
-                streams = state.enter(place.unit, *(get(name) for name in place.streams), routed=routed)
-                for name, stream in zip(place.streams, streams, strict=True):
+        if info.is_entry:
+            if info.joins:
+                state.join(*info.joins)
+            state.arrive(info.unit, get(info.fused))
+            if state.is_boundary(info.unit):
+                routed = info.streams.index(info.fused)
+                streams = state.enter(info.unit, *(get(name) for name in info.streams), routed=routed)
+                for name, stream in zip(info.streams, streams, strict=True):
                     put(name, stream)
-            self._open.num_tokens = get(place.fused).shape[1]
-        if state.runs(place.unit):
-            if state.tokens is not None and state.sees_kept(place.unit):
-                for name, by_token in place.by_token.items():
-                    if name in kwargs or place.positions[name] < len(call):
+            self._open.num_tokens = get(info.fused).shape[1]
+        if state.runs(info.unit):
+            if state.tokens is not None and state.sees_kept(info.unit):
+                for name, by_token in info.by_token.items():
+                    if name in kwargs or info.positions[name] < len(call):
                         put(name, state.tokens.keep(get(name), by_token))
             if self.long_skip is not None:
-                put(place.fused, self.long_skip(get(place.fused), state.skip(place.unit)))
+                put(info.fused, self.long_skip(get(info.fused), state.skip(info.unit)))
             output = (compiled or super().forward)(*call, **kwargs)
         else:
-            if place.is_entry:
-                # a model that hands skips on by itself takes what leaves this unit for one (HunyuanDiT)
-                skip = state.given_skip(place.unit)
+            if info.is_entry:
+                # a model that passes skips on by itself takes the output of this unit for one (HunyuanDiT)
+                skip = state.stored_skip(info.unit)
                 if skip is not None:
-                    put(place.fused, skip)
-            output = place.hand_on(call, kwargs)
-        if place.is_exit and state.is_boundary(place.unit + 1):
-            return _exit(state, place, output, self._open.num_tokens)
+                    put(info.fused, skip)
+            output = info.input_streams(call, kwargs)
+        if info.is_exit and state.is_boundary(info.unit + 1):
+            return _exit(state, info, output, self._open.num_tokens)
         return output
 
 
-def _exit(state: ForwardState, place: BlockPlace, output: Any, num_tokens: int) -> Any:
-    """Return what leaves the last unit, stored or replaced."""
-    if place.over_time:
+def _exit(state: ForwardState, info: UnitBlockInfo, output: Any, num_tokens: int) -> Any:
+    """Return the output of the last unit, after it was stored or replaced."""
+    if info.over_time:
         num_frames = output.shape[1]
         output = rearrange(output, "(b n) f d -> (b f) n d", n=num_tokens)
-        (output,) = state.enter(place.unit + 1, output)
+        (output,) = state.enter(info.unit + 1, output)
         return rearrange(output, "(b f) n d -> (b n) f d", f=num_frames)
-    if len(place.streams) == 1:
-        return state.enter(place.unit + 1, output)[0]
-    return state.enter(place.unit + 1, *output)
+    if len(info.streams) == 1:
+        return state.enter(info.unit + 1, output)[0]
+    return state.enter(info.unit + 1, *output)
 
 
-class RunsUnits(Remade, LongSkipModel):
-    """Mixed in front of a transformer's class: opens a `ForwardState` for each forward call."""
+class RunsUnits(SwapMixin, LongSkipModel):
+    """Mixin before a transformer's class: begins a `ForwardState` for each forward call."""
 
     open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
     _family: Family
@@ -163,7 +166,7 @@ class RunsUnits(Remade, LongSkipModel):
 
     def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
         if self.open_call.state is not None:
-            raise RuntimeError("this model is in a forward call already: give each thread a copy.deepcopy of it")
+            raise RuntimeError("this model is in a forward call already: use a copy.deepcopy of it per thread")
         if plan.route is not None:
             self._family.check_route(type(self).__name__, self.long_skip_links.segment_starts, plan.route)
         state = ForwardState.begin(self, plan, stored)
@@ -184,32 +187,32 @@ class RunsUnits(Remade, LongSkipModel):
     def units(self) -> list[tuple[nn.Module, ...]]:
         return _units(cast(nn.Module, self), self._family)
 
-    def branches(self) -> list[BranchPlace]:
+    def branches(self) -> list[BranchInfo]:
         return _branches(cast(nn.Module, self), self._family)
 
     def enable_cache(self, spec: Any) -> None:
-        """As `skipdit.enable_cache(model, spec)`; a config of diffusers goes to the model's own caches."""
-        theirs = getattr(super(LongSkipModel, self), "enable_cache", None)
-        if theirs is None or not type(spec).__module__.startswith("diffusers."):
+        """Call `skipdit.enable_cache(model, spec)`; a config of diffusers enables a cache of diffusers."""
+        enable = getattr(super(LongSkipModel, self), "enable_cache", None)
+        if enable is None or not type(spec).__module__.startswith("diffusers."):
             super().enable_cache(spec)
         elif self.is_cache_enabled:
             raise ValueError("a cache is enabled on this model: call model.disable_cache() first")
         else:
-            theirs(spec)
+            enable(spec)
 
     @property
     def is_cache_enabled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether one of diffusers is; the class of a cache of ours says so itself."""
+        """True if a cache of diffusers is enabled; the class of our cache overrides this."""
         return bool(getattr(super(LongSkipModel, self), "is_cache_enabled", False))
 
     def disable_cache(self) -> None:
-        """As `skipdit.disable_cache(model)`; a cache of diffusers goes too."""
-        theirs = cast(Any, super(LongSkipModel, self))
-        if getattr(theirs, "is_cache_enabled", False):
-            theirs.disable_cache()
+        """Call `skipdit.disable_cache(model)`, and disable a cache of diffusers too."""
+        mixin = cast(Any, super(LongSkipModel, self))
+        if getattr(mixin, "is_cache_enabled", False):
+            mixin.disable_cache()
         super().disable_cache()
 
-    # diffusers hands a block and its arguments to this function; a block that runs again in the backward pass must
+    # diffusers passes a block and its arguments to this function; a block that runs again in the backward pass must
     # find the state of its own forward call, of which several may be open by then
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
@@ -232,12 +235,12 @@ class RunsUnits(Remade, LongSkipModel):
         max_shard_size: int | str = "10GB",
         **options: Any,
     ) -> None:
-        """As in diffusers; with long skips of ours the weights' file says `long_skip`, and `skipdit.load_model` or
-        `long_skip_class(...).from_pretrained` reads it."""
+        """Save as diffusers does. With long skips of ours the name of the weights' file contains `long_skip`;
+        `skipdit.load_model` and `long_skip_class(...).from_pretrained` read it."""
         model = cast(Any, self)
         if model.config.get("long_skip") is not None:
             if options.get("variant") is not None or not safe_serialization:
-                raise ValueError("weights with long skips are saved as safetensors of the variant 'long_skip' only")
+                raise ValueError("weights with long skips can be saved only as safetensors of the variant 'long_skip'")
             options["variant"] = LONG_SKIP_VARIANT
         cast(Any, super()).save_pretrained(
             save_directory, safe_serialization=safe_serialization, max_shard_size=max_shard_size, **options
@@ -247,13 +250,13 @@ class RunsUnits(Remade, LongSkipModel):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, subfolder: str = "", dtype: torch.dtype = torch.float32
     ) -> Any:
-        """The model that `save_pretrained` wrote, on the CPU, in eval mode. `ValueError` where the folder holds no long
-        skips, or keys are missing, unknown or misshapen."""
+        """Load the model that `save_pretrained` wrote, on the CPU, in eval mode. Raises `ValueError` if the folder
+        holds no long skips, or keys are missing, unknown or misshapen."""
         return carry_out("load_with_long_skips", _plain_class(cls), Path(folder) / subfolder, dtype)
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Any:
-        """As in diffusers; with long skips where the config has `long_skip`."""
+        """Build as diffusers does, with long skips if the config has `long_skip`."""
         plain = cast(Any, _plain_class(cls))
         fields = dict(config if isinstance(config, Mapping) else plain.load_config(config))
         long_skip, shallow_path = fields.pop("long_skip", None), fields.pop("shallow_path", None)
@@ -267,7 +270,7 @@ class RunsUnits(Remade, LongSkipModel):
 
 @dataclass(frozen=True)
 class _InCall:
-    """Calls a block inside a given forward call."""
+    """Calls a block inside a forward call."""
 
     open_call: OpenCall
     state: ForwardState | None
@@ -291,8 +294,8 @@ def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
 
 
 def long_skip_class(base: type[nn.Module]) -> Any:
-    """The class that a transformer of this class becomes with long skips; its `from_pretrained` reads what such a model
-    saved. `ValueError` where skipdit does not know the class's units."""
+    """Return the class that a transformer of this class has with long skips; its `from_pretrained` reads what such a
+    model saved. Raises `ValueError` if skipdit does not know the class's units."""
     get_family(base)
     return _running_class(base)
 
@@ -300,14 +303,14 @@ def long_skip_class(base: type[nn.Module]) -> Any:
 @lru_cache
 def _running_class(base: type[nn.Module]) -> Any:
     signature = inspect.signature(base.forward)
-    own = [
+    added = [
         parameter
         for name, parameter in inspect.signature(RunsUnits.forward).parameters.items()
         if name in ("plan", "stored")
     ]
-    *theirs, last = signature.parameters.values()
-    positional = [*theirs, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else theirs
-    parameters = [*positional, *own] if positional[-1] is last else [*positional, *own, last]
+    *first, last = signature.parameters.values()
+    positional = [*first, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else first
+    parameters = [*positional, *added] if positional[-1] is last else [*positional, *added, last]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return RunsUnits.forward(self, *args, **kwargs)
@@ -317,7 +320,7 @@ def _running_class(base: type[nn.Module]) -> Any:
 
 
 def _plain_class(model_class: type) -> type[nn.Module]:
-    """The class of diffusers below the mixin, also where a cache's class is on top of it."""
+    """Return the class of diffusers below the mixin, also if a cache's class is on top of it."""
     return next(base.__bases__[1] for base in model_class.__mro__ if base.__bases__[:1] == (RunsUnits,))
 
 
@@ -341,14 +344,14 @@ def num_units_of(model: nn.Module) -> int:
     return len(_units(model, get_family(type(model))))
 
 
-def _branches(model: nn.Module, family: Family) -> list[BranchPlace]:
+def _branches(model: nn.Module, family: Family) -> list[BranchInfo]:
     found, unit = [], 0
     for segment, units in zip(family.segments, _segments(model, family), strict=True):
         for blocks in units:
             for number, block in enumerate(blocks):
                 children = dict(block.named_modules())
                 found += [
-                    BranchPlace(kind_in(kind, number), unit, f"{number}.{name}", children[name])
+                    BranchInfo(kind_in(kind, number), unit, f"{number}.{name}", children[name])
                     for kind, names in segment.branches.items()
                     for name in names
                     if name in children
@@ -364,8 +367,8 @@ def _native_links(num_units: int) -> LongSkipLinks:
 def open_units(model: nn.Module) -> None:
     """Make a transformer of diffusers run its units under a `ForwardState`, with no new weights and the same output.
 
-    `ValueError` where its family is unknown or does not fit, hooks are on its forward (offloading: set it up
-    afterwards), or its blocks are compiled. The model is then what it was.
+    Raises `ValueError` if its family is unknown or does not fit, hooks are on its forward (offloading: set it up
+    afterwards), or its blocks are compiled. The model is then unchanged.
     """
     if isinstance(model, LongSkipModel):
         return
@@ -376,17 +379,17 @@ def open_units(model: nn.Module) -> None:
     if any(block._compiled_call_impl is not None for blocks in units for block in blocks):
         raise ValueError(f"blocks of this {type(model).__name__} are compiled: call skipdit first, then compile them")
     writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
-    model_class, open_call, places = long_skip_class(type(model)), OpenCall(writes=writes), []
+    model_class, open_call, infos = long_skip_class(type(model)), OpenCall(writes=writes), []
     for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
         joins = None
         if segment.joins:
             before = family.segments[number - 1]
             joins = tuple(map(before.streams.index, segment.joins)), before.streams.index(before.fused_stream)
         for position, blocks in enumerate(members):
-            unit = len(places)
-            places.append(
+            unit = len(infos)
+            infos.append(
                 [
-                    BlockPlace(
+                    UnitBlockInfo(
                         unit=unit,
                         is_entry=block is blocks[0],
                         is_exit=unit == len(units) - 1 and block is blocks[-1],
@@ -404,10 +407,10 @@ def open_units(model: nn.Module) -> None:
                     for block in blocks
                 ]
             )
-    for blocks, block_places in zip(units, places, strict=True):
-        for block, place in zip(cast(tuple[Any, ...], blocks), block_places, strict=True):
+    for blocks, block_infos in zip(units, infos, strict=True):
+        for block, info in zip(cast(tuple[Any, ...], blocks), block_infos, strict=True):
             swap(block, _block_class(type(block)))
-            block._place, block._open, block.long_skip = place, open_call, None
+            block._info, block._open, block.long_skip = info, open_call, None
     opened = cast(Any, model)
     swap(opened, model_class)
     opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
@@ -417,22 +420,22 @@ def open_units(model: nn.Module) -> None:
 
 
 def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
-    """Return where a block's forward takes its streams and what is by token. `ValueError` where it has no argument of
-    such a name."""
+    """Return the positions of a block's streams and inputs by token among its arguments. Raises `ValueError` if it has
+    no argument of such a name."""
     names, found = list(inspect.signature(type(block).forward).parameters)[1:], {}
-    for what, wanted in (("streams", segment.streams), ("by_token", segment.by_token or ())):
-        for name in wanted:
+    for role, arguments in (("streams", segment.streams), ("by_token", segment.by_token or ())):
+        for name in arguments:
             if name not in names:
                 raise ValueError(
-                    f"{what} must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {name!r}"
+                    f"{role} must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {name!r}"
                 )
             found[name] = names.index(name)
     return found
 
 
 def close_units(model: nn.Module) -> None:
-    """Undo `open_units`; `ValueError` where the model has long skips of ours. Where hooks were set on the open units,
-    or `fully_shard` has put its classes on top, they stay open, which changes no output."""
+    """Undo `open_units`; raises `ValueError` if the model has long skips of ours. Units stay open, which changes no
+    output, if hooks were set on them since, or `fully_shard` has put its classes on top."""
     if not isinstance(model, RunsUnits):
         return
     blocks = cast(list[Any], [block for blocks in model.units() for block in blocks])
@@ -444,7 +447,7 @@ def close_units(model: nn.Module) -> None:
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
     close_branches(model)
     for block in blocks:
-        del block._place, block._open, block.long_skip
+        del block._info, block._open, block.long_skip
         swap(block, type(block).__bases__[1])
         if block._compiled_call_impl is not None:
             args, options = block._compiled_call_impl.options
@@ -458,21 +461,21 @@ def close_units(model: nn.Module) -> None:
 
 
 def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> None:
-    """Gives a model fresh long skips, in place, and keeps its weights.
+    """Add fresh long skips to a model, in place, and keep its weights.
 
     With `fusion="residual"` (a zero projection added to the hidden states) the output stays bit-equal until it is
     trained; with the paper's `"replace"` the projections must be trained first, alone (`skipdit train --stage
-    long-skips-only`). The new weights have the dtype and device of the blocks, and are in `model.config.long_skip`.
+    long-skips-only`). The new weights have the dtype and device of the blocks; `model.config.long_skip` holds `config`.
 
-    `ValueError` where the model has long skips already, as HunyuanDiT has by itself, its units are unknown, or `config`
-    links no pair, or more than there are; the model is then what it was.
+    Raises `ValueError` if the model has long skips already, as every HunyuanDiT has, if its units are unknown, or if
+    `config` links no pair or more than there are; the model is then unchanged.
     """
     _refuse_cached(model)
     config = config or LongSkipConfig()
     family = find_family(type(model))
     if family is not None and family.native_pairs:
         raise ValueError(
-            f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) right away"
+            f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) directly"
         )
     if not isinstance(model, LongSkipModel) and family is not None and "long_skip" in cast(Any, model).config:
         raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
@@ -484,7 +487,7 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         sizes = [len(units) for units in _segments(model, get_family(type(model)))]
     if not pair_segments(sizes, config):
         raise ValueError(
-            f"there must be a pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
+            f"there must be at least one pair, got num_pairs {config.num_pairs} for segments of {sizes} units"
         )
     hidden_size = 1
     for name in family.hidden_size if family else ("num_attention_heads", "attention_head_dim"):
@@ -503,9 +506,9 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
 
 
 def add_fill_token(model: nn.Module) -> None:
-    """Give a model with long skips of ours a fill token, as `LongSkipConfig(fill_token=True)` does, where it has none.
+    """Add the fill token of `LongSkipConfig(fill_token=True)` to a model with long skips of ours, if it has none.
 
-    `ValueError` where it has no long skips of ours.
+    Raises `ValueError` if it has no long skips of ours.
     """
     linked = cast(Any, model)
     if not isinstance(model, LongSkipModel) or linked.config.get("long_skip") is None:
@@ -517,15 +520,15 @@ def add_fill_token(model: nn.Module) -> None:
 
 
 def remove_long_skips(model: nn.Module) -> None:
-    """The model without its long skips, in place; a transformer of diffusers is what it was before `add_long_skips`.
-    `ValueError` where it has none of ours."""
+    """Remove a model's long skips, in place; a transformer of diffusers is again as before `add_long_skips`. Raises
+    `ValueError` if it has none of ours."""
     if not isinstance(model, LongSkipModel) or not model.long_skip_links.sources:
         raise ValueError(f"this {type(model).__name__} has no long skips that skipdit added")
     _refuse_cached(model)
     linked = cast(Any, model)
     if isinstance(model, RunsUnits):
         if model._family.native_pairs:
-            raise ValueError(f"the long skips of {type(model).__name__} are its own")
+            raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
         found = hooked((model, *(block for blocks in model.units() for block in blocks)))
         if found is not None:
             raise ValueError(f"hooks are on the forward of this {type(found).__name__}: remove them first")
@@ -540,6 +543,6 @@ def remove_long_skips(model: nn.Module) -> None:
 
 
 def _refuse_cached(model: nn.Module) -> None:
-    """The class of a cache stands on the class that would be swapped."""
+    """Raise `ValueError` if a cache is enabled: its class is on top of the class that would be swapped."""
     if "_skipdit_cache" in vars(model):
         raise ValueError("a cache is enabled on this model: call skipdit.disable_cache(model) first")
