@@ -142,7 +142,7 @@ def test_the_command_gives_the_average_of_all_weights_there_were(
         out = tmp_path / f"out-{length}"
         main(["ema", str(run), "--length", str(length), "--out", str(out)])
         said = capsys.readouterr().out.splitlines()[-1]
-        assert said.startswith(f"average of length {length} at step 24, out of 12 snapshots (weights over time met but")
+        assert said.startswith(f"average of length {length} at step 24, from 12 snapshots (off from the weights over")
         found = load_source(str(out), device="cpu")
         assert found.sampler.pipeline.labels == {"blue": 0, "green": 1, "red": 2}
         weights = torch.from_numpy(profile(24, exponent(length))).float()
