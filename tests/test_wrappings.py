@@ -377,13 +377,13 @@ def test_a_checkpoint_of_a_run_is_built_from_its_own_config(run: Path, tmp_path:
     shutil.copytree(place, copy)
     for state in ("[]", "5", "{}", '{"config": null}', '{"config": {"model": {}, "data": {}}}', "{" * 2000):
         (copy / "state.json").write_text(state)
-        with pytest.raises(ValueError, match=r"state\.json|does not have its run's objective"):
+        with pytest.raises(ValueError, match=r"state\.json|does not say its run's objective"):
             load_source(str(copy), device="cpu")
         with pytest.raises(ValueError, match=r"state\.json"):
             load_model(copy)
     fields = json.loads((place / "state.json").read_text())
     (copy / "state.json").write_text(json.dumps(fields | {"config": fields["config"] | {"objective": {"process": []}}}))
-    with pytest.raises(ValueError, match="does not have its run's objective"):
+    with pytest.raises(ValueError, match="does not say its run's objective"):
         load_source(str(copy), device="cpu")
 
 

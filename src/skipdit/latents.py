@@ -25,10 +25,9 @@ from torch.utils.data import Dataset
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.data import pad_captions, pictures_beside
-from skipdit.files import file_digest
 from skipdit.options import check_positive
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
-from skipdit.untrusted import check_regular, printable, printable_path, read_json
+from skipdit.untrusted import check_regular, file_digest, printable, printable_path, read_json
 
 INFO, VERSION = "latents.json", 1
 VAE, NOTHING = "vae", "nothing.safetensors"

@@ -20,7 +20,7 @@ from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
 from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
-from skipdit.files import OutputFolder, file_digest, to_json
+from skipdit.files import OutputFolder, to_json
 from skipdit.latents import (
     DTYPES,
     INFO,
@@ -38,7 +38,7 @@ from skipdit.latents import (
     shard_name,
 )
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
-from skipdit.untrusted import printable, printable_path, read_json
+from skipdit.untrusted import file_digest, printable, printable_path, read_json
 
 LOGGER = logging.getLogger(__name__)
 SETTINGS = "settings.json"
