@@ -198,9 +198,7 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
 def _changed(folder: Path) -> list[str]:
     """Return the files listed in a folder's marker that have changed since."""
     listed = {name: digest for names in read_marker(folder)["files"].values() for name, digest in names.items()}
-    return [
-        name for name, entry in listed.items() if (folder / name).is_file() and not _is_same(folder / name, entry)
-    ]
+    return [name for name, entry in listed.items() if (folder / name).is_file() and not _is_same(folder / name, entry)]
 
 
 def _is_same(path: Path, entry: str) -> bool:
