@@ -101,7 +101,7 @@ def test_a_damaged_frame_is_not_passed_on(tmp_path: Path) -> None:
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"notes\.txt is no video, allowed: \.3gp, .* \.avi, "):
+    with pytest.raises(ValueError, match=r"notes\.txt is not a video, allowed: \.3gp, .* \.avi, "):
         read_video(tmp_path / "notes.txt", 1)
     with pytest.raises(ValueError, match=r"cannot read the video .*none\.mp4: .*No such file"):
         read_video(tmp_path / "none.mp4", 1)
@@ -199,7 +199,7 @@ def test_writers_refuse_what_makes_no_video(tmp_path: Path) -> None:
         write_gif(tmp_path / "clip.gif", frames, 60)
     with pytest.raises(ValueError, match="scale must be at least 1, got 0"):
         write_gif(tmp_path / "clip.gif", frames, 10, scale=0)
-    with pytest.raises(ValueError, match="no encoder of no_such_encoder"):
+    with pytest.raises(ValueError, match="none of the encoders no_such_encoder"):
         write_mp4(tmp_path / "clip.mp4", frames, 10, encoders=["no_such_encoder"])
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +262,7 @@ def test_runs_play_side_by_side(tmp_path: Path) -> None:
     assert corner(frames[2], (0, 255, 255)) == blue  # only its last frame is of another colour
     write_mp4(tmp_path / "runs.mp4", frames, 8)
     assert read_video(tmp_path / "runs.mp4", 3).shape[0] == 3
-    with pytest.raises(ValueError, match="all of one shape, got"):
+    with pytest.raises(ValueError, match="all of the same shape, got"):
         side_by_side({"full": full, "short": full[:, :2]}, ["a", "b"])
     with pytest.raises(ValueError, match="at least one run"):
         side_by_side({}, [])
