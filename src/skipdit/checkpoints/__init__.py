@@ -5,10 +5,10 @@ Each family has a module with its key tables and both directions; this one finds
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import diffusers
 import torch
@@ -58,46 +58,28 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """The official format of one family of models."""
+class Format(Protocol):
+    """The official format of one family of models: a module with these functions."""
 
-    is_format: Callable[[StateDict, LoadHints], bool]
-    """True if a file is of this family"""
-    read: Callable[[StateDict, LoadHints], UnloadedModel]
-    """build the model of a file and map its tensors to the model's keys"""
-    from_official: Callable[[StateDict], dict[str, Tensor]]
-    """rename official keys to those of the model"""
-    to_official: Callable[[Any], dict[str, Tensor]]
-    """rename a model's keys to the official ones"""
+    def is_format(self, state_dict: StateDict, hints: LoadHints) -> bool:
+        """Return True if a file is of this family."""
+
+    def read(self, state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
+        """Build the model of a file and map its tensors to the model's keys."""
+
+    def from_official(self, state_dict: StateDict) -> dict[str, Tensor]:
+        """Rename official keys to those of the model."""
+
+    def to_official(self, model: Any) -> dict[str, Tensor]:
+        """Rename a model's keys to the official ones."""
 
 
 # the format of each model class; the first that recognizes a file reads it
-FORMATS = {
-    "HunyuanDiT2DModel": Format(
-        is_format=hunyuan.is_format,
-        read=hunyuan.read,
-        from_official=hunyuan.from_official,
-        to_official=hunyuan.to_official,
-    ),
-    "LatteTransformer3DModel": Format(
-        is_format=latte_t2v.is_format,
-        read=latte_t2v.read,
-        from_official=latte_t2v.from_official,
-        to_official=latte_t2v.to_official,
-    ),
-    "Latte": Format(
-        is_format=latte.is_format,
-        read=latte.read,
-        from_official=latte.from_official,
-        to_official=latte.to_official,
-    ),
-    "DiT": Format(
-        is_format=lambda state_dict, hints: True,
-        read=dit.read,
-        from_official=dit.from_official,
-        to_official=dit.to_official,
-    ),
+FORMATS: dict[str, Format] = {
+    "HunyuanDiT2DModel": hunyuan,
+    "LatteTransformer3DModel": latte_t2v,
+    "Latte": latte,
+    "DiT": dit,
 }
 # class name in a folder's config.json: its reader
 OWN_FOLDERS = {

@@ -107,6 +107,11 @@ DIFFUSERS_SPACING = 1.0
 PUBLISHED_HEADS = {(num_layers, width): heads for num_layers, width, heads in PRESET_SIZES.values()}
 
 
+def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
+    """Return True: this format is tried last, and its `read` reports foreign keys."""
+    return True
+
+
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with the official keys or with ours."""
     official_roots, our_roots = (roots(column) for column in zip(*OFFICIAL_KEYS, strict=True))
@@ -291,9 +296,6 @@ def raise_on_other_positions(position_embedding: Tensor, hidden_size: int) -> No
     raise_on_other_table(
         POSITION_KEY, position_embedding[0], sincos_position_embedding(hidden_size, grid_size, grid_size)
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _make(

@@ -63,9 +63,6 @@ def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path)
     return labels
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     """Return the scheduler of a pipeline's folder after a few trial steps on a small tensor, which show most of what
     can be wrong with a config. `ValueError` names the file."""
@@ -110,9 +107,6 @@ def _try_out(scheduler: Any, num_steps: int) -> None:
             sample = scheduler.step(output, timestep, sample).prev_sample
     if not sample.isfinite().all():
         raise ValueError("it produces numbers that are not finite")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
