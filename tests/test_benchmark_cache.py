@@ -39,7 +39,7 @@ from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.plots import COLORS, GREY, Tradeoffs, draw, interactive, save_png
+from skipdit.plots import COLORS, GRAY, Tradeoffs, draw, interactive, save_png
 from skipdit.runs import Counts, Sampled
 from skipdit.samplers import ClassToImageSampler, Sampler
 
@@ -606,7 +606,7 @@ def test_lines_can_be_told_apart() -> None:
     styles = tradeoffs(20).styles()
     assert len(set(styles.values())) == len(styles)
     assert styles["ours"][0] == COLORS[0]
-    assert styles["steps"][0] == GREY
+    assert styles["steps"][0] == GRAY
 
 
 def test_both_figures_show_every_setting(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_folders_of_frames_have_no_times_which_is_said(tmp_path: Path, caplog: p
 def test_frames_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     put_frames(tmp_path / "run" / "a")
     config = ClipConfig(source=str(tmp_path), num_frames=13, image_size=8)
-    with pytest.raises(UnreadableVideo, match=r"run/a is too short: frame 12 is wanted \(13 frames"):
+    with pytest.raises(UnreadableVideo, match=r"run/a is too short: frame 12 is needed \(13 frames"):
         open_clips(config)
     (tmp_path / "run" / "a" / "frame_2.png").write_bytes(b"nothing")
     with pytest.raises(UnreadableVideo, match=r"cannot read the picture .*frame_2\.png"):

@@ -74,9 +74,9 @@ def test_every_format_is_read_from_the_wanted_frames(video: Path) -> None:
 
 
 def test_a_short_or_broken_video_is_named(video: Path) -> None:
-    with pytest.raises(UnreadableVideo, match=rf"{video.name} is too short: frame 16 is wanted \(17 frames"):
+    with pytest.raises(UnreadableVideo, match=rf"{video.name} is too short: frame 16 is needed \(17 frames"):
         read_video(video, 17)
-    with pytest.raises(UnreadableVideo, match=r"frame 16 is wanted \(3 frames, interval 8, start 0\)"):
+    with pytest.raises(UnreadableVideo, match=r"frame 16 is needed \(3 frames, interval 8, start 0\)"):
         read_video(video, 3, frame_interval=8)
     content = video.read_bytes()
     for broken in (content[: len(content) // 2], b"", b"not a video " * 20):

@@ -173,11 +173,9 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
 def open_clips(config: ClipConfig) -> LabelledClips:
     """Open the data set of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
     found = find_clips(config)
-
-    def read(index: int) -> Iterator[np.ndarray]:
-        return found.read(index, 0)
-
-    return LabelledClips(read, found.labels, found.label_names, found.captions, config, found.names)
+    return LabelledClips(
+        lambda index: found.read(index, 0), found.labels, found.label_names, found.captions, config, found.names
+    )
 
 
 def find_clips(config: ClipConfig) -> ClipFiles:

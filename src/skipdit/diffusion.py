@@ -38,7 +38,7 @@ PREDICTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the model predicts, for which process, and how training weighs noise levels."""
+    """Objective of training: what the model predicts, for which process, with which weight per noise level."""
 
     process: Process = "ddpm"
     """the forward process: ddpm with its linear betas, or flow, from data to noise on straight lines"""

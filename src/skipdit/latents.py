@@ -55,7 +55,7 @@ class Text(TypedDict):
 
 
 class Scale(TypedDict):
-    """How the autoencoder's latents are scaled for transformers: values of its config, used by `scale_latents`."""
+    """Scaling of the autoencoder's latents for transformers, from its config; `scale_latents` applies it."""
 
     scaling_factor: float
     shift_factor: float

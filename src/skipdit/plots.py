@@ -19,12 +19,12 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 SEQUENTIAL = "viridis"
 LEGEND_ROWS = 18  # that fit beside the axes
 MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}  # plotly's names
-GREY = "#666666"
+GRAY = "#666666"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlotLabels:
-    """What every plot is called."""
+    """Name, title and axis labels of a plot."""
 
     name: str
     """file name without suffix"""
@@ -83,8 +83,8 @@ class Panels(PlotLabels):
             raise ValueError(f"a plot needs at least one panel, got {self.panels}")
         for label, panel in self.panels.items():
             if np.shape(panel) != (len(self.y), len(self.x)):
-                wanted = (len(self.y), len(self.x))
-                raise ValueError(f"panel {label!r} must have shape {wanted}, got {np.shape(panel)}")
+                shape = (len(self.y), len(self.x))
+                raise ValueError(f"panel {label!r} must have shape {shape}, got {np.shape(panel)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +115,20 @@ class Surfaces(Panels):
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoffs(PlotLabels):
-    """What one quantity costs in another: a marker per measured setting, a line through those of each label."""
+    """Plot of what one quantity costs in another: a marker per measured setting, a line through those of each label."""
 
     series: Mapping[str, tuple[NDArray, NDArray]]
     """(x, y) by label, one setting or more each"""
     emphasized: frozenset[str] = frozenset()
     """labels of thick lines"""
     dashed: frozenset[str] = frozenset()
-    """labels of the baselines, dashed and grey"""
+    """labels of the baselines, dashed and gray"""
 
     def styles(self) -> dict[str, tuple[str, str]]:
-        """Return the color and marker of each label; baselines are grey, the emphasized ones get their color first."""
+        """Return the color and marker of each label; baselines are gray, the emphasized ones get their color first."""
         colored = sorted((label for label in self.series if label not in self.dashed), key=self._is_plain)
         markers, dashed = list(MARKERS), [label for label in self.series if label in self.dashed]
-        styles = {label: (GREY, markers[index % len(markers)]) for index, label in enumerate(dashed)}
+        styles = {label: (GRAY, markers[index % len(markers)]) for index, label in enumerate(dashed)}
         for index, label in enumerate(colored):
             styles[label] = (COLORS[index % len(COLORS)], markers[index % len(markers)])
         return styles

@@ -125,11 +125,10 @@ def _lock(handle: int, path: Path) -> None:
     holder = Process.parse(os.pread(handle, 200, 0).decode("utf-8", "replace"))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
-    except OSError:  # a file system without locks: rely on what the file says
-        if holder and holder != this_process() and holder.host == this_process().host and not holder.has_ended():
-            raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from None
+    except OSError as error:  # held, or a file system without locks: then rely on what the file says
+        is_here = holder and holder != this_process() and holder.host == this_process().host
+        if isinstance(error, BlockingIOError) or (holder and is_here and not holder.has_ended()):
+            raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
     if holder is None or holder == this_process():
         return
     if not holder.has_ended() and holder.host != this_process().host:

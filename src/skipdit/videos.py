@@ -79,9 +79,9 @@ def frames_of(
     fps: float | None = None,
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """Yield the frames that `decode_video` stacks."""
-    wanted = _wanted(num_frames, frame_interval, start)
+    indices = _frame_indices(num_frames, frame_interval, start)
     # a quarter of a frame late, as many files round their times to 1 or 10 ms
-    times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in wanted]
+    times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in indices]
     found = 0
     try:
         with closing(timed_frames(stream, by_index=fps is None)) as frames:
@@ -93,7 +93,7 @@ def frames_of(
                     return
     except Exception as error:  # decoders of damaged files raise of every kind
         raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
-    raise _too_short(name, wanted, found)
+    raise _too_short(name, indices, found)
 
 
 def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
@@ -116,10 +116,10 @@ def frames_of_folder(
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
     """Yield every `frame_interval`-th of a clip's pictures, from `start` on. `UnreadableVideo` if one is broken or
     missing."""
-    wanted = _wanted(num_frames, frame_interval, start)
-    for found, index in enumerate(wanted):
+    indices = _frame_indices(num_frames, frame_interval, start)
+    for found, index in enumerate(indices):
         if index >= len(paths):
-            raise _too_short(name, wanted, found)
+            raise _too_short(name, indices, found)
         try:
             picture = on_white(open_picture(paths[index], printable_path(paths[index])))
         except ValueError as error:
@@ -127,7 +127,7 @@ def frames_of_folder(
         yield np.asarray(picture)
 
 
-def _wanted(num_frames: int, frame_interval: int, start: int) -> range:
+def _frame_indices(num_frames: int, frame_interval: int, start: int) -> range:
     if num_frames < 1 or frame_interval < 1 or start < 0:
         raise ValueError(
             f"num_frames and frame_interval must be at least 1 and start at least 0, "
@@ -136,10 +136,10 @@ def _wanted(num_frames: int, frame_interval: int, start: int) -> range:
     return range(start, start + num_frames * frame_interval, frame_interval)
 
 
-def _too_short(name: str, wanted: range, found: int) -> UnreadableVideo:
+def _too_short(name: str, indices: range, found: int) -> UnreadableVideo:
     return UnreadableVideo(
-        f"the video {name} is too short: frame {wanted[found]} is wanted "
-        f"({len(wanted)} frames, interval {wanted.step}, start {wanted.start})"
+        f"the video {name} is too short: frame {indices[found]} is needed "
+        f"({len(indices)} frames, interval {indices.step}, start {indices.start})"
     )
 
 

@@ -61,17 +61,13 @@ __all__ = [
 class Format(Protocol):
     """The official format of one family of models: a module with these functions."""
 
-    def is_format(self, state_dict: StateDict, hints: LoadHints) -> bool:
-        """Return True if a file is of this family."""
-
-    def read(self, state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
-        """Build the model of a file and map its tensors to the model's keys."""
-
-    def from_official(self, state_dict: StateDict) -> dict[str, Tensor]:
-        """Rename official keys to those of the model."""
-
-    def to_official(self, model: Any) -> dict[str, Tensor]:
-        """Rename a model's keys to the official ones."""
+    # True if a file is of this family
+    def is_format(self, state_dict: StateDict, hints: LoadHints) -> bool: ...
+    # the model of a file, and its tensors under the model's keys
+    def read(self, state_dict: StateDict, hints: LoadHints) -> UnloadedModel: ...
+    # official keys renamed to those of the model, and back
+    def from_official(self, state_dict: StateDict) -> dict[str, Tensor]: ...
+    def to_official(self, model: Any) -> dict[str, Tensor]: ...
 
 
 # the format of each model class; the first that recognizes a file reads it

@@ -326,9 +326,9 @@ def raise_on_other_tensors(expected: StateDict, found: StateDict, names: Mapping
     raise_on_other_keys({names.get(key, key) for key in expected}, {names.get(key, key) for key in found})
     misshapen, integer = [], []
     for key, tensor in found.items():
-        name, shape, wanted = names.get(key, key), tuple(tensor.shape), tuple(expected[key].shape)
-        if shape != wanted:
-            misshapen.append(f"{name} {shape} instead of {wanted}")
+        name, shape, expected_shape = names.get(key, key), tuple(tensor.shape), tuple(expected[key].shape)
+        if shape != expected_shape:
+            misshapen.append(f"{name} {shape} instead of {expected_shape}")
         if not tensor.is_floating_point():
             integer.append(f"{name} {tensor.dtype}")
     raise_on_problems(misshapen=misshapen, integer=integer)

@@ -32,8 +32,8 @@ MAX_DEPTH = 4  # of nested wrappings
 
 def list_first(keys: Iterable[object], num_shown: int = 3) -> str:
     """Return the first few keys for a message, each printable and cut."""
-    shown = list(keys)
-    return ", ".join(printable(key, 80) for key in shown[:num_shown]) + (", ..." if len(shown) > num_shown else "")
+    texts = list(keys)
+    return ", ".join(printable(key, 80) for key in texts[:num_shown]) + (", ..." if len(texts) > num_shown else "")
 
 
 def pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:

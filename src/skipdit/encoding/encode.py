@@ -124,15 +124,11 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
 
 
 def _digest_of(vae: Autoencoder) -> str:
-    digest = hashlib.sha256(_config_of(vae).encode())
+    digest = hashlib.sha256(cast(Any, vae).to_json_string().encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _config_of(vae: Autoencoder) -> str:
-    return cast(Any, vae).to_json_string()
 
 
 @torch.no_grad()
@@ -144,7 +140,7 @@ def _write_others(out: OutputFolder, config: EncodeConfig, vae: Autoencoder) -> 
             if name == NOTHING:
                 save_file(encode_texts(load_encoder(), [""], DTYPES[config.dtype]), draft)
             elif name.endswith(".json"):
-                draft.write_text(_config_of(vae), encoding="utf-8")
+                draft.write_text(cast(Any, vae).to_json_string(), encoding="utf-8")
             else:
                 tensors = {key: tensor.contiguous() for key, tensor in vae.state_dict().items()}
                 save_file(tensors, draft, metadata={"format": "pt"})

@@ -67,11 +67,7 @@ def open_source(config: EncodeConfig) -> Source:
 
 def numbered(num_jobs: int, job_of: Callable[[int], Job]) -> Callable[[int], Iterator[tuple[int, Job]]]:
     """Return the `jobs` of a source with numbered samples."""
-
-    def jobs(start: int) -> Iterator[tuple[int, Job]]:
-        return ((number + 1, job_of(number)) for number in range(start, num_jobs))
-
-    return jobs
+    return lambda start: ((number + 1, job_of(number)) for number in range(start, num_jobs))
 
 
 def picture_source(config: EncodeConfig) -> Source:
