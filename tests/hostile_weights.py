@@ -26,7 +26,8 @@ from skipdit.checkpoints import to_official
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.models.surgery import add_long_skips
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.samplers import ClassToImageSampler
+from skipdit.tasks.class_to_image import TASK as CLASS_TO_IMAGE
+from skipdit.tasks.task import Sampler
 
 Files = dict[str, bytes]
 DEEP = "[" * 2000 + "]" * 2000
@@ -218,7 +219,7 @@ def pipeline_folder() -> Files:
     labels = {str(number): f"class {number}" for number in range(10)}
     pipeline = ClassToImagePipeline(tiny_dit(num_layers=4), scheduler, vae, labels)
     with tempfile.TemporaryDirectory() as folder:
-        ClassToImageSampler(pipeline).save(Path(folder), "10GB")
+        Sampler(CLASS_TO_IMAGE, pipeline).save(Path(folder), "10GB")
         pipeline.vae.save_pretrained(Path(folder) / "vae")
         (Path(folder) / "schedules").mkdir()
         (Path(folder) / "schedules" / "1.8x.json").write_bytes(schedule_bytes())

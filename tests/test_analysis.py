@@ -16,7 +16,6 @@ from skipdit.analysis.jacobian import (
     half_function,
     jacobian_profile,
     model_function,
-    transcribed_bounds,
     unit_bound,
     unit_function,
 )
@@ -64,6 +63,14 @@ SKIPS = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading intermediates
+
+
+def transcribed_bounds(gamma: float, alpha: float, num_layers: int) -> list[float]:
+    """The paper's bound on a decoder layer's Jacobian norm as a third party has it, (1 - alpha) gamma + alpha
+    gamma^(2l - L), for l from L/2 + 1 to L: below gamma, as the theorem says, where gamma < 1, and not where
+    gamma > 1 (docs/stability.md)."""
+    layers = range(num_layers // 2 + 1, num_layers + 1)
+    return [(1 - alpha) * gamma + alpha * gamma ** (2 * layer - num_layers) for layer in layers]
 
 
 def test_recording_leaves_the_model_untouched() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import listing
 
-from skipdit.benchmark import ModelBenchConfig, models
+from skipdit.benchmark import models
 from skipdit.benchmark.measure import Subject, flops_of, run_speedup
-from skipdit.benchmark.models import Row, Step
+from skipdit.benchmark.models import ModelBenchConfig, Row, Step
 from skipdit.files import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig

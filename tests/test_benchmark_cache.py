@@ -4,15 +4,13 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tiny import listing, tiny_dit, tiny_latte
 from torch import Tensor, nn
@@ -39,9 +37,9 @@ from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.plots import COLORS, GRAY, Tradeoffs, draw, interactive, save_png
 from skipdit.runs import Counts, Sampled
-from skipdit.samplers import ClassToImageSampler, Sampler
+from skipdit.tasks import TASKS
+from skipdit.tasks.task import Sampler
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3}
@@ -51,6 +49,7 @@ SMALL: dict[str, Any] = {
     "num_inference_steps": 6,
     "fewer_steps": (4, 2),
     "num_threads": 1,
+    "rivals": False,
 }
 SPECS = ("N2", "skip-taylor:N3-o1", "N2-k9")
 Report = dict[str, Any]
@@ -82,7 +81,7 @@ def config(folder: Path, **options: Any) -> CacheBenchConfig:
     return CacheBenchConfig(**SMALL | {"model": str(folder), "specs": SPECS} | options)
 
 
-def rows_of(config: CacheBenchConfig, rivals: bench.Rivals = bench.no_rivals) -> list[Row]:
+def rows_of(config: CacheBenchConfig, rivals: Callable[[Source], Sequence[Any]] = lambda source: ()) -> list[Row]:
     source = load_source(config.model, device="cpu")
     plans = bench.make_plans(config, source, rivals(source))
     return bench.measure(config, *plans, bench.make_batches(config, source))
@@ -253,7 +252,7 @@ def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
     made: list[Rival] = []
 
     def rivals(source: Source) -> Sequence[Rival]:
-        other = ClassToImageSampler(copy.deepcopy(source.sampler.pipeline))
+        other = Sampler(source.sampler.task, copy.deepcopy(source.sampler.pipeline))
         with torch.no_grad():
             other.pipeline.transformer.blocks[2].attn.proj.weight.mul_(1.01)
         made.extend(
@@ -333,11 +332,6 @@ def test_batches_take_labels_in_turn_and_a_seed_each(folder: Path, sampler: Samp
     assert [batch.seeds for batch in batches] == [[3, 4], [5, 6], [7]]
 
 
-@dataclass(frozen=True)
-class TextSampler(Sampler):
-    task = "text-to-image"
-
-
 def test_flops_of_other_decisions() -> None:
     cost = Cost(flops=520, steps=(4, 6), slopes=(100.0, 20.0), tells_reuse=True)
     assert cost.at(4, 6) == 520
@@ -370,7 +364,7 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     for _ in range(2):
         tally.add(Sampled(pictures, 1.0, 10), Sampled(pictures, 2.0, 10), None, ALWAYS)
     tally.values[0]["psnr"] = torch.tensor([40.0, math.inf])
-    text = TextSampler(None)
+    text = Sampler(TASKS["text-to-image"], None)
     plan = bench.Plan("m", "s", "others", text, 10, cache=SpecCache("m", "s", False, Source(text)))
     uncached = Cost(160, (10, 0), (16.0, 0.0), False)
     row = tally.row(plan, uncached, uncached)
@@ -580,49 +574,3 @@ def test_a_verdict_says_what_was_not_measured() -> None:
     assert times.endswith("reached over none; missed over none.")
     (times, _, _) = verdict([each for each in ROWS if each.group != "ours"])
     assert times == "At 2x in wall-clock time none of ours has settings on both sides."
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The figure
-
-
-def tradeoffs(num_others: int = 1) -> Tradeoffs:
-    x = np.array([1.0, 2.0, 3.0])
-    series = {"steps": (x, 30 - x), "ours": (x, 40 - x)} | {
-        f"other {index}": (x[: 1 + index % 3], 36 - index - x[: 1 + index % 3]) for index in range(num_others)
-    }
-    return Tradeoffs(
-        name="tradeoffs",
-        title="A <b> & c",
-        x_label="speedup",
-        y_label="PSNR",
-        series=series,
-        emphasized=frozenset({"ours"}),
-        dashed=frozenset({"steps"}),
-    )
-
-
-def test_lines_can_be_told_apart() -> None:
-    styles = tradeoffs(20).styles()
-    assert len(set(styles.values())) == len(styles)
-    assert styles["ours"][0] == COLORS[0]
-    assert styles["steps"][0] == GRAY
-
-
-def test_both_figures_show_every_setting(tmp_path: Path) -> None:
-    plot = tradeoffs(2)
-    save_png(plot, OutputFolder(tmp_path, "bench"))
-    with Image.open(tmp_path / f"{plot.name}.png") as picture:
-        assert picture.width > 1000
-    figure = draw(plot)
-    FigureCanvasAgg(figure)
-    drawn = {line.get_label(): line for line in figure.axes[0].lines}
-    page = {trace.name: trace for trace in interactive(plot).data}
-    assert list(drawn) == list(page) == list(plot.series)
-    for label, (x, y) in plot.series.items():
-        assert np.array_equal(drawn[label].get_xdata(), x)
-        assert np.array_equal(page[label].y, y)
-        assert page[label].mode == "lines+markers"
-        assert page[label].line.color == drawn[label].get_color()
-    assert drawn["ours"].get_linewidth() > drawn["other 0"].get_linewidth()
-    assert (drawn["steps"].get_linestyle(), drawn["ours"].get_linestyle()) == ("--", "-")

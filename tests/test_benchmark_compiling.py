@@ -9,11 +9,25 @@ import torch
 from tiny import tiny_dit, tiny_latte
 
 from skipdit import cli
-from skipdit.benchmark import CompileBenchConfig, bench_compile, compiling, single_steps
-from skipdit.benchmark.compile_report import CONDITIONING, OVERHEAD, TIMESTEP, GraphRow, StepRow, Timing, verdict
+from skipdit.benchmark.checkout import FOLDER, load_from_checkout
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import OutputFolder
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
+
+if not (FOLDER / "compiling").is_dir():
+    pytest.skip("needs a checkout with benchmarks/compiling", allow_module_level=True)
+compiling = load_from_checkout("compiling")
+
+from skipdit_compiling import CompileBenchConfig, bench_compile, single_steps  # noqa: E402
+from skipdit_compiling.report import (  # noqa: E402
+    CONDITIONING,
+    OVERHEAD,
+    TIMESTEP,
+    GraphRow,
+    StepRow,
+    Timing,
+    verdict,
+)
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"num_layers": 5, "out_channels": 4, "downscale_freq_shift": 0}

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from skipdit import cli
-from skipdit.benchmark import GpuBenchConfig, bench_gpu
-from skipdit.benchmark.gpu import Runs
+from skipdit.benchmark.gpu import GpuBenchConfig, Runs, bench_gpu
 from skipdit.benchmark.measure import flops_of
 from skipdit.cache.enable import cached
 from skipdit.files import OutputFolder

@@ -12,8 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import make_config, make_data
 
 from skipdit import cli
-from skipdit.benchmark import TrainBenchConfig, bench_training
-from skipdit.benchmark.training import Row, bench_workload, make_task, matmul_rate, our_loop, plain_loop, verdict
+from skipdit.benchmark.training import (
+    Row,
+    TrainBenchConfig,
+    bench_training,
+    bench_workload,
+    make_task,
+    matmul_rate,
+    our_loop,
+    plain_loop,
+    verdict,
+)
 from skipdit.benchmark.training import make_config as make_run
 from skipdit.files import OutputFolder
 from skipdit.training import TokenRoutingConfig, TrainConfig

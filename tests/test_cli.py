@@ -21,18 +21,16 @@ from tiny import listing, tiny_dit, tiny_latte
 
 from skipdit import terminal
 from skipdit.analysis.measure import AnalyzeConfig
-from skipdit.benchmark import (
-    CacheBenchConfig,
-    CompileBenchConfig,
-    ConversionBenchConfig,
-    ModelBenchConfig,
-    VideoBenchConfig,
-)
+from skipdit.benchmark.cache import CacheBenchConfig
+from skipdit.benchmark.conversion import ConversionBenchConfig
+from skipdit.benchmark.models import ModelBenchConfig
+from skipdit.benchmark.video_models import VideoBenchConfig
 from skipdit.calibration.calibrate import CalibrateConfig
 from skipdit.cli import COMMANDS, main
 from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files import DRAFT, MARKER
+from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.processes import LOCK, locked
 from skipdit.sample_config import SampleConfig
@@ -283,7 +281,7 @@ def test_a_broken_schedule_is_never_the_best(model: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "config",
-    [SampleConfig, CalibrateConfig, AnalyzeConfig, CacheBenchConfig, ConversionBenchConfig, CompileBenchConfig],
+    [SampleConfig, CalibrateConfig, AnalyzeConfig, CacheBenchConfig, ConversionBenchConfig],
 )
 def test_options_that_are_not_finite_are_refused(config: type, value: float) -> None:
     with pytest.raises(ValueError, match=f"guidance_scale must be finite, got {value}"):
@@ -346,7 +344,7 @@ def test_a_model_too_small_for_ssim_is_refused_at_the_start(
     tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = save(tmp_path / "small", sample_size=8)
-    for command in (["sample", "--model"], ["bench", "cache", "--no-perceptual", "--num-steps", "4", "--model"]):
+    for command in (["sample", "--model"], ["bench", "cache", "--no-perceptual", "--steps", "4", "--model"]):
         extra = QUICK if command[0] == "sample" else ("--fewer-steps", "2")
         line = fails(capsys, *command, small, *extra, "--out", out)
         assert "SSIM needs pictures of at least 11 pixels, got 8" in line
@@ -498,3 +496,31 @@ def test_sampling_is_not_slowed_by_a_clock_that_stands_still(
     monkeypatch.setattr("skipdit.runs.time.perf_counter", lambda: 1.0)
     config = SampleConfig(model=str(model), num_inference_steps=4, num_samples=1, cache="N2", device="cpu", out=out)
     assert sample_and_compare(config).rows[1].speedup == 1
+
+
+def test_converting_replaces_no_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_dit().save_pretrained(tmp_path / "ours")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for target in (tmp_path / "mine", Path.cwd()):
+        line = fails(capsys, "convert", str(tmp_path / "ours"), "--to", "skipdit", "--out", str(target))
+        assert "give a new" in line
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_dit()
+    model.save_pretrained(tmp_path / "ours")
+    official, back = tmp_path / "official.safetensors", tmp_path / "back"
+    main(["convert", str(tmp_path / "ours"), "--to", "official", "--out", str(official)])
+    main(["convert", str(official), "--to", "skipdit", "--num-attention-heads", "2", "--out", str(back)])
+    loaded = DiT.from_pretrained(back)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    line = fails(capsys, "convert", str(back), "--to", "diffusers", "--out", str(tmp_path / "diffusers"))
+    assert "long_skip" in line
+    official.write_bytes(official.read_bytes()[:200])
+    assert "official.safetensors" in fails(
+        capsys, "convert", str(official), "--to", "skipdit", "--out", str(back / "x")
+    )
+    assert not (back / "x").exists()

@@ -43,7 +43,8 @@ from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.recipes import RECIPES
 from skipdit.runs import OwnCache, Sampled
-from skipdit.tasks import ModelConfig, TextToImageModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train
 
 CONFIG = ConversionBenchConfig(num_pictures=10, num_samples=4, num_shown=2, num_inference_steps=6, num_threads=1)
@@ -89,7 +90,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     second = dataclasses.replace(first, stage="full", max_steps=10, learning_rate=2e-3)
     control = dataclasses.replace(second, model=plain.model)
     stages = {PLAIN: plain, STAGE_ONE: first, STAGE_TWO: second, CONTROL: control}
-    models, rows = bench_conversion(CONFIG, stages, folder / "runs", OutputFolder(folder / "out", "bench"))
+    models, rows = bench_conversion(
+        replace(CONFIG, runs=folder / "runs"), stages, OutputFolder(folder / "out", "bench")
+    )
     return Bench(stages, folder / "runs", folder / "out", {row.model: row for row in models}, rows)
 
 
@@ -245,7 +248,8 @@ def test_the_files_agree(bench: Bench) -> None:
         scores = {name: PairedScore(**fields.pop(name)) for name in ("psnr", "ssim")}
         read.append(RunRow(**fields, scores=scores))
     assert read == bench.rows
-    assert ConversionBenchConfig(**report["config"] | {"intervals": tuple(report["config"]["intervals"])}) == CONFIG
+    read = report["config"] | {"intervals": tuple(report["config"]["intervals"]), "runs": CONFIG.runs}
+    assert ConversionBenchConfig(**read) == CONFIG
     assert [entry["run"] for entry in report["trainings"]] == list(STARTS)
 
     text = (bench.out / "conversion_cpu.md").read_text(encoding="utf-8")
@@ -291,7 +295,7 @@ def test_the_loss_is_that_of_training(bench: Bench) -> None:
     sigma = (batch.timesteps / 1000).view(-1, 1, 1, 1)
     with torch.no_grad():
         noisy = (1 - sigma) * batch.x_start + sigma * batch.noise
-        predicted = task.model(noisy, batch.timesteps, class_labels=batch.labels).sample
+        predicted = task.model(noisy, batch.timesteps, class_labels=batch.conditions).sample
     errors = ((predicted - batch.x_start) / sigma.clamp(min=config.objective.min_sigma)).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(conversion.losses_of(task, config, batch), errors)
     assert bench.models[VANILLA].loss == pytest.approx(errors.mean().item(), rel=1e-5)
@@ -394,14 +398,14 @@ def test_stages_that_are_no_conversion_are_refused(change: dict, message: str, b
         else:
             stages[name] = dataclasses.replace(stages[name], **options)
     with pytest.raises(ValueError, match=message):
-        bench_conversion(CONFIG, stages, tmp_path / "runs", OutputFolder(tmp_path / "out", "bench"))
+        bench_conversion(replace(CONFIG, runs=tmp_path / "runs"), stages, OutputFolder(tmp_path / "out", "bench"))
     assert listing(tmp_path) == ["out"]
 
 
 def test_more_pictures_than_there_are_is_refused(bench: Bench, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, num_pictures=13)
+    config = dataclasses.replace(CONFIG, num_pictures=13, runs=tmp_path / "runs")
     with pytest.raises(ValueError, match="num_pictures must be at most 12, got 13"):
-        bench_conversion(config, bench.stages, tmp_path / "runs", OutputFolder(tmp_path / "out", "bench"))
+        bench_conversion(config, bench.stages, OutputFolder(tmp_path / "out", "bench"))
 
 
 @pytest.mark.parametrize(
@@ -419,13 +423,13 @@ def test_the_command_line_measures_the_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
-    monkeypatch.setattr("skipdit.benchmark.bench_conversion", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr("skipdit.benchmark.conversion.bench_conversion", lambda *arguments: calls.append(arguments))
     monkeypatch.chdir(tmp_path)
     cli.main(["bench", "conversion", "--intervals", "2", "--runs", "elsewhere", "--out", "out"])
     assert capsys.readouterr().out == "written: out\n"
     stages = {name: RECIPES[name]() for name in STARTS}
     ((*given, out),) = calls
-    assert given == [ConversionBenchConfig(intervals=(2,)), stages, Path("elsewhere")]
+    assert given == [ConversionBenchConfig(intervals=(2,), runs=Path("elsewhere")), stages]
     assert out.path == tmp_path / "out"
     with pytest.raises(SystemExit):
         cli.main(["bench", "conversion", "--num-shown", "65"])
@@ -433,5 +437,6 @@ def test_the_command_line_measures_the_recipes(
     with pytest.raises(SystemExit):
         cli.main(["bench", "conversions"])
     assert (
-        "must be models, video, conversion, cache, compile, gpu or train, got 'conversions'" in capsys.readouterr().err
+        "must be one of models, video, conversion, cache, compile, gpu, train, got 'conversions'; did you mean"
+        in capsys.readouterr().err
     )

@@ -10,7 +10,8 @@ from skipdit.cli import main
 from skipdit.environment import resolve_device
 from skipdit.latents import LatentConfig
 from skipdit.recipes import RECIPES
-from skipdit.tasks import TextToVideoModelConfig, open_items
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
+from skipdit.tasks.training import open_items
 from skipdit.training import TrainConfig
 from skipdit.training.batches import find_step_kinds
 from skipdit.training.dry_run import plan_run

@@ -15,6 +15,7 @@ import skipdit
 from skipdit.files import check_whole
 
 MAX_LINES = 600
+PIECES = ("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "split", "find")
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|Users)/|/tmp/[\w-]*venv")
 
 
@@ -54,6 +55,28 @@ def test_import_is_light() -> None:
     loaded = set(result.stdout.split())
     assert "skipdit" in loaded
     assert not loaded & {"accelerate", "datasets", "diffusers", "matplotlib", "numpy", "torch", "transformers"}
+
+
+def test_a_model_finds_its_verbs_by_itself(tmp_path: Path) -> None:
+    """Where nothing but its own module was imported."""
+    code = f"""
+import sys, diffusers
+from skipdit.models.dit import DiT
+from skipdit.models.surgery import add_long_skips, long_skip_class
+assert "skipdit.cache.enable" not in sys.modules and "skipdit.checkpoints" not in sys.modules
+model = DiT(num_layers=4, num_attention_heads=1, attention_head_dim=8, sample_size=4)
+model.enable_cache("delta:N2")
+assert model.is_cache_enabled
+model.disable_cache()
+assert not model.is_cache_enabled
+sizes = dict(num_attention_heads=1, attention_head_dim=8, sample_size=4, num_layers=2, num_embeds_ada_norm=4)
+linked = diffusers.DiTTransformer2DModel(**sizes, in_channels=4, norm_num_groups=1)
+add_long_skips(linked)
+linked.save_pretrained({str(tmp_path)!r})
+assert type(long_skip_class(diffusers.DiTTransformer2DModel).from_pretrained({str(tmp_path)!r})) is type(linked)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_layers_hold(repo_root: Path) -> None:
@@ -124,3 +147,40 @@ def test_the_readme_runs(repo_root: Path, capsys: pytest.CaptureFixture[str]) ->
         spec = spec.rstrip("`,")
         if not spec.startswith("calibrated"):
             parse_method(spec)
+
+
+def lines_that_spell_a_task(code: str) -> list[int]:
+    """The lines that compare something with a task's name, or take the name of a task to pieces."""
+    from skipdit.tasks import TASKS
+
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            parts = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+            if any(isinstance(part, str) and part in TASKS for part in parts):
+                found.add(node.lineno)
+        if isinstance(node, ast.Attribute) and node.attr in PIECES and "task" in ast.unparse(node.value):
+            found.add(node.lineno)
+    return sorted(found)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'task == "text-to-image"',
+        '"class-to-video" in config.tasks',
+        'size.task.endswith("video")',
+        'BUNDLED[model].task.startswith("class")',
+        'sampler.task.name.partition("-")',
+        'match name:\n    case "text-to-video":\n        pass',
+    ],
+)
+def test_what_spells_a_task_is_found(code: str) -> None:
+    assert lines_that_spell_a_task(code)
+
+
+def test_no_task_is_told_by_its_name(repo_root: Path) -> None:
+    """What differs between tasks is a member of the task."""
+    files = sorted((repo_root / "src").rglob("*.py"))
+    found = {str(path.relative_to(repo_root)): lines_that_spell_a_task(path.read_text("utf-8")) for path in files}
+    assert {path: lines for path, lines in found.items() if lines} == {}

@@ -318,7 +318,7 @@ def test_training_starts_from_the_bundled_pictures() -> None:
     """By the names of the classes; what `inflate="emoji"` in the recipes does, at the depth of two pairs."""
     from skipdit.clips import ClipConfig, open_clips
     from skipdit.recipes import RECIPES
-    from skipdit.tasks import load_pictures_pipeline
+    from skipdit.tasks.class_to_image import load_pictures_pipeline
 
     config = RECIPES["emoji-clips"]()
     items = open_clips(ClipConfig(num_frames=1, num_pictures=1))

@@ -28,7 +28,7 @@ from skipdit.files import output_folder
 from skipdit.latents import INFO, LabelledLatents, LatentConfig, open_latents, scale_latents
 from skipdit.picture_files import adm_crop
 from skipdit.pipelines import unscale_latents
-from skipdit.tasks import ModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.training import TrainConfig, train
 
 DOWN, UP = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2

@@ -21,7 +21,9 @@ from skipdit.encoding.tars import MAX_HEADER_BYTES, scan_tars
 from skipdit.latents import INFO, LatentConfig, open_latents
 from skipdit.loading import load_source
 from skipdit.picture_files import adm_crop
-from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.tasks.class_to_video import VideoModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.text import load_encoder
 from skipdit.training import train
 from skipdit.videos import write_gif
@@ -206,7 +208,7 @@ def test_a_text_model_of_latents_is_trained_and_sampled(
         return encoder
 
     with monkeypatch.context() as patch:
-        patch.setattr("skipdit.tasks.load_encoder", load)
+        patch.setattr("skipdit.tasks.prompts.load_encoder", load)
         train(config, tmp_path / "run", device="cpu")
     assert bool(asked) is not stored
     assert "vae" in names(tmp_path / "run" / "pipeline")

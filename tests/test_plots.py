@@ -11,7 +11,19 @@ from PIL import Image
 from tiny import listing
 
 from skipdit.files import OutputFolder
-from skipdit.plots import Heatmaps, Lines, Plot, Surfaces, draw, interactive, render_html, save_png
+from skipdit.plots import (
+    COLORS,
+    GRAY,
+    Heatmaps,
+    Lines,
+    Plot,
+    Surfaces,
+    Tradeoffs,
+    draw,
+    interactive,
+    render_html,
+    save_png,
+)
 
 X, Y = np.linspace(-1, 1, 5), np.linspace(0, 3, 4)
 GRID = np.outer(np.cos(Y), X)
@@ -114,3 +126,49 @@ def test_shapes_must_fit() -> None:
         replace(SURFACES, panels={"a": GRID.T})
     with pytest.raises(ValueError, match=r"at least one panel, got \{\}"):
         replace(HEATMAPS, panels={})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tradeoffs
+
+
+def tradeoffs(num_others: int = 1) -> Tradeoffs:
+    x = np.array([1.0, 2.0, 3.0])
+    series = {"steps": (x, 30 - x), "ours": (x, 40 - x)} | {
+        f"other {index}": (x[: 1 + index % 3], 36 - index - x[: 1 + index % 3]) for index in range(num_others)
+    }
+    return Tradeoffs(
+        name="tradeoffs",
+        title="A <b> & c",
+        x_label="speedup",
+        y_label="PSNR",
+        series=series,
+        emphasized=frozenset({"ours"}),
+        dashed=frozenset({"steps"}),
+    )
+
+
+def test_lines_can_be_told_apart() -> None:
+    styles = tradeoffs(20).styles()
+    assert len(set(styles.values())) == len(styles)
+    assert styles["ours"][0] == COLORS[0]
+    assert styles["steps"][0] == GRAY
+
+
+def test_both_figures_show_every_setting(tmp_path: Path) -> None:
+    plot = tradeoffs(2)
+    save_png(plot, OutputFolder(tmp_path, "bench"))
+    with Image.open(tmp_path / f"{plot.name}.png") as picture:
+        assert picture.width > 1000
+    figure = draw(plot)
+    FigureCanvasAgg(figure)
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    page = {trace.name: trace for trace in interactive(plot).data}
+    assert list(drawn) == list(page) == list(plot.series)
+    for label, (x, y) in plot.series.items():
+        assert np.array_equal(drawn[label].get_xdata(), x)
+        assert np.array_equal(page[label].y, y)
+        assert page[label].mode == "lines+markers"
+        assert page[label].line.color == drawn[label].get_color()
+    assert drawn["ours"].get_linewidth() > drawn["other 0"].get_linewidth()
+    assert (drawn["steps"].get_linestyle(), drawn["ours"].get_linestyle()) == ("--", "-")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy.integrate import quad
-from test_tasks import TASKS
+from test_tasks import EVERY_TASK
 from test_tasks import make_config as make_task_config
 from test_tasks import make_data as make_task_data
 from torch import Tensor, nn
@@ -155,7 +155,7 @@ def test_the_command_gives_the_average_of_all_weights_there_were(
     assert (tmp_path / "pictures" / "full.png").is_file()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_every_task_has_averages(task: str, tmp_path: Path) -> None:
     config = make_task_config(task, make_task_data(tmp_path / "data"), max_steps=4)
     run, out = tmp_path / "run", tmp_path / "out"

@@ -14,19 +14,20 @@ from tiny import TINY_FAMILIES, tiny_dit, tiny_latte, tiny_pipeline
 from torch import Tensor
 
 from skipdit import cli
-from skipdit.benchmark import compiling
-from skipdit.benchmark.rivals import FOLDER, load_rivals
+from skipdit.benchmark.checkout import FOLDER, load_from_checkout
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.runs import Counts
-from skipdit.samplers import ClassToImageSampler, ClassToVideoSampler, TextToVideoSampler
+from skipdit.tasks import TASKS
+from skipdit.tasks.task import Sampler
 
-if not FOLDER.is_dir():
+if not (FOLDER / "rivals").is_dir():
     pytest.skip("needs a checkout with benchmarks/rivals", allow_module_level=True)
-load_rivals()
+load_from_checkout("rivals")
+compiling = load_from_checkout("compiling")
 
 from skipdit_rivals import COMPILED, RIVALS, VIDEO_RIVALS, rivals_of  # noqa: E402
 from skipdit_rivals.model import as_diffusers  # noqa: E402
@@ -180,7 +181,8 @@ def test_dual_block_fronts_beyond_the_middle_are_refused(pipeline: ClassToImageP
 
 def test_a_missing_package_is_a_reason_in_one_line(monkeypatch: pytest.MonkeyPatch, ours: ClassToImagePipeline) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    rivals = [rival for rival in rivals_of(Source(ClassToImageSampler(ours)), NUM_STEPS) if rival.name == "cache-dit"]
+    source = Source(Sampler(TASKS["class-to-image"], ours))
+    rivals = [rival for rival in rivals_of(source, NUM_STEPS) if rival.name == "cache-dit"]
     assert len(rivals) == 1
     with pytest.raises(ValueError, match=r'cache_dit is not installed: pip install "\.\[rivals\]"'):
         rivals[0].enable(rivals[0].sampler.pipeline)
@@ -195,7 +197,7 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
         for rival in table.values():
             assert rival.settings
             assert len({str(setting) for setting in rival.settings}) == len(rival.settings)
-    settings = [rival.setting for rival in rivals_of(Source(ClassToImageSampler(ours)), NUM_STEPS)]
+    settings = [rival.setting for rival in rivals_of(Source(Sampler(TASKS["class-to-image"], ours)), NUM_STEPS)]
     assert len(set(settings)) == len(settings)
     assert tuple(COMPILED) == compiling.RIVALS
 
@@ -204,17 +206,18 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
 def test_an_installation_without_them_says_how_to_get_them(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("skipdit.benchmark.rivals.FOLDER", tmp_path / "nowhere")
-    monkeypatch.delitem(sys.modules, "skipdit_rivals")
+    monkeypatch.setattr("skipdit.benchmark.checkout.FOLDER", tmp_path / "nowhere")
+    for name in ("skipdit_rivals", "skipdit_compiling"):
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit):
         cli.main(["bench", command, "--out", str(tmp_path / "out")])
     (line,) = capsys.readouterr().err.splitlines()
     assert "install a checkout (pip install -e " in line
-    assert "--no-rivals" in line
+    assert ("--no-rivals" in line) == (command == "cache")
 
 
 def test_the_benchmark_runs_a_rival(ours: ClassToImagePipeline) -> None:
-    rival = rivals_of(Source(ClassToImageSampler(ours)), NUM_STEPS)[0]
+    rival = rivals_of(Source(Sampler(TASKS["class-to-image"], ours)), NUM_STEPS)[0]
     assert (rival.setting, rival.ours) == ("diffusers-PAB:N2-950--1", False)
     pipeline = rival.sampler.pipeline
     rival.enable(pipeline)
@@ -224,7 +227,7 @@ def test_the_benchmark_runs_a_rival(ours: ClassToImagePipeline) -> None:
 
 
 def test_a_model_of_another_task_has_no_rivals() -> None:
-    video = ClassToVideoSampler(ClassToVideoPipeline(tiny_latte(), make_scheduler(FLOW, "euler")))
+    video = TASKS["class-to-video"].sampler(tiny_latte(), make_scheduler(FLOW, "euler"))
     assert rivals_of(Source(video), NUM_STEPS) == []
 
 
@@ -259,5 +262,5 @@ def test_attention_broadcast_runs_on_the_video_pipeline() -> None:
     assert torch.equal(clip(), cached)
     technique.disable(pipeline)
     assert torch.equal(clip(), uncached)
-    caches = rivals_of(Source(TextToVideoSampler(pipeline)), 8)
+    caches = rivals_of(Source(Sampler(TASKS["text-to-video"], pipeline)), 8)
     assert [cache.counts(pipeline) for cache in caches] == [None, None]

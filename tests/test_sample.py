@@ -24,12 +24,13 @@ from skipdit.clips import ClipConfig, LabelledClips
 from skipdit.compare import Row, load, sample_and_compare
 from skipdit.data import LabelledPictures
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
 from skipdit.runs import Sampled
 from skipdit.sample_config import SampleConfig
-from skipdit.tasks import TextToImageModelConfig, TextToVideoModelConfig
+from skipdit.tasks import TASKS
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.text import find_weights
 from skipdit.videos import UnreadableVideo, read_video, side_by_side
 
@@ -205,7 +206,7 @@ def test_all_bundled_weights_together_are_small() -> None:
 def test_the_other_bundled_models_sample_offline(name: str, tmp_path: Path) -> None:
     from skipdit.loading import BUNDLED
 
-    if BUNDLED[name].task.startswith("text") and find_weights() is None:
+    if TASKS[BUNDLED[name].task].option == "prompt" and find_weights() is None:
         pytest.skip("needs the extra text")
     report = sample_and_compare(
         SampleConfig(
@@ -422,10 +423,10 @@ def test_bad_input_to_text_models_ends_in_one_line(
 ) -> None:
     folder = text_folder(task)
     for options, message in (
-        ([], f"a {task} model needs --prompt"),
+        ([], f"a {task} model needs prompts, got none"),
         (["--labels", "cat"], f"a {task} model takes --prompt, not --labels"),
         (["--prompt", "cat " * 30], "has 32 tokens, at most 24 are allowed"),
-        (["--prompt", "a", "b", "c"], "num_samples must be at least the number of prompts, 3, got 2"),
+        (["--prompt", "a", "b", "c"], "num_samples must be at least the number of --prompt, 3, got 2"),
         (["--prompt", "cat", "--guidance-channels", "3"], "guidance_channels is for class-conditional models, got 3"),
         (["--prompt", "cat", "--vae", "some"], f"--vae is for class-conditional models, got some for a {task} model"),
         (["--prompt", "cat", "--task", "class-to-image"], f"{folder} is a {task} model, not class-to-image"),
@@ -507,7 +508,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--labels", "cta"], "unknown label 'cta'; of the 4 labels, near are: cat"),
         (["--labels", "4"], "label numbers go from 0 to 3, got 4"),
-        (["--labels", "ant", "bee", "cat"], "num_samples must be at least the number of labels, 3, got 2"),
+        (["--labels", "ant", "bee", "cat"], "num_samples must be at least the number of --labels, 3, got 2"),
         (["--cache", "N1"], "would never reuse"),
         (["--cache", "N3-100-50", "--steps", "2"], "would never reuse in 2 steps"),
         (["--cache", "N2", "--steps", "1"], "would never reuse in 1 steps"),
@@ -589,34 +590,6 @@ def test_training_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert f"skipdit sample --model {out}" in capsys.readouterr().out.replace("\n", "")
     main(["info", str(out / "pipeline")])
     assert "long skips: 0 -> 1 (replace)" in capsys.readouterr().out
-
-
-def test_converting_replaces_no_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_dit().save_pretrained(tmp_path / "ours")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    for target in (tmp_path / "mine", Path.cwd()):
-        line = fails(capsys, "convert", str(tmp_path / "ours"), "--to", "skipdit", "--out", str(target))
-        assert "give a new" in line
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
-
-
-def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny_dit()
-    model.save_pretrained(tmp_path / "ours")
-    official, back = tmp_path / "official.safetensors", tmp_path / "back"
-    main(["convert", str(tmp_path / "ours"), "--to", "official", "--out", str(official)])
-    main(["convert", str(official), "--to", "skipdit", "--num-attention-heads", "2", "--out", str(back)])
-    loaded = DiT.from_pretrained(back)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-    line = fails(capsys, "convert", str(back), "--to", "diffusers", "--out", str(tmp_path / "diffusers"))
-    assert "long_skip" in line
-    official.write_bytes(official.read_bytes()[:200])
-    assert "official.safetensors" in fails(
-        capsys, "convert", str(official), "--to", "skipdit", "--out", str(back / "x")
-    )
-    assert not (back / "x").exists()
 
 
 def test_the_command_is_light_until_it_has_work() -> None:

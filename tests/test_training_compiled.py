@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tasks import TASKS, make_config, make_data
+from test_tasks import EVERY_TASK, make_config, make_data
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from training_runs import read_log
@@ -22,7 +22,7 @@ def config_of(task: str, data: Path) -> TrainConfig:
     return make_config(task, data, **settings)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_each_kind_of_step_is_one_whole_graph(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced and run eagerly, so that the losses are those of a run that is not compiled, to the bit."""
     config, counter, compile = config_of(task, make_data(tmp_path / "data")), CompileCounter(), nn.Module.compile
@@ -43,7 +43,7 @@ def test_each_kind_of_step_is_one_whole_graph(task: str, tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_compiled_run_learns_what_an_eager_one_learns(task: str, tmp_path: Path) -> None:
     """With the compiler of PyTorch that users have."""
     config = config_of(task, make_data(tmp_path / "data"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training_runs import assert_same_run, make_config, make_data, read_log, tensors_of
 
 import skipdit.training.loop
-from skipdit.tasks import open_items
+from skipdit.tasks.training import open_items
 from skipdit.training import TrainConfig, learning_rate_at, list_checkpoints, train
 from skipdit.training.devices import start_processes
 from skipdit.training.guard import WINDOW, GradientGuard

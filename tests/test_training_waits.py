@@ -14,7 +14,7 @@ import pytest
 import torch
 from asked import Asked
 from diffusers.training_utils import EMAModel
-from test_tasks import TASKS, make_config
+from test_tasks import EVERY_TASK, make_config
 from test_tasks import make_data as make_task_data
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from skipdit.data import ShuffledForever
 from skipdit.diffusion import Objective, device_tables
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.tasks import StoredItems
+from skipdit.tasks.training import StoredItems
 from skipdit.training import TokenRoutingConfig, TrainConfig
 from skipdit.training.batches import ALL_RANKS, batch_loss, find_step_kinds, prepare_batch, step_generator
 from skipdit.training.config import OnDevice
@@ -53,7 +53,7 @@ def kinds_of(run: Run, config: TrainConfig) -> list[str]:
     return [run.kinds.at(step, NUM_STEPS, generator) for step, generator in enumerate(draws)]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 @pytest.mark.parametrize("on_device", ["yes", "no"])
 def test_a_step_asks_the_device_for_nothing(
     task: str,
@@ -100,7 +100,7 @@ class Copies(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", EVERY_TASK)
 def test_a_step_makes_everything_on_the_device_and_copies_nothing(task: str, data: Path) -> None:
     """Forward, backward and what is done with gradients, on tensors without memory in place of a GPU's. AdamW has no
     fused form for these; the test above has it."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
-from skipdit.tasks import ModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train
 from skipdit.training.checkpointing import FILES
 

@@ -3,7 +3,7 @@
 `skipdit bench cache` and `skipdit bench compile` find them here when skipdit is installed from this checkout
 (`pip install -e ".[rivals]"`). In Python:
 
-rivals_of = skipdit.benchmark.rivals.load_rivals().rivals_of
+rivals_of = skipdit.benchmark.checkout.load_from_checkout("rivals").rivals_of
 source = load_source("emoji")
 for rival in rivals_of(source, num_inference_steps=50):
     pipeline = rival.sampler.pipeline
@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.runs import Counts
-from skipdit.samplers import ClassToImageSampler, Sampler, TextToVideoSampler
+from skipdit.tasks.class_to_image import TASK
+from skipdit.tasks.task import Sampler
 
 from .model import HookedDiT, as_diffusers
 from .techniques import (
@@ -132,6 +133,7 @@ VIDEO_RIVALS: dict[str, Rival] = {
         ),
     )
 }
+RIVALS_OF_TASKS = {"class-to-image": RIVALS, "text-to-video": VIDEO_RIVALS}
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,9 @@ def rivals_of(source: "Source", num_inference_steps: int) -> list[RivalCache]:
     """All rivals of a loaded model, for runs of so many steps; of one that cannot run here its first setting alone,
     whose `enable` says why. None of a model that they are not set up for."""
     sampler = source.sampler
-    if isinstance(sampler, ClassToImageSampler):
-        sampler, rivals = ClassToImageSampler(as_diffusers(sampler.pipeline)), RIVALS
-    elif isinstance(sampler, TextToVideoSampler):
-        rivals = VIDEO_RIVALS
-    else:
-        return []
+    rivals = RIVALS_OF_TASKS.get(sampler.task.name, {})
+    if sampler.task is TASK:
+        sampler = Sampler(TASK, as_diffusers(sampler.pipeline))
     return [
         RivalCache(rival, technique, sampler, num_inference_steps)
         for rival in rivals.values()
@@ -200,8 +199,8 @@ COMPILED: dict[str, tuple[str, Technique]] = {
 
 def compiled_rivals(
     pipeline: ClassToImagePipeline, settings: Sequence[str], num_inference_steps: int
-) -> tuple[ClassToImageSampler, list[RivalCache]]:
+) -> tuple[Sampler, list[RivalCache]]:
     """Return the pipeline in diffusers' blocks, and the rivals at these settings of `COMPILED`."""
-    sampler = ClassToImageSampler(as_diffusers(pipeline))
+    sampler = Sampler(TASK, as_diffusers(pipeline))
     chosen = [COMPILED[setting] for setting in settings]
     return sampler, [RivalCache(RIVALS[name], technique, sampler, num_inference_steps) for name, technique in chosen]

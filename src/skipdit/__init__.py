@@ -1,7 +1,10 @@
 """Diffusion transformers with long skip connections. The public names, imported when first used."""
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from skipdit.verbs import provide
 
 if TYPE_CHECKING:
     from skipdit.cache.enable import cache_summary as cache_summary
@@ -45,8 +48,21 @@ _MODULES = {
     "remove_long_skips": "skipdit.models.surgery",
 }
 
+# what models do through parts that stand above them, and where that is; imported when it is first done
+_VERBS = {
+    "disable_cache": "skipdit.cache.enable",
+    "enable_cache": "skipdit.cache.enable",
+    "load_with_long_skips": "skipdit.checkpoints",
+}
+
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
+
+def _carry_out(verb: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(_VERBS[verb]), verb)(*args)
+
+
+provide({verb: partial(_carry_out, verb) for verb in _VERBS})
 
 if not TYPE_CHECKING:  # so that a type checker reports an unknown name
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.environment import machine, peak_memory_bytes, versions
 from skipdit.files import OutputFolder, output_folder, to_json
-from skipdit.loading import BUNDLED, Source, load_source
+from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size
 from skipdit.metrics.table import score_pictures
 from skipdit.models.costs import count_flops
@@ -27,15 +27,13 @@ from skipdit.runs import (
     Runner,
     Sampled,
     check_method,
-    choose_conditions,
     guidance_options,
 )
 from skipdit.sample_config import SampleConfig
-from skipdit.text import check_text_installed
+from skipdit.tasks.task import Chosen
 from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures per row of comparison.png
-NUM_SAMPLES = {"class-to-image": 16, "class-to-video": 4, "text-to-image": 16, "text-to-video": 4}
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames per second, and pixels per side of a pixel
 
 
@@ -137,16 +135,14 @@ class Comparison:
 
 def load(config: SampleConfig) -> Source:
     """Return the model that a config names; see `skipdit.loading.load_source`."""
-    if (BUNDLED[config.model].task if config.model in BUNDLED else config.task or "").startswith("text"):
-        check_text_installed()
     names = ("task", "device", "dtype", "scheduler", "vae", "num_attention_heads", "num_classes", "objective", "drop")
     return load_source(config.model, **{name: getattr(config, name) for name in names})
 
 
-def choose_samples(source: Source, config: SampleConfig) -> tuple[list[Any], list[str]]:
+def choose_samples(source: Source, config: SampleConfig) -> Chosen:
     """Return what is sampled, class numbers or prompts, and captions, one of each per sample."""
-    count = config.num_samples or NUM_SAMPLES[source.sampler.task]
-    return choose_conditions(source.sampler, source.showcase, labels=config.labels, prompt=config.prompt, count=count)
+    asked = {"labels": config.labels, "prompt": config.prompt}
+    return source.choose(asked, config.num_samples or source.sampler.task.num_samples)
 
 
 def runner_of(source: Source, config: SampleConfig, conditions: Sequence[Any], **settings: Any) -> Runner:
@@ -202,7 +198,7 @@ def sample_and_compare(config: SampleConfig) -> Comparison:
         source = load(config)
         method = source.cache(config.cache)
         conditions, captions = choose_samples(source, config)
-        if source.sampler.task.endswith("video"):
+        if source.sampler.task.is_video:
             out.claim(f"{name}.{suffix}" for name in names for suffix in ("mp4", "gif"))
         if len(names) > 1:
             check_ssim_size(source.sampler.picture_size)
@@ -243,7 +239,7 @@ def run_all(
         rows.append(Row.of(name, made, full, compute_ratio=ratio))
         sampled[name] = made
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    settings["task"] = source.sampler.task
+    settings["task"] = source.sampler.task.name
     device = run.pipeline.device
     comparison = Comparison(tuple(rows), settings, captions, peak_memory_bytes(device), machine(device), versions())
     return comparison, sampled

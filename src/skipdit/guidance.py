@@ -1,17 +1,25 @@
 """Shallow guidance: the unconditional predictions of a run, made by the shallow path of its model."""
 
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from skipdit.cache.enable import last_stream
 from skipdit.cache.state import Counts
 from skipdit.cache.streams import Stream
 from skipdit.models.forward_plan import ForwardPlan, Units
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.shallow_path import Guidance, guidance_plan
+from skipdit.models.surgery import close_units, open_units
 
 
 class ShallowGuidance:
-    """Makes the unconditional predictions of one run, each beside the conditional one of its step.
+    """Make the unconditional predictions of one run, each beside the conditional one of its step.
 
     Where a cache let the conditional prediction reuse, it is stale, and a fresh one beside it would make their
     difference wrong, which guidance multiplies. There the difference is held that the last full step had, and nothing
@@ -41,3 +49,67 @@ class ShallowGuidance:
             stream.counts += Counts(shallow=1, cost=stream.costs.of_step((self.left_out,)))
             self.held = stream, stream.counts.full, conditional - unconditional
         return conditional, unconditional
+
+
+class SplitGuidance(nn.Module):
+    """Stand in a pipeline of diffusers for its transformer, each batch of which is an unconditional and a conditional
+    half: call it for one and the other, and under a plan for the first. In all else it is the transformer."""
+
+    def __init__(self, model: nn.Module, plan: ForwardPlan) -> None:
+        super().__init__()
+        self.model, self.shallow = model, ShallowGuidance(model, plan)
+        self.known: dict[int | str, tuple[Any, tuple[Any, Any]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return what the transformer does with `return_dict=False`."""
+        num_rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
+        given = {name: self._halves(name, value, num_rows) for name, value in (*enumerate(args), *kwargs.items())}
+        first, second = ({name: halves[index] for name, halves in given.items()} for index in range(2))
+        (conditional,) = _call(self.model, second)
+        conditional, unconditional = _call(partial(self.shallow, conditional), first)
+        return (torch.cat([unconditional, conditional]),)
+
+    def _halves(self, name: int | str, value: Any, num_rows: int) -> tuple[Any, Any]:
+        """Return what each call is given of an argument: of one that stays the same object at every step, the very same
+        halves, by which a cache knows its stream."""
+        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != num_rows:
+            return value, value
+        if name not in self.known or self.known[name][0] is not value:
+            first, second = value.chunk(2)
+            # half of a batch of timesteps is copied, for a cache would take it for an entry of a scheduler's list; one
+            # timestep that is expanded over the rows is such an entry
+            owned = (first.clone(), second.clone()) if value.stride(0) else (first, second)
+            self.known[name] = value, owned
+        return self.known[name][1]
+
+
+def _call(function: Callable[..., Any], given: dict[int | str, Any]) -> Any:
+    args = [value for name, value in given.items() if isinstance(name, int)]
+    return function(*args, **{name: value for name, value in given.items() if isinstance(name, str)})
+
+
+@contextmanager
+def split_guidance(
+    pipeline: Any, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
+) -> Iterator[Any]:
+    """Yield a pipeline of diffusers as it is for `"full"` guidance, else a copy that shares all of its parts and makes
+    its unconditional predictions with few units. `ValueError` where its transformer cannot."""
+    model: nn.Module = pipeline.transformer
+    is_opened_here = guidance != "full" and not isinstance(model, LongSkipModel)
+    if is_opened_here:
+        open_units(model)
+    try:
+        plan = guidance_plan(cast(LongSkipModel, model), guidance, num_shallow_units, guidance_scale)
+        if plan is not None:
+            pipeline = copy.copy(pipeline)
+            pipeline.register_modules(transformer=SplitGuidance(model, plan))
+        yield pipeline
+    finally:
+        if is_opened_here:
+            close_units(model)

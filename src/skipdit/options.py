@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-TaskName = Literal["class-to-image", "class-to-video", "text-to-image", "text-to-video"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 Guidance = Literal["full", "shallow"]

@@ -1,4 +1,4 @@
-"""diffusers pipelines for class-to-image and class-to-video models, in pixels or behind an autoencoder.
+"""diffusers pipelines for class-to-image and class-to-video models, in pixels or with an autoencoder.
 
 Text-to-image and text-to-video models are sampled by diffusers' own `HunyuanDiTPipeline` and `LattePipeline`.
 """
@@ -35,8 +35,32 @@ from skipdit.models.shallow_path import Guidance, guidance_plan
 _run_numbers = itertools.count()
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How a pipeline samples, whatever it samples."""
+
+    guidance_scale: float
+    """classifier-free guidance above 1; at 1 or below only the conditional prediction is made"""
+    num_inference_steps: int
+    """denoising steps"""
+    generator: torch.Generator | list[torch.Generator] | None = None
+    """of the noise; a list has one per sample"""
+    guidance_channels: int | None = None
+    """guide only so many first channels; by default all"""
+    guidance: Guidance = "full"
+    """what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the last ones"""
+    guidance_shallow_units: int | None = None
+    """how many first, and as many last, units `"shallow"` runs; by default those that the model was trained with"""
+
+    def generators_of_frames(self, num_frames: int) -> torch.Generator | list[torch.Generator] | None:
+        """Return the generators of a batch whose frames are pictures of their own."""
+        if not isinstance(self.generator, list):
+            return self.generator
+        return [generator for generator in self.generator for _ in range(num_frames)]
+
+
 def unscale_latents(latents: Tensor, config: Any) -> Tensor:
-    """Latents (b c h w) as an autoencoder of this config makes them, from those that transformers are trained on."""
+    """Return latents (b c h w) as an autoencoder of this config makes them, of those that transformers learn."""
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if std is not None:
         latents = latents * latents.new_tensor(std).view(1, -1, 1, 1)
@@ -47,8 +71,8 @@ def unscale_latents(latents: Tensor, config: Any) -> Tensor:
 
 
 def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
-    """Pictures (b c h w) in [-1, 1], NaN where they are broken, of latents that a transformer made; those themselves
-    where there is no autoencoder. num_frames: of each clip, where its frames follow one another."""
+    """Return pictures (b c h w) in [-1, 1], NaN where they are broken, of latents that a transformer made; those
+    themselves without an autoencoder. num_frames: of each clip, for an autoencoder that decodes whole clips."""
     if vae is None:
         return keep_broken(latents.float())
     frames: Any = {"num_frames": num_frames} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
@@ -57,15 +81,7 @@ def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
 
 
 class ClassPipeline(DiffusionPipeline):
-    """What both pipelines share: names of classes, the denoising loop, decoding. Abstract.
-
-    Args:
-        transformer (`DiT` or `Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
-            `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
-            transformer works on pixels in [-1, 1].
-        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
-    """
+    """Share what both pipelines have: names of classes, the denoising loop, decoding. Abstract."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
@@ -86,11 +102,11 @@ class ClassPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class names and their numbers, in alphabetical order."""
+        """Return class names and their numbers, in alphabetical order."""
         return dict(sorted((name, int(label)) for label, name in (self.config.id2label or {}).items()))
 
     def get_label_ids(self, names: Sequence[str]) -> list[int]:
-        """The class numbers of some names; `ValueError` with the nearest names where one is unknown."""
+        """Return the class numbers of some names; `ValueError` with the nearest names for one that is unknown."""
         import difflib
 
         labels = self.labels
@@ -104,55 +120,25 @@ class ClassPipeline(DiffusionPipeline):
         self,
         class_labels: Sequence[int] | None,
         shape: tuple[int, ...],
-        *,
-        guidance_scale: float,
-        guidance_channels: int | None,
-        guidance: Guidance,
-        guidance_shallow_units: int | None,
-        num_inference_steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
+        options: SamplingOptions,
         latents: Tensor | None,
     ) -> Tensor:
-        """Latents of `shape`, (b c h w) or (b f c h w), as they end."""
-        model, device = self.transformer, self._execution_device
-        num_channels = model.config.in_channels
-        if guidance_channels is not None and not 1 <= guidance_channels <= num_channels:
-            raise ValueError(f"guidance_channels must be between 1 and {num_channels}, got {guidance_channels}")
-        guided = guidance_scale > 1 and class_labels is not None
-        plan = guidance_plan(model, guidance, guidance_shallow_units, guidance_scale)
-        if plan is not None and not guided:
-            raise ValueError("guidance 'shallow' needs a model that knows classes, by which it could guide")
-        shallow = None if plan is None else ShallowGuidance(model, plan)
-        labels = nothing = None
-        if class_labels is not None:
-            labels = self._label_tensor(class_labels).to(device)
-            if guided:
-                nothing = torch.full_like(labels, model.null_class_label)
-                labels = labels if shallow is not None else torch.cat([labels, nothing])
+        """Return latents of `shape`, (b c h w) or (b f c h w), as they end."""
+        device = self._execution_device
+        predict = self._predictor(class_labels, options)
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device)
+            latents = randn_tensor(shape, generator=options.generator, device=device)
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        if isinstance(generator, list):  # the scheduler asks for one a frame
-            generator = [each for each in generator for _ in range(math.prod(shape[1:-3]))]
-        noise_source = {"generator": generator} if takes_generator else {}
-        learned_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
-
+        noise_source: dict[str, Any] = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            noise_source["generator"] = options.generators_of_frames(math.prod(shape[1:-3]))
         with cache_context(f"run {next(_run_numbers)}"):
             try:
-                self.scheduler.set_timesteps(num_inference_steps, device=device)
+                self.scheduler.set_timesteps(options.num_inference_steps, device=device)
                 sample = latents.to(device) * self.scheduler.init_noise_sigma
                 for timestep in self.progress_bar(self.scheduler.timesteps):
-                    inputs = torch.cat([sample, sample]) if guided and shallow is None else sample
-                    inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
-                    output = model(inputs, timestep, class_labels=labels).sample.float()
-                    if shallow is not None:
-                        output = torch.cat(shallow(output, inputs, timestep, class_labels=nothing))
-                    if guided:
-                        output = guide(output, guidance_scale, guidance_channels or num_channels)
-                    if not learned_variance:
-                        output = output.narrow(-3, 0, num_channels)
+                    output = predict(sample, timestep)
                     # schedulers know pictures (b c h w): each frame is one
                     pictures = sample.flatten(0, -4)
                     step = self.scheduler.step(output.flatten(0, -4), timestep, pictures, **noise_source)
@@ -160,6 +146,42 @@ class ClassPipeline(DiffusionPipeline):
             finally:
                 self.maybe_free_model_hooks()
         return sample
+
+    def _predictor(
+        self, class_labels: Sequence[int] | None, options: SamplingOptions
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what makes the guided prediction of a sample at a timestep, as the scheduler takes it.
+
+        `ValueError` where the model cannot be guided so.
+        """
+        model, scale = self.transformer, options.guidance_scale
+        num_channels, guided_channels = model.config.in_channels, options.guidance_channels
+        if guided_channels is not None and not 1 <= guided_channels <= num_channels:
+            raise ValueError(f"guidance_channels must be between 1 and {num_channels}, got {guided_channels}")
+        guided = scale > 1 and class_labels is not None
+        plan = guidance_plan(model, options.guidance, options.guidance_shallow_units, scale)
+        if plan is not None and not guided:
+            raise ValueError("guidance 'shallow' needs a model that knows classes, by which it could guide")
+        shallow = None if plan is None else ShallowGuidance(model, plan)
+        labels = nothing = None
+        if class_labels is not None:
+            labels = self._label_tensor(class_labels).to(self._execution_device)
+            if guided:
+                nothing = torch.full_like(labels, model.null_class_label)
+                labels = labels if shallow is not None else torch.cat([labels, nothing])
+        learned_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+        def predict(sample: Tensor, timestep: Tensor) -> Tensor:
+            inputs = torch.cat([sample, sample]) if guided and shallow is None else sample
+            inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
+            output = model(inputs, timestep, class_labels=labels).sample.float()
+            if shallow is not None:
+                output = torch.cat(shallow(output, inputs, timestep, class_labels=nothing))
+            if guided:
+                output = guide(output, scale, guided_channels or num_channels)
+            return output if learned_variance else output.narrow(-3, 0, num_channels)
+
+        return predict
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native, patch_size = self.transformer.config.sample_size, self.transformer.config.patch_size
@@ -176,7 +198,7 @@ class ClassPipeline(DiffusionPipeline):
         return torch.tensor(list(class_labels))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Pictures (b c h w) in [-1, 1], where the transformer made latents of them."""
+        """Return pictures (b c h w) in [-1, 1] of what the transformer made."""
         return decode_latents(self.vae, latents)
 
 
@@ -186,7 +208,7 @@ def keep_broken(pixels: Tensor) -> Tensor:
 
 
 class ClassToImagePipeline(ClassPipeline):
-    """Samples images of given classes.
+    """Sample images of given classes.
 
     Args:
         transformer (`DiT`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
@@ -213,12 +235,12 @@ class ClassToImagePipeline(ClassPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Samples one image a class label: an `ImagePipelineOutput`, without `return_dict` the tuple `(images,)`.
+        """Sample one image per class label: an `ImagePipelineOutput`, without `return_dict` the tuple `(images,)`.
 
         Args:
-            class_labels: class numbers, one an image.
-            guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional branch runs.
-            guidance_channels: guide the first few channels only; by default all but the learned variance. 3 is what the
+            class_labels: class numbers, one per image.
+            guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional prediction is made.
+            guidance_channels: guide only so many first channels; by default all but the learned variance. 3 is what the
                 official DiT sampler does.
             guidance: what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the
                 last ones, as training with `routing.deep_drop` taught them, at little more than half of a step's cost.
@@ -230,17 +252,15 @@ class ClassToImagePipeline(ClassPipeline):
         """
         config = self.transformer.config
         shape = (len(class_labels), config.in_channels, *self._size(height, width))
-        images: Any = self._denoise(
-            class_labels,
-            shape,
+        options = SamplingOptions(
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
             guidance=guidance,
             guidance_shallow_units=guidance_shallow_units,
             num_inference_steps=num_inference_steps,
             generator=generator,
-            latents=latents,
         )
+        images: Any = self._denoise(class_labels, shape, options, latents)
         if output_type != "latent":
             images = self.image_processor.postprocess(self._decode(images), output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -248,21 +268,17 @@ class ClassToImagePipeline(ClassPipeline):
 
 @dataclass
 class VideoPipelineOutput(BaseOutput):
-    """frames: of each clip a list of PIL images, an array (b f h w c) or a tensor (b f c h w) in [0, 1], or latents."""
+    """Hold the clips that a pipeline made."""
 
     frames: Any
+    """of each clip a list of PIL images, an array (b f h w c) or a tensor (b f c h w) in [0, 1], or latents"""
 
 
 class ClassToVideoPipeline(ClassPipeline):
-    """Samples clips, of given classes or without. The frames of a clip go through the autoencoder one by one, but for
-    one with a temporal decoder.
+    """Sample clips, of given classes or without. An autoencoder decodes the frames of a clip one by one, but for one
+    with a temporal decoder.
 
-    Args:
-        transformer (`Latte`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
-            `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
-            transformer works on pixels in [-1, 1].
-        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
+    Args: those of `ClassToImagePipeline`, with a `Latte` as its transformer.
     """
 
     @torch.no_grad()
@@ -284,17 +300,12 @@ class ClassToVideoPipeline(ClassPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Samples one clip a class label: a `VideoPipelineOutput`, without `return_dict` the tuple `(frames,)`.
+        """Sample one clip per class label: a `VideoPipelineOutput`, without `return_dict` the tuple `(frames,)`.
 
         Args:
-            class_labels: class numbers, one a clip; `None` for an unconditional model, which makes `num_videos`.
+            class_labels: class numbers, one per clip; `None` for an unconditional model, which makes `num_videos`.
             num_frames: of each clip; by default, and at most, as many as the transformer was trained on.
-            guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional branch runs.
-            guidance_channels: guide the first few channels only; by default all but the learned variance.
-            guidance: what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the
-                last ones, as training with `routing.deep_drop` taught them, at little more than half of a step's cost.
-            guidance_shallow_units: how many first, and as many last, units `"shallow"` runs; by default those that the
-                transformer's config names, and a model that was not trained so is refused.
+            guidance_scale, guidance_channels, guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
             latents (`Tensor` of shape `(batch, frames, channels, height, width)`, *optional*): start noise.
             height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
             output_type: `"pil"`, `"np"` (b f h w c in [0, 1]), `"pt"` (b f c h w in [0, 1]) or `"latent"`.
@@ -309,20 +320,18 @@ class ClassToVideoPipeline(ClassPipeline):
         if batch < 1:
             raise ValueError(f"there must be at least 1 clip to sample, got {batch}")
         frames = config.num_frames if num_frames is None else num_frames
-        latents = self._denoise(
-            class_labels,
-            (batch, frames, config.in_channels, *self._size(height, width)),
+        shape = (batch, frames, config.in_channels, *self._size(height, width))
+        options = SamplingOptions(
             guidance_scale=guidance_scale,
             guidance_channels=guidance_channels,
             guidance=guidance,
             guidance_shallow_units=guidance_shallow_units,
             num_inference_steps=num_inference_steps,
             generator=generator,
-            latents=latents,
         )
-        videos: Any = latents
+        videos: Any = self._denoise(class_labels, shape, options, latents)
         if output_type != "latent":
-            clips = (decode_latents(self.vae, clip, len(clip)) for clip in latents)
+            clips = (decode_latents(self.vae, clip, len(clip)) for clip in videos)
             videos = [self.image_processor.postprocess(clip, output_type=output_type) for clip in clips]
             if output_type == "pt":
                 videos = torch.stack(videos)

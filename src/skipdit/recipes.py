@@ -9,7 +9,10 @@ from skipdit.diffusion import Objective
 from skipdit.latents import LatentConfig
 from skipdit.models.dit import PRESET_SIZES
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.class_to_video import VideoModelConfig
+from skipdit.tasks.text_to_image import TextToImageModelConfig
+from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.training import TokenRoutingConfig, TrainConfig
 
 # x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with
@@ -31,7 +34,7 @@ def emoji() -> TrainConfig:
     Its tokens are routed past the deep units (`docs/training.md`); the bundled weights were trained without:
 
     Two CPU cores with AVX512-BF16, torch 2.13.0: loss 0.19 at step 170, 0.09 at 1,500, 0.062 at 7,000 (single batches),
-    about 55 pictures a second where nothing else ran. `benchmarks/emoji_training.jsonl` is the log; the first
+    about 55 pictures per second where nothing else ran. `benchmarks/emoji_training.jsonl` is the log; the first
     2,000 steps had max_steps 8000, and it was paused now and then, which its speed includes.
     """
     return TrainConfig(
@@ -91,7 +94,7 @@ def emoji_clips() -> TrainConfig:
     `skipdit train emoji-clips --out runs/emoji-clips`
 
     One CPU core (AVX2, float32) that other work shared, torch 2.13.0: mean loss 0.087 over the first 100 steps, 0.072
-    over the last 100, 1 to 2 clips a second. `benchmarks/emoji_clips_training.jsonl` is the log; steps 1 to 250 had
+    over the last 100, 1 to 2 clips per second. `benchmarks/emoji_clips_training.jsonl` is the log; steps 1 to 250 had
     max_steps 900 and steps 251 to 300 had 520.
     """
     return TrainConfig(
@@ -119,7 +122,7 @@ def emoji_text() -> TrainConfig:
     Tokens are routed as in `emoji`, and the bundled weights were trained without:
 
     One CPU core (AVX2, float32) that other work shared, torch 2.13.0: mean loss 0.72 over the first 100 steps, 0.107
-    around step 900, 0.090 over the last 100, 4 to 18 pictures a second. `benchmarks/emoji_text_training.jsonl` is the
+    around step 900, 0.090 over the last 100, 4 to 18 pictures per second. `benchmarks/emoji_text_training.jsonl` is the
     log; max_steps was 2500, 1100, 1900 and 1700 in turn, from steps 1, 401, 501 and 1301.
     """
     return TrainConfig(
@@ -144,7 +147,7 @@ def emoji_text_clips() -> TrainConfig:
     `skipdit train emoji-text-clips --out runs/emoji-text-clips` (needs `pip install "skipdit[text]"`)
 
     One CPU core (AVX2, float32) that other work shared, torch 2.13.0: mean loss 0.102 over the first 100 steps, 0.070
-    over the last 100, about 2 clips a second. `benchmarks/emoji_text_clips_training.jsonl` is the log; up to step 250
+    over the last 100, about 2 clips per second. `benchmarks/emoji_text_clips_training.jsonl` is the log; up to step 250
     max_steps was 900.
     """
     return TrainConfig(

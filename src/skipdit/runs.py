@@ -1,10 +1,9 @@
 """The one way to run a pipeline: in full, cached, or with fewer steps, timed, from the same noise each time."""
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,71 +16,9 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.models.shallow_path import Guidance
-from skipdit.samplers import Sampler
+from skipdit.tasks.task import Sampler
 
 Condition = int | str | None  # a class number, a prompt, or neither, of a model without classes
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What is sampled
-
-
-def spread(count: int, total: int) -> list[int]:
-    """Return so many of the numbers from 0 to `total - 1`, at even distances."""
-    return [index * total // count for index in range(count)]
-
-
-def choose_conditions(
-    sampler: Sampler,
-    showcase: Sequence[str],
-    *,
-    labels: Sequence[str] = (),
-    prompt: Sequence[str] = (),
-    count: int,
-) -> tuple[list[Any], list[str]]:
-    """Return class numbers or prompts, and captions, one of each per sample.
-
-    labels: class names or numbers, repeated in turn; prompt: texts, the same. Without either the showcase, else classes
-    at even distances; `None` for each sample of a model without classes. `ValueError` on an unknown label, on what a
-    model of this task does not take, and on more of them than samples.
-    """
-    is_class = sampler.task.startswith("class")
-    asked, other = (labels, prompt) if is_class else (prompt, labels)
-    takes, refused = ("labels", "prompt") if is_class else ("prompt", "labels")
-    if other:
-        raise ValueError(f"a {sampler.task} model takes --{takes}, not --{refused}")
-    if len(asked) > count:
-        raise ValueError(
-            f"num_samples must be at least the number of {takes.removesuffix('s')}s, {len(asked)}, got {count}"
-        )
-    chosen = asked or showcase
-    if is_class:
-        return _choose_labels(sampler.pipeline, chosen, count)
-    if not chosen:
-        raise ValueError(f"a {sampler.task} model needs --prompt")
-    prompts = list(itertools.islice(itertools.cycle(chosen), count))
-    return prompts, prompts
-
-
-def _choose_labels(pipeline: Any, asked: Sequence[str], count: int) -> tuple[list[int] | list[None], list[str]]:
-    numbers, num_classes = pipeline.labels, pipeline.transformer.config.num_classes
-    if num_classes is None:
-        if asked:
-            raise ValueError(f"this model has no classes, got label {asked[0]!r}")
-        return [None] * count, [f"clip {number + 1}" for number in range(count)]
-    chosen = spread(min(count, num_classes), num_classes)
-    if asked:
-        chosen = [_label_number(pipeline, label, num_classes) for label in asked]
-    labels, names = list(itertools.islice(itertools.cycle(chosen), count)), {n: name for name, n in numbers.items()}
-    return labels, [names.get(label, str(label)) for label in labels]
-
-
-def _label_number(pipeline: Any, label: str, num_classes: int) -> int:
-    if not label.isdecimal() or label in pipeline.labels:
-        return pipeline.get_label_ids([label])[0]
-    if int(label) >= num_classes:
-        raise ValueError(f"label numbers go from 0 to {num_classes - 1}, got {label}")
-    return int(label)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # With which cache
@@ -237,10 +174,6 @@ class Runner:
             return pipeline(list(conditions), output_type="latent", **options).images
 
         return cls(pipeline=pipeline, sample=sample, conditions=conditions, **settings)
-
-    def but(self, **changes: Any) -> "Runner":
-        """Return the same with other fields."""
-        return replace(self, **changes)
 
     def __call__(
         self,

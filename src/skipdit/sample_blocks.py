@@ -23,7 +23,7 @@ from skipdit.compare import CLIP_FPS
 from skipdit.files import atomic_folder, check_whole, to_json
 from skipdit.loading import Source
 from skipdit.models.costs import count_flops
-from skipdit.runs import Counts, Runner, choose_conditions, counts_of, guidance_options
+from skipdit.runs import Counts, Runner, counts_of, guidance_options
 from skipdit.sample_config import SampleConfig
 from skipdit.untrusted import printable, read_json
 
@@ -83,12 +83,8 @@ class Conditions:
     @classmethod
     def of(cls, source: Source, config: SampleConfig) -> "Conditions":
         """Without labels all classes, without prompts those that a bundled model draws well."""
-        prompts = source.showcase if source.sampler.task.startswith("text") else ()
-        asked = config.labels or config.prompt or prompts
-        count = len(asked) or source.sampler.pipeline.transformer.config.num_classes or 1
-        choices, captions = choose_conditions(
-            source.sampler, prompts, labels=config.labels, prompt=config.prompt, count=count
-        )
+        sampler, asked = source.sampler, {"labels": config.labels, "prompt": config.prompt}
+        choices, captions = sampler.task.choose(sampler.pipeline, asked, None, source.showcase)
         return cls(choices, captions, config.seed, config.random_labels)
 
 

@@ -65,7 +65,6 @@ from skipdit.untrusted import printable, read_json
 LOGGER = logging.getLogger(__name__)
 
 NPZ, PNG, TOLD = "samples.npz", "samples", "samples.json"
-BATCH_SIZES = {"class-to-image": 50, "class-to-video": 4, "text-to-image": 50, "text-to-video": 4}
 
 
 class Told(TypedDict):
@@ -145,7 +144,7 @@ class SetRun:
     def __init__(self, config: SampleConfig, source: Source, group: ProcessGroup, out: OutputFolder | None) -> None:
         self.config, self.source, self.group, self.out = config, source, group, out
         self.num_samples = config.num_samples or 0
-        self.batch_size = min(config.batch_size or BATCH_SIZES[source.sampler.task], self.num_samples)
+        self.batch_size = min(config.batch_size or source.sampler.task.batch_size, self.num_samples)
         self.num_blocks = -(-self.num_samples // self.batch_size)
         self.method = source.cache(config.cache)
         self.conditions = Conditions.of(source, config)

@@ -52,6 +52,11 @@ class PromptStates:
     def __len__(self) -> int:
         return len(self.mask)
 
+    @property
+    def device(self) -> torch.device:
+        """Return where they are."""
+        return self.mask.device
+
     def __getitem__(self, index: Int[Tensor, " rows"] | Bool[Tensor, " prompts"]) -> "PromptStates":
         """Return the rows of an index tensor, which is on the device of the states or on the CPU."""
         return PromptStates(tokens=self.tokens[index], mask=self.mask[index], pooled=self.pooled[index])

@@ -18,9 +18,10 @@ GELU_SLOPE = 1.13  # the largest derivative of GELU, 1.1290 in its tanh form
 
 @dataclass(frozen=True)
 class UnitInputs:
-    """What each block was given in one call: hidden_states (batch tokens dim), conditioning (batch dim), skip."""
+    """What each block was given in one call."""
 
     units: list[tuple[Tensor, Tensor, Tensor | None]]
+    """hidden_states (batch tokens dim), conditioning (batch dim), skip"""
 
     @classmethod
     @torch.no_grad()
@@ -32,14 +33,14 @@ class UnitInputs:
 
 
 def unit_function(model: DiT, inputs: UnitInputs, unit: int) -> Callable[[Tensor], Tensor]:
-    """Unit `unit` as a function of the hidden states that enter it; its skip and conditioning are held."""
+    """Return unit `unit` as a function of the hidden states that enter it; its skip and conditioning are held."""
     _, conditioning, skip = inputs.units[unit]
     block = model.blocks[unit]
     return lambda hidden_states: block(hidden_states, conditioning, skip)
 
 
 def half_function(model: DiT, inputs: UnitInputs, *, second: bool) -> Callable[[Tensor], Tensor]:
-    """The first half, or the second, as a function of the hidden states that enter it.
+    """Return the first half, or the second, as a function of the hidden states that enter it.
 
     The second half's skips come from the first and are held; the middle unit's skip is its input itself and moves
     with it.
@@ -60,22 +61,24 @@ def half_function(model: DiT, inputs: UnitInputs, *, second: bool) -> Callable[[
 
 
 def model_function(model: DiT, timestep: Tensor, class_labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """The whole model's prediction, without a learned variance, as a function of its latents."""
+    """Return the whole model's prediction, without a learned variance, as a function of its latents."""
     channels = model.config.in_channels
     return lambda latents: model(latents, timestep, class_labels).sample[:, :channels]
 
 
 @dataclass(frozen=True)
 class JacobianProfile:
-    """Norms at one timestep, each the mean over samples: units (num_units,), first_half, second_half, model; errors:
-    the largest relative residual of each; bounds (num_units,): the closed form for the units."""
+    """Norms at one timestep, each the mean over samples."""
 
     units: list[float]
+    """(num_units,)"""
     bounds: list[float]
+    """(num_units,): the closed form for the units"""
     first_half: float
     second_half: float
     model: float
     errors: dict[str, float]
+    """the largest relative residual of each norm"""
 
 
 def jacobian_profile(
@@ -88,7 +91,8 @@ def jacobian_profile(
     max_iterations: int = 30,
     advance: Callable[[], object] = lambda: None,
 ) -> JacobianProfile:
-    """All norms of a model at latents (batch channels height width) and one timestep; `advance` is told of each."""
+    """Return all norms of a model at latents (batch channels height width) and one timestep; `advance` is called after
+    each."""
     inputs = UnitInputs.of(model, latents, timestep, class_labels)
     middle = len(model.blocks) // 2
 
@@ -125,7 +129,8 @@ def jacobian_profile(
 
 @torch.no_grad()
 def unit_bound(block: DiTBlock, hidden_states: Tensor, conditioning: Tensor, skip: Tensor | None = None) -> Tensor:
-    """An upper bound (batch,) on the Jacobian norm of a block with respect to its hidden states (batch tokens dim).
+    """Return an upper bound (batch,) on the Jacobian norm of a block with respect to its hidden states (batch tokens
+    dim).
 
     fusion x (1 + gate x attention x modulation x norm) x (1 + gate x MLP x modulation x norm), each factor a spectral
     norm of weights or the largest slope at this point. It is local: attention has no bound that holds everywhere.
@@ -161,11 +166,11 @@ def unit_bound(block: DiTBlock, hidden_states: Tensor, conditioning: Tensor, ski
 
 
 def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
-    """A bound (batch,) on the Jacobian norm of softmax attention at these tokens (batch tokens dim).
+    """Return a bound (batch,) on the Jacobian norm of softmax attention at these tokens (batch tokens dim).
 
-    A head puts out P V. Through V it moves by at most |P| |W_v|; through P, whose row's Jacobian is diag(p) - p p^T, by
-    the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) / sqrt(head size), |W_q| and |W_k| times
-    the slopes of the norms of queries and keys where there are such.
+    The output of a head is P V. Through V it moves by at most |P| |W_v|; through P, whose row's Jacobian is diag(p) - p
+    p^T, by the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) / sqrt(head size), |W_q| and
+    |W_k| times the slopes of the norms of queries and keys where there are such.
     """
     heads = block.attn.num_heads
     query, key, value = block.attn.split(tokens)
@@ -215,11 +220,3 @@ def _norm_slope(hidden_states: Tensor, eps: float) -> Tensor:
 def _rms_slope(norm: HeadNorm, heads: Tensor) -> Tensor:
     """The largest slope (batch heads) of RMS norm over the tokens of each head, below max |scale| / rms."""
     return norm.weight.abs().max() * (heads.square().mean(dim=-1) + norm.eps).rsqrt().amax(dim=-1)
-
-
-def transcribed_bounds(gamma: float, alpha: float, num_layers: int) -> list[float]:
-    """The paper's bound on a decoder layer's Jacobian norm as a third party has it, (1 - alpha) gamma + alpha
-    gamma^(2l - L), for l from L/2 + 1 to L: below gamma, as the theorem says, where gamma < 1, and not where
-    gamma > 1 (docs/stability.md)."""
-    layers = range(num_layers // 2 + 1, num_layers + 1)
-    return [(1 - alpha) * gamma + alpha * gamma ** (2 * layer - num_layers) for layer in layers]

@@ -1,6 +1,6 @@
 """All measurements of one model, as arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skipdit.analysis.jacobian import JacobianProfile, jacobian_profile
-from skipdit.analysis.surface import perturbation_surface
+from skipdit.analysis.surface import Moved, perturbation_surface
 from skipdit.analysis.trajectory import (
     ErrorGrowth,
+    Run,
     RunSettings,
     error_growth,
     sample_run,
@@ -19,12 +20,13 @@ from skipdit.analysis.trajectory import (
     step_jacobian_norms,
 )
 from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
-from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import parts_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
+from skipdit.models.dit import DiT
 from skipdit.options import NumInferenceSteps, check_numbers, check_range
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.runs import spread
+from skipdit.tasks.task import spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,37 +88,41 @@ class AnalyzeConfig:
 
     @property
     def coefficients(self) -> NDArray:
-        """Of the surfaces' directions, in units of the radius."""
+        """Coefficients of the surfaces' directions, in units of the radius."""
         return np.linspace(-1, 1, self.surface_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Everything about one model; timesteps fall from 1000 to 0, as in sampling.
-
-    similarity (num_units, steps - 1): of a unit's output to that of the step before, at `timesteps[1:]`.
-    similarity_of_steps (steps, steps): of the last unit's outputs. jacobians: by timestep. step_norms (steps,): of the
-    solver's Jacobian. growth: by method; left_out: methods it cannot have, and why. surfaces: by (what is moved,
-    timestep).
-    """
+    """Everything about one model; timesteps fall from 1000 to 0, as in sampling."""
 
     num_units: int
     num_parameters: int
     num_pairs: int
+    """of linked units"""
     timesteps: NDArray
     similarity: NDArray
+    """(num_units, steps - 1): of a unit's output to that of the step before, at `timesteps[1:]`"""
     similarity_of_steps: NDArray
+    """(steps, steps): of the last unit's outputs"""
     jacobians: Mapping[float, JacobianProfile]
+    """by timestep"""
     step_norms: NDArray
+    """(steps,): of the solver's Jacobian"""
     growth: Mapping[str, ErrorGrowth]
+    """by method"""
     left_out: Mapping[str, str]
+    """methods that the model cannot have, and why"""
     surfaces: Mapping[tuple[str, int], NDArray]
+    """by what is moved and timestep"""
     long_skips: Mapping[int, LongSkipSpectrum]
+    """by target unit"""
     layer_norms: Mapping[str, Tensor]
+    """by kind of layer (num_units,)"""
     log: TrainingLog | None = field(default=None)
 
     def arrays(self) -> dict[str, NDArray]:
-        """Flat names for an NPZ file."""
+        """Return all arrays by flat names, for an NPZ file."""
         found = {
             "timesteps": self.timesteps,
             "similarity": self.similarity,
@@ -138,7 +144,7 @@ class Measured:
 
 
 def num_parts(config: AnalyzeConfig, num_units: int) -> int:
-    """How often `measure` calls `advance`, at most."""
+    """Return how often `measure` calls `advance`, at most."""
     jacobians = config.jacobian_timesteps * (num_units + 3) + config.growth_timesteps
     return 3 + jacobians + len(config.methods) + 2 * len(config.surface_timesteps) * config.surface_size
 
@@ -149,7 +155,7 @@ def measure(
     log: TrainingLog | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Measured:
-    """Measures one model; `advance` is told of each part.
+    """Measure one model; `advance` is called after each part.
 
     Sampling is deterministic and of first order (Euler or DDIM), whatever the pipeline's scheduler, so that a step is a
     function of the latents alone. The pipeline and its model are left as they were.
@@ -166,45 +172,10 @@ def measure(
     if not full.latents.isfinite().all():
         raise ValueError("the model samples latents that are not finite: nothing can be measured on their way")
     advance()
-    num_steps = len(full.timesteps)
-
-    def step_at(timestep: float) -> int:
-        return int((full.timesteps - timestep).abs().argmin())
-
-    chosen = torch.linspace(0, num_steps - 1, min(config.jacobian_timesteps, num_steps)).round().long().unique()
-    jacobians = {
-        full.timesteps[step].item(): jacobian_profile(
-            model, full.latents[step, :2], full.timesteps[step], labels[:2], advance=advance
-        )
-        for step in chosen.tolist()
-    }
-    step_norms = step_jacobian_norms(
-        first_order, settings, full, num_timesteps=config.growth_timesteps, advance=advance
-    )
-    growth, left_out = {}, {}
-    for spec in config.methods:
-        method: CacheMethod = parse_method(spec)
-        try:
-            parts_on(method, model)
-        except ValueError as error:
-            left_out[spec] = str(error)
-        else:
-            growth[spec] = error_growth(first_order, settings, full, step_norms, method)
-        advance()
-    surfaces = {}
-    for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius)):
-        for timestep in config.surface_timesteps:
-            step = step_at(timestep)
-            surfaces[moved, timestep] = perturbation_surface(
-                model,
-                full.latents[step],
-                full.timesteps[step],
-                labels,
-                (radius * config.coefficients).tolist(),
-                moved=moved,  # pyright: ignore[reportArgumentType]
-                seed=config.seed,
-                advance=advance,
-            ).numpy()
+    jacobians = jacobians_along(model, full, labels, config.jacobian_timesteps, advance)
+    num_timesteps = config.growth_timesteps
+    step_norms = step_jacobian_norms(first_order, settings, full, num_timesteps=num_timesteps, advance=advance)
+    growth, left_out = growth_by_method(first_order, settings, full, step_norms, config.methods, advance)
     return Measured(
         num_units=len(model.blocks),
         num_parameters=sum(weight.numel() for weight in model.parameters()),
@@ -216,8 +187,60 @@ def measure(
         step_norms=step_norms.numpy(),
         growth=growth,
         left_out=left_out,
-        surfaces=surfaces,
+        surfaces=surfaces_of(model, full, labels, config, advance),
         long_skips=long_skip_spectra(model),
         layer_norms=layer_norms(model),
         log=log,
     )
+
+
+def jacobians_along(
+    model: DiT, full: Run, labels: Tensor, num_timesteps: int, advance: Callable[[], object]
+) -> dict[float, JacobianProfile]:
+    """Return the norms of units and halves by timestep, spread over a run, on two pictures."""
+    num_steps = len(full.timesteps)
+    chosen = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique()
+    return {
+        full.timesteps[step].item(): jacobian_profile(
+            model, full.latents[step, :2], full.timesteps[step], labels[:2], advance=advance
+        )
+        for step in chosen.tolist()
+    }
+
+
+def growth_by_method(
+    pipeline: ClassToImagePipeline,
+    settings: RunSettings,
+    full: Run,
+    step_norms: Tensor,
+    methods: Sequence[str],
+    advance: Callable[[], object],
+) -> tuple[dict[str, ErrorGrowth], dict[str, str]]:
+    """Return the errors under each cache, and of those that the model cannot have, why."""
+    growth, left_out = {}, {}
+    for spec in methods:
+        method = parse_method(spec)
+        try:
+            parts_on(method, pipeline.transformer)
+        except ValueError as error:
+            left_out[spec] = str(error)
+        else:
+            growth[spec] = error_growth(pipeline, settings, full, step_norms, method)
+        advance()
+    return growth, left_out
+
+
+def surfaces_of(
+    model: DiT, full: Run, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
+) -> dict[tuple[str, int], NDArray]:
+    """Return a perturbation surface for each of what is moved and each timestep."""
+    radii: dict[Moved, float] = {"weights": config.weight_radius, "inputs": config.input_radius}
+    surfaces: dict[tuple[str, int], NDArray] = {}
+    for moved, radius in radii.items():
+        coefficients = (radius * config.coefficients).tolist()
+        for timestep in config.surface_timesteps:
+            step = int((full.timesteps - timestep).abs().argmin())
+            point = full.latents[step], full.timesteps[step], labels
+            surface = perturbation_surface(model, *point, coefficients, moved=moved, seed=config.seed, advance=advance)
+            surfaces[moved, timestep] = surface.numpy()
+    return surfaces

@@ -14,10 +14,11 @@ Recorded = dict[str, list[Any]]
 def record_outputs(
     model: nn.Module, names: Sequence[str], keep: Callable[[Tensor], Any] = Tensor.detach
 ) -> Iterator[Recorded]:
-    """Inside, each call of a submodule appends `keep(output)` to `recorded[name]`; a block that a cache leaves out
-    appends nothing. names: as in `model.named_modules()`; the model itself, its class and its weights stay as they are.
+    """Append `keep(output)` to `recorded[name]` at each call of a submodule inside the block; one that a cache leaves
+    out appends nothing. names: as in `model.named_modules()`; the model itself, its class and its weights stay as they
+    are.
 
-    `ValueError` on a name that the model has not.
+    `ValueError` on a name that the model does not have.
     """
     yield from _recording(model, names, lambda _, output: keep(output), inputs=False)
 

@@ -14,8 +14,8 @@ Moved = Literal["weights", "inputs"]
 
 
 def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction whose every row (all that feeds one output) has the norm of the weight's row; zero for biases
-    and norms, as in the paper."""
+    """Return a random direction whose every row (all that feeds one output) has the norm of the weight's row; zero for
+    biases and norms, as in the paper."""
     if weight.ndim < 2:
         return torch.zeros_like(weight)
     direction = torch.randn(weight.shape, generator=generator).to(weight)
@@ -25,7 +25,7 @@ def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sample_normalised(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction (batch, ...) that has each sample's norm."""
+    """Return a random direction (batch, ...) that has each sample's norm."""
     direction = torch.randn(inputs.shape, generator=generator).to(inputs)
     factor = inputs.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
     return direction * factor.view(-1, *[1] * (inputs.ndim - 1))
@@ -43,8 +43,8 @@ def perturbation_surface(
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Cosine similarity (n, n) of the last unit's output to the unmoved one, for each pair of coefficients of the two
-    directions: rows are the second's. Mean over tokens and samples; the model's own weights are not touched.
+    """Return the cosine similarity (n, n) of the last unit's output to the unmoved one, for each pair of coefficients
+    of the two directions: rows are the second's. Mean over tokens and samples; the model's own weights are not touched.
     """
     generator = torch.Generator().manual_seed(seed)
     last = f"blocks.{len(model.blocks) - 1}"

@@ -44,7 +44,8 @@ class Run:
 
 
 def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Over the channels of each token (... tokens dim), mean over the tokens: (...). In float32."""
+    """Return the similarity over the channels of each token (... tokens dim), mean over the tokens: (...). In
+    float32."""
     return F.cosine_similarity(first.float(), second.float(), dim=-1).mean(dim=-1)
 
 
@@ -79,7 +80,7 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
 
 
 def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """timesteps (steps - 1,); cosine similarity (num_units, steps - 1) of each unit's output to that of the step
+    """Return timesteps (steps - 1,); cosine similarity (num_units, steps - 1) of each unit's output to that of the step
     before; and (steps, steps) of the last unit's outputs of all pairs of steps. Mean over tokens and pictures.
     """
     model, names = pipeline.transformer, [f"blocks.{unit}" for unit in range(len(pipeline.transformer.blocks))]
@@ -112,14 +113,16 @@ def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings)
 
 @dataclass(frozen=True)
 class SolverSteps:
-    """A first-order solver's steps x' = a x + b F(x): the factors of each."""
+    """A first-order solver's steps x' = a x + b F(x)."""
 
     a: list[float]
+    """of each step"""
     b: list[float]
+    """of each step"""
 
     @classmethod
     def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "SolverSteps":
-        """Probed with ones and zeros; `ValueError` where a step depends on earlier ones or draws noise."""
+        """Probe a scheduler with ones and zeros; `ValueError` where a step depends on earlier ones or draws noise."""
         if getattr(pipeline.scheduler.config, "solver_order", 1) != 1 or "DDPM" in type(pipeline.scheduler).__name__:
             raise ValueError("error growth needs a deterministic first-order sampler: --scheduler euler or ddim")
         factors = []
@@ -135,28 +138,28 @@ class SolverSteps:
 
 @dataclass(frozen=True)
 class ErrorGrowth:
-    """All (steps,), after each step, root mean square over pictures of the distance to the full run, relative to the
-    norm of the full run's latents.
-
-    measured: of the cached run. injected: what that step's own reuse added. predicted: e' = L e + injected, with L the
-    measured norm of the step's Jacobian. geometric: (L^t - 1) / (L - 1) x the largest injected error with the largest
-    L, the paper's form. feature_similarity: of the last unit's output to that of the full run, at the step.
-    compute_ratio: units of full steps over units run.
-    """
+    """Errors after each step (steps,): the root mean square over pictures, relative to the norm of the full run's
+    latents."""
 
     measured: Tensor
+    """distance of the cached run to the full run"""
     injected: Tensor
+    """what that step's own reuse added"""
     predicted: Tensor
+    """e' = L e + injected, with L the measured norm of the step's Jacobian"""
     geometric: Tensor
+    """(L^t - 1) / (L - 1) x the largest injected error with the largest L, the paper's form"""
     feature_similarity: Tensor
+    """of the last unit's output to that of the full run, at the step"""
     compute_ratio: float
+    """FLOPs of as many full steps over those of the cached run"""
 
     def arrays(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def guided_prediction(model: DiT, settings: RunSettings, timestep: Tensor) -> Callable[[Tensor], Tensor]:
-    """F(x) of a step: the guided prediction, without a learned variance."""
+    """Return F(x) of a step: the guided prediction, without a learned variance."""
     channels = model.config.in_channels
 
     def function(latents: Tensor) -> Tensor:
@@ -179,8 +182,8 @@ def step_jacobian_norms(
     num_pictures: int = 2,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """The norm L (steps,) of the Jacobian of each solver step along the full run: the largest over a few pictures,
-    measured at `num_timesteps` steps spread evenly and, between two of them, the larger."""
+    """Return the norm L (steps,) of the Jacobian of each solver step along the full run: the largest over a few
+    pictures, measured at `num_timesteps` steps spread evenly and, between two of them, the larger."""
     num_steps = len(full.timesteps)
     solver = SolverSteps.of(pipeline, num_steps)
     measured_at = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique().tolist()
@@ -212,7 +215,7 @@ def error_growth(
     step_norms: Tensor,
     method: CacheMethod,
 ) -> ErrorGrowth:
-    """Runs with the cache, then the full model on the cached run's latents, to see what each step adds."""
+    """Run with the cache, then the full model on the cached run's latents, to see what each step adds."""
     cached = sample_run(pipeline, settings, method)
     solver = SolverSteps.of(pipeline, len(full.timesteps))
 

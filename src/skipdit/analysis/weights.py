@@ -16,16 +16,17 @@ LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "modulation")
 
 @dataclass(frozen=True)
 class LongSkipSpectrum:
-    """Singular values of one projection (largest first): of the whole, of the half that acts on the hidden states and
-    of the half that acts on the skip."""
+    """Singular values of one projection, largest first."""
 
     whole: Tensor
     hidden: Tensor
+    """of the half that acts on the hidden states"""
     skip: Tensor
+    """of the half that acts on the skip"""
 
 
 def long_skip_spectra(model: DiT) -> dict[int, LongSkipSpectrum]:
-    """By target unit; empty for a plain model. In float64."""
+    """Return singular values by target unit; empty for a plain model. In float64."""
     spectra = {}
     for target in sorted(model.long_skip_links.sources):
         weight = model.blocks[target].get_submodule("long_skip.proj").get_parameter("weight").detach().double().cpu()
@@ -36,7 +37,7 @@ def long_skip_spectra(model: DiT) -> dict[int, LongSkipSpectrum]:
 
 
 def layer_norms(model: DiT) -> dict[str, Tensor]:
-    """The spectral norm (num_units,) of each kind of layer in each unit, in float64."""
+    """Return the spectral norm (num_units,) of each kind of layer in each unit, in float64."""
 
     def weight(block: nn.Module, name: str) -> Tensor:
         return block.get_submodule(name).get_parameter("weight").detach().double().cpu()
@@ -49,11 +50,14 @@ def layer_norms(model: DiT) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """steps (n,), loss (n,), unit_gradient_norms (n, num_units), empty where the run did not write them."""
+    """What a run logged."""
 
     steps: Tensor
+    """(n,)"""
     loss: Tensor
+    """(n,)"""
     unit_gradient_norms: Tensor
+    """(n, num_units); empty where the run did not write them"""
 
     @property
     def last_loss(self) -> float:
@@ -62,7 +66,7 @@ class TrainingLog:
 
     @classmethod
     def read(cls, path: Path) -> "TrainingLog":
-        """Of a file that `skipdit train` writes, or was writing: a cut last line is left out.
+        """Read a file that `skipdit train` writes, or was writing: a cut last line is left out.
 
         `ValueError` where it is something else, or holds no step.
         """
@@ -92,7 +96,7 @@ class LoggedStep(TypedDict):
 
 
 def find_training_log(model: str) -> Path | None:
-    """`log.jsonl` of a run, of which the folder or that of its pipeline is given."""
+    """Return `log.jsonl` of a run, of which the folder or that of its pipeline is given."""
     folder = Path(model).resolve()
     folder = folder.parent if folder.name == "pipeline" else folder
     path = folder / "log.jsonl"

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.benchmark.cache_methods import METHODS, Rivals, Runnable, no_rivals, schedules_in, spec_cache
+from skipdit.benchmark.cache_methods import METHODS, Runnable, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
+from skipdit.benchmark.checkout import load_from_checkout
 from skipdit.benchmark.measure import BenchConfig, benchmark, progress_bar
 from skipdit.files import OutputFolder
 from skipdit.loading import Source, load_source
@@ -25,7 +26,7 @@ from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.options import NumInferenceSteps, check_range
 from skipdit.plots import check_plots_installed
-from skipdit.runs import Runner, Sampled, before_steps, choose_conditions, scheduled, switched_on
+from skipdit.runs import Runner, Sampled, before_steps, scheduled, switched_on
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
 
@@ -56,6 +57,8 @@ class CacheBenchConfig(BenchConfig):
     """denoising steps of the rivals without a cache"""
     perceptual: bool = True
     """measure the LPIPS-like distance too, which needs the extra skipdit[metrics]"""
+    rivals: bool = True
+    """run caches of diffusers and cache-dit too, where they can; only in a checkout of the repository"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,9 +111,7 @@ class Batch:
 
 def make_batches(config: CacheBenchConfig, source: Source) -> list[Batch]:
     size, count = config.batch_size, config.num_seeds
-    conditions, _ = choose_conditions(
-        source.sampler, source.showcase, labels=config.labels, prompt=config.prompt, count=count
-    )
+    conditions, _ = source.choose({"labels": config.labels, "prompt": config.prompt}, count)
     seeds = list(range(config.seed, config.seed + count))
     return [Batch(conditions[i : i + size], seeds[i : i + size]) for i in range(0, count, size)]
 
@@ -227,13 +228,14 @@ def refusals(plan: Plan, tally: Tally) -> Iterator[None]:
 # The report
 
 
-def bench_caches(config: CacheBenchConfig, out: OutputFolder, rivals: Rivals = no_rivals) -> None:
+def bench_caches(config: CacheBenchConfig, out: OutputFolder) -> None:
     """Write `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
     that was interrupted goes on after the last whole batch, from `cache_quality.draft.json` there.
 
-    rivals: makes caches of other libraries for the loaded model. `ValueError` where an optional package is missing, or
-    the model or what is asked of it is not to be had; a cache that the model refuses is a row with the reason.
+    `ValueError` where an optional package or the checkout for rivals is missing, or the model or what is asked of it is
+    not to be had; a cache that the model refuses is a row with the reason.
     """
+    rivals_of = load_from_checkout("rivals").rivals_of if config.rivals else None
     check_plots_installed("matplotlib")
     for metric in METRICS if config.perceptual else ():
         if metric.check is not None:
@@ -247,7 +249,8 @@ def bench_caches(config: CacheBenchConfig, out: OutputFolder, rivals: Rivals = n
         machine = {key: text for key, text in environment.items() if key not in ("command", "date")}
         draft = Draft(out, draft_name, of=machine | asdict(config))
         try:
-            rows = measure(config, *make_plans(config, source, rivals(source)), batches, draft)
+            rivals = [] if rivals_of is None else rivals_of(source, config.num_inference_steps)
+            rows = measure(config, *make_plans(config, source, rivals), batches, draft)
         except KeyboardInterrupt as stopped:
             stopped.add_note(f"the same command goes on after the last whole batch, from {draft_name}")
             raise

@@ -1,7 +1,6 @@
 """Which caches the benchmark compares: settings of ours and of others by name, and what any other cache must offer."""
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,18 +10,19 @@ from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
 from skipdit.loading import Source
 from skipdit.runs import Counts, OwnCache, RunCache, counts_of
-from skipdit.samplers import Sampler
+from skipdit.tasks.task import Sampler
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*(?=[:-]|$)")  # of a spec; a bare N is the paper's cache
 
 
 @dataclass(frozen=True)
 class Method:
-    """A line of the plot: the settings of a cache, fast ones last. ours: it needs long skips, and its prediction or its
-    schedule is of this project."""
+    """A line of the plot."""
 
     ours: bool
+    """it needs long skips, and its prediction or its schedule is of this project"""
     specs: tuple[str, ...] = ()
+    """the settings of the cache, fast ones last"""
 
 
 def intervals(form: str, *numbers: int) -> tuple[str, ...]:
@@ -128,10 +128,3 @@ class SpecCache:
 def spec_cache(spec: str, source: Source) -> SpecCache:
     name, ours = method_of(spec)
     return SpecCache(name, spec, ours, source)
-
-
-Rivals = Callable[[Source], Sequence[Runnable]]
-
-
-def no_rivals(source: Source) -> Sequence[Runnable]:
-    return ()

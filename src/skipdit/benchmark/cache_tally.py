@@ -15,7 +15,7 @@ from skipdit.files import OutputFolder, to_json
 from skipdit.metrics.paired import psnr_db
 from skipdit.metrics.table import Metric, compare_pictures, join_values
 from skipdit.runs import Counts, Sampled
-from skipdit.samplers import Sampler
+from skipdit.tasks.task import Sampler
 from skipdit.untrusted import parse_json, printable, read_json
 
 MAX_DRAFT_BYTES = 2**28

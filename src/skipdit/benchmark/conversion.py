@@ -23,8 +23,10 @@ from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import NumInferenceSteps, check_choice, check_range
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.report import Report, record, table
-from skipdit.runs import OwnCache, Runner, Sampled, spread
-from skipdit.tasks import Items, ModelConfig, Trainee, make_task_scheduler, open_items
+from skipdit.runs import OwnCache, Runner, Sampled
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.task import spread
+from skipdit.tasks.training import Items, TrainingTask, make_task_scheduler, open_items
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 
 PLAIN, STAGE_ONE, STAGE_TWO, CONTROL = "convert-plain", "convert-stage-one", "convert-stage-two", "convert-control"
@@ -63,6 +65,8 @@ class ConversionBenchConfig(BenchConfig):
     """strength of classifier-free guidance; none at 1"""
     intervals: tuple[int, ...] = (2, 3)
     """of the caches"""
+    runs: Path = Path("runs")
+    """folder of the four trainings (recipes convert-*), which go on where they are not finished"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,7 +154,7 @@ def train_runs(stages: Mapping[str, TrainConfig], runs: Path, device: Device) ->
     return folders
 
 
-def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> Trainee:
+def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> TrainingTask:
     """Return the model that a run of this config would start with from the pipeline in `folder`, to the bit."""
     torch.manual_seed(config.seed)
     task = config.model.build(items, config.objective, load_model(folder))
@@ -160,7 +164,7 @@ def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> Tr
 
 def build_models(
     stages: Mapping[str, TrainConfig], items: Items, folders: Mapping[str, Path], device: Device
-) -> dict[str, Trainee]:
+) -> dict[str, TrainingTask]:
     """Return all models of the report, by their names there."""
     first = stages[STAGE_ONE]
     model = cast(ModelConfig, first.model)
@@ -180,7 +184,7 @@ def build_models(
 # Loss
 
 
-def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: Trainee) -> Batch:
+def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: TrainingTask) -> Batch:
     """Return pictures of the training data with labels, some of them dropped, noise and timesteps, as a step draws
     them."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -191,10 +195,10 @@ def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: Traine
 
 
 @torch.no_grad()
-def losses_of(task: Trainee, trained: TrainConfig, batch: Batch) -> Tensor:
+def losses_of(task: TrainingTask, trained: TrainConfig, batch: Batch) -> Tensor:
     """Return the training loss of each picture of a batch (b), in float32."""
     losses = []
-    tensors = batch.x_start, batch.noise, batch.timesteps, batch.labels
+    tensors = batch.x_start, batch.noise, batch.timesteps, cast(Tensor, batch.conditions)
     for x_start, noise, timesteps, labels in zip(*(each.split(LOSS_BATCH_SIZE) for each in tensors), strict=True):
 
         def predict(noisy: Tensor, timesteps: Tensor, labels: Tensor = labels) -> Tensor:
@@ -206,7 +210,7 @@ def losses_of(task: Trainee, trained: TrainConfig, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def model_rows(
-    models: Mapping[str, Trainee], stages: Mapping[str, TrainConfig], config: ConversionBenchConfig
+    models: Mapping[str, TrainingTask], stages: Mapping[str, TrainConfig], config: ConversionBenchConfig
 ) -> list[ModelRow]:
     """Return the loss of every model on the very same pictures, noise and timesteps."""
     trained, vanilla = stages[PLAIN], models[VANILLA]
@@ -221,7 +225,7 @@ def model_rows(
     rows = []
     for name, task in models.items():
         model: Any = task.model
-        one = [tensor[:1] for tensor in (batch.noise, batch.timesteps, batch.labels)]
+        one = [tensor[:1] for tensor in (batch.noise, batch.timesteps, cast(Tensor, batch.conditions))]
         difference = losses[name] - losses[VANILLA]
         row = ModelRow(
             model=name,
@@ -246,7 +250,7 @@ def describe_long_skips(model: Any) -> str:
 # Cached runs
 
 
-def runner_of(task: Trainee, trained: TrainConfig, config: ConversionBenchConfig) -> Runner:
+def runner_of(task: TrainingTask, trained: TrainConfig, config: ConversionBenchConfig) -> Runner:
     """Return what samples a model, for classes spread over the data, from the config's noise."""
     sampler = task.sampler(task.model, make_task_scheduler(trained.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
@@ -259,14 +263,14 @@ def runner_of(task: Trainee, trained: TrainConfig, config: ConversionBenchConfig
     )
 
 
-def specs_of(task: Trainee, interval: int) -> list[str]:
+def specs_of(task: TrainingTask, interval: int) -> list[str]:
     """Return the caches of one interval that this model can have; they run equally many units."""
     has_long_skips = bool(cast(Any, task.model).long_skip_links.sources)
     return [f"{method}N{interval}" for method in METHODS if method or has_long_skips]
 
 
 def run_rows(
-    name: str, task: Trainee, trained: TrainConfig, config: ConversionBenchConfig, advance: Advance
+    name: str, task: TrainingTask, trained: TrainConfig, config: ConversionBenchConfig, advance: Advance
 ) -> tuple[list[RunRow], Tensor]:
     """Return the cached runs of one model, and of each interval the run of so many fewer steps that it computes no
     less; the pictures of the full run. `advance(description=...)` is told of each run."""
@@ -285,7 +289,7 @@ def run_rows(
 
 
 def all_run_rows(
-    models: Mapping[str, Trainee], trained: TrainConfig, config: ConversionBenchConfig
+    models: Mapping[str, TrainingTask], trained: TrainConfig, config: ConversionBenchConfig
 ) -> tuple[list[RunRow], dict[str, Tensor]]:
     """Return the rows of every model, and the pictures of its full run."""
     rows, full_runs = [], {}
@@ -302,10 +306,10 @@ def all_run_rows(
 
 
 def bench_conversion(
-    config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], runs: Path, out: OutputFolder
+    config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], out: OutputFolder
 ) -> tuple[list[ModelRow], list[RunRow]]:
-    """Train what is missing of the four runs in `runs`, measure their models, and write `conversion_{device}.json`,
-    `.md` and `conversion.png` into `out`.
+    """Train what is missing of the four runs in `config.runs`, measure their models, and write
+    `conversion_{device}.json`, `.md` and `conversion.png` into `out`.
 
     stages: how each of the four runs is trained, by name. `ValueError` where they are not class-to-image runs that add
     long skips in stage one, the data has fewer pictures than are asked for, or a run in `runs` has other settings.
@@ -317,7 +321,7 @@ def bench_conversion(
         check_ssim_size(items.size)
         if config.num_pictures > len(items):
             raise ValueError(f"num_pictures must be at most {len(items)}, got {config.num_pictures}")
-        models = build_models(stages, items, train_runs(stages, runs, config.device), config.device)
+        models = build_models(stages, items, train_runs(stages, config.runs, config.device), config.device)
         losses = model_rows(models, stages, config)
         rows, full_runs = all_run_rows(models, stages[PLAIN], config)
     captions = models[VANILLA].showcase(config.num_samples)[1]

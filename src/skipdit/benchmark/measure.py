@@ -82,13 +82,14 @@ class Subject:
     arguments: Mapping[str, Tensor]
 
     def call(self, timestep: float) -> Call:
-        """One forward, whose inputs are made now."""
+        """Return one forward, whose inputs are made now."""
         hidden_states = self.arguments["hidden_states"]
         timesteps = torch.full(hidden_states.shape[:1], timestep, dtype=torch.float32, device=hidden_states.device)
         return lambda: self.model(timestep=timesteps, **self.arguments).sample
 
     def calls(self, shallow_units: Sequence[int]) -> Iterator[tuple[Kind, int | None, Call]]:
-        """What is timed, in turn. Make each call once, before the next is asked for: the cache is on meanwhile."""
+        """Yield what is timed, in turn. Make each call once, before the next is asked for: the cache is on
+        meanwhile."""
         first, second = self.call(999), self.call(979)
         if not isinstance(self.model, LongSkipModel) or not self.model.long_skip_links.sources:
             yield "plain", None, first
@@ -104,14 +105,14 @@ class Subject:
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """Layers that start as zero get random weights, else the cost of zeros would be measured."""
+    """Give random weights to layers that start as zero, else the cost of zeros would be measured."""
     for weight in model.parameters():
         if not weight.any():
             nn.init.normal_(weight, std=0.02)
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """Of all weights of some models; a weight that they share counts once."""
+    """Return the bytes of all weights of some models; a weight that they share counts once."""
     weights = {id(weight): weight.nbytes for model in models for weight in model.parameters()}
     return sum(weights.values())
 
@@ -121,14 +122,15 @@ def weight_bytes(*models: nn.Module) -> int:
 
 
 def flops_of(call: Call) -> int:
-    """FLOPs of one call; a multiply-add counts two. In unfused attention, as the counter misses a CPU's fused one."""
+    """Return the FLOPs of one call; a multiply-add counts two. In unfused attention, as the counter misses a CPU's
+    fused one."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def time_call(call: Call, device: Device) -> tuple[float, int | None]:
-    """Seconds of one call, and the most bytes that the process held during it."""
+    """Return the seconds of one call, and the most bytes that the process held during it."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR_REFS.exists():
@@ -154,20 +156,20 @@ class Timed:
     peak_bytes: tuple[int | None, ...]
 
     def peak(self, *, num_warmup: int = 0, others: int) -> int | None:
-        """The most bytes after the warm-up, less the `others`."""
+        """Return the most bytes after the warm-up, less the `others`."""
         peaks = [peak for peak in self.peak_bytes[num_warmup:] if peak is not None]
         return max(peaks) - others if peaks else None
 
 
 def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: Device) -> list[Timed]:
-    """Makes all calls in turn, round for round; an entry a call."""
+    """Make all calls in turn, round for round; return one entry per call."""
     rounds = [[time_call(call, device) for call in calls()] for _ in range(num_rounds)]
     return [Timed(*zip(*timed, strict=True)) for timed in zip(*rounds, strict=True)]
 
 
 @contextmanager
 def progress_bar(num_calls: int) -> Iterator[Advance]:
-    """Gives `advance(description=...)`, to be told of each call."""
+    """Yield `advance(description=...)`, to be called before each call."""
     with Progress() as progress:
         yield partial(progress.update, progress.add_task("", total=num_calls), advance=1)
 
@@ -187,12 +189,13 @@ class Measured(Protocol):
 
 
 def median_ratio(first: Measured, second: Measured) -> float:
-    """Seconds of the first over the second's."""
+    """Return the seconds of the first over the second's."""
     return median(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
 
 
 def run_speedup(full_steps: Sequence[bool], *, baseline: float, full: float, reuse: float) -> float:
-    """Cost of a run whose every step costs `baseline` over that of the cached run; in seconds or in FLOPs."""
+    """Return the cost of a run whose every step costs `baseline` over that of the cached run; in seconds or in
+    FLOPs."""
     return len(full_steps) * baseline / sum(full if is_full else reuse for is_full in full_steps)
 
 
@@ -222,7 +225,7 @@ def run_ratios(
 
 
 def cost_record(row: Measured) -> dict[str, object]:
-    """Cells of a table of steps: how long a step takes, in all repetitions."""
+    """Return cells of a table of steps: how long a step takes, in all repetitions."""
     return {
         "ms": f"{1e3 * median(row.seconds):.1f}",
         "min to max": f"{1e3 * min(row.seconds):.1f} to {1e3 * max(row.seconds):.1f}",
@@ -230,7 +233,7 @@ def cost_record(row: Measured) -> dict[str, object]:
 
 
 def flops_record(row: Measured) -> dict[str, object]:
-    """Cells of a table of steps: how much a step computes, and how fast."""
+    """Return cells of a table of steps: how much a step computes, and how fast."""
     return {"GFLOP": f"{row.flops / 1e9:.2f}", "GFLOP/s": f"{row.flops / 1e9 / median(row.seconds):.0f}"}
 
 
@@ -246,8 +249,8 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 @contextmanager
 def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
-    """Inside, the model is compiled anew. Forward hooks, by which the benchmark counts steps, are off, and so are the
-    compiler's warnings of its limit, which is a column of the report."""
+    """Compile the model anew inside the block. Forward hooks, by which the benchmark counts steps, are off, and so are
+    the compiler's warnings of its limit, which is a column of the report."""
     logger = logging.getLogger("torch._dynamo.convert_frame")
     level = logger.level
     logger.setLevel(logging.ERROR)

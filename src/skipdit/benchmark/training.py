@@ -29,7 +29,8 @@ from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import check_choice, check_option, check_per_item, check_range
 from skipdit.report import Report, record, table
-from skipdit.tasks import ClassToImage, Trainee
+from skipdit.tasks.class_to_image import TASK, ClassToImageTraining
+from skipdit.tasks.training import TrainingTask
 from skipdit.training import TokenRoutingConfig, TrainConfig
 from skipdit.training.batches import batch_loss, find_step_kinds, prepare_batch, step_generator
 from skipdit.training.devices import start_processes
@@ -135,14 +136,14 @@ def make_config(config: TrainBenchConfig, workload: Workload, recipe: TrainConfi
     return replace(recipe, **settings, routing=TokenRoutingConfig(mode="bypass", dense_end=0.0))
 
 
-def make_task(config: TrainBenchConfig, workload: Workload, run: TrainConfig) -> Trainee:
+def make_task(config: TrainBenchConfig, workload: Workload, run: TrainConfig) -> TrainingTask:
     if workload == "emoji":
         return build_task(run)
     torch.manual_seed(config.seed)
     latents, labels = torch.randn(NUM_LATENTS, 4, 32, 32), torch.randint(1000, (NUM_LATENTS,))
     with torch.device(config.device):
         model = DiT.from_preset(config.preset, out_channels=4, long_skip=LongSkipConfig())
-    return ClassToImage(model, RandomLatents(latents, labels.tolist()))  # pyright: ignore[reportArgumentType]
+    return ClassToImageTraining(TASK, model, RandomLatents(latents, labels.tolist()))  # pyright: ignore[reportArgumentType]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def make_task(config: TrainBenchConfig, workload: Workload, run: TrainConfig) ->
 
 
 @contextmanager
-def plain_loop(run: TrainConfig, task: Trainee, accelerator: Accelerator) -> Iterator[Callable[[int], float]]:
+def plain_loop(run: TrainConfig, task: TrainingTask, accelerator: Accelerator) -> Iterator[Callable[[int], float]]:
     """Yield what makes a step and returns its loss: eager, in float32 or TF32, dense, loading in its own thread."""
     device, precision = accelerator.device, torch.get_float32_matmul_precision()
     model = task.model.to(device).train()
@@ -181,7 +182,7 @@ def plain_loop(run: TrainConfig, task: Trainee, accelerator: Accelerator) -> Ite
 
 
 @contextmanager
-def our_loop(run: TrainConfig, task: Trainee, accelerator: Accelerator) -> Iterator[Callable[[int], Tensor]]:
+def our_loop(run: TrainConfig, task: TrainingTask, accelerator: Accelerator) -> Iterator[Callable[[int], Tensor]]:
     """Yield what makes a step as `skipdit train` does, and returns its loss, which nobody waits for."""
     with tempfile.TemporaryDirectory() as folder:
         made = Run(run, accelerator, task, None, Path(folder), resume=False)

@@ -173,7 +173,7 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
     name, rows, cached = f"video_{config.device}", {}, []
     with benchmark(config, out, name) as environment:
         linked = len(config.num_pairs) * (1 + 2 * len(config.num_shallow_units))
-        num_steps = sum(linked + (3 if size.task == "text-to-video" else 1) for size in config.sizes())
+        num_steps = sum(linked + (3 if size.is_swapped else 1) for size in config.sizes())
         with progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
             for size in config.sizes():
                 own = {row.step: row for row in bench_size(config, size, advance)}

@@ -43,6 +43,8 @@ class Size:
     num_units: int
     num_frames: int
     patch_size: int
+    is_swapped: bool = False
+    """whether its units are opened by class swap, as those of a class of diffusers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,15 +106,13 @@ class VideoBenchConfig(BenchConfig):
     def sizes(self) -> list[Size]:
         """Return the models, in the order they are measured."""
         sizes = []
-        if "class-to-video" in self.tasks:
-            defaults = [NUM_FRAMES[self.device][name.removeprefix("Latte-").partition("/")[0]] for name in self.presets]
-            for name, num_frames in zip(self.presets, self.num_frames or defaults, strict=True):
-                num_layers, *_, patch_size = LATTE_PRESETS[name]
-                sizes.append(Size("class-to-video", name, num_layers // 2, num_frames, patch_size))
-        if "text-to-video" in self.tasks:
-            num_units, num_frames = self.text_num_units, self.text_num_frames
-            sizes.append(Size("text-to-video", TEXT_MODEL, num_units, num_frames, TEXT_PATCH_SIZE))
-        return sizes
+        defaults = [NUM_FRAMES[self.device][name.removeprefix("Latte-").partition("/")[0]] for name in self.presets]
+        for name, num_frames in zip(self.presets, self.num_frames or defaults, strict=True):
+            num_layers, *_, patch_size = LATTE_PRESETS[name]
+            sizes.append(Size("class-to-video", name, num_layers // 2, num_frames, patch_size))
+        num_units, num_frames = self.text_num_units, self.text_num_frames
+        sizes.append(Size("text-to-video", TEXT_MODEL, num_units, num_frames, TEXT_PATCH_SIZE, is_swapped=True))
+        return [size for size in sizes if size.task in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def make_plain(config: VideoBenchConfig, size: Size) -> Subject:
     """Return the plain model of a size with random weights, and inputs for it."""
     torch.manual_seed(config.seed)
     sides = (config.sample_size, config.sample_size)
-    if size.task == "class-to-video":
+    if not size.is_swapped:
         model = Latte.from_preset(
             size.name, sample_size=config.sample_size, num_frames=size.num_frames, num_classes=NUM_CLASSES
         )
@@ -186,7 +186,7 @@ def make_subjects(config: VideoBenchConfig, size: Size) -> list[tuple[VideoStep,
     """Return the models of one size, and what their uncached forward is called."""
     plain = make_plain(config, size)
     subjects = [(VideoStep(size.name, 0, "plain"), plain)]
-    if size.task == "text-to-video":
+    if size.is_swapped:
         opened = shared_copy(plain)
         open_units(opened.model)
         subjects += [(VideoStep(size.name, 0, "opened"), opened), (VideoStep(size.name, 0, "plain again"), plain)]

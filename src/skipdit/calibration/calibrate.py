@@ -27,7 +27,7 @@ from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
 from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range
 from skipdit.plots import Tradeoffs, check_plots_installed, save_png
 from skipdit.report import Report, record, table
-from skipdit.runs import OwnCache, Runner, choose_conditions
+from skipdit.runs import OwnCache, Runner
 
 COHERENCES = (0.0, 1.0)
 WITH_SITE = tuple(name for name, row in METHODS.items() if row.site is not None)
@@ -373,9 +373,7 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
 
 def make_runner(source: Source, config: CalibrateConfig) -> Runner:
     """Return what runs the model on the calibration seed. `ValueError` on an unknown label or prompt."""
-    conditions, _ = choose_conditions(
-        source.sampler, source.showcase, labels=config.labels, prompt=config.prompt, count=config.num_samples
-    )
+    conditions, _ = source.choose({"labels": config.labels, "prompt": config.prompt}, config.num_samples)
     source.sampler.pipeline.set_progress_bar_config(disable=True)
     return Runner.of(
         source.sampler,

@@ -58,17 +58,17 @@ class ReuseErrors:
             )
 
     def _is_read(self) -> NDArray[np.bool_]:
-        """The entries of `errors` that a schedule can reach, of shape (1, steps, max_spacing, max_age)."""
+        """Return the entries of `errors` that a schedule can reach, of shape (1, steps, max_spacing, max_age)."""
         _, steps, spacings, ages = np.ogrid[tuple(slice(length) for length in self.errors.shape)]
         last_full = steps - (ages + 1)
         return (last_full > spacings) | ((last_full >= 0) & (spacings == 0))
 
     def weighted(self) -> NDArray[np.float64]:
-        """`errors` times `sensitivity`, 0 where never read."""
+        """Return `errors` times `sensitivity`, 0 where never read."""
         return np.where(self._is_read(), self.errors, 0).astype(np.float64) * self.sensitivity[:, None, None]
 
     def units(self) -> tuple[int, tuple[int, ...]]:
-        """The cost of a full step and of each variant's reuse step, in whole units."""
+        """Return the cost of a full step and of each variant's reuse step, in whole units."""
         exact = np.asarray(self.reuse_costs, np.float64) * self.num_units
         if np.all(np.abs(exact - np.rint(exact)) <= 1e-6):
             return self.num_units, tuple(np.rint(exact).astype(int).tolist())
@@ -77,11 +77,13 @@ class ReuseErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedSchedule:
-    """`variants` has one entry per step, None where it is full. `cost` is in full steps per step: 1.0 is uncached."""
+    """A schedule, and what it was planned to cost and to do."""
 
     full_steps: tuple[int, ...]
     variants: tuple[int | None, ...]
+    """one per step, `None` where it is full"""
     cost: float
+    """in full steps per step: 1.0 is uncached"""
     predicted_error: float
 
     @property
@@ -102,7 +104,7 @@ def _check_coherence(coherence: float) -> None:
 def predict_error(
     errors: ReuseErrors, full_steps: Sequence[int], variants: Sequence[int | None], coherence: float = 1.0
 ) -> float:
-    """The error of the final sample: over segments, the sum of (1 - c) * sum(w e) + c * sum(sqrt(w e))**2.
+    """Return the error of the final sample: over segments, the sum of (1 - c) * sum(w e) + c * sum(sqrt(w e))**2.
 
     `ValueError` where `full_steps` and `variants` (one per step, None where full) contradict each other, or reuse what
     was not measured. A segment may mix variants.
@@ -119,7 +121,7 @@ def predict_error(
     total, spacing = 0.0, 1
     for start, end in zip(starts, [*starts[1:], num_steps], strict=True):
         if end - start > max_age + 1:
-            raise ValueError(f"ages up to {max_age} were measured, got {end - start - 1} behind step {start}")
+            raise ValueError(f"ages up to {max_age} were measured, got {end - start - 1} after step {start}")
         parts = []
         for step in range(start + 1, end):
             variant = variants[step]
@@ -132,7 +134,8 @@ def predict_error(
 
 
 def _segment_errors(errors: ReuseErrors, coherence: float) -> NDArray[np.float64]:
-    """The error of the segment of variant v from full step i on at spacing d with a reuse steps, at [v, i, d - 1, a].
+    """Return the error of the segment of variant v from full step i on at spacing d with a reuse steps, at [v, i, d -
+    1, a].
 
     Where it would run past the last step the entry means nothing.
     """
@@ -145,10 +148,10 @@ def _segment_errors(errors: ReuseErrors, coherence: float) -> NDArray[np.float64
 
 
 def plan(errors: ReuseErrors, *, coherence: float = 1.0, max_age: int | None = None) -> tuple[PlannedSchedule, ...]:
-    """Every schedule that no other one beats in both cost and predicted error, from the dearest to the cheapest.
+    """Return every schedule that no other one beats in both cost and predicted error, from the dearest to the cheapest.
 
     The first is the uncached one, of error 0, unless some reuse has error 0 too. Costs fall and errors rise strictly.
-    `max_age` limits the reuse steps behind a full one. `coherence` says how errors of a segment add: 1 in amplitude,
+    `max_age` limits the reuse steps after a full one. `coherence` says how errors of a segment add: 1 in amplitude,
     0 in power. `ValueError` for a coherence or max_age out of range.
     """
     _check_coherence(coherence)
@@ -209,7 +212,8 @@ def _backtrack(
     spacing: NDArray[np.intp],
     saved: NDArray[np.intp],
 ) -> NDArray[np.int16]:
-    """The variant at each step, -1 where full, of each of the schedules that end in the given states; all at once."""
+    """Return the variant at each step, -1 where full, of each of the schedules that end in the given states; all at
+    once."""
     num_steps = len(came_from) - 1
     at, spacing, saved = np.full(len(saved), num_steps), spacing.copy(), saved.copy()
     variants = np.full((len(saved), num_steps), -1, np.int16)
@@ -229,8 +233,8 @@ def _backtrack(
 def choose(
     front: Sequence[PlannedSchedule], *, speedup: float | None = None, psnr_db: float | None = None
 ) -> PlannedSchedule:
-    """Of a front from `plan`, the one of least error that is at least `speedup` times as fast as uncached, or the
-    cheapest one with a predicted PSNR of at least `psnr_db`.
+    """Return, of a front from `plan`, the one of least error that is at least `speedup` times as fast as uncached, or
+    the cheapest one with a predicted PSNR of at least `psnr_db`.
 
     `ValueError` where not exactly one of the two is given, or where nothing on the front attains it.
     """

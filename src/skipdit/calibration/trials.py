@@ -58,20 +58,20 @@ class Trials:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What calibration has seen of one site of one model.
-
-    errors: for each Taylor order (variants, steps, spacings, ages), see `ReuseErrors`. sensitivity: of each step.
-    reuse_costs: of each variant, in full steps. timesteps: of the run. reference: what the run samples in full, in
-    [0, 1].
-    """
+    """What calibration has seen of one site of one model."""
 
     site: Site
     errors: dict[int, np.ndarray]
+    """of each Taylor order (variants, steps, spacings, ages), see `ReuseErrors`"""
     sensitivity: Float[np.ndarray, " steps"]
+    """of each step"""
     reuse_costs: tuple[float, ...]
+    """of each variant, in full steps"""
     num_units: int
     timesteps: tuple[float, ...]
+    """of the run"""
     reference: Tensor
+    """what the run samples in full, in [0, 1]"""
 
     def reuse_errors(self, order: int) -> ReuseErrors:
         return ReuseErrors(
@@ -129,7 +129,7 @@ class RecordingSteps:
     def _reuses(
         self, history: deque[Stored], region: Region, order: int, step: int
     ) -> Iterator[tuple[int, int, Derivatives]]:
-        """Spacing, age and derivatives of every reuse that could be at this step."""
+        """Yield spacing, age and derivatives of every reuse that could be at this step."""
 
         def values(age: int) -> Values:
             return history[age - 1][region.name]
@@ -161,14 +161,15 @@ class RecordingSteps:
 def recorded(
     pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module, list[Part]], Steps]
 ) -> Iterator[tuple[Cache, Steps]]:
-    """Inside, the pipeline's transformer makes its steps by what `make` returns, which this yields with the cache."""
+    """Let the pipeline's transformer make its steps by what `make` returns inside the block; yield it with the
+    cache."""
     method = CacheMethod(schedule=IntervalSchedule(interval=1), site=site)
     with cached(pipeline, method, make=make) as cache:
         yield cache, cast(Steps, cache.runtimes[0].stepper)
 
 
 def probed_steps(num_steps: int, num_probed: int) -> list[int]:
-    """Steps 1 to the last, `num_probed` of them at most, denser at both ends."""
+    """Return steps 1 to the last, `num_probed` of them at most, denser at both ends."""
     places = (1 - np.cos(np.linspace(0, np.pi, num_probed))) / 2
     return sorted({1 + round(float(place) * (num_steps - 2)) for place in places})
 
@@ -181,12 +182,12 @@ def measure(
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> Measured:
-    """What reuse at this site costs in this pipeline.
+    """Measure what reuse at this site costs in this pipeline.
 
     sample: runs the pipeline once, on the same seeds each time, and gives pictures or frames in [0, 1]. advance: called
-    once a step of each such run; there are 1 + `trials.num_probed` runs.
+    once per step of each such run; there are 1 + `trials.num_probed` runs.
 
-    `ValueError` where the model has not the site, or a run has fewer than 3 steps.
+    `ValueError` where the model lacks the site, or a run has fewer than 3 steps.
     """
     with recorded(pipeline, site, lambda model, parts: RecordingSteps(model, parts, trials, advance)) as (
         cache,
@@ -230,14 +231,16 @@ def measure(
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """How outputs of branches change. relative: for each kind (steps, ages), the L1 distance of a step's outputs from
-    those `age` (from 1) steps before over the norm of those; NaN before the first step. shares: of each kind in a full
-    step's work. reference: what the run samples in full, in [0, 1]."""
+    """How outputs of branches change."""
 
     relative: dict[BranchKind, np.ndarray]
+    """of each kind (steps, ages): the L1 distance of a step's outputs from those `age` (from 1) steps before, over the
+    norm of those; NaN before the first step"""
     shares: dict[BranchKind, float]
+    """of each kind in a full step's work"""
     timesteps: tuple[float, ...]
     reference: Tensor
+    """what the run samples in full, in [0, 1]"""
 
     def compute_ratio(self, method: CacheMethod) -> float:
         saved = sum(
@@ -276,7 +279,7 @@ class ChangeRecordingSteps:
 
 
 def smooth_errors(pipeline: DiffusionPipeline, sample: Sample, *, max_age: int) -> Changes:
-    """One pass of SmoothCache's calibration (arXiv 2411.10510). sample: as in `measure`."""
+    """Make one pass of SmoothCache's calibration (arXiv 2411.10510). sample: as in `measure`."""
     with recorded(pipeline, BranchOutputs(EVERY), lambda model, parts: ChangeRecordingSteps(model, parts, max_age)) as (
         cache,
         recorder,
@@ -294,7 +297,8 @@ def smooth_errors(pipeline: DiffusionPipeline, sample: Sample, *, max_age: int) 
 
 
 def smooth_schedule(changes: Changes, threshold: float) -> CacheMethod:
-    """A branch reuses as long as its outputs are nearer than `threshold` to those it holds."""
+    """Return the schedule by which a branch reuses as long as its outputs are nearer than `threshold` to those it
+    holds."""
     parts = []
     for kind, relative in changes.relative.items():
         full = [0]

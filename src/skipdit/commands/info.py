@@ -80,8 +80,10 @@ def _print_model(path: str, options: InfoOptions) -> None:
     config, links = transformer.config, transformer.long_skip_links
     width = config.num_attention_heads * config.attention_head_dim
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
-    print(f"{type(transformer).__name__} ({model.sampler.task}): {links.num_units} units of width {width}, ", end="")
-    print(f"{config.num_attention_heads} heads, patch {config.patch_size}, {num_parameters:,} parameters")
+    print(f"{type(transformer).__name__} ({model.sampler.task.name}): {links.num_units} units of ", end="")
+    print(
+        f"width {width}, {config.num_attention_heads} heads, patch {config.patch_size}, {num_parameters:,} parameters"
+    )
     frames = [config[name] for name in ("num_frames", "video_length") if name in config]
     sizes = (*frames, config.in_channels, config.sample_size, config.sample_size)
     classes = f", {config.num_classes} classes" if config.get("num_classes") else ""

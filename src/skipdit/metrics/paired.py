@@ -34,17 +34,16 @@ def check_ssim_size(*sides: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedScore:
-    """Mean and standard deviation of a distance over those of `num` pictures where it is finite.
-
-    num_equal: pictures that are equal to the bit, whose PSNR is infinite; if all are, the mean is infinite. num_broken:
-    pictures with NaN or infinite pixels; if there are any, the mean is NaN.
-    """
+    """Mean and standard deviation of a distance over those of `num` pictures where it is finite."""
 
     mean: float
+    """infinite if all pictures are equal and the distance is PSNR; NaN if any is broken"""
     std: float
     num: int
     num_equal: int = 0
+    """pictures that are equal to the bit, whose PSNR is infinite"""
     num_broken: int = 0
+    """pictures with NaN or infinite pixels"""
 
     @classmethod
     def of(cls, values: Float[Tensor, " batch"]) -> "PairedScore":

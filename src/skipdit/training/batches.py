@@ -15,7 +15,8 @@ from skipdit.diffusion import Objective, device_tables, sample_timesteps, traini
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import kept_tokens
-from skipdit.tasks import Trainee
+from skipdit.tasks.training import TrainingTask
+from skipdit.text import PromptStates
 from skipdit.training.config import TrainConfig
 from skipdit.training.routing import StepKind, StepKinds, draw_kept_tokens, make_plans
 
@@ -30,14 +31,13 @@ def step_generator(config: TrainConfig, rank: int, step: int, device: torch.devi
 
 @dataclass(frozen=True)
 class Batch:
-    """x_start (b c h w) or (b f c h w) in [-1, 1], noise of its shape, timesteps (b), labels (b) or (b n): classes or
-    captions, some of them null. kept (b k) or (1 k): the tokens that deep units see; `None` where they see all, or
-    none."""
+    """x_start (b c h w) or (b f c h w) in [-1, 1], noise of its shape, timesteps (b), conditions: as the task draws
+    them, some left out. kept (b k) or (1 k): the tokens that deep units see; `None` where they see all, or none."""
 
     x_start: Tensor
     noise: Tensor
     timesteps: Tensor
-    labels: Tensor
+    conditions: Tensor | PromptStates
     kept: Tensor | None = None
 
 
@@ -45,7 +45,7 @@ def prepare_batch(
     pixels: Tensor,
     labels: Tensor,
     config: TrainConfig,
-    task: Trainee,
+    task: TrainingTask,
     generator: torch.Generator,
     device: torch.device,
     kept_share: float | None = None,
@@ -57,38 +57,30 @@ def prepare_batch(
     at, size = generator.device, len(pixels)
     pixels, labels = as_floats(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
-    def draw_true(share: float, ndim: int) -> Tensor:
-        """Draw for each sample whether; (b 1 ...) of so many dimensions."""
-        drawn = torch.rand(size, generator=generator, device=at) < share
-        return drawn.view(-1, *[1] * (ndim - 1)).to(device, non_blocking=True)
-
     pixels = task.items.draw(pixels, config.flip, generator)
-    if task.num_variants > 1:
-        variants = torch.randint(task.num_variants, (size,), generator=generator, device=at)
-        labels = labels * task.num_variants + variants.to(device, non_blocking=True)
-    labels = torch.where(draw_true(config.label_dropout, labels.ndim), task.null_label, labels)
+    conditions = task.draw_conditions(labels, config.label_dropout, generator)
     noise = torch.randn(pixels.shape, generator=generator, device=at).to(device, non_blocking=True)
     timesteps = sample_timesteps(config.objective, size, generator).to(device, non_blocking=True)
     kept = None
     if kept_share is not None:
-        num_draws = 1 if task.shares_tokens else size
+        num_draws = 1 if task.model.shares_tokens else size
         kept = draw_kept_tokens(num_draws, task.num_tokens, kept_share, generator).to(device, non_blocking=True)
-    return Batch(x_start=pixels, noise=noise, timesteps=timesteps, labels=labels, kept=kept)
+    return Batch(x_start=pixels, noise=noise, timesteps=timesteps, conditions=conditions, kept=kept)
 
 
 def batch_loss(
-    task: Trainee, model: nn.Module, objective: Objective, batch: Batch, plan: ForwardPlan = PLAIN
+    task: TrainingTask, model: nn.Module, objective: Objective, batch: Batch, plan: ForwardPlan = PLAIN
 ) -> Tensor:
     """Return the mean loss of a batch under a plan that may route tokens."""
     stored = None if batch.kept is None else kept_tokens(batch.kept)
 
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        return task.predict(model, noisy, timesteps, batch.labels, plan=plan, stored=stored)
+        return task.predict(model, noisy, timesteps, batch.conditions, plan=plan, stored=stored)
 
     return training_loss(predict, objective, batch.x_start, batch.noise, batch.timesteps).loss.mean()
 
 
-def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) -> StepKinds:
+def find_step_kinds(task: TrainingTask, config: TrainConfig, device: torch.device) -> StepKinds:
     """Return what the steps of a run do with their tokens, and count what one sample costs in each."""
     task.prepare(device)
     device_tables(device)  # else made below, of tensors without memory
@@ -97,7 +89,9 @@ def find_step_kinds(task: Trainee, config: TrainConfig, device: torch.device) ->
     return StepKinds(config.routing, plans, flops)
 
 
-def _sample_flops(task: Trainee, config: TrainConfig, kind: StepKind, plan: ForwardPlan, device: torch.device) -> int:
+def _sample_flops(
+    task: TrainingTask, config: TrainConfig, kind: StepKind, plan: ForwardPlan, device: torch.device
+) -> int:
     """Forward and backward, on tensors that have shapes and no memory, so that nothing is computed.
 
     Attention counts as two products forward and four backward, whichever kernel computes it; what gradient

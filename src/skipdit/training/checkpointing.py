@@ -26,7 +26,7 @@ from skipdit.files import (
     write_marker,
 )
 from skipdit.latents import LabelledLatents
-from skipdit.tasks import Items
+from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
 from skipdit.training.guard import WINDOW, GradientGuard, GuardState
 from skipdit.training.posthoc_ema import LENGTHS, PowerAverages

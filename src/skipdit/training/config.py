@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, Union, get_args
 
 import tyro
 from torch import nn
@@ -13,7 +13,9 @@ from skipdit.diffusion import Objective
 from skipdit.latents import LatentConfig
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_positive
-from skipdit.tasks import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.tasks import TASKS
+from skipdit.tasks.class_to_image import ModelConfig
+from skipdit.tasks.training import TransformerConfig
 from skipdit.training.routing import TokenRoutingConfig
 
 Precision = Literal["auto", "no", "bf16"]
@@ -23,7 +25,11 @@ Constrained = Literal["long_skips", "blocks"]
 ReleaseDType = Literal["float32", "bfloat16"]
 OnDevice = Literal["auto", "yes", "no"]
 Stage = Literal["full", "long-skips-only"]
-AnyModelConfig = ModelConfig | VideoModelConfig | TextToImageModelConfig | TextToVideoModelConfig
+
+if TYPE_CHECKING:
+    AnyModelConfig = TransformerConfig
+else:
+    AnyModelConfig = Union[tuple(task.model_config for task in TASKS.values())]  # noqa: UP007
 
 MAX_WORKERS = 256  # each is a process
 MAX_SEED = 2**31 - 1  # so that (seed, step, rank) fits into the 64 bits of a generator's seed

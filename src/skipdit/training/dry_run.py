@@ -10,7 +10,7 @@ from skipdit.checkpoints import load_model
 from skipdit.latents import LatentConfig, PlannedLatents
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
-from skipdit.tasks import FRESH, open_items
+from skipdit.tasks.training import FRESH, open_items
 from skipdit.training.batches import find_step_kinds
 from skipdit.training.config import TrainConfig
 from skipdit.training.loop import freeze_all_but_long_skips

@@ -25,9 +25,8 @@ from skipdit.environment import resolve_device
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.pictures import labelled_grid, to_pictures
-from skipdit.samplers import Sampler
 from skipdit.spectral import cap_spectral_norm, fold_spectral_caps, spectral_penalty
-from skipdit.tasks import Trainee, make_task_scheduler, open_items
+from skipdit.tasks.training import TrainingTask, make_task_scheduler, open_items
 from skipdit.training.batches import (
     ALL_RANKS,
     batch_loss,
@@ -100,7 +99,7 @@ def train(
     return out / "pipeline"
 
 
-def build_task(config: TrainConfig) -> Trainee:
+def build_task(config: TrainConfig) -> TrainingTask:
     """Return what a run trains, as it is before the first step."""
     items = open_items(config.data)
     torch.manual_seed(config.seed)
@@ -125,7 +124,7 @@ class Run:
         self,
         config: TrainConfig,
         accelerator: Accelerator,
-        task: Trainee,
+        task: TrainingTask,
         folder: RunFolder | None,
         out: Path,
         *,
@@ -393,9 +392,9 @@ def averaged(ema: EMAModel, model: nn.Module) -> Iterator[None]:
         model.train()
 
 
-def draw_samples(task: Trainee, config: TrainConfig) -> Image:
+def draw_samples(task: TrainingTask, config: TrainConfig) -> Image:
     """Return a labelled grid, of things spread over the data, from the run's seed; of clips some frames each."""
-    sampler: Sampler = task.sampler(task.model, make_task_scheduler(config.objective))
+    sampler = task.sampler(task.model, make_task_scheduler(config.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
     wanted, captions = task.showcase(config.num_samples)
     samples = sampler.sample(

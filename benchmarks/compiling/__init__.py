@@ -1,4 +1,5 @@
-"""What `torch.compile` makes of a model under every cache, ours and others: graphs, breaks, seconds.
+"""`skipdit bench compile`: what `torch.compile` makes of a model under every cache, ours and others: graphs, breaks,
+seconds.
 
 Each cache is measured by itself, in a fresh compiler, and its compiled runs take turns with uncached ones.
 """
@@ -12,11 +13,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from skipdit.benchmark.compile_report import COMPILE, GraphRow, Timing, report_of
+from skipdit.benchmark.checkout import load_from_checkout
 from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, compiled, progress_bar
 from skipdit.benchmark.models import check_compiler
-from skipdit.benchmark.rivals import load_rivals
-from skipdit.benchmark.single_steps import time_steps
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
@@ -26,6 +25,9 @@ from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import NumInferenceSteps, check_option, check_range
 from skipdit.runs import OwnCache, RunCache, Runner, switched_on
+
+from .report import COMPILE, GraphRow, Timing, report_of
+from .single_steps import time_steps
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
 SPECS = (
@@ -78,7 +80,7 @@ class CompileBenchConfig(BenchConfig):
     specs: tuple[str, ...] = SPECS
     """caches of skipdit"""
     rivals: tuple[str, ...] = RIVALS
-    """settings of other libraries' caches, which a checkout has in benchmarks/rivals"""
+    """settings of other libraries' caches"""
     timed: tuple[str, ...] = TIMED
     """which of both are also timed, compiled by Inductor"""
     num_inference_steps: NumInferenceSteps = 20
@@ -155,7 +157,7 @@ def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
         subjects.append(Subject("skipdit", spec, pipeline, cache, spec))
     if not config.rivals:
         return subjects
-    others, rivals = load_rivals().compiled_rivals(pipeline, config.rivals, config.num_inference_steps)
+    others, rivals = load_from_checkout("rivals").compiled_rivals(pipeline, config.rivals, config.num_inference_steps)
     subjects.append(Subject("diffusers", "no cache", others.pipeline))
     for rival in rivals:
         library = "cache-dit" if rival.name == "cache-dit" else "diffusers"
@@ -280,8 +282,6 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
     `ValueError` where the model is no class-to-image DiT with long skips; a cache that it refuses is a row with the
     reason.
     """
-    if config.rivals:
-        load_rivals()  # or say at once that they are not there
     with benchmark(config, out, COMPILE) as environment:
         source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer

@@ -1,0 +1,106 @@
+"""What the tasks that are asked for by class labels share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from skipdit.checkpoints.parts import read_labels
+from skipdit.diffusion import Objective
+from skipdit.pipelines import ClassPipeline
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
+from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped
+
+
+class LabelTask(Task):
+    """A task that is asked for by class labels, with a pipeline of skipdit. Abstract."""
+
+    option = "labels"
+    has_own_pipeline = True
+    pipeline_class: ClassVar[type[ClassPipeline]]
+    """the class named `pipeline_name`"""
+
+    def choose_from(
+        self, pipeline: ClassPipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
+    ) -> Chosen:
+        """Choose class numbers; `None` for each sample of a model without classes. The labels are names or numbers;
+        `ValueError` on one that is unknown."""
+        num_classes: int | None = pipeline.transformer.config.num_classes
+        values = values if count is None else values or showcase
+        count = count or len(values) or num_classes or 1
+        if num_classes is None:
+            if values:
+                raise ValueError(f"this model has no classes, got label {values[0]!r}")
+            return Chosen([None] * count, [f"clip {number + 1}" for number in range(count)])
+        numbers = [label_number(pipeline, value) for value in values] or spread(min(count, num_classes), num_classes)
+        chosen = list(islice(cycle(numbers), count))
+        names = {number: name for name, number in pipeline.labels.items()}
+        return Chosen(chosen, [names.get(number, str(number)) for number in chosen])
+
+    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+        names = None if transformer.config.num_classes is None else names
+        return Sampler(self, self.pipeline_class(transformer, scheduler, vae, names))
+
+    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
+        return read_labels(index, transformer.config.num_classes, folder)
+
+
+def label_number(pipeline: ClassPipeline, label: str) -> int:
+    """Return the number of a class that is given by its name or number; `ValueError` where there is none."""
+    if label.isdecimal() and label not in pipeline.labels:
+        num_classes = pipeline.transformer.config.num_classes
+        if int(label) >= num_classes:
+            raise ValueError(f"label numbers go from 0 to {num_classes - 1}, got {label}")
+        return int(label)
+    return pipeline.get_label_ids([label])[0]
+
+
+@dataclass(frozen=True)
+class LabelTraining(TrainingTask[Tensor]):
+    """A model that learns classes. Its conditions are class numbers (b), or (b n) of a sample of several pictures; a
+    condition that is left out is the model's null class. Abstract."""
+
+    @property
+    def knows_classes(self) -> bool:
+        """Return whether the model looks at the classes."""
+        return self.model.config.num_classes is not None
+
+    def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+        dropped = draw_dropped(given, dropout, generator).view(-1, *[1] * (given.ndim - 1))
+        return torch.where(dropped, self.model.null_class_label, given) if self.knows_classes else given
+
+    def showcase(self, count: int) -> tuple[list[Any], list[str]]:
+        if not self.knows_classes:
+            return [None] * count, [""] * count
+        chosen = spread(count, len(self.items.label_names))
+        return chosen, [self.items.label_names[label] for label in chosen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelModelConfig(LinkedConfig):
+    """The sizes of a model of skipdit. Abstract."""
+
+    qk_norm: bool | None = None
+    """norms of the queries and keys of each head (none in a fresh model), which keep attention stable at high rates"""
+
+    def check_start(self, start: Any, items: Items) -> None:
+        super().check_start(start, items)
+        num_classes, needed = start.config.num_classes, len(items.label_names)
+        if num_classes is not None and num_classes < needed:
+            raise ValueError(f"start_from knows {num_classes} classes, the data has {needed}")
+
+    def arguments(self, items: Items, objective: Objective) -> dict[str, Any]:
+        """Return what a fresh model for these data is made with."""
+        return {
+            "sample_size": items.size,
+            "in_channels": items.num_channels,
+            "out_channels": items.num_channels * (2 if objective.learned_variance else 1),
+            **self.sizes(),
+            "num_classes": len(items.label_names),
+            "qk_norm": bool(self.qk_norm),
+            "long_skip": self.long_skip,
+        }

@@ -1,0 +1,183 @@
+"""What the tasks that are asked for by prompts share: pipelines of diffusers, whose transformers hear a prompt through
+the sentence encoder of `skipdit.text` and see pixels or latents.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from skipdit.checkpoints.parts import part_class
+from skipdit.guidance import split_guidance
+from skipdit.pipelines import SamplingOptions
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
+from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped
+from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder, quiet
+from skipdit.untrusted import printable
+
+# diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
+LATENT_SCALE = 8
+
+
+class PromptTask(Task):
+    """A task that is asked for by prompts. Abstract."""
+
+    option = "prompt"
+    has_own_pipeline = False
+    absent_parts: ClassVar[dict[str, Any]]
+    """what its pipeline's class is given in the place of what it does without"""
+    width_option: ClassVar[str]
+    """what its transformers' configs call the width of an encoder's states"""
+
+    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+        """Choose prompts; `ValueError` where there are none."""
+        prompts = list(values or showcase)
+        if not prompts:
+            raise ValueError(f"a {self.name} model needs prompts, got none")
+        prompts = prompts if count is None else list(islice(cycle(prompts), count))
+        return Chosen(prompts, prompts)
+
+    def check_installed(self) -> None:
+        check_text_installed()
+
+    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+        self.check_installed()
+        with quiet():
+            pipeline_class = getattr(diffusers, self.pipeline_name)
+        pipeline = pipeline_class(vae=None, transformer=transformer, scheduler=scheduler, **self.absent_parts)
+        pipeline.register_modules(vae=vae)  # not before: its scale would be counted in, see `LATENT_SCALE`
+        return Sampler(self, pipeline)
+
+    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> None:
+        """Refuse a pipeline that hears prompts through an encoder of its own."""
+        has_encoder = part_class(index, "text_encoder", folder) is not None
+        if has_encoder or transformer.config.get(self.width_option) != WIDTH:
+            raise ValueError(
+                f"{printable(folder)} has a text encoder of its own: load it with diffusers' {self.pipeline_name}, "
+                "then call skipdit.enable_cache(pipeline, 'N2')"
+            )
+
+    def sample(self, pipeline: Any, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
+        if options.guidance_channels is not None:
+            raise ValueError(f"guidance_channels is for class-conditional models, got {options.guidance_channels}")
+        model, count = pipeline.transformer, len(conditions)
+        length = model.config.get("text_len_t5", MAX_PROMPT_TOKENS)
+        states = load_encoder().encode([*conditions, ""], length).to(model.device, model.dtype)
+        prompts, nothing = states[torch.arange(count)], states[torch.full((count,), count)]
+        size = model.config.sample_size * LATENT_SCALE
+        how = options.guidance, options.guidance_shallow_units, options.guidance_scale
+        with split_guidance(pipeline, *how) as guided:
+            output = guided(
+                **self.arguments(model, prompts, nothing),
+                height=size,
+                width=size,
+                guidance_scale=options.guidance_scale,
+                num_inference_steps=options.num_inference_steps,
+                generator=options.generator,
+                output_type="latent",
+            )
+        return (self.decode(pipeline.vae, output) / 2 + 0.5).clamp(0, 1)
+
+    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
+        """Return what the pipeline's call takes of prompts and, for each, of the empty one; and what it alone takes."""
+        raise NotImplementedError
+
+    def decode(self, vae: Any, output: Any) -> Tensor:
+        """Return pictures (b c h w) or clips (b f c h w) in [-1, 1] of what the pipeline returns."""
+        raise NotImplementedError
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass(frozen=True)
+class CaptionStates:
+    """The states of every caption of a data set, which may have several per item, and of the empty prompt."""
+
+    states: PromptStates
+    """those of all captions, item by item, and of the empty prompt last"""
+    num_variants: int
+    """captions per item"""
+
+    def select(
+        self, items: Int[Tensor, " batch"], variants: Int[Tensor, " batch"], dropped: Bool[Tensor, " batch"]
+    ) -> PromptStates:
+        """Return the states of one caption per item, and of the empty prompt where it is dropped."""
+        captions = items * self.num_variants + variants
+        return self.states[torch.where(dropped, len(self.states) - 1, captions)]
+
+
+@dataclass(frozen=True)
+class PromptTraining(TrainingTask[PromptStates]):
+    """A model that learns captions. Its conditions are the states of a caption per sample; a condition that is left out
+    is the empty prompt. Abstract."""
+
+    @property
+    def data(self) -> StoredItems:
+        return StoredItems(self.items, numbered=True)
+
+    def prepare(self, device: torch.device) -> None:
+        self.captions_on(device)
+
+    def captions_on(self, device: torch.device) -> CaptionStates:
+        """Return the states of all captions on a device, where they stay."""
+        if device not in self._captions_on:
+            states = self.captions.states.to(device, torch.float32)
+            self._captions_on[device] = replace(self.captions, states=states)
+        return self._captions_on[device]
+
+    @cached_property
+    def _captions_on(self) -> dict[torch.device, CaptionStates]:
+        return {}
+
+    @cached_property
+    def captions(self) -> CaptionStates:
+        """The states that the data comes with, or that are computed here, once.
+
+        `ValueError` where a caption is too long, or the states of the data are of another encoder.
+        """
+        num_variants = len(self.items.captions[0])
+        stored = self.items.states
+        if stored is None:
+            return CaptionStates(encode_captions(self.items.captions, self.items.names), num_variants)
+        if stored.tokens.shape[1:] != (MAX_PROMPT_TOKENS, WIDTH):
+            raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them anew")
+        return CaptionStates(stored, num_variants)
+
+    def draw_conditions(self, given: Tensor, dropout: float, generator: torch.Generator) -> PromptStates:
+        captions, variants = self.captions_on(given.device), torch.zeros_like(given)
+        if captions.num_variants > 1:
+            at = generator.device
+            drawn = torch.randint(captions.num_variants, (len(given),), generator=generator, device=at)
+            variants = drawn.to(given.device, non_blocking=True)
+        return captions.select(given, variants, draw_dropped(given, dropout, generator))
+
+    def showcase(self, count: int) -> tuple[list[str], list[str]]:
+        chosen = [self.items.captions[index][0] for index in spread(count, len(self.items))]
+        return chosen, chosen
+
+
+def encode_captions(captions: Sequence[Sequence[str]], names: Any) -> PromptStates:
+    """Return the states of every caption of every item, and of the empty prompt last.
+
+    names: what an error calls an item. `ValueError` where a caption is too long.
+    """
+    encoder, all_captions = load_encoder(), [caption for variants in captions for caption in variants]
+    try:
+        return encoder.encode([*all_captions, ""], MAX_PROMPT_TOKENS)
+    except ValueError as error:
+        lengths = encoder.count_tokens(all_captions)
+        too_long = [index for index, length in enumerate(lengths) if length > MAX_PROMPT_TOKENS]
+        if not too_long:
+            raise
+        first = names(too_long[0] // len(captions[0]))
+        what = f"{len(too_long)} of {len(all_captions)} captions are too long, the first is that of {first}"
+        raise ValueError(f"{error}: {what}") from error

@@ -1,0 +1,136 @@
+"""What a task is to the rest of skipdit, and how its pipelines are sampled, saved and opened."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from skipdit.checkpoints.parts import part_class, read_autoencoder, read_scheduler
+from skipdit.pipelines import SamplingOptions
+from skipdit.untrusted import printable
+
+if TYPE_CHECKING:
+    from skipdit.tasks.training import TransformerConfig
+
+LabelNames = dict[str, str] | None  # by class number, `None` for a task or data without
+
+
+class Chosen(NamedTuple):
+    """What is sampled: one condition (a class number, `None` or a prompt) and one caption per sample."""
+
+    conditions: list[Any]
+    captions: list[str]
+
+
+def spread(count: int, total: int) -> list[int]:
+    """Return so many of the numbers from 0 to `total - 1`, at even distances."""
+    return [index * total // count for index in range(count)]
+
+
+class Task:
+    """All that tells one task from the others. Abstract; a file of this folder has one, `TASK`."""
+
+    name: ClassVar[str]
+    """as users write it"""
+    option: ClassVar[str]
+    """the option of `skipdit sample` that asks for it"""
+    num_samples: ClassVar[int]
+    """how many are sampled by default"""
+    batch_size: ClassVar[int]
+    """how many of a set are sampled together by default"""
+    is_video: ClassVar[bool]
+    """whether samples are clips"""
+    pipeline_name: ClassVar[str]
+    """the class of its pipelines, as in their `model_index.json`"""
+    model_class: ClassVar[type[nn.Module]]
+    """the class of its transformers"""
+    model_config: ClassVar[type["TransformerConfig"]]
+    """what `skipdit train` builds one from"""
+    has_own_pipeline: ClassVar[bool]
+    """whether its pipeline is of skipdit: that takes any autoencoder, guides some channels alone, hands a learned
+    variance on to the scheduler, and needs no more than a transformer and what that predicts"""
+
+    def choose(
+        self, pipeline: Any, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
+    ) -> Chosen:
+        """Return what `count` samples show: in turn what was asked for, or else of `showcase`, or else of all that
+        there is. Without a count, everything that was asked for, or all that there is.
+
+        asked: the values of each option of `skipdit sample` that asks for something. `ValueError` where that is another
+        option than this task's, or more values than samples.
+        """
+        for option, values in asked.items():
+            if values and option != self.option:
+                raise ValueError(f"a {self.name} model takes --{self.option}, not --{option}")
+        values = asked.get(self.option, ())
+        if count is not None and len(values) > count:
+            raise ValueError(f"num_samples must be at least the number of --{self.option}, {len(values)}, got {count}")
+        return self.choose_from(pipeline, values, count, showcase)
+
+    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+        """Do what `choose` does, given the values of this task's option."""
+        raise NotImplementedError
+
+    def check_installed(self) -> None:
+        """Raise `ValueError`, with what to install, where something optional is missing that the task needs."""
+
+    def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
+        """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition."""
+        raise NotImplementedError
+
+    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> "Sampler":
+        """Return a pipeline around a transformer, ready to be sampled. names: of its classes."""
+        raise NotImplementedError
+
+    def open(self, folder: Path, transformer: Any, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
+        """Return the pipeline that a folder holds, around its transformer. index: its `model_index.json`.
+
+        `ValueError` naming the folder where something in it is missing, foreign or broken.
+        """
+        if not isinstance(transformer, self.model_class):
+            raise ValueError(
+                f"{printable(folder)} is not a whole {self.pipeline_name}: its transformer is of another class"
+            )
+        label_names = self.read_label_names(folder, transformer, index)
+        vae = None if part_class(index, "vae", folder) is None else read_autoencoder(folder / "vae", dtype)
+        scheduler_class = part_class(index, "scheduler", folder)
+        if scheduler_class is None:
+            raise ValueError(f"{printable(folder)} is not a whole {self.pipeline_name}: it has no scheduler")
+        return self.sampler(transformer, read_scheduler(folder, scheduler_class), vae, label_names)
+
+    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
+        """Return the names of its classes. `ValueError` where it is a pipeline that this task is not about."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Sample a pipeline as its task does."""
+
+    task: Task
+    """what the pipeline does"""
+    pipeline: Any
+    """a pipeline of diffusers or of skipdit"""
+
+    @property
+    def picture_size(self) -> int:
+        """Return the side of what it makes in pixels."""
+        vae = self.pipeline.vae
+        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        return self.pipeline.transformer.config.sample_size * scale
+
+    def sample(self, conditions: Sequence[Any], **options: Any) -> Tensor:
+        """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition: a class number, `None` of a
+        model without classes, or a prompt. options: the fields of `SamplingOptions`."""
+        return self.task.sample(self.pipeline, conditions, SamplingOptions(**options))
+
+    def save(self, folder: Path, max_shard_size: str) -> None:
+        """Write the parts that there are; of those that a text pipeline of diffusers lacks its own saving complains."""
+        self.pipeline.save_config(folder)
+        self.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
+        self.pipeline.scheduler.save_pretrained(folder / "scheduler")
+        if self.pipeline.vae is not None:
+            self.pipeline.vae.save_pretrained(folder / "vae")

@@ -1,0 +1,89 @@
+"""Text-to-video: diffusers' Latte on clips with captions."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import LatteTransformer3DModel
+from torch import Tensor, nn
+
+from skipdit.diffusion import Objective
+from skipdit.models.inflate import inflate_text_latte, init_latte_t2v
+from skipdit.pipelines import decode_latents
+from skipdit.tasks.class_to_image import load_pictures_pipeline
+from skipdit.tasks.prompts import PromptTask, PromptTraining
+from skipdit.tasks.training import Items, LinkedConfig, refuse_other_grid
+from skipdit.text import WIDTH, PromptStates
+
+
+@dataclass(frozen=True)
+class TextToVideoTraining(PromptTraining):
+    """A LatteTransformer3DModel that learns clips."""
+
+    def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: PromptStates, **plan: Any) -> Any:
+        return model(noisy.transpose(1, 2), timestep=timesteps, encoder_hidden_states=conditions.tokens, **plan)
+
+    def prediction(self, sample: Tensor) -> Tensor:
+        return sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextToVideoModelConfig(LinkedConfig):
+    """The sizes of diffusers' LatteTransformer3DModel with long skips."""
+
+    training = TextToVideoTraining
+    inflate: str | None = None
+    """start from the weights of this class-to-image model, as for class-to-video; text and time start unheard"""
+
+    def check_items(self, items: Items) -> None:
+        super().check_items(items)
+        if items.num_pictures:
+            raise ValueError(f"a {self.task.name} model trains without num_pictures, got {items.num_pictures}")
+
+    def make(self, items: Items, objective: Objective) -> LatteTransformer3DModel:
+        sizes = self.sizes()
+        model = LatteTransformer3DModel(
+            **sizes,
+            in_channels=items.num_channels,
+            out_channels=2 * items.num_channels,
+            cross_attention_dim=sizes["num_attention_heads"] * sizes["attention_head_dim"],
+            attention_bias=True,
+            sample_size=items.size,
+            activation_fn="gelu-approximate",
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_single",
+            norm_elementwise_affine=False,
+            norm_eps=1e-6,
+            caption_channels=WIDTH,
+            video_length=cast(int, items.num_frames),
+        )
+        init_latte_t2v(model)
+        self.link(model)
+        if self.inflate is not None:
+            inflate_text_latte(model, load_pictures_pipeline(self.inflate).transformer)
+        return model
+
+    def fit(self, start: LatteTransformer3DModel, items: Items) -> None:
+        refuse_other_grid(start, sample_size=items.size, video_length=items.num_frames)
+
+
+class TextToVideo(PromptTask):
+    """Clips of prompts."""
+
+    name = "text-to-video"
+    num_samples, batch_size, is_video = 4, 4, True
+    pipeline_name = "LattePipeline"
+    model_class, model_config = LatteTransformer3DModel, TextToVideoModelConfig
+    width_option = "caption_channels"
+    absent_parts: ClassVar[dict[str, Any]] = {"text_encoder": None, "tokenizer": None}
+
+    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
+        arguments = {"prompt_embeds": prompts.tokens, "negative_prompt": None, "negative_prompt_embeds": nothing.tokens}
+        return arguments | {"video_length": model.config.video_length}
+
+    def decode(self, vae: Any, output: Any) -> Tensor:
+        clips = output.frames.transpose(1, 2)
+        return torch.stack([decode_latents(vae, clip, len(clip)) for clip in clips])
+
+
+TASK = TextToVideo()
