@@ -392,7 +392,7 @@ def test_training_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("5\n", "line 1 is not as expected"),
         ("null\n", "line 1 is not as expected"),
         ('{"step": 1}', "missing required field `loss`"),
-        ('{"step": 1, "loss": NaN}\n', "NaN is not a number that JSON knows"),
+        ('{"step": 1, "loss": NaN}\n', "NaN is not a JSON number"),
         ('{"step": 1, "loss": "\x1b[2J"}\n', "line 1 is not valid JSON"),
         ('{"step": 1, "loss": 1e999}\n', "too large"),
         ('{"step": 1, "loss": 1}\nplain line\n', "line 2 is not valid JSON"),

@@ -418,7 +418,7 @@ def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
         ("", "is not valid JSON"),
         ("[]", "is not as expected"),
         ('{"of": {}, "batches": 1}', "missing required field `tallies`"),
-        ('{"of": {}, "batches": Infinity, "tallies": []}', "Infinity is not a number"),
+        ('{"of": {}, "batches": Infinity, "tallies": []}', "Infinity is not a JSON number"),
         ('{"of": {}, "batches": 1, "tallies": [{"values": [{"psnr": ["many"]}]}]}', "is not as expected"),
         ('{"of": {}, "batches": 1, "tallies": []}', "is of a run with other settings"),
         ('{"of": {"seed": 0}, "batches": 1, "tallies": []}', "is damaged: remove it"),

@@ -504,7 +504,7 @@ def test_folder_whose_weights_do_not_fit_its_config_is_refused(tmp_path: Path) -
 
 
 def test_folders_without_their_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no config\.json"):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json is not as expected: Expected `object`, got `array`"):
@@ -513,7 +513,7 @@ def test_folders_without_their_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "DiT"}')
-    with pytest.raises(ValueError, match=r"holds none of diffusion_pytorch_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has none of diffusion_pytorch_model\.safetensors"):
         load_model(tmp_path)
 
 

@@ -205,7 +205,7 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ({"num_attention_heads": 4}, "num_attention_heads is 2 in this checkpoint, got 4"),
-        ({"num_frames": 16}, "num_frames is no option of a HunyuanDiT2DModel, got 16"),
+        ({"num_frames": 16}, "num_frames is not an option of a HunyuanDiT2DModel, got 16"),
         ({"fusion": "replace"}, "fusion is None in this checkpoint"),
     ],
 )

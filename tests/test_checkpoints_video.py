@@ -16,7 +16,7 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.checkpoints import from_official, latte_t2v, load_model, save_official, to_diffusers, to_official
-from skipdit.checkpoints.keys import Told
+from skipdit.checkpoints.keys import LoadHints
 from skipdit.checkpoints.latte import skip_targets
 from skipdit.cli import main
 from skipdit.models.latte import Latte
@@ -197,7 +197,7 @@ def test_official_keys_of_the_published_text_to_video_model(
     assert len(state_dict) == num_tensors
     assert sum(tensor.numel() for tensor in state_dict.values()) == num_elements
     assert state_dict["caption_projection.y_embedding"].shape == (120, 4096)
-    read = latte_t2v.read(state_dict, Told()).model  # nothing need be told
+    read = latte_t2v.read(state_dict, LoadHints()).model  # nothing need be told
     assert isinstance(read, LatteTransformer3DModel)
     assert {name: read.config[name] for name in model.config if name[0] != "_"} == {
         name: model.config[name] for name in model.config if name[0] != "_"
@@ -273,7 +273,7 @@ def test_official_latte_format_refuses_what_it_cannot_hold(options: dict[str, An
         (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 16)}), "pos_embed must be the sine-cosine table"),
         (
             lambda s: [s.pop(key) for key in list(s) if key.startswith("blocks.7.")],
-            "an official Latte with long skips has a number of blocks divisible by 4, got 7",
+            "an official Latte with long skips must have a number of blocks divisible by 4, got 7",
         ),
     ],
 )
@@ -343,14 +343,14 @@ def test_diffusers_has_no_latte_with_classes() -> None:
 
 
 def test_models_without_an_official_format_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"official formats are those of .*DiT, got a Linear"):
+    with pytest.raises(ValueError, match=r"only .*DiT have an official format, got a Linear"):
         to_official(nn.Linear(2, 2))
 
 
 def test_frames_are_no_option_of_a_dit(tmp_path: Path) -> None:
     model = skipdit.DiT(sample_size=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=5)
     save_official(model, tmp_path / "dit.safetensors")
-    with pytest.raises(ValueError, match="num_frames is no option of a DiT, got 16"):
+    with pytest.raises(ValueError, match="num_frames is not an option of a DiT, got 16"):
         load_model(tmp_path / "dit.safetensors", num_attention_heads=2, num_frames=16)
 
 
@@ -511,7 +511,7 @@ def test_folder_of_another_family_plain_and_with_long_skips(tmp_path: Path) -> N
     skipdit.add_long_skips(loaded)
     loaded.save_pretrained(tmp_path / "skips")
     assert_same_weights(loaded, load_model(tmp_path / "skips"))
-    with pytest.raises(ValueError, match="official formats are those of"):
+    with pytest.raises(ValueError, match="have an official format"):
         save_official(loaded, tmp_path / "model.safetensors")
 
 
@@ -545,7 +545,7 @@ def test_family_that_diffusers_does_not_have(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "DeclaredTransformer"}')
     skipdit.models.families.FAMILIES["DeclaredTransformer"] = skipdit.Family()
     try:
-        with pytest.raises(ValueError, match="DeclaredTransformer is no class of diffusers"):
+        with pytest.raises(ValueError, match="DeclaredTransformer is not a diffusers class"):
             load_model(tmp_path)
     finally:
         del skipdit.models.families.FAMILIES["DeclaredTransformer"]

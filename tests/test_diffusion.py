@@ -272,5 +272,5 @@ def test_bad_objectives_are_named(options: dict, message: str, monkeypatch: pyte
 def test_wrong_scheduler_or_channels_are_named() -> None:
     with pytest.raises(ValueError, match="one of euler, dpm, got 'ddim'"):
         make_scheduler(Objective(process="flow", prediction_type="sample"), "ddim")
-    with pytest.raises(ValueError, match="must put out 6 channels"):
+    with pytest.raises(ValueError, match="must output 6 channels"):
         training_loss(lambda x, _: x, Objective(learned_variance=True), *torch.zeros(2, 1, 3, 4, 4), torch.tensor([3]))

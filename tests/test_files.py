@@ -250,7 +250,7 @@ def test_what_cannot_be_put_back_is_kept_for_the_next_run(
         patch.setattr(Path, "rename", fails)
         with pytest.raises(OSError, match="injected"):
             write_folder(path, a="2")
-    assert "could not be moved back, and stays: injected" in caplog.text
+    assert "stays, because it could not be moved back: injected" in caplog.text
     clean_up(tmp_path)
     assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
@@ -339,7 +339,7 @@ def test_a_changed_file_is_found(tmp_path: Path) -> None:
 def test_a_strange_marker_is_none(tmp_path: Path, marker: str) -> None:
     (tmp_path / MARKER).write_text(marker)
     assert read_marker(tmp_path)["files"] == {}
-    with pytest.raises(FileExistsError, match=r"skipdit\.json is no file that skipdit wrote"):
+    with pytest.raises(FileExistsError, match=r"skipdit\.json was not written by skipdit"):
         OutputFolder(tmp_path, "sample", overwrite=True)
     with pytest.raises(FileExistsError, match=r"skipdit\.json"), atomic_folder(tmp_path, "model", overwritten="*"):
         pass

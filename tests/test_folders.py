@@ -127,7 +127,7 @@ def test_metadata_of_the_whole_folder(folder: Path, caplog: pytest.LogCaptureFix
     (folder / "metadata.csv").write_text("file_name,text\ncat/0.png,one\ncat/1.png,two\ndog/7.png,three\n")
     (folder / "cat" / "1.txt").write_text("beside")
     assert opened(folder).captions == [("one",), ("beside",), ("dog",), ("dog",)]
-    assert "says nothing of 2 files here, and names 1 that are not here" in caplog.text
+    assert "has no entry for 2 files here, and names 1 that are not here" in caplog.text
 
 
 def test_metadata_without_captions_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -206,7 +206,7 @@ def test_folders_of_frames_have_no_times_which_is_said(tmp_path: Path, caplog: p
 def test_frames_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
     put_frames(tmp_path / "run" / "a")
     config = ClipConfig(source=str(tmp_path), num_frames=13, image_size=8)
-    with pytest.raises(UnreadableVideo, match=r"run/a is too short: frame 12 is wanted \(13 frames"):
+    with pytest.raises(UnreadableVideo, match=r"run/a is too short: frame 12 is needed \(13 frames"):
         open_clips(config)
     (tmp_path / "run" / "a" / "frame_2.png").write_bytes(b"nothing")
     with pytest.raises(UnreadableVideo, match=r"cannot read the picture .*frame_2\.png"):

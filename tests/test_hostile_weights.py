@@ -153,11 +153,11 @@ def one(builder: Callable[..., Any], name: str) -> Any:
         ("stride 0", "is larger than its record of 4 bytes"),
         ("many positions", "is larger than its record of 4 bytes"),
         ("2^40 positions", "is larger than its record of 4 bytes"),
-        ("one storage, many keys", "bytes, of which the file holds"),
+        ("one storage, many keys", "bytes, but the file stores"),
         ("deflated pickle", "its records are compressed"),
         ("large pickle", "its data.pkl has more than the 8,388,608 bytes"),
         ("many records", "it has 21,0.. records, at most 20,000"),
-        ("many layers", "its keys number 3,000 layers, at most 256"),
+        ("many layers", "its keys have 3,000 layers, at most 256"),
         ("sparse", r"would call torch\._utils\._rebuild_sparse_tensor"),
         ("meta", r"would call torch\._utils\._rebuild_meta_tensor_no_storage"),
         ("nested tensor", r"would call torch\._utils\._rebuild_nested_tensor"),
@@ -188,7 +188,7 @@ def test_a_wide_model_of_one_number_is_refused(tmp_path: Path) -> None:
     ("records", "change", "message"),
     [
         ("data.pkl", lambda data: b"\x80\x02](K\x00K\x01u.", "damaged"),  # SETITEMS on a list
-        ("data/0", lambda data: data[:-4], "2 of its storages have 2,048 bytes, of its records 1"),
+        ("data/0", lambda data: data[:-4], "2 of its storages, but 1 of its records, have 2,048 bytes"),
         ("", lambda data: data[:4], "damaged"),  # beyond the end of the file
     ],
 )
@@ -288,7 +288,7 @@ def test_other_odd_files_of_pipelines(tmp_path: Path) -> None:
         assert "no _class_name" in refusal(index, _class_name=name)
     for part in ("vae", "scheduler"):
         assert f"no library and class for its {part}" in refusal(index, **{part: []})
-    assert "'PNDM' is no scheduler of diffusers" in refusal(index, scheduler=["diffusers", "PNDM"])
+    assert "'PNDM' is not a diffusers scheduler" in refusal(index, scheduler=["diffusers", "PNDM"])
     assert "must be names by number" in refusal(index, id2label={"0": "cat", "1": 3})
     assert "must number 10 classes, got 'one'" in refusal(index, id2label={"one": "cat"})
     assert "makes no scheduler" in refusal(scheduler, beta_schedule="cubic")

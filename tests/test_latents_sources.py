@@ -283,7 +283,7 @@ def test_tars_are_read_where_they_lie(tmp_path: Path, caplog: pytest.LogCaptureF
         (tmp_path / "latents" / name).unlink()
     caplog.clear()
     assert encode_into(tmp_path / "latents", **options).content == items.content
-    assert "goes on after 2 shards" in caplog.text
+    assert "resuming after 2 existing shards" in caplog.text
 
 
 def test_videos_in_tars(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_streams_are_encoded_in_their_order_and_go_on(tmp_path: Path, caplog: py
     options |= {"streaming": True, "caption_column": "text", "shard_size": 4}
     items = encode_into(tmp_path / "latents", **options)
     assert items.label_names == ["bee", "ant"]  # no cow came
-    assert "left out: 1 classes of which nothing can be read: cow" in caplog.text
+    assert "left out: 1 classes without a readable item: cow" in caplog.text
     assert items.labels == rows["label"]
     assert items.captions == [(text,) for text in rows["text"]]
     folder = encode_into(tmp_path / "folder", source=str(data), vae=str(vae), image_size=16, shard_size=4)
@@ -425,6 +425,6 @@ def test_streams_are_encoded_in_their_order_and_go_on(tmp_path: Path, caplog: py
 
 def test_what_is_no_stream_is_refused_in_one_line(tmp_path: Path) -> None:
     vae = make_vae(tmp_path / "vae")
-    with pytest.raises(ValueError, match="is no `datasets` set that streams here") as caught:
+    with pytest.raises(ValueError, match="is not a `datasets` set that can be streamed here") as caught:
         encode_into(tmp_path / "x", source=str(tmp_path / "none.parquet"), vae=str(vae), image_size=16, streaming=True)
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from tiny import listing
 from skipdit.files import OutputFolder
 from skipdit.plots import (
     COLORS,
-    GREY,
+    GRAY,
     Heatmaps,
     Lines,
     Plot,
@@ -152,7 +152,7 @@ def test_lines_can_be_told_apart() -> None:
     styles = tradeoffs(20).styles()
     assert len(set(styles.values())) == len(styles)
     assert styles["ours"][0] == COLORS[0]
-    assert styles["steps"][0] == GREY
+    assert styles["steps"][0] == GRAY
 
 
 def test_both_figures_show_every_setting(tmp_path: Path) -> None:

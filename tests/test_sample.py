@@ -246,7 +246,7 @@ def test_a_bare_checkpoint_of_latents_needs_a_vae(config: SampleConfig, tmp_path
     AutoencoderKL(block_out_channels=(32, 32), latent_channels=8).save_pretrained(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"wide decodes latents of 8 channels, .*model makes 4"):
         sample_and_compare(dataclasses.replace(config, vae=tmp_path / "wide"))
-    with pytest.raises(FileNotFoundError, match="no folder of an autoencoder at nowhere"):
+    with pytest.raises(FileNotFoundError, match="no autoencoder folder at nowhere"):
         sample_and_compare(dataclasses.replace(config, vae=Path("nowhere")))
 
 

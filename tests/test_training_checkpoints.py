@@ -16,7 +16,7 @@ from training_runs import assert_same_run, checkpoint_names, make_config, make_d
 import skipdit.training.loop
 from skipdit.data import DataConfig
 from skipdit.diffusion import Objective
-from skipdit.files import MARKER, atomic_folder, file_digest, read_marker
+from skipdit.files import MARKER, atomic_folder, read_marker
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.processes import locked
 from skipdit.recipes import RECIPES
@@ -25,6 +25,7 @@ from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.training import SpectralConfig, TrainConfig, learning_rate_at, train
 from skipdit.training.checkpointing import PREVIOUS, checkpoint_path, list_checkpoints, step_of
 from skipdit.training.reporter import refuse_inputs
+from skipdit.untrusted import file_digest
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def test_frames_are_taken_by_their_time() -> None:
     assert bars(decode_video(io.BytesIO(content), "vfr", 4)) == [0, 1, 2, 3]
     assert bars(decode_video(io.BytesIO(content), "vfr", 3, fps=1)) == [4, 5, 6]
     assert bars(decode_video(io.BytesIO(content), "vfr", 3, 2, 1, fps=2)) == [4, 5, 6]
-    with pytest.raises(UnreadableVideo, match=r"vfr is too short: frame 3 is wanted \(9 frames, interval 1, start 0\)"):
+    with pytest.raises(UnreadableVideo, match=r"vfr is too short: frame 3 is needed \(9 frames, interval 1, start 0\)"):
         decode_video(io.BytesIO(content), "vfr", 9, fps=1)
 
 

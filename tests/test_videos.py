@@ -74,9 +74,9 @@ def test_every_format_is_read_from_the_wanted_frames(video: Path) -> None:
 
 
 def test_a_short_or_broken_video_is_named(video: Path) -> None:
-    with pytest.raises(UnreadableVideo, match=rf"{video.name} is too short: frame 16 is wanted \(17 frames"):
+    with pytest.raises(UnreadableVideo, match=rf"{video.name} is too short: frame 16 is needed \(17 frames"):
         read_video(video, 17)
-    with pytest.raises(UnreadableVideo, match=r"frame 16 is wanted \(3 frames, interval 8, start 0\)"):
+    with pytest.raises(UnreadableVideo, match=r"frame 16 is needed \(3 frames, interval 8, start 0\)"):
         read_video(video, 3, frame_interval=8)
     content = video.read_bytes()
     for broken in (content[: len(content) // 2], b"", b"not a video " * 20):
@@ -101,7 +101,7 @@ def test_a_damaged_frame_is_not_passed_on(tmp_path: Path) -> None:
 
 
 def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"notes\.txt is no video, allowed: \.3gp, .* \.avi, "):
+    with pytest.raises(ValueError, match=r"notes\.txt is not a video, allowed: \.3gp, .* \.avi, "):
         read_video(tmp_path / "notes.txt", 1)
     with pytest.raises(ValueError, match=r"cannot read the video .*none\.mp4: .*No such file"):
         read_video(tmp_path / "none.mp4", 1)
@@ -199,7 +199,7 @@ def test_writers_refuse_what_makes_no_video(tmp_path: Path) -> None:
         write_gif(tmp_path / "clip.gif", frames, 60)
     with pytest.raises(ValueError, match="scale must be at least 1, got 0"):
         write_gif(tmp_path / "clip.gif", frames, 10, scale=0)
-    with pytest.raises(ValueError, match="no encoder of no_such_encoder"):
+    with pytest.raises(ValueError, match="none of the encoders no_such_encoder"):
         write_mp4(tmp_path / "clip.mp4", frames, 10, encoders=["no_such_encoder"])
     assert list(tmp_path.iterdir()) == []
 
@@ -262,7 +262,7 @@ def test_runs_play_side_by_side(tmp_path: Path) -> None:
     assert corner(frames[2], (0, 255, 255)) == blue  # only its last frame is of another colour
     write_mp4(tmp_path / "runs.mp4", frames, 8)
     assert read_video(tmp_path / "runs.mp4", 3).shape[0] == 3
-    with pytest.raises(ValueError, match="all of one shape, got"):
+    with pytest.raises(ValueError, match="all of the same shape, got"):
         side_by_side({"full": full, "short": full[:, :2]}, ["a", "b"])
     with pytest.raises(ValueError, match="at least one run"):
         side_by_side({}, [])

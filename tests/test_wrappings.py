@@ -145,7 +145,7 @@ def test_projectors_are_named_and_dropped_when_asked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown key\(s\): projectors\.0\.0\.weight: .* drop='projectors'"):
         load_model(tmp_path / "repa.pt", num_attention_heads=2)
     assert_same_weights(model, load_model(tmp_path / "repa.pt", num_attention_heads=2, drop="projectors"))
-    with pytest.raises(ValueError, match="holds no key of heads to drop"):
+    with pytest.raises(ValueError, match="has no key of heads to drop"):
         load_model(tmp_path / "repa.pt", num_attention_heads=2, drop=("heads",))
 
 
@@ -154,7 +154,7 @@ def test_what_lies_beside_the_model_is_named_and_dropped_when_asked(tmp_path: Pa
     beside = {"loss.logvar": torch.zeros(1), "first_stage_model.conv.weight": torch.zeros(4)}
     content = {"state_dict": prefixed("model.diffusion_model.", official(model)) | beside}
     torch.save(content, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="drop can leave out what is not the model, of first_stage_model, loss, model"):
+    with pytest.raises(ValueError, match="drop can remove what is not the model, among first_stage_model, loss, model"):
         load_model(tmp_path / "last.ckpt", num_attention_heads=2)
     loaded = load_model(tmp_path / "last.ckpt", num_attention_heads=2, drop=("loss", "first_stage_model"))
     assert_same_weights(model, loaded)
@@ -230,7 +230,7 @@ def test_a_null_row_that_is_a_guess_is_named(
 ) -> None:
     save_file(official(tiny_dit(num_layers=2, num_classes=num_classes)), tmp_path / "model.safetensors")
     assert load_model(tmp_path / "model.safetensors", num_attention_heads=2).config.num_classes == num_classes
-    text = f"the last of the {num_classes + 1} rows of the class table is taken to mean no class"
+    text = f"the last of the {num_classes + 1} rows of the class table is assumed to mean no class"
     assert [text in record.getMessage() for record in caplog.records] == [True] * warned
 
 
@@ -256,7 +256,7 @@ def test_a_variant_is_asked_for_where_there_are_two(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give variant, one of ema, fp16"):
         load_model(tmp_path)
     assert_same_weights(other, load_model(tmp_path, variant="ema"))
-    with pytest.raises(ValueError, match="variant is for a folder, got 'fp16' for a file"):
+    with pytest.raises(ValueError, match="variant applies to a folder, got 'fp16' for a file"):
         load_model(tmp_path / "diffusion_pytorch_model.fp16.safetensors", variant="fp16")
 
 
@@ -264,12 +264,12 @@ def test_weights_that_are_there_twice_are_refused(tmp_path: Path) -> None:
     model = tiny_dit(num_layers=2)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     save_file(model.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="holds weights twice"):
+    with pytest.raises(ValueError, match="has weights twice"):
         load_model(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     first, second, *_ = sorted(tmp_path.glob("*-of-*"))
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(ValueError, match="which another of the files holds too"):
+    with pytest.raises(ValueError, match="which another of the files has too"):
         load_model(tmp_path)
 
 
@@ -520,13 +520,13 @@ def test_autoencoders_are_read(kind: str, tmp_path: Path) -> None:
 def test_autoencoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_vae(tmp_path, "plain")
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
-    with pytest.raises(ValueError, match=r"is none of AutoencoderKL, .*, but a AutoencoderDC"):
+    with pytest.raises(ValueError, match=r"must hold one of AutoencoderKL, .*, got AutoencoderDC"):
         read_autoencoder(tmp_path, torch.float32)
     save_vae(tmp_path, "plain")
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"missing key\(s\)"):
         read_autoencoder(tmp_path, torch.float32)
-    with pytest.raises(FileNotFoundError, match="no folder of an autoencoder"):
+    with pytest.raises(FileNotFoundError, match="no autoencoder folder"):
         read_autoencoder(tmp_path / "config.json", torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Short clips with a class label, from the bundled animated emoji, a folder of videos or a parquet file."""
+"""Read short clips with classes and captions from the bundled animated emoji, a folder of videos or a parquet file."""
 
 import io
 import logging
@@ -26,6 +26,7 @@ from skipdit.data import (
     pictures_beside,
 )
 from skipdit.folders import frames_in, scan_classes
+from skipdit.options import check_option, check_positive, check_range
 from skipdit.picture_files import check_side, to_rgb
 from skipdit.tables import Table, find_tables, read_table
 from skipdit.untrusted import open_regular, printable, printable_path
@@ -38,19 +39,19 @@ OnBroken = Literal["refuse", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Which clips are learned, and how frames are taken from them."""
+    """Which clips to train on, and how frames are taken from them."""
 
     source: str = "emoji-clips"
     """emoji-clips (bundled), a folder with one subfolder per class, a .parquet file or a folder of them"""
     image_size: int = 64
-    """side in pixels; other frames are resized on the shorter side and cropped in the centre"""
+    """side in pixels; other frames are resized on the shorter side and cropped in the center"""
     num_frames: int = 16
-    """frames of a clip as it is learned"""
+    """frames per clip"""
     frame_interval: int = 1
     """take one frame in this many"""
     fps: float | None = None
-    """frames per second that are taken first, by the time at which each shows; None takes each frame once, so that
-    clips of other frame rates move faster or slower. Folders of frames have no times: for them the interval alone
+    """resample to this many frames per second first, by the times of the frames; None takes each frame once, so that
+    clips of other frame rates move faster or slower. Folders of frames have no times: for them only the interval
     counts, with a warning"""
     clip_column: str = "clip"
     """column of the clips in a parquet file"""
@@ -61,49 +62,45 @@ class ClipConfig:
     num_pictures: int = 0
     """single frames of other clips beside each clip, for joint image-video training"""
     on_broken: OnBroken = "refuse"
-    """an unreadable or too short clip is an error (refuse), or is left out with a warning (skip)"""
+    """treat an unreadable or too short clip as an error (refuse), or leave it out with a warning (skip)"""
 
     def __post_init__(self) -> None:
         check_side(self.image_size)
-        for name in ("num_frames", "frame_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "num_frames", "frame_interval")
+        check_range(self, "num_pictures", least=0)
+        check_option(self, "on_broken", get_args(OnBroken))
         if self.fps is not None and not 0 < self.fps < float("inf"):
             raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
-        if self.num_pictures < 0:
-            raise ValueError(f"num_pictures must be at least 0, got {self.num_pictures}")
-        if self.on_broken not in get_args(OnBroken):
-            raise ValueError(f"on_broken must be one of {', '.join(get_args(OnBroken))}, got {self.on_broken!r}")
 
 
 @dataclass(frozen=True)
 class ClipFiles:
-    """Clips that nobody has decoded yet.
-
-    read: the frames of an index, one after the other, from a frame on, or `UnreadableVideo`. count: how many frames
-    such a clip may begin in. captions: one or more per clip. names: what an error calls a clip.
-    """
+    """Clips that are not decoded yet."""
 
     read: Callable[[int, int], Iterator[UInt8[np.ndarray, "height width 3"]]]
+    """yield the frames of clip `index` from frame `start` on, or raise `UnreadableVideo`"""
     count: Callable[[int], int]
+    """return the number of frames of a clip's source"""
     labels: Sequence[int]
+    """class of each clip"""
     label_names: Sequence[str]
+    """name of each class"""
     captions: Sequence[Sequence[str]]
+    """one or more texts per clip"""
     names: Callable[[int], str]
+    """return a clip's name in errors"""
 
 
 class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
     """Clips (num_frames + num_pictures, 3, size, size) in [-1, 1] with their class; with pictures, an int64 tensor
-    (1 + num_pictures,) of the clip's class and that of each picture. Which frames come along with a clip depends only
-    on its index, so that a resumed run sees the same.
+    (1 + num_pictures,) of the classes of the clip and of each picture. The pictures of a clip depend only on its index,
+    so that a resumed run sees the same.
 
-    Every clip is decoded once at the start, so that `ValueError` names a broken one before training; they are kept
-    where they fit into 1 GiB, and decoded again at each use otherwise.
+    Every clip is decoded once at the start, so that `ValueError` names a broken one before training. Clips are cached
+    if they fit into 1 GiB, and decoded again at each use otherwise. A class without a readable clip is removed.
 
-    read: the frames of an index, one after the other, or `UnreadableVideo`. captions: one or more per clip; the same
-    number of each, as the last is repeated. names: what an error calls a clip.
-
-    A class of which every clip is left out is no class of this data set.
+    read: yields the frames of an index, or raises `UnreadableVideo`. captions: one or more per clip, padded by
+    `pad_captions`. names: returns a clip's name in errors.
     """
 
     num_channels = 3
@@ -139,8 +136,8 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         kept_labels = [labels[index] for index in self._kept]
         lost = sorted(set(labels) - set(kept_labels))
         if lost:
-            shown = printable(", ".join(label_names[label] for label in lost))
-            LOGGER.warning("left out: %d classes without a readable clip: %s", len(lost), shown)
+            names_of_lost = printable(", ".join(label_names[label] for label in lost))
+            LOGGER.warning("left out: %d classes without a readable clip: %s", len(lost), names_of_lost)
         classes = [label for label in range(len(label_names)) if label not in set(lost)]
         self.label_names = [label_names[label] for label in classes]
         self.labels = [classes.index(label) for label in kept_labels]
@@ -163,7 +160,7 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
     def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
-        """Return what a step learns of a batch of items."""
+        """Return what a training step sees of a batch of items."""
         return flip_half(stored, draws) if flip else stored
 
     def _clip(self, index: int) -> UInt8[Tensor, "num_frames 3 size size"]:
@@ -175,17 +172,15 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
 
 
 def open_clips(config: ClipConfig) -> LabelledClips:
-    """The data set that a config names. `FileNotFoundError` / `ValueError` with one line where it cannot be had."""
+    """Open the data set of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
     found = find_clips(config)
-
-    def read(index: int) -> Iterator[np.ndarray]:
-        return found.read(index, 0)
-
-    return LabelledClips(read, found.labels, found.label_names, found.captions, config, found.names)
+    return LabelledClips(
+        lambda index: found.read(index, 0), found.labels, found.label_names, found.captions, config, found.names
+    )
 
 
 def find_clips(config: ClipConfig) -> ClipFiles:
-    """The clips that a config names, of which none is decoded. Errors as of `open_clips`."""
+    """Find the clips of a config without decoding them. Errors as for `open_clips`."""
     path = Path(config.source)
     if config.source == "emoji-clips":
         check_no_caption_column(config.source, config.caption_column)
@@ -200,7 +195,7 @@ def find_clips(config: ClipConfig) -> ClipFiles:
 
 
 def clips_of_emoji(config: ClipConfig) -> ClipFiles:
-    """The bundled animated emoji, a class per subgroup, captions as of the still emoji."""
+    """Return the bundled animated emoji, one class per subgroup, with captions like those of the still emoji."""
     with as_file(files("skipdit") / "assets" / "emoji" / "fluent_emoji_clips_16x64.parquet") as path:
         table = read_table([path], config.source, ["clip"], ["subgroup", "label", "tags"])
     captions = list(map(emoji_captions, table.values("label"), table.values("tags")))
@@ -208,14 +203,14 @@ def clips_of_emoji(config: ClipConfig) -> ClipFiles:
 
 
 def clips_from_folder(folder: Path, config: ClipConfig) -> ClipFiles:
-    """One subfolder per class, in alphabetical order; clips directly in `folder` make one class of that name. A folder
-    of pictures is a clip. The caption is the first line of `name.txt` beside the clip `name.*`, that of a metadata
+    """Read one subfolder per class, in alphabetical order; clips directly in `folder` form one class of that name. A
+    folder of pictures is a clip. A clip's caption is the first line of the text file beside it, that of a metadata
     file, or the class name.
     """
     found = scan_classes(folder, VIDEO_SUFFIXES, "videos", frame_folders=True)
     if config.fps is not None and (num_timeless := sum(path.is_dir() for path in found.items)):
         LOGGER.warning(
-            "fps has no effect on %d clips of %s that are folders of frames: these have no times, only frame_interval",
+            "fps has no effect on %d clips of %s that are folders of frames without times: frame_interval alone counts",
             *(num_timeless, printable_path(folder)),
         )
 
@@ -239,8 +234,8 @@ def clips_from_folder(folder: Path, config: ClipConfig) -> ClipFiles:
 
 
 def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> ClipFiles:
-    """Encoded videos, plain bytes or `{bytes, path}`; labels of any type become classes in sorted order, unless the
-    schema names them."""
+    """Read encoded videos, plain bytes or `{bytes, path}`. Labels of any type become classes in sorted order, unless
+    the schema names them."""
     caption = config.caption_column
     plain = [config.label_column, *([caption] if caption is not None else [])]
     table = read_table(paths, printable_path(config.source), [config.clip_column], plain)

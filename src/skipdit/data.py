@@ -1,4 +1,4 @@
-"""Pictures with a class label and captions, from the bundled emoji, a folder, parquet files or any `datasets` name."""
+"""Read pictures with classes and captions from the bundled emoji, a folder, parquet files or a `datasets` name."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -22,18 +22,18 @@ from skipdit.untrusted import printable, printable_path
 MAX_CACHED_BYTES = 2**30
 MAX_DECODED_AT_ONCE = 10_000
 MAX_CAPTION_TAGS = 3
-MAX_CAPTIONS = 2**24  # of a data set, as many for each picture as the one with most has
+MAX_CAPTIONS = 2**24  # of a data set, after padding: see `pad_captions`
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which pictures are learned, and at which size."""
+    """Which pictures to train on, and at which size."""
 
     source: str = "emoji"
     """emoji (bundled), a folder with one subfolder per class, a .parquet file or a folder of them, a folder that
     `datasets` saved, or the name of a `datasets` set"""
     image_size: int = 64
-    """side in pixels; other pictures are resized on the shorter side and cropped in the centre"""
+    """side in pixels; other pictures are resized on the shorter side and cropped in the center"""
     image_column: str = "image"
     """column of the pictures in a parquet file or a `datasets` set"""
     label_column: str = "label"
@@ -48,11 +48,11 @@ class DataConfig:
 
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):
-    """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are kept where they fit into 1 GiB; up to
+    """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are cached if they fit into 1 GiB; up to
     10,000 are decoded at once, so that `ValueError` names a broken one before training starts.
 
-    read: the picture of an index; `ValueError` names one that is broken. names: what an error calls a picture.
-    captions: one or more per picture, by default its class name; the same number of each, as the last is repeated.
+    read: returns the picture of an index; `ValueError` names a broken one. names: returns a picture's name in errors.
+    captions: one or more per picture, by default its class name, padded by `pad_captions`.
     """
 
     num_channels, num_frames, num_pictures = 3, None, 0
@@ -95,7 +95,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         return pixels, self.labels[index]
 
     def draw(self, stored: Tensor, flip: bool, draws: "Draws") -> Tensor:
-        """Return what a step learns of a batch of items."""
+        """Return what a training step sees of a batch of items."""
         return flip_half(stored, draws) if flip else stored
 
     def _decode(self, index: int) -> Tensor:
@@ -130,14 +130,14 @@ class Draws:
 
 
 def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], draws: Draws) -> Tensor:
-    """Mirror each picture or clip of a batch, or leave it, as a coin falls."""
+    """Mirror each picture or clip of a batch with probability 1/2."""
     flipped = draws.rand() < 0.5
     return torch.where(flipped.view(-1, *[1] * (pixels.ndim - 1)).to(pixels.device), pixels.flip(-1), pixels)
 
 
 def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: int) -> list[tuple[int, int]]:
-    """(clip, frame) of each picture that comes along with clip `index`: other clips, each once where there are enough.
-    Depends only on the index, so that a resumed run sees the same."""
+    """Return the (clip, frame) of each picture that accompanies clip `index`: from other clips, each used once if there
+    are enough. They depend only on the index, so that a resumed run sees the same."""
     generator = np.random.default_rng(index)
     num_others = max(1, num_clips - 1)
     steps = generator.choice(num_others, num_pictures, replace=num_others < num_pictures)
@@ -146,21 +146,21 @@ def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: i
 
 
 def as_floats(stored: Tensor) -> Tensor:
-    """Return what a model sees of stored numbers: of bytes pixels in [-1, 1], else the numbers in float32."""
+    """Return stored numbers as a model sees them: bytes as pixels in [-1, 1], others in float32."""
     return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
 
 
 def pad_captions(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """As many captions for each picture as the one with most has: the last is repeated. `ValueError` where that makes
-    more than `MAX_CAPTIONS`."""
+    """Repeat the last caption of each item until all have the same number. `ValueError` if that makes more than
+    `MAX_CAPTIONS`."""
     most = max(map(len, captions))
     if most * len(captions) > MAX_CAPTIONS:
         raise ValueError(f"{most} captions for each of {len(captions)} are too many: at most {MAX_CAPTIONS:,}")
-    return [(*given, *[given[-1]] * (most - len(given))) for given in captions]
+    return [(*texts, *[texts[-1]] * (most - len(texts))) for texts in captions]
 
 
 def open_pictures(config: DataConfig) -> LabelledPictures:
-    """The data set that a config names. `FileNotFoundError` / `ValueError` with one line where it cannot be had."""
+    """Open the data set of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
     path = Path(config.source)
     if config.source == "emoji":
         check_no_caption_column(config.source, config.caption_column)
@@ -172,20 +172,20 @@ def open_pictures(config: DataConfig) -> LabelledPictures:
     if path.is_dir():
         check_no_caption_column(config.source, config.caption_column)
         return from_folder(path, config.image_size)
-    if path.exists():  # its name is nothing to ask the hub for
+    if path.exists():  # do not ask the hub for the name of a file
         raise ValueError(f"{printable_path(path)} is neither a folder nor a .parquet file")
     return from_datasets(config)
 
 
 def check_no_caption_column(source: str, caption_column: str | None) -> None:
-    """`ValueError` where a column of captions is asked of what has its own."""
+    """Raise `ValueError` if a caption column is given for a source without columns."""
     if caption_column is not None:
         what = f"caption_column must be None, got {caption_column!r}"
         raise ValueError(f"{printable_path(source)} has its own captions: {what}")
 
 
 def from_emoji(size: int) -> LabelledPictures:
-    """The bundled emoji, a class per subgroup, with two captions: the name, and the name with tags."""
+    """Return the bundled emoji, one class per subgroup, with two captions: the name, and the name with tags."""
     with as_file(files("skipdit") / "assets" / "emoji" / "fluent_emoji_64.parquet") as path:
         texts = read_table([path], path.name, plain=["label", "tags"])
         captions = list(map(emoji_captions, texts.values("label"), texts.values("tags")))
@@ -193,17 +193,17 @@ def from_emoji(size: int) -> LabelledPictures:
 
 
 def emoji_captions(name: str, tags: Sequence[str]) -> tuple[str, str]:
-    """The name in lower case; the name followed by its first tags, of those that are no word of it."""
+    """Return the name in lower case, and the name followed by the first tags that are not words of it."""
     name = name.lower()
-    told = [tag.lower() for tag in tags if tag.lower() not in re.split(r"[\s“”:,()]+", name)]
-    return name, ", ".join([name, *told[:MAX_CAPTION_TAGS]])
+    new_tags = [tag.lower() for tag in tags if tag.lower() not in re.split(r"[\s“”:,()]+", name)]
+    return name, ", ".join([name, *new_tags[:MAX_CAPTION_TAGS]])
 
 
 def from_folder(folder: Path, size: int) -> LabelledPictures:
-    """One subfolder per class, in alphabetical order; pictures directly in `folder` make one class of that name. The
-    caption is the first line of `name.txt` beside the picture `name.*`, that of a metadata file, or the class name.
+    """Read one subfolder per class, in alphabetical order; pictures directly in `folder` form one class of that name.
+    A picture's caption is the first line of the text file beside it, that of a metadata file, or the class name.
 
-    Every header is read at once, so that a file that is no picture is named before training starts.
+    Every header is read at once, so that a file that is not a picture is named before training starts.
     """
     found = scan_classes(folder, PICTURE_SUFFIXES, "pictures")
     for path in found.items:
@@ -227,8 +227,8 @@ def from_table(
     caption_column: str | None = None,
     captions: Sequence[Sequence[str]] | None = None,
 ) -> LabelledPictures:
-    """Encoded pictures, plain bytes or `{bytes, path}`; labels of any type become classes in sorted order, unless the
-    schema names them. Captions are given, or those of a column, or the class names.
+    """Read encoded pictures, plain bytes or `{bytes, path}`. Labels of any type become classes in sorted order, unless
+    the schema names them. Captions are the given ones, those of a column, or the class names.
     """
     table = read_table(paths, source, [image_column], [label_column, *([caption_column] if caption_column else [])])
     labels, label_names = table.classes(label_column)
@@ -245,14 +245,14 @@ def from_table(
 
 
 def from_datasets(config: DataConfig) -> LabelledPictures:
-    """A data set of the `datasets` library, local or from the hub. Its pictures are opened here, as the library tries
-    every format of Pillow."""
+    """Open a data set of the `datasets` library, local or from the hub. Its pictures are decoded here, because the
+    library tries every format of Pillow."""
     import datasets
 
     source = printable_path(config.source)
     try:
         rows: Any = datasets.load_dataset(config.source, split=config.split)
-    except Exception as error:  # of `datasets`, and of what reads its files
+    except Exception as error:  # any error of `datasets` or its file readers
         raise ValueError(
             f"{source!r} is neither emoji, a folder, a .parquet file nor a `datasets` set that loads here: "
             + reason_of(error)
@@ -275,19 +275,19 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
         return f"{index} of {source}"
 
     def read(index: int) -> Image.Image:
-        found = rows[index][image]
-        content: Any = found["bytes"] if isinstance(found, dict) else found
-        place: Any = found["path"] if isinstance(found, dict) else None
-        if not content and not place:
+        cell = rows[index][image]
+        content: Any = cell["bytes"] if isinstance(cell, dict) else cell
+        file: Any = cell["path"] if isinstance(cell, dict) else None
+        if not content and not file:
             raise ValueError(f"cannot read the picture {name(index)}: the row has none")
-        return open_picture(content or Path(place), name(index))
+        return open_picture(content or Path(file), name(index))
 
     return LabelledPictures(read, name, labels, label_names, config.image_size, captions)
 
 
 class ShuffledForever(Sampler[int]):
-    """An endless stream of indices, each epoch in a new order that depends only on (seed, epoch): so that a resumed
-    run at `start` sees what an uninterrupted one would have seen. Process `rank` takes every `world_size`-th."""
+    """An endless stream of indices, each epoch in an order that depends only on (seed, epoch), so that a run resumed at
+    `start` sees what an uninterrupted one would have seen. Process `rank` takes every `world_size`-th."""
 
     def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
@@ -297,7 +297,7 @@ class ShuffledForever(Sampler[int]):
             yield from indices.tolist()
 
     def by_epoch(self) -> Iterator[Int[np.ndarray, " part"]]:
-        """Yield the same indices, those of each epoch together."""
+        """Yield the same indices, one array per epoch."""
         position = self.start + self.rank
         while True:
             epoch, offset = divmod(position, self.length)

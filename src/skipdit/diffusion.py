@@ -1,8 +1,8 @@
-"""What a diffusion transformer is trained to predict, and the schedulers that sample with that prediction.
+"""Training objectives of diffusion transformers, and the schedulers that sample with their predictions.
 
-Two processes: `"ddpm"` (1000 discrete steps, linear betas, as DiT) and `"flow"` (straight paths from data to noise,
-x_t = (1 - sigma) x_0 + sigma noise, with timestep = 1000 sigma). Everything here is a pure function of tensors but
-for the model call in `training_loss`.
+Two processes: `"ddpm"` (1000 discrete steps, linear betas, as in DiT) and `"flow"` (straight paths from data to noise,
+x_t = (1 - sigma) x_0 + sigma noise, with timestep = 1000 sigma). Except for the model call in `training_loss`,
+everything here is a pure function of tensors.
 """
 
 import math
@@ -38,7 +38,7 @@ PREDICTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What the model predicts, of which process, and where training puts its weight."""
+    """Objective of training: what the model predicts, for which process, with which weight per noise level."""
 
     process: Process = "ddpm"
     """the forward process: ddpm with its linear betas, or flow, from data to noise on straight lines"""
@@ -51,9 +51,9 @@ class Objective:
     """how training draws timesteps: uniform; logit_normal in sigma (arXiv 2403.03206), for a flow only; log_normal in
     the ratio of noise to signal (arXiv 2206.00364, table 1), for ddpm only, rounded to the nearest timestep"""
     logit_mean: float = 0.0
-    """mean of the logit of sigma, or of the logarithm of noise to signal, which for a flow are the same"""
+    """mean of the logit of sigma, which for a flow is the logarithm of noise to signal, or of that logarithm"""
     logit_std: float = 1.0
-    """its standard deviation"""
+    """standard deviation of the same"""
     min_sigma: float = 0.05
     """x-prediction of a flow is trained in velocity space: (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720"""
     min_snr_gamma: float | None = None
@@ -75,7 +75,7 @@ class Objective:
         if self.timestep_sampling == "logit_normal" and self.process != "flow":
             raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
         if self.timestep_sampling == "log_normal" and self.process != "ddpm":
-            raise ValueError("timestep_sampling 'log_normal' needs process 'ddpm': of a flow it is 'logit_normal'")
+            raise ValueError("timestep_sampling 'log_normal' needs process 'ddpm': for a flow use 'logit_normal'")
         check_numbers(self)
         if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
             raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
@@ -96,10 +96,15 @@ class DDPMTables:
     """Per-timestep coefficients (1000,) of the linear-beta process in float64 (arXiv 2006.11239, eqs. 4, 6, 7)."""
 
     alphas_cumprod: Tensor
+    """squared factor of x_0 in x_t"""
     posterior_mean_x0: Tensor
+    """factor of x_0 in the posterior mean"""
     posterior_mean_xt: Tensor
+    """factor of x_t in the posterior mean"""
     log_betas: Tensor
+    """logarithm of beta, the upper limit of a learned variance"""
     posterior_log_variance: Tensor
+    """logarithm of the posterior variance, the lower limit"""
 
 
 @lru_cache(maxsize=1)
@@ -120,12 +125,12 @@ def ddpm_tables() -> DDPMTables:
 
 @lru_cache
 def device_tables(device: torch.device) -> DDPMTables:
-    """Return the tables in float32 on a device, where they stay: a copy at each step would have to be waited for."""
+    """Return the tables in float32 on a device, where they stay: a copy per step would make the host wait."""
     return DDPMTables(**{name: table.float().to(device) for name, table in vars(ddpm_tables()).items()})
 
 
 def _at(table: Tensor, timesteps: Timesteps, ndim: int) -> Float[Tensor, "batch *ones"]:
-    """An entry a sample, to be broadcast over a tensor of `ndim` dimensions."""
+    """Return one entry per sample, to be broadcast over a tensor of `ndim` dimensions."""
     return _per_sample(table[timesteps.long()], ndim)
 
 
@@ -136,7 +141,7 @@ def _per_sample(values: Shaped[Tensor, " batch"], ndim: int) -> Shaped[Tensor, "
 def signal_and_noise_levels(
     objective: Objective, timesteps: Timesteps, ndim: int = 4
 ) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
-    """The factors of x_0 and of the noise in x_t, which has `ndim` dimensions."""
+    """Return the factors of x_0 and of the noise in x_t, which has `ndim` dimensions."""
     if objective.process == "flow":
         sigma = _per_sample(timesteps.float() / NUM_TRAIN_TIMESTEPS, ndim)
         return 1 - sigma, sigma
@@ -145,13 +150,13 @@ def signal_and_noise_levels(
 
 
 def add_noise(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
-    """x_t, the noisy input of the model."""
+    """Return x_t, the noisy input of the model."""
     signal, sigma = signal_and_noise_levels(objective, timesteps, x_start.ndim)
     return signal * x_start + sigma * noise
 
 
 def prediction_target(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
-    """What the model should put out for x_t."""
+    """Return what the model should output for x_t."""
     signal, sigma = signal_and_noise_levels(objective, timesteps, x_start.ndim)
     if objective.prediction_type == "epsilon":
         return noise
@@ -164,13 +169,13 @@ def prediction_target(objective: Objective, x_start: Images, noise: Images, time
 
 @lru_cache
 def log_noise_to_signal(device: torch.device) -> Tensor:
-    """Return ln(sigma / signal) of each timestep of the ddpm process (1000,), rising, on a device where it stays."""
+    """Return ln(sigma / signal) per timestep of the ddpm process (1000,), increasing, on a device where it stays."""
     alphas_cumprod = ddpm_tables().alphas_cumprod
     return (0.5 * ((1 - alphas_cumprod) / alphas_cumprod).log()).float().to(device)
 
 
 def sample_timesteps(objective: Objective, batch_size: int, generator: torch.Generator | None = None) -> Timesteps:
-    """Training timesteps (batch,) on the generator's device: integers for ddpm, real numbers in (0, 1000) for flow."""
+    """Draw training timesteps (batch,) on the generator's device: integers for ddpm, reals in (0, 1000) for flow."""
     device = torch.device("cpu") if generator is None else generator.device
     if objective.timestep_sampling == "log_normal":
         drawn = objective.logit_mean + objective.logit_std * torch.randn(batch_size, generator=generator, device=device)
@@ -190,12 +195,14 @@ def sample_timesteps(objective: Objective, batch_size: int, generator: torch.Gen
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Per-sample terms (batch,): `loss` is what is minimised, `mse` in the space of the prediction,
-    `variational_bound` in bits per dimension where the variance is learned."""
+    """Per-sample terms (batch,) of a loss."""
 
     loss: Tensor
+    """the term to minimize"""
     mse: Tensor
+    """squared error in the space of the prediction"""
     variational_bound: Tensor | None = None
+    """bits per dimension, if the variance is learned"""
 
 
 def training_loss(
@@ -205,9 +212,9 @@ def training_loss(
     noise: Images,
     timesteps: Timesteps,
 ) -> LossTerms:
-    """The loss of `predict(x_t, timesteps)` on one batch; `predict` is the model with its labels bound.
+    """Return the loss of `predict(x_t, timesteps)` on one batch; `predict` is the model with its labels bound.
 
-    `ValueError` where the model's channels do not fit the objective.
+    `ValueError` if the model's channels do not fit the objective.
     """
     noisy = add_noise(objective, x_start, noise, timesteps)
     prediction = predict(noisy, timesteps).float()
@@ -215,7 +222,7 @@ def training_loss(
     expected = 2 * channels if objective.learned_variance else channels
     if prediction.shape[-3] != expected:
         raise ValueError(
-            f"with learned_variance={objective.learned_variance} the model must put out {expected} channels "
+            f"with learned_variance={objective.learned_variance} the model must output {expected} channels "
             f"for inputs of {channels}, got {prediction.shape[-3]}"
         )
     error = prediction.narrow(-3, 0, channels) - prediction_target(objective, x_start, noise, timesteps)
@@ -228,36 +235,36 @@ def training_loss(
 
 
 def loss_weights(objective: Objective, timesteps: Timesteps) -> PerSample:
-    """The weight of the squared error of the prediction, by its noise level."""
+    """Return the weight of the prediction's squared error at each noise level."""
     signal, sigma = signal_and_noise_levels(objective, timesteps, ndim=1)
     prediction = objective.prediction_type
     if objective.min_snr_gamma is not None:
         snr = (signal / sigma).square()  # infinite at sigma 0
         if prediction == "epsilon":  # the error of x_0 is sigma / signal times that of the noise
             return (objective.min_snr_gamma / snr).clamp(max=1)
-        of_x_start = snr.clamp(max=objective.min_snr_gamma)
+        x_start_weight = snr.clamp(max=objective.min_snr_gamma)
         # the error of x_0 is sigma times that of either velocity
-        return of_x_start if prediction == "sample" else sigma.square() * of_x_start
+        return x_start_weight if prediction == "sample" else sigma.square() * x_start_weight
     if objective.process == "flow" and prediction == "sample":
         return sigma.clamp(min=objective.min_sigma).square().reciprocal()
     return torch.ones_like(sigma)
 
 
 def predicted_x_start(epsilon: Images, noisy: Images, timesteps: Timesteps) -> Images:
-    """x_0 from an epsilon prediction (arXiv 2006.11239, eq. 15 solved for x_0)."""
+    """Return x_0 from an epsilon prediction (arXiv 2006.11239, eq. 15 solved for x_0)."""
     alphas_cumprod = _at(device_tables(timesteps.device).alphas_cumprod, timesteps, noisy.ndim)
     return (noisy - (1 - alphas_cumprod).sqrt() * epsilon) / alphas_cumprod.sqrt()
 
 
 def posterior_mean(x_start: Images, noisy: Images, timesteps: Timesteps) -> Images:
-    """Mean of q(x_{t-1} | x_t, x_0) (arXiv 2006.11239, eq. 7)."""
+    """Return the mean of q(x_{t-1} | x_t, x_0) (arXiv 2006.11239, eq. 7)."""
     tables = device_tables(timesteps.device)
     x_start_factor = _at(tables.posterior_mean_x0, timesteps, noisy.ndim)
     return x_start_factor * x_start + _at(tables.posterior_mean_xt, timesteps, noisy.ndim) * noisy
 
 
 def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Images:
-    """Log variance between that of the posterior (-1) and beta (+1) (arXiv 2102.09672, eq. 15)."""
+    """Interpolate the log variance between that of the posterior (-1) and beta (+1) (arXiv 2102.09672, eq. 15)."""
     tables, ndim = device_tables(timesteps.device), variance_channels.ndim
     fraction = (variance_channels + 1) / 2
     lowest = _at(tables.posterior_log_variance, timesteps, ndim)
@@ -265,10 +272,10 @@ def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Ima
 
 
 def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
-    """One term of the bound in bits per dimension; the mean is detached, so only the variance learns from it.
+    """Return one term of the bound in bits per dimension; the mean is detached, so only the variance learns from it.
 
-    KL divergence of the model's step from the posterior; at timestep 0 the likelihood of 8-bit pixels
-    (arXiv 2102.09672, section 3.1).
+    The term is the KL divergence of the model's step from the posterior; at timestep 0 it is the likelihood of 8-bit
+    pixels (arXiv 2102.09672, section 3.1).
     """
     epsilon, variance_channels = prediction.chunk(2, dim=-3)
     model_mean = posterior_mean(predicted_x_start(epsilon.detach(), noisy, timesteps), noisy, timesteps)
@@ -288,8 +295,8 @@ def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, t
 
 
 def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_std: Images) -> Images:
-    """Log probability (nats) of 8-bit values scaled to [-1, 1] (arXiv 2006.11239, eq. 13), with the tanh form of the
-    normal distribution function that DDPM and DiT use."""
+    """Return the log probability (nats) of 8-bit values scaled to [-1, 1] (arXiv 2006.11239, eq. 13), with the tanh
+    approximation of the normal distribution function that DDPM and DiT use."""
 
     def distribution(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
@@ -310,11 +317,11 @@ def discretized_gaussian_log_likelihood(x: Images, mean: Images, log_std: Images
 def guide(
     output: Float[Tensor, "twice *frames channels height width"], guidance_scale: float, num_channels: int | None = None
 ) -> Images:
-    """Classifier-free guidance (arXiv 2207.12598): [conditional, unconditional] predictions
-    (2b ... c h w) become (b ... c h w).
+    """Apply classifier-free guidance (arXiv 2207.12598) to [conditional, unconditional] predictions (2b ... c h w);
+    return (b ... c h w).
 
-    num_channels (`int`, *optional*): guide the first few channels only, the others stay conditional; `None` guides all.
-        The official DiT sampler guides the first three of its four latent channels.
+    num_channels: guide this many first channels, the others stay conditional; None guides all. The official DiT sampler
+        guides the first three of its four latent channels.
     """
     conditional, unconditional = output.chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
@@ -328,12 +335,12 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddim", "dpm", "ddpm"), "flow
 
 
 def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
-    """A diffusers scheduler that samples with this objective's predictions; `ValueError` on a name it has not.
+    """Return a diffusers scheduler that samples with this objective's predictions; `ValueError` on an unknown name.
 
-    ddpm: `"ddpm"` (ancestral, from 999 down to 0 evenly, with the learned variance where there is one), `"ddim"` (eta
-    0, integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095).
-    flow: `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to whole numbers. Euler's method on a straight
-    path is DPM-Solver++ of order 1 in data space.
+    ddpm: `"ddpm"` (ancestral, evenly from 999 to 0, with the learned variance if there is one) and `"ddim"` (eta 0,
+    integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095). flow:
+    `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to integers. Euler's method on a straight path is
+    DPM-Solver++ of order 1 in data space.
     """
     if name not in SCHEDULERS[objective.process]:
         allowed = ", ".join(SCHEDULERS[objective.process])
@@ -359,9 +366,9 @@ def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
 
 
 def objective_of(scheduler: ConfigMixin) -> Objective:
-    """The objective that a scheduler samples for, read from its config (`use_flow_sigmas`, `prediction_type`).
+    """Return the objective that a scheduler samples for, from its config (`use_flow_sigmas`, `prediction_type`).
 
-    `ValueError` where the config does not say what is predicted.
+    `ValueError` if the config does not say what is predicted.
     """
     if "prediction_type" not in scheduler.config:
         raise ValueError(f"{type(scheduler).__name__} does not say what the model predicts, so it cannot be exchanged")
@@ -371,22 +378,22 @@ def objective_of(scheduler: ConfigMixin) -> Objective:
 
 
 def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inverted: bool = False) -> list[float]:
-    """Return the noise levels, from 0 to 1000, of a scheduler's list.
+    """Return the noise levels, from 0 to 1000, of a scheduler's timesteps.
 
-    inverted: the list rises as noise falls (Mochi); of one that goes from 0 to 1 that is known (OmniGen, MiniMax-H3).
-    Of sigmas above 1 (Cosmos 2), and of their logarithms (c_noise of EDM, arXiv 2206.00364, table 1), a level is the
-    share of noise, sigma / (1 + sigma).
+    inverted: timesteps increase as noise decreases (Mochi); for timesteps within [0, 1] their order shows it (OmniGen,
+    MiniMax-H3). For sigmas above 1 (Cosmos 2) and their logarithms (c_noise of EDM, arXiv 2206.00364, table 1), a level
+    is the share of noise, sigma / (1 + sigma).
     """
     most = max(timesteps)
-    full = 1 if most <= 1 else num_train_timesteps
-    if inverted or (full == 1 and timesteps[-1] > timesteps[0]):
-        shares = [1 - each / full for each in timesteps]
+    scale = 1 if most <= 1 else num_train_timesteps
+    if inverted or (scale == 1 and timesteps[-1] > timesteps[0]):
+        shares = [1 - timestep / scale for timestep in timesteps]
     elif min(timesteps) < 0 and most < 10:
-        shares = [1 / (1 + math.exp(-4 * each)) for each in timesteps]
-    elif most > 1.001 * full:
-        shares = [each / (full + each) for each in timesteps]
-    elif full == 1000:
+        shares = [1 / (1 + math.exp(-4 * timestep)) for timestep in timesteps]
+    elif most > 1.001 * scale:
+        shares = [timestep / (scale + timestep) for timestep in timesteps]
+    elif scale == 1000:
         return timesteps
     else:
-        shares = [each / full for each in timesteps]
+        shares = [timestep / scale for timestep in timesteps]
     return [round(1000 * share, 3) for share in shares]

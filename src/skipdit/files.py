@@ -1,11 +1,10 @@
-"""Files and folders appear whole or not at all, and are replaced only where a marker says that they are ours.
+"""Write files and folders whole or not at all, and replace only those that a marker lists as ours.
 
-The marker, a file `skipdit.json`, says which kind of run wrote which files of a folder, and their SHA-256. What it does
-not list belongs to somebody else and stays where it is.
+The marker, a file `skipdit.json`, lists the files that each kind of run wrote into a folder, with their SHA-256. Files
+that it does not list belong to somebody else and stay where they are.
 """
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -22,24 +21,26 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from skipdit.processes import Process, locked, this_process
-from skipdit.untrusted import open_regular, printable, read_bytes, read_json
+from skipdit.untrusted import file_digest, printable, read_bytes, read_json
 
 LOGGER = logging.getLogger(__name__)
 
 MARKER = "skipdit.json"
-GROWING = "appended to"  # in a marker, instead of the digest of a file that is still written
-DRAFT = ".skipdit-draft-"  # then the process, a dot and a token: see `_draft_name`
+GROWING = "appended to"  # in a marker, in place of the digest of a file that is still being written
+DRAFT = ".skipdit-draft-"  # followed by the process, a dot and a token: see `_draft`
 MAX_NAMED = 5  # files in a message
-SILENT_SECONDS = 24 * 3600.0  # in which a draft of another host has not changed: nobody works on it any more
+SILENT_SECONDS = 24 * 3600.0  # after so long without a change, another host's draft is taken to be abandoned
 
 _live_drafts: set[str] = set()
 
 
 class Marker(TypedDict):
-    """skipdit: its version. files: by the kind of run that wrote them, relative paths and their SHA-256."""
+    """Content of `skipdit.json`."""
 
     skipdit: str
+    """version that wrote it"""
     files: dict[str, dict[str, str]]
+    """SHA-256 by relative path, by the kind of run that wrote the files"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ class Marker(TypedDict):
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a draft path with the same suffix; it replaces `path` when the block ends without an error.
 
-    The draft is on disk before it takes its place, and has the permissions that the umask asks for.
+    The draft is synced to disk first, and has the permissions that the umask asks for.
     """
     path = absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +83,9 @@ def _plain(value: Any) -> Any:
         case Path():
             return str(value)
         case Mapping():
-            return {str(key): _plain(each) for key, each in value.items()}
+            return {str(key): _plain(entry) for key, entry in value.items()}
         case list() | tuple():
-            return [_plain(each) for each in value]
+            return [_plain(entry) for entry in value]
         case _ if is_dataclass(value) and not isinstance(value, type):
             return _plain(asdict(value))
     return value
@@ -96,22 +97,21 @@ def _plain(value: Any) -> Any:
 
 def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), *, even_damaged: bool = False) -> None:
     """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote
-    and nobody has changed since.
+    and nobody has changed since; also if it is a link or contains the working directory.
 
-    Also where it is a link, or somebody works inside it. overwritten: patterns of files that go, whoever wrote them.
-    even_damaged: files of ours go also where they have changed.
+    overwritten: patterns of files that may be deleted whoever wrote them. even_damaged: accept changed files of ours.
     """
     path = absolute(path)
     if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
         return
-    where = printable(path)
+    name = printable(path)
     if path.is_symlink() or not path.is_dir():
-        raise FileExistsError(f"{where} is not a folder that skipdit wrote: give a new name")
+        raise FileExistsError(f"{name} is not a folder that skipdit wrote: give a new name")
     if path in (Path.cwd(), *Path.cwd().parents):
-        raise FileExistsError(f"{where} is the folder in which this runs: give a new one")
+        raise FileExistsError(f"{name} is the folder in which this runs: give a new one")
     if kind not in read_marker(path)["files"] and not overwritten:
-        shown = _list_names(child.name for child in path.iterdir())
-        raise FileExistsError(f"{where} was not written by skipdit as a {kind} (it holds {shown}): give a new folder")
+        children = _list_names(child.name for child in path.iterdir())
+        raise FileExistsError(f"{name} was not written by skipdit as a {kind} (it holds {children}): give a new folder")
     check_marker(path)
     if not even_damaged:
         _check_unchanged(path, overwritten)
@@ -124,23 +124,22 @@ def _check_unchanged(path: Path, overwritten: Collection[str]) -> None:
 
 
 def check_apart(target: Path, inputs: Iterable[Path]) -> None:
-    """Raise `ValueError` where an input is `target` or lies inside it: replacing that would destroy it."""
+    """Raise `ValueError` if an input is `target` or lies inside it: replacing that would destroy it."""
     target = target.resolve()
-    for given in inputs:
-        if target in (given.resolve(), *given.resolve().parents):
-            raise ValueError(f"{printable(target)} holds the input {printable(given)}: give another output")
+    for source in inputs:
+        if target in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"{printable(target)} holds the input {printable(source)}: give another output")
 
 
 @contextmanager
 def atomic_folder(
     path: Path, kind: str, *, overwritten: Collection[str] = (), even_damaged: bool = False
 ) -> Iterator[Path]:
-    """Yield a draft folder that takes the place of `path` when the block ends without an error, with a marker in it.
+    """Yield a draft folder that replaces `path`, with a marker in it, when the block ends without an error.
 
-    What a user put into the folder of before stays in the new one. If anything fails on the way, the folder of before
-    is in its place again; a process that was killed leaves that to the next one (`clean_up`).
-    kind: what the marker calls the folder. overwritten: patterns of names of files that go, and are told, also where
-    somebody else wrote them. `FileExistsError`, and even_damaged, as `check_replaceable` says.
+    A user's files in the previous folder move to the new one. If anything fails, the previous folder is restored; after
+    a kill, the next run does that (`clean_up`). kind: the marker's name for the folder. overwritten: patterns of files
+    to delete, with a warning, whoever wrote them. even_damaged and `FileExistsError`: see `check_replaceable`.
     """
     path = absolute(path)
     clean_up(path.parent)
@@ -167,28 +166,28 @@ def atomic_folder(
 
 
 def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
-    """Move `path` to `work/old` and `work/new` to `path`; then what is a user's from the one to the other.
+    """Move `path` to `work/old` and `work/new` to `path`, then a user's files from the former to the latter.
 
-    Where that fails, `_remove_draft` puts `work/old` back.
+    If that fails, `_remove_draft` moves `work/old` back.
     """
-    old, new, going = work / "old", work / "new", []
+    old, new, doomed = work / "old", work / "new", []
     if path.is_dir():
         strays = _strays(path)
-        going = [name for name in (*strays, *(_changed(path) if overwritten else ())) if _is_any(name, overwritten)]
-        if taken := [name for name in strays if os.path.lexists(new / name) and name not in going]:
+        doomed = [name for name in (*strays, *(_changed(path) if overwritten else ())) if _is_any(name, overwritten)]
+        if taken := [name for name in strays if os.path.lexists(new / name) and name not in doomed]:
             raise FileExistsError(f"{printable(path)} holds files that skipdit did not write: {_list_names(taken)}")
-        if going:
-            LOGGER.warning("overwritten in %s: %s", printable(path), ", ".join(printable(name, 60) for name in going))
+        if doomed:
+            LOGGER.warning("overwritten in %s: %s", printable(path), ", ".join(printable(name, 60) for name in doomed))
         path.rename(old)
     new.rename(path)
     _sync(path.parent)
-    for name in going:
+    for name in doomed:
         (old / name).unlink()
     _keep_strays(old, path)
 
 
 def _is_any(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a path matches one of the patterns, folder by folder: `*` is no path."""
+    """Return True if a path matches one of the patterns, folder by folder: `*` does not match a slash."""
     parts = name.split("/")
     return any(
         len(parts) == len(pattern.split("/")) and all(map(fnmatchcase, parts, pattern.split("/")))
@@ -197,18 +196,18 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _changed(folder: Path) -> list[str]:
-    """Return the files that the marker of a folder lists and somebody has changed."""
+    """Return the files listed in a folder's marker that have changed since."""
     listed = {name: digest for names in read_marker(folder)["files"].values() for name, digest in names.items()}
-    return [name for name, digest in listed.items() if (folder / name).is_file() and not _is_as(folder / name, digest)]
+    return [name for name, entry in listed.items() if (folder / name).is_file() and not _is_same(folder / name, entry)]
 
 
-def _is_as(path: Path, listed: str) -> bool:
-    """Whether a file is as a marker lists it."""
-    return listed == GROWING or file_digest(path) in listed.split()
+def _is_same(path: Path, entry: str) -> bool:
+    """Return True if a file is as its entry in a marker says."""
+    return entry == GROWING or file_digest(path) in entry.split()
 
 
 def _strays(folder: Path) -> list[str]:
-    """Return the paths in a folder that its marker does not list, those of folders only where they are empty."""
+    """Return the paths in a folder that its marker does not list; of folders, the empty ones only."""
     ours = {name for names in read_marker(folder)["files"].values() for name in names} | {MARKER}
     found = []
     for child in sorted(folder.rglob("*")):
@@ -230,7 +229,7 @@ def _keep_strays(old: Path, path: Path) -> None:
 
 
 def remove_ours(folder: Path) -> None:
-    """Delete what the marker of a folder lists; the folder itself too, unless something else is in it."""
+    """Delete the files listed in a folder's marker, and the folder itself unless it holds something else."""
     names = [name for names in read_marker(folder)["files"].values() for name in names]
     _remove_files(folder, [*names, MARKER])
     if folder.is_dir():
@@ -238,7 +237,7 @@ def remove_ours(folder: Path) -> None:
 
 
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files, and the folders that are empty without them."""
+    """Remove files, and the folders that become empty."""
     folders = {folder}
     for name in names:
         (folder / name).unlink(missing_ok=True)
@@ -257,23 +256,23 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def read_marker(folder: Path) -> Marker:
-    """Return what the marker of a folder says; no files where there is none, or it is not one of ours."""
+    """Return a folder's marker; one without files if there is none, or it is not one of ours."""
     try:
         marker = read_json(folder / MARKER, Marker, max_bytes=2**26)
     except (OSError, ValueError):
         return Marker(skipdit="", files={})
-    inside = all(_is_inside(name) for names in marker["files"].values() for name in names)
-    return marker if inside else Marker(skipdit="", files={})
+    is_safe = all(_is_inside(name) for names in marker["files"].values() for name in names)
+    return marker if is_safe else Marker(skipdit="", files={})
 
 
 def check_marker(folder: Path) -> None:
-    """Raise `FileExistsError` where a folder has something of others in the place of a marker."""
+    """Raise `FileExistsError` if a folder has a file that is not ours in the place of a marker."""
     if os.path.lexists(folder / MARKER) and not read_marker(folder)["skipdit"]:
-        raise FileExistsError(f"{printable(folder / MARKER)} is no file that skipdit wrote: give another folder")
+        raise FileExistsError(f"{printable(folder / MARKER)} was not written by skipdit: give another folder")
 
 
 def check_whole(folder: Path, kind: str) -> None:
-    """Raise `ValueError` where a listed file is missing or has changed, or the marker is of another kind."""
+    """Raise `ValueError` if a listed file is missing or has changed, or no run of this kind is in the marker."""
     listed = read_marker(folder)["files"].get(kind)
     if listed is None:
         raise ValueError(f"{printable(folder)} has no marker of a {kind}")
@@ -283,22 +282,13 @@ def check_whole(folder: Path, kind: str) -> None:
 
 
 def write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
-    """Say in a folder which files of it are ours: by the kind of run that wrote them, their digests."""
+    """Write a folder's marker. files: SHA-256 by relative path, by the kind of run that wrote them."""
     write_text(folder / MARKER, to_json({"skipdit": version("skipdit"), "files": files}))
 
 
 def _is_inside(name: str) -> bool:
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and name not in ("", ".")
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,10 +298,8 @@ def file_digest(path: Path) -> str:
 class OutputFolder:
     """A folder for the files of one kind of run.
 
-    It replaces and removes only what an earlier run of that kind wrote and nobody has changed since; with `overwrite`,
-    also other files of those names, each of which is said.
-
-    `OSError` where nothing can be written into it, or another `skipdit.json` is there.
+    It replaces and removes only unchanged files that an earlier run of that kind wrote; with `overwrite`, also other
+    files of those names, with a warning each. `OSError` if it cannot be written, or has a foreign `skipdit.json`.
     """
 
     def __init__(self, path: Path, kind: str, *, overwrite: bool = False) -> None:
@@ -320,24 +308,24 @@ class OutputFolder:
         with _draft(self.path) as draft:
             draft.touch()
         check_marker(self.path)
-        self._made: set[str] = set()
+        self._new: set[str] = set()
         for folder in {self.path, *((self.path / name).parent for name in self._listed())}:
             clean_up(folder)
 
     def claim(self, names: Iterable[str]) -> None:
-        """Raise `FileExistsError` where one of these files is in the way: to be called before any work is done."""
-        in_the_way = [name for name in names if self._is_foreign(name)]
-        if in_the_way and not self.overwrite:
+        """Raise `FileExistsError` if one of these files is not ours. Call this before any work is done."""
+        foreign = [name for name in names if self._is_foreign(name)]
+        if foreign and not self.overwrite:
             raise FileExistsError(
-                f"{printable(self.path)} holds {_list_names(in_the_way)}, which an earlier {self.kind} did not write: "
+                f"{printable(self.path)} holds {_list_names(foreign)}, which an earlier {self.kind} did not write: "
                 "give another --out, or --overwrite"
             )
-        for name in in_the_way:
+        for name in foreign:
             LOGGER.warning("%s is going to be overwritten", printable(self.path / name))
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
-        """Yield a draft as `atomic_file` does, and list the file in the marker. `FileExistsError` as `claim`."""
+        """Yield a draft as `atomic_file` does, and list the file in the marker. `FileExistsError` as for `claim`."""
         if self._is_foreign(name) and not self.overwrite:
             self.claim([name])
         with atomic_file(self.path / name) as draft:
@@ -350,19 +338,19 @@ class OutputFolder:
             draft.write_text(text, encoding="utf-8")
 
     def adopt(self, name: str) -> None:
-        """List a file that was written in another way, as it is now."""
+        """List a file that was written by other means, as it is now."""
         self._list(name, file_digest(self.path / name))
 
     def grow(self, name: str) -> bool:
-        """List a file that is going to be appended to, and stays ours as it grows; return whether it was ours."""
+        """List a file that will be appended to, and stays ours as it grows; return True if it was ours before."""
         was_ours = not self._is_foreign(name)
-        self._made.add(name)
+        self._new.add(name)
         self._write(self._listed() | {name: GROWING})
         return was_ours
 
     def remove_earlier(self) -> None:
-        """Delete what earlier runs of this kind wrote, nobody has changed, and this run has not made anew."""
-        for name in sorted(self._listed().keys() - self._made):
+        """Delete unchanged files of earlier runs of this kind that this run has not replaced."""
+        for name in sorted(self._listed().keys() - self._new):
             if not self._is_foreign(name):
                 _remove_files(self.path, [name])
         self._write({name: digest for name, digest in self._listed().items() if (self.path / name).is_file()})
@@ -371,17 +359,15 @@ class OutputFolder:
         """Delete a file that a run of this kind wrote, unless somebody has changed it."""
         if not self._is_foreign(name):
             (self.path / name).unlink(missing_ok=True)
-            self._made.discard(name)
-            self._write({each: digest for each, digest in self._listed().items() if each != name})
+            self._new.discard(name)
+            self._write({other: digest for other, digest in self._listed().items() if other != name})
 
     def kept(self) -> str:
-        """Say which files of this run are there."""
-        return (
-            f"{printable(self.path)} keeps {_list_names(sorted(self._made))}" if self._made else "nothing was written"
-        )
+        """Return a message with the files that this run has written."""
+        return f"{printable(self.path)} keeps {_list_names(sorted(self._new))}" if self._new else "nothing was written"
 
     def holds(self, name: str) -> bool:
-        """Return whether a file is there as a run of this kind wrote it."""
+        """Return True if a file exists as a run of this kind wrote it."""
         return os.path.lexists(self.path / name) and not self._is_foreign(name)
 
     def _listed(self) -> dict[str, str]:
@@ -391,14 +377,14 @@ class OutputFolder:
         path = self.path / name
         if not os.path.lexists(path):
             return False
-        return not path.is_file() or not _is_as(path, self._listed().get(name, ""))
+        return not path.is_file() or not _is_same(path, self._listed().get(name, ""))
 
     def _list(self, name: str, digest: str) -> None:
-        """Before a draft takes its place, beside the file of before: whichever a killed run leaves is listed."""
+        """List a draft before it replaces the previous file, and that file too: a killed run leaves one of them."""
         path, listed = self.path / name, self._listed()
-        before = {file_digest(path)} if path.is_file() and not self._is_foreign(name) else set()
-        self._made.add(name)
-        self._write(listed | {name: " ".join(sorted({digest} | before))})
+        previous = {file_digest(path)} if path.is_file() and not self._is_foreign(name) else set()
+        self._new.add(name)
+        self._write(listed | {name: " ".join(sorted({digest} | previous))})
 
     def _write(self, listed: Mapping[str, str]) -> None:
         write_marker(self.path, {**read_marker(self.path)["files"], self.kind: dict(listed)})
@@ -406,9 +392,9 @@ class OutputFolder:
 
 @contextmanager
 def output_folder(path: Path, kind: str, *, overwrite: bool = False) -> Iterator[OutputFolder]:
-    """Yield the `OutputFolder` of a command, which holds its lock.
+    """Yield the `OutputFolder` of a command while holding its lock.
 
-    A run that is stopped has a note of what it has written: see `skipdit.terminal.say_stopped`.
+    If the run is interrupted, a note on the exception names what was written: see `skipdit.terminal.say_stopped`.
     """
     with locked(absolute(path)):
         out = OutputFolder(path, kind, overwrite=overwrite)
@@ -424,7 +410,7 @@ def output_folder(path: Path, kind: str, *, overwrite: bool = False) -> Iterator
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the drafts of processes that are gone, and put a folder back that one of them had moved aside."""
+    """Remove the drafts of processes that have ended, and restore a folder that one of them had moved aside."""
     if not folder.is_dir():
         return
     for draft in sorted(folder.glob(f"{DRAFT}*")):
@@ -434,19 +420,19 @@ def clean_up(folder: Path) -> None:
 
 
 def _is_over(draft: Path, process: Process) -> bool:
-    """Whether nobody works on a draft; of another host's process, only a long silence tells."""
+    """Return True if nobody works on a draft; for a process of another host, that is inferred from a long silence."""
     if process.host == this_process().host:
         return process == this_process() or process.has_ended()
     try:
         newest = max(path.lstat().st_mtime for path in (draft, *draft.rglob("*")))
-    except OSError:  # its process has just moved a part of it
+    except OSError:  # its process has just moved part of it
         return False
     return time.time() - newest > SILENT_SECONDS
 
 
 @contextmanager
 def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a path that no other draft has, and remove what is there in the end."""
+    """Yield a unique draft path, and remove what is there at the end."""
     draft = folder / f"{DRAFT}{this_process()}.{secrets.token_hex(4)}{suffix}"
     _live_drafts.add(draft.name)
     try:
@@ -457,8 +443,8 @@ def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _remove_draft(draft: Path) -> None:
-    """Remove a draft. A folder that it has moved aside goes back, or what a user put into it to the one that took its
-    place; what cannot be moved stays in the draft."""
+    """Remove a draft. A folder that it moved aside is moved back, or, if it has been replaced, only a user's files;
+    what cannot be moved stays in the draft."""
     old, target = draft / "old", draft / "target"
     if not draft.is_dir():
         draft.unlink(missing_ok=True)
@@ -470,27 +456,27 @@ def _remove_draft(draft: Path) -> None:
                 _keep_strays(old, path)
             else:
                 old.rename(path)
-                LOGGER.warning("%s is in its place again, from which a failed run had moved it", printable(path))
+                LOGGER.warning("%s has been restored: a failed run had moved it aside", printable(path))
         except (OSError, ValueError) as error:
-            LOGGER.warning("%s could not be moved back, and stays: %s", printable(old), error)
+            LOGGER.warning("%s stays, because it could not be moved back: %s", printable(old), error)
             return
         if old.is_dir() and _strays(old):
-            LOGGER.warning("%s holds files that skipdit did not write, and stays", printable(draft))
+            LOGGER.warning("%s stays, because it holds files that skipdit did not write", printable(draft))
             return
     shutil.rmtree(draft, ignore_errors=True)
 
 
 def absolute(path: Path) -> Path:
-    """Return the path without `..`, so that `a/../a` is `a`."""
+    """Return the absolute path without `..`."""
     return Path(os.path.abspath(path))
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on disk; of a folder, where the file system can do that."""
+    """Wait until a file is on disk, or a folder if the file system supports that."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # fsync(2), EINVAL: some network and FUSE file systems know it of files only
+    except OSError as error:  # fsync(2), EINVAL: some network and FUSE file systems sync files only
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -498,5 +484,5 @@ def _sync(path: Path) -> None:
 
 
 def _list_names(names: Iterable[str]) -> str:
-    shown = [printable(name, 60) for name in names]
-    return ", ".join(shown[:MAX_NAMED]) + (f" and {len(shown) - MAX_NAMED} more" if len(shown) > MAX_NAMED else "")
+    texts = [printable(name, 60) for name in names]
+    return ", ".join(texts[:MAX_NAMED]) + (f" and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else "")

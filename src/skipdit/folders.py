@@ -1,4 +1,4 @@
-"""Data sets in folders, as people have them: which files count, which class they are of, what is said of them."""
+"""Data sets in folders: find the files, their classes and captions."""
 
 import csv
 import io
@@ -23,32 +23,39 @@ CAPTION_COLUMNS = ("text", "caption")
 IGNORED_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # copies and thumbnails that macOS and Synology write
 IGNORED_FILES = frozenset({"desktop.ini", "thumbs.db"})
 MAX_CAPTION_CHARACTERS = 2**16  # of a first line
-MAX_METADATA_BYTES = 2**26  # of a file with captions
+MAX_METADATA_BYTES = 2**26  # of a metadata file
 
 
 @dataclass(frozen=True)
 class Found:
-    """What `scan_classes` finds. items: a file each, or a folder of frames. captions: as of `as_captions`."""
+    """The items that `scan_classes` finds."""
 
     items: list[Path]
+    """files, or folders of frames"""
     labels: list[int]
+    """class of each item"""
     label_names: list[str]
+    """name of each class"""
     captions: list[list[str]]
+    """one or more texts per item"""
 
 
 @dataclass
 class Contents:
-    """What lies in the folders of a data set: its items, texts beside them by the path that they belong to, captions of
-    metadata files by the path that they name, and how many files of each suffix are left out."""
+    """The files in the folders of a data set."""
 
     items: list[Path] = field(default_factory=list)
+    """files, or folders of frames"""
     texts: dict[Path, Path] = field(default_factory=dict)
+    """text files beside items, by the path of the item without suffix"""
     described: dict[Path, list[str]] = field(default_factory=dict)
+    """captions of metadata files, by the path of the item"""
     left_out: Counter[str] = field(default_factory=Counter)
+    """number of ignored files, by suffix"""
 
 
 def visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders and the other files in a folder, sorted. Hidden ones do not count."""
+    """Return the folders and the files in a folder, sorted and without hidden ones."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -65,14 +72,14 @@ def visible(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
-    """Yield a folder and all below it, each with its folders and files. Links to folders are followed; a folder that
-    several paths lead to is entered once."""
-    pending, seen = deque([folder]), set()
+    """Yield a folder and all below it, each with its folders and files. Links to folders are followed; a folder with
+    several paths is entered once."""
+    pending, visited = deque([folder]), set()
     while pending:
         current = pending.popleft()
-        if (place := os.path.realpath(current)) in seen:
+        if (target := os.path.realpath(current)) in visited:
             continue
-        seen.add(place)
+        visited.add(target)
         folders, files = visible(current)
         for child in folders:
             if child.is_symlink():
@@ -83,11 +90,11 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
 
 
 def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_folders: bool = False) -> Found:
-    """Find the files with these suffixes, the class of each and the class names: one subfolder per class, in
-    alphabetical order; files directly in `folder` make one class of that name.
+    """Find the files with these suffixes: one subfolder per class, in alphabetical order; files directly in `folder`
+    form one class of that name.
 
-    frame_folders: a folder with pictures and neither videos nor folders in it counts as one file. `ValueError` where a
-    class is empty or a file has none.
+    frame_folders: treat a folder that has pictures, but neither videos nor folders, as one file. `ValueError` if a
+    class is empty or a file has no class.
     """
     folders, files = visible(folder)
     stray = [path for path in files if path.suffix.lower() in suffixes]
@@ -97,11 +104,11 @@ def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_fo
     if classes and stray:
         raise ValueError(f"{printable_path(stray[0])} belongs to no class: put it into a subfolder")
     items, labels, captions = [], [], []
-    around = Contents()
+    root = Contents()
     if classes:
-        sort_files(around, files, ())
+        sort_files(root, files, ())
     for label, directory in enumerate(classes or [folder]):
-        contents = Contents(described=around.described, left_out=around.left_out)
+        contents = Contents(described=root.described, left_out=root.left_out)
         for current, subfolders, others in walk(directory):
             if frame_folders and current != folder and is_frames(subfolders, others):
                 contents.items.append(current)
@@ -113,30 +120,30 @@ def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_fo
         items += contents.items
         labels += [label] * len(contents.items)
         captions += captions_of(contents, directory.name)
-    report(folder, around, items)
+    report(folder, root, items)
     return Found(items, labels, [child.name for child in classes or [folder]], captions)
 
 
 def is_frames(folders: Sequence[Path], files: Sequence[Path]) -> bool:
-    """Say whether a folder with these folders and files in it is one clip."""
+    """Return True if a folder with these folders and files in it is one clip."""
     suffixes = {path.suffix.lower() for path in files}
     return not folders and not suffixes & VIDEO_SUFFIXES and bool(suffixes & FRAME_SUFFIXES)
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """Return the pictures of a clip in the order of the numbers in their names; none where the folder is no clip."""
+    """Return the pictures of a clip, ordered by the numbers in their names; an empty list if the folder is no clip."""
     folders, files = visible(folder)
     frames = [path for path in files if path.suffix.lower() in FRAME_SUFFIXES] if is_frames(folders, files) else []
     return sorted(frames, key=_by_number)
 
 
 def _by_number(path: Path) -> list[int | str]:
-    parts = re.split(r"([0-9]+)", path.name)  # texts stand at even places, numbers at odd ones
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)]
+    parts = re.split(r"([0-9]+)", path.name)  # texts have even indices, numbers odd ones
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def sort_files(contents: Contents, files: Sequence[Path], suffixes: Collection[str]) -> None:
-    """Take the files of one folder for items, texts or metadata, or count them as left out."""
+    """Add the files of one folder to the items, texts or metadata, or count them as left out."""
     for path in files:
         suffix = path.suffix.lower()
         if suffix in suffixes:
@@ -152,7 +159,7 @@ def sort_files(contents: Contents, files: Sequence[Path], suffixes: Collection[s
 
 
 def captions_of(contents: Contents, default: str) -> list[list[str]]:
-    """Return the captions of each item: of the text beside it, of a metadata file, or `default`."""
+    """Return the captions of each item: those of the text file beside it, of a metadata file, or `default`."""
     captions, used = [], set()
     for item in contents.items:
         text = contents.texts.get(item.with_suffix("")) or contents.texts.get(item)
@@ -166,7 +173,7 @@ def captions_of(contents: Contents, default: str) -> list[list[str]]:
 
 
 def report(folder: Path, contents: Contents, items: Sequence[Path]) -> None:
-    """Say in one line each what is left out, and which items a metadata file has forgotten."""
+    """Warn of files that are left out, and of mismatches between metadata files and items."""
     if contents.left_out:
         counts = ", ".join(f"{count} {printable(suffix, 20)}" for suffix, count in contents.left_out.most_common(10))
         LOGGER.warning("left out of %s, because such files are not read here: %s", printable_path(folder), counts)
@@ -174,7 +181,7 @@ def report(folder: Path, contents: Contents, items: Sequence[Path]) -> None:
         missing, unknown = len(set(items) - set(contents.described)), len(set(contents.described) - set(items))
         if missing or unknown:
             LOGGER.warning(
-                "the metadata of %s says nothing of %d files here, and names %d that are not here",
+                "the metadata of %s has no entry for %d files here, and names %d that are not here",
                 *(printable_path(folder), missing, unknown),
             )
 
@@ -187,16 +194,16 @@ def read_caption(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the caption {printable_path(path)}: {printable(error)}") from error
     if len(line) > MAX_CAPTION_CHARACTERS:
-        what = f"its first line has more than {MAX_CAPTION_CHARACTERS:,} characters"
-        raise ValueError(f"cannot read the caption {printable_path(path)}: {what}")
+        problem = f"its first line has more than {MAX_CAPTION_CHARACTERS:,} characters"
+        raise ValueError(f"cannot read the caption {printable_path(path)}: {problem}")
     if not (caption := line.strip()):
         raise ValueError(f"cannot read the caption {printable_path(path)}: its first line is empty")
     return caption
 
 
 def read_metadata(path: Path) -> dict[Path, list[str]]:
-    """Return the captions of a metadata file, by the file that they are of: its columns `file_name`, and `text` or
-    `caption`. `ValueError` where a row has no such texts."""
+    """Return the captions of a metadata file by path, from its columns `file_name` and `text` or `caption`.
+    `ValueError` if a row has no such texts."""
     name = printable_path(path)
     content = read_bytes(path, MAX_METADATA_BYTES)
     captions: dict[Path, list[str]] = {}
@@ -208,12 +215,12 @@ def read_metadata(path: Path) -> dict[Path, list[str]]:
     if column is None:
         LOGGER.warning("%s has no column %s: no captions are read from it", name, " or ".join(CAPTION_COLUMNS))
         return {}
-    for number, (row, given) in enumerate(
+    for number, (row, texts) in enumerate(
         zip(rows, as_captions((row.get(column) for row in rows), name, column), strict=True), start=1
     ):
         if not isinstance(file_name := row.get("file_name"), str):
             raise ValueError(f"row {number} of {name} has no file_name")
-        captions[path.parent / file_name] = given
+        captions[path.parent / file_name] = texts
     return captions
 
 
@@ -227,13 +234,12 @@ def _rows_of(content: bytes, suffix: str, name: str) -> Iterator[dict[str, Any]]
 
 
 def as_captions(values: Iterable[Any], source: str, column: str) -> list[list[str]]:
-    """Return texts or lists of texts as lists. `ValueError` where a row has none, or something else."""
+    """Return texts or lists of texts as lists. `ValueError` if a row has neither."""
     captions = [value if isinstance(value, list) else [value] for value in values]
-    for row, given in enumerate(captions):
-        if not given or not all(isinstance(caption, str) and caption.strip() for caption in given):
-            what = f"must be a text or a list of texts, got {printable(given)} in row {row}"
-            raise ValueError(f"{column} of {source} {what}")
-        if max(map(len, given)) > MAX_CAPTION_CHARACTERS:
-            what = f"has more than {MAX_CAPTION_CHARACTERS:,} characters in row {row}"
-            raise ValueError(f"{column} of {source} {what}")
+    for row, texts in enumerate(captions):
+        if not texts or not all(isinstance(caption, str) and caption.strip() for caption in texts):
+            problem = f"must be a text or a list of texts, got {printable(texts)} in row {row}"
+            raise ValueError(f"{column} of {source} {problem}")
+        if max(map(len, texts)) > MAX_CAPTION_CHARACTERS:
+            raise ValueError(f"{column} of {source} has more than {MAX_CAPTION_CHARACTERS:,} characters in row {row}")
     return captions

@@ -1,17 +1,15 @@
-"""Latents in a folder, as `skipdit latents` writes them, memory-mapped in training.
+"""Read the folders of latents that `skipdit latents` writes, memory-mapped in training.
 
-`latents.json` says what is in the folder. `shard-00000.safetensors` holds `mean` and, where the autoencoder tells one,
-`std`, each (items, mirrored, *shape) as the autoencoder makes them; `shard-00000.json` holds classes and captions, and
-`vae` a copy of the autoencoder. Where captions were encoded too, shards hold their states, one after the other, and
-`nothing.safetensors` those of the empty prompt.
+`latents.json` describes the folder. `shard-00000.safetensors` has `mean` and, if the autoencoder gives one, `std`, each
+(items, mirrored, *shape) before scaling; `shard-00000.json` has classes and captions, and `vae` a copy of the
+autoencoder. If captions were encoded too, shards have their states, concatenated, and `nothing.safetensors` those of
+the empty prompt.
 """
 
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -25,10 +23,9 @@ from torch.utils.data import Dataset
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.data import Draws, pad_captions, pictures_beside
-from skipdit.files import file_digest
-from skipdit.options import check_positive
+from skipdit.options import check_positive, check_range
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
-from skipdit.untrusted import check_regular, printable, printable_path, read_json
+from skipdit.untrusted import check_regular, file_digest, printable, printable_path, read_json
 
 INFO, VERSION = "latents.json", 1
 VAE, NOTHING = "vae", "nothing.safetensors"
@@ -40,12 +37,14 @@ VERIFYING_THREADS = 4
 
 
 class Shard(TypedDict):
-    """num_items: of the shard. latents, texts: SHA-256 of its .safetensors and of its .json."""
+    """Entry of a shard in `latents.json`."""
 
     name: str
     num_items: int
     latents: str
+    """SHA-256 of its .safetensors"""
     texts: str
+    """SHA-256 of its .json"""
 
 
 class Text(TypedDict):
@@ -56,7 +55,7 @@ class Text(TypedDict):
 
 
 class Scale(TypedDict):
-    """How latents of the autoencoder become those that transformers are trained on: as in its config."""
+    """Scaling of the autoencoder's latents for transformers, from its config; `scale_latents` applies it."""
 
     scaling_factor: float
     shift_factor: float
@@ -65,66 +64,69 @@ class Scale(TypedDict):
 
 
 class Info(TypedDict):
-    """`latents.json`. settings: with which `skipdit latents` was called. shape: (c h w) of a picture, (f c h w) of a
-    clip. has_std: whether the autoencoder tells a standard deviation. flipped: whether mirrored ones are there too.
-    others: SHA-256 of the files that are no shards."""
+    """Content of `latents.json`."""
 
     version: int
     settings: dict[str, Any]
+    """options of `skipdit latents`"""
     shape: list[int]
+    """(c h w) of a picture, (f c h w) of a clip"""
     dtype: str
     has_std: bool
+    """true if the autoencoder gives a standard deviation"""
     flipped: bool
+    """true if mirrored ones are encoded too"""
     scale: Scale
     text: Text | None
     class_names: list[str]
     shards: list[Shard]
     others: dict[str, str]
+    """SHA-256 of the other files"""
 
 
 class Texts(TypedDict):
-    """`shard-00000.json`. end: how far the source had been read after it. captions: of each item, `None` where they are
-    the class names."""
+    """Content of `shard-00000.json`."""
 
     end: int
+    """position in the source after the shard"""
     classes: list[str]
     captions: list[list[str]] | None
+    """texts of each item; null if they are the class names"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentConfig:
-    """Latents, as `skipdit latents` wrote them."""
+    """Which latents to train on, as `skipdit latents` wrote them."""
 
     source: str
-    """their folder"""
+    """folder of the latents"""
     num_channels: int | None = None
-    """of the latents; others are refused, None takes any"""
+    """required channels of the latents; None accepts any"""
     sample_size: int | None = None
-    """side of the latents; others are refused, None takes any"""
+    """required side of the latents; None accepts any"""
     num_frames: int | None = None
-    """of each clip; others are refused, None takes any"""
+    """required frames per clip; None accepts any"""
     num_classes: int | None = None
-    """classes; another number is refused, None takes any"""
+    """required number of classes; None accepts any"""
     num_pictures: int = 0
-    """single frames of other clips that come along with each clip, for joint image-video training"""
+    """single frames of other clips beside each clip, for joint image-video training"""
     verify: bool = True
     """compare every file with its SHA-256 first"""
 
     def __post_init__(self) -> None:
         check_positive(self, "num_channels", "sample_size", "num_frames", "num_classes")
-        if self.num_pictures < 0:
-            raise ValueError(f"num_pictures must be at least 0, got {self.num_pictures}")
+        check_range(self, "num_pictures", least=0)
 
 
 class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
-    """What pictures or clips became under an autoencoder, with their class.
+    """Encoded pictures or clips with their class.
 
-    An item is (mirrored, parts, c, h, w), or (mirrored, parts, frames + num_pictures, c, h, w) of a clip: of the
-    picture as it is and, where that was encoded, mirrored, the mean and, where the autoencoder tells one, the standard
-    deviation. What a step learns is drawn of it by `draw`. Labels and pictures beside a clip as of `LabelledClips`.
+    An item is (mirrored, parts, c, h, w), or (mirrored, parts, frames + num_pictures, c, h, w) for a clip: the picture
+    as it is and, if encoded, mirrored; parts are the mean and, if the autoencoder gives one, the standard deviation.
+    `draw` turns items into what a training step sees. Labels, and pictures beside a clip: see `LabelledClips`.
 
-    size: side of the latents. num_frames: `None` of pictures. content: SHA-256 of what is learned.
-    `ValueError` / `OSError` with one line where a file is missing, damaged, or not as `latents.json` says.
+    size: side of the latents. num_frames: None for pictures. content: SHA-256 of the data.
+    `ValueError` / `OSError` with one line if a file is missing, damaged, or not as `latents.json` says.
     """
 
     def __init__(self, folder: Path, info: Info, num_pictures: int = 0) -> None:
@@ -134,21 +136,21 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         self.label_names = info["class_names"]
         texts = [_read_texts(folder, shard) for shard in info["shards"]]
         classes = {name: label for label, name in enumerate(self.label_names)}
-        found = list(chain.from_iterable(text["classes"] for text in texts))
-        if unknown := set(found) - classes.keys():
+        names = list(chain.from_iterable(text["classes"] for text in texts))
+        if unknown := set(names) - classes.keys():
             raise ValueError(f"{printable_path(folder / INFO)} has no class {printable(min(unknown), 60)}")
-        self.labels = [classes[name] for name in found]
-        self._own_captions = [text["captions"] or [[name] for name in text["classes"]] for text in texts]
-        self.captions = pad_captions(list(chain.from_iterable(self._own_captions)))
+        self.labels = [classes[name] for name in names]
+        self._shard_captions = [text["captions"] or [[name] for name in text["classes"]] for text in texts]
+        self.captions = pad_captions(list(chain.from_iterable(self._shard_captions)))
         self._ends = list(accumulate(shard["num_items"] for shard in info["shards"]))
         self._shards = [
-            _open_tensors(folder / f"{shard['name']}.safetensors", _shapes(info, shard["num_items"], own))
-            for shard, own in zip(info["shards"], self._own_captions, strict=True)
+            _open_tensors(folder / f"{shard['name']}.safetensors", _shapes(info, shard["num_items"], captions))
+            for shard, captions in zip(info["shards"], self._shard_captions, strict=True)
         ]
         self.content = hashlib.sha256(json.dumps([info["shards"], info["others"]], sort_keys=True).encode()).hexdigest()
 
     def names(self, index: int) -> str:
-        """Return what an error calls an item."""
+        """Return the name of an item in errors."""
         return f"{index} of {printable_path(self.folder)}"
 
     def __len__(self) -> int:
@@ -175,7 +177,7 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
     def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
         """Return latents (b c h w) or (b f c h w), as transformers are trained on them, from the items of a batch.
 
-        `ValueError` where mirrored ones are asked for and none were encoded.
+        `ValueError` if `flip` is set and no mirrored ones were encoded.
         """
         if flip and not self.info["flipped"]:
             raise ValueError(f"{printable_path(self.folder)} has no mirrored ones: encode with --flip, or set no flip")
@@ -189,20 +191,20 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
 
     @cached_property
     def vae(self) -> Autoencoder:
-        """The autoencoder that made these latents, in float32 on the CPU."""
+        """The autoencoder of these latents, in float32 on the CPU."""
         return read_autoencoder(self.folder / VAE, torch.float32)
 
     @cached_property
     def states(self) -> PromptStates | None:
-        """Those of every caption in `captions`, item by item, and of the empty prompt; `None` where no captions were
+        """The states of every caption in `captions`, item by item, and of the empty prompt; None if no captions were
         encoded."""
         if self.info["text"] is None:
             return None
         num_variants, parts = len(self.captions[0]), []
-        for tensors, own in zip(self._shards, self._own_captions, strict=True):
-            starts = accumulate(map(len, own), initial=0)
-            each = zip(starts, own, strict=False)
-            rows = [start + min(variant, len(given) - 1) for start, given in each for variant in range(num_variants)]
+        for tensors, captions in zip(self._shards, self._shard_captions, strict=True):
+            lengths = list(map(len, captions))
+            spans = zip(accumulate(lengths, initial=0), lengths, strict=False)
+            rows = [start + min(variant, length - 1) for start, length in spans for variant in range(num_variants)]
             parts.append([tensors.get_tensor(name)[rows] for name in TEXT])
         nothing = _open_tensors(self.folder / NOTHING, _text_shapes(self.info["text"], self.info["dtype"], 1))
         parts.append([nothing.get_tensor(name) for name in TEXT])
@@ -211,7 +213,7 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
 
 
 class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
-    """One item of zeros as a config expects it, for a dry run. `ValueError` where the config does not tell its size."""
+    """One item of zeros with the sizes of a config, for a dry run. `ValueError` if the config leaves a size open."""
 
     vae = None
 
@@ -252,7 +254,7 @@ def _moments(info: Info) -> tuple[str, ...]:
 
 
 def _shapes(info: Info, num_items: int, captions: list[list[str]]) -> Shapes:
-    """What a shard must hold."""
+    """Return the tensors that a shard must have."""
     shape = [num_items, 2 if info["flipped"] else 1, *info["shape"]]
     shapes: Shapes = dict.fromkeys(_moments(info), (shape, STORED[info["dtype"]]))
     if info["text"] is not None:
@@ -267,8 +269,7 @@ def _text_shapes(text: Text, dtype: str, num_captions: int) -> Shapes:
 
 
 def scale_latents(latents: Tensor, scale: Scale) -> Tensor:
-    """Latents (... c h w) that transformers are trained on, from those of the autoencoder: what
-    `skipdit.pipelines.unscale_latents` undoes."""
+    """Scale the autoencoder's latents (... c h w) for transformers; `skipdit.pipelines.unscale_latents` undoes this."""
     latents = latents - scale["shift_factor"]
     if scale["latents_mean"] is not None:
         latents = latents - latents.new_tensor(scale["latents_mean"]).view(-1, 1, 1)
@@ -283,13 +284,13 @@ def scale_latents(latents: Tensor, scale: Scale) -> Tensor:
 
 
 def is_latents(folder: Path) -> bool:
-    """Whether `skipdit latents` has finished a folder."""
+    """Return True if `skipdit latents` has finished a folder."""
     return (folder / INFO).is_file()
 
 
 def open_latents(config: LatentConfig) -> LabelledLatents:
-    """Return the latents that a config names. `FileNotFoundError` / `ValueError` with one line where they cannot be had
-    or are others than the config says."""
+    """Open the latents of a config. `FileNotFoundError` / `ValueError` with one line if that fails, or they are not as
+    the config requires."""
     folder = Path(config.source)
     if not is_latents(folder):
         begun = any(folder.glob("shard-*.safetensors"))
@@ -306,16 +307,16 @@ def open_latents(config: LatentConfig) -> LabelledLatents:
         "num_classes": len(info["class_names"]),
     }
     for name, value in found.items():
-        if (wanted := getattr(config, name)) is not None and wanted != value:
-            told = f"{printable_path(folder)} has {name} {value}, not {wanted}"
-            raise ValueError(f"{told}: set data.{name} to {value}")
+        if (required := getattr(config, name)) is not None and required != value:
+            problem = f"{printable_path(folder)} has {name} {value}, not {required}"
+            raise ValueError(f"{problem}: set data.{name} to {value}")
     if config.verify:
         _verify(folder, info)
     return LabelledLatents(folder, info, config.num_pictures)
 
 
 def read_info(folder: Path) -> Info:
-    """Read `latents.json`; `ValueError` where it contradicts itself or is beyond limits."""
+    """Read `latents.json`; `ValueError` if it contradicts itself or exceeds a limit."""
     path = folder / INFO
     info = read_json(path, Info, max_bytes=MAX_INFO_BYTES)
     shape, names = info["shape"], info["class_names"]
@@ -340,8 +341,8 @@ def read_info(folder: Path) -> Info:
             for values in (info["scale"]["latents_mean"], info["scale"]["latents_std"])
         ),
     }
-    if said := [what for what, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(f"{printable_path(path)} is not as skipdit latents writes it: it has {said[0]}")
+    if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
+        raise ValueError(f"{printable_path(path)} is not as skipdit latents writes it: it has {problems[0]}")
     return info
 
 
@@ -350,13 +351,13 @@ def shard_name(number: int) -> str:
 
 
 def _verify(folder: Path, info: Info) -> None:
-    """`ValueError` naming a file that is not the one that was written."""
-    wanted = dict(info["others"])
+    """Raise `ValueError` on a file that has changed since it was written."""
+    expected = dict(info["others"])
     for shard in info["shards"]:
-        wanted |= {f"{shard['name']}.safetensors": shard["latents"], f"{shard['name']}.json": shard["texts"]}
+        expected |= {f"{shard['name']}.safetensors": shard["latents"], f"{shard['name']}.json": shard["texts"]}
     with ThreadPoolExecutor(VERIFYING_THREADS) as threads:
-        for name, digest in zip(wanted, threads.map(lambda name: _digest(folder / name), wanted), strict=True):
-            if digest != wanted[name]:
+        for name, digest in zip(expected, threads.map(lambda name: _digest(folder / name), expected), strict=True):
+            if digest != expected[name]:
                 raise ValueError(f"{printable_path(folder / name)} is damaged: its SHA-256 is not that of {INFO}")
 
 
@@ -374,24 +375,18 @@ def _read_texts(folder: Path, shard: Shard) -> Texts:
     if len(texts["classes"]) != shard["num_items"] or (
         captions is not None and (len(captions) != shard["num_items"] or not all(captions))
     ):
-        raise ValueError(f"{printable_path(path)} is not of {shard['num_items']} items")
+        raise ValueError(f"{printable_path(path)} does not have {shard['num_items']} items")
     return texts
 
 
 def _open_tensors(path: Path, shapes: Shapes) -> Any:
-    """A safetensors file, mapped into memory; `ValueError` where it holds other tensors than these."""
-    with _refusing(path):
-        check_regular(path)
-        file = safe_open(path, "pt")  # holds no handle
-        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        if {name: (list(each.get_shape()), each.get_dtype()) for name, each in found.items()} != shapes:
-            raise ValueError(f"{printable_path(path)} holds other tensors than {INFO} says")
-        return file
-
-
-@contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+    """Memory-map a safetensors file; `ValueError` if its tensors are not these."""
+    check_regular(path)
     try:
-        yield
+        file = safe_open(path, "pt")  # keeps no handle
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{printable_path(path)} is not a whole safetensors file: {printable(error)}") from error
+    if {name: (list(part.get_shape()), part.get_dtype()) for name, part in slices.items()} != shapes:
+        raise ValueError(f"{printable_path(path)} has other tensors than {INFO} says")
+    return file

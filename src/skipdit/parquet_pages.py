@@ -1,5 +1,5 @@
-"""What a parquet file says of its sizes: read before Arrow, which believes the footer, and ends the process by what it
-does not expect there (`RowGroupMetaData.column` of pyarrow 26 on a wrong size histogram).
+"""Read the sizes in a parquet file before Arrow does, which trusts the footer and aborts the process on some unexpected
+content (`RowGroupMetaData.column` of pyarrow 26 on a wrong size histogram).
 
 Thrift's compact protocol (thrift-compact-protocol.md of Apache Thrift); the numbers of fields are those of
 parquet.thrift (Apache Parquet): FileMetaData, RowGroup, ColumnChunk, ColumnMetaData, PageHeader.
@@ -10,20 +10,23 @@ from collections.abc import Collection
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 MAX_FOOTER_BYTES = 2**22
-HEADER_BYTES = (2**10, 2**16, 2**20)  # that are read of a page: the next where a header has more
+HEADER_BYTES = (2**10, 2**16, 2**20)  # to read of a page: the next if its header is longer
 
 
 class Sizes(NamedTuple):
-    """Of some columns: bytes that all pages and those of the largest chunk decode to; the most values of a chunk."""
+    """Decoded sizes of some columns."""
 
     num_bytes: int
+    """bytes of all pages"""
     largest: int
+    """bytes of the largest chunk"""
     num_values: int
+    """most values in a chunk"""
 
 
 def measure_columns(file: BinaryIO, columns: Collection[int], num_columns: int) -> Sizes:
-    """Return what the pages of these columns say, counted as the leaves of the schema. `ValueError` where they cannot
-    be read."""
+    """Return the sizes in the pages of these columns. columns: indices of leaves of the schema. `ValueError` if they
+    cannot be read."""
     num_bytes = largest = num_values = num_packed = 0
     for group in _rows_of(_read_footer(file).get(4)):  # row_groups
         chunks = _rows_of(group.get(1))  # columns
@@ -58,25 +61,25 @@ def _read_footer(file: BinaryIO) -> dict[int, Any]:
 
 
 def _find_chunk(metadata: Any) -> tuple[int, int]:
-    """Where one chunk of a column begins, and its length."""
+    """Return where one chunk of a column begins, and its length."""
     # total_compressed_size, data_page_offset, dictionary_page_offset
     length, data, dictionary = (metadata.get(n) for n in (7, 9, 11)) if isinstance(metadata, dict) else (None,) * 3
     if not (_is_size(length) and _is_size(data)):
-        raise ValueError("its footer says no place of a column")
+        raise ValueError("its footer has no position of a column")
     return dictionary if _is_size(dictionary) and 0 < dictionary < data else data, length
 
 
-def _measure_chunk(file: BinaryIO, place: int, end: int) -> tuple[int, int]:
-    """What the pages of one chunk of a column decode to, and their values."""
+def _measure_chunk(file: BinaryIO, position: int, end: int) -> tuple[int, int]:
+    """Return the decoded bytes and the values of one chunk of a column."""
     num_bytes = num_values = 0
-    while place < end:
-        header, header_length = _read_header(file, place)
+    while position < end:
+        header, header_length = _read_header(file, position)
         unpacked, packed = header.get(2), header.get(3)  # uncompressed_page_size, compressed_page_size
         # num_values of a data page, of one of version 2
         count = next((header[field].get(1) for field in (5, 8) if isinstance(header.get(field), dict)), 0)
         if not (_is_size(unpacked) and _is_size(packed) and _is_size(count)):
-            raise ValueError(f"the page at byte {place} has no size")
-        num_bytes, num_values, place = num_bytes + unpacked, num_values + count, place + header_length + packed
+            raise ValueError(f"the page at byte {position} has no size")
+        num_bytes, num_values, position = num_bytes + unpacked, num_values + count, position + header_length + packed
     return num_bytes, num_values
 
 
@@ -84,28 +87,28 @@ def _is_size(number: Any) -> TypeGuard[int]:
     return isinstance(number, int) and number >= 0
 
 
-def _read_header(file: BinaryIO, place: int) -> tuple[dict[int, Any], int]:
-    """The fields of the header there, and its length."""
+def _read_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
+    """Return the fields of the page header at `position`, and its length."""
     for num_bytes in HEADER_BYTES:
-        file.seek(place)
+        file.seek(position)
         reader = _Compact(file.read(num_bytes))
         try:
-            return reader.struct(), reader.place
+            return reader.struct(), reader.position
         except (IndexError, RecursionError):
             continue
-    raise ValueError(f"the page at byte {place} has no header")
+    raise ValueError(f"the page at byte {position} has no header")
 
 
 class _Compact:
-    """Reads a struct of Thrift's compact protocol; texts and maps are passed over. `IndexError` at the end of the
+    """Reader of a struct in Thrift's compact protocol that skips texts and maps. `IndexError` at the end of the
     content."""
 
     def __init__(self, content: bytes) -> None:
-        self.content, self.place = content, 0
+        self.content, self.position = content, 0
 
     def byte(self) -> int:
-        self.place += 1
-        return self.content[self.place - 1]
+        self.position += 1
+        return self.content[self.position - 1]
 
     def varint(self) -> int:
         number = 0
@@ -135,14 +138,14 @@ class _Compact:
             case 4 | 5 | 6:
                 return self.integer()
             case 7:
-                self.place += 8
+                self.position += 8
             case 8:
                 length = self.varint()
-                self.place += length
+                self.position += length
             case 9 | 10:
                 byte = self.byte()
                 count = self.varint() if byte >> 4 == 15 else byte >> 4
-                if count > len(self.content) - self.place:  # each entry has a byte or more
+                if count > len(self.content) - self.position:  # each entry has a byte or more
                     raise IndexError("a list is longer than the content")
                 return [self.value(byte & 0x0F) for _ in range(count)]
             case 12:

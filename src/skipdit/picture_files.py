@@ -1,6 +1,6 @@
-"""Pictures of strangers: the one place where Pillow opens a file, its limits, and any mode as RGB on white.
+"""Read untrusted picture files: the only place where Pillow opens a file, the limits, and conversion to RGB on white.
 
-Pillow is told which formats it may try: its others run programs (EPS starts Ghostscript) or are seldom looked after.
+Pillow may try a list of formats only: others run programs (EPS starts Ghostscript) or are rarely maintained.
 """
 
 import io
@@ -23,15 +23,15 @@ PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", 
     {".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".pnm", ".ppm"}
 )
 MAX_PICTURE_BYTES = 2**28  # of a file
-MAX_PIXELS = 50 * 2**20  # of a picture when it is decoded; a baseline JPEG is decoded at a half, quarter or eighth
-MAX_SIDE = math.isqrt(MAX_PIXELS)  # that pictures are resized to
-MAX_AVIF_PIXELS = 2**25  # its decoder has the picture in memory several times
+MAX_PIXELS = 50 * 2**20  # of a decoded picture; a larger baseline JPEG is decoded at a half, quarter or eighth
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
+MAX_AVIF_PIXELS = 2**25  # the decoder keeps several copies in memory
 MAX_PNG_CHUNKS = 2**18
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
-PNG_NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # PNG 11.3.2.3 and 11.3.3: a colour profile, and texts
-PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may tell it
-MAX_SCANS = 32  # of a progressive JPEG, each of which goes over the whole picture; cameras and editors write about 10
-STRIP_PIXELS = 2**20  # that are put on white at once
+PNG_NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # PNG 11.3.2.3 and 11.3.3: a color profile, and texts
+PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may have the orientation
+MAX_SCANS = 32  # of a progressive JPEG, each over the whole picture; cameras and editors write about 10
+STRIP_PIXELS = 2**20  # that are composited on white at once
 DEEP_MODES = ("I", "F")
 FULL_SCALES = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
 TRANSPOSES = {  # EXIF 2.32, 4.6.4 A, Orientation
@@ -46,7 +46,7 @@ TRANSPOSES = {  # EXIF 2.32, 4.6.4 A, Orientation
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error of a decoder."""
+    """Return the first line of a decoder's error."""
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
     if isinstance(error, MemoryError):
@@ -55,9 +55,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def open_picture(source: Path | bytes, name: str) -> Image.Image:
-    """Return a decoded picture, upright as its EXIF orientation says. name: what an error calls it.
+    """Return a decoded picture, rotated by its EXIF orientation. name: its name in errors.
 
-    `ValueError` where it cannot be read, is none of `FORMATS`, or has more than `MAX_PIXELS`.
+    `ValueError` if it cannot be read, has none of `FORMATS`, or has more than `MAX_PIXELS`.
     """
     with _opened(source, name) as picture:
         picture.load()
@@ -66,28 +66,27 @@ def open_picture(source: Path | bytes, name: str) -> Image.Image:
 
 
 def check_picture(source: Path | bytes, name: str) -> None:
-    """Read no more than the header and the checksums. `ValueError` as of `open_picture`."""
+    """Read only the header and the checksums. `ValueError` as for `open_picture`."""
     with _opened(source, name) as picture:
         picture.verify()
 
 
 def check_size(size: tuple[int, int], max_pixels: int) -> None:
-    """`ValueError` where width times height is more than `max_pixels`."""
+    """Raise `ValueError` if width times height is more than `max_pixels`."""
     if math.prod(size) > max_pixels:
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are read")
 
 
 def check_side(image_size: int) -> None:
-    """`ValueError` where pictures cannot be resized to this side."""
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
-    if image_size > MAX_SIDE:
-        raise ValueError(f"image_size must be at most {MAX_SIDE}, got {image_size}")
+    """Raise `ValueError` if pictures cannot be resized to this side in pixels."""
+    if not 1 <= image_size <= MAX_SIDE:
+        bound = "at least 1" if image_size < 1 else f"at most {MAX_SIDE}"
+        raise ValueError(f"image_size must be {bound}, got {image_size}")
 
 
 @contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
-    """The picture of a file or of bytes. Whatever Pillow raises or warns of becomes one `ValueError`."""
+    """Yield the picture in a file or in bytes; turn whatever Pillow raises into one `ValueError`."""
     try:
         with (
             warnings.catch_warnings(action="ignore"),
@@ -99,13 +98,13 @@ def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
                 _shrink_jpeg(picture, file)
                 check_size(picture.size, MAX_AVIF_PIXELS if picture.format == "AVIF" else MAX_PIXELS)
                 yield picture
-    except Exception as error:  # decoders of damaged files raise of every kind
+    except Exception as error:  # decoders raise any type on damaged files
         raise ValueError(f"cannot read the picture {name}: {reason_of(error)}") from error
 
 
 def _without_notes(file: BinaryIO) -> BinaryIO:
-    """Return the file, or where it is a PNG with texts or a colour profile, a copy without them: Pillow refuses a
-    picture with more than 1 MiB of one, and here none is used."""
+    """Return the file, or a copy of a PNG without its texts and color profile: Pillow rejects pictures with more than
+    1 MiB of one, and they are not used here."""
     file.seek(0)
     edges = [0, *_notes_of(file)] if file.read(len(PNG_HEAD)) == PNG_HEAD else [0]
     file.seek(0)
@@ -116,7 +115,7 @@ def _without_notes(file: BinaryIO) -> BinaryIO:
 
 
 def _notes_of(file: BinaryIO) -> Iterator[int]:
-    """Yield where each chunk of a PNG that holds notes begins and ends."""
+    """Yield the begin and end, in bytes, of each text or color profile of a PNG."""
     start = len(PNG_HEAD)
     for _ in range(MAX_PNG_CHUNKS):
         file.seek(start)
@@ -132,8 +131,8 @@ def _notes_of(file: BinaryIO) -> Iterator[int]:
 
 
 def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
-    """Let a large JPEG be decoded at a half, a quarter or an eighth. A progressive one has all its coefficients in
-    memory, and each of its scans takes the time of a picture."""
+    """Have a large JPEG decoded at a half, a quarter or an eighth, unless it is progressive: that needs memory for all
+    its coefficients, and the time of a picture for each scan. `ValueError` if there are too many scans."""
     if picture.format not in ("JPEG", "MPO"):
         return
     if picture.info.get("progressive"):
@@ -151,7 +150,7 @@ def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
 
 
 def _orientation(picture: Image.Image) -> Any:
-    """What EXIF says of a decoded picture; as it is stored where that block is damaged."""
+    """Return the EXIF orientation of a decoded picture; None if there is none or the block is damaged."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation)
     except Exception:
@@ -159,10 +158,10 @@ def _orientation(picture: Image.Image) -> Any:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB on white.
+    """Convert a picture of any mode to RGB on white.
 
-    Grey of 16 bits is divided by 257. Grey of 32 bits is taken from 0 to the first of 255, 65535 and 2^31 - 1 that no
-    value exceeds, a float picture from 0 to the first of 1 and those. `ValueError` where it holds other values.
+    16-bit gray is divided by 257. The white of 32-bit gray is the first of 255, 65535 and 2^31 - 1 that no value
+    exceeds, that of a float picture the first of 1 and those. `ValueError` on values outside of that range.
     """
     if picture.mode.startswith(DEEP_MODES):
         picture = _eight_bits(picture)
@@ -177,7 +176,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of more bits as L, or LA where one of its values is transparent."""
+    """Convert gray of more than 8 bits to L, or to LA if one of its values is transparent."""
     values = np.asarray(picture)
     lowest, highest = values.min(), values.max()  # NaN where there is one
     scales = [scale for scale in FULL_SCALES[picture.mode[:4]] if lowest >= 0 and highest <= scale]
@@ -190,24 +189,24 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def adm_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Return the centre of a picture as RGB on white, as ImageNet is cut since ADM (arXiv 2105.05233): halved by means
-    of 2x2 pixels while the shorter side is at least twice `size`, resized so that it is `size`, then cropped.
+    """Crop a picture to its center as RGB on white, as ADM (arXiv 2105.05233) does with ImageNet: halve it by means of
+    2x2 pixels while the shorter side is at least twice `size`, resize that side to `size`, then crop.
 
-    `ValueError` where the picture is too long a strip for that.
+    `ValueError` if the picture is too long a strip for that.
     """
     picture = on_white(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     resized = round(picture.width * scale), round(picture.height * scale)
-    check_size(resized, MAX_PIXELS)  # a long strip may become many
+    check_size(resized, MAX_PIXELS)  # a long strip may grow
     picture = picture.resize(resized, Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))
 
 
 def to_rgb(picture: Image.Image, size: int) -> Image.Image:
-    """Return the square in the centre of a picture as RGB on white, resized to `size`."""
+    """Crop the center square of a picture and resize it to `size`, as RGB on white."""
     width, height = picture.size
     side = min(width, height)
     if width != height:

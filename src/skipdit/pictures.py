@@ -1,4 +1,4 @@
-"""Labelled picture grids, drawn with Pillow."""
+"""Labeled grids of pictures, drawn with Pillow."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN = 6
-MOST_PER_PIXEL = 4  # characters: those without a width are not tried without end
+MOST_PER_PIXEL = 4  # characters that are measured: a text may have any number of characters without width
 
 
 def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
-    """Pixels in [0, 1] as 8-bit pictures."""
+    """Convert pixels in [0, 1] to 8-bit pictures."""
     levels = (pixels.permute(0, 2, 3, 1).cpu().float() * 255).round().clamp(0, 255).byte().numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in levels]
 
@@ -22,13 +22,13 @@ def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
 def labelled_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], *, num_columns: int | None = None, scale: int = 2
 ) -> Image.Image:
-    """One picture with all of them in rows, each enlarged `scale` times with its caption below.
+    """Draw pictures in rows, by default in a square, each enlarged `scale` times with its caption below.
 
-    By default as square as can be. `ValueError` without pictures, or with another number of captions.
+    `ValueError` without pictures, or unless there is one caption per picture.
     """
     if not pictures or len(captions) != len(pictures):
         raise ValueError(
-            f"a grid needs one caption a picture and at least one, got {len(pictures)} and {len(captions)}"
+            f"a grid needs one caption per picture and at least one, got {len(pictures)} and {len(captions)}"
         )
     num_columns = num_columns or max(1, round(len(pictures) ** 0.5))
     num_rows = -(-len(pictures) // num_columns)
@@ -47,7 +47,7 @@ def labelled_grid(
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text in one line, cut with an ellipsis where it is wider than the cell, or has very many characters."""
+    """Return the text in one line, cut with an ellipsis if it is wider than the cell or has very many characters."""
     text = " ".join(text.split())
     if len(text) <= MOST_PER_PIXEL * width and font.getlength(text) <= width:
         return text

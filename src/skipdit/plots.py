@@ -1,6 +1,6 @@
-"""Figures, declared once and drawn twice: as PNG by matplotlib and as interactive HTML by plotly.
+"""Figures that are declared once and drawn as PNG by matplotlib and as interactive HTML by plotly.
 
-Both libraries are optional (`pip install "skipdit[plots]"`) and imported where they are used.
+Both libraries are optional (`pip install "skipdit[plots]"`) and imported only where they are used.
 """
 
 import html
@@ -18,31 +18,45 @@ from skipdit.files import OutputFolder
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
 LEGEND_ROWS = 18  # that fit beside the axes
-MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}  # and plotly's name
-GREY = "#666666"
+MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}  # plotly's names
+GRAY = "#666666"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines:
-    """Curves on one pair of axes; series: label -> (x, y). dashed: labels drawn so. NaN leaves a gap."""
+class PlotLabels:
+    """Name, title and axis labels of a plot."""
 
     name: str
+    """file name without suffix"""
     title: str
+    """heading"""
     x_label: str
+    """label of the x axis"""
     y_label: str
+    """label of the y axis"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(PlotLabels):
+    """Curves on one pair of axes."""
+
     series: Mapping[str, tuple[NDArray, NDArray]]
+    """(x, y) by label; NaN leaves a gap"""
     log_y: bool = False
+    """scale y logarithmically"""
     reverse_x: bool = False
+    """let x decrease to the right"""
     dashed: frozenset[str] = frozenset()
+    """labels of dashed curves"""
 
     def __post_init__(self) -> None:
         for label, (x, y) in self.series.items():
             if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
-                raise ValueError(f"x and y of {label!r} must be of one length, got {np.shape(x)} and {np.shape(y)}")
+                raise ValueError(f"x and y of {label!r} must have the same length, got {np.shape(x)} and {np.shape(y)}")
 
     def styles(self) -> dict[str, tuple[str, bool]]:
-        """Color and dash of each label: few are told apart by hue, many shade from first to last; a dashed one takes
-        the color of the solid one before it."""
+        """Return the color of each label and whether it is dashed: few have distinct hues, many shade from first to
+        last; a dashed one has the color of the solid one before it."""
         solid = [label for label in self.series if label not in self.dashed]
         styles, color = {}, COLORS[0]
         for label in self.series:
@@ -54,69 +68,67 @@ class Lines:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heatmaps:
-    """Matrices (len(y), len(x)) side by side on one colour scale, a panel each.
+class Panels(PlotLabels):
+    """Panels side by side on one scale."""
 
-    log_color: colours by logarithm; values that have none are gaps, as NaN is.
-    """
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    color_label: str
     x: NDArray
+    """coordinates of the columns"""
     y: NDArray
+    """coordinates of the rows"""
     panels: Mapping[str, NDArray]
-    reverse_x: bool = False
-    log_color: bool = False
+    """matrices (len(y), len(x)) by label"""
 
     def __post_init__(self) -> None:
-        check_panels(self.panels, self.x, self.y)
+        if not self.panels:
+            raise ValueError(f"a plot needs at least one panel, got {self.panels}")
+        for label, panel in self.panels.items():
+            if np.shape(panel) != (len(self.y), len(self.x)):
+                shape = (len(self.y), len(self.x))
+                raise ValueError(f"panel {label!r} must have shape {shape}, got {np.shape(panel)}")
 
-    def shown(self) -> dict[str, NDArray]:
-        """What the colours show: the panels, or their log10."""
+
+@dataclass(frozen=True, kw_only=True)
+class Heatmaps(Panels):
+    """Heatmaps on one color scale."""
+
+    color_label: str
+    """label of the color scale"""
+    reverse_x: bool = False
+    """let x decrease to the right"""
+    log_color: bool = False
+    """color by logarithm; values without one are gaps, like NaN"""
+
+    def values(self) -> dict[str, NDArray]:
+        """Return what the colors show: the panels, or their log10."""
         if not self.log_color:
             return dict(self.panels)
         return {label: np.log10(np.where(panel > 0, panel, np.nan)) for label, panel in self.panels.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surfaces:
-    """Surfaces z (len(y), len(x)) side by side in three dimensions, all with the same range of z."""
+class Surfaces(Panels):
+    """Surfaces in three dimensions, all with the same range of z."""
 
-    name: str
-    title: str
-    x_label: str
-    y_label: str
     z_label: str
-    x: NDArray
-    y: NDArray
-    panels: Mapping[str, NDArray]
-
-    def __post_init__(self) -> None:
-        check_panels(self.panels, self.x, self.y)
+    """label of the z axis"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tradeoffs:
-    """What one quantity costs in another: measured settings, marked, a line through those of each label; series:
-    label -> (x, y), one setting or more. emphasized: labels drawn thick. dashed: what the others are held against,
-    grey."""
+class Tradeoffs(PlotLabels):
+    """Plot of what one quantity costs in another: a marker per measured setting, a line through those of each label."""
 
-    name: str
-    title: str
-    x_label: str
-    y_label: str
     series: Mapping[str, tuple[NDArray, NDArray]]
+    """(x, y) by label, one setting or more each"""
     emphasized: frozenset[str] = frozenset()
+    """labels of thick lines"""
     dashed: frozenset[str] = frozenset()
+    """labels of the baselines, dashed and gray"""
 
     def styles(self) -> dict[str, tuple[str, str]]:
-        """Color and marker of each label: colors are for those that are not dashed, the emphasized ones first."""
+        """Return the color and marker of each label; baselines are gray, the emphasized ones get their color first."""
         colored = sorted((label for label in self.series if label not in self.dashed), key=self._is_plain)
         markers, dashed = list(MARKERS), [label for label in self.series if label in self.dashed]
-        styles = {label: (GREY, markers[index % len(markers)]) for index, label in enumerate(dashed)}
+        styles = {label: (GRAY, markers[index % len(markers)]) for index, label in enumerate(dashed)}
         for index, label in enumerate(colored):
             styles[label] = (COLORS[index % len(COLORS)], markers[index % len(markers)])
         return styles
@@ -128,30 +140,22 @@ class Tradeoffs:
 Plot = Lines | Heatmaps | Surfaces | Tradeoffs
 
 
-def check_panels(panels: Mapping[str, NDArray], x: NDArray, y: NDArray) -> None:
-    if not panels:
-        raise ValueError(f"a plot needs at least one panel, got {panels}")
-    for label, panel in panels.items():
-        if np.shape(panel) != (len(y), len(x)):
-            raise ValueError(f"panel {label!r} must have shape {(len(y), len(x))}, got {np.shape(panel)}")
-
-
 def value_range(panels: Mapping[str, NDArray]) -> tuple[float, float]:
-    """The least and the largest finite value of all panels, a little apart where they are equal."""
+    """Return the least and the largest finite value of all panels, slightly apart if they are equal."""
     values = np.concatenate([np.ravel(panel)[np.isfinite(np.ravel(panel))] for panel in panels.values()])
     least, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     return (least, largest) if largest - least > 1e-9 * max(abs(largest), 1e-9) else (least - 1e-3, largest + 1e-3)
 
 
 def check_plots_installed(*libraries: str) -> None:
-    """Raise `ValueError`, with what to install, where a plotting library is missing: before any work is done."""
+    """Raise `ValueError`, with what to install, if a plotting library is missing. Call this before any work is done."""
     missing = [name for name in libraries or ("matplotlib", "plotly") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'figures need {" and ".join(missing)}: pip install "skipdit[plots]"')
 
 
 def shade(fraction: float) -> str:
-    """A colour of the sequential scale, short of its pale end."""
+    """Return a color of the sequential scale, short of its pale end."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -163,7 +167,7 @@ def shade(fraction: float) -> str:
 
 
 def save_png(plot: Plot, out: OutputFolder) -> None:
-    """Draw into `{name}.png`."""
+    """Draw a plot into `{name}.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(plot)
@@ -174,7 +178,7 @@ def save_png(plot: Plot, out: OutputFolder) -> None:
 
 @singledispatch
 def draw(plot: Any) -> Any:
-    """The matplotlib figure."""
+    """Return the matplotlib figure."""
     raise TypeError(f"not a plot: {plot!r}")
 
 
@@ -223,7 +227,7 @@ def _(plot: Heatmaps) -> Any:
 
     figure = Figure(figsize=(1.5 + 5 * len(plot.panels), 4.2), layout="constrained")
     panels = figure.subplots(1, len(plot.panels), squeeze=False, sharey=True)[0]
-    low, high = value_range(plot.shown())
+    low, high = value_range(plot.values())
     norm = LogNorm(10**low, 10**high) if plot.log_color else Normalize(low, high)
     mesh: Any = None
     for axes, (label, panel) in zip(panels, plot.panels.items(), strict=True):
@@ -269,21 +273,21 @@ PAGE = """<!DOCTYPE html>
 
 
 def render_html(title: str, sections: Sequence[tuple[str, str, Plot]]) -> str:
-    """Return one page that needs no network; sections: (heading, text, plot), the heading and text of the one before
-    not said again."""
-    parts, said = [], None
+    """Return an HTML page that needs no network. sections: (heading, text, plot); consecutive ones with the same
+    heading show it and their first text once."""
+    parts, previous = [], None
     for heading, text, plot in sections:
-        if heading != said:
+        if heading != previous:
             parts.append(f"<h2>{html.escape(heading)}</h2>\n<p>{html.escape(text)}</p>")
         figure = interactive(plot)
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=said is None))
-        said = heading
+        parts.append(figure.to_html(full_html=False, include_plotlyjs=previous is None))
+        previous = heading
     return PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
 @singledispatch
 def interactive(plot: Any) -> Any:
-    """The plotly figure."""
+    """Return the plotly figure."""
     raise TypeError(f"not a plot: {plot!r}")
 
 
@@ -324,11 +328,11 @@ def _(plot: Heatmaps) -> Any:
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 
-    shown = plot.shown()
-    low, high = value_range(shown)
-    figure = make_subplots(1, len(shown), subplot_titles=list(shown), shared_yaxes=True)
+    values = plot.values()
+    low, high = value_range(values)
+    figure = make_subplots(1, len(values), subplot_titles=list(values), shared_yaxes=True)
     bar = {"title": f"log10 {plot.color_label}" if plot.log_color else plot.color_label}
-    for column, panel in enumerate(shown.values(), start=1):
+    for column, panel in enumerate(values.values(), start=1):
         trace = graph_objects.Heatmap(
             x=plot.x, y=plot.y, z=panel, zmin=low, zmax=high, colorscale=SEQUENTIAL, colorbar=bar, showscale=column == 1
         )

@@ -1,4 +1,4 @@
-"""Processes that share a piece of work, as torchrun starts them: who they are, and what they tell one another."""
+"""Groups of processes that share a piece of work, as torchrun starts them, and their communication."""
 
 import os
 import time
@@ -17,45 +17,47 @@ POLL_SECONDS = 0.2
 
 
 def count_processes() -> int:
-    """Return how many processes were started together."""
+    """Return the number of processes that were started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a piece of work. rank: of this one. size: how many. group: torch's, of gloo; `None` for one."""
+    """The processes that share a piece of work."""
 
     rank: int = 0
+    """rank of this process"""
     size: int = 1
+    """number of processes"""
     group: Any = None
+    """torch's gloo group; None for a single process"""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def from_main(self, act: Callable[[], Result]) -> Result:
-        """Return in every process what `act` returns in the main one. Its `OSError` or `ValueError` stops all."""
+        """Call `act` in the main process and return its result in all. Its `OSError` or `ValueError` stops all."""
         if self.size == 1:
             return act()
         import torch.distributed as dist
 
-        said: list[Any] = [None, None]
+        message: list[Any] = [None, None]  # the result, or an error's text
         failure: OSError | ValueError | None = None
         if self.is_main:
             try:
-                said[0] = act()
+                message[0] = act()
             except (OSError, ValueError) as error:
-                failure, said[1] = error, str(error)
-        dist.broadcast_object_list(said, group=self.group, group_src=0)
+                failure, message[1] = error, str(error)
+        dist.broadcast_object_list(message, group=self.group, group_src=0)
         if failure is not None:
             raise failure
-        if said[1] is not None:
-            raise ValueError(f"the main process stopped: {said[1]}")
-        return said[0]
+        if message[1] is not None:
+            raise ValueError(f"the main process stopped: {message[1]}")
+        return message[0]
 
     def wait_for_all(self, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Wait until every process is here, and do something again and again until then. `ValueError` where one has
-        ended before."""
+        """Wait for every process, calling `meanwhile` several times per second. `ValueError` if one has ended early."""
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -67,14 +69,14 @@ class ProcessGroup:
                 meanwhile()
             work.wait()
         except RuntimeError as error:
-            raise ValueError("another process has ended too early: see what it said") from error
+            raise ValueError("another process has ended too early: see its messages") from error
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Yield the processes that were started together, by torchrun or the like; this one alone where it was not.
+    """Yield the group of processes started together, by torchrun or the like, or a group of this process alone.
 
-    They speak over gloo, on any device: only a few numbers, for which no accelerator has to wait.
+    They communicate over gloo, whatever the device: only a few numbers, for which no accelerator has to wait.
     """
     import torch.distributed as dist
 
@@ -94,13 +96,14 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def own_device(device: "torch.device") -> "torch.device":
-    """Return the device of this process: of several GPUs the one that its local rank names, unless one was named."""
+    """Return the device of this process: unless an index was given, the GPU with its local rank as index.
+    `ValueError` if there is no such GPU."""
     import torch
 
     if device.type != "cuda" or device.index is not None:
         return device
     index = int(os.environ.get("LOCAL_RANK", "0"))
     if index >= torch.cuda.device_count():
-        raise ValueError(f"process {index} of this machine has no GPU, of which there are {torch.cuda.device_count()}")
+        raise ValueError(f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

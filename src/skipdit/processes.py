@@ -1,4 +1,4 @@
-"""Which process holds something on disk, and whether it still runs: drafts and locks carry its name."""
+"""Identify the processes that own drafts and locks on disk, and lock folders."""
 
 import fcntl
 import logging
@@ -18,16 +18,19 @@ LOGGER = logging.getLogger(__name__)
 
 LOCK = ".skipdit.lock"
 HEARTBEAT_SECONDS = 20.0
-STALE_SECONDS = 120.0  # without a heartbeat, for a lock of another host, whose processes cannot be seen from here
+STALE_SECONDS = 120.0  # without a heartbeat, after which a lock of another host is stale: its processes are invisible
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A process of a host. started: its start in clock ticks after boot, since a number is given anew; 0 if unknown."""
+    """A process of a host."""
 
     host: str
+    """name of its host"""
     pid: int
+    """its number, which the system may reuse"""
     started: int
+    """its start in clock ticks after boot; 0 if unknown"""
 
     def __str__(self) -> str:
         return f"{self.host}-{self.pid}-{self.started}"
@@ -38,7 +41,7 @@ class Process:
         return found and cls(host=found[1], pid=int(found[2]), started=int(found[3]))
 
     def has_ended(self) -> bool:
-        """Whether this host runs it no more; of another host's processes nothing is known."""
+        """Return True if this host no longer runs it; False for a process of another host, which is unknown."""
         if self.host != this_process().host:
             return False
         try:
@@ -52,7 +55,7 @@ class Process:
 
 
 def started_at(pid: int) -> int:
-    """Return when a process began, in clock ticks after boot (proc(5), field 22); 0 where that cannot be told."""
+    """Return when a process began, in clock ticks after boot (proc(5), field 22); 0 if that is unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return int(fields[19])
@@ -67,10 +70,10 @@ def this_process() -> Process:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made where it is missing: one run at a time writes into it.
+    """Hold the lock of a folder, so that one run at a time writes into it; create the folder if needed.
 
-    `BlockingIOError`, which tells who holds it, where another run does. The lock of a process that has ended is taken
-    over, with a warning; so is one of another host that has not been touched for two minutes.
+    `BlockingIOError` names the run that holds it already. The lock of a process that has ended is taken over, with a
+    warning, as is one of another host without a heartbeat for two minutes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -84,8 +87,8 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         stop.set()
         heart.join()
-        if _is_still(handle, path):  # else somebody has deleted the folder, and another run may have made it again
-            path.unlink(missing_ok=True)  # while it is held: see `_take`
+        if _is_current(handle, path):  # else the folder was deleted, and another run may have created it again
+            path.unlink(missing_ok=True)  # while the lock is held: see `_take`
         _held.discard(handle)
         os.close(handle)
 
@@ -94,7 +97,7 @@ _held: set[int] = set()  # handles of locks of this process
 
 
 def _let_go() -> None:
-    """Close a forked child's copies of the handles: a data worker would else hold the lock of a parent that died."""
+    """Close a forked child's copies of the handles: a data worker would otherwise hold the lock of a dead parent."""
     while _held:
         os.close(_held.pop())
 
@@ -103,30 +106,29 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def _take(path: Path) -> int:
-    """Return a handle that holds the lock. The kernel lets go of it when the process ends, however that happens."""
+    """Return a handle that holds the lock. The kernel releases it when the process ends, however that happens."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             _lock(handle, path)
-            if _is_still(handle, path):
+            if _is_current(handle, path):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, str(this_process()).encode(), 0)
                 return handle
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its holder has deleted it meanwhile
+        os.close(handle)  # the previous holder has just deleted the file
 
 
 def _lock(handle: int, path: Path) -> None:
     holder = Process.parse(os.pread(handle, 200, 0).decode("utf-8", "replace"))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
-    except OSError:  # a file system without locks: what the file says must do
-        if holder and holder != this_process() and holder.host == this_process().host and not holder.has_ended():
-            raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from None
+    except OSError as error:  # held, or a file system without locks: then rely on what the file says
+        is_here = holder and holder != this_process() and holder.host == this_process().host
+        if isinstance(error, BlockingIOError) or (holder and is_here and not holder.has_ended()):
+            raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
     if holder is None or holder == this_process():
         return
     if not holder.has_ended() and holder.host != this_process().host:
@@ -143,7 +145,7 @@ def _by(holder: Process | None) -> str:
     return f"by process {holder.pid} on {holder.host}" if holder else "by another process"
 
 
-def _is_still(handle: int, path: Path) -> bool:
+def _is_current(handle: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(handle), os.stat(path))
     return False

@@ -1,8 +1,8 @@
-"""Spectral norms: of weights, capped or penalised, and of Jacobians.
+"""Spectral norms: of weights, capped or penalized, and of Jacobians.
 
-A weight's norm is found by squaring its Gram matrix G again and again: k squarings are 2^k power iterations from every
-start vector at once, and give a bound from below and one from above. No start vector is drawn and none is kept, so
-every process and every call finds the same number.
+A weight's norm is found by repeatedly squaring its Gram matrix G: k squarings equal 2^k power iterations from every
+start vector at once, and give a lower and an upper bound. No start vector is drawn and none is kept, so every process
+and every call finds the same number.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
-NUM_SQUARINGS = 12  # of a cap: 4096 power iterations
+NUM_SQUARINGS = 12  # for a cap: 4096 power iterations
 
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """The largest singular value lies between `lower` and `upper`, which differ by rounding and too few iterations."""
+    """Bounds on the largest singular value, which differ by rounding and too few iterations."""
 
     lower: float
+    """lower bound"""
     upper: float
+    """upper bound"""
 
     @property
     def value(self) -> float:
@@ -29,22 +31,23 @@ class SpectralNorm:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A weight (out, ...) as (out, in), as the layer's product sees it; `ValueError` where it has one axis only."""
+    """Flatten a weight (out, ...) to (out, in), as the layer multiplies it; `ValueError` if it has one axis only."""
     if weight.ndim < 2:
         raise ValueError(f"a spectral norm needs a weight of two axes or more, got shape {tuple(weight.shape)}")
     return weight.flatten(1)
 
 
 def gram_matrix(matrix: Tensor) -> Tensor:
-    """The smaller of W W^T and W^T W: its largest eigenvalue is the squared spectral norm."""
+    """Return the smaller of W W^T and W^T W, whose largest eigenvalue is the squared spectral norm."""
     return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
 
 
 def spectral_norm(weight: Tensor, *, tolerance: float = 1e-6, max_squarings: int = 40) -> SpectralNorm:
-    """The spectral norm of a weight (out, ...), in float64, squared until both bounds agree to `tolerance`, relative.
+    """Return the spectral norm of a weight (out, ...), in float64, squaring until both bounds agree to a relative
+    `tolerance`.
 
-    With G^p of trace 1, trace(G^p G) is at most the largest eigenvalue, and the 1/p-th power of the trace of the
-    unscaled G^p at least: they differ by less than log(rank) / p. `ValueError` where an entry is not finite.
+    With G^p scaled to trace 1, trace(G^p G) is a lower bound on the largest eigenvalue, and the p-th root of the trace
+    of the unscaled G^p an upper one; they differ by less than log(rank) / p. `ValueError` if an entry is not finite.
     """
     matrix = as_matrix(weight.detach()).double()
     if not matrix.isfinite().all():
@@ -68,10 +71,10 @@ def spectral_norm(weight: Tensor, *, tolerance: float = 1e-6, max_squarings: int
 
 
 def differentiable_norm(weight: Tensor, num_squarings: int = NUM_SQUARINGS) -> Tensor:
-    """The norm from below, a scalar in float32 whose gradient is that of the largest singular value.
+    """Return a lower bound on the norm, a float32 scalar whose gradient is that of the largest singular value.
 
-    Too small by at most log(rank) / 2^(k + 1), relative: 0.09% at rank 1152 with k = 12. No step of it asks the device
-    for a number, so it compiles whole.
+    Its relative error is at most log(rank) / 2^(k + 1): 0.09% at rank 1152 with k = 12. Nothing waits for the device,
+    so it compiles into one graph.
     """
     with torch.autocast(weight.device.type, enabled=False):
         matrix = as_matrix(weight).float()
@@ -91,10 +94,10 @@ def differentiable_norm(weight: Tensor, num_squarings: int = NUM_SQUARINGS) -> T
 
 
 class SpectralCap(nn.Module):
-    """Scales a weight down to a spectral norm of `maximum`; one that is at or below it passes bit-unchanged.
+    """Parametrization that scales a weight down to a spectral norm of `maximum`; one at or below it is bit-unchanged.
 
-    The norm is taken from below, so the result exceeds the cap by at most its error: 0.1% in float32 for weights of
-    rank up to 1152, and bf16's rounding (0.4%) on top for weights in bf16. The gradient is that of the scaled weight.
+    The norm is a lower bound, so the result exceeds the cap by at most its error: 0.1% in float32 for weights of rank
+    up to 1152, plus the rounding of bf16 (0.4%) for weights in bf16. The gradient is that of the scaled weight.
     """
 
     def __init__(self, maximum: float, num_squarings: int = NUM_SQUARINGS) -> None:
@@ -109,22 +112,22 @@ class SpectralCap(nn.Module):
         return (weight.float() * factor).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The weight that is kept when a capped one is assigned: itself."""
+        """Return the weight to store when a capped one is assigned: the same."""
         return weight
 
 
 def weighted(module: nn.Module) -> Iterator[nn.Module]:
-    """The linear layers and convolutions in a module, itself included."""
-    return (each for each in module.modules() if isinstance(each, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)))
+    """Return the linear layers and convolutions in a module, itself included."""
+    return (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)))
 
 
 def cap_spectral_norm(module: nn.Module, maximum: float) -> int:
-    """From now on no linear layer or convolution in `module` has a spectral norm above `maximum`; returns how many.
+    """Cap the spectral norm of every linear layer and convolution in `module` at `maximum`; return their number.
 
-    A parametrization: the optimizer moves `parametrizations.weight.original`, every use sees the capped weight. Cap
-    before the optimizer, DDP, FSDP or compile takes the parameters; `fold_spectral_caps` before saving.
+    The cap is a parametrization: the optimizer updates `parametrizations.weight.original`, every use sees the capped
+    weight. Cap before the optimizer, DDP, FSDP or compile takes the parameters; `fold_spectral_caps` before saving.
 
-    `ValueError` where there is no such layer, one is capped already, or the maximum is not above 0.
+    `ValueError` if there is no such layer, one is capped already, or the maximum is not above 0.
     """
     layers = list(weighted(module))
     if not layers:
@@ -139,15 +142,15 @@ def cap_spectral_norm(module: nn.Module, maximum: float) -> int:
 
 def is_capped(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer, "weight") and any(
-        isinstance(each, SpectralCap)
-        for each in layer.parametrizations.weight  # pyright: ignore
+        isinstance(parametrization, SpectralCap)
+        for parametrization in layer.parametrizations.weight  # pyright: ignore
     )
 
 
 def fold_spectral_caps(module: nn.Module) -> int:
-    """Makes every capped weight an ordinary one of the value that it had; outputs and keys are those of a model that
-    never knew a cap. Returns how many were folded. `ValueError` where a layer has another parametrization as well."""
-    capped = [each for each in weighted(module) if is_capped(each)]
+    """Turn every capped weight into an ordinary parameter of the capped value, so that outputs stay the same and keys
+    are those of a model without caps. Return their number. `ValueError` if a layer has other parametrizations too."""
+    capped = [layer for layer in weighted(module) if is_capped(layer)]
     for layer in capped:
         if len(layer.parametrizations) > 1 or len(layer.parametrizations.weight) > 1:  # pyright: ignore
             raise ValueError("a layer with a spectral cap has other parametrizations too: remove those first")
@@ -164,9 +167,9 @@ def fold_spectral_caps(module: nn.Module) -> int:
 def spectral_penalty(
     module: nn.Module, maximum: float, whole: Callable[[Tensor], Tensor] = lambda weight: weight
 ) -> Tensor:
-    """Sum over linear layers and convolutions of (norm - maximum)^2 where the norm is above: to be added to a loss.
+    """Return the sum of (norm - maximum)^2 over the linear layers and convolutions whose norm is above: a loss term.
 
-    whole: makes a weight whole that is in shards.
+    whole: gathers a weight that is sharded.
     """
     norms = torch.stack([differentiable_norm(whole(layer.get_parameter("weight"))) for layer in weighted(module)])
     return (norms - maximum).clamp(min=0).square().sum()
@@ -178,12 +181,14 @@ def spectral_penalty(
 
 @dataclass(frozen=True)
 class JacobianNorms:
-    """value (batch,): the norm from below. error (batch,): relative residual of the singular pair found: some singular
-    value of the Jacobian is that near to `value`, and none was seen above it. num_iterations: made."""
+    """Largest singular values of the Jacobians of a batch."""
 
     value: Tensor
+    """(batch,): lower bound on the norm"""
     error: Tensor
+    """(batch,): relative residual of the singular pair: the Jacobian has a singular value this near to `value`"""
     num_iterations: int
+    """iterations until convergence"""
 
 
 def jacobian_norms(
@@ -194,13 +199,13 @@ def jacobian_norms(
     max_iterations: int = 60,
     seed: int = 0,
 ) -> JacobianNorms:
-    """Largest singular value of the Jacobian of `function` at each of `inputs` (batch, ...).
+    """Return the largest singular value of the Jacobian of `function` at each of `inputs` (batch, ...).
 
-    function: maps (batch, ...) to (batch, ...), each sample for itself. Power iteration that keeps its vectors (Lanczos
-    on J^T J): an iteration is a Jacobian-vector and a vector-Jacobian product (`torch.func`), and the norm is the
-    largest in the space of all vectors so far. It ends when every residual is below `tolerance`, or after
-    `max_iterations`; a residual bounds the error from below only, for a direction that the random start hardly holds
-    may still be found later. Attention is computed unfused: the fused one has no forward mode.
+    function: maps (batch, ...) to (batch, ...), each sample independently. The method is Lanczos on J^T J: an iteration
+    is a Jacobian-vector and a vector-Jacobian product (`torch.func`), and the norm is the largest in the space of all
+    vectors so far. It stops when every residual is below `tolerance`, or after `max_iterations`. A residual bounds the
+    error from below only: a direction that is weak in the random start may still be found later. Attention is computed
+    unfused, since the fused one has no forward mode.
     """
     generator = torch.Generator().manual_seed(seed)
     vector = _unit(torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs))
@@ -215,7 +220,7 @@ def jacobian_norms(
             (pulled,) = pull_back(pushed.detach())
             pulled = pulled.detach().flatten(1)
             diagonal.append((pulled * basis[:, -1]).sum(dim=1))
-            for _ in range(2):  # once leaves rounding behind
+            for _ in range(2):  # a single pass leaves rounding errors
                 pulled = pulled - torch.einsum("bkn,bk->bn", basis, torch.einsum("bkn,bn->bk", basis, pulled))
             off_diagonal.append(pulled.norm(dim=1))
 

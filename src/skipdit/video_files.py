@@ -1,7 +1,7 @@
-"""Videos of strangers: the one place where PyAV opens a file, its limits, and frames with the time at which they show.
+"""Read untrusted video files: the only place where PyAV opens a file, the limits, and frames with their times.
 
-PyAV is told which demuxer to use, by the first bytes: left to itself, FFmpeg takes an SDP or HLS text for a video and
-opens sockets and other files.
+The first bytes decide which demuxer PyAV uses: by itself, FFmpeg accepts SDP or HLS text as a video and opens sockets
+and other files.
 """
 
 import errno
@@ -25,8 +25,8 @@ VIDEO_SUFFIXES = (
     | {".3gp", ".asf", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".ogv", ".webm", ".wmv"}
     | {".m2ts", ".mpeg", ".mpg", ".mts", ".ts"}
 )
-SIGNATURES = (  # where, what, the demuxer
-    (4, b"ftyp", "mov"),  # ISO/IEC 14496-12; the others begin QuickTime files
+SIGNATURES = (  # offset, bytes, demuxer
+    (4, b"ftyp", "mov"),  # ISO/IEC 14496-12; the next six begin QuickTime files
     *((4, atom, "mov") for atom in (b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")),
     (0, b"\x1aE\xdf\xa3", "matroska"),  # RFC 8794, also WebM
     (8, b"AVI", "avi"),
@@ -36,25 +36,28 @@ SIGNATURES = (  # where, what, the demuxer
     (0, b"\x00\x00\x01\xba", "mpeg"),
     (0, b"\x00\x00\x01\xb3", "mpegvideo"),
 )
-TS_PACKETS = ((0, 188), (4, 192))  # ISO/IEC 13818-1 and .m2ts: where the first 0x47 is, and how far to the next
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave out the alpha of WebM
+TS_PACKETS = ((0, 188), (4, 192))  # ISO/IEC 13818-1 and .m2ts: offset of the first 0x47, distance to the next
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's native decoders ignore the alpha of WebM
 MAX_FRAME_PIXELS = 2**25  # of a video: 8K is 7680 x 4320
-MAX_ANIMATION_PIXELS = 2**23  # of a frame of .apng, .gif, .webp, which are drawn one over the other
-MIN_DURATION, USUAL_DURATION = 20, 100  # ms: browsers show a frame that is shorter than the first for the second
+MAX_ANIMATION_PIXELS = 2**23  # of a frame of .apng, .gif or .webp, which are drawn over one another
+MIN_DURATION, USUAL_DURATION = 20, 100  # ms: browsers show a frame shorter than the former for the latter
 
 
 class TimedFrame(NamedTuple):
-    """When a frame begins and ends to show, in seconds, and its pixels."""
+    """A frame with its times."""
 
     begin: Fraction
+    """time from which it is displayed, in seconds"""
     end: Fraction
+    """time until which it is displayed, in seconds"""
     pixels: Callable[[], UInt8[np.ndarray, "height width 3"]]
+    """decode it"""
 
 
 def timed_frames(stream: BinaryIO, *, by_index: bool) -> Generator[TimedFrame, None, None]:
-    """Yield the frames of an open file on white, turned as it says; its content says what it is.
+    """Yield the frames of an open file on white, rotated as it says; its content shows the format.
 
-    by_index: frame i shows from i to i + 1. Raises errors of every kind where the file is broken.
+    by_index: frame i is displayed from i to i + 1. A broken file raises errors of any type.
     """
     head = stream.read(512)
     stream.seek(0)
@@ -67,7 +70,7 @@ def timed_frames(stream: BinaryIO, *, by_index: bool) -> Generator[TimedFrame, N
 
 
 def demuxer_of(head: bytes) -> str:
-    """Return FFmpeg's name for what a file begins with. `ValueError` where it is none that is read."""
+    """Return FFmpeg's demuxer for a file that begins with `head`. `ValueError` if the format is not supported."""
     for offset, signature, demuxer in SIGNATURES:
         if head[offset : offset + len(signature)] == signature:
             return demuxer
@@ -85,7 +88,7 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
         picture = Image.open(stream, formats=FORMATS)
     with picture:
         begin = Fraction(0)
-        # the default image of an APNG is for viewers that know no animations, and none of its frames
+        # the default image of an APNG is for viewers without animation, and not one of its frames
         for index in count(1 if picture.info.get("default_image") else 0):
             with warnings.catch_warnings(action="ignore"):
                 try:
@@ -101,7 +104,7 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
 
 
 class _Seekable:
-    """A file in which a seek to a wrong place fails as FFmpeg expects it: PyAV would print a traceback."""
+    """A file whose failing seeks return an error as FFmpeg expects: PyAV would print a traceback."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.read, self.tell, self._seek = stream.read, stream.tell, stream.seek
@@ -114,7 +117,7 @@ class _Seekable:
 
 
 def _container(stream: BinaryIO, demuxer: str) -> Iterator[TimedFrame]:
-    """Frames of the video stream that FFmpeg finds best: no cover picture, if there is another."""
+    """Yield the frames of the best video stream by FFmpeg's choice, which prefers others to a cover picture."""
     av: Any = importlib.import_module("av")
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS)}
     try:
@@ -156,10 +159,10 @@ def _pixels(frame: Any) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def _until_the_next(frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
-    """Each frame shows until the next begins: what a file says of durations is often missing or wrong."""
-    shown = next(frames, None)
+    """Yield frames that last until the next begins: the durations in a file are often missing or wrong."""
+    current = next(frames, None)
     for following in frames:
-        yield cast(TimedFrame, shown)._replace(end=following.begin)
-        shown = following
-    if shown is not None:
-        yield shown
+        yield cast(TimedFrame, current)._replace(end=following.begin)
+        current = following
+    if current is not None:
+        yield current

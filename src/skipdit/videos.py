@@ -1,4 +1,4 @@
-"""Clips as files and as pictures: read and write video, GIF and WebP, frame grids, runs side by side."""
+"""Read and write clips as video, GIF and WebP; draw frame grids and runs side by side."""
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,14 +35,14 @@ class UnreadableVideo(ValueError):
 def read_video(
     path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
 ) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """Every `frame_interval`-th frame of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...), from frame `start` on.
+    """Read every `frame_interval`-th frame of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...), from `start` on.
 
-    fps: the frames of the file are first taken at so many per second, by the time at which they show; None takes each
-    frame once, however long it shows. `UnreadableVideo` (a `ValueError`) where the file is broken or too short.
+    fps: first resample the file to this frame rate, by the times of its frames; None takes each frame once, however
+    long it is displayed. `UnreadableVideo` (a `ValueError`) if the file is broken or too short.
     """
     path = Path(path)
     if path.suffix.lower() not in VIDEO_SUFFIXES:
-        raise ValueError(f"{printable_path(path)} is no video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
+        raise ValueError(f"{printable_path(path)} is not a video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
     return _stack(frames_of_file(path, num_frames, frame_interval, start, fps), printable_path(path))
 
 
@@ -54,14 +54,14 @@ def decode_video(
     start: int = 0,
     fps: float | None = None,
 ) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """As `read_video`, of an open file or bytes; its content says what it is. name: what an error calls it."""
+    """Read an open file as `read_video` does; its content shows the format. name: its name in errors."""
     return _stack(frames_of(stream, name, num_frames, frame_interval, start, fps), name)
 
 
 def frames_of_file(
     path: Path, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield what `read_video` stacks, one frame after the other."""
+    """Yield the frames that `read_video` stacks."""
     try:
         stream = open_regular(path)
     except (OSError, ValueError) as error:
@@ -78,10 +78,10 @@ def frames_of(
     start: int = 0,
     fps: float | None = None,
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield what `decode_video` stacks, one frame after the other."""
-    wanted = _wanted(num_frames, frame_interval, start)
+    """Yield the frames that `decode_video` stacks."""
+    indices = _frame_indices(num_frames, frame_interval, start)
     # a quarter of a frame late, as many files round their times to 1 or 10 ms
-    times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in wanted]
+    times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in indices]
     found = 0
     try:
         with closing(timed_frames(stream, by_index=fps is None)) as frames:
@@ -93,11 +93,11 @@ def frames_of(
                     return
     except Exception as error:  # decoders of damaged files raise of every kind
         raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
-    raise _too_short(name, wanted, found)
+    raise _too_short(name, indices, found)
 
 
 def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
-    """Return how many frames `frames_of` could take at most, by decoding all of them. `UnreadableVideo` where one is
+    """Return how many frames `frames_of` could take at most, by decoding all of them. `UnreadableVideo` if one is
     broken, or there are more than `MAX_COUNTED_FRAMES`."""
     number, end = 0, Fraction(0)
     try:
@@ -114,12 +114,12 @@ def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
 def frames_of_folder(
     paths: Sequence[Path], name: str, num_frames: int, frame_interval: int = 1, start: int = 0
 ) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield every `frame_interval`-th of a clip's pictures, from `start` on. `UnreadableVideo` where one is broken or
+    """Yield every `frame_interval`-th of a clip's pictures, from `start` on. `UnreadableVideo` if one is broken or
     missing."""
-    wanted = _wanted(num_frames, frame_interval, start)
-    for found, index in enumerate(wanted):
+    indices = _frame_indices(num_frames, frame_interval, start)
+    for found, index in enumerate(indices):
         if index >= len(paths):
-            raise _too_short(name, wanted, found)
+            raise _too_short(name, indices, found)
         try:
             picture = on_white(open_picture(paths[index], printable_path(paths[index])))
         except ValueError as error:
@@ -127,7 +127,7 @@ def frames_of_folder(
         yield np.asarray(picture)
 
 
-def _wanted(num_frames: int, frame_interval: int, start: int) -> range:
+def _frame_indices(num_frames: int, frame_interval: int, start: int) -> range:
     if num_frames < 1 or frame_interval < 1 or start < 0:
         raise ValueError(
             f"num_frames and frame_interval must be at least 1 and start at least 0, "
@@ -136,10 +136,10 @@ def _wanted(num_frames: int, frame_interval: int, start: int) -> range:
     return range(start, start + num_frames * frame_interval, frame_interval)
 
 
-def _too_short(name: str, wanted: range, found: int) -> UnreadableVideo:
+def _too_short(name: str, indices: range, found: int) -> UnreadableVideo:
     return UnreadableVideo(
-        f"the video {name} is too short: frame {wanted[found]} is wanted "
-        f"({len(wanted)} frames, interval {wanted.step}, start {wanted.start})"
+        f"the video {name} is too short: frame {indices[found]} is needed "
+        f"({len(indices)} frames, interval {indices.step}, start {indices.start})"
     )
 
 
@@ -153,7 +153,7 @@ def _stack(frames: Iterator[np.ndarray], name: str) -> UInt8[np.ndarray, "num_fr
 def to_frames(
     clip: Float[Tensor, "*batch 3 height width"],
 ) -> UInt8[Tensor, "*batch height width 3"]:
-    """Pixels in [0, 1] as bytes, the channels last."""
+    """Convert pixels in [0, 1] to bytes, channels last."""
     return (clip.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous()
 
 
@@ -164,19 +164,18 @@ def write_mp4(
     scale: int = 1,
     encoders: Sequence[str] = ENCODERS,
 ) -> None:
-    """An .mp4 (yuv420p), each pixel enlarged `scale` times; an odd side repeats its last row or column.
+    """Write an .mp4 (yuv420p), enlarged `scale` times; an odd side repeats its last row or column.
 
-    encoders: of FFmpeg; the first that this PyAV has is taken. `ValueError` where
-    frames, fps or scale make no video.
+    encoders: names in FFmpeg; the first that PyAV has is used. `ValueError` if frames, fps or scale are invalid.
     """
     path, pixels = _checked(path, ".mp4", frames, fps, scale)
     av: Any = importlib.import_module("av")  # its stubs know no kind of stream by its index
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
     found = [name for name in encoders if name in av.codecs_available]
     if not found:
-        raise ValueError(f"this PyAV has no encoder of {', '.join(encoders)}")
+        raise ValueError(f"this PyAV has none of the encoders {', '.join(encoders)}")
     # https://trac.ffmpeg.org/wiki/Encode/H.264 and /MPEG-4: quality by -crf and -qscale
-    # x264's tree of macroblocks reads memory that nobody wrote: with it the same frames give files that differ
+    # x264's macroblock tree reads uninitialized memory: with it the same frames may give different files
     x264 = {"crf": "16", "x264-params": "mbtree=0"}
     quality = x264 if found[0] == "libx264" else {"flags": "+qscale", "global_quality": str(2 * 118)}
     with atomic_file(path) as draft, av.open(str(draft), "w", options={"movflags": "+faststart"}) as container:
@@ -191,9 +190,8 @@ def write_mp4(
 def write_gif(
     path: Path | str, frames: UInt8[Tensor | np.ndarray, "frames height width 3"], fps: float, scale: int = 1
 ) -> None:
-    """A .gif that loops for ever, each pixel enlarged `scale` times, 256 colours a frame. Its unit of time is 10 ms: a
-    frame lasts 10 ms more or less so that the whole keeps `fps`, at most 50. Equal neighbours become one longer frame.
-    """
+    """Write a .gif that loops forever, enlarged `scale` times, with 256 colors per frame. Its unit of time is 10 ms:
+    frames vary by that much so that the whole keeps `fps`, at most 50. Equal neighbors become one longer frame."""
     path, pixels = _checked(path, ".gif", frames, fps, scale)
     if fps > MAX_GIF_FPS:
         raise ValueError(f"fps of a GIF must be at most {MAX_GIF_FPS}, got {fps}")
@@ -207,10 +205,10 @@ def write_gif(
 def _checked(
     path: Path | str, suffix: str, frames: Tensor | np.ndarray, fps: float, scale: int
 ) -> tuple[Path, UInt8[np.ndarray, "frames height width 3"]]:
-    """The path and the enlarged frames. `ValueError` where they make no video of this kind."""
+    """Return the path and the enlarged frames; `ValueError` if an argument is invalid."""
     path, pixels = Path(path), torch.as_tensor(frames).cpu().numpy()
     if path.suffix.lower() != suffix:
-        raise ValueError(f"the name of the file must end in {suffix}, got {path}")
+        raise ValueError(f"the file name must end in {suffix}, got {path}")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.size == 0:
         raise ValueError(f"frames must be uint8 (frames, height, width, 3), got {pixels.dtype} {pixels.shape}")
     if not 0 < fps < float("inf"):
@@ -227,11 +225,11 @@ def frame_grid(
     *,
     scale: int = 2,
 ) -> Image.Image:
-    """One row a clip (pixels in [0, 1]) with its caption below: frames from the first to the last, left to right."""
+    """Draw one row per clip (pixels in [0, 1]) with its caption below: evenly spaced frames, left to right."""
     if num_frames_shown < 1:
         raise ValueError(f"num_frames_shown must be at least 1, got {num_frames_shown}")
-    shown = np.linspace(0, clips.shape[1] - 1, min(num_frames_shown, clips.shape[1])).round().astype(int)
-    strips = np.pad(to_frames(clips[:, shown]).numpy(), ((0, 0),) * 3 + ((0, 1), (0, 0)), constant_values=255)
+    indices = np.linspace(0, clips.shape[1] - 1, min(num_frames_shown, clips.shape[1])).round().astype(int)
+    strips = np.pad(to_frames(clips[:, indices]).numpy(), ((0, 0),) * 3 + ((0, 1), (0, 0)), constant_values=255)
     rows = [Image.fromarray(np.concatenate(list(strip), axis=1)[:, :-1]) for strip in strips]
     return labelled_grid(rows, captions, num_columns=1, scale=scale)
 
@@ -239,15 +237,14 @@ def frame_grid(
 def side_by_side(
     rows: Mapping[str, Float[Tensor, "clips frames 3 height width"]], captions: Sequence[str], *, scale: int = 2
 ) -> UInt8[np.ndarray, "frames height_of_all width_of_all 3"]:
-    """Frames of one video that plays all runs at once: one labelled row a run, one column with a caption a clip (pixels
-    in [0, 1]). `ValueError` where the runs differ in shape.
-    """
+    """Draw the frames of one video that plays all runs at once: one labeled row per run, one captioned column per clip
+    (pixels in [0, 1]). `ValueError` if the runs differ in shape."""
     shapes = {name: tuple(clips.shape) for name, clips in rows.items()}
     if len(set(shapes.values())) != 1:
-        raise ValueError(f"side by side needs at least one run, all of one shape, got {shapes}")
+        raise ValueError(f"side by side needs at least one run, all of the same shape, got {shapes}")
     num_clips, num_frames, _, height, _ = next(iter(shapes.values()))
     if len(captions) != num_clips:
-        raise ValueError(f"side by side needs one caption a clip, got {len(captions)} and {num_clips} clips")
+        raise ValueError(f"side by side needs one caption per clip, got {len(captions)} and {num_clips} clips")
     pixels = np.stack([to_frames(clips).numpy() for clips in rows.values()])
     font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=LABEL_SIZE))
     gutter = MARGIN + round(max(map(font.getlength, rows)))

@@ -1,14 +1,14 @@
-"""Checkpoints in and out: official releases, diffusers' transformers, our own files and folders.
+"""Load and save checkpoints: official releases, diffusers' transformers, our own files and folders.
 
-One module a family holds its key tables and both directions; this one finds out which family a path holds.
+Each family has a module with its key tables and both directions; this one finds the family of a path.
 """
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Protocol, cast, get_args
 
 import diffusers
 import torch
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from skipdit.checkpoints import dit, hunyuan, latte, latte_t2v
 from skipdit.checkpoints.dit import DIFFUSERS_KEYS, OFFICIAL_KEYS, from_diffusers
 from skipdit.checkpoints.keys import (
-    Told,
-    Weights,
+    LoadHints,
+    UnloadedModel,
     assemble,
     check_options,
     find_num_classes,
     make_model,
-    refuse_contradictions,
+    raise_on_contradictions,
 )
 from skipdit.checkpoints.reading import (
     SAFETENSORS_SUFFIX,
@@ -58,44 +58,26 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """One family's official format. holds: whether a file is of this family. read: the model of such a file."""
+class Format(Protocol):
+    """The official format of one family of models: a module with these functions."""
 
-    holds: Callable[[StateDict, Told], bool]
-    read: Callable[[StateDict, Told], Weights]
-    from_official: Callable[[StateDict], dict[str, Tensor]]
-    to_official: Callable[[Any], dict[str, Tensor]]
+    # True if a file is of this family
+    def is_format(self, state_dict: StateDict, hints: LoadHints) -> bool: ...
+    # the model of a file, and its tensors under the model's keys
+    def read(self, state_dict: StateDict, hints: LoadHints) -> UnloadedModel: ...
+    # official keys renamed to those of the model, and back
+    def from_official(self, state_dict: StateDict) -> dict[str, Tensor]: ...
+    def to_official(self, model: Any) -> dict[str, Tensor]: ...
 
 
-# class of the model: its format. The first that holds a file reads it.
-FORMATS = {
-    "HunyuanDiT2DModel": Format(
-        holds=hunyuan.holds,
-        read=hunyuan.read,
-        from_official=hunyuan.from_official,
-        to_official=hunyuan.to_official,
-    ),
-    "LatteTransformer3DModel": Format(
-        holds=latte_t2v.holds,
-        read=latte_t2v.read,
-        from_official=latte_t2v.from_official,
-        to_official=latte_t2v.to_official,
-    ),
-    "Latte": Format(
-        holds=latte.holds,
-        read=latte.read,
-        from_official=latte.from_official,
-        to_official=latte.to_official,
-    ),
-    "DiT": Format(
-        holds=lambda state_dict, told: True,
-        read=dit.read,
-        from_official=dit.from_official,
-        to_official=dit.to_official,
-    ),
+# the format of each model class; the first that recognizes a file reads it
+FORMATS: dict[str, Format] = {
+    "HunyuanDiT2DModel": hunyuan,
+    "LatteTransformer3DModel": latte_t2v,
+    "Latte": latte,
+    "DiT": dit,
 }
-# class in a folder's config.json: what reads it
+# class name in a folder's config.json: its reader
 OWN_FOLDERS = {
     "DiT": dit.read_folder,
     **dict.fromkeys(dit.DIFFUSERS_CLASSES, dit.read_diffusers),
@@ -118,40 +100,40 @@ def load_model(
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """The model in a file or folder, on the CPU, in eval mode: a `DiT` or `Latte` of ours, or a transformer of
-    diffusers, plain or with long skips.
+    """Load a model from a file or folder, on the CPU in eval mode: our `DiT` or `Latte`, or a diffusers transformer,
+    plain or with long skips.
 
-    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or another name where its head is one of these) holds a
-    state dict, or a training checkpoint with `model` and `ema` or one of their other names, under our keys or the
+    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file)
+    holds a state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the
     official ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image
     (facebookresearch's `DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video
     (`Latte-skip.pt`, and diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys). A
-    folder is one of `save_pretrained`, or a pipeline with one: of ours, or of a class of diffusers whose units skipdit
-    knows; or a run of `skipdit train`, or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+    folder comes from `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit knows,
+    or it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
 
-    What a file or config asks for is compared with what its weights hold before anything is made.
+    The sizes that a file or config asks for are compared with those of its weights before memory is allocated.
 
-    A file tells the sizes, not every option: with our keys the last class is taken for the null class, and 0 for
-    `downscale_freq_shift`. Where that is not so, load a folder, or build the model and call `load_state_dict`.
+    A file shows the sizes, not every option: with our keys the last class is assumed to be the null class, and
+    `downscale_freq_shift` to be 0. If that is wrong, load a folder, or build the model and call `load_state_dict`.
 
     Args:
-        path: the file or folder. Pickled objects but tensors, plain containers and `argparse.Namespace` are refused.
-        prefer: which weights of a training checkpoint that holds both; where it holds one, that one.
-        num_attention_heads: needed for a file whose depth and width are not those of a published size.
-        sample_size: needed for a file with our keys; `pos_embed` tells it of an official one.
-        num_frames: needed for a file with our keys of a Latte, and makes it one; `temp_embed` tells it of an official
-            one. Of text-to-video files this and `sample_size` are needed where the size is not the published one.
-        num_classes: needed where the class table has as many rows as a usual data set has classes: as many where no
-            row means "no class", one less where the last one does. The `args` of a training checkpoint tell it.
-        fusion: needed for a file with our keys and long skips; the official ones are `"replace"`.
-        drop: roots of keys that are left out, such as `"projectors"` of REPA, or what lies beside `model` in a
-            checkpoint of Lightning. There must be some.
-        variant: of the weights in a folder, such as `"fp16"`; by default the only one that there is.
-        dtype: of the returned model.
+        path: the file or folder. Pickles may contain tensors, plain containers and `argparse.Namespace` only.
+        prefer: which weights to load from a training checkpoint that has both; if it has one of them, that one.
+        num_attention_heads: required for a file whose depth and width are not those of a published size.
+        sample_size: required for a file with our keys; an official one has it in `pos_embed`.
+        num_frames: required for a Latte file with our keys, and marks it as one; an official one has it in
+            `temp_embed`. For text-to-video files of an unpublished size, this and `sample_size` are required.
+        num_classes: required if the class table has as many rows as a common data set has classes: the same number if
+            no row means "no class", one less if the last row does. The `args` of a training checkpoint have it.
+        fusion: required for a file with our keys and long skips; the official ones are `"replace"`.
+        drop: roots of keys to ignore, such as `"projectors"` of REPA, or what a Lightning checkpoint has beside the
+            model. The file must have such keys.
+        variant: variant of the weights in a folder, such as `"fp16"`; by default the only one in the folder.
+        dtype: data type of the returned model.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: the file is damaged or foreign; keys are unknown, missing or misshapen; an argument is missing, or
+        ValueError: the file is damaged or unknown; keys are unknown, missing or misshapen; an argument is missing, or
             contradicts the file. The message begins with the path.
     """
     source = Path(path)
@@ -159,7 +141,7 @@ def load_model(
         raise ValueError(f"prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
     if not source.exists():
         raise FileNotFoundError(f"no such file or folder: {printable(source)}")
-    told = Told(
+    hints = LoadHints(
         num_attention_heads=num_attention_heads,
         sample_size=sample_size,
         num_frames=num_frames,
@@ -170,26 +152,26 @@ def load_model(
     try:
         if source.is_dir():
             if dropped:
-                raise ValueError(f"drop is for a file, got {', '.join(dropped)} for a folder")
-            model = assemble(_read_folder(source, told, prefer, variant), dtype)
+                raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
+            model = assemble(_read_folder(source, hints, prefer, variant), dtype)
         else:
             if variant is not None:
-                raise ValueError(f"variant is for a folder, got {variant!r} for a file")
+                raise ValueError(f"variant applies to a folder, got {variant!r} for a file")
             whole, args = read_training(source, prefer)
-            # a name before all keys is seen as such when what lies beside the model is gone
+            # only after the drop does the name of a wrapper's attribute begin every key
             state_dict = strip_prefixes(_without(dropped, whole), prefer)
-            known = told
-            if told.num_classes is None:
-                known = replace(told, num_classes=find_num_classes(args.get("num_classes"), state_dict))
-            model = assemble(_find_format(state_dict, known).read(state_dict, known), dtype)
-        refuse_contradictions(model, told)
+            file_hints = hints
+            if hints.num_classes is None:
+                file_hints = replace(hints, num_classes=find_num_classes(args.get("num_classes"), state_dict))
+            model = assemble(_find_format(state_dict, file_hints).read(state_dict, file_hints), dtype)
+        raise_on_contradictions(model, hints)
     except ValueError as error:
         raise ValueError(_with_name(source, str(error))) from error
     return model
 
 
 def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torch.dtype) -> Any:
-    """What a `model_class` of diffusers, or one that was declared, saved with long skips. Errors as of `load_model`."""
+    """Load a diffusers or declared `model_class` that was saved with long skips. Errors as for `load_model`."""
     config = read_config(folder)
     if config.get("long_skip") is None:
         raise ValueError(
@@ -204,32 +186,32 @@ def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torc
 
 
 def _with_name(path: Path, message: str) -> str:
-    """The message, which names the path once."""
-    name, last = printable(path), f"{printable(path.name)} "
-    if message.startswith(last):
-        return f"{name} {message.removeprefix(last)}"
+    """Return the message with the path at its beginning, once."""
+    name, file_name = printable(path), f"{printable(path.name)} "
+    if message.startswith(file_name):
+        return f"{name} {message.removeprefix(file_name)}"
     return message if message.startswith(name) else f"{name}: {message}"
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """The same numbers under the keys of our model or diffusers', without what these compute or do not use.
+    """Return the same numbers under our model's or diffusers' keys, without those that it computes or does not use.
 
-    Raises `ValueError` naming unknown and missing keys, and where a table of positions is not the fixed one. Each
-    family's module says more.
+    `ValueError` names unknown and missing keys, or a position table that is not the fixed one; see each family's
+    module.
     """
-    return _find_format(state_dict, Told()).from_official(state_dict)
+    return _find_format(state_dict, LoadHints()).from_official(state_dict)
 
 
 def to_official(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under the official keys of its family; `ValueError` naming what these cannot hold."""
+    """Return the weights under the official keys of the family; `ValueError` names what has no place there."""
     name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in FORMATS), None)
     if name is None:
-        raise ValueError(f"official formats are those of {', '.join(FORMATS)}, got a {type(model).__name__}")
+        raise ValueError(f"only {', '.join(FORMATS)} have an official format, got a {type(model).__name__}")
     return FORMATS[name].to_official(model)
 
 
 def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Writes `to_official(model)` as a `.safetensors` file, in one step: what was at `path` stays whole until then."""
+    """Write `to_official(model)` to a `.safetensors` file; an existing file is replaced only once that is complete."""
     target = Path(path)
     if target.suffix != SAFETENSORS_SUFFIX:
         raise ValueError(f"path must end in {SAFETENSORS_SUFFIX}, got {target}")
@@ -242,8 +224,8 @@ def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def to_diffusers(model: Any) -> Any:
-    """Our `DiT` as diffusers' (`checkpoints.dit.to_diffusers`), a transformer of diffusers as it is. `ValueError` for
-    a `Latte`, of which diffusers has only the text-to-video model."""
+    """Convert our `DiT` to diffusers' (`checkpoints.dit.to_diffusers`), and return a diffusers transformer unchanged.
+    `ValueError` for a `Latte`, since diffusers has the text-to-video model only."""
     names = {base.__name__ for base in type(model).__mro__}
     if "DiT" in names:
         return dit.to_diffusers(model)
@@ -252,27 +234,27 @@ def to_diffusers(model: Any) -> Any:
     return model
 
 
-def _find_format(state_dict: StateDict, told: Told) -> Format:
-    return next(found for found in FORMATS.values() if found.holds(state_dict, told))
+def _find_format(state_dict: StateDict, hints: LoadHints) -> Format:
+    return next(found for found in FORMATS.values() if found.is_format(state_dict, hints))
 
 
 def _without(dropped: Sequence[str], state_dict: StateDict) -> StateDict:
     kept = {key: tensor for key, tensor in state_dict.items() if key.partition(".")[0] not in dropped}
     if dropped and len(kept) == len(state_dict):
-        raise ValueError(f"holds no key of {', '.join(dropped)} to drop, but {list_first(state_dict)}")
+        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {list_first(state_dict)}")
     return kept
 
 
-def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | None) -> Weights:
+def _read_folder(folder: Path, hints: LoadHints, prefer: Preference, variant: str | None) -> UnloadedModel:
     if (checkpoint := find_checkpoint(folder)) is not None:
         if variant is not None:
-            raise ValueError(f"variant is for a folder of save_pretrained, got {variant!r} for a run's checkpoint")
-        state_dict, told = read_checkpoint(checkpoint, prefer, told)
-        weights = _find_format(state_dict, told).read(state_dict, told)
-        path = read_shallow_path(checkpoint, num_units_of(weights.model))
+            raise ValueError(f"variant applies to a save_pretrained folder, got {variant!r} for a run's checkpoint")
+        state_dict, hints = read_checkpoint(checkpoint, prefer, hints)
+        unloaded = _find_format(state_dict, hints).read(state_dict, hints)
+        path = read_shallow_path(checkpoint, num_units_of(unloaded.model))
         if path is not None:
-            cast(Any, weights.model).register_to_config(shallow_path=path.to_dict())
-        return weights
+            cast(Any, unloaded.model).register_to_config(shallow_path=path.to_dict())
+        return unloaded
     if (folder / "pipeline" / "model_index.json").exists():  # a finished run
         folder = folder / "pipeline"
     if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
@@ -285,21 +267,21 @@ def _read_folder(folder: Path, told: Told, prefer: Preference, variant: str | No
         raise ValueError(f"_class_name in {CONFIG_NAME} must be one of {allowed}, got {printable(class_name)!r}")
     long_skip = config.get("long_skip") if class_name in FAMILIES else None
     if long_skip is not None and variant not in (None, LONG_SKIP_VARIANT):
-        raise ValueError(f"weights with long skips are of the variant {LONG_SKIP_VARIANT!r} only, got {variant!r}")
-    is_own = class_name in OWN_FOLDERS and long_skip is None
-    if not is_own and not hasattr(diffusers, class_name):
-        raise ValueError(f"{class_name} is no class of diffusers: load it with its own from_pretrained")
+        raise ValueError(f"weights with long skips have the variant {LONG_SKIP_VARIANT!r} only, got {variant!r}")
+    is_ours = class_name in OWN_FOLDERS and long_skip is None
+    if not is_ours and not hasattr(diffusers, class_name):
+        raise ValueError(f"{class_name} is not a diffusers class: load it with its own from_pretrained")
     tensors = read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
-    if is_own:
+    if is_ours:
         return OWN_FOLDERS[class_name](config, tensors)
     return _read_family(getattr(diffusers, class_name), config, tensors, long_skip)
 
 
 def _read_family(
     model_class: type[nn.Module], config: Mapping[str, Any], tensors: StateDict, long_skip: Any
-) -> Weights:
-    """A transformer of diffusers, with the long skips of its config. Options that its class does not know (any more)
-    are left out, as there."""
+) -> UnloadedModel:
+    """Build a diffusers transformer with the long skips of its config. Like diffusers, ignore options that its class
+    does not (or no longer) know."""
     options = {name: config[name] for name in inspect.signature(model_class).parameters if name in config}
     check_options(options, tensors)
     unused = UNUSED_KEYS.get(model_class.__name__)
@@ -313,4 +295,4 @@ def _read_family(
             model.register_to_config(shallow_path=ShallowPath.from_dict(config["shallow_path"]).to_dict())
         return model
 
-    return Weights(model=make_model(build, tensors), tensors=tensors)
+    return UnloadedModel(model=make_model(build, tensors), tensors=tensors)

@@ -1,4 +1,4 @@
-"""What `torch.save` wrote, without unpickling strangers' objects: sizes and checksums first, then tensors only.
+"""Read what `torch.save` wrote without unpickling untrusted objects: check sizes and checksums, then load tensors only.
 
 The limits are far above what trainers write: a checkpoint of HunyuanDiT with its average and two moments has 6,500
 tensors and a pickle of 1.5 MB.
@@ -21,10 +21,10 @@ MAX_RECORDS = 20_000  # members of the archive, one per tensor
 MAX_PICKLE_BYTES = 8 * 2**20
 MAX_PICKLE_OPERATIONS = 1_000_000
 MAX_NESTING = 16  # of containers around a tensor
-MAX_SHARING = 2  # bytes of all tensors over those of their storages, above SHARING_SLACK
+MAX_SHARING = 2  # bytes of all tensors per byte of their storages, above SHARING_SLACK
 SHARING_SLACK = 64 * 2**20  # bytes
 
-# What a pickle may name. torch allows more: `bytearray(10**12)` and sparse, meta and nested tensors.
+# globals that a pickle may name. torch allows more: `bytearray(10**12)` and sparse, meta and nested tensors.
 ALLOWED_GLOBALS = {
     "collections OrderedDict",
     "argparse Namespace",
@@ -43,9 +43,9 @@ OPAQUE_OPCODES = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ"}
 
 
 def read_archive(path: Path) -> Any:
-    """Return the tensors in their plain containers, mapped from the file, on the CPU.
+    """Return the tensors in their plain containers, memory-mapped on the CPU.
 
-    `ValueError` where the archive is damaged, holds anything else, or would take more memory than its size says.
+    `ValueError` if the archive is damaged, contains anything else, or would take more memory than its size suggests.
     """
     try:
         records = _check_records(path)
@@ -61,7 +61,7 @@ def read_archive(path: Path) -> Any:
 
 
 def _check_records(path: Path) -> Counter[int]:
-    """Return how many records there are of each size."""
+    """Return the number of records of each size (bytes)."""
     with open_regular(path) as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("truncated, or not written by torch.save of PyTorch 1.6 or newer")
@@ -70,7 +70,7 @@ def _check_records(path: Path) -> Counter[int]:
             if len(records) > MAX_RECORDS:
                 raise ValueError(f"it has {len(records):,} records, at most {MAX_RECORDS:,} are read")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                raise ValueError("its records are compressed, which those of torch.save are not")
+                raise ValueError("its records are compressed, which torch.save never does")
             if sum(record.file_size for record in records) > path.stat().st_size:
                 raise ValueError("its records are larger than the file")
             pickles = [record for record in records if record.filename.endswith("/data.pkl")]
@@ -109,28 +109,28 @@ def _is_allowed(name: str) -> bool:
 
 def _tensors(content: Any) -> Iterator[Tensor]:
     """Yield every tensor in the containers."""
-    level, seen = [content], set()
+    level, visited = [content], set()
     for _ in range(MAX_NESTING):
-        below: list[Any] = []
-        for each in level:
-            if isinstance(each, Tensor):
-                yield each
-            elif isinstance(each, (Mapping, list, tuple, set, argparse.Namespace)) and id(each) not in seen:
-                seen.add(id(each))
-                fields = vars(each) if isinstance(each, argparse.Namespace) else each
-                below += fields.values() if isinstance(fields, Mapping) else fields
-        level = below
+        children: list[Any] = []
+        for node in level:
+            if isinstance(node, Tensor):
+                yield node
+            elif isinstance(node, (Mapping, list, tuple, set, argparse.Namespace)) and id(node) not in visited:
+                visited.add(id(node))
+                fields = vars(node) if isinstance(node, argparse.Namespace) else node
+                children += fields.values() if isinstance(fields, Mapping) else fields
+        level = children
     if level:
         raise ValueError(f"it is nested deeper than {MAX_NESTING}")
 
 
 def _check_storages(tensors: list[Tensor], file_size: int, records: Counter[int]) -> None:
-    """Refuse tensors that are larger than what the file holds of them: of stride 0, many of one storage, or of storages
-    that reach beyond their record, which torch does not look at where it maps a file."""
+    """Raise `ValueError` on tensors larger than their data in the file: of stride 0, many views of one storage, or a
+    storage that ends after its record, which torch does not check when it maps a file."""
     storages, total = {}, 0
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"it holds a tensor that is {tensor.layout} on {tensor.device}, not a plain one")
+            raise ValueError(f"it contains a tensor that is {tensor.layout} on {tensor.device}, not a plain one")
         storage = tensor.untyped_storage()
         size = tensor.numel() * tensor.element_size()
         if size > storage.nbytes():
@@ -141,9 +141,9 @@ def _check_storages(tensors: list[Tensor], file_size: int, records: Counter[int]
         total += size
     for size, count in Counter(storages.values()).items():
         if count > records[size]:
-            raise ValueError(f"{count} of its storages have {size:,} bytes, of its records {records[size]}")
+            raise ValueError(f"{count} of its storages, but {records[size]} of its records, have {size:,} bytes")
     stored = sum(storages.values())
     if stored > file_size:
         raise ValueError(f"its tensors have {stored:,} bytes, the file {file_size:,}")
     if total > MAX_SHARING * stored + SHARING_SLACK:
-        raise ValueError(f"its tensors have {total:,} bytes, of which the file holds {stored:,}")
+        raise ValueError(f"its tensors have {total:,} bytes, but the file stores {stored:,} of them")

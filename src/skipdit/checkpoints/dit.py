@@ -1,7 +1,7 @@
-"""The class-to-image DiT: official releases (facebookresearch/DiT, Skip-DiT), diffusers' DiT, our own files.
+"""Checkpoints of the class-to-image DiT: official releases (facebookresearch/DiT, Skip-DiT), diffusers' DiT, our files.
 
-How a key of ours is called elsewhere is data (`OFFICIAL_KEYS`, `DIFFUSERS_KEYS`), read in both directions. What keys
-and shapes tell is taken from them, what they cannot tell is asked for, and whatever is left over is an error.
+The names of our keys elsewhere are tables (`OFFICIAL_KEYS`, `DIFFUSERS_KEYS`), read in both directions. Options are
+inferred from keys and shapes; those that cannot be inferred must be given, and any key left over is an error.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from skipdit.checkpoints.keys import (
     SKIP_ROOTS,
+    LoadHints,
     Need,
-    Told,
-    Weights,
+    UnloadedModel,
     assemble,
     check_options,
     class_options,
@@ -29,10 +29,10 @@ from skipdit.checkpoints.keys import (
     fuse,
     make_model,
     mlp_ratio,
+    raise_on_other_keys,
+    raise_on_other_table,
+    raise_on_other_tensors,
     read_long_skip,
-    refuse_keys,
-    refuse_other_table,
-    refuse_tensors,
     require,
     roots,
     shape_of,
@@ -62,8 +62,8 @@ OFFICIAL_KEYS = (
 )
 POSITION_KEY = "pos_embed"
 
-# diffusers' blocks each carry a copy of the embedders of timestep and class: many keys of theirs, one of ours. q, k and
-# v are the three parts of our attn.qkv.
+# each of diffusers' blocks has a copy of the timestep and class embedders: many of its keys map to one of ours. q, k
+# and v are the three parts of our attn.qkv.
 DIFFUSERS_KEYS = (
     ("pos_embed.proj.*", "patch_embed.proj.*"),
     ("transformer_blocks.{unit}.norm1.emb.timestep_embedder.linear_1.*", "timestep_embedder.linear_1.*"),
@@ -80,7 +80,7 @@ DIFFUSERS_KEYS = (
     ("proj_out_2.*", "final_layer.proj.*"),
 )
 QKV_PARTS = {"attn.qkv": ("attn.q", "attn.k", "attn.v")}
-# (their option, ours)
+# (diffusers' option, ours)
 DIFFUSERS_OPTIONS = (
     ("num_attention_heads", "num_attention_heads"),
     ("attention_head_dim", "attention_head_dim"),
@@ -91,7 +91,7 @@ DIFFUSERS_OPTIONS = (
     ("patch_size", "patch_size"),
     ("num_embeds_ada_norm", "num_classes"),
 )
-# (their option, the values for which their model is also ours)
+# (diffusers' option, the values that our DiT supports)
 DIFFUSERS_LIMITS = (
     ("norm_type", ("ada_norm_zero",)),
     ("activation_fn", ("gelu-approximate",)),
@@ -101,54 +101,59 @@ DIFFUSERS_LIMITS = (
     ("dropout", (0.0,)),
     ("norm_eps", (1e-5, 1e-6)),
 )
-# Transformer2DModel is what diffusers called the class when facebook/DiT-XL-2-256 was released.
+# the class was called Transformer2DModel when facebook/DiT-XL-2-256 was released
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 DIFFUSERS_SPACING = 1.0
 PUBLISHED_HEADS = {(num_layers, width): heads for num_layers, width, heads in PRESET_SIZES.values()}
 
 
-def read(state_dict: StateDict, told: Told) -> Weights:
-    """A file with the official keys, or with ours."""
+def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
+    """Return True: this format is tried last, and its `read` reports foreign keys."""
+    return True
+
+
+def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
+    """Read a file with the official keys or with ours."""
     official_roots, our_roots = (roots(column) for column in zip(*OFFICIAL_KEYS, strict=True))
     found = roots(state_dict)
     if found & (official_roots - our_roots):
         tensors = from_official(state_dict)
         names = {ours: official for official, ours in _official_table(state_dict).items()}
-        sizes = _read_sizes(tensors, names, told)
+        sizes = _read_sizes(tensors, names, hints)
         grid_size = math.isqrt(state_dict[POSITION_KEY].shape[1])
-        told = dataclasses.replace(told, sample_size=grid_size * sizes["patch_size"], fusion="replace")
-        return _make(options_of_file(sizes, told), tensors, names=names)
+        hints = dataclasses.replace(hints, sample_size=grid_size * sizes["patch_size"], fusion="replace")
+        return _make(options_of_file(sizes, hints), tensors, names=names)
     if found & (our_roots - official_roots):
-        return _make(options_of_file(_read_sizes(state_dict, {}, told), told), state_dict)
-    beside = f"; drop can leave out what is not the model, of {list_first(sorted(found), 9)}" if len(found) > 1 else ""
+        return _make(options_of_file(_read_sizes(state_dict, {}, hints), hints), state_dict)
+    extra = f"; drop can remove what is not the model, among {list_first(sorted(found), 9)}" if len(found) > 1 else ""
     raise ValueError(
-        f"holds neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also hold Latte, "
-        f"LatteT2V or HunyuanDiT; of other models give the folder{beside})"
+        f"has neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also hold Latte, "
+        f"LatteT2V or HunyuanDiT; for other models give the folder{extra})"
     )
 
 
-def read_folder(config: Mapping[str, Any], tensors: StateDict) -> Weights:
-    """What `DiT.save_pretrained` wrote."""
+def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
+    """Read what `DiT.save_pretrained` wrote."""
     return _make(own_options(config), tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """The same tensors under our keys, without `pos_embed` of shape (1, tokens, dim), which our model computes.
+    """Return the same tensors under our keys, without `pos_embed` (1, tokens, dim), which our model computes.
 
-    Raises `ValueError` naming unknown and missing keys; for an odd depth with long skips, which the official model
-    cannot have; and where `pos_embed` is not the fixed sine-cosine table.
+    `ValueError` names unknown and missing keys, or an odd depth with long skips, which the official model cannot have,
+    or a `pos_embed` that is not the fixed sine-cosine table.
     """
     table = _official_table(state_dict)
-    refuse_keys({*table, POSITION_KEY}, state_dict)
-    refuse_position_embedding(state_dict[POSITION_KEY], state_dict["x_embedder.proj.bias"].numel())
+    raise_on_other_keys({*table, POSITION_KEY}, state_dict)
+    raise_on_other_positions(state_dict[POSITION_KEY], state_dict["x_embedder.proj.bias"].numel())
     return {ours: state_dict[official] for official, ours in table.items()}
 
 
 def to_official(model: DiT) -> dict[str, Tensor]:
-    """The model's own tensors (no copies) under the official keys, with `pos_embed` of shape (1, tokens, dim).
+    """Return the model's tensors, not copied, under the official keys, with `pos_embed` (1, tokens, dim).
 
-    DiT-XL/2 at sample_size 32: 348 tensors with long skips, 292 without. Raises `ValueError` naming the option that the
-    official format cannot hold.
+    DiT-XL/2 at sample_size 32 has 348 tensors with long skips, 292 without. `ValueError` names the option that the
+    official format does not support.
     """
     config, num_pairs = model.config, len(model.long_skip_links.sources)
     needs = official_needs(config)
@@ -166,30 +171,31 @@ def to_official(model: DiT) -> dict[str, Tensor]:
 
 
 def from_diffusers(model: DiTTransformer2DModel) -> DiT:
-    """The same function as our DiT without long skips, in eval mode, with its own copy of the weights.
+    """Convert to our DiT without long skips, which computes the same, in eval mode with a copy of the weights.
 
     A `norm_eps` of 1e-5 (diffusers' default) is set on the returned instance. Our config does not store it: a copy
-    saved and loaded again uses the official 1e-6, a relative difference of 2e-6 in the output of random weights.
+    saved and loaded again uses the official 1e-6, a relative difference of 2e-6 in the output with random weights.
 
-    Raises `ValueError` naming the option that our DiT does not have, or the block whose embedders are not block 0's.
+    `ValueError` names the option that our DiT does not have, or the block whose embedders are not those of block 0.
     """
     spacings = {frequencies.downscale_freq_shift for frequencies in _timestep_frequencies(model)}
     if len(spacings) != 1:
         raise ValueError(f"the blocks must share one downscale_freq_shift, got {sorted(spacings)}")
-    weights = read_diffusers(model.config, model.state_dict(), spacings.pop())
-    refuse_position_embedding(model.pos_embed.get_buffer("pos_embed"), model.inner_dim)
-    return assemble(weights, model.dtype)
+    unloaded = read_diffusers(model.config, model.state_dict(), spacings.pop())
+    raise_on_other_positions(model.pos_embed.get_buffer("pos_embed"), model.inner_dim)
+    return assemble(unloaded, model.dtype)
 
 
 def to_diffusers(model: DiT) -> DiTTransformer2DModel:
-    """The same function as diffusers' DiT, in eval mode, with its own copy of the weights. Takes no long skips.
+    """Convert our DiT without long skips to diffusers', which computes the same, in eval mode with a copy of the
+    weights.
 
     diffusers' config cannot store `downscale_freq_shift`. Where it is not 1 (the official models have 0) it is set on
     the returned instance, which computes the same in this process. A copy saved and loaded again uses 1: with the
     random weights of the parity case `dit_skip`, less their long skips, the relative L2 difference of its output is
     0.002 at timestep 15, 0.06 at 450 and 0.15 at 750.
 
-    Raises `ValueError` naming the option that diffusers' model does not have.
+    `ValueError` names the option that diffusers' model does not have.
     """
     config = model.config
     needs = [
@@ -200,49 +206,51 @@ def to_diffusers(model: DiT) -> DiTTransformer2DModel:
         ("qk_norm", config["qk_norm"], (False,)),
     ]
     require("diffusers' DiTTransformer2DModel", needs)
-    options = {theirs: config[ours] for theirs, ours in DIFFUSERS_OPTIONS}
+    options = {name: config[ours] for name, ours in DIFFUSERS_OPTIONS}
     norm_eps = _blocks(model)[0].norm2.eps
     converted = make_model(lambda: DiTTransformer2DModel(**options, norm_eps=norm_eps))
     tensors = split(model.state_dict(), QKV_PARTS)
     table = expand(DIFFUSERS_KEYS, config["num_layers"])
-    converted.load_state_dict({theirs: tensors[ours].clone() for theirs, ours in table.items()}, assign=True)
+    converted.load_state_dict({key: tensors[ours].clone() for key, ours in table.items()}, assign=True)
     converted.pos_embed.pos_embed = model.position_embedding.unsqueeze(0).clone()
     for frequencies in _timestep_frequencies(converted):
         frequencies.downscale_freq_shift = config["downscale_freq_shift"]
     return converted.eval()
 
 
-def read_diffusers(config: Mapping[str, Any], state_dict: StateDict, spacing: float = DIFFUSERS_SPACING) -> Weights:
-    """diffusers' DiT as ours. spacing: its `downscale_freq_shift`."""
+def read_diffusers(
+    config: Mapping[str, Any], state_dict: StateDict, spacing: float = DIFFUSERS_SPACING
+) -> UnloadedModel:
+    """Read diffusers' DiT as ours. spacing: its `downscale_freq_shift`."""
     arguments = inspect.signature(DiTTransformer2DModel).parameters
     options = {name: config.get(name, argument.default) for name, argument in arguments.items()}
     require("our DiT", [(name, options[name], allowed) for name, allowed in DIFFUSERS_LIMITS])
     check_options(options, state_dict)
     with config_errors(), torch.device("meta"):
         expected = DiTTransformer2DModel(**options).state_dict()
-    refuse_tensors(expected, state_dict)
+    raise_on_other_tensors(expected, state_dict)
     tensors: dict[str, Tensor] = {}
-    for theirs, ours in expand(DIFFUSERS_KEYS, options["num_layers"]).items():
-        if not torch.equal(tensors.setdefault(ours, state_dict[theirs]), state_dict[theirs]):
-            raise ValueError(f"all blocks must carry the same embedders, {theirs} is not that of block 0")
-    our_options = {ours: options[theirs] for theirs, ours in DIFFUSERS_OPTIONS} | {"downscale_freq_shift": spacing}
+    for key, ours in expand(DIFFUSERS_KEYS, options["num_layers"]).items():
+        if not torch.equal(tensors.setdefault(ours, state_dict[key]), state_dict[key]):
+            raise ValueError(f"all blocks must have the same embedders, {key} is not that of block 0")
+    our_options = {ours: options[name] for name, ours in DIFFUSERS_OPTIONS} | {"downscale_freq_shift": spacing}
     return _make(our_options, fuse(tensors, QKV_PARTS), norm_eps=options["norm_eps"])
 
 
-# --- shared with Latte, whose blocks these are ------------------------------------------------------------------------
+# --- shared with Latte, which has the same blocks ---------------------------------------------------------------------
 
 
-# what diffusers' EMAModel.save_pretrained adds to the config of its model
+# options that diffusers' EMAModel.save_pretrained adds to the model's config
 EMA_OPTIONS = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 
 
 def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What `save_pretrained` wrote of the model's arguments."""
+    """Return the model's arguments from the config that `save_pretrained` wrote."""
     return {name: value for name, value in config.items() if not name.startswith("_") and name not in EMA_OPTIONS}
 
 
 def official_needs(config: Mapping[str, Any]) -> list[Need]:
-    """What the official format holds of the options without long skips."""
+    """Return the option values that the official format supports, those of long skips excluded."""
     return [
         ("null_class", config["null_class"], (True,)),
         ("downscale_freq_shift", config["downscale_freq_shift"], (0.0,)),
@@ -253,7 +261,7 @@ def official_needs(config: Mapping[str, Any]) -> list[Need]:
 
 
 def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
-    """What keys and shapes tell of the arguments that the two models share, with the hidden size."""
+    """Return the hidden size and the arguments shared by DiT and Latte that keys and shapes show."""
     hidden_size, in_channels, patch_size, _ = shape_of(tensors, "patch_embed.proj.weight", 4, names)
     mlp_size, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, names)
     out_features, _ = shape_of(tensors, "final_layer.proj.weight", 2, names)
@@ -268,29 +276,26 @@ def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, 
     }
 
 
-def options_of_file(sizes: Mapping[str, Any], told: Told) -> dict[str, Any]:
-    """The model's arguments from the sizes and what is told beside them; `ValueError` where one is not."""
+def options_of_file(sizes: Mapping[str, Any], hints: LoadHints) -> dict[str, Any]:
+    """Return the model's arguments from sizes and hints; `ValueError` if one is in neither."""
     options = dict(sizes)
     hidden_size = options.pop("hidden_size")
-    heads = split_heads(options["num_layers"], hidden_size, told.num_attention_heads, PUBLISHED_HEADS)
-    if told.sample_size is None:
-        raise ValueError("sample_size must be given: only an official pos_embed or a folder's config.json tells it")
-    long_skip = with_fusion(options["long_skip"], told.fusion)
-    return options | heads | {"sample_size": told.sample_size, "long_skip": long_skip}
+    heads = split_heads(options["num_layers"], hidden_size, hints.num_attention_heads, PUBLISHED_HEADS)
+    if hints.sample_size is None:
+        raise ValueError("sample_size must be given: only an official pos_embed or a folder's config.json has it")
+    long_skip = with_fusion(options["long_skip"], hints.fusion)
+    return options | heads | {"sample_size": hints.sample_size, "long_skip": long_skip}
 
 
-def refuse_position_embedding(position_embedding: Tensor, hidden_size: int) -> None:
-    """`ValueError` unless (1, tokens, dim) is the fixed table of a square grid, as far as its precision holds it."""
+def raise_on_other_positions(position_embedding: Tensor, hidden_size: int) -> None:
+    """Raise `ValueError` unless (1, tokens, dim) is the fixed table of a square grid, within its precision."""
     shape = tuple(position_embedding.shape)
     grid_size = math.isqrt(shape[1]) if len(shape) == 3 else 0
     if shape != (1, grid_size**2, hidden_size) or hidden_size % 4 or not grid_size:
         raise ValueError(f"{POSITION_KEY} must be (1, a square number, {hidden_size}), got {shape}")
-    refuse_other_table(
+    raise_on_other_table(
         POSITION_KEY, position_embedding[0], sincos_position_embedding(hidden_size, grid_size, grid_size)
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _make(
@@ -299,20 +304,20 @@ def _make(
     *,
     names: Mapping[str, str] | None = None,
     norm_eps: float = 1e-6,
-) -> Weights:
-    """norm_eps: of the norm before the MLP, 1e-6 in the official models, 1e-5 by default in diffusers'."""
+) -> UnloadedModel:
+    """Build the model. norm_eps: epsilon of the norm before the MLP, officially 1e-6, by default 1e-5 in diffusers."""
     check_options(options, tensors)
     model = make_model(lambda: DiT(**options), tensors, names)
     for block in _blocks(model):
         block.norm2.eps = norm_eps
-    return Weights(model=model, tensors=tensors, names=names or {})
+    return UnloadedModel(model=model, tensors=tensors, names=names or {})
 
 
-def _read_sizes(tensors: StateDict, names: Mapping[str, str], told: Told) -> dict[str, Any]:
+def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
     sizes = read_block_sizes(tensors, names)
     num_rows, _ = shape_of(tensors, "class_embedder.weight", 2, names)
     long_skip = read_long_skip(tensors, "blocks", sizes["num_layers"])
-    return sizes | class_options(num_rows, told.num_classes) | {"long_skip": long_skip}
+    return sizes | class_options(num_rows, hints.num_classes) | {"long_skip": long_skip}
 
 
 def _official_table(keys: Collection[str]) -> dict[str, str]:
@@ -324,7 +329,7 @@ def _official_table(keys: Collection[str]) -> dict[str, str]:
 
 
 def _timestep_frequencies(model: DiTTransformer2DModel) -> list[Timesteps]:
-    """Every block has one."""
+    """Return the timestep frequencies, one module per block."""
     return [module for module in model.modules() if isinstance(module, Timesteps)]
 
 

@@ -1,6 +1,6 @@
-"""HunyuanDiT (arXiv 2405.08748): Tencent's `pytorch_model_ema.pt` <-> diffusers' HunyuanDiT2DModel.
+"""Checkpoints of HunyuanDiT (arXiv 2405.08748): Tencent's `pytorch_model_ema.pt` <-> diffusers' HunyuanDiT2DModel.
 
-Its long skips are its own: layer i of the first half feeds layer L-1-i, and the two middle layers are not linked.
+Its long skips are part of the model: layer i of the first half feeds layer L-1-i; the two middle layers have none.
 """
 
 from collections.abc import Collection
@@ -11,17 +11,17 @@ from diffusers import HunyuanDiT2DModel
 from torch import Tensor
 
 from skipdit.checkpoints.keys import (
-    Told,
-    Weights,
+    LoadHints,
+    UnloadedModel,
     config_errors,
     count_layers,
     expand,
     fuse,
     make_model,
     mlp_ratio,
-    refuse,
-    refuse_keys,
-    refuse_tensors,
+    raise_on_other_keys,
+    raise_on_other_tensors,
+    raise_on_problems,
     require,
     roots,
     shape_of,
@@ -67,43 +67,44 @@ HUNYUAN_KEYS = (
     ("final_layer.linear.*", "proj_out.*"),
 )
 STYLE_KEY = ("style_embedder.weight", "time_extra_emb.style_embedder.weight")  # up to version 1.1
-# whole: its parts in diffusers, joined along the first axis
+# fused weight: its parts in diffusers, concatenated along the first axis
 FUSED_PARTS = {
     "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn2.to_kv": ("attn2.to_k", "attn2.to_v"),
 }
 # Tencent's rows are (shift, scale), diffusers' (scale, shift)
 SWAPPED_PREFIX = "norm_out.linear."
-# of the published models; no number depends on it
+# sample size of the published models; no result depends on it
 SAMPLE_SIZE = 128
 
 
-def holds(state_dict: StateDict, told: Told) -> bool:
+def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
     return bool({"mlp_t5", "time_extra_emb"} & roots(state_dict))
 
 
-def read(state_dict: StateDict, told: Told) -> Weights:
-    """A file with Tencent's keys, or with those of diffusers; shapes tell all sizes, also of the heads."""
+def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
+    """Read a file with Tencent's or diffusers' keys; shapes show all sizes, those of the heads included."""
     if "time_extra_emb" in roots(state_dict):
         state_dict = _official(state_dict)
-    options = _options_of_file(state_dict, told)
+    options = _options_of_file(state_dict, hints)
     with config_errors(), torch.device("meta"):
         expected = to_official(HunyuanDiT2DModel(**options))
-    refuse_tensors(expected, state_dict)
+    raise_on_other_tensors(expected, state_dict)
     tensors = from_official(state_dict)
-    return Weights(model=make_model(lambda: HunyuanDiT2DModel(**options), tensors), tensors=tensors)
+    return UnloadedModel(model=make_model(lambda: HunyuanDiT2DModel(**options), tensors), tensors=tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """The same numbers under diffusers' keys. `ValueError` naming unknown and missing keys."""
+    """Return the same numbers under diffusers' keys. `ValueError` names unknown and missing keys."""
     table = _table(count_layers(state_dict, "blocks"), state_dict)
-    refuse_keys(table, state_dict)
-    renamed = {theirs: state_dict[official] for official, theirs in table.items()}
+    raise_on_other_keys(table, state_dict)
+    renamed = {key: state_dict[official] for official, key in table.items()}
     return split(_swap_halves(renamed), FUSED_PARTS)
 
 
 def to_official(model: HunyuanDiT2DModel) -> dict[str, Tensor]:
-    """The same numbers under Tencent's keys; g/2 of version 1.2: 1,304 tensors. `ValueError` for another activation."""
+    """Return the same numbers under Tencent's keys, 1,304 tensors for g/2 of version 1.2. `ValueError` for another
+    activation function."""
     require("the official format", [("activation_fn", model.config["activation_fn"], ("gelu-approximate",))])
     return _official(model.state_dict())
 
@@ -111,8 +112,8 @@ def to_official(model: HunyuanDiT2DModel) -> dict[str, Tensor]:
 def _official(state_dict: StateDict) -> dict[str, Tensor]:
     tensors = fuse(_swap_halves(state_dict), FUSED_PARTS)
     table = _table(count_layers(tensors, "blocks"), tensors)
-    refuse_keys(table.values(), tensors)
-    return {official: tensors[theirs] for official, theirs in table.items()}
+    raise_on_other_keys(table.values(), tensors)
+    return {official: tensors[key] for official, key in table.items()}
 
 
 def _table(num_layers: int, keys: Collection[str]) -> dict[str, str]:
@@ -124,12 +125,12 @@ def _swap_halves(state_dict: StateDict) -> dict[str, Tensor]:
     swapped = dict(state_dict)
     for key in [key for key in swapped if key.startswith(SWAPPED_PREFIX)]:
         if not swapped[key].dim():
-            refuse(misshapen=[f"{key} () instead of 1 dimension or more"])
+            raise_on_problems(misshapen=[f"{key} () instead of 1 dimension or more"])
         swapped[key] = torch.cat(swapped[key].chunk(2)[::-1])
     return swapped
 
 
-def _options_of_file(tensors: StateDict, told: Told) -> dict[str, Any]:
+def _options_of_file(tensors: StateDict, hints: LoadHints) -> dict[str, Any]:
     hidden_size, in_channels, patch_size, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
     (head_dim,) = shape_of(tensors, "blocks.0.attn1.q_norm.weight", 1)
     mlp_size, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)
@@ -138,13 +139,15 @@ def _options_of_file(tensors: StateDict, told: Told) -> dict[str, Any]:
     pooled_channels, _ = shape_of(tensors, "pooler.c_proj.weight", 2)
     out_features, _ = shape_of(tensors, "final_layer.linear.weight", 2)
     if hidden_size % head_dim:
-        refuse(misshapen=[f"blocks.0.attn1.q_norm.weight ({head_dim},) must divide the hidden size {hidden_size}"])
+        raise_on_problems(
+            misshapen=[f"blocks.0.attn1.q_norm.weight ({head_dim},) must divide the hidden size {hidden_size}"]
+        )
     return {
         "num_attention_heads": hidden_size // head_dim,
         "attention_head_dim": head_dim,
         "in_channels": in_channels,
         "patch_size": patch_size,
-        "sample_size": SAMPLE_SIZE if told.sample_size is None else told.sample_size,
+        "sample_size": SAMPLE_SIZE if hints.sample_size is None else hints.sample_size,
         "hidden_size": hidden_size,
         "num_layers": count_layers(tensors, "blocks"),
         "mlp_ratio": mlp_ratio(mlp_size, hidden_size),

@@ -1,7 +1,7 @@
-"""From tensors to a model: key tables and what they expand to, sizes from shapes, what is refused, the assembly.
+"""Build a model from tensors: expand key tables, infer sizes from shapes, report problems, assemble.
 
-A row of a table is (key of theirs, key of ours). `{unit}` counts blocks, `{skip}` the long skips in their order,
-`{target}` is the block that takes that skip, `*` is weight and bias. Tables are read in both directions.
+A row of a table is (foreign key, our key). `{unit}` counts blocks, `{skip}` the long skips in their order, `{target}`
+is the block that takes that skip, `*` stands for weight and bias. Tables are read in both directions.
 """
 
 import logging
@@ -26,46 +26,53 @@ Model = TypeVar("Model", bound=nn.Module)
 SKIP_ROOTS = ("skip_norms", "skip_linears")  # of Skip-DiT's models; the released ones hold all pairs, innermost first
 DROPPABLE = {"projectors"}  # of REPA (arXiv 2410.06940): heads that align features in training
 TABLE_TOLERANCE = 1e-4
-MAX_REASON = 1000  # characters of what a constructor says
+MAX_REASON = 1000  # characters of a constructor's error
 MAX_LAYERS = 256  # and entries of a list in a config
-MAX_BUFFER_BYTES = 96 * 2**20  # of tables that are computed; 72 MiB are those of 2048 x 2048 pixels at width 1152
+MAX_BUFFER_BYTES = 96 * 2**20  # of computed tables; those of 2048 x 2048 pixels at width 1152 take 72 MiB
 COUNTED_LAYERS = {"num_layers", "num_single_layers"}  # options that count blocks whose weights have keys
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What the caller says of a file that keys and shapes may not tell; see `load_model`."""
+class LoadHints:
+    """Options given by the caller that keys and shapes may not show; see `load_model`. None: not given."""
 
     num_attention_heads: int | None = None
+    """attention heads per block"""
     sample_size: int | None = None
+    """side of the latents"""
     num_frames: int | None = None
+    """frames per clip"""
     num_classes: int | None = None
+    """classes, the null class excluded"""
     fusion: Fusion | None = None
+    """how long skips join the hidden states"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weights:
-    """model: made by `make_model`. tensors: under its keys. names: what the file calls a key, where not so."""
+class UnloadedModel:
+    """A model without memory and the tensors to load into it."""
 
     model: nn.Module
+    """as built by `make_model`"""
     tensors: StateDict
+    """weights under the model's keys"""
     names: Mapping[str, str] = field(default_factory=dict)
+    """by the model's key, the key in the file where that differs"""
 
 
 @contextmanager
 def config_errors() -> Iterator[None]:
-    """`ValueError` where a constructor cannot use its options."""
+    """Turn whatever a constructor raises on its options into `ValueError`."""
     try:
         yield
-    except Exception as error:  # a stranger's options raise whatever type the first use of them does
+    except Exception as error:  # untrusted options may raise any type
         reason = printable(str(error) or repr(error), MAX_REASON)
         raise ValueError(reason if isinstance(error, ValueError) else f"the config makes no model: {reason}") from error
 
 
 def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> None:
-    """`ValueError` where a config asks for more layers than may be, or than the weights with these keys hold.
-
-    Also where a list is longer than a model has layers. All other sizes cost nothing until weights are made.
+    """Raise `ValueError` if a config asks for more than `MAX_LAYERS` layers, or more than the weights with these keys
+    have, or has a longer list. All other sizes cost nothing until weights are allocated.
     """
     present = max((len(indices(keys, root)) for root in roots(keys)), default=MAX_LAYERS)
     for name, value in options.items():
@@ -74,45 +81,45 @@ def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> Non
         if "layers" in name and isinstance(value, int) and not 0 <= value <= MAX_LAYERS:
             raise ValueError(f"{name} must be 0 to {MAX_LAYERS}, got {value}")
         if name in COUNTED_LAYERS and isinstance(value, int) and value > present:
-            raise ValueError(f"{name} is {value}, but the weights hold {present}")
+            raise ValueError(f"{name} is {value}, but the weights have {present}")
 
 
 def make_model(
     make: Callable[[], Model], tensors: StateDict | None = None, names: Mapping[str, str] | None = None
 ) -> Model:
-    """The model, whose parameters have no memory yet; buffers do. Errors as in `config_errors`.
+    """Build a model whose buffers have memory and whose parameters do not yet. Errors as for `config_errors`.
 
-    First it is made without any memory. With `tensors`, these must be its weights, and its buffers may not be larger
-    than `MAX_BUFFER_BYTES`, before more is allocated.
+    It is first built without any memory, to check that `tensors`, if given, are its weights and that its buffers take
+    at most `MAX_BUFFER_BYTES`.
     """
     with config_errors(), torch.device("meta"):
         outline = make()
     if tensors is not None:
-        refuse_tensors(outline.state_dict(), tensors, names)
+        raise_on_other_tensors(outline.state_dict(), tensors, names)
     size = sum(buffer.numel() * buffer.element_size() for buffer in outline.buffers())
     if size > MAX_BUFFER_BYTES:
         raise ValueError(
-            f"its tables of positions would take {size:,} bytes, at most {MAX_BUFFER_BYTES:,} are made: "
+            f"its position tables would take {size:,} bytes, at most {MAX_BUFFER_BYTES:,} are allowed: "
             "sample_size or the number of frames is too large"
         )
     with config_errors(), init_empty_weights(include_buffers=False):
         return make()
 
 
-def assemble(weights: Weights, dtype: torch.dtype) -> Any:
-    """The model in eval mode with its own copy of the weights, so that a mapped file may change or go.
+def assemble(unloaded: UnloadedModel, dtype: torch.dtype) -> Any:
+    """Return the model in eval mode with a copy of the weights, so that a mapped file may change or disappear.
 
-    As in diffusers, half precision leaves in float32 what the class says to keep there.
+    As in diffusers, half precision keeps in float32 the modules that the class lists for that.
     """
-    model = weights.model
-    refuse_tensors(model.state_dict(), weights.tensors, weights.names)
+    model = unloaded.model
+    raise_on_other_tensors(model.state_dict(), unloaded.tensors, unloaded.names)
     is_half = dtype.itemsize < torch.float32.itemsize
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ()) if is_half else set()
 
     def dtype_of(name: str) -> torch.dtype:
         return dtype if kept.isdisjoint(name.split(".")) else torch.float32
 
-    tensors = {key: tensor.detach().to(dtype_of(key), copy=True) for key, tensor in weights.tensors.items()}
+    tensors = {key: tensor.detach().to(dtype_of(key), copy=True) for key, tensor in unloaded.tensors.items()}
     model.load_state_dict(tensors, assign=True)
     device = next(iter(tensors.values())).device
     for name, buffer in model.named_buffers():
@@ -124,15 +131,15 @@ def assemble(weights: Weights, dtype: torch.dtype) -> Any:
 
 
 def expand(table: Iterable[tuple[str, str]], num_units: int, targets: Sequence[int] = ()) -> dict[str, str]:
-    """Every key of theirs and its key of ours, for a model of this depth, whose skip j goes to block `targets[j]`."""
+    """Return our key for each foreign one, for a model of this depth whose skip j goes to block `targets[j]`."""
     keys: dict[str, str] = {}
     skips = [{"skip": skip, "target": target} for skip, target in enumerate(targets)]
     units = [{"unit": unit} for unit in range(num_units)]
-    for theirs, ours in table:
-        rows = skips if "{target}" in ours else units if "{unit}" in theirs else [{}]
+    for foreign, ours in table:
+        rows = skips if "{target}" in ours else units if "{unit}" in foreign else [{}]
         for row in rows:
             for parameter in ("weight", "bias"):
-                keys[theirs.format(**row).replace("*", parameter)] = ours.format(**row).replace("*", parameter)
+                keys[foreign.format(**row).replace("*", parameter)] = ours.format(**row).replace("*", parameter)
     return keys
 
 
@@ -141,33 +148,33 @@ def roots(keys: Iterable[str]) -> set[str]:
 
 
 def indices(keys: Iterable[str], *prefixes: str) -> set[str]:
-    """The numbers that follow one of the prefixes and a point."""
+    """Return the numbers that follow one of the prefixes and a dot."""
     parts = (key.split(".", 2) for key in keys)
     return {part[1] for part in parts if part[0] in prefixes and len(part) == 3 and part[1].isdecimal()}
 
 
 def fuse(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Tensors that `parts_of` calls parts of a whole, joined along the first axis under the name of the whole."""
+    """Concatenate the parts of each weight in `parts_of` along the first axis, under the name of the whole."""
     fused = dict(state_dict)
     for whole, parts in parts_of.items():
         for key in [key for key in state_dict if f".{parts[0]}." in key]:
             names = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
-            refuse(missing=[name for name in names if name not in fused])
+            raise_on_problems(missing=[name for name in names if name not in fused])
             tensors = [fused.pop(name) for name in names]
             if len({tensor.shape[1:] for tensor in tensors}) > 1 or not all(tensor.dim() for tensor in tensors):
-                refuse(misshapen=[f"{names[0]} {tuple(tensors[0].shape)} does not go with its siblings"])
+                raise_on_problems(misshapen=[f"{names[0]} {tuple(tensors[0].shape)} does not fit its siblings"])
             fused[key.replace(f".{parts[0]}.", f".{whole}.")] = torch.cat(tensors)
     return fused
 
 
 def split(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """The reverse of `fuse`, as views."""
+    """Undo `fuse`; the parts are views."""
     divided = dict(state_dict)
     for whole, parts in parts_of.items():
         for key in [key for key in state_dict if f".{whole}." in key]:
             shape = tuple(state_dict[key].shape)
             if not shape or shape[0] % len(parts):
-                refuse(misshapen=[f"{key} {shape} cannot be divided into {', '.join(parts)}"])
+                raise_on_problems(misshapen=[f"{key} {shape} cannot be divided into {', '.join(parts)}"])
             for part, tensor in zip(parts, divided.pop(key).chunk(len(parts)), strict=True):
                 divided[key.replace(f".{whole}.", f".{part}.")] = tensor
     return divided
@@ -177,82 +184,82 @@ def split(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dic
 
 
 def count_layers(keys: Collection[str], *prefixes: str) -> int:
-    """How many layers keys number; `ValueError` where that is too many, or the numbers do not count from 0."""
+    """Return how many layers the keys number; `ValueError` if there are too many, or they do not count from 0."""
     numbers = indices(keys, *prefixes)
     if len(numbers) > MAX_LAYERS:
-        raise ValueError(f"its keys number {len(numbers):,} layers, at most {MAX_LAYERS} are read")
+        raise ValueError(f"its keys have {len(numbers):,} layers, at most {MAX_LAYERS} are read")
     gaps = sorted({str(number) for number in range(len(numbers))} - numbers, key=int)
     if gaps:
-        refuse(missing=[f"{prefixes[0]}.{number}.*" for number in gaps])
+        raise_on_problems(missing=[f"{prefixes[0]}.{number}.*" for number in gaps])
     return len(numbers)
 
 
 def shape_of(tensors: StateDict, key: str, num_dimensions: int, names: Mapping[str, str] | None = None) -> torch.Size:
-    """The shape of a tensor, which must be there and have so many dimensions, none of size 0."""
+    """Return the shape of a tensor, which must exist and have this many dimensions, none of size 0."""
     name = (names or {}).get(key, key)
     if key not in tensors:
-        refuse(missing=[name])
+        raise_on_problems(missing=[name])
     size = tensors[key].shape
     if len(size) != num_dimensions or 0 in size:
-        refuse(misshapen=[f"{name} {tuple(size)} instead of {num_dimensions} dimensions above 0"])
+        raise_on_problems(misshapen=[f"{name} {tuple(size)} instead of {num_dimensions} dimensions above 0"])
     return size
 
 
 def mlp_ratio(mlp_size: int, hidden_size: int) -> float:
-    """The ratio with `int(ratio * hidden_size) == mlp_size`, also where the product of the quotient rounds below it."""
+    """Return the ratio for which `int(ratio * hidden_size) == mlp_size`, even if the plain quotient rounds below it."""
     ratio = mlp_size / hidden_size
     return ratio if int(ratio * hidden_size) == mlp_size else math.nextafter(ratio, math.inf)
 
 
-def split_heads(num_layers: int, hidden_size: int, told: int | None, published: Mapping[tuple[int, int], int]) -> dict:
-    """The two options of attention; `published` has the number of heads by depth and width."""
-    heads = published.get((num_layers, hidden_size)) if told is None else told
+def split_heads(num_layers: int, hidden_size: int, hint: int | None, published: Mapping[tuple[int, int], int]) -> dict:
+    """Return the two options of attention. hint: heads given by the caller. published: heads by depth and width."""
+    heads = published.get((num_layers, hidden_size)) if hint is None else hint
     if heads is None:
         raise ValueError(
-            f"num_attention_heads must be given: {num_layers} blocks of width {hidden_size} are no published size"
+            f"num_attention_heads must be given: {num_layers} blocks of width {hidden_size} are not a published size"
         )
     if heads < 1 or hidden_size % heads:
         raise ValueError(f"num_attention_heads must divide the hidden size {hidden_size}, got {heads}")
     return {"num_attention_heads": heads, "attention_head_dim": hidden_size // heads}
 
 
-# rows of a class table as it is where no class is dropped in training (class_dropout_prob=0): the number of classes of
-# a usual data set
+# class counts of common data sets: a class table trained without dropping classes (class_dropout_prob=0) has as many
+# rows
 PLAIN_CLASS_COUNTS = (1, 10, 100, 101, 200, 365, 1000)
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "class_embedder.weight")  # official, ours
 
 
-def find_num_classes(noted: Any, tensors: StateDict) -> int | None:
-    """Return the number of classes that is noted beside weights, where it is one and fits their class table."""
+def find_num_classes(value: Any, tensors: StateDict) -> int | None:
+    """Return the value saved beside weights if it is a number of classes that fits their class table, else None."""
     tables = [tensors[name] for name in CLASS_TABLES if name in tensors]
     fitting = {len(table) - null for table in tables if table.ndim == 2 for null in (0, 1)}
-    return noted if type(noted) is int and noted > 0 and noted in fitting else None
+    return value if type(value) is int and value > 0 and value in fitting else None
 
 
-def class_options(num_rows: int, told: int | None) -> dict[str, Any]:
-    """The two options of a class table. `ValueError` where only a person can tell whether its last row is the null
-    class, or what is told does not fit."""
-    if told is None and num_rows in PLAIN_CLASS_COUNTS:
-        null = f", or {num_rows - 1} where its last row means no class" if num_rows > 1 else ""
+def class_options(num_rows: int, hint: int | None) -> dict[str, Any]:
+    """Return the two options of a class table. hint: classes given by the caller. `ValueError` if it does not fit, or
+    if only the caller can know whether the last row is the null class."""
+    if hint is None and num_rows in PLAIN_CLASS_COUNTS:
+        null = f", or {num_rows - 1} if its last row means no class" if num_rows > 1 else ""
         raise ValueError(
-            f"num_classes must be given: the class table has {num_rows} row(s): give {num_rows} where each is a class "
+            f"num_classes must be given: the class table has {num_rows} row(s): give {num_rows} if each is a class "
             f"(trained with class_dropout_prob=0, so not for guidance){null}"
         )
-    if told is None and num_rows - 1 not in PLAIN_CLASS_COUNTS:
+    if hint is None and num_rows - 1 not in PLAIN_CLASS_COUNTS:
         LOGGER.warning(
-            "the last of the %d rows of the class table is taken to mean no class: give num_classes=%d if it is one",
+            "the last of the %d rows of the class table is assumed to mean no class: give num_classes=%d if it is one",
             *(num_rows, num_rows),
         )
-    if told not in (None, num_rows, num_rows - 1):
+    if hint not in (None, num_rows, num_rows - 1):
         raise ValueError(
             f"num_classes must be {num_rows}, or {num_rows - 1} and a null class, for a class table of {num_rows} "
-            f"row(s), got {told}"
+            f"row(s), got {hint}"
         )
-    return {"num_classes": num_rows - 1 if told is None else told, "null_class": told != num_rows}
+    return {"num_classes": num_rows - 1 if hint is None else hint, "null_class": hint != num_rows}
 
 
 def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str, Any] | None:
-    """Fields of the `LongSkipConfig` that keys of ours tell, all but the fusion."""
+    """Return the fields of `LongSkipConfig` that our keys show, all but the fusion; None without long skips."""
     norms = [key for key in keys if ".long_skip.norm." in key]
     num_pairs = len(indices(norms, root))
     if num_pairs == 0:
@@ -267,11 +274,11 @@ def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> d
         return None
     if fusion is None:
         allowed = " or ".join(get_args(Fusion))
-        raise ValueError(f"fusion must be given ({allowed}): only an official file or a folder's config.json tells it")
+        raise ValueError(f"fusion must be given ({allowed}): only an official file or a folder's config.json has it")
     return {**long_skip, "fusion": fusion}
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- problems ---------------------------------------------------------------------------------------------------------
 
 
 def require(holder: str, needs: Iterable[Need]) -> None:
@@ -283,63 +290,63 @@ def require(holder: str, needs: Iterable[Need]) -> None:
 
 
 def skip_needs(long_skip: Mapping[str, Any]) -> list[Need]:
-    """What the fusion of every official model is."""
+    """Return the long skip options that official models support."""
     return [
         ("long_skip.fusion", long_skip["fusion"], ("replace",)),
         ("long_skip.norm", long_skip["norm"], ("layer_norm",)),
     ]
 
 
-def refuse_contradictions(model: Any, told: Told) -> None:
-    """`ValueError` where the model is not what it was told to be."""
+def raise_on_contradictions(model: Any, hints: LoadHints) -> None:
+    """Raise `ValueError` if the model contradicts a hint."""
     config = model.config
     actual = {**config, "fusion": (config.get("long_skip") or {}).get("fusion")}
     if "video_length" in config:  # diffusers' name for num_frames
         actual["num_frames"] = config["video_length"]
-    for name, value in vars(told).items():
+    for name, value in vars(hints).items():
         if value is not None and name not in actual:
-            raise ValueError(f"{name} is no option of a {type(model).__name__}, got {value!r}")
+            raise ValueError(f"{name} is not an option of a {type(model).__name__}, got {value!r}")
         if value is not None and value != actual[name]:
             raise ValueError(f"{name} is {printable(repr(actual[name]))} in this checkpoint, got {value!r}")
 
 
-def refuse_keys(expected: Collection[str], found: Collection[str]) -> None:
+def raise_on_other_keys(expected: Collection[str], found: Collection[str]) -> None:
     missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     try:
-        refuse(missing=missing, unknown=unknown)
+        raise_on_problems(missing=missing, unknown=unknown)
     except ValueError as error:
         if (extra := roots(unknown) & DROPPABLE) and not missing:
-            raise ValueError(f"{error}: only training uses them; give drop={min(extra)!r} to leave them out") from error
+            raise ValueError(f"{error}: only training uses them; give drop={min(extra)!r} to ignore them") from error
         raise
 
 
-def refuse_tensors(expected: StateDict, found: StateDict, names: Mapping[str, str] | None = None) -> None:
-    """`ValueError` naming, as the file does, the keys that are missing, unknown, misshapen or integer."""
+def raise_on_other_tensors(expected: StateDict, found: StateDict, names: Mapping[str, str] | None = None) -> None:
+    """Raise `ValueError` on missing, unknown, misshapen or integer tensors, under their keys in the file."""
     names = names or {}
-    refuse_keys({names.get(key, key) for key in expected}, {names.get(key, key) for key in found})
+    raise_on_other_keys({names.get(key, key) for key in expected}, {names.get(key, key) for key in found})
     misshapen, integer = [], []
     for key, tensor in found.items():
-        name, shape, wanted = names.get(key, key), tuple(tensor.shape), tuple(expected[key].shape)
-        if shape != wanted:
-            misshapen.append(f"{name} {shape} instead of {wanted}")
+        name, shape, expected_shape = names.get(key, key), tuple(tensor.shape), tuple(expected[key].shape)
+        if shape != expected_shape:
+            misshapen.append(f"{name} {shape} instead of {expected_shape}")
         if not tensor.is_floating_point():
             integer.append(f"{name} {tensor.dtype}")
-    refuse(misshapen=misshapen, integer=integer)
+    raise_on_problems(misshapen=misshapen, integer=integer)
 
 
-def refuse(**problems: list[str]) -> None:
+def raise_on_problems(**problems: list[str]) -> None:
     found = [f"{len(keys)} {problem} key(s): {list_first(keys)}" for problem, keys in problems.items() if keys]
     if found:
         raise ValueError("; ".join(found))
 
 
-def refuse_other_table(key: str, found: Tensor, table: Tensor) -> None:
-    """`ValueError` unless a tensor is this sine-cosine table, as far as its precision holds it."""
+def raise_on_other_table(key: str, found: Tensor, table: Tensor) -> None:
+    """Raise `ValueError` unless a tensor is this sine-cosine table, within its precision."""
     if not found.is_floating_point():
-        refuse(integer=[f"{key} {found.dtype}"])
+        raise_on_problems(integer=[f"{key} {found.dtype}"])
     if found.shape != table.shape or not found.numel():
-        refuse(misshapen=[f"{key} {tuple(found.shape)} instead of {tuple(table.shape)}, above 0"])
+        raise_on_problems(misshapen=[f"{key} {tuple(found.shape)} instead of {tuple(table.shape)}, above 0"])
     tolerance = max(TABLE_TOLERANCE, torch.finfo(found.dtype).eps)
     difference = (found.float() - table.to(found.device)).abs().max().item()
     if not difference <= tolerance:
-        raise ValueError(f"{key} must be the sine-cosine table within {tolerance}, is {difference} off")
+        raise ValueError(f"{key} must be the sine-cosine table within {tolerance}, but differs by {difference}")

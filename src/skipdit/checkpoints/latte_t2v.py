@@ -1,6 +1,6 @@
-"""The text-to-video Latte: the authors' `Latte-skip.pt` (Skip-DiT, text-to-video) and diffusers' class of the model.
+"""Checkpoints of the text-to-video Latte: the authors' `Latte-skip.pt` (Skip-DiT, text-to-video) and diffusers' class.
 
-Their LatteT2V is diffusers' LatteTransformer3DModel, key for key, but for the long skips and one buffer.
+The authors' LatteT2V has the keys of diffusers' LatteTransformer3DModel, except for the long skips and one buffer.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from skipdit.checkpoints.keys import (
     SKIP_ROOTS,
+    LoadHints,
     Need,
-    Told,
-    Weights,
+    UnloadedModel,
     count_layers,
     expand,
     indices,
@@ -35,11 +35,11 @@ SKIP_KEYS = (
     ("skip_norms.{skip}.*", "transformer_blocks.{target}.long_skip.norm.*"),
     ("skip_linears.{skip}.linear.*", "transformer_blocks.{target}.long_skip.proj.*"),
 )
-# (120 tokens, caption channels): what PixArt puts in place of a dropped caption. In Latte it is a buffer that nothing
-# reads: it is left out on the way in, and zeros are written on the way out.
+# (120 tokens, caption channels): replaces a dropped caption in PixArt. In Latte it is an unused buffer, ignored on
+# loading, and zeros are written on saving.
 UNUSED_KEY = "caption_projection.y_embedding"
 UNUSED_ROWS = 120
-# What shapes do not tell and a misfit is named for.
+# options that shapes do not show; the official format supports these values only
 FIXED_OPTIONS = {
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
@@ -48,36 +48,37 @@ FIXED_OPTIONS = {
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
 }
-# (pairs, width) of the published size: what its files do not tell
+# by (pairs, width): what the files of the published size do not show
 PUBLISHED_HEADS = {(28, 1152): 16}
 PUBLISHED_SIZES = {(28, 1152): {"sample_size": 64, "video_length": 16}}
 
 
-def holds(state_dict: StateDict, told: Told) -> bool:
+def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
     return {"adaln_single", "temporal_transformer_blocks"} <= roots(state_dict)
 
 
-def read(state_dict: StateDict, told: Told) -> Weights:
-    """A file with the official keys, with those of diffusers, or with those of a model after `add_long_skips`."""
+def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
+    """Read a file with the official keys, with diffusers', or with those of a model after `add_long_skips`."""
     tensors = from_official(state_dict)
     names = {ours: official for official, ours in _skip_table(state_dict).items()}
     long_skip = read_long_skip(tensors, "transformer_blocks", count_layers(tensors, "transformer_blocks"))
-    fusion = "replace" if names else told.fusion
-    return make(_options_of_file(tensors, names, told), tensors, with_fusion(long_skip, fusion), names)
+    fusion = "replace" if names else hints.fusion
+    return make(_options_of_file(tensors, names, hints), tensors, with_fusion(long_skip, fusion), names)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """The same tensors under the keys of a LatteTransformer3DModel with long skips, without `y_embedding`. Keys that do
-    not belong to the long skips stay as they are. `ValueError` for an odd number of pairs with long skips."""
+    """Return the same tensors under the keys of a LatteTransformer3DModel with long skips, without `y_embedding`. Only
+    keys of long skips change. `ValueError` for an odd number of pairs with long skips."""
     table = _skip_table(state_dict)
     return {table.get(key, key): tensor for key, tensor in state_dict.items() if key != UNUSED_KEY}
 
 
 def to_official(model: LatteTransformer3DModel) -> dict[str, Tensor]:
-    """The model's own tensors (no copies) under the official keys, and zeros for `y_embedding` (120, caption channels).
+    """Return the model's tensors, not copied, under the official keys, with zeros for `y_embedding` (120, caption
+    channels).
 
-    At the published size 1,024 tensors with long skips, 968 without. Raises `ValueError` naming the option that the
-    official format cannot hold.
+    The published size has 1,024 tensors with long skips, 968 without. `ValueError` names the option that the official
+    format does not support.
     """
     config: Mapping[str, Any] = model.config
     tensors, num_units = model.state_dict(), config["num_layers"]
@@ -102,14 +103,14 @@ def make(
     tensors: StateDict,
     long_skip: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
-) -> Weights:
+) -> UnloadedModel:
     def build() -> LatteTransformer3DModel:
         model = LatteTransformer3DModel(**options)
         if long_skip is not None:
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
         return model
 
-    return Weights(model=make_model(build, tensors, names), tensors=tensors, names=names or {})
+    return UnloadedModel(model=make_model(build, tensors, names), tensors=tensors, names=names or {})
 
 
 def _skip_table(keys: Collection[str]) -> dict[str, str]:
@@ -121,21 +122,21 @@ def _skip_table(keys: Collection[str]) -> dict[str, str]:
     return expand(SKIP_KEYS, num_units, range(num_units // 2, num_units))
 
 
-def _options_of_file(tensors: StateDict, names: Mapping[str, str], told: Told) -> dict[str, Any]:
+def _options_of_file(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
     hidden_size, in_channels, patch_size, _ = shape_of(tensors, "pos_embed.proj.weight", 4, names)
     out_features, _ = shape_of(tensors, "proj_out.weight", 2, names)
     _, caption_channels = shape_of(tensors, "caption_projection.linear_1.weight", 2, names)
     _, cross_attention_dim = shape_of(tensors, "transformer_blocks.0.attn2.to_k.weight", 2, names)
     num_layers = count_layers(tensors, "transformer_blocks")
-    heads = split_heads(num_layers, hidden_size, told.num_attention_heads, PUBLISHED_HEADS)
+    heads = split_heads(num_layers, hidden_size, hints.num_attention_heads, PUBLISHED_HEADS)
     published = PUBLISHED_SIZES.get((num_layers, hidden_size), {})
-    asked = {"sample_size": told.sample_size, "video_length": told.num_frames}
-    sizes = {name: published.get(name) if value is None else value for name, value in asked.items()}
-    for name, told_as in (("sample_size", "sample_size"), ("video_length", "num_frames")):
+    sizes = {}
+    for name, hint in (("sample_size", "sample_size"), ("video_length", "num_frames")):
+        sizes[name] = published.get(name) if getattr(hints, hint) is None else getattr(hints, hint)
         if sizes[name] is None:
             raise ValueError(
-                f"{told_as} must be given: {num_layers} pairs of width {hidden_size} are no published size, and only a "
-                "folder's config.json tells it"
+                f"{hint} must be given: {num_layers} pairs of width {hidden_size} are not a published size, and only "
+                "a folder's config.json has it"
             )
     return {
         **heads,

@@ -1,4 +1,4 @@
-"""The other parts of a pipeline, from folders of strangers: its index, its scheduler, its autoencoder."""
+"""Read the other parts of a pipeline from untrusted folders: its index, scheduler and autoencoder."""
 
 import copy
 import inspect
@@ -12,23 +12,23 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTi
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import Tensor
 
-from skipdit.checkpoints.keys import Weights, assemble, check_options, make_model
+from skipdit.checkpoints.keys import UnloadedModel, assemble, check_options, make_model
 from skipdit.checkpoints.reading import StateDict, read_config, read_folder_tensors
 from skipdit.untrusted import printable, read_json
 
 INDEX_NAME = "model_index.json"
 MAX_TRAIN_TIMESTEPS = 10_000
 TRIED_STEPS = 10
-INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes its DPMSolverMultistepScheduler's as -Infinity
-# names of attention's weights in autoencoders of before diffusers 0.17, as sd-vae-ft-mse's, and now
+INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes that of DPMSolverMultistepScheduler as -Infinity
+# attention weights of autoencoders: names before diffusers 0.17, as in sd-vae-ft-mse, and today
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MAX_LABELS = 100_000
 Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder | AutoencoderTiny
-AUTOENCODERS: dict[str, Any] = {each.__name__: each for each in get_args(Autoencoder)}
+AUTOENCODERS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Autoencoder)}
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """A pipeline's model_index.json. Its parts are pairs of a library and a class, or of nulls."""
+    """Return a pipeline's model_index.json. Its parts are pairs of a library and a class, or of nulls."""
     path = folder / INDEX_NAME
     index = read_json(path, dict[str, Any])
     if not isinstance(index.get("_class_name"), str):
@@ -37,7 +37,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def part_class(index: Mapping[str, Any], name: str, folder: Path) -> str | None:
-    """The name of a part's class; `None` where the pipeline has no such part."""
+    """Return the class name of a part, or None if the pipeline has no such part."""
     entry = index.get(name)
     if entry is None or entry == [None, None]:
         return None
@@ -47,7 +47,7 @@ def part_class(index: Mapping[str, Any], name: str, folder: Path) -> str | None:
 
 
 def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path) -> dict[str, str] | None:
-    """The names of classes by number, each given once, below `num_classes`."""
+    """Return the class names by number, each below `num_classes`; None if there are none."""
     labels = index.get("id2label")
     if labels is None:
         return None
@@ -63,16 +63,13 @@ def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path)
     return labels
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
-    """The scheduler of a pipeline's folder, after a few steps on a small tensor: most of what can be wrong with a
-    config shows there."""
+    """Return the scheduler of a pipeline's folder after a few trial steps on a small tensor, which show most of what
+    can be wrong with a config. `ValueError` names the file."""
     path = folder / "scheduler" / SCHEDULER_CONFIG_NAME
     scheduler_class: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
-        raise ValueError(f"{printable(folder / INDEX_NAME)}: {printable(class_name)!r} is no scheduler of diffusers")
+        raise ValueError(f"{printable(folder / INDEX_NAME)}: {printable(class_name)!r} is not a diffusers scheduler")
     config = read_json(path, dict[str, Any], infinite=INFINITE_OPTIONS)
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     if not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
@@ -90,7 +87,7 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
         options = {name: value for name, value in config.items() if name in known or name.startswith("_")}
         scheduler = cast(Any, scheduler_class).from_config(options)
         _try_out(copy.deepcopy(scheduler), min(TRIED_STEPS, steps))
-    except Exception as error:  # a stranger's options raise whatever type the first use of them does
+    except Exception as error:  # untrusted options may raise any type
         raise ValueError(f"{printable(path)} makes no scheduler: {printable(str(error) or repr(error))}") from error
     return scheduler
 
@@ -102,31 +99,28 @@ def _try_out(scheduler: Any, num_steps: int) -> None:
     with torch.random.fork_rng(devices=[]):
         scheduler.set_timesteps(num_steps)
         if len(scheduler.timesteps) > 4 * num_steps:
-            raise ValueError(f"{num_steps} steps become {len(scheduler.timesteps)}")
+            raise ValueError(f"{num_steps} steps turn into {len(scheduler.timesteps)}")
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(sample, timestep)
             if not 0 <= float(timestep) <= scheduler.config.num_train_timesteps or not inputs.isfinite().all():
-                raise ValueError(f"timestep {float(timestep):g} is not one of its training")
+                raise ValueError(f"timestep {float(timestep):g} is outside of those in training")
             sample = scheduler.step(output, timestep, sample).prev_sample
     if not sample.isfinite().all():
-        raise ValueError("it makes numbers that are not finite")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+        raise ValueError("it produces numbers that are not finite")
 
 
 def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
-    """The autoencoder in a folder, or in `vae` of a pipeline's; safetensors or pickled, whole or in shards, of a
-    variant where there is only that. `ValueError` naming the folder where it is foreign or broken."""
+    """Load the autoencoder in a folder, or in `vae` of a pipeline's folder: safetensors or pickled, whole or in shards,
+    also if there is only a variant. `ValueError` names the folder if it is foreign or broken."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of an autoencoder at {printable(folder)}")
+        raise FileNotFoundError(f"no autoencoder folder at {printable(folder)}")
     if (folder / INDEX_NAME).exists():
         folder = folder / "vae"
     try:
         config = read_config(folder)
         name = config.get("_class_name")
         if not isinstance(name, str) or name not in AUTOENCODERS:
-            raise ValueError(f"is none of {', '.join(AUTOENCODERS)}, but a {printable(name)}")
+            raise ValueError(f"must hold one of {', '.join(AUTOENCODERS)}, got {printable(name)}")
         kind = AUTOENCODERS[name]
         options = {name: value for name, value in config.items() if not name.startswith("_")}
         check_options(options)
@@ -134,14 +128,14 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         tensors = _with_new_names(read_folder_tensors(folder))
         options = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
         model = make_model(lambda: kind(**options), tensors)
-        return assemble(Weights(model=model, tensors=tensors), dtype)
+        return assemble(UnloadedModel(model=model, tensors=tensors), dtype)
     except ValueError as error:
         message, name = str(error), printable(folder)
         raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
 def _check_latents(options: dict[str, Any]) -> None:
-    """How latents are scaled is no size of a weight."""
+    """Raise `ValueError` on options that scale latents, which no weight shape checks."""
     for name in ("scaling_factor", "shift_factor"):
         value = options.get(name)
         if value is not None and (not isinstance(value, (int, float)) or (name == "scaling_factor" and value == 0)):
@@ -150,8 +144,8 @@ def _check_latents(options: dict[str, Any]) -> None:
         values = options.get(name)
         if values is None:
             continue
-        numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
-        if not numbers or len(values) != options.get("latent_channels"):
+        is_numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+        if not is_numbers or len(values) != options.get("latent_channels"):
             raise ValueError(f"{name} must be one number per latent channel")
 
 

@@ -1,4 +1,4 @@
-"""From a path to tensors, without unpickling strangers' objects: files, folders of `save_pretrained`, their config."""
+"""Read tensors and configs from files and `save_pretrained` folders without unpickling untrusted objects."""
 
 import argparse
 import re
@@ -26,23 +26,23 @@ MAX_SHARDS = 1000
 
 
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:
-    """The tensors of a file; of a training checkpoint that holds both `model` and `ema`, the preferred ones."""
+    """Return the tensors of a file; from a training checkpoint with both `model` and `ema`, the preferred ones."""
     return pick_weights(_read_tensors(path), prefer)
 
 
 def read_training(path: Path, prefer: Preference) -> tuple[StateDict, dict[str, Any]]:
-    """As `read_state_dict`, and what the training was told: the `args` that facebookresearch's train.py saves."""
+    """Return the tensors as `read_state_dict` does, and the `args` that facebookresearch's train.py saves."""
     content = _read_tensors(path)
     args = content.get("args") if isinstance(content, Mapping) else None
-    told = vars(args) if isinstance(args, argparse.Namespace) else args
-    return pick_weights(content, prefer), dict(told) if isinstance(told, Mapping) else {}
+    options = vars(args) if isinstance(args, argparse.Namespace) else args
+    return pick_weights(content, prefer), dict(options) if isinstance(options, Mapping) else {}
 
 
 def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
-    """The tensors that `save_pretrained` wrote, in one file or several, as safetensors or pickled.
+    """Return the tensors that `save_pretrained` wrote, in one file or several, as safetensors or pickled.
 
-    variant: as `save_pretrained` was told; by default none, or the only one that there is. `ValueError` where there is
-    none, or more than one.
+    variant: the one given to `save_pretrained`; by default none, or the only one in the folder. `ValueError` if there
+    are no weights, or more than one variant.
     """
     path = _find_weights(folder, variant)
     if path.suffix != ".json":
@@ -65,7 +65,7 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
         except ValueError as error:
             raise ValueError(f"{printable(name)} {error}") from error
         if twice := [key for key in shard if key in tensors]:
-            raise ValueError(f"{printable(name)} holds {list_first(twice)}, which another of the files holds too")
+            raise ValueError(f"{printable(name)} has {list_first(twice)}, which another of the files has too")
         tensors |= shard
     return tensors
 
@@ -75,15 +75,13 @@ def _find_weights(folder: Path, variant: str | None) -> Path:
         for names in ((SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
             found = [name for name in names if (folder / name).exists()]
             if len(found) > 1:
-                raise ValueError(f"holds weights twice, {' and '.join(found)}: remove the older")
+                raise ValueError(f"has weights twice, {' and '.join(found)}: remove the older")
             if found:
                 return folder / found[0]
         middles = _variants(path.name for path in folder.iterdir())
         if len(middles) != 1:
             what = f"; give variant, one of {list_first(sorted(middles))}" if middles else ""
-            raise ValueError(
-                f"holds none of {SAFETENSORS_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}{what}"
-            )
+            raise ValueError(f"has none of {SAFETENSORS_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}{what}")
         (variant,) = middles
     names = [f"{STEM}.{variant}.{suffix}" for suffix in SUFFIXES]
     names += [f"{STEM}.{suffix}.index.{variant}.json" for suffix in SUFFIXES]
@@ -94,7 +92,7 @@ def _find_weights(folder: Path, variant: str | None) -> Path:
 
 
 def _variants(names: Iterable[str]) -> set[str]:
-    """The middle of `{stem}.{variant}.safetensors`, or of its index."""
+    """Return the variants in names such as `{stem}.{variant}.safetensors`, or in those of their indices."""
     patterns = [
         re.compile(rf"{re.escape(STEM)}\.{middle}")
         for suffix in SUFFIXES
@@ -104,14 +102,14 @@ def _variants(names: Iterable[str]) -> set[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json that `save_pretrained` wrote."""
+    """Return the config.json that `save_pretrained` wrote."""
     if not (folder / CONFIG_NAME).exists():
-        raise ValueError(f"holds no {CONFIG_NAME}, which save_pretrained writes")
+        raise ValueError(f"has no {CONFIG_NAME}, which save_pretrained writes")
     return read_json(folder / CONFIG_NAME, dict[str, Any])
 
 
 def _read_tensors(path: Path) -> Any:
-    """What a file holds is told by its head, whatever it is called; where the head is no whole one, by its suffix."""
+    """Read a file by its first bytes, whatever its name; if these are cut off, by its suffix."""
     with open_regular(path) as file:
         head = file.read(9)
     suffix = path.suffix.lower()

@@ -1,4 +1,4 @@
-"""Checkpoints of `skipdit train` (`run/checkpoint-NNNNNNN`): which is the newest, and what their own config tells."""
+"""Checkpoints of `skipdit train` (`run/checkpoint-NNNNNNN`): find the newest and read its weights and config."""
 
 import re
 from collections.abc import Mapping
@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from skipdit.checkpoints.keys import Told, find_num_classes
+from skipdit.checkpoints.keys import LoadHints, find_num_classes
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
-from skipdit.files import file_digest, read_marker
+from skipdit.files import read_marker
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
-from skipdit.untrusted import printable, read_json
+from skipdit.untrusted import file_digest, printable, read_json
 
 Value = TypeVar("Value")
 STATE_NAME = "state.json"
@@ -18,7 +18,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,12})", re.ASCII)
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The folder where it is a checkpoint; of a run without a finished pipeline its newest; else `None`."""
+    """Return the folder itself if it is a checkpoint, the newest one of a run without a finished pipeline, or None."""
     if (folder / STATE_NAME).exists():
         return folder
     if any((place / "model_index.json").exists() for place in (folder, folder / "pipeline")):
@@ -31,10 +31,10 @@ def find_checkpoint(folder: Path) -> Path | None:
     return steps[max(steps)] if steps else None
 
 
-def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[StateDict, Told]:
-    """The weights, averaged or not, under the model's own keys, and what the run's config tells of their model.
+def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple[StateDict, LoadHints]:
+    """Return the weights, averaged or not, under the model's keys, with the hints completed from the run's config.
 
-    `ValueError` where the weights are not those that the run wrote.
+    `ValueError` if a hint contradicts the config, or the weights have changed since the run wrote them.
     """
     path = folder / STATE_NAME
     state = read_json(path, dict[str, Any])
@@ -48,34 +48,34 @@ def read_checkpoint(folder: Path, prefer: Preference, told: Told) -> tuple[State
     state_dict = read_state_dict(weights, prefer)
     trained_on = state.get("data")
     names = trained_on.get("class_names") if isinstance(trained_on, dict) else None
-    said = {
+    found = {
         "num_attention_heads": _field(model, "num_attention_heads", int, path),
         "sample_size": _side_of(data, path),
         "num_frames": data.get("num_frames"),
         "num_classes": find_num_classes(len(names), state_dict) if isinstance(names, list) else None,
         "fusion": long_skip.get("fusion") if isinstance(long_skip, dict) else None,
     }
-    for name, value in said.items():
-        given = getattr(told, name)
-        if given is not None and value is not None and given != value:
-            raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {given!r}")
-    return state_dict, replace(told, **{name: value for name, value in said.items() if value is not None})
+    for name, value in found.items():
+        hint = getattr(hints, name)
+        if hint is not None and value is not None and hint != value:
+            raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {hint!r}")
+    return state_dict, replace(hints, **{name: value for name, value in found.items() if value is not None})
 
 
 def _side_of(data: Mapping[str, Any], path: Path) -> int | None:
-    """Of latents only where the run was told it."""
+    """Return the side of the data; None for latents if the run's config leaves it open."""
     if "sample_size" in data and data["sample_size"] is None:
         return None
     return _field(data, "sample_size" if "sample_size" in data else "image_size", int, path)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint."""
+    """Return the settings of the run that wrote a checkpoint."""
     return _field(read_json(folder / STATE_NAME, dict[str, Any]), "config", dict, folder / STATE_NAME)
 
 
 def read_shallow_path(folder: Path, num_units: int) -> ShallowPath | None:
-    """What the run that wrote a checkpoint teaches its model, of so many units, to do without the deep ones."""
+    """Return the shallow path that a run trains in its model of `num_units` units; None if it trains none."""
     routing = read_run_config(folder).get("routing")
     if not isinstance(routing, dict) or routing.get("mode") not in ("bypass", "fill") or not routing.get("deep_drop"):
         return None
@@ -90,5 +90,5 @@ def read_shallow_path(folder: Path, num_units: int) -> ShallowPath | None:
 def _field(fields: Mapping[str, Any], name: str, kind: type[Value], path: Path) -> Value:
     value = fields.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{printable(path)} does not say its run's {name}")
+        raise ValueError(f"{printable(path)} does not have its run's {name}")
     return value

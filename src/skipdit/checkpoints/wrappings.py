@@ -1,4 +1,4 @@
-"""The state dict in what a trainer saved: by its name among others, without the prefixes of wrapped modules.
+"""Find the state dict in what a trainer saved, and strip the prefixes of wrapped modules.
 
 Names are those of published trainers: facebookresearch/DiT, SiT and Latte (`model`, `ema`), Lightning (`state_dict`),
 timm and MMEngine (`state_dict_ema`, `ema_state_dict`), DeepSpeed (`module`), diffusers' `EMAModel` (`shadow_params`),
@@ -20,21 +20,20 @@ NAMES: dict[Preference, tuple[str, ...]] = {
     "ema": ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema", "model_ema_state_dict"),
     "model": ("model", "state_dict", "model_state_dict", "module", "net"),
 }
-# segments that a wrapper puts into the keys of what it wraps: torch.compile, DistributedDataParallel, FSDP and
-# checkpoint_wrapper
+# key segments that wrappers add: torch.compile, DistributedDataParallel, FSDP and checkpoint_wrapper
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# what trainers call the attribute that holds the transformer
+# trainers' names for the attribute that holds the transformer
 HOLDERS: dict[Preference, tuple[str, ...]] = {
     "ema": ("ema", "ema_model", "ema_net", "model_ema", "ema_denoiser"),
     "model": ("model", "net", "transformer", "dit", "denoiser", "diffusion_model"),
 }
-MAX_DEPTH = 4  # of wrappings in wrappings
+MAX_DEPTH = 4  # of nested wrappings
 
 
 def list_first(keys: Iterable[object], num_shown: int = 3) -> str:
     """Return the first few keys for a message, each printable and cut."""
-    shown = list(keys)
-    return ", ".join(printable(key, 80) for key in shown[:num_shown]) + (", ..." if len(shown) > num_shown else "")
+    texts = list(keys)
+    return ", ".join(printable(key, 80) for key in texts[:num_shown]) + (", ..." if len(texts) > num_shown else "")
 
 
 def pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:
@@ -46,7 +45,7 @@ def pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:
 
 
 def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequence[Tensor] | None]:
-    """Return the state dict as it is, and the `shadow_params` that take its place where those are preferred."""
+    """Return the state dict unchanged, and the `shadow_params` that replace its tensors if those are preferred."""
     if not isinstance(checkpoint, Mapping) or depth == 0:
         return checkpoint, None
     found = {kind: _present(checkpoint, names) for kind, names in NAMES.items()}
@@ -55,7 +54,7 @@ def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequenc
     other: Preference = "model" if prefer == "ema" else "ema"
     chosen = found[prefer] or found[other]
     if len(chosen) > 1:
-        raise ValueError(f"holds more than one state dict to choose from: {list_first(chosen)}")
+        raise ValueError(f"has more than one state dict to choose from: {list_first(chosen)}")
     (content,) = chosen.values()
     shadow = content.get("shadow_params") if isinstance(content, Mapping) else None
     if isinstance(shadow, (list, tuple)):
@@ -67,14 +66,14 @@ def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequenc
 
 
 def _present(checkpoint: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:
-    """Return the entries of these names; those that are None or empty are none."""
+    """Return the entries with these names that are neither None nor empty."""
     entries = {name: checkpoint[name] for name in names if name in checkpoint}
     containers = (Mapping, list, tuple)
     return {name: value for name, value in entries.items() if isinstance(value, containers) and value}
 
 
 def _name_averages(averages: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
-    """`EMAModel.state_dict()` lists the parameters of the model beside it, in its order."""
+    """Return the averages by name: `EMAModel.state_dict()` lists them in the order of the model's parameters."""
     names = as_state_dict(model)
     shapes = [getattr(average, "shape", None) for average in averages]
     if shapes != [tensor.shape for tensor in names.values()]:
@@ -99,8 +98,8 @@ def as_state_dict(checkpoint: Any) -> StateDict:
 def strip_prefixes(tensors: Mapping[str, Value], prefer: Preference = "ema") -> dict[str, Value]:
     """Return the tensors under the keys of the bare model.
 
-    Drop the segments of wrappers, wherever they are, then the name of the attribute that held the model; where there
-    are two, of the model and its average, the preferred one's tensors are returned.
+    Drop the segments of wrappers, wherever they are, then the name of the attribute that held the model. If both the
+    model and its average are there, return the preferred one.
     """
     pairs = [(".".join(part for part in key.split(".") if part not in WRAPPERS), key) for key in tensors]
     if any(key == "n_averaged" for key, _ in pairs):  # AveragedModel counts its updates
@@ -113,7 +112,7 @@ def strip_prefixes(tensors: Mapping[str, Value], prefer: Preference = "ema") -> 
         other: Preference = "model" if prefer == "ema" else "ema"
         chosen = holders[prefer] or holders[other]
         if len(chosen) > 1:
-            raise ValueError(f"holds more than one model to choose from: {list_first(sorted(chosen))}")
+            raise ValueError(f"has more than one model to choose from: {list_first(sorted(chosen))}")
         prefix = f"{next(iter(chosen))}."
         pairs = [(key.removeprefix(prefix), name) for key, name in pairs if key.startswith(prefix)]
     found = {key: tensors[name] for key, name in pairs}

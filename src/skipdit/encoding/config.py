@@ -1,24 +1,24 @@
-"""What `skipdit latents` is asked for."""
+"""Options of `skipdit latents`."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from skipdit.clips import OnBroken
 from skipdit.latents import DTYPES
-from skipdit.options import check_numbers, check_positive
+from skipdit.options import check_numbers, check_option, check_positive, check_range
 from skipdit.picture_files import check_side
 
 Crop = Literal["adm", "center"]
-OnBroken = Literal["refuse", "skip"]
 StoredDType = Literal["float32", "float16"]
 
 MAX_WORKERS = 256
-# what may be another when an encoding goes on; batches are cut anew in every shard
+# options that may change when an encoding is resumed; batches start anew in every shard
 FREE_TO_CHANGE = {"batch_size", "num_workers"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """Which pictures or clips become latents, and how they are cut."""
+    """Which pictures or clips to encode, and how they are cropped."""
 
     source: str
     """a folder with one subfolder per class, a .parquet file or a folder of them, a .tar file of webdataset or a folder
@@ -26,57 +26,56 @@ class EncodeConfig:
     vae: str
     """folder of an AutoencoderKL, AutoencoderKLTemporalDecoder or AutoencoderTiny, or of a pipeline with one"""
     image_size: int = 256
-    """side in pixels that pictures and frames are cut to"""
+    """side of the cropped pictures and frames, in pixels"""
     crop: Crop = "adm"
-    """adm: the shorter side is halved, then resized, and the centre cut out, as is usual for ImageNet; center: the
-    centre is cut out, then resized, as `skipdit train` does with pixels"""
+    """adm: halve, then resize the shorter side, and crop the center, as is usual for ImageNet; center: crop the center,
+    then resize, as `skipdit train` does with pixels"""
     flip: bool = False
-    """encode everything mirrored, too, which training with --flip needs"""
+    """also encode everything mirrored, which training with --flip needs"""
     num_frames: int | None = None
-    """of each clip; None encodes pictures"""
+    """frames per clip; None encodes pictures"""
     frame_interval: int = 1
-    """every so many frames one is taken"""
+    """take one frame in this many"""
     fps: float | None = None
-    """take frames at so many per second first, by the time at which they show"""
+    """resample to this many frames per second first, by the times of the frames; None takes each frame once"""
     num_crops: int = 0
-    """of each video so many clips are taken, from where chance falls; 0 takes its first frames"""
+    """clips per video, from random positions; 0 takes one clip of its first frames"""
     text: bool = False
-    """encode captions, too, which text-to-image and text-to-video need"""
+    """also encode captions, which text-to-image and text-to-video need"""
     streaming: bool = False
-    """read a datasets set, or .parquet files, as a stream: whatever its size, in the order in which it comes"""
+    """read a datasets set or .parquet files as a stream: any size, in the given order"""
     split: str = "train"
-    """of a datasets set, or of .parquet files whose names tell it"""
+    """split of a datasets set, or of .parquet files whose names show it"""
     image_column: str = "image"
-    """of a table: encoded pictures"""
+    """column of encoded pictures in a table"""
     clip_column: str = "clip"
-    """of a table: encoded videos"""
+    """column of encoded videos in a table"""
     label_column: str | None = "label"
-    """of a table; of a stream it may be None: all is one class"""
+    """column of the classes in a table; for a stream, None makes everything one class"""
     caption_column: str | None = None
-    """of a table; None takes the class name"""
+    """column of the captions in a table; None takes the class name"""
     on_broken: OnBroken = "refuse"
-    """what cannot be read is an error, or is left out with a warning"""
+    """treat what cannot be read as an error (refuse), or leave it out with a warning (skip)"""
     dtype: StoredDType = "float32"
-    """of what is stored"""
+    """data type of the stored latents and states"""
     shard_size: int = 1024
     """pictures or clips per shard, which is written whole or not at all"""
     batch_size: int = 16
-    """pictures or frames that are encoded at once"""
+    """pictures or frames encoded at once"""
     num_workers: int = 4
-    """threads that read and cut ahead"""
+    """threads that read and crop ahead"""
     seed: int = 0
-    """of the places of num_crops"""
+    """seed of the random positions of num_crops"""
 
     def __post_init__(self) -> None:
         check_side(self.image_size)
         check_numbers(self)
         check_positive(self, "num_frames", "frame_interval", "shard_size", "batch_size")
-        for name, allowed in (("crop", get_args(Crop)), ("on_broken", get_args(OnBroken)), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        check_option(self, "crop", get_args(Crop))
+        check_option(self, "on_broken", get_args(OnBroken))
+        check_option(self, "dtype", tuple(DTYPES))
+        check_range(self, "num_workers", least=0, most=MAX_WORKERS)
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be above 0, got {self.fps}")
         if self.num_crops < 0 or (self.num_crops and self.num_frames is None):
-            raise ValueError(f"num_crops must be at least 0, and 0 where num_frames is None, got {self.num_crops}")
-        if not 0 <= self.num_workers <= MAX_WORKERS:
-            raise ValueError(f"num_workers must be between 0 and {MAX_WORKERS}, got {self.num_workers}")
+            raise ValueError(f"num_crops must be at least 0, and 0 if num_frames is None, got {self.num_crops}")

@@ -1,4 +1,4 @@
-"""From pictures, clips and captions to a folder of latents, shard by shard, each of them whole or not at all."""
+"""Encode pictures, clips and captions into a folder of latents, shard by shard, each written whole or not at all."""
 
 import hashlib
 import logging
@@ -20,7 +20,7 @@ from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
 from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
-from skipdit.files import OutputFolder, file_digest, to_json
+from skipdit.files import OutputFolder, to_json
 from skipdit.latents import (
     DTYPES,
     INFO,
@@ -38,35 +38,38 @@ from skipdit.latents import (
     shard_name,
 )
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
-from skipdit.untrusted import printable, printable_path, read_json
+from skipdit.untrusted import file_digest, printable, printable_path, read_json
 
 LOGGER = logging.getLogger(__name__)
 SETTINGS = "settings.json"
 AHEAD = 4  # samples per thread that wait to be encoded
 
 
-class Begun(TypedDict):
-    """`settings.json`: what an encoding must be, to go on with the shards that are there. source, vae: SHA-256."""
+class Fingerprint(TypedDict):
+    """Content of `settings.json`: only an encoding with the same may go on with the shards of a folder."""
 
     settings: dict[str, Any]
     source: str
+    """SHA-256 of the source"""
     vae: str
+    """SHA-256 of the autoencoder"""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What an autoencoder tells of pictures: (b c h w) each, `std` where it tells one."""
+    """The distribution of latents that an autoencoder returns."""
 
     mean: Tensor
+    """(b c h w)"""
     std: Tensor | None
+    """(b c h w); None if the autoencoder gives none"""
 
 
 def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> Info:
-    """Encode what a config names; return what `latents.json` says.
+    """Encode the source of a config and return the content of `latents.json`.
 
-    An encoding that was stopped goes on after its last whole shard, and what it leaves is the same. `ValueError` where
-    the folder holds one of other settings, or something cannot be read; `FileExistsError` where files of others are in
-    the way.
+    An interrupted encoding resumes after its last whole shard, with the same result. `ValueError` if the folder has one
+    with other settings, or something cannot be read; `FileExistsError` if foreign files are in the way.
     """
     data = Path(config.source)
     if data.is_dir() and data.resolve() in out.path.resolve().parents:
@@ -78,12 +81,12 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     if config.text:
         check_text_installed()
     source = open_source(config)
-    begun = Begun(
+    fingerprint = Fingerprint(
         settings={name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE},
         source=source.digest,
         vae=_digest_of(vae),
     )
-    _begin(out, begun)
+    _begin(out, fingerprint)
     if out.holds(INFO):
         return read_info(out.path)
     others = _write_others(out, config, vae)
@@ -102,45 +105,42 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     return _finish(out, config, writer, others, source.class_names)
 
 
-def _begin(out: OutputFolder, begun: Begun) -> None:
-    """Say which encoding a folder holds; `ValueError` where it holds another, `FileExistsError` where others wrote."""
+def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
+    """Write the fingerprint into a folder, or compare it with the one there. `ValueError` if they differ,
+    `FileExistsError` if foreign files are in the way."""
     names = [path.name for path in sorted(out.path.glob("shard-*"))]
     out.claim([SETTINGS, INFO, NOTHING, *names])
     if not out.holds(SETTINGS):
-        out.write_text(SETTINGS, to_json(begun))
+        out.write_text(SETTINGS, to_json(fingerprint))
         return
-    before, now = read_json(out.path / SETTINGS, Begun), cast(Any, begun)
-    names = sorted(before["settings"].keys() | now["settings"].keys())
-    changed = [name for name in names if before["settings"].get(name) != now["settings"].get(name)]
-    changed = [name for name in changed if name != "vae"]  # where the autoencoder lies is no matter
-    changed += [name for name in ("source", "vae") if before[name] != now[name]]
+    old, new = read_json(out.path / SETTINGS, Fingerprint), cast(Any, fingerprint)
+    names = sorted(old["settings"].keys() | new["settings"].keys())
+    changed = [name for name in names if old["settings"].get(name) != new["settings"].get(name)]
+    changed = [name for name in changed if name != "vae"]  # the path of the autoencoder may change
+    changed += [name for name in ("source", "vae") if old[name] != new[name]]
     if changed:
-        what = ", ".join(dict.fromkeys(changed))
-        raise ValueError(f"{printable_path(out.path)} holds latents of other settings ({what}): give another --out")
+        text = ", ".join(dict.fromkeys(changed))
+        raise ValueError(f"{printable_path(out.path)} holds latents of other settings ({text}): give another --out")
 
 
 def _digest_of(vae: Autoencoder) -> str:
-    digest = hashlib.sha256(_config_of(vae).encode())
+    digest = hashlib.sha256(cast(Any, vae).to_json_string().encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 
-def _config_of(vae: Autoencoder) -> str:
-    return cast(Any, vae).to_json_string()
-
-
 @torch.no_grad()
 def _write_others(out: OutputFolder, config: EncodeConfig, vae: Autoencoder) -> dict[str, str]:
-    """Write the autoencoder and the states of the empty prompt, where they are not there; return their SHA-256."""
+    """Write the autoencoder and the states of the empty prompt unless they exist; return their SHA-256 by name."""
     names = {f"{VAE}/config.json", f"{VAE}/diffusion_pytorch_model.safetensors"} | ({NOTHING} if config.text else set())
     for name in sorted(name for name in names if not out.holds(name)):
         with out.file(name) as draft:
             if name == NOTHING:
                 save_file(encode_texts(load_encoder(), [""], DTYPES[config.dtype]), draft)
             elif name.endswith(".json"):
-                draft.write_text(_config_of(vae), encoding="utf-8")
+                draft.write_text(cast(Any, vae).to_json_string(), encoding="utf-8")
             else:
                 tensors = {key: tensor.contiguous() for key, tensor in vae.state_dict().items()}
                 save_file(tensors, draft, metadata={"format": "pt"})
@@ -157,8 +157,7 @@ def _finish(
     found = writer.class_names
     order = class_names if class_names is not None else sorted(found, key=_by_number)
     if lost := [name for name in order if name not in found]:
-        shown = printable(", ".join(lost))
-        LOGGER.warning("left out: %d classes of which nothing can be read: %s", len(lost), shown)
+        LOGGER.warning("left out: %d classes without a readable item: %s", len(lost), printable(", ".join(lost)))
     vae = cast(Any, writer.vae)
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     info = Info(
@@ -171,8 +170,8 @@ def _finish(
         scale=Scale(
             scaling_factor=float(vae.config.scaling_factor),
             shift_factor=float(vae.config.get("shift_factor") or 0),
-            latents_mean=None if mean is None else [float(each) for each in mean],
-            latents_std=None if std is None else [float(each) for each in std],
+            latents_mean=None if mean is None else list(map(float, mean)),
+            latents_std=None if std is None else list(map(float, std)),
         ),
         text=Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
         class_names=[name for name in order if name in found],
@@ -187,13 +186,10 @@ def _by_number(name: str) -> tuple[int, int, str]:
     return (0, int(name), name) if name.isascii() and name.isdecimal() else (1, 0, name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 class _Writer:
-    """Encodes samples, and writes a shard whenever there are enough. end: how far the source has been read.
+    """Writer that encodes samples, and writes a shard whenever there are enough. end: position in the source.
 
-    Batches are cut anew in every shard, so that a shard does not depend on where an encoding was stopped.
+    Batches start anew in every shard, so that a shard does not depend on where an encoding was interrupted.
     """
 
     def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Autoencoder) -> None:
@@ -201,7 +197,7 @@ class _Writer:
         self.shards: list[Shard] = []
         self.class_names: set[str] = set()
         self.waiting: list[Sample] = []
-        self.moments: list[dict[str, Tensor]] = []  # of the shard that is being made, and its texts
+        self.moments: list[dict[str, Tensor]] = []  # of the current shard, like the next two
         self.classes: list[str] = []
         self.captions: list[list[str]] = []
         self.end = 0
@@ -210,14 +206,14 @@ class _Writer:
         self.shape = [*([] if config.num_frames is None else [config.num_frames]), channels, side, side]
 
     def resume(self) -> int:
-        """Take the shards that are there; return how far the source was read for them."""
+        """List the existing shards and return the position in the source after them."""
         while self.out.holds(f"{(name := shard_name(len(self.shards)))}.json"):
             if not self.out.holds(f"{name}.safetensors"):
                 break
             texts = read_json(self.out.path / f"{name}.json", Texts, max_bytes=MAX_INFO_BYTES)
             self._list(name, texts)
         if self.shards:
-            LOGGER.warning("goes on after %d shards that are there", len(self.shards))
+            LOGGER.warning("resuming after %d existing shards", len(self.shards))
         return self.end
 
     def add(self, end: int, sample: Sample) -> None:
@@ -231,18 +227,18 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what there is as a shard."""
+        """Write the samples so far, if any, as a shard."""
         if not self.classes:
             return
         if self.waiting:
             self._encode_waiting()
         name = shard_name(len(self.shards))
-        tensors = {key: torch.cat([each[key] for each in self.moments]).contiguous() for key in self.moments[0]}
+        tensors = {key: torch.cat([batch[key] for batch in self.moments]).contiguous() for key in self.moments[0]}
         if self.config.text:
-            flat = [caption for given in self.captions for caption in given]
+            flat = [caption for captions in self.captions for caption in captions]
             tensors |= encode_texts(load_encoder(), flat, DTYPES[self.config.dtype])
-        plain = self.captions == [[each] for each in self.classes]
-        texts = Texts(end=self.end, classes=self.classes, captions=None if plain else self.captions)
+        is_plain = self.captions == [[name] for name in self.classes]
+        texts = Texts(end=self.end, classes=self.classes, captions=None if is_plain else self.captions)
         self.out.write_text(f"{name}.json", to_json(texts))
         with self.out.file(f"{name}.safetensors") as draft:
             save_file(tensors, draft)
@@ -262,28 +258,28 @@ class _Writer:
         self.end = texts["end"]
 
     def _encode_waiting(self) -> None:
-        """Make `mean` and `std`, (items, mirrored, *shape), of what waits."""
+        """Encode the waiting samples to `mean` and `std`, (items, mirrored, *shape)."""
         pixels = torch.stack([sample.pixels for sample in self.waiting])
-        variants = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
-        found = [encode_pixels(self.vae, each.flatten(0, -4), self.config.batch_size) for each in variants]
+        versions = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
+        encoded = [encode_pixels(self.vae, version.flatten(0, -4), self.config.batch_size) for version in versions]
         shape, dtype = (len(pixels), *self.shape), DTYPES[self.config.dtype]
-        parts = {"mean": [each.mean for each in found], "std": [each.std for each in found if each.std is not None]}
+        parts = {"mean": [item.mean for item in encoded], "std": [i.std for i in encoded if i.std is not None]}
         moments = {
-            name: torch.stack([each.reshape(shape) for each in tensors], dim=1).to(dtype)
+            name: torch.stack([tensor.reshape(shape) for tensor in tensors], dim=1).to(dtype)
             for name, tensors in parts.items()
             if tensors
         }
         if not all(tensor.isfinite().all() for tensor in moments.values()):
             first = len(self.classes) - len(self.waiting)
-            what = f"one of the samples {first} to {len(self.classes) - 1} of {shard_name(len(self.shards))}"
-            raise ValueError(f"{what} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
+            name = f"one of the samples {first} to {len(self.classes) - 1} of {shard_name(len(self.shards))}"
+            raise ValueError(f"{name} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
         self.moments.append(moments)
         self.waiting = []
 
 
 @torch.no_grad()
 def encode_pixels(vae: Autoencoder, pixels: Tensor, batch_size: int) -> Moments:
-    """Encode uint8 pixels (b 3 h w), so many at once, on the autoencoder's device; the result is on the CPU."""
+    """Encode uint8 pixels (b 3 h w) in batches on the autoencoder's device; the result is on the CPU."""
     means, stds = [], []
     for batch in pixels.split(batch_size):
         encoded = vae.encode(batch.to(cast(Any, vae).device).float() / 127.5 - 1)
@@ -296,18 +292,18 @@ def encode_pixels(vae: Autoencoder, pixels: Tensor, batch_size: int) -> Moments:
 
 
 def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the states of captions, as a shard holds them. `ValueError` where one is too long."""
+    """Return the states of captions as a shard stores them. `ValueError` if one is too long."""
     states = encoder.encode(captions, MAX_PROMPT_TOKENS)
     tensors = (states.tokens.to(dtype), states.mask.to(torch.uint8), states.pooled.to(dtype))
     return dict(zip(TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
 
 
 def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterator[tuple[int, Sample | None]]:
-    """Yield samples in their order, while threads read the next ones; `None` for one that is broken and left out."""
+    """Yield (end, sample) in order while threads read ahead; None in place of a broken sample that is left out."""
     threads = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
     waiting: deque[tuple[int, Future[Sample] | Job]] = deque()
 
-    def taken() -> tuple[int, Sample | None]:
+    def take() -> tuple[int, Sample | None]:
         end, work = waiting.popleft()
         try:
             return end, work.result() if isinstance(work, Future) else work()
@@ -322,9 +318,9 @@ def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterat
             for end, job in jobs:
                 waiting.append((end, threads.submit(job) if threads else job))
                 if len(waiting) >= max(1, AHEAD * config.num_workers):
-                    yield taken()
+                    yield take()
             while waiting:
-                yield taken()
+                yield take()
         finally:
             if threads:
                 threads.shutdown(wait=False, cancel_futures=True)

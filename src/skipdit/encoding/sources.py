@@ -1,11 +1,11 @@
-"""What is encoded: pictures or clips in a fixed order, each read and cut in a thread of its own."""
+"""Sources of an encoding: pictures or clips in a fixed order, read and cropped by threads."""
 
 import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +23,40 @@ from skipdit.picture_files import adm_crop, open_picture, reason_of, to_rgb
 from skipdit.untrusted import printable, printable_path, read_bytes
 from skipdit.videos import UnreadableVideo, count_frames, frames_of
 
-COUNTS = 2**12  # videos whose number of frames is kept, as several clips of each are read one after the other
+COUNTS = 2**12  # videos whose number of frames is cached, since several clips of each are read in a row
 
 
 @dataclass(frozen=True)
 class Sample:
-    """pixels: uint8, (3 h w) of a picture or (f 3 h w) of a clip. captions: `None` where it is the class name."""
+    """A picture or clip to encode."""
 
     pixels: Tensor
+    """uint8, (3 h w) of a picture or (f 3 h w) of a clip"""
     class_name: str
+    """name of its class"""
     captions: list[str] | None = None
+    """its texts; None if that is the class name"""
 
 
-Job = Callable[[], Sample]  # `ValueError` where it cannot be read
+Job = Callable[[], Sample]  # raises `ValueError` if the sample cannot be read
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples in a fixed order. jobs: those from a position on, each with the position after it.
-
-    num_jobs: `None` of a stream. class_names: in their order; `None` sorts those that come. digest: of what is read, so
-    that an encoding goes on with the same.
-    """
+    """Samples in a fixed order."""
 
     jobs: Callable[[int], Iterator[tuple[int, Job]]]
+    """yield the samples from a position on, each with the position after it"""
     num_jobs: int | None
+    """number of samples; None for a stream"""
     class_names: Sequence[str] | None
+    """classes in order; None sorts those of the samples"""
     digest: str
+    """SHA-256 that identifies the samples when an encoding is resumed"""
 
 
 def open_source(config: EncodeConfig) -> Source:
-    """Return what a config names. `FileNotFoundError` / `ValueError` with one line where it cannot be had."""
+    """Open the source of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
     path = Path(config.source)
     if config.streaming:
         return stream_source(config)
@@ -63,16 +66,12 @@ def open_source(config: EncodeConfig) -> Source:
 
 
 def numbered(num_jobs: int, job_of: Callable[[int], Job]) -> Callable[[int], Iterator[tuple[int, Job]]]:
-    """Return the `jobs` of a source whose samples have numbers."""
-
-    def jobs(start: int) -> Iterator[tuple[int, Job]]:
-        return ((number + 1, job_of(number)) for number in range(start, num_jobs))
-
-    return jobs
+    """Return the `jobs` of a source with numbered samples."""
+    return lambda start: ((number + 1, job_of(number)) for number in range(start, num_jobs))
 
 
 def picture_source(config: EncodeConfig) -> Source:
-    """Pictures as `skipdit train` reads them."""
+    """Open pictures as `skipdit train` reads them."""
     items = open_pictures(
         DataConfig(
             source=config.source,
@@ -92,7 +91,7 @@ def picture_source(config: EncodeConfig) -> Source:
 
 
 def clip_source(config: EncodeConfig) -> Source:
-    """Clips as `skipdit train` reads them; with `num_crops` so many of each video."""
+    """Open clips as `skipdit train` reads them; `num_crops` of each video if that is set."""
     assert config.num_frames is not None
     found = find_clips(
         ClipConfig(
@@ -125,8 +124,7 @@ def clip_source(config: EncodeConfig) -> Source:
 
 
 def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
-    """Samples of webdataset: files of one name, a picture or video, a class in .cls, a caption in .txt or both in
-    .json."""
+    """Open webdataset tars: a sample is a picture or video, and its texts in .cls, .txt or .json."""
     members = scan_tars(paths, clips=config.num_frames is not None)
     num_crops = max(1, config.num_crops)
 
@@ -153,11 +151,11 @@ def _read_member(member: Member, count: Callable[[], int], number: int, config: 
 
 
 def stream_source(config: EncodeConfig) -> Source:
-    """A set of `datasets`, or its files, as a stream."""
+    """Open a `datasets` set, or parquet files, as a stream."""
     import datasets
 
     column = config.image_column if config.num_frames is None else config.clip_column
-    wanted = [each for each in (column, config.label_column, config.caption_column) if each is not None]
+    columns = [name for name in (column, config.label_column, config.caption_column) if name is not None]
     source, path = printable_path(config.source), Path(config.source)
     try:
         if path.suffix.lower() == ".parquet":
@@ -165,16 +163,16 @@ def stream_source(config: EncodeConfig) -> Source:
         else:
             rows = datasets.load_dataset(config.source, split=config.split, streaming=True)
         features = rows.features or rows._resolve_features().features
-    except Exception as error:  # of `datasets`, and of what reads its files
-        raise ValueError(f"{source} is no `datasets` set that streams here: {reason_of(error)}") from error
-    for each in wanted:
-        if each not in features:
-            raise ValueError(f"{source} has no column {each!r}, only {printable(', '.join(features))}")
+    except Exception as error:  # any error of `datasets` or its file readers
+        raise ValueError(f"{source} is not a `datasets` set that can be streamed here: {reason_of(error)}") from error
+    for name in columns:
+        if name not in features:
+            raise ValueError(f"{source} has no column {name!r}, only {printable(', '.join(features))}")
     if isinstance(features[column], (datasets.Image, datasets.Video)):
         rows = rows.cast_column(column, type(features[column])(decode=False))
     feature = None if config.label_column is None else features[config.label_column]
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    rows = rows.select_columns(wanted)
+    rows = rows.select_columns(columns)
     num_crops = max(1, config.num_crops)
 
     def job_of(row: dict[str, Any], number: int) -> Job:
@@ -197,53 +195,50 @@ def stream_source(config: EncodeConfig) -> Source:
 
 
 def _read_row(
-    row: dict[str, Any], column: str, names: list[str] | None, what: str, number: int, config: EncodeConfig
+    row: dict[str, Any], column: str, names: list[str] | None, row_name: str, number: int, config: EncodeConfig
 ) -> Sample:
-    found = row[column]
-    content = found["bytes"] if isinstance(found, dict) else found
-    place = found.get("path") if isinstance(found, dict) else None
-    if not content and not (place and Path(place).is_file()):
-        raise ValueError(f"cannot read {what}: the row has no bytes in {column}")
+    cell = row[column]
+    content = cell["bytes"] if isinstance(cell, dict) else cell
+    file = cell.get("path") if isinstance(cell, dict) else None
+    if not content and not (file and Path(file).is_file()):
+        raise ValueError(f"cannot read {row_name}: the row has no bytes in {column}")
     if not isinstance(content or b"", bytes):
-        raise ValueError(f"cannot read {what}: {column} must hold bytes, got {printable(content, 60)}")
-    class_name = "all" if config.label_column is None else _class_of(row[config.label_column], names, what)
+        raise ValueError(f"cannot read {row_name}: {column} must hold bytes, got {printable(content, 60)}")
+    class_name = "all" if config.label_column is None else _class_of(row[config.label_column], names, row_name)
     caption = config.caption_column
-    captions = None if caption is None else as_captions([row[caption]], what, caption)[0]
-    content = content or read_bytes(Path(str(place)), MAX_VIDEO_BYTES)
+    captions = None if caption is None else as_captions([row[caption]], row_name, caption)[0]
+    content = content or read_bytes(Path(str(file)), MAX_VIDEO_BYTES)
     if config.num_frames is None:
-        return Sample(cut(open_picture(content, what), what, config), class_name, captions)
-    pixels = cut_video(content, what, lambda: count_frames(io.BytesIO(content), what, config.fps), number, config)
-    return Sample(pixels, class_name, captions)
+        return Sample(cut(open_picture(content, row_name), row_name, config), class_name, captions)
+    count = partial(count_frames, io.BytesIO(content), row_name, config.fps)
+    return Sample(cut_video(content, row_name, count, number, config), class_name, captions)
 
 
-def _class_of(label: Any, names: list[str] | None, what: str) -> str:
+def _class_of(label: Any, names: list[str] | None, row_name: str) -> str:
     if names is not None and isinstance(label, int) and 0 <= label < len(names):
         return names[label]
     if names is not None or not isinstance(label, (int, str)):
-        wanted = f"0 to {len(names) - 1}" if names else "a number or a text"
-        raise ValueError(f"cannot read {what}: its class must be {wanted}, got {printable(label, 60)}")
+        allowed = f"0 to {len(names) - 1}" if names else "a number or a text"
+        raise ValueError(f"cannot read {row_name}: its class must be {allowed}, got {printable(label, 60)}")
     return str(label)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def cut(picture: Image.Image, name: str, config: EncodeConfig) -> Tensor:
-    """Return a picture as (3 h w); `ValueError` that names one which cannot be cut."""
+    """Crop a picture to (3 h w); `ValueError` names one for which that fails."""
     try:
-        cut_out = (adm_crop if config.crop == "adm" else to_rgb)(picture, config.image_size)
+        cropped = (adm_crop if config.crop == "adm" else to_rgb)(picture, config.image_size)
     except ValueError as error:
         raise ValueError(f"cannot read the picture {name}: {reason_of(error)}") from error
-    return torch.from_numpy(np.array(cut_out)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).contiguous()
 
 
 def cut_frames(frames: Iterator[np.ndarray], name: str, config: EncodeConfig) -> Tensor:
-    """Return a clip as (f 3 h w)."""
+    """Crop the frames of a clip to (f 3 h w)."""
     return torch.stack([cut(Image.fromarray(frame), name, config) for frame in frames])
 
 
 def cut_video(content: bytes, name: str, count: Callable[[], int], number: int, config: EncodeConfig) -> Tensor:
-    """Return the clip that has this number among all, from an encoded video of so many frames."""
+    """Return clip `number` of the source from an encoded video. count: returns the number of frames of the video."""
     assert config.num_frames is not None
     start = draw_start(count, name, number, config)
     frames = frames_of(io.BytesIO(content), name, config.num_frames, config.frame_interval, start, config.fps)
@@ -251,7 +246,7 @@ def cut_video(content: bytes, name: str, count: Callable[[], int], number: int, 
 
 
 def draw_start(count: Callable[[], int], name: str, number: int, config: EncodeConfig) -> int:
-    """Return the frame with which a clip begins: 0, or drawn from (seed, number) where crops are asked for."""
+    """Return the first frame of a clip: 0, or drawn from (seed, number) if `num_crops` is set."""
     if not config.num_crops:
         return 0
     assert config.num_frames is not None
@@ -263,10 +258,10 @@ def draw_start(count: Callable[[], int], name: str, number: int, config: EncodeC
 
 def _label_column(config: EncodeConfig) -> str:
     if config.label_column is None:
-        raise ValueError("label_column must be the name of a column, got None: that is for streaming alone")
+        raise ValueError("label_column must be the name of a column, got None: only --streaming allows that")
     return config.label_column
 
 
 def _digest_of(items: Any) -> str:
-    content = [list(items.label_names), list(items.labels), [list(each) for each in items.captions]]
+    content = [list(items.label_names), list(items.labels), list(map(list, items.captions))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Tars of webdataset: files of one name are a sample. Only their headers are read at first, and nothing is unpacked."""
+"""Read webdataset tars: files of the same name form a sample. Only headers are read first, and nothing is unpacked."""
 
 import logging
 import re
@@ -24,14 +24,17 @@ CLASS_KEYS, CAPTION_KEYS = ("cls", "class", "label"), ("caption", "text", "txt")
 
 @dataclass(frozen=True)
 class Part:
-    """Where a file lies in its tar."""
+    """A file in a tar."""
 
     path: Path
+    """path of the tar"""
     offset: int
+    """position of its first byte"""
     size: int
+    """number of bytes"""
 
     def read(self, name: str, max_bytes: int) -> bytes:
-        """Return its bytes; `ValueError` where they are too many or the tar was cut off."""
+        """Return its bytes; `ValueError` if there are more than `max_bytes` or the tar is cut off."""
         if self.size > max_bytes:
             raise ValueError(f"cannot read {name}: it is larger than the {max_bytes:,} bytes that are read")
         with open_regular(self.path) as file:
@@ -44,16 +47,20 @@ class Part:
 
 @dataclass
 class Member:
-    """A sample: a picture or video, and texts by their suffix without a point. name: what an error calls it."""
+    """A sample: a picture or video with texts."""
 
     name: str
+    """its name in errors"""
     media: Part | None = None
+    """the picture or video"""
     is_video: bool = False
+    """true for a video"""
     others: dict[str, Part] = field(default_factory=dict)
+    """texts by suffix, without the dot"""
 
     @property
     def identity(self) -> list[Any]:
-        """What tells that it is the same: its name and the size of its parts."""
+        """Its name and the sizes of its parts, which identify it when an encoding is resumed."""
         assert self.media is not None
         sizes = {suffix: part.size for suffix, part in self.others.items()}
         return [Path(self.name).name, self.media.size, sizes]
@@ -64,15 +71,15 @@ class Member:
         return self.media.read(self.name, MAX_VIDEO_BYTES if self.is_video else MAX_PICTURE_BYTES)
 
     def texts(self) -> tuple[str, list[str] | None]:
-        """Return the class, `all` where there is none, and the captions; `ValueError` where they are none."""
-        said = {suffix: self._text(suffix) for suffix in self.others if suffix != "json"}
+        """Return the class, by default `all`, and the captions, if any; `ValueError` if one has the wrong type."""
+        texts = {suffix: self._text(suffix) for suffix in self.others if suffix != "json"}
         if "json" in self.others:
             content = self.others["json"].read(self.name, MAX_TEXT_BYTES)
-            said = parse_json(content, dict[str, Any], f"the json of {self.name}") | said
-        label = next((said[key] for key in CLASS_KEYS if said.get(key) is not None), "all")
+            texts = parse_json(content, dict[str, Any], f"the json of {self.name}") | texts
+        label = next((texts[key] for key in CLASS_KEYS if texts.get(key) is not None), "all")
         if isinstance(label, bool) or not isinstance(label, (int, str)) or not str(label).strip():
             raise ValueError(f"the class of {self.name} must be a number or a text, got {printable(label, 60)}")
-        caption = next((said[key] for key in CAPTION_KEYS if said.get(key) is not None), None)
+        caption = next((texts[key] for key in CAPTION_KEYS if texts.get(key) is not None), None)
         captions = None if caption is None else as_captions([caption], self.name, "the caption")[0]
         return str(label).strip(), captions
 
@@ -85,7 +92,7 @@ class Member:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """Return a tar, or those of a folder that holds no pictures, videos or tables; none where `path` is neither."""
+    """Return a tar, or those of a folder without pictures, videos or tables; an empty list if `path` is neither."""
     if path.suffix.lower() == ".tar" and path.is_file():
         return [path]
     if not path.is_dir():
@@ -102,8 +109,8 @@ def find_tars(path: Path) -> list[Path]:
 
 
 def scan_tars(paths: Sequence[Path], *, clips: bool) -> list[Member]:
-    """Return the samples of tars, in their order. `ValueError` that names a tar which cannot be read, or a sample with
-    two pictures; files of other kinds are counted in one warning."""
+    """Return the samples of tars in order. `ValueError` names a tar that cannot be read, or a sample with two pictures;
+    files of other kinds are counted in one warning."""
     members: list[Member] = []
     left_out: Counter[str] = Counter()
     num_files = 0
@@ -125,8 +132,8 @@ def scan_tars(paths: Sequence[Path], *, clips: bool) -> list[Member]:
     found = [member for member in members if member.media is not None]
     kind = "videos" if clips else "pictures"
     if left_out:
-        shown = ", ".join(f"{count} {printable(what, 60)}" for what, count in left_out.most_common(5))
-        LOGGER.warning("left out of the tars, as neither %s nor their texts: %s", kind, shown)
+        counts = ", ".join(f"{count} {printable(suffix, 60)}" for suffix, count in left_out.most_common(5))
+        LOGGER.warning("left out of the tars, being neither %s nor their texts: %s", kind, counts)
     if not found:
         raise ValueError(f"no {kind} in {printable_path(paths[0])}" + (" and others" if paths[1:] else ""))
     return found
@@ -144,7 +151,7 @@ def _take(member: Member, suffix: str, part: Part, left_out: Counter[str], *, cl
 
 
 class _Headers:
-    """A tar of which only headers are read, none of them large."""
+    """File object that reads headers of a tar only, none of them large."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.tell, self.seek = file, file.tell, file.seek
@@ -156,14 +163,14 @@ class _Headers:
 
 
 def _files(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, Part]]:
-    """Yield the regular files of a tar; links and devices are counted."""
+    """Yield the regular files of a tar; count links and devices as left out."""
     name = printable_path(path)
     try:
         with open_regular(path) as file, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as archive:
             end = path.stat().st_size
             while (member := archive.next()) is not None:
-                cast(Any, archive).members = []  # else it keeps every one
-                if member.size < 0:  # would lead back
+                cast(Any, archive).members = []  # else it keeps all of them
+                if member.size < 0:  # would seek backward
                     raise ValueError(f"{printable(member.name, 60)} has a size below 0")
                 if not member.isreg() or member.issparse():
                     if not member.isdir():
@@ -173,7 +180,7 @@ def _files(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, Part]]:
                     raise ValueError(f"it ends before {printable(member.name, 60)} does")
                 yield member.name, Part(path, member.offset_data, member.size)
             file.seek(archive.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile takes it for the end
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats it as the end
                 raise ValueError(f"the header at byte {archive.offset} is damaged")
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read the tar {name}: {printable(error)}") from error
