@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers.models import transformers
 
-from skipdit.files import write_text
+from skipdit.files.output import write_text
 from skipdit.models.costs import Costs
 from skipdit.models.families import FAMILIES, OUT_OF_SCOPE, Family
 from skipdit.models.forward_plan import Units

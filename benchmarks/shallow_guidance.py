@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from skipdit.cache.enable import cached
-from skipdit.data import DataConfig, LabelledPictures, open_pictures
+from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
 from skipdit.environment import machine, versions
 from skipdit.loading import load_source
 from skipdit.metrics.paired import PairedScore, psnr_db

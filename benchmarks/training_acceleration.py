@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from skipdit.cache.enable import cached
-from skipdit.data import DataConfig, LabelledPictures, open_pictures
+from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import training_loss
 from skipdit.environment import machine, versions
-from skipdit.files import output_folder
+from skipdit.files.output import output_folder
 from skipdit.loading import load_source
 from skipdit.metrics.paired import PairedScore, psnr_db
 from skipdit.models.long_skip import LongSkipConfig

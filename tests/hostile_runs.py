@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from skipdit.untrusted import printable
+from skipdit.files.untrusted import printable
 
 MAX_SECONDS, MAX_WAIT, MAX_END = 2, 10, 120  # of work; with waiting on a busy machine; then the process is ended
 MAX_MIB = 1024

@@ -38,7 +38,7 @@ from skipdit.analysis.weights import TrainingLog, find_training_log, layer_norms
 from skipdit.cache.methods import METHODS, parse_method
 from skipdit.cache.runtime import rules_on
 from skipdit.cli import main
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.spectral import jacobian_norms

@@ -11,7 +11,7 @@ from tiny import listing
 from skipdit.benchmark import models
 from skipdit.benchmark.measure import Subject, flops_of, run_speedup
 from skipdit.benchmark.models import ModelBenchConfig, Row, Step
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 

@@ -32,7 +32,7 @@ from skipdit.benchmark.cache_report import (
 from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.metrics.table import ALWAYS, METRICS

@@ -11,7 +11,7 @@ from tiny import tiny_dit, tiny_latte
 from skipdit import cli
 from skipdit.benchmark.checkout import FOLDER, load_from_checkout
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 
 if not (FOLDER / "compiling").is_dir():

@@ -14,7 +14,7 @@ from skipdit import cli
 from skipdit.benchmark.gpu import GpuBenchConfig, Runs, bench_gpu
 from skipdit.benchmark.measure import flops_of
 from skipdit.cache.enable import cached
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 
 SMALL = GpuBenchConfig(
     preset="DiT-S/8",

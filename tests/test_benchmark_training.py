@@ -24,7 +24,7 @@ from skipdit.benchmark.training import (
     verdict,
 )
 from skipdit.benchmark.training import make_config as make_run
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.training import TokenRoutingConfig, TrainConfig
 from skipdit.training.devices import start_processes
 

@@ -21,7 +21,7 @@ from skipdit.benchmark.video_models import (
     make_plain,
     make_subjects,
 )
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 
 TINY: dict[str, Any] = {
     "presets": ("Latte-S/8",),

@@ -30,7 +30,7 @@ from skipdit.calibration.trials import (
 )
 from skipdit.cli import main
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.pipelines import ClassToImagePipeline

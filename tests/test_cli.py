@@ -27,13 +27,13 @@ from skipdit.benchmark.models import ModelBenchConfig
 from skipdit.benchmark.video_models import VideoBenchConfig
 from skipdit.calibration.calibrate import CalibrateConfig
 from skipdit.cli import COMMANDS, main
-from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files import DRAFT, MARKER
+from skipdit.files.output import DRAFT, MARKER
+from skipdit.files.processes import LOCK, locked
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.processes import LOCK, locked
-from skipdit.sample_config import SampleConfig
+from skipdit.sampling.compare import sample_and_compare
+from skipdit.sampling.config import SampleConfig
 
 FLOW = Objective(process="flow", prediction_type="sample")
 PIXELS = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_classes": 4}
@@ -406,7 +406,7 @@ def test_warnings_are_lines_with_nothing_that_a_terminal_obeys(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def command(arguments: Sequence[str]) -> None:
-        logging.getLogger("skipdit.files").warning("%s stays", "a\x1b[2Jb")
+        logging.getLogger("skipdit.files.output").warning("%s stays", "a\x1b[2Jb")
         sys.stderr.write(warnings.formatwarning("two\nlines \x1b", UserWarning, "file.py", 3))
 
     monkeypatch.setitem(COMMANDS, "info", command)
@@ -425,7 +425,7 @@ def test_a_stopped_command_says_what_it_keeps(
     error: KeyboardInterrupt, status: int, model: Path, out: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("skipdit.compare.run_all", lambda *given: raising(error)(()))
+    monkeypatch.setattr("skipdit.sampling.compare.run_all", lambda *given: raising(error)(()))
     with pytest.raises(SystemExit) as stopped:
         main(["sample", "--model", str(model), *QUICK, "--out", str(out)])
     assert stopped.value.code == status
@@ -439,7 +439,7 @@ def test_what_was_written_before_a_stop_is_named_and_replaced_by_the_next_run(
 ) -> None:
     command = ["sample", "--model", str(model), *QUICK, "--out", str(out)]
     with monkeypatch.context() as patch:
-        patch.setattr("skipdit.compare.to_json", lambda value: raising(KeyboardInterrupt())(()))
+        patch.setattr("skipdit.sampling.compare.to_json", lambda value: raising(KeyboardInterrupt())(()))
         with pytest.raises(SystemExit):
             main(command)
     names = "cached.png, comparison.png, fewer_steps.png, full.png"

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import skipdit.clips
-from skipdit.clips import ClipConfig, open_clips
-from skipdit.videos import UnreadableVideo, write_gif, write_mp4
+import skipdit.data.clips
+from skipdit.data.clips import ClipConfig, open_clips
+from skipdit.data.videos import UnreadableVideo, write_gif, write_mp4
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -163,7 +163,7 @@ def test_clips_too_large_to_keep_are_decoded_again(folder: Path, monkeypatch: py
     (folder / "ant" / "00.mp4").write_bytes(b"nothing")
     config = ClipConfig(source=str(folder), image_size=16, num_frames=8, num_pictures=2, on_broken="skip")
     kept = open_clips(config)
-    monkeypatch.setattr(skipdit.clips, "MAX_CACHED_BYTES", 0)
+    monkeypatch.setattr(skipdit.data.clips, "MAX_CACHED_BYTES", 0)
     decoded = open_clips(config)
     for (pixels, labels), (wanted, wanted_labels) in zip(decoded, kept, strict=True):
         assert torch.equal(pixels, wanted)

@@ -35,9 +35,9 @@ from skipdit.benchmark.conversion import (
     bench_conversion,
 )
 from skipdit.checkpoints import load_model
-from skipdit.data import DataConfig, open_pictures
+from skipdit.data.pictures import DataConfig, open_pictures
 from skipdit.diffusion import Objective
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.metrics.paired import PairedScore
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipdit.data import DataConfig, ShuffledForever, emoji_captions, open_pictures, to_rgb
+from skipdit.data.pictures import DataConfig, ShuffledForever, emoji_captions, open_pictures, to_rgb
 
 
 def picture(color: tuple[int, ...], size: tuple[int, int] = (20, 30), mode: str = "RGB") -> Image.Image:

@@ -7,8 +7,8 @@ import pytest
 from training_runs import make_config, make_data
 
 from skipdit.cli import main
+from skipdit.data.latents import LatentConfig
 from skipdit.environment import resolve_device
-from skipdit.latents import LatentConfig
 from skipdit.recipes import RECIPES
 from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.tasks.training import open_items

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import skipdit.files
-from skipdit.files import (
+import skipdit.files.output
+from skipdit.files.output import (
     DRAFT,
     MARKER,
     OutputFolder,
@@ -31,7 +31,7 @@ from skipdit.files import (
     remove_ours,
     to_json,
 )
-from skipdit.processes import LOCK, Process, locked, this_process
+from skipdit.files.processes import LOCK, Process, locked, this_process
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -258,7 +258,7 @@ def test_what_cannot_be_put_back_is_kept_for_the_next_run(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from skipdit.files import atomic_folder
+from skipdit.files.output import atomic_folder
 rename, calls = Path.rename, 0
 def dying(source, target):
     global calls
@@ -509,7 +509,7 @@ def test_the_lock_of_a_folder_that_was_made_again_stays(tmp_path: Path) -> None:
 HOLDS = """
 import sys, time
 from pathlib import Path
-from skipdit.processes import locked
+from skipdit.files.processes import locked
 with locked(Path(sys.argv[1])):
     print(1, flush=True)
     time.sleep(60)
@@ -578,7 +578,7 @@ def test_many_threads_take_turns(tmp_path: Path) -> None:
 def test_json_is_valid_whatever_the_numbers(value: object) -> None:
     text = to_json(value)
     assert "NaN" not in text.replace('"NaN', "") or "NaN" in str(value)
-    assert skipdit.files.json.loads(text, parse_constant=pytest.fail) == skipdit.files._plain(value)
+    assert skipdit.files.json.loads(text, parse_constant=pytest.fail) == skipdit.files.output._plain(value)
 
 
 def test_a_file_that_grows_stays_ours(tmp_path: Path) -> None:

@@ -10,10 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from skipdit import folders
-from skipdit.clips import ClipConfig, open_clips
-from skipdit.data import DataConfig, LabelledPictures, open_pictures
-from skipdit.videos import UnreadableVideo
+from skipdit.data.clips import ClipConfig, open_clips
+from skipdit.data.pictures import DataConfig, LabelledPictures, folders, open_pictures
+from skipdit.data.videos import UnreadableVideo
 
 
 def put(path: Path, color: str = "red") -> Path:

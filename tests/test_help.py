@@ -9,11 +9,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import tyro
 
-from skipdit.benches import BENCHES
 from skipdit.cli import COMMANDS
 from skipdit.command_options import choose, explain_fields, parse
+from skipdit.commands.benches import BENCHES
 from skipdit.recipes import RECIPES
-from skipdit.sample_config import SampleConfig
+from skipdit.sampling.config import SampleConfig
 
 WAYS = [
     *([name] for name in COMMANDS if name not in ("train", "bench")),

@@ -10,8 +10,8 @@ import hostile_media as hostile
 import hostile_runs
 import pytest
 
-from skipdit.clips import ClipConfig, open_clips
-from skipdit.data import DataConfig, open_pictures
+from skipdit.data.clips import ClipConfig, open_clips
+from skipdit.data.pictures import DataConfig, open_pictures
 
 
 def lay(reader: str, folder: Path, name: str, content: bytes) -> None:

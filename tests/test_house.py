@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import skipdit
-from skipdit.files import check_whole
+from skipdit.files.output import check_whole
 
 MAX_LINES = 600
 PIECES = ("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "split", "find")

@@ -316,7 +316,7 @@ def test_text_video_names_sizes_that_differ(video: dict[str, Any], picture: dict
 
 def test_training_starts_from_the_bundled_pictures() -> None:
     """By the names of the classes; what `inflate="emoji"` in the recipes does, at the depth of two pairs."""
-    from skipdit.clips import ClipConfig, open_clips
+    from skipdit.data.clips import ClipConfig, open_clips
     from skipdit.recipes import RECIPES
     from skipdit.tasks.class_to_image import load_pictures_pipeline
 

@@ -21,13 +21,13 @@ from training_runs import assert_same_run, make_config, names, read_log
 
 from skipdit.checkpoints.parts import read_autoencoder
 from skipdit.cli import main
-from skipdit.data import Draws
+from skipdit.data.latents import INFO, LabelledLatents, LatentConfig, open_latents, scale_latents
+from skipdit.data.picture_files import adm_crop
+from skipdit.data.pictures import Draws
 from skipdit.diffusion import Objective, ddpm_tables
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.encode import encode, encode_pixels
-from skipdit.files import output_folder
-from skipdit.latents import INFO, LabelledLatents, LatentConfig, open_latents, scale_latents
-from skipdit.picture_files import adm_crop
+from skipdit.files.output import output_folder
 from skipdit.pipelines import unscale_latents
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.training import TrainConfig, train

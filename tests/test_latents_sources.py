@@ -16,17 +16,17 @@ from test_latents import TINY, encode_into, latent_config, make_pictures, make_v
 from training_runs import assert_same_run, names
 
 from skipdit.checkpoints.parts import read_autoencoder
+from skipdit.data.latents import INFO, LatentConfig, open_latents
+from skipdit.data.picture_files import adm_crop
+from skipdit.data.videos import write_gif
 from skipdit.encoding.encode import encode_pixels
 from skipdit.encoding.tars import MAX_HEADER_BYTES, scan_tars
-from skipdit.latents import INFO, LatentConfig, open_latents
 from skipdit.loading import load_source
-from skipdit.picture_files import adm_crop
 from skipdit.tasks.class_to_video import VideoModelConfig
 from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.text import load_encoder
 from skipdit.training import train
-from skipdit.videos import write_gif
 
 VIDEO = VideoModelConfig(num_layers=4, num_attention_heads=2, attention_head_dim=16, patch_size=2)
 LEVELS = (10, 90, 170, 250)

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from skipdit import picture_files
-from skipdit.clips import ClipConfig
-from skipdit.data import DataConfig, open_pictures
-from skipdit.picture_files import MAX_PIXELS, MAX_SIDE, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
+from skipdit.data.clips import ClipConfig
+from skipdit.data.picture_files import MAX_PIXELS, MAX_SIDE, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
+from skipdit.data.pictures import DataConfig, open_pictures, picture_files
 
 RAMP = np.tile(np.linspace(0, 1, 48), (32, 1))
 
@@ -157,8 +156,8 @@ def test_no_program_is_started(tmp_path: Path) -> None:
         (folder / name).write_bytes(hostile.EPS)
     code = """
 import sys
-from skipdit.clips import ClipConfig, open_clips
-from skipdit.data import DataConfig, open_pictures
+from skipdit.data.clips import ClipConfig, open_clips
+from skipdit.data.pictures import DataConfig, open_pictures
 for opened, config in ((open_pictures, DataConfig), (open_clips, ClipConfig)):
     try:
         opened(config(source=sys.argv[1]))

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from tiny import listing
 
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.plots import (
     COLORS,
     GRAY,

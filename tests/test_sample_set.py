@@ -22,16 +22,16 @@ from PIL import Image
 from tiny import listing, randomize, tiny_dit, tiny_latte
 from training_runs import wait_for
 
-import skipdit.sample_set
+import skipdit.sampling.sets
 from skipdit.cli import main
-from skipdit.compare import load, sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files.processes import locked
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.process_group import process_group
-from skipdit.processes import locked
-from skipdit.sample_blocks import seed_of
-from skipdit.sample_config import SampleConfig
-from skipdit.sample_set import SetReport, sample_set, write_npz
+from skipdit.sampling.blocks import seed_of
+from skipdit.sampling.compare import load, sample_and_compare
+from skipdit.sampling.config import SampleConfig
+from skipdit.sampling.sets import SetReport, sample_set, write_npz
 from skipdit.text import find_weights
 
 FLOW = Objective(process="flow", prediction_type="sample")
@@ -217,14 +217,14 @@ def test_killed_it_goes_on_and_makes_the_same(config: SampleConfig, tmp_path: Pa
 
 
 def test_stopped_it_says_what_is_there(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = skipdit.sample_set.BlockMaker.make
+    make = skipdit.sampling.sets.BlockMaker.make
 
     def stops(maker: Any, number: int, writer: Any) -> Any:
         if number == 2:
             raise KeyboardInterrupt
         return make(maker, number, writer)
 
-    monkeypatch.setattr(skipdit.sample_set.BlockMaker, "make", stops)
+    monkeypatch.setattr(skipdit.sampling.sets.BlockMaker, "make", stops)
     with pytest.raises(KeyboardInterrupt) as stopped:
         sample_set(config)
     assert "16 samples are there; the same command goes on with them" in stopped.value.__notes__
@@ -235,7 +235,7 @@ def test_stopped_it_says_what_is_there(config: SampleConfig, monkeypatch: pytest
 def test_what_is_done_is_not_done_again(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     report, _ = made(config, num_samples=9)
     before = (config.out / "samples.npz").stat()
-    monkeypatch.setattr(skipdit.sample_set, "BlockMaker", None)
+    monkeypatch.setattr(skipdit.sampling.sets, "BlockMaker", None)
     again, _ = made(config, num_samples=9)
     assert again == report
     assert (config.out / "samples.npz").stat() == before
@@ -275,7 +275,7 @@ def test_blocks_of_another_set_are_not_believed(
     config: SampleConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where `samples.json`, which would refuse them, was deleted."""
-    monkeypatch.setattr(skipdit.sample_set.SetRun, "finish", lambda *_: None)
+    monkeypatch.setattr(skipdit.sampling.sets.SetRun, "finish", lambda *_: None)
     for out, seed in (("one", 1), ("two", 0)):
         sample_set(dataclasses.replace(config, num_samples=16, seed=seed, out=tmp_path / out))
     shutil.move(tmp_path / "one" / "blocks" / "block-0000001", tmp_path / "one" / "kept")

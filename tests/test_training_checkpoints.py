@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 from training_runs import assert_same_run, checkpoint_names, make_config, make_data, names, read_log, tensors_of
 
 import skipdit.training.loop
-from skipdit.data import DataConfig
+from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
-from skipdit.files import MARKER, atomic_folder, read_marker
+from skipdit.files.output import MARKER, atomic_folder, read_marker
+from skipdit.files.processes import locked
+from skipdit.files.untrusted import file_digest
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.processes import locked
 from skipdit.recipes import RECIPES
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.training import SpectralConfig, TrainConfig, learning_rate_at, train
 from skipdit.training.checkpointing import PREVIOUS, checkpoint_path, list_checkpoints, step_of
 from skipdit.training.reporter import refuse_inputs
-from skipdit.untrusted import file_digest
 
 
 @pytest.fixture

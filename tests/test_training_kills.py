@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_runs import assert_same_run, make_config, make_data, send, start_training, wait_for
 
-from skipdit.files import DRAFT
+from skipdit.files.output import DRAFT
 from skipdit.training import TrainConfig, train
 
 

@@ -31,8 +31,8 @@ from training_runs import (
 )
 
 import skipdit.training.loop
-from skipdit.files import DRAFT
-from skipdit.processes import LOCK, locked
+from skipdit.files.output import DRAFT
+from skipdit.files.processes import LOCK, locked
 from skipdit.training import Stopped, TrainConfig, train
 from skipdit.training.checkpointing import PREVIOUS, list_checkpoints
 from skipdit.training.loader import has_failed

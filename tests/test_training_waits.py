@@ -19,7 +19,7 @@ from test_tasks import make_data as make_task_data
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipdit.data import ShuffledForever
+from skipdit.data.pictures import ShuffledForever
 from skipdit.diffusion import Objective, device_tables
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.tasks.training import StoredItems

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skipdit import video_files
-from skipdit.video_files import VIDEO_SUFFIXES, demuxer_of
-from skipdit.videos import UnreadableVideo, decode_video, read_video, write_gif
+from skipdit.data.pictures import video_files
+from skipdit.data.video_files import VIDEO_SUFFIXES, demuxer_of
+from skipdit.data.videos import UnreadableVideo, decode_video, read_video, write_gif
 
 FRAMES = hostile.moving(8)
 
@@ -144,7 +144,7 @@ def test_no_socket_is_opened(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(hostile.SDP)
     code = """
 import os, sys, threading, time
-from skipdit.videos import read_video
+from skipdit.data.videos import read_video
 def sockets():
     return [link for number in os.listdir("/proc/self/fd") if "socket" in (link := place(number))]
 def place(number):

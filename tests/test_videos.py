@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from skipdit.videos import (
+from skipdit.data.videos import (
     UnreadableVideo,
     decode_video,
     frame_grid,
@@ -112,7 +112,7 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
 WRITES = """
 import sys
 import numpy as np
-from skipdit.videos import write_gif, write_mp4
+from skipdit.data.videos import write_gif, write_mp4
 frames = np.load(sys.argv[1])
 write_gif(sys.argv[2] + ".gif", frames, 8)
 write_mp4(sys.argv[2] + ".mp4", frames, 8)

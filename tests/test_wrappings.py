@@ -27,7 +27,7 @@ from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline, unscale_latents
-from skipdit.sample_config import SampleConfig
+from skipdit.sampling.config import SampleConfig
 
 Tensors = dict[str, Tensor]
 TABLE = "y_embedder.embedding_table.weight"
@@ -564,7 +564,7 @@ def test_a_prompt_that_is_not_utf8_is_refused(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_file_with_another_hash_is_refused(tmp_path: Path) -> None:
-    from skipdit.untrusted import check_hash
+    from skipdit.files.untrusted import check_hash
 
     (tmp_path / "weights.bin").write_bytes(b"weights")
     with pytest.raises(ValueError, match=r"weights\.bin is not the file that skipdit was tested with: its SHA-256 is"):

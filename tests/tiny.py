@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files import MARKER
+from skipdit.files.output import MARKER
 from skipdit.models.costs import flop_counter
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipdit.data import Draws
+from skipdit.data.pictures import Draws
 from skipdit.diffusion import Objective
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import resize_grid

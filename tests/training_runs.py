@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from skipdit.data import DataConfig
+from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.training import TrainConfig, list_checkpoints, train

@@ -19,7 +19,7 @@ from skipdit.benchmark.models import check_compiler
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig

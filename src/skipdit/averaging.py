@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from skipdit.files import absolute, atomic_folder, check_apart, check_replaceable
+from skipdit.files.output import absolute, atomic_folder, check_apart, check_replaceable
 from skipdit.loading import load_source
 from skipdit.training.loop import MAX_SHARD_SIZE
 from skipdit.training.posthoc_ema import Combination, reconstruct

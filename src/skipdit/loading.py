@@ -17,11 +17,11 @@ from skipdit.checkpoints.runs import find_checkpoint, read_run_config
 from skipdit.command_options import WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
 from skipdit.environment import resolve_device
+from skipdit.files.untrusted import printable
 from skipdit.models.dit import DiT
 from skipdit.options import DTypeName, ObjectiveName
 from skipdit.tasks import TASKS, TaskName
 from skipdit.tasks.task import Chosen, Sampler, Task
-from skipdit.untrusted import printable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

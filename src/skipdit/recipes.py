@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from skipdit.clips import ClipConfig
-from skipdit.data import DataConfig
+from skipdit.data.clips import ClipConfig
+from skipdit.data.latents import LatentConfig
+from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
-from skipdit.latents import LatentConfig
 from skipdit.models.dit import PRESET_SIZES
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.tasks.class_to_image import ModelConfig

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from skipdit.files import OutputFolder, to_json
+from skipdit.files.output import OutputFolder, to_json
 from skipdit.metrics.table import Scores
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-from skipdit.untrusted import printable
+from skipdit.files.untrusted import printable
 
 MAX_MESSAGE = 2000  # characters
 SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from skipdit.untrusted import check_hash, printable
+from skipdit.files.untrusted import check_hash, printable
 
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64

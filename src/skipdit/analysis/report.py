@@ -10,11 +10,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
 from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, geometric_mean, holds, norms_of
 from skipdit.analysis.weights import TrainingLog
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
+from skipdit.files.untrusted import printable
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.plots import check_plots_installed, render_html, save_png
 from skipdit.report import Report, table
-from skipdit.untrusted import printable
 
 FILES = ("report.md", "report.html", "report.json", "arrays.npz")
 

@@ -7,8 +7,8 @@ from typing import NotRequired, TypedDict
 import torch
 from torch import Tensor, nn
 
+from skipdit.files.untrusted import parse_json, printable, read_bytes
 from skipdit.models.dit import DiT
-from skipdit.untrusted import parse_json, printable, read_bytes
 
 MAX_LOG_BYTES = 2**29
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "modulation")

@@ -1,4 +1,4 @@
 """What full and reuse steps cost, as rows beside a baseline of the same run; what a conversion does to a model.
 
-`skipdit.benches` has the list of benchmarks.
+`skipdit.commands.benches` has the list of benchmarks.
 """

@@ -20,7 +20,7 @@ from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_re
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
 from skipdit.benchmark.checkout import load_from_checkout
 from skipdit.benchmark.measure import BenchConfig, benchmark, progress_bar
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.metrics.table import METRICS, Scores, score_cells
 from skipdit.plots import Tradeoffs, save_png
 from skipdit.report import Report, record, table

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from skipdit.benchmark.cache_methods import Runnable
 from skipdit.benchmark.cache_report import OWN_PSNR, Group, Row
-from skipdit.files import OutputFolder, to_json
+from skipdit.files.output import OutputFolder, to_json
+from skipdit.files.untrusted import parse_json, printable, read_json
 from skipdit.metrics.paired import psnr_db
 from skipdit.metrics.table import Metric, compare_pictures, join_values
 from skipdit.runs import Counts, Sampled
 from skipdit.tasks.task import Sampler
-from skipdit.untrusted import parse_json, printable, read_json
 
 MAX_DRAFT_BYTES = 2**28
 

@@ -16,7 +16,7 @@ from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, flops_of,
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
 from skipdit.environment import Device
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
 from skipdit.models.long_skip import LongSkipConfig

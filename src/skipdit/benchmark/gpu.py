@@ -25,7 +25,7 @@ from skipdit.benchmark.measure import (
 from skipdit.cache.enable import cached
 from skipdit.cache.methods import parse_method
 from skipdit.environment import SYNCHRONIZE, Device
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import NumInferenceSteps, check_choice, check_option, check_range

@@ -25,7 +25,7 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_option, check_range
 

@@ -34,7 +34,7 @@ from skipdit.benchmark.measure import (
 )
 from skipdit.cache.schedule import IntervalSchedule, resolve
 from skipdit.environment import Device
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import check_choice, check_per_item, check_range

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 
 from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
-from skipdit.data import Draws, ShuffledForever
+from skipdit.data.pictures import Draws, ShuffledForever
 from skipdit.diffusion import Objective
 from skipdit.environment import SYNCHRONIZE, Device
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import check_choice, check_option, check_per_item, check_range

@@ -38,7 +38,7 @@ from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.report import Report, judge, numbers, record, table
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM

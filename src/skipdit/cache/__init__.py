@@ -17,7 +17,7 @@ The path of one call, from the outside in:
 6. `skipdit.models.forward_plan`: what each unit of that forward does
 
 Also here: `fingerprint` (was a schedule made for this model?), `ranks` (shards decide alike), `state` (the summary).
-Elsewhere: `skipdit.guidance` (unconditional predictions), `skipdit.models.costs` (FLOPs of the whole model, counted
+Elsewhere: `skipdit.pipelines` (unconditional predictions), `skipdit.models.costs` (FLOPs of the whole model, counted
 at the first step of each shape), `skipdit.models.check` (does a declared family fit?), `skipdit.calibration` (the
 search for schedules).
 

@@ -12,8 +12,8 @@ from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
 from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
+from skipdit.files.untrusted import printable, read_json
 from skipdit.models.long_skip import BranchKind
-from skipdit.untrusted import printable, read_json
 
 
 @dataclass(frozen=True, kw_only=True)

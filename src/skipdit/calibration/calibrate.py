@@ -20,7 +20,7 @@ from skipdit.cache.site import BranchOutputs, Site
 from skipdit.calibration.plan import choose, plan
 from skipdit.calibration.trials import Measured, Trials, measure, smooth_errors, smooth_schedule
 from skipdit.environment import versions
-from skipdit.files import OutputFolder
+from skipdit.files.output import OutputFolder
 from skipdit.loading import Source
 from skipdit.metrics.paired import PairedScore
 from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures

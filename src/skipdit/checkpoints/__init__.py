@@ -38,12 +38,12 @@ from skipdit.checkpoints.reading import (
 )
 from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint, read_shallow_path
 from skipdit.checkpoints.wrappings import strip_prefixes
-from skipdit.files import atomic_file, clean_up
+from skipdit.files.output import atomic_file, clean_up
+from skipdit.files.untrusted import printable
 from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
-from skipdit.untrusted import printable
 
 __all__ = [
     "DIFFUSERS_KEYS",

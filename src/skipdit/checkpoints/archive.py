@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipdit.untrusted import open_regular, printable
+from skipdit.files.untrusted import open_regular, printable
 
 MAX_RECORDS = 20_000  # members of the archive, one per tensor
 MAX_PICKLE_BYTES = 8 * 2**20

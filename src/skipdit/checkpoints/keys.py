@@ -16,8 +16,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from skipdit.checkpoints.reading import StateDict, list_first
+from skipdit.files.untrusted import printable
 from skipdit.models.long_skip import Fusion
-from skipdit.untrusted import printable
 
 LOGGER = logging.getLogger(__name__)
 Table = tuple[tuple[str, str], ...]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skipdit.checkpoints.keys import UnloadedModel, assemble, check_options, make_model
 from skipdit.checkpoints.reading import StateDict, read_config, read_folder_tensors
-from skipdit.untrusted import printable, read_json
+from skipdit.files.untrusted import printable, read_json
 
 INDEX_NAME = "model_index.json"
 MAX_TRAIN_TIMESTEPS = 10_000

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skipdit.checkpoints.archive import read_archive
 from skipdit.checkpoints.wrappings import Preference, StateDict, list_first, pick_weights
-from skipdit.untrusted import check_regular, open_regular, printable, read_json
+from skipdit.files.untrusted import check_regular, open_regular, printable, read_json
 
 __all__ = ["Preference", "StateDict", "list_first"]
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from skipdit.checkpoints.keys import LoadHints, find_num_classes
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
-from skipdit.files import read_marker
+from skipdit.files.output import read_marker
+from skipdit.files.untrusted import file_digest, printable, read_json
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
-from skipdit.untrusted import file_digest, printable, read_json
 
 Value = TypeVar("Value")
 STATE_NAME = "state.json"

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from skipdit.untrusted import printable
+from skipdit.files.untrusted import printable
 
 Preference = Literal["ema", "model"]
 StateDict = Mapping[str, Tensor]

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from skipdit.command_options import OutputOptions, parse
-from skipdit.files import output_folder
+from skipdit.files.output import output_folder
 
 
 def analyze(arguments: Sequence[str]) -> None:

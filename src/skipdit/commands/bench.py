@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from skipdit.benches import BENCHES
 from skipdit.command_options import OutputOptions, choose, parse
-from skipdit.files import output_folder
+from skipdit.commands.benches import BENCHES
+from skipdit.files.output import output_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from skipdit.command_options import WeightsOptions, parse
-from skipdit.files import atomic_folder, check_apart, check_replaceable
+from skipdit.files.output import atomic_folder, check_apart, check_replaceable
 from skipdit.options import Fusion
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from skipdit.command_options import OutputOptions, parse
-from skipdit.files import check_apart, output_folder
+from skipdit.files.output import check_apart, output_folder
 
 
 def latents(arguments: Sequence[str]) -> None:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from skipdit.command_options import parse
 from skipdit.process_group import count_processes
-from skipdit.sample_config import SampleConfig
+from skipdit.sampling.config import SampleConfig
 from skipdit.terminal import one_line
 
 if TYPE_CHECKING:
-    from skipdit.compare import Comparison
+    from skipdit.sampling.compare import Comparison
 
 
 def sample(arguments: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def sample(arguments: Sequence[str]) -> None:
         return
     if count_processes() > 1:
         raise ValueError("a comparison is made by one process; several make a set of samples: give --npz or --png")
-    from skipdit.compare import sample_and_compare
+    from skipdit.sampling.compare import sample_and_compare
 
     report = sample_and_compare(config)
     _print_report(report, config.out)
@@ -39,7 +39,7 @@ def sample(arguments: Sequence[str]) -> None:
 
 
 def _sample_set(config: SampleConfig) -> None:
-    from skipdit.sample_set import sample_set
+    from skipdit.sampling.sets import sample_set
 
     report = sample_set(config)
     if report is None:  # not the main process

@@ -1,2 +1,2 @@
 """`skipdit latents`: where pictures, clips and captions come from (`sources`, `tars`), and how they become the folder
-that `skipdit.latents` reads (`encode`)."""
+that `skipdit.data.latents` reads (`encode`)."""

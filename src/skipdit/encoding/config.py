@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from skipdit.clips import OnBroken
-from skipdit.latents import DTYPES
+from skipdit.data.clips import OnBroken
+from skipdit.data.latents import DTYPES
+from skipdit.data.picture_files import check_side
 from skipdit.options import check_numbers, check_option, check_positive, check_range
-from skipdit.picture_files import check_side
 
 Crop = Literal["adm", "center"]
 StoredDType = Literal["float32", "float16"]

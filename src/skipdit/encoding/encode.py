@@ -17,11 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
-from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
-from skipdit.encoding.sources import Job, Sample, open_source
-from skipdit.environment import resolve_device
-from skipdit.files import OutputFolder, to_json
-from skipdit.latents import (
+from skipdit.data.latents import (
     DTYPES,
     INFO,
     MAX_INFO_BYTES,
@@ -37,8 +33,12 @@ from skipdit.latents import (
     read_info,
     shard_name,
 )
+from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
+from skipdit.encoding.sources import Job, Sample, open_source
+from skipdit.environment import resolve_device
+from skipdit.files.output import OutputFolder, to_json
+from skipdit.files.untrusted import file_digest, printable, printable_path, read_json
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
-from skipdit.untrusted import file_digest, printable, printable_path, read_json
 
 LOGGER = logging.getLogger(__name__)
 SETTINGS = "settings.json"

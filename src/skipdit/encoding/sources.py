@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipdit.clips import ClipConfig, find_clips
-from skipdit.data import DataConfig, open_pictures
+from skipdit.data.clips import ClipConfig, find_clips
+from skipdit.data.folders import as_captions
+from skipdit.data.picture_files import adm_crop, open_picture, reason_of, to_rgb
+from skipdit.data.pictures import DataConfig, open_pictures
+from skipdit.data.videos import UnreadableVideo, count_frames, frames_of
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.tars import MAX_VIDEO_BYTES, Member, find_tars, scan_tars
-from skipdit.folders import as_captions
-from skipdit.picture_files import adm_crop, open_picture, reason_of, to_rgb
-from skipdit.untrusted import printable, printable_path, read_bytes
-from skipdit.videos import UnreadableVideo, count_frames, frames_of
+from skipdit.files.untrusted import printable, printable_path, read_bytes
 
 COUNTS = 2**12  # videos whose number of frames is cached, since several clips of each are read in a row
 

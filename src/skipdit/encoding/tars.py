@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from skipdit.folders import as_captions, walk
-from skipdit.picture_files import MAX_PICTURE_BYTES, PICTURE_SUFFIXES
-from skipdit.untrusted import open_regular, parse_json, printable, printable_path
-from skipdit.video_files import VIDEO_SUFFIXES
+from skipdit.data.folders import as_captions, walk
+from skipdit.data.picture_files import MAX_PICTURE_BYTES, PICTURE_SUFFIXES
+from skipdit.data.video_files import VIDEO_SUFFIXES
+from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path
 
 LOGGER = logging.getLogger(__name__)
 MAX_MEMBERS = 2**24  # of all tars together

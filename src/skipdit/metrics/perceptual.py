@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
+from skipdit.files.untrusted import check_hash
 from skipdit.metrics.paired import Pictures
-from skipdit.untrusted import check_hash
 
 FeatureMap = Float[Tensor, "batch channels height width"]
 FeatureNetwork = Callable[[Tensor], Sequence[Tensor]]  # pictures in [0, 1] to the feature maps of several layers

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skipdit.checkpoints.parts import read_labels
-from skipdit.data import Draws
+from skipdit.data.pictures import Draws
 from skipdit.diffusion import Objective
 from skipdit.pipelines import ClassPipeline
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread

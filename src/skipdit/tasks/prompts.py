@@ -15,13 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from skipdit.checkpoints.parts import part_class
-from skipdit.data import Draws
-from skipdit.guidance import split_guidance
+from skipdit.data.pictures import Draws
+from skipdit.files.untrusted import printable
 from skipdit.pipelines import SamplingOptions
+from skipdit.tasks.split_guidance import split_guidance
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
 from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder, quiet
-from skipdit.untrusted import printable
 
 # diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
 LATENT_SCALE = 8

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.checkpoints.parts import part_class, read_autoencoder, read_scheduler
+from skipdit.files.untrusted import printable
 from skipdit.pipelines import SamplingOptions
-from skipdit.untrusted import printable
 
 if TYPE_CHECKING:
     from skipdit.tasks.training import TransformerConfig

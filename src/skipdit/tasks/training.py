@@ -11,17 +11,17 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from skipdit.clips import ClipConfig, LabelledClips, open_clips
-from skipdit.data import DataConfig, Draws, LabelledPictures, open_pictures
+from skipdit.data.clips import ClipConfig, LabelledClips, open_clips
+from skipdit.data.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
+from skipdit.data.pictures import DataConfig, Draws, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
-from skipdit.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
+from skipdit.files.untrusted import printable_path
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.long_skip import LongSkipConfig, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler, Task
-from skipdit.untrusted import printable_path
 
 LOGGER = logging.getLogger(__name__)
 

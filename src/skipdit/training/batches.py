@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.data import Draws, as_floats
+from skipdit.data.pictures import Draws, as_floats
 from skipdit.diffusion import Objective, device_tables, sample_timesteps, training_loss
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel

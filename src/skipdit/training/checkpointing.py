@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from skipdit.files import (
+from skipdit.data.latents import LabelledLatents
+from skipdit.files.output import (
     atomic_folder,
     check_replaceable,
     check_whole,
@@ -23,14 +24,13 @@ from skipdit.files import (
     to_json,
     write_marker,
 )
-from skipdit.latents import LabelledLatents
+from skipdit.files.untrusted import printable, read_json
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
 from skipdit.training.guard import WINDOW, GuardState
 from skipdit.training.learner import MOMENTS, POWERS, Learner, Tensors, all_finite
 from skipdit.training.posthoc_ema import LENGTHS
 from skipdit.training.precision import ScaleState
-from skipdit.untrusted import printable, read_json
 
 LOGGER = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal, Union, get_args
 import tyro
 from torch import nn
 
-from skipdit.clips import ClipConfig
-from skipdit.data import DataConfig
+from skipdit.data.clips import ClipConfig
+from skipdit.data.latents import LatentConfig
+from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
-from skipdit.latents import LatentConfig
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import check_numbers, check_positive
 from skipdit.tasks import TASKS

@@ -7,7 +7,8 @@ from typing import cast
 import torch
 
 from skipdit.checkpoints import load_model
-from skipdit.latents import LatentConfig, PlannedLatents
+from skipdit.data.latents import LatentConfig, PlannedLatents
+from skipdit.files.untrusted import printable_path
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.tasks.training import FRESH, open_items
@@ -15,7 +16,6 @@ from skipdit.training.batches import find_step_kinds
 from skipdit.training.config import TrainConfig
 from skipdit.training.learner import freeze_all_but_long_skips
 from skipdit.training.routing import StepKind
-from skipdit.untrusted import printable_path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from skipdit.data import MAX_DECODED_AT_ONCE, ShuffledForever
+from skipdit.data.pictures import MAX_DECODED_AT_ONCE, ShuffledForever
 from skipdit.training.config import TrainConfig
 from skipdit.training.stopping import ignore_signals
 

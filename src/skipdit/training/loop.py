@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
 from skipdit.environment import resolve_device
+from skipdit.files.untrusted import printable
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.spectral import cap_spectral_norm, spectral_penalty, weighted
@@ -51,7 +52,6 @@ from skipdit.training.routing import StepKind
 from skipdit.training.sharding import clip_gradients, shard, whole
 from skipdit.training.showing import draw_samples, release, with_weights, without_weights
 from skipdit.training.stopping import Stopped, stoppable
-from skipdit.untrusted import printable
 
 LOGGER = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from skipdit.untrusted import printable
+from skipdit.files.untrusted import printable
 
 LENGTHS = (0.05, 0.1)  # of the averages that are tracked: their standard deviation over the run's length
 SHORTEST, LONGEST = 0.01, 0.28  # an average of 0.289 weighs all steps alike

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skipdit.files import (
+from skipdit.files.output import (
     OutputFolder,
     absolute,
     atomic_file,
@@ -30,13 +30,13 @@ from skipdit.files import (
     read_marker,
     to_json,
 )
-from skipdit.processes import locked
+from skipdit.files.processes import locked
+from skipdit.files.untrusted import open_regular, printable
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
 from skipdit.training.config import TrainConfig
 from skipdit.training.devices import in_main
 from skipdit.training.posthoc_ema import FOLDER as SNAPSHOTS
 from skipdit.training.posthoc_ema import list_snapshots, snapshot_name
-from skipdit.untrusted import open_regular, printable
 
 LOGGER = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from skipdit.data.videos import frame_grid
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.spectral import fold_spectral_caps
 from skipdit.tasks.task import Sampler
 from skipdit.tasks.training import TrainingTask, make_task_scheduler
 from skipdit.training.config import TrainConfig
-from skipdit.videos import frame_grid
 
 RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -15,11 +15,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from skipdit.files import atomic_file
-from skipdit.picture_files import on_white, open_picture, reason_of
+from skipdit.data.picture_files import on_white, open_picture, reason_of
+from skipdit.data.video_files import VIDEO_SUFFIXES, timed_frames
+from skipdit.files.output import atomic_file
+from skipdit.files.untrusted import open_regular, printable_path
 from skipdit.pictures import MARGIN, labelled_grid
-from skipdit.untrusted import open_regular, printable_path
-from skipdit.video_files import VIDEO_SUFFIXES, timed_frames
 
 ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50

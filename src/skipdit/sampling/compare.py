@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.data.videos import frame_grid, side_by_side, write_gif, write_mp4
 from skipdit.environment import machine, peak_memory_bytes, versions
-from skipdit.files import OutputFolder, output_folder, to_json
+from skipdit.files.output import OutputFolder, output_folder, to_json
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size
 from skipdit.metrics.table import score_pictures
@@ -29,9 +30,8 @@ from skipdit.runs import (
     check_method,
     guidance_options,
 )
-from skipdit.sample_config import SampleConfig
+from skipdit.sampling.config import SampleConfig
 from skipdit.tasks.task import Chosen
-from skipdit.videos import frame_grid, side_by_side, write_gif, write_mp4
 
 NUM_COMPARED = 6  # pictures per row of comparison.png
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames per second, and pixels per side of a pixel
@@ -188,7 +188,7 @@ def sample_and_compare(config: SampleConfig) -> Comparison:
     `OSError` where `out` cannot be written, or holds such files of somebody else. All of it before anything is sampled.
     """
     if config.makes_set:
-        raise ValueError("a comparison is made without npz and png: call skipdit.sample_set.sample_set")
+        raise ValueError("a comparison is made without npz and png: call skipdit.sampling.sets.sample_set")
     if config.cache.partition(":")[0] not in ("none", "calibrated"):
         parse_method(config.cache)
     with output_folder(config.out, "sample", overwrite=config.overwrite) as out:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skipdit.benchmark.measure import BenchConfig
-    from skipdit.files import OutputFolder
+    from skipdit.files.output import OutputFolder
 
 Bench = tuple[type["BenchConfig"], Callable[..., Any]]  # its config, and what runs on it and an output folder
 

@@ -30,10 +30,9 @@ from rich.progress import (
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
-from skipdit.compare import load, runner_of
 from skipdit.environment import machine, peak_memory_bytes, resolve_device
 from skipdit.environment import versions as versions_here
-from skipdit.files import (
+from skipdit.files.output import (
     OutputFolder,
     atomic_folder,
     check_replaceable,
@@ -43,10 +42,11 @@ from skipdit.files import (
     remove_ours,
     to_json,
 )
+from skipdit.files.untrusted import printable, read_json
 from skipdit.loading import Source
 from skipdit.process_group import ProcessGroup, own_device, process_group
 from skipdit.runs import check_method
-from skipdit.sample_blocks import (
+from skipdit.sampling.blocks import (
     BLOCKS,
     KIND,
     BlockMaker,
@@ -59,8 +59,8 @@ from skipdit.sample_blocks import (
     seed_of,
     settings_of,
 )
-from skipdit.sample_config import SampleConfig
-from skipdit.untrusted import printable, read_json
+from skipdit.sampling.compare import load, runner_of
+from skipdit.sampling.config import SampleConfig
 
 LOGGER = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
-from skipdit.data import Draws, pad_captions, pictures_beside
+from skipdit.data.pictures import Draws, pad_captions, pictures_beside
+from skipdit.files.untrusted import check_regular, file_digest, printable, printable_path, read_json
 from skipdit.options import check_positive, check_range
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
-from skipdit.untrusted import check_regular, file_digest, printable, printable_path, read_json
 
 INFO, VERSION = "latents.json", 1
 VAE, NOTHING = "vae", "nothing.safetensors"

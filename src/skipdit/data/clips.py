@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from skipdit.data import (
+from skipdit.data.folders import frames_in, scan_classes
+from skipdit.data.picture_files import check_side, to_rgb
+from skipdit.data.pictures import (
     MAX_CACHED_BYTES,
     Draws,
     as_floats,
@@ -25,13 +27,11 @@ from skipdit.data import (
     pad_captions,
     pictures_beside,
 )
-from skipdit.folders import frames_in, scan_classes
+from skipdit.data.tables import Table, find_tables, read_table
+from skipdit.data.video_files import VIDEO_SUFFIXES
+from skipdit.data.videos import UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
+from skipdit.files.untrusted import open_regular, printable, printable_path
 from skipdit.options import check_option, check_positive, check_range
-from skipdit.picture_files import check_side, to_rgb
-from skipdit.tables import Table, find_tables, read_table
-from skipdit.untrusted import open_regular, printable, printable_path
-from skipdit.video_files import VIDEO_SUFFIXES
-from skipdit.videos import UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
 
 LOGGER = logging.getLogger(__name__)
 OnBroken = Literal["refuse", "skip"]

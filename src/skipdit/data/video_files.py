@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from skipdit.picture_files import FORMATS, MAX_PICTURE_BYTES, check_size, on_white
+from skipdit.data.picture_files import FORMATS, MAX_PICTURE_BYTES, check_size, on_white
 
 ANIMATION_SUFFIXES = frozenset({".apng", ".gif", ".webp"})
 VIDEO_SUFFIXES = (

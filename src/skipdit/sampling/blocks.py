@@ -19,13 +19,13 @@ from PIL import Image
 from torch import Tensor
 
 from skipdit.cache.methods import CacheMethod
-from skipdit.compare import CLIP_FPS
-from skipdit.files import atomic_folder, check_whole, to_json
+from skipdit.files.output import atomic_folder, check_whole, to_json
+from skipdit.files.untrusted import printable, read_json
 from skipdit.loading import Source
 from skipdit.models.costs import count_flops
 from skipdit.runs import Counts, Runner, counts_of, guidance_options
-from skipdit.sample_config import SampleConfig
-from skipdit.untrusted import printable, read_json
+from skipdit.sampling.compare import CLIP_FPS
+from skipdit.sampling.config import SampleConfig
 
 KIND = "samples"
 BLOCKS = "blocks"

@@ -20,8 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from skipdit.processes import Process, locked, this_process
-from skipdit.untrusted import file_digest, printable, read_bytes, read_json
+from skipdit.files.processes import Process, locked, this_process
+from skipdit.files.untrusted import file_digest, printable, read_bytes, read_json
 
 LOGGER = logging.getLogger(__name__)
 

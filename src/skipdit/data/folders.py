@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from skipdit.picture_files import PICTURE_SUFFIXES
-from skipdit.untrusted import open_regular, parse_json, printable, printable_path, read_bytes
-from skipdit.video_files import VIDEO_SUFFIXES
+from skipdit.data.picture_files import PICTURE_SUFFIXES
+from skipdit.data.video_files import VIDEO_SUFFIXES
+from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_bytes
 
 LOGGER = logging.getLogger(__name__)
 FRAME_SUFFIXES = PICTURE_SUFFIXES - VIDEO_SUFFIXES

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from skipdit.folders import as_captions, scan_classes
-from skipdit.picture_files import PICTURE_SUFFIXES, check_picture, check_side, open_picture, reason_of, to_rgb
-from skipdit.tables import find_tables, read_table, to_classes
-from skipdit.untrusted import printable, printable_path
+from skipdit.data.folders import as_captions, scan_classes
+from skipdit.data.picture_files import PICTURE_SUFFIXES, check_picture, check_side, open_picture, reason_of, to_rgb
+from skipdit.data.tables import find_tables, read_table, to_classes
+from skipdit.files.untrusted import printable, printable_path
 
 MAX_CACHED_BYTES = 2**30
 MAX_DECODED_AT_ONCE = 10_000

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
-from skipdit.folders import as_captions, walk
-from skipdit.parquet_pages import measure_columns
-from skipdit.picture_files import PICTURE_SUFFIXES, reason_of
-from skipdit.untrusted import open_regular, parse_json, printable, printable_path, read_json
-from skipdit.video_files import VIDEO_SUFFIXES
+from skipdit.data.folders import as_captions, walk
+from skipdit.data.parquet_pages import measure_columns
+from skipdit.data.picture_files import PICTURE_SUFFIXES, reason_of
+from skipdit.data.video_files import VIDEO_SUFFIXES
+from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_json
 
 MAX_ROWS = 2**21  # of a data set
 MAX_VALUES = 2**23  # of a column, which may hold lists

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipdit.untrusted import printable
+from skipdit.files.untrusted import printable
 
 LOGGER = logging.getLogger(__name__)
 
