@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from skipdit.data import folders
 from skipdit.data.clips import ClipConfig, open_clips
-from skipdit.data.pictures import DataConfig, LabelledPictures, folders, open_pictures
+from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
 from skipdit.data.videos import UnreadableVideo
 
 

@@ -1,6 +1,7 @@
 """The house rules that a linter does not know: names, layers, sizes, what is shipped."""
 
 import ast
+import importlib
 import importlib.metadata
 import importlib.resources
 import re
@@ -13,6 +14,7 @@ import pytest
 
 import skipdit
 from skipdit.files.output import check_whole
+from skipdit.moved import MOVED
 
 MAX_LINES = 600
 PIECES = ("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "split", "find")
@@ -34,6 +36,17 @@ def test_exported_name_resolves(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         skipdit.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_module_that_has_moved_is_found_by_its_old_name(name: str) -> None:
+    sys.modules.pop(name, None)
+    with pytest.warns(DeprecationWarning, match=f"{name} is {MOVED[name]} now"):
+        old = importlib.import_module(name)
+    new = importlib.import_module(MOVED[name])
+    public = [each for each in vars(new) if not each.startswith("__")]
+    assert public
+    assert all(getattr(old, each) is getattr(new, each) for each in public)
 
 
 def test_version_is_that_of_the_distribution() -> None:

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from skipdit.data import picture_files
 from skipdit.data.clips import ClipConfig
 from skipdit.data.picture_files import MAX_PIXELS, MAX_SIDE, TRANSPOSES, check_picture, on_white, open_picture, to_rgb
-from skipdit.data.pictures import DataConfig, open_pictures, picture_files
+from skipdit.data.pictures import DataConfig, open_pictures
 
 RAMP = np.tile(np.linspace(0, 1, 48), (32, 1))
 

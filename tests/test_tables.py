@@ -14,10 +14,11 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from skipdit.data import parquet_pages, tables
+from skipdit.data import pictures as data
 from skipdit.data.clips import ClipConfig, open_clips
 from skipdit.data.parquet_pages import measure_columns
-from skipdit.data.pictures import DataConfig, LabelledPictures, from_datasets, open_pictures, parquet_pages, tables
-from skipdit.data.pictures import pictures as data
+from skipdit.data.pictures import DataConfig, LabelledPictures, from_datasets, open_pictures
 
 RED, BLUE = (hostile.saved(Image.new("RGB", (8, 8), color), "PNG") for color in ("red", "blue"))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from skipdit.data.pictures import video_files
+from skipdit.data import video_files
 from skipdit.data.video_files import VIDEO_SUFFIXES, demuxer_of
 from skipdit.data.videos import UnreadableVideo, decode_video, read_video, write_gif
 

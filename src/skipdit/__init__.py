@@ -1,9 +1,11 @@
 """Diffusion transformers with long skip connections. The public names, imported when first used."""
 
 import importlib
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from skipdit.moved import MovedModules
 from skipdit.verbs import provide
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def _carry_out(verb: str, *args: Any) -> Any:
 
 
 provide({verb: partial(_carry_out, verb) for verb in _VERBS})
+sys.meta_path.append(MovedModules())
 
 if not TYPE_CHECKING:  # so that a type checker reports an unknown name
 
