@@ -173,6 +173,18 @@ def test_twenty_steps_of_the_emoji_recipe(tmp_path: Path) -> None:
     assert losses[19] == pytest.approx(3.1667, rel=1e-2)
 
 
+@pytest.mark.slow
+def test_three_hundred_steps_of_the_emoji_recipe(tmp_path: Path) -> None:
+    """The mean losses of each hundred are pinned, routed and, at the end, dense; float32 on one thread."""
+    config = dataclasses.replace(
+        RECIPES["emoji"](), max_steps=300, batch_size=4, precision="no", sample_every=0, log_every=1,
+        model=ModelConfig(num_layers=6, num_attention_heads=2, attention_head_dim=16, patch_size=16),
+    )  # fmt: skip
+    train(config, tmp_path, device="cpu")
+    losses = torch.tensor([entry["loss"] for entry in read_log(tmp_path)])
+    assert losses.view(3, 100).mean(dim=1).tolist() == pytest.approx([1.36958, 0.65486, 0.42737], rel=1e-2)
+
+
 def test_checkpoints_of_another_model_are_refused(config: TrainConfig, tmp_path: Path) -> None:
     train(config, tmp_path / "run", device="cpu")
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, long_skip=None))
