@@ -10,8 +10,9 @@ import pytest
 import tyro
 
 from skipdit.cli import COMMANDS
-from skipdit.command_options import choose, explain_fields, parse
+from skipdit.command_options import explain_fields, parse
 from skipdit.commands.benches import BENCHES
+from skipdit.options import choose
 from skipdit.recipes import RECIPES
 from skipdit.sampling.config import SampleConfig
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from skipdit import terminal
-from skipdit.command_options import choose
 from skipdit.commands.analyze import analyze
 from skipdit.commands.bench import bench
 from skipdit.commands.calibrate import calibrate
@@ -16,6 +15,7 @@ from skipdit.commands.info import info
 from skipdit.commands.latents import latents
 from skipdit.commands.sample import sample
 from skipdit.commands.train import train
+from skipdit.options import choose
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,

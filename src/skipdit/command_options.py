@@ -6,14 +6,14 @@ import inspect
 import io
 import itertools
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from skipdit.options import ObjectiveName, suggestion
+from skipdit.options import ObjectiveName, choose
 
 Config = TypeVar("Config")
 
@@ -33,8 +33,8 @@ class WeightsOptions:
     """roots of keys to leave out, such as the projectors of REPA"""
 
     def __post_init__(self) -> None:
-        if self.objective not in (None, *get_args(ObjectiveName)):
-            raise ValueError(f"objective must be one of {', '.join(get_args(ObjectiveName))}, got {self.objective!r}")
+        if self.objective is not None:
+            choose("objective", self.objective, get_args(ObjectiveName))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,6 @@ def parse(
     if not groups:
         return options
     return config(**{name: getattr(getattr(options, group), name) for group in groups for name in groups[group]})
-
-
-def choose(what: str, name: str, allowed: Iterable[str]) -> str:
-    """Return a name that is allowed; else `ValueError` with the nearest one that is."""
-    if name not in (names := list(allowed)):
-        raise ValueError(f"{what} must be one of {', '.join(names)}, got {name!r}{suggestion(name, names)}")
-    return name
 
 
 def explain_fields(config: type) -> dict[str, str]:

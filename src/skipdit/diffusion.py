@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultis
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from skipdit.options import check_numbers
+from skipdit.options import check_numbers, choose
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -342,9 +342,7 @@ def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
     `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to integers. Euler's method on a straight path is
     DPM-Solver++ of order 1 in data space.
     """
-    if name not in SCHEDULERS[objective.process]:
-        allowed = ", ".join(SCHEDULERS[objective.process])
-        raise ValueError(f"scheduler of a {objective.process} model must be one of {allowed}, got {name!r}")
+    choose(f"scheduler of a {objective.process} model", name, SCHEDULERS[objective.process])
     betas = {
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
         "beta_schedule": "linear",

@@ -19,7 +19,7 @@ from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_o
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
 from skipdit.models.dit import DiT
-from skipdit.options import DTypeName, ObjectiveName
+from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
 from skipdit.tasks.task import Chosen, Sampler, Task
 
@@ -167,8 +167,8 @@ def load_source(
 
     `FileNotFoundError` where there is no such model; `ValueError` where it is of another task, foreign or broken.
     """
-    if task is not None and task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task is not None:
+        choose("task", task, TASKS)
     model = model or bundled_model(task)
     expected = BUNDLED[model].task if model in BUNDLED else task
     if expected is not None:

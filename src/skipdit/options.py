@@ -17,10 +17,14 @@ NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
 MAX_SEED = 2**63 - 1
 
 
-def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """Return `; did you mean ...?` with the allowed name nearest to this one, or nothing where none is near."""
-    near = difflib.get_close_matches(name[:100].lower(), list(allowed), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def choose(what: str, name: str, allowed: Iterable[str]) -> str:
+    """Return a name that is allowed; else raise `ValueError` with all that are, and the nearest one."""
+    if name in (names := list(allowed)):
+        return name
+    near = difflib.get_close_matches(name[:100].lower(), names, n=1)
+    raise ValueError(
+        f"{what} must be one of {', '.join(names)}, got {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    )
 
 
 def check_numbers(config: Any) -> None:

@@ -14,6 +14,7 @@ from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSched
 from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
 from skipdit.files.untrusted import printable, read_json
 from skipdit.models.long_skip import BranchKind
+from skipdit.options import choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,9 +297,7 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     if match is None:
         raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {printable(text)!r}")
     name = match["name"] or "skip"
-    if name not in METHODS:
-        raise ValueError(f"cache method must be one of {', '.join((*METHODS, 'auto'))}, got {printable(name)!r}")
-    row = METHODS[name]
+    row = METHODS[choose("cache method", name, METHODS)]
     if match.re is THRESHOLD:
         if row.adaptive is None:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from skipdit.command_options import OutputOptions, choose, parse
+from skipdit.command_options import OutputOptions, parse
 from skipdit.commands.benches import BENCHES
 from skipdit.files.output import output_folder
+from skipdit.options import choose
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from skipdit.command_options import choose, parse
+from skipdit.command_options import parse
+from skipdit.options import choose
 
 
 def train(arguments: Sequence[str]) -> None:

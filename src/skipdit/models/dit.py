@@ -22,6 +22,7 @@ from skipdit.models.long_skip import (
     PlannedOutput,
 )
 from skipdit.models.shallow_path import ShallowPath
+from skipdit.options import choose
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -303,9 +304,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         long_skip: LongSkipConfig | None = None,
     ) -> "DiT":
         """Build a published size with fresh weights: `"DiT-S/2"` ... `"DiT-XL/8"`; `ValueError` on others."""
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-        num_layers, hidden_size, num_attention_heads, patch_size = PRESETS[name]
+        num_layers, hidden_size, num_attention_heads, patch_size = PRESETS[choose("preset", name, PRESETS)]
         return cls(
             sample_size=sample_size,
             patch_size=patch_size,

@@ -27,6 +27,7 @@ from skipdit.models.dit import (
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
 from skipdit.models.long_skip import BranchInfo, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
 from skipdit.models.shallow_path import ShallowPath
+from skipdit.options import choose
 
 LATTE_PRESETS = {
     f"Latte-{size}/{patch_size}": (*shape, patch_size)
@@ -141,9 +142,7 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         long_skip: LongSkipConfig | None = None,
     ) -> "Latte":
         """Build a published size with fresh weights: `"Latte-S/2"` ... `"Latte-XL/8"`; `ValueError` on others."""
-        if name not in LATTE_PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(LATTE_PRESETS)}, got {name!r}")
-        num_layers, hidden_size, num_attention_heads, patch_size = LATTE_PRESETS[name]
+        num_layers, hidden_size, num_attention_heads, patch_size = LATTE_PRESETS[choose("preset", name, LATTE_PRESETS)]
         return cls(
             sample_size=sample_size,
             num_frames=num_frames,
