@@ -9,17 +9,9 @@ import torch
 from tiny import tiny_dit, tiny_latte
 
 from skipdit import cli
-from skipdit.benchmark.checkout import FOLDER, load_from_checkout
-from skipdit.diffusion import Objective, make_scheduler
-from skipdit.files.output import OutputFolder
-from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
-
-if not (FOLDER / "compiling").is_dir():
-    pytest.skip("needs a checkout with benchmarks/compiling", allow_module_level=True)
-compiling = load_from_checkout("compiling")
-
-from skipdit_compiling import CompileBenchConfig, bench_compile, single_steps  # noqa: E402
-from skipdit_compiling.report import (  # noqa: E402
+from skipdit.benchmark import compiling
+from skipdit.benchmark.compiling import CompileBenchConfig, bench_compile, single_steps
+from skipdit.benchmark.compiling.report import (
     CONDITIONING,
     OVERHEAD,
     TIMESTEP,
@@ -28,6 +20,9 @@ from skipdit_compiling.report import (  # noqa: E402
     Timing,
     verdict,
 )
+from skipdit.diffusion import Objective, make_scheduler
+from skipdit.files.output import OutputFolder
+from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 
 FLOW = Objective(process="flow", prediction_type="sample")
 SIZES = {"num_layers": 5, "out_channels": 4, "downscale_freq_shift": 0}

@@ -204,7 +204,7 @@ def test_tokens_leave_before_text_joins_them() -> None:
     open_units(model)
     start = model.long_skip_links.segment_starts[0]
     plan = ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=start, stop=start + 2))
-    with pytest.raises(ValueError, match=f"must leave before unit {start}, where text joins them, got {start}"):
+    with pytest.raises(ValueError, match=f"must leave before unit {start}, where text joins them, got unit {start}"):
         model(**tiny.inputs(1, 4), plan=plan, stored=kept_tokens(draw(1, 16)))
 
 

@@ -214,7 +214,7 @@ def test_a_maximal_age_that_was_not_measured_is_refused(max_age: int) -> None:
         ((0, 2), (None, 0, None), 1, "must have 4 entries"),
         ((1,), (0, None, 0, 0), 1, "None at the full steps and at step 0"),
         ((0, 2), (None, 0, 0, None), 1, "for full steps"),
-        ((0,), (None, 0, 0, 0), 1, "ages up to 2 were measured, got 3 behind step 0"),
+        ((0,), (None, 0, 0, 0), 1, "ages up to 2 were measured, got 3 after step 0"),
         ((0, 2), (None, 1, None, 0), 1, "between 0 and 0, got 1 at step 1"),
         ((0, 2), (None, 0, None, 0), 1.1, "coherence must be between 0 and 1, got 1.1"),
     ],

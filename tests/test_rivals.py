@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, TaylorSeerCacheConfig
 from tiny import TINY_FAMILIES, tiny_dit, tiny_latte, tiny_pipeline
 from torch import Tensor
 
-from skipdit import cli
-from skipdit.benchmark.checkout import FOLDER, load_from_checkout
+from skipdit.benchmark import compiling
+from skipdit.benchmark.checkout import find_rivals, load_rivals
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source
 from skipdit.models.long_skip import LongSkipConfig
@@ -24,10 +24,9 @@ from skipdit.runs import Counts
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler
 
-if not (FOLDER / "rivals").is_dir():
+if not find_rivals().is_dir():
     pytest.skip("needs a checkout with benchmarks/rivals", allow_module_level=True)
-load_from_checkout("rivals")
-compiling = load_from_checkout("compiling")
+load_rivals()
 
 from skipdit_rivals import COMPILED, RIVALS, VIDEO_RIVALS, rivals_of  # noqa: E402
 from skipdit_rivals.model import as_diffusers  # noqa: E402
@@ -202,18 +201,17 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
     assert tuple(COMPILED) == compiling.RIVALS
 
 
-@pytest.mark.parametrize("command", ["cache", "compile"])
-def test_an_installation_without_them_says_how_to_get_them(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_installation_without_them_leaves_them_out_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("skipdit.benchmark.checkout.FOLDER", tmp_path / "nowhere")
-    for name in ("skipdit_rivals", "skipdit_compiling"):
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SystemExit):
-        cli.main(["bench", command, "--out", str(tmp_path / "out")])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "install a checkout (pip install -e " in line
-    assert ("--no-rivals" in line) == (command == "cache")
+    monkeypatch.setattr("skipdit.benchmark.checkout.__file__", str(tmp_path / "a" / "b" / "c" / "checkout.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "skipdit_rivals")
+    assert load_rivals() is None
+    assert 'they need a checkout (pip install -e ".[rivals]")' in caplog.text
+    config = compiling.CompileBenchConfig(specs=("N2",), timed=("N2",), num_inference_steps=4)
+    source = Source(Sampler(TASKS["class-to-image"], tiny_pipeline()))
+    assert [subject.library for subject in compiling.make_subjects(config, source)] == ["skipdit", "skipdit"]
 
 
 def test_the_benchmark_runs_a_rival(ours: ClassToImagePipeline) -> None:

@@ -307,7 +307,7 @@ def test_long_skips_are_of_one_variant(tmp_path: Path) -> None:
     model = TINY_FAMILIES["PixArtTransformer2DModel"].build(num_units=2)
     skipdit.add_long_skips(model)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of the variant 'long_skip' only, got 'fp16'"):
+    with pytest.raises(ValueError, match="have the variant 'long_skip' only, got 'fp16'"):
         load_model(tmp_path, variant="fp16")
     assert isinstance(load_model(tmp_path), PixArtTransformer2DModel)
 

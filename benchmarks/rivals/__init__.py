@@ -3,7 +3,7 @@
 `skipdit bench cache` and `skipdit bench compile` find them here when skipdit is installed from this checkout
 (`pip install -e ".[rivals]"`). In Python:
 
-rivals_of = skipdit.benchmark.checkout.load_from_checkout("rivals").rivals_of
+rivals_of = skipdit.benchmark.checkout.load_rivals().rivals_of
 source = load_source("emoji")
 for rival in rivals_of(source, num_inference_steps=50):
     pipeline = rival.sampler.pipeline

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipdit.benchmark.cache_methods import METHODS, Runnable, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
-from skipdit.benchmark.checkout import load_from_checkout
+from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.measure import BenchConfig, benchmark, progress_bar
 from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
@@ -232,10 +232,10 @@ def bench_caches(config: CacheBenchConfig, out: OutputFolder) -> None:
     """Write `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
     that was interrupted goes on after the last whole batch, from `cache_quality.draft.json` there.
 
-    `ValueError` where an optional package or the checkout for rivals is missing, or the model or what is asked of it is
+    `ValueError` where an optional package is missing, or the model or what is asked of it is
     not to be had; a cache that the model refuses is a row with the reason.
     """
-    rivals_of = load_from_checkout("rivals").rivals_of if config.rivals else None
+    library = load_rivals() if config.rivals else None
     check_plots_installed("matplotlib")
     for metric in METRICS if config.perceptual else ():
         if metric.check is not None:
@@ -249,7 +249,7 @@ def bench_caches(config: CacheBenchConfig, out: OutputFolder) -> None:
         machine = {key: text for key, text in environment.items() if key not in ("command", "date")}
         draft = Draft(out, draft_name, of=machine | asdict(config))
         try:
-            rivals = [] if rivals_of is None else rivals_of(source, config.num_inference_steps)
+            rivals = [] if library is None else library.rivals_of(source, config.num_inference_steps)
             rows = measure(config, *make_plans(config, source, rivals), batches, draft)
         except KeyboardInterrupt as stopped:
             stopped.add_note(f"the same command goes on after the last whole batch, from {draft_name}")

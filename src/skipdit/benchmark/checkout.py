@@ -1,34 +1,38 @@
-"""Finds the benchmarks that are run in a checkout of the repository and are no part of the wheel.
-
-`benchmarks/rivals` sets up caches of other libraries, `benchmarks/compiling` compiles them and ours.
-"""
+"""Finds `benchmarks/rivals`, which sets up caches of other libraries and is in a checkout only, not in the wheel."""
 
 import importlib.util
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
 
-FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
+LOGGER = logging.getLogger(__name__)
+NAME = "skipdit_rivals"
 
 
-def load_from_checkout(name: str) -> ModuleType:
-    """Import the package `benchmarks/{name}` of the checkout that this package is run from, as `skipdit_{name}`.
+def find_rivals() -> Path:
+    """Return their folder, which need not be there: of the checkout that this package, or else the command, is run
+    from."""
+    checkouts = Path(__file__).resolve().parents[3], Path.cwd()
+    folders = [folder / "benchmarks" / "rivals" for folder in checkouts if (folder / "src" / "skipdit").is_dir()]
+    return next((folder for folder in folders if folder.is_dir()), folders[0] if folders else Path("benchmarks/rivals"))
 
-    `ValueError` where it is run from none.
-    """
-    module_name, path = f"skipdit_{name}", FOLDER / name / "__init__.py"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path, submodule_search_locations=[str(path.parent)])
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(
-            f"this needs benchmarks/{name} of the repository, which this installation does not have: install a "
-            'checkout (pip install -e ".[rivals]")' + "; or give --no-rivals" * (name == "rivals")
-        )
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+
+def load_rivals() -> ModuleType | None:
+    """Import them as `skipdit_rivals`; say in a warning that they are left out where there is no checkout."""
+    path = find_rivals() / "__init__.py"
+    if NAME in sys.modules:
+        return sys.modules[NAME]
+    if not path.is_file():
+        LOGGER.warning('caches of other libraries are left out: they need a checkout (pip install -e ".[rivals]")')
+        return None
+    spec = importlib.util.spec_from_file_location(NAME, path, submodule_search_locations=[str(path.parent)])
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[NAME] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[module_name]
+        del sys.modules[NAME]
         raise
     return module

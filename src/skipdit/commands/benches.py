@@ -44,11 +44,10 @@ def cache() -> Bench:
 
 
 def compile() -> Bench:
-    """What torch.compile makes of caches; only in a checkout of the repository."""
-    from skipdit.benchmark.checkout import load_from_checkout
+    """What torch.compile makes of caches."""
+    from skipdit.benchmark.compiling import CompileBenchConfig, bench_compile
 
-    compiling = load_from_checkout("compiling")
-    return compiling.CompileBenchConfig, compiling.bench_compile
+    return CompileBenchConfig, bench_compile
 
 
 def gpu() -> Bench:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from skipdit.benchmark.checkout import load_from_checkout
+from skipdit.benchmark.checkout import load_rivals
+from skipdit.benchmark.compiling.report import COMPILE, GraphRow, Timing, report_of
+from skipdit.benchmark.compiling.single_steps import time_steps
 from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, compiled, progress_bar
 from skipdit.benchmark.models import check_compiler
 from skipdit.cache.methods import CacheMethod, parse_method
@@ -25,9 +27,6 @@ from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import NumInferenceSteps, check_option, check_range
 from skipdit.runs import OwnCache, RunCache, Runner, switched_on
-
-from .report import COMPILE, GraphRow, Timing, report_of
-from .single_steps import time_steps
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
 SPECS = (
@@ -155,9 +154,10 @@ def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
     for spec in config.specs:
         cache = OwnCache(own_method(spec, config.num_inference_steps))
         subjects.append(Subject("skipdit", spec, pipeline, cache, spec))
-    if not config.rivals:
+    library = load_rivals() if config.rivals else None
+    if library is None:
         return subjects
-    others, rivals = load_from_checkout("rivals").compiled_rivals(pipeline, config.rivals, config.num_inference_steps)
+    others, rivals = library.compiled_rivals(pipeline, config.rivals, config.num_inference_steps)
     subjects.append(Subject("diffusers", "no cache", others.pipeline))
     for rival in rivals:
         library = "cache-dit" if rival.name == "cache-dit" else "diffusers"

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from skipdit.benchmark.compiling.report import CONDITIONING, OVERHEAD, TIMESTEP, StepRow
 from skipdit.benchmark.measure import compiled, seconds_of
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.models.dit import DiT, position_embedding_of
-
-from .report import CONDITIONING, OVERHEAD, TIMESTEP, StepRow
 
 
 @torch.no_grad()
