@@ -359,9 +359,10 @@ def cached_table_of(rows: Sequence[CachedQuality]) -> list[str]:
 
 
 def curves_of(name: str, runs: Sequence[Run]) -> Lines:
-    """Mean curves of the held-out loss against compute; routed ones solid, dense ones dashed."""
+    """Mean curves of the held-out loss against compute; routed ones solid, the dense one of a model dashed, in the
+    color of its bypass."""
     series = {}
-    for arm in ARMS:
+    for arm in (f"{model}, {way}" for model in MODELS for way in ("fill", "bypass", "dense")):
         rows = [run for run in runs if run.arm == arm]
         if rows:
             curves = np.mean([np.array(run.curve) for run in rows], axis=0)[1:]
