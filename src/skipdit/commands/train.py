@@ -42,7 +42,7 @@ def train(arguments: Sequence[str]) -> None:
         """go on from the last checkpoint in the folder; --no-resume begins anew, and the checkpoints there stay until a
         new one is written"""
         allow_changes: bool = False
-        """go on with other settings than the checkpoint's where that is possible: the rate, the clip, the precision"""
+        """go on although settings differ from the checkpoint's, where that is possible (rate, clip, precision, ...)"""
         overwrite: bool = False
         """replace files in --out that skipdit did not write; each one is named"""
         device: str = "auto"

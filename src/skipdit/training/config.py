@@ -41,13 +41,13 @@ class SpectralConfig:
     """A constraint on spectral norms."""
 
     maximum: float = 1.0
-    """what they may be"""
+    """the largest norm that is allowed"""
     form: Constraint = "cap"
-    """a cap that always holds, or a penalty of penalty_weight times the squared excess"""
+    """cap: no norm ever exceeds the maximum; penalty: the loss grows with the squared excess"""
     penalty_weight: float = 0.1
-    """of the penalty in the loss"""
+    """factor of the squared excess in the loss"""
     on: Constrained = "long_skips"
-    """the projections of the long skips, or all layers of all blocks"""
+    """what is constrained: the projections of the long skips, or all layers of all blocks"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -78,82 +78,83 @@ class TrainConfig:
     """A whole training run."""
 
     data: tyro.conf.AvoidSubcommands[DataConfig | ClipConfig | LatentConfig] = field(default_factory=DataConfig)
-    """what is learned"""
+    """the pictures, clips or latents to learn from"""
     model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
-    """what learns it"""
+    """the sizes of the model"""
     objective: Objective = field(default_factory=Objective)
-    """what the model predicts"""
+    """what the model predicts, and how training weighs it"""
     spectral: SpectralConfig | None = None
     """a constraint on spectral norms"""
     routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
-    """tokens that pass by the deep units in training"""
+    """which tokens skip the deep units in training"""
     start_from: str | None = None
-    """a model to go on from, a folder or a checkpoint; it gets the long skips that `model` asks for where it has none,
-    and the size of the data where that is another"""
+    """model to start from, a folder or a checkpoint; without long skips it gets those that `model` asks for, and the size
+    of the data where its own differs"""
     stage: Stage = "full"
     """train everything, or the long skips alone, as the first stage of a conversion"""
     max_steps: int = 10_000
-    """steps of the whole run"""
+    """training steps of the whole run"""
     batch_size: int = 32
     """pictures or clips per step, over all processes"""
     num_accumulation_steps: int = 1
-    """forward passes that a process splits its part of a batch into"""
+    """forward passes into which each process splits its part of a batch"""
     learning_rate: float = 1e-4
-    """the highest rate"""
+    """peak learning rate"""
     rate_schedule: RateSchedule = "cosine"
-    """after the warm-up: constant, or a cosine down to a hundredth"""
+    """after the warm-up: constant, or a cosine down to a hundredth of the peak"""
     warmup_steps: int = 200
-    """steps in which the rate rises linearly from 0"""
+    """steps over which the rate rises linearly from 0"""
     weight_decay: float = 0.0
-    """of AdamW"""
+    """weight decay of AdamW"""
     adam_betas: tuple[float, float] = (0.9, 0.95)
-    """of AdamW: how slowly its two moments forget"""
+    """decay rates of the two moments of AdamW"""
     gradient_clip: float = 1.0
-    """largest norm of the gradient, 0 for any"""
+    """clip the gradient to this norm; 0 does not clip"""
     gradient_guard: float = 0.0
-    """leave out each step whose gradient norm is above so many times the median of the last 100, 0 for none"""
+    """skip each step whose gradient norm exceeds this many times the median of the last 100; 0 skips none"""
     ema_decay: float = 0.9995
-    """of the averaged weights, which are sampled and released; with a warm-up"""
+    """decay of the averaged weights, which are sampled and released; it warms up"""
     ema_snapshots_every: int = 0
-    """steps between snapshots of two more averages, from which `skipdit ema` makes one of any length after training,
-    0 for none"""
+    """steps between snapshots of two more averages, from which `skipdit ema` makes an average of any length after
+    training; 0 takes none"""
     label_dropout: float = 0.1
-    """share of labels or captions that are left out, which guidance needs"""
+    """share of labels or captions to drop, which guidance needs"""
     flip: bool = False
-    """mirror half of all pictures"""
+    """mirror each picture or clip with probability 1/2"""
     precision: Precision = "auto"
-    """auto is bf16 where the hardware computes in it; fp16 comes with a scale of the loss that adapts"""
+    """auto is bf16 where the hardware supports it; fp16 scales the loss, and adapts the scale"""
     parallel: Parallel = "ddp"
-    """of several processes, whether each holds the whole model (ddp), or its part of every weight, gradient, moment and
-    average (fsdp: torch's FSDP2, a unit at a time)"""
+    """how several processes share the model: each holds all of it (ddp), or its shard of every weight, gradient, moment
+    and average (fsdp: torch's FSDP2, unit by unit)"""
     gradient_checkpointing: bool = False
-    """compute blocks again in the backward pass instead of storing what they need"""
+    """recompute blocks in the backward pass instead of storing their activations"""
     compile: bool = False
-    """compile the model"""
+    """compile the model, one whole graph per kind of step"""
     data_on_device: OnDevice = "auto"
-    """keep all data on the device; auto where it fits into a quarter of the free memory and num_workers is not given"""
+    """keep all data on the device; auto does if it fits into a quarter of the free memory and num_workers is not set"""
     num_workers: int | None = None
-    """processes that load other data ahead, 0 for none; by default on a GPU one per core, on a CPU none"""
+    """processes that load data ahead, where it is not kept on the device; by default one per core on a GPU, none on a
+    CPU"""
     seed: int = 0
-    """of all that is random"""
+    """seed of everything that is random"""
     log_every: int = 10
-    """steps between lines of the log"""
+    """training steps between lines of the log"""
     tensorboard: bool = False
-    """write what the log says, and the grids, for TensorBoard, too"""
+    """also write the log and the grids for TensorBoard"""
     sample_every: int = 500
-    """steps between grids of samples, 0 for none"""
+    """training steps between grids of samples; 0 makes none"""
     num_samples: int = 16
-    """pictures or clips in a grid"""
+    """pictures or clips per grid"""
     sample_steps: int = 25
-    """denoising steps of a grid"""
+    """denoising steps of the samples in a grid"""
     sample_guidance_scale: float = 2.0
-    """guidance of a grid, none at 1"""
+    """guidance scale of the samples in a grid; none at 1"""
     checkpoint_every: int = 500
-    """steps between checkpoints"""
+    """training steps between checkpoints"""
     num_checkpoints: int = 2
-    """how many of the last checkpoints stay"""
+    """how many of the last checkpoints are kept"""
     release_dtype: ReleaseDType = "float32"
-    """of the weights in the finished pipeline"""
+    """dtype of the weights in the finished pipeline"""
 
     def __post_init__(self) -> None:
         check_numbers(self)

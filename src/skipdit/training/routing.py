@@ -26,16 +26,16 @@ class TokenRoutingConfig:
     """Which tokens the deep units see in training."""
 
     mode: RoutingMode = "off"
-    """how the tokens that deep units do not see come back: bypass, as they were before them; fill, as one learned
-    vector, which needs long skips; off: all units see all tokens"""
+    """how the tokens that the deep units do not see come back: bypass, as they were before these units; fill, as one
+    learned vector, which needs long skips; off: all units see all tokens"""
     share: float = 0.25
-    """of the tokens, which the deep units see, drawn anew per sample and step"""
+    """share of the tokens that the deep units see, drawn anew per sample and step"""
     num_shallow_units: int | None = None
-    """first units, and as many last units, that see all tokens; by default 2, or 1 of fewer than 5 units"""
+    """how many first units see all tokens, and as many last ones; by default 2, or 1 of fewer than 5 units"""
     deep_drop: float = 0.05
-    """share of the steps, before the dense end, in which the deep units are left out whole"""
+    """share of the steps, before the dense end, in which no token passes through the deep units"""
     dense_end: float = 0.2
-    """last share of the run's FLOPs, in which all units see all tokens"""
+    """share of the run's FLOPs, at its end, in which all units see all tokens"""
 
     def __post_init__(self) -> None:
         check_numbers(self)
