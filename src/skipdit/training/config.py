@@ -88,8 +88,8 @@ class TrainConfig:
     routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
     """which tokens skip the deep units in training"""
     start_from: str | None = None
-    """model to start from, a folder or a checkpoint; it gets the long skips that `model` asks for if it has none, and the
-    size of the data if its own differs"""
+    """model to start from, a folder or a checkpoint; it gets the long skips that `model` asks for if it has none, and
+    the size of the data if its own differs"""
     stage: Stage = "full"
     """train everything, or the long skips alone, as the first stage of a conversion"""
     max_steps: int = 10_000
