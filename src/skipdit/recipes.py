@@ -31,9 +31,8 @@ def emoji() -> TrainConfig:
 
     `skipdit train emoji --out runs/emoji`
 
-    Its tokens are routed past the deep units, and its two outermost pairs are linked, which of all forms of long skips
-    cost least (`benchmarks/training_acceleration.md`). The bundled weights are of an earlier form, dense and with all
-    pairs:
+    Its tokens are routed past the deep units (`docs/training.md`); the bundled weights were trained without. With
+    `--model.long-skip.num-pairs 2` the long skips cost least (`benchmarks/training_acceleration.md`):
 
     Two CPU cores with AVX512-BF16, torch 2.13.0: loss 0.19 at step 170, 0.09 at 1,500, 0.062 at 7,000 (single batches),
     about 55 pictures per second where nothing else ran. `benchmarks/emoji_training.jsonl` is the log; the first
@@ -41,13 +40,7 @@ def emoji() -> TrainConfig:
     """
     return TrainConfig(
         data=DataConfig(source="emoji", image_size=64),
-        model=ModelConfig(
-            num_layers=24,
-            num_attention_heads=4,
-            attention_head_dim=44,
-            patch_size=8,
-            long_skip=LongSkipConfig(num_pairs=2),
-        ),
+        model=ModelConfig(num_layers=24, num_attention_heads=4, attention_head_dim=44, patch_size=8),
         objective=PIXELS,
         routing=TokenRoutingConfig(mode="bypass"),
         max_steps=7000,
