@@ -38,13 +38,6 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{field.name} must be between 0 and {MAX_SEED}, got {value}")
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raise `ValueError` where one of these fields is below 1; `None` passes."""
-    for name in names:
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
 def check_choice(name: str, chosen: Sequence[Any], allowed: Sequence[Any]) -> None:
     """Raise `ValueError` unless each of what was chosen is allowed and there once."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):

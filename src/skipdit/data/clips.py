@@ -31,7 +31,7 @@ from skipdit.data.tables import Table, find_tables, read_table
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.data.videos import UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
 from skipdit.files.untrusted import open_regular, printable, printable_path
-from skipdit.options import check_option, check_positive, check_range
+from skipdit.options import check_option, check_range
 
 LOGGER = logging.getLogger(__name__)
 OnBroken = Literal["refuse", "skip"]
@@ -66,7 +66,7 @@ class ClipConfig:
 
     def __post_init__(self) -> None:
         check_side(self.image_size)
-        check_positive(self, "num_frames", "frame_interval")
+        check_range(self, "num_frames", "frame_interval")
         check_range(self, "num_pictures", least=0)
         check_option(self, "on_broken", get_args(OnBroken))
         if self.fps is not None and not 0 < self.fps < float("inf"):

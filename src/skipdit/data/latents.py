@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.data.pictures import Draws, pad_captions, pictures_beside
 from skipdit.files.untrusted import check_regular, file_digest, printable, printable_path, read_json
-from skipdit.options import check_positive, check_range
+from skipdit.options import check_range
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 
 INFO, VERSION = "latents.json", 1
@@ -114,7 +114,7 @@ class LatentConfig:
     """compare every file with its SHA-256 first"""
 
     def __post_init__(self) -> None:
-        check_positive(self, "num_channels", "sample_size", "num_frames", "num_classes")
+        check_range(self, "num_channels", "sample_size", "num_frames", "num_classes")
         check_range(self, "num_pictures", least=0)
 
 

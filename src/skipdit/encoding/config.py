@@ -6,7 +6,7 @@ from typing import Literal, get_args
 from skipdit.data.clips import OnBroken
 from skipdit.data.latents import DTYPES
 from skipdit.data.picture_files import check_side
-from skipdit.options import check_numbers, check_option, check_positive, check_range
+from skipdit.options import check_numbers, check_option, check_range
 
 Crop = Literal["adm", "center"]
 StoredDType = Literal["float32", "float16"]
@@ -70,7 +70,7 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         check_side(self.image_size)
         check_numbers(self)
-        check_positive(self, "num_frames", "frame_interval", "shard_size", "batch_size")
+        check_range(self, "num_frames", "frame_interval", "shard_size", "batch_size")
         check_option(self, "crop", get_args(Crop))
         check_option(self, "on_broken", get_args(OnBroken))
         check_option(self, "dtype", tuple(DTYPES))

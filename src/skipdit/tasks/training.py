@@ -19,7 +19,7 @@ from skipdit.files.untrusted import printable_path
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.long_skip import LongSkipConfig, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_numbers, check_positive
+from skipdit.options import check_numbers, check_range
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler, Task
 
@@ -172,7 +172,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        check_positive(self, *FRESH)
+        check_range(self, *FRESH)
 
     @property
     def task(self) -> Task:

@@ -12,7 +12,7 @@ from skipdit.data.latents import LatentConfig
 from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_numbers, check_positive
+from skipdit.options import check_numbers, check_range
 from skipdit.tasks import TASKS
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.training import TransformerConfig
@@ -158,8 +158,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        check_positive(self, "max_steps", "batch_size", "num_accumulation_steps")
-        check_positive(self, "log_every", "checkpoint_every", "num_checkpoints")
+        check_range(self, "max_steps", "batch_size", "num_accumulation_steps")
+        check_range(self, "log_every", "checkpoint_every", "num_checkpoints")
         for name, allowed in (
             ("precision", Precision),
             ("rate_schedule", RateSchedule),

@@ -15,7 +15,7 @@ from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
-from skipdit.options import check_numbers, check_positive
+from skipdit.options import check_numbers, check_range
 
 RoutingMode = Literal["off", "bypass", "fill"]
 StepKind = Literal["dense", "routed", "shallow"]
@@ -43,7 +43,7 @@ class TokenRoutingConfig:
             raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {self.mode!r}")
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        check_positive(self, "num_shallow_units")
+        check_range(self, "num_shallow_units")
         if not 0 <= self.deep_drop < 1:
             raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
         if not 0 <= self.dense_end <= 1:
