@@ -18,6 +18,7 @@ from skipdit.cache.schedule import AutoSchedule, resolve
 from skipdit.cache.site import DeepFeatures
 from skipdit.calibration.calibrate import CalibrateConfig, make_runner, progress
 from skipdit.calibration.plan import choose, plan, predict_error
+from skipdit.calibration.search import Search
 from skipdit.calibration.trials import Measured, Trials, measure
 from skipdit.loading import load_source
 
@@ -30,7 +31,7 @@ def losses(measured: Measured, densities: np.ndarray, front: tuple) -> list[floa
     """By how many dB a rule of these densities falls behind the best schedule of equal compute, for each speedup."""
     schedules.AUTO_DENSITY = tuple(np.exp(densities))
     schedules.auto_scale.cache_clear()
-    errors, found = measured.reuse_errors(ORDER), []
+    errors, found = Search(measured, ORDER, fits=False).errors(), []
     for speedup in SPEEDUPS:
         rule = AutoSchedule(speedup=speedup).for_cost(measured.reuse_costs[0])
         full = resolve(rule, measured.timesteps)
@@ -47,7 +48,7 @@ def losses(measured: Measured, densities: np.ndarray, front: tuple) -> list[floa
 
 
 def learn(measured: Measured, num_trials: int, seed: int) -> tuple[np.ndarray, list[float]]:
-    front = plan(measured.reuse_errors(ORDER), coherence=COHERENCE)
+    front = plan(Search(measured, ORDER, fits=False).errors(), coherence=COHERENCE)
     generator = np.random.default_rng(seed)
     best = np.log(np.array(schedules.AUTO_DENSITY))
     lost = losses(measured, best, front)
@@ -66,10 +67,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4000)
     arguments = parser.parse_args()
     source, config = load_source(arguments.model), CalibrateConfig()
-    run, trials = make_runner(source, config), Trials(orders=(ORDER,), max_age=9, max_spacing=9)
-    with progress("measuring", config.num_inference_steps + trials.num_probed * 2 + 1) as advance:
+    run, trials = make_runner(source, config), Trials(orders=(ORDER,), max_age=9)
+    with progress("measuring", config.num_inference_steps + trials.num_probed + 1) as advance:
         run = replace(run, advance=advance)
-        measured = measure(run.pipeline, lambda: run().samples, DeepFeatures(), trials, advance=advance)
+        measured = measure(run, DeepFeatures(), trials, advance=advance)
     densities, lost = learn(measured, arguments.trials, config.seed)
     print("AUTO_TIMESTEPS =", schedules.AUTO_TIMESTEPS)
     print("AUTO_DENSITY =", tuple(round(float(each), 2) for each in np.exp(densities)))

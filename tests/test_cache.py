@@ -3,9 +3,12 @@
 import copy
 import gc
 import json
+import math
 import threading
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
@@ -16,7 +19,14 @@ from tiny import flops_of, inputs, tiny_dit, tiny_pipeline
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import METHODS, CacheMethod, parse_method
-from skipdit.cache.predictor import TaylorPredictor
+from skipdit.cache.predictor import (
+    AdamsBashforthPredictor,
+    Ahead,
+    FittedPredictor,
+    HermitePredictor,
+    Predictor,
+    TaylorPredictor,
+)
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import DeepFeatures, UnitRange
 from skipdit.cache.streams import cache_context
@@ -112,16 +122,64 @@ def test_a_schedule_for_other_steps_is_refused() -> None:
 # How
 
 
-@given(order=st.integers(0, 3), coefficients=st.lists(st.floats(-2, 2), min_size=4, max_size=4))
-def test_taylor_follows_what_it_can_and_holds_what_it_must(order: int, coefficients: list[float]) -> None:
-    predictor, stored = TaylorPredictor(order), ()
-    line = torch.tensor(coefficients[0]), torch.tensor(coefficients[1])
-    for step in range(0, 12, 3):
-        stored = predictor.update(stored, {"value": line[0] + line[1] * step}, 3)
+@pytest.mark.parametrize("kind", [TaylorPredictor, HermitePredictor, AdamsBashforthPredictor])
+@given(
+    order=st.integers(0, 4),
+    coefficients=st.lists(st.floats(-2, 2), min_size=2, max_size=2),
+    full_steps=st.lists(st.integers(1, 6), min_size=5, max_size=7).map(lambda gaps: list(np.cumsum(gaps))),
+    distance=st.integers(1, 5),
+)
+def test_every_predictor_follows_a_line_and_holds_at_order_0(
+    kind: type[Predictor], order: int, coefficients: list[float], full_steps: list[int], distance: int
+) -> None:
+    """Whatever the distances of the full steps; a wrong sign of a term shows here."""
+    predictor, stored = kind(order), ()
+    value, slope = torch.tensor(coefficients, dtype=torch.float64)
+    for before, step in pairwise([full_steps[0] - 1, *full_steps]):
+        stored = predictor.update(stored, {"value": value + slope * step}, int(step - before))
     assert len(stored) == order + 1
-    ahead = predictor.predict(stored, 2)["value"]
-    expected = line[0] + line[1] * (9 + (2 if order else 0))
-    torch.testing.assert_close(ahead, expected, atol=1e-4, rtol=0)
+    ahead = predictor.predict(stored, Ahead(distance, int(full_steps[-1] - full_steps[-2])))["value"]
+    expected = value + slope * (full_steps[-1] + (distance if order else 0))
+    torch.testing.assert_close(ahead, expected, atol=1e-9, rtol=0)
+
+
+def test_adams_and_bashforth_follow_a_parabola() -> None:
+    predictor, stored = AdamsBashforthPredictor(2), ()
+    for step in (0, 3, 6):
+        stored = predictor.update(stored, {"value": torch.tensor(float(step**2))}, 3)
+    assert float(predictor.predict(stored, Ahead(2, 3))["value"]) == 64
+
+
+def test_hermite_by_hand() -> None:
+    stored = tuple({"value": torch.tensor(value)} for value in (5.0, 2.0, 4.0, 6.0))
+    assert (
+        float(HermitePredictor(3).predict(stored, Ahead(2))["value"]) == 5 + 2 * 2 + 4 * (4 - 1) / 2 + 6 * (8 - 6) / 6
+    )
+
+
+def test_fitted_factors_multiply_the_terms_of_taylor() -> None:
+    stored = tuple({"value": torch.tensor(value)} for value in (5.0, 2.0, 4.0))
+    ones = FittedPredictor(2, (900.0, 500.0), ((1.0, 1.0), (1.0, 1.0)))
+    assert ones.predict(stored, Ahead(3, 1, 700.0)) == TaylorPredictor(2).predict(stored, Ahead(3))
+    fitted = FittedPredictor(2, (900.0, 500.0), ((0.5, 2.0), (1.0, 0.0)))
+    for timestep, (first, second) in {950: (0.5, 2), 900: (0.5, 2), 700: (0.75, 1), 500: (1, 0), 20: (1, 0)}.items():
+        found = float(fitted.predict(stored, Ahead(3, 1, timestep))["value"])
+        assert found == pytest.approx(5 + first * 2 * 3 + second * 4 * 9 / 2)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "factors", "message"),
+    [
+        ((500.0, 900.0), ((1.0,), (1.0,)), "timesteps must fall"),
+        ((900.0,), (), "factors for each of 1 timesteps"),
+        ((), (), "factors for each of 0 timesteps"),
+        ((900.0,), ((1.0, 1.0),), "1 finite numbers per timestep"),
+        ((900.0,), ((math.nan,),), "1 finite numbers per timestep"),
+    ],
+)
+def test_bad_factors_are_refused(timesteps: tuple, factors: tuple, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FittedPredictor(1, timesteps, factors)
 
 
 def test_second_derivative_by_hand() -> None:
@@ -129,12 +187,12 @@ def test_second_derivative_by_hand() -> None:
     for value in (1.0, 4.0, 9.0):
         stored = TaylorPredictor(2).update(stored, {"value": torch.tensor(value)}, 1)
     assert [float(derivative["value"]) for derivative in stored] == [9.0, 5.0, 2.0]
-    assert float(TaylorPredictor(2).predict(stored, 2)["value"]) == 9 + 5 * 2 + 2 * 4 / 2
+    assert float(TaylorPredictor(2).predict(stored, Ahead(2))["value"]) == 9 + 5 * 2 + 2 * 4 / 2
 
 
 def test_hold_returns_the_stored_tensor_itself() -> None:
     value = torch.randn(3)
-    assert TaylorPredictor(0).predict(({"value": value},), 5)["value"] is value
+    assert TaylorPredictor(0).predict(({"value": value},), Ahead(5))["value"] is value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

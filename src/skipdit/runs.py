@@ -240,13 +240,14 @@ def scheduled(pipeline: Any, scheduler: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def before_steps(scheduler: Any, see: Callable[[Tensor], object]) -> Iterator[None]:
-    """Give `see` the latents before each step of a scheduler inside the block."""
+def before_steps(scheduler: Any, see: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
+    """Give `see` the model's output, after guidance, and the latents before each step of a scheduler inside the
+    block."""
     step = scheduler.step
 
     @wraps(step)  # pipelines read the signature
     def watched(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
-        see(sample)
+        see(output, sample)
         return step(output, timestep, sample, *args, **options)
 
     scheduler.step = watched

@@ -65,7 +65,7 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
     before: list[Tensor] = []
     features: list[Tensor] = []
 
-    def see(sample: Tensor) -> None:
+    def see(output: Tensor, sample: Tensor) -> None:
         before.append(sample)
         features.append(seen[head][-1])  # within a step a cache may leave units out, or call the model twice
 

@@ -140,7 +140,7 @@ def count_flops(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
     pipeline, marks = plan.sampler.pipeline, [(0, 0.0, 0.0)]
     once = runner_of(plan, config, Batch(batch.conditions[:1], batch.seeds[:1]))
 
-    def mark(latents: Tensor) -> None:
+    def mark(output: Tensor, latents: Tensor) -> None:
         counts = None if plan.cache is None else plan.cache.counts(pipeline)
         steps = (len(marks), 0) if counts is None else (counts.steps_full, counts.steps_reused)
         marks.append((counter.get_total_flops(), steps[0], steps[1]))

@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
-from skipdit.cache.predictor import TaylorPredictor
+from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor, TaylorPredictor
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
 from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
 from skipdit.files.untrusted import printable, read_json
@@ -39,7 +39,7 @@ class CacheMethod:
     """The steps that reuse."""
     site: Site = field(default_factory=DeepFeatures)
     """The values to reuse."""
-    predictor: TaylorPredictor = field(default_factory=TaylorPredictor)
+    predictor: Predictor = field(default_factory=TaylorPredictor)
     """The prediction of the current values from stored ones."""
     probe: Probe | None = None
     """The values that an adaptive schedule compares before it decides."""
@@ -346,6 +346,8 @@ MAX_SCHEDULE_STEPS = 1000  # per run; `skipdit sample --num-inference-steps` has
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SCHEDULE_STEPS)]
 Steps = Annotated[list[Count], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
 Variants = Annotated[list[Count | None], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
+Row = Annotated[list[float], msgspec.Meta(min_length=1, max_length=MAX_ORDER)]
+Factors = Annotated[list[Row | None], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
 Timesteps = Annotated[list[float], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
 
 
@@ -367,6 +369,7 @@ class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     order: Count = 0
     timesteps: Timesteps = []
     variants: Variants = []
+    factors: Factors = []
     parts: Annotated[list[PartFields], msgspec.Meta(min_length=1, max_length=len(EVERY))] | None = None
     made_for: MadeFor | None = None
     seeds: list[int] = []
@@ -381,7 +384,8 @@ def load_schedule(path: Path) -> CacheMethod:
     """Read an explicit schedule, written by hand or by `skipdit calibrate`.
 
     `{"full_steps": [0, 2], "num_inference_steps": 4}` and optionally `method` (a row of `METHODS`, by default skip),
-    `num_shallow_units` (a number, or a list that `variants` indexes), `order`, `timesteps`, `variants` and `made_for`;
+    `num_shallow_units` (a number, or a list that `variants` indexes), `order`, `timesteps`, `variants`, `factors` (per
+    step, of the prediction's terms) and `made_for`;
     or, in place of `full_steps` and `method`, `parts`: a list of `{"kinds": [...], "full_steps": [...]}`. Raises
     `ValueError` on any other field and on a number of the wrong type, `FileNotFoundError` if there is no such file.
     """
@@ -418,8 +422,17 @@ def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
     yield CacheMethod(
         schedule=_explicit(fields, fields.full_steps, fields.variants),
         site=make(tuple(numbers) if isinstance(numbers, list) else (numbers,)),
-        predictor=TaylorPredictor(fields.order),
+        predictor=_predictor(fields),
     )
+
+
+def _predictor(fields: ScheduleFields) -> Predictor:
+    if not fields.factors:
+        return TaylorPredictor(fields.order)
+    if len(fields.factors) != len(fields.timesteps):
+        raise ValueError(f"factors must be one entry per timestep, got {len(fields.factors)}")
+    rows = {at: tuple(row) for at, row in zip(fields.timesteps, fields.factors, strict=True) if row is not None}
+    return FittedPredictor(fields.order, tuple(rows), tuple(rows.values()))
 
 
 def _explicit(fields: ScheduleFields, full_steps: list[int], variants: list[int | None]) -> ExplicitSchedule:

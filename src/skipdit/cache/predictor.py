@@ -1,28 +1,47 @@
-"""HOW stored values become those of the current step: held, or extrapolated."""
+"""HOW stored values become those of the current step: held, or extrapolated.
+
+Every predictor keeps the last full step's values and their backward differences, and adds up the latter with numbers of
+its own: that is a linear combination of the last `order + 1` stored tensors. From order 1 on, all but the fitted one
+give back a series that is linear in the step.
+"""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 Values = Mapping[str, Tensor]
 Derivatives = tuple[Values, ...]
+MAX_ORDER = 4
+
+
+class Ahead(NamedTuple):
+    """Where a reuse step is."""
+
+    distance: int
+    """Steps since the last full one."""
+    spacing: int = 1
+    """Steps between the last full one and the full one before."""
+    timestep: float = 0.0
+    """Noise level, from 1000 down to 0."""
 
 
 @dataclass(frozen=True)
-class TaylorPredictor:
-    """Taylor expansion of order m in the step count, from differences of full steps (TaylorSeer, arXiv 2503.06923).
+class Predictor:
+    """A linear extrapolation. Abstract.
 
-    `stored[i]` holds the i-th derivatives, so memory is m + 1 tensors per value. The order is lower until m + 1 full
-    steps have run."""
+    `stored[i]` holds the i-th derivatives with respect to the step, so memory is `order + 1` tensors per value. The
+    order is lower until as many full steps have run."""
 
     order: int = 0
-    """m, from 0 (hold the stored values) to 4."""
+    """From 0 (hold the stored values) to 4."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.order <= 4:
-            raise ValueError(f"the Taylor order must be between 0 (hold) and 4, got {self.order}")
+        if not 0 <= self.order <= MAX_ORDER:
+            raise ValueError(f"the Taylor order must be between 0 (hold) and {MAX_ORDER}, got {self.order}")
 
     def update(self, stored: Derivatives, values: Values, distance: int) -> Derivatives:
         """Return the derivatives at a new full step, `distance` steps after that of `stored` (empty at the first)."""
@@ -32,14 +51,83 @@ class TaylorPredictor:
             derivatives.append({key: (value - previous[key]) / distance for key, value in last.items()})
         return tuple(derivatives)
 
-    def predict(self, stored: Derivatives, distance: int) -> Values:
-        """Return the values `distance` steps after the last full one."""
+    def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        """Return the numbers by which the derivatives from the first to the `order`-th are multiplied."""
+        raise NotImplementedError
+
+    def predict(self, stored: Derivatives, ahead: Ahead) -> Values:
+        """Return the values of the reuse step at `ahead`."""
         if len(stored) == 1:
             return stored[0]
-        factors = [distance**order / math.factorial(order) for order in range(1, len(stored))]
+        coefficients = self.coefficients(len(stored) - 1, ahead)
         predicted = {}
         for key, value in stored[0].items():
-            for factor, derivative in zip(factors, stored[1:], strict=True):
-                value = value.add(derivative[key], alpha=factor)
+            for coefficient, derivative in zip(coefficients, stored[1:], strict=True):
+                value = value.add(derivative[key], alpha=coefficient)
             predicted[key] = value
         return predicted
+
+
+@dataclass(frozen=True)
+class TaylorPredictor(Predictor):
+    """Taylor expansion (TaylorSeer, arXiv 2503.06923)."""
+
+    def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        return [ahead.distance**power / math.factorial(power) for power in range(1, order + 1)]
+
+
+@dataclass(frozen=True)
+class HermitePredictor(Predictor):
+    """Hermite polynomials (of probability theory) in place of powers (after HiCache, arXiv 2508.16984)."""
+
+    def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        found = [1.0, float(ahead.distance)]
+        for power in range(1, order):
+            found.append(ahead.distance * found[power] - power * found[power - 1])
+        return [value / math.factorial(power) for power, value in enumerate(found[: order + 1])][1:]
+
+
+@dataclass(frozen=True)
+class AdamsBashforthPredictor(Predictor):
+    """The integral of rates, extrapolated as Adams and Bashforth do: exact for a polynomial of its order on evenly
+    spaced full steps (after PrediT, arXiv 2602.18093)."""
+
+    def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        distance, spacing, _ = ahead
+        found = [float(distance)]
+        for power in range(2, order + 1):
+            found.append(found[-1] * (distance + (power - 1) * spacing) / power)
+        return found
+
+
+@dataclass(frozen=True)
+class FittedPredictor(Predictor):
+    """Taylor expansion whose terms have factors, fitted per step in a calibration (after L2P, arXiv 2604.26365)."""
+
+    timesteps: tuple[float, ...] = ()
+    """Noise levels of the factors, falling; between them factors are interpolated."""
+    factors: tuple[tuple[float, ...], ...] = ()
+    """At each of them, one per order; all 1 is Taylor's expansion."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
+            raise ValueError(f"timesteps must fall, got {list(self.timesteps)}")
+        if len(self.factors) != len(self.timesteps) or not self.factors:
+            raise ValueError(f"there must be factors for each of {len(self.timesteps)} timesteps, got {self.factors}")
+        if any(len(row) != self.order or not all(map(math.isfinite, row)) for row in self.factors):
+            raise ValueError(f"factors must be {self.order} finite numbers per timestep, got {self.factors}")
+
+    def factors_at(self, timestep: float) -> tuple[float, ...]:
+        """Return the factors of a timestep, interpolated linearly."""
+        after = bisect_left(self.timesteps, -timestep, key=lambda level: -level)
+        if after == 0 or after == len(self.timesteps):
+            return self.factors[min(after, len(self.factors) - 1)]
+        high, low = self.timesteps[after - 1], self.timesteps[after]
+        share = (high - timestep) / (high - low)
+        pairs = zip(self.factors[after - 1], self.factors[after], strict=True)
+        return tuple(before + share * (then - before) for before, then in pairs)
+
+    def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        taylor = TaylorPredictor(self.order).coefficients(order, ahead)
+        return [value * factor for value, factor in zip(taylor, self.factors_at(ahead.timestep), strict=False)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from skipdit.cache.compiled import Call
 from skipdit.cache.gates import AdaptiveSchedule, Gate
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.predictor import Derivatives, Values
+from skipdit.cache.predictor import Ahead, Derivatives, Values
 from skipdit.cache.ranks import all_reduce_max
 from skipdit.cache.schedule import Decision, ExplicitSchedule, Schedule
 from skipdit.models.costs import Costs
@@ -69,6 +69,8 @@ class RuleState:
     """The derivatives of each region; empty if nothing is stored."""
     steps_since_full: int = 0
     """Distance of the next step from the last full one."""
+    spacing: int = 1
+    """Distance between the last two full steps."""
     probe: Stored = field(default_factory=dict)
     """The probe of the last full step, or of the last step, as the schedule says."""
 
@@ -86,13 +88,16 @@ class RuleState:
         """Keep the values of the rule's regions that a full step stored."""
         fresh = {region.name: stored[region.name] for region in rule.regions if stored.get(region.name)}
         predictor = rule.method.predictor
+        self.spacing = max(self.steps_since_full, 1)
         self.stored = {
             name: predictor.update(self.stored.get(name, ()), values, self.steps_since_full)
             for name, values in fresh.items()
         }
 
-    def predict(self, rule: CacheRule, region: Region) -> Values:
-        return rule.method.predictor.predict(self.stored[region.name], self.steps_since_full)
+    def predict(self, rule: CacheRule, region: Region, level: float) -> Values:
+        """Return the values of a region at the next step, which is at this noise level."""
+        ahead = Ahead(self.steps_since_full, self.spacing, level)
+        return rule.method.predictor.predict(self.stored[region.name], ahead)
 
     def count(self, rule: CacheRule, level: float, *, full: bool) -> None:
         self.steps_since_full = 1 if full else self.steps_since_full + 1
@@ -141,7 +146,7 @@ class ScheduledSteps:
             for rule, state, decision in zip(self.rules, states, decisions, strict=True):
                 if decision is not None:
                     region = rule.regions[decision]
-                    reused[region.name] = state.predict(rule, region)
+                    reused[region.name] = state.predict(rule, region, stream.levels[-1])
         output, stored = call(plan, reused)
         for rule, state, decision in zip(self.rules, states, decisions, strict=True):
             if decision is None:
@@ -243,7 +248,7 @@ class ProbedSteps:
         if not state.stored:
             output, stored = call(self.full)
         elif call.is_compiled:
-            output, stored = call(self.reuse, {self.region.name: state.predict(rule, self.region)})
+            output, stored = call(self.reuse, {self.region.name: state.predict(rule, self.region, stream.levels[-1])})
             full = not accepts(stored)
             if full:
                 output, rest = call(self.rest, {self.head.name: stored[self.head.name]})
@@ -255,7 +260,7 @@ class ProbedSteps:
                 answers.append(accepts(stored))
                 return answers[-1]
 
-            reused = {self.region.name: state.predict(rule, self.region)}
+            reused = {self.region.name: state.predict(rule, self.region, stream.levels[-1])}
             question = Question(ask, self.reuse_rest, reused)
             output, stored = call(dataclasses.replace(self.full, question=question))
             full = True not in answers

@@ -15,9 +15,11 @@ from torch import Tensor
 from skipdit.cache.enable import cached
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import EVERY, METHODS, CacheMethod, MadeFor, parse_method
+from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import BranchOutputs, Site
-from skipdit.calibration.plan import choose, plan
+from skipdit.calibration.plan import PlannedSchedule, choose, plan
+from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import Measured, Trials, measure, smooth_errors, smooth_schedule
 from skipdit.environment import versions
 from skipdit.files.output import OutputFolder
@@ -29,7 +31,7 @@ from skipdit.plots import Tradeoffs, check_plots_installed, save_png
 from skipdit.report import Report, record, table
 from skipdit.runs import OwnCache, Runner
 
-COHERENCES = (0.0, 1.0)
+COHERENCES = (0.5, 1.0)  # tried for a search, see there
 WITH_SITE = tuple(name for name, row in METHODS.items() if row.site is not None)
 
 
@@ -49,8 +51,10 @@ class CalibrateConfig:
     """class names or numbers, repeated in turn; by default as of skipdit sample"""
     prompt: tuple[str, ...] = ()
     """texts, repeated in turn, for the text tasks"""
-    num_samples: int = 8
+    num_samples: int = 4
     """pictures or clips of each run"""
+    num_held_out: int = 8
+    """pictures or clips of each run of the report"""
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of a run, for which the schedules are made"""
     guidance_scale: float = 2.0
@@ -61,6 +65,8 @@ class CalibrateConfig:
     """of what the report measures"""
     trials: Trials = Trials()  # noqa: RUF009 (frozen)
     """what is tried at each step"""
+    fits: bool = True
+    """give each reuse step's prediction factors that fit what was measured; otherwise they are Taylor's"""
     refine: int = 0
     """exchanges of single steps that are tried on each schedule afterwards, each a cached run"""
     rivals: tuple[str, ...] = (
@@ -72,7 +78,7 @@ class CalibrateConfig:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_option(self, "method", (*WITH_SITE, "smoothcache"))
-        check_range(self, "num_samples", "num_inference_steps")
+        check_range(self, "num_samples", "num_held_out", "num_inference_steps")
         check_range(self, "refine", least=0)
         if not self.speedups and not self.psnr_db:
             raise ValueError("give at least one of speedups and psnr_db")
@@ -166,10 +172,13 @@ class Found:
     measured: PairedScore
     """PSNR on the calibration seed"""
 
+    @property
+    def is_whole(self) -> bool:
+        """True if no sample is NaN or infinite."""
+        return not self.measured.num_broken
+
     @classmethod
-    def on_seed(
-        cls, name: str, method: CacheMethod, reference: Tensor, run: Runner, predicted: float = math.nan
-    ) -> "Found":
+    def on_seed(cls, name: str, method: CacheMethod, reference: Tensor, run: Runner, predicted: float) -> "Found":
         """Return what a schedule gives in a run on the calibration seed. reference: the samples of the full run."""
         made = run(OwnCache(method))
         return cls(
@@ -193,42 +202,75 @@ class Found:
 
 
 def find_schedules(measured: Measured, config: CalibrateConfig, run: Runner) -> list[Found]:
-    """Return for each target the best of the planned schedules, of all Taylor orders and both ways in which errors may
-    add up, and of the rule of `auto`, by what the calibration seed gives.
+    """Return a schedule for each target: the best, by what the calibration seed gives, of those that the searches find
+    for each order and both ways in which errors may add up.
 
     Of a target out of reach there is none; `ValueError` if all are.
     """
-    fronts = {
-        (order, coherence): plan(measured.reuse_errors(order), coherence=coherence)
+    searches = [
+        Search(measured, order, coherence, fits=config.fits)
         for order in config.trials.orders
         for coherence in COHERENCES
-    }
+    ]
+    fronts = [plan(search.errors(), coherence=search.coherence) for search in searches]
     found, reason = [], "nothing can be reused so well"
     for name, target in config.targets.items():
-        planned: dict[tuple, float] = {}  # order and variants: the predicted PSNR
-        for (order, _), front in fronts.items():
+        planned: dict[tuple[int, Variants], Search] = {}
+        for search in searches:
             try:
-                chosen = choose(front, **target)
+                variants = search_for(search, fronts, **target)
             except ValueError as error:
                 reason = str(error)
                 continue
-            if chosen.cost < 1:
-                planned.setdefault((order, chosen.variants), chosen.psnr_db)
-        if (speedup := target.get("speedup")) and (full := by_rule(measured, speedup)):
-            variants = tuple(None if is_full else 0 for is_full in full)
-            for order in config.trials.orders:
-                planned.setdefault((order, variants), math.nan)
-        candidates = [
-            Found.on_seed(name, measured.method(variants, order), measured.reference, run, predicted)
-            for (order, variants), predicted in planned.items()
-        ]
-        whole = [each for each in candidates if not each.measured.num_broken]
+            if search.cost(variants) < 1:
+                planned.setdefault((search.order, variants), search)
+        candidates = [tried_on_seed(name, search, variants, run) for (_, variants), search in planned.items()]
+        whole = [(each, search) for each, search in zip(candidates, planned.values(), strict=True) if each.is_whole]
         if whole:
-            best = max(whole, key=lambda each: each.measured.rank)
-            found.append(refine(best, config.refine, measured.reference, run, config.seed))
+            best, search = max(whole, key=lambda pair: pair[0].measured.rank)
+            found.append(refine(best, search, config.refine, run, config.seed))
     if not found:
         raise ValueError(f"no target is within reach: {reason}")
     return found
+
+
+def search_for(
+    search: Search,
+    fronts: Sequence[Sequence[PlannedSchedule]],
+    *,
+    speedup: float | None = None,
+    psnr_db: float | None = None,
+) -> Variants:
+    """Return the best schedule of a search that is at least so fast, or the cheapest of at least this predicted PSNR.
+
+    fronts: planned schedules to start from. `ValueError` where the target is out of reach.
+    """
+    if speedup is None:
+        low, high = 1.0, max(schedule.speedup for front in fronts for schedule in front)
+        best = search_for(search, fronts, speedup=low)
+        for _ in range(8):
+            middle = (low + high) / 2
+            tried = search_for(search, fronts, speedup=middle)
+            reached = search.psnr_db(tried) >= cast(float, psnr_db)
+            low, high, best = (middle, high, tried) if reached else (low, middle, best)
+        if search.cost(best) == 1:
+            raise ValueError(f"no schedule is predicted to give {psnr_db} dB")
+        return best
+    full = by_rule(search.measured, speedup)
+    starts = [tuple(None if is_full else 0 for is_full in full)] if full else []
+    for front in fronts:
+        try:
+            starts.append(choose(front, speedup=speedup).variants)
+        except ValueError:  # costs on a front are rounded up
+            if not starts:
+                raise
+    return min((search.improve(start, speedup) for start in dict.fromkeys(starts)), key=search.error)
+
+
+def tried_on_seed(name: str, search: Search, variants: Variants, run: Runner) -> Found:
+    """Return what a schedule that was searched for gives in a run on the calibration seed."""
+    reference = search.measured.reference
+    return Found.on_seed(name, search.method(variants), reference, run, search.psnr_db(variants))
 
 
 def by_rule(measured: Measured, speedup: float) -> tuple[bool, ...]:
@@ -244,7 +286,7 @@ def by_rule(measured: Measured, speedup: float) -> tuple[bool, ...]:
     return ()
 
 
-def refine(found: Found, num_trials: int, reference: Tensor, run: Runner, seed: int) -> Found:
+def refine(found: Found, search: Search, num_trials: int, run: Runner, seed: int) -> Found:
     """Move one full step at a time to a place near by, and keep what the calibration seed likes better."""
     generator = np.random.default_rng(seed)
     tried = {explicit(found.method).full_steps}
@@ -262,9 +304,7 @@ def refine(found: Found, num_trials: int, reference: Tensor, run: Runner, seed: 
         tried.add(steps)
         variants = list(schedule.variants)
         variants[moved], variants[moved + offset] = variants[moved + offset], None
-        changed = replace(schedule, full_steps=steps, variants=tuple(variants))
-        method = CacheMethod(schedule=changed, site=found.method.site, predictor=found.method.predictor)
-        other = Found.on_seed(found.name, method, reference, run, found.predicted_psnr_db)
+        other = tried_on_seed(found.name, search, tuple(variants), run)
         found = max(found, other, key=lambda each: each.measured.rank)
     return found
 
@@ -286,8 +326,8 @@ def find_smooth(config: CalibrateConfig, run: Runner) -> list[Found]:
         method = smooth_schedule(seen, high)
         most = max(most, seen.compute_ratio(method))
         if seen.compute_ratio(method) >= speedup:
-            found.append(Found.on_seed(f"{speedup:g}x", method, seen.reference, run))
-    found = [each for each in found if not each.measured.num_broken]
+            found.append(Found.on_seed(f"{speedup:g}x", method, seen.reference, run, math.nan))
+    found = [each for each in found if each.is_whole]
     if not found:
         raise ValueError(f"no target is within reach: all branches reused give {most:.2f}x")
     return found
@@ -300,6 +340,15 @@ def explicit(method: CacheMethod) -> ExplicitSchedule:
 def rounded(psnr: float) -> float | None:
     """Return `None` where nothing was predicted, or all pictures are equal."""
     return round(psnr, 2) if math.isfinite(psnr) else None
+
+
+def factors_of(method: CacheMethod) -> list[list[float] | None]:
+    """Return the fitted factors of each step, `None` for full ones; none where nothing was fitted."""
+    predictor, schedule = method.predictor, explicit(method)
+    if not isinstance(predictor, FittedPredictor):
+        return []
+    rows = dict(zip(predictor.timesteps, predictor.factors, strict=True))
+    return [[round(factor, 4) for factor in rows[at]] if at in rows else None for at in schedule.timesteps]
 
 
 def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[str, Any]:
@@ -328,6 +377,7 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
         "order": found.method.predictor.order,
         "full_steps": schedule.full_steps,
         "variants": schedule.variants,
+        "factors": factors_of(found.method),
     } | common
 
 
@@ -348,15 +398,15 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
     samples is not finite.
     """
     claim(out, config)
-    run, made_for = make_runner(source, config), made_for_of(source.sampler.pipeline, config)
-    num_runs, smooth = 1 + config.trials.num_probed, config.method == "smoothcache"
-    with progress("measuring", None if smooth else config.num_inference_steps + num_runs * 2) as advance:
+    run, held_out_run = make_runner(source, config), make_runner(source, config, held_out=True)
+    made_for = made_for_of(source.sampler.pipeline, config)
+    smooth, num_runs = config.method == "smoothcache", 1 + config.trials.num_probed
+    with progress("measuring", None if smooth else config.num_inference_steps + num_runs) as advance:
         run = replace(run, advance=advance)
         if smooth:
             found = find_smooth(config, run)
         else:
-            sample = lambda: run().samples  # noqa: E731
-            measured = measure(run.pipeline, sample, config.site, config.trials, advance=advance)
+            measured = measure(run, config.site, config.trials, advance=advance)
             check_finite(measured.reference)
             found = find_schedules(measured, config, run)
     for each in found:
@@ -364,23 +414,25 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]
         out.write_text(f"{each.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
     with progress("checking", len(found) + 2 * len(config.rivals) + 1) as advance:
-        rows = held_out(found, config, replace(run, advance=advance, seed=config.held_out_seed))
+        rows = held_out(found, config, replace(held_out_run, advance=advance))
     report_of(rows, found, config, made_for).write(out, "report")
     if plot := draw(rows, config, made_for):
         save_png(plot, out)
     return rows
 
 
-def make_runner(source: Source, config: CalibrateConfig) -> Runner:
-    """Return what runs the model on the calibration seed. `ValueError` on an unknown label or prompt."""
-    conditions, _ = source.choose({"labels": config.labels, "prompt": config.prompt}, config.num_samples)
+def make_runner(source: Source, config: CalibrateConfig, *, held_out: bool = False) -> Runner:
+    """Return what runs the model on the calibration seed, or on the held-out one. `ValueError` on an unknown label or
+    prompt."""
+    num_samples = config.num_held_out if held_out else config.num_samples
+    conditions, _ = source.choose({"labels": config.labels, "prompt": config.prompt}, num_samples)
     source.sampler.pipeline.set_progress_bar_config(disable=True)
     return Runner.of(
         source.sampler,
         conditions,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
-        seed=config.seed,
+        seed=config.held_out_seed if held_out else config.seed,
     )
 
 
@@ -464,8 +516,8 @@ def report_of(rows: Sequence[Row], found: Sequence[Found], config: CalibrateConf
         parts=[
             f"`skipdit calibrate`, method {config.method}, {made_for.model} of {made_for.num_units} units, weights "
             f"{made_for.weights}, {made_for.scheduler}, {config.num_inference_steps} steps, guidance "
-            f"{config.guidance_scale:g}, {config.num_samples} samples; schedules found on seed {config.seed}, rows "
-            f"measured on seed {config.held_out_seed}. Distances to the full run. "
+            f"{config.guidance_scale:g}; schedules found on {config.num_samples} samples of seed {config.seed}, rows "
+            f"measured on {config.num_held_out} of seed {config.held_out_seed}. Distances to the full run. "
             + ", ".join(f"{name} {number}" for name, number in versions().items()),
             table([each.cells() for each in found]),
             f"Out of reach: {', '.join(missed)}." if missed else "",

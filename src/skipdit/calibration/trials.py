@@ -1,18 +1,19 @@
-"""Measures what reuse costs at every step, and finds the schedule that costs least.
+"""Measures what reuse does to a run at every step.
 
-One sampling pass in full tries, at each step, what every possible reuse would have given: by age (steps since the last
-full one), spacing (steps between the last two full ones, which Taylor prediction depends on) and variant. How much an
-error at a step shows in the end is measured by reusing at single steps. `plan` does the rest.
+One pass in full tries at each step what the values of each earlier step would do to the output in place of its own. The
+output is nearly linear in them, so the error of any prediction from stored steps is a sum of these changes (`search`).
+How much an error at a step shows in the end is measured by reusing at single steps.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,34 +21,34 @@ from torch import Tensor, nn
 from skipdit.cache.compiled import Call
 from skipdit.cache.enable import Cache, cached
 from skipdit.cache.methods import EVERY, CacheMethod
-from skipdit.cache.predictor import Derivatives, TaylorPredictor
+from skipdit.cache.predictor import FittedPredictor, Predictor, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.cache.steppers import CacheRule, Stepper, StepState, relative_change
-from skipdit.calibration.plan import ReuseErrors
 from skipdit.models.check import first_tensor
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored, Values
 from skipdit.models.long_skip import BranchKind, LongSkipModel
+from skipdit.runs import Runner, before_steps
 
 Sample = Callable[[], Tensor]
 Steps = TypeVar("Steps", bound=Stepper)
+NUM_COORDINATES = 4096  # of an output, drawn at random, at which changes are kept
+LEAST_EXPLAINED = 0.9  # of the guided output by those of the model, below which guidance is taken for unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
     """What is tried at each step."""
 
-    orders: tuple[int, ...] = (1, 2)
-    """orders of the Taylor predictions"""
-    max_age: int = 9
+    orders: tuple[int, ...] = (1,)
+    """orders of the predictions: from the last values (0), and also from how they changed (1 and above)"""
+    max_age: int = 10
     """steps that a prediction may be old, at most"""
-    max_spacing: int = 5
-    """steps between the full ones that it is drawn from, at most"""
-    num_probed: int = 12
+    num_probed: int = 8
     """steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
 
     def __post_init__(self) -> None:
-        for name in ("max_age", "max_spacing", "num_probed"):
+        for name in ("max_age", "num_probed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.orders or len(set(self.orders)) < len(self.orders):
@@ -55,16 +56,22 @@ class Trials:
         for order in self.orders:
             TaylorPredictor(order)
 
+    @property
+    def lookback(self) -> int:
+        """The number of earlier steps whose values are tried: as far as two rests of the largest age reach."""
+        return self.max_age + (self.max_age + 1) * min(max(self.orders), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What calibration has seen of one site of one model."""
 
     site: Site
-    errors: dict[int, np.ndarray]
-    """of each Taylor order (variants, steps, spacings, ages), see `ReuseErrors`"""
+    changes: Float[np.ndarray, "variants steps lookback coordinates"]
+    """of the output, after guidance, at [v, s, back - 1], where step s has the values of step s - back; 0 where that is
+    before the first"""
     sensitivity: Float[np.ndarray, " steps"]
-    """of each step"""
+    """mean squared error of the final sample per that of the output of a step"""
     reuse_costs: tuple[float, ...]
     """of each variant, in full steps"""
     num_units: int
@@ -73,15 +80,7 @@ class Measured:
     reference: Tensor
     """what the run samples in full, in [0, 1]"""
 
-    def reuse_errors(self, order: int) -> ReuseErrors:
-        return ReuseErrors(
-            errors=self.errors[order],
-            sensitivity=self.sensitivity,
-            reuse_costs=self.reuse_costs,
-            num_units=self.num_units,
-        )
-
-    def method(self, variants: tuple[int | None, ...], order: int) -> CacheMethod:
+    def method(self, variants: tuple[int | None, ...], predictor: Predictor) -> CacheMethod:
         """Return what `enable_cache` takes. variants: one per step, `None` where it is full."""
         schedule = ExplicitSchedule(
             full_steps=tuple(step for step, variant in enumerate(variants) if variant is None),
@@ -89,11 +88,60 @@ class Measured:
             timesteps=self.timesteps,
             variants=variants,
         )
-        return CacheMethod(schedule=schedule, site=self.site, predictor=TaylorPredictor(order))
+        return CacheMethod(schedule=schedule, site=self.site, predictor=predictor)
+
+    def fitted(self, factors: Mapping[int, tuple[float, ...]], order: int) -> Predictor:
+        """Return a predictor of factors per reuse step; where fewer values were stored, further ones are 1."""
+        if order == 0:
+            return TaylorPredictor(0)
+        rows = {self.timesteps[step]: (*row, *(1.0,) * (order - len(row))) for step, row in sorted(factors.items())}
+        return FittedPredictor(order, tuple(rows), tuple(rows.values()))
+
+
+class SolverSteps:
+    """Brings together what was tried in all calls of the model for one step of the solver."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, Tensor, Mapping[Hashable, Tensor]]] = []
+        self.found: dict[tuple[int, Hashable], list[np.ndarray]] = {}
+
+    def add(self, step: int, output: Tensor, changes: Mapping[Hashable, Tensor]) -> None:
+        """Add a call. output: what the pipeline gets from it. changes: of the output, by what was tried."""
+        self.calls.append((step, output, changes))
+
+    def see(self, guided: Tensor, latents: Tensor) -> None:
+        """Keep the changes of the calls that the solver's step, with this guided output, was made from.
+
+        Guidance is a sum of the model's outputs, whose weights are found from them; where it is more than that, their
+        changes stand side by side.
+        """
+        calls, self.calls = self.calls, []
+        if not calls or not calls[0][2]:
+            return
+        parts = [part for _, output, _ in calls for part in parts_of(output, guided)]
+        weights = None
+        if all(part.numel() == guided.numel() for part in parts):
+            matrix, target = torch.stack(parts, dim=1).double().cpu(), guided.flatten().double().cpu()
+            solved = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
+            if (matrix @ solved - target).square().sum() <= (1 - LEAST_EXPLAINED) * target.square().sum():
+                weights = solved.to(parts[0])
+        for name in calls[0][2]:
+            changed = [part for _, _, changes in calls for part in parts_of(changes[name], guided)]
+            vector = torch.cat(changed) if weights is None else torch.stack(changed, dim=1) @ weights
+            places = torch.randperm(vector.numel(), generator=torch.Generator().manual_seed(0))[:NUM_COORDINATES]
+            self.found.setdefault((calls[0][0], name), []).append(vector[places.to(vector.device)].cpu().numpy())
+
+
+def parts_of(output: Tensor, guided: Tensor) -> list[Tensor]:
+    """Return the parts of an output that guidance combines, flat: of each branch, without learned variances."""
+    if output.shape[0] % guided.shape[0] or output[0].numel() < guided[0].numel():
+        return [output.flatten()]
+    chunks = output.chunk(output.shape[0] // guided.shape[0])
+    return [chunk.flatten(1)[:, : guided[0].numel()].flatten() for chunk in chunks]
 
 
 class RecordingSteps:
-    """Makes every step in full, tries every reuse, and keeps how far off each is."""
+    """Makes every step in full, tries the values of each earlier one, and keeps how the output changes."""
 
     def __init__(self, model: nn.Module, rules: list[CacheRule], trials: Trials, advance: Callable[[], object]) -> None:
         self.rules, self.trials, self.advance = rules, trials, advance
@@ -102,59 +150,66 @@ class RecordingSteps:
         self.full = ForwardPlan.of(links, store=self.regions)
         self.reuse = [ForwardPlan.of(links, reuse=(region,)) for region in self.regions]
         self.history: WeakKeyDictionary[StepState, deque[Stored]] = WeakKeyDictionary()
-        # of each order: (variant, step, spacing, age) -> mean squared errors
-        self.errors: dict[int, dict[tuple[int, int, int, int], list[float]]] = {order: {} for order in trials.orders}
+        self.solver_steps = SolverSteps()
         self.seen: list[float] = []
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
         output, stored = call(self.full)
         sample = first_tensor(output).float()
-        history = self.history.setdefault(
-            stream, deque(maxlen=self.trials.max_age + self.trials.max_spacing * max(*self.trials.orders, 1))
-        )
+        history = self.history.setdefault(stream, deque(maxlen=self.trials.lookback))
         step = len(stream.levels) - 1
         if step == len(self.seen):
             self.seen.append(stream.levels[-1])
+        changes: dict[Hashable, Tensor] = {}
         for variant, region in enumerate(self.regions):
-            for order in self.trials.orders:
-                for spacing, age, derivatives in self._reuses(history, region, order, step):
-                    given = {region.name: TaylorPredictor(order).predict(derivatives, age)}
-                    reused = first_tensor(call(self.reuse[variant], given).output).float()
-                    error = (reused - sample).square().mean().item()
-                    self.errors[order].setdefault((variant, step, spacing, age), []).append(error)
+            now = stored[region.name]
+            # part of the way, where rounding allows it: predictions are nearer than the values they are made from
+            way = 0.25 if all(value.dtype == torch.float32 for value in now.values()) else 1.0
+            for back, before in enumerate(history, start=1):
+                earlier = before[region.name]
+                given = {region.name: {key: value.lerp(earlier[key], way) for key, value in now.items()}}
+                changes[variant, back] = (first_tensor(call(self.reuse[variant], given).output).float() - sample) / way
+        self.solver_steps.add(step, sample, changes)
         history.appendleft(stored)
         self.advance()
         return output, ()
 
-    def _reuses(
-        self, history: deque[Stored], region: Region, order: int, step: int
-    ) -> Iterator[tuple[int, int, Derivatives]]:
-        """Yield spacing, age and derivatives of every reuse that could be at this step."""
-
-        def values(age: int) -> Values:
-            return history[age - 1][region.name]
-
-        for age in range(1, min(self.trials.max_age, step) + 1):
-            first = step - age  # of the full steps that are then known
-            if first == 0 or order == 0:
-                for spacing in range(1, 2 if first == 0 else min(self.trials.max_spacing, first) + 1):
-                    if spacing == 1:
-                        yield spacing, age, (values(age),)
-                continue
-            for spacing in range(1, min(self.trials.max_spacing, first) + 1):
-                derivatives: Derivatives = ()
-                for back in range(min(order, first // spacing), -1, -1):
-                    derivatives = TaylorPredictor(order).update(derivatives, values(age + back * spacing), spacing)
-                yield spacing, age, derivatives
-
-    def array(self, order: int) -> Float[np.ndarray, "variants steps spacings ages"]:
-        trials, steps = self.trials, len(self.seen)
-        found = np.full((len(self.regions), steps, trials.max_spacing, trials.max_age), np.nan)
-        for (variant, step, spacing, age), errors in self.errors[order].items():
-            found[variant, step, spacing - 1, age - 1] = float(np.mean(errors))
-        if order == 0:  # the spacing does not matter
-            found[:] = found[:, :, :1]
+    def array(self) -> Float[np.ndarray, "variants steps lookback coordinates"]:
+        vectors = {place: np.concatenate(parts) for place, parts in self.solver_steps.found.items()}
+        size = max(len(vector) for vector in vectors.values())
+        shape = len(self.regions), len(self.seen), self.trials.lookback, size
+        found = np.zeros(shape, np.float32)
+        for (step, name), vector in vectors.items():
+            variant, back = cast(tuple[int, int], name)
+            found[variant, step, back - 1, : len(vector)] = vector
         return found
+
+
+class ProbingSteps:
+    """Makes every step in full but one, which reuses what the step before stored."""
+
+    def __init__(self, model: nn.Module, rules: list[CacheRule], probed: int) -> None:
+        self.rules, self.probed = rules, probed
+        self.region = rules[0].regions[0]
+        links = cast(LongSkipModel, model).long_skip_links
+        self.full, self.reuse = ForwardPlan.of(links, store=(self.region,)), ForwardPlan.of(links, reuse=(self.region,))
+        self.before: WeakKeyDictionary[StepState, Values] = WeakKeyDictionary()
+        self.solver_steps = SolverSteps()
+
+    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+        output, stored = call(self.full)
+        if len(stream.levels) - 1 == self.probed:
+            reused = call(self.reuse, {self.region.name: self.before[stream]}).output
+            sample = first_tensor(reused).float()
+            self.solver_steps.add(self.probed, sample, {"": sample - first_tensor(output).float()})
+            output = reused
+        self.before[stream] = stored[self.region.name]
+        return output, ()
+
+    @property
+    def error(self) -> float:
+        """The mean squared error of the output of the probed step."""
+        return float(np.mean([np.square(part).mean() for parts in self.solver_steps.found.values() for part in parts]))
 
 
 @contextmanager
@@ -174,53 +229,40 @@ def probed_steps(num_steps: int, num_probed: int) -> list[int]:
     return sorted({1 + round(float(place) * (num_steps - 2)) for place in places})
 
 
-def measure(
-    pipeline: DiffusionPipeline,
-    sample: Sample,
-    site: Site,
-    trials: Trials,
-    *,
-    advance: Callable[[], object] = lambda: None,
-) -> Measured:
-    """Measure what reuse at this site costs in this pipeline.
+def measure(run: Runner, site: Site, trials: Trials, *, advance: Callable[[], object] = lambda: None) -> Measured:
+    """Measure what reuse at this site does to what a runner samples, in 1 + `trials.num_probed` runs.
 
-    sample: runs the pipeline once, on the same seeds each time, and gives pictures or frames in [0, 1]. advance: called
-    once per step of each such run; there are 1 + `trials.num_probed` runs.
+    advance: called once per call of the model in the first of them.
 
     `ValueError` where the model lacks the site, or a run has fewer than 3 steps.
     """
+    pipeline = run.pipeline
     with recorded(pipeline, site, lambda model, rules: RecordingSteps(model, rules, trials, advance)) as (
         cache,
         recorder,
     ):
-        reference = sample()
+        with before_steps(pipeline.scheduler, recorder.solver_steps.see):
+            reference = run().samples
         costs = tuple(cache.costs().of_step((region,)) for region in recorder.regions)
         num_units = len(cache.costs().units)
     num_steps = len(recorder.seen)
     if num_steps < 3:
         raise ValueError(f"calibration needs a run of at least 3 steps, got {num_steps}")
-    timesteps = tuple(recorder.seen)
-    errors = {order: recorder.array(order) for order in trials.orders}
-    order = trials.orders[0]
-    probed = probed_steps(num_steps, trials.num_probed)
-    shown = []
+    probed, shown = probed_steps(num_steps, trials.num_probed), []
     for step in probed:
-        full = tuple(each for each in range(num_steps) if each != step)
-        alone = ExplicitSchedule(full_steps=full, num_inference_steps=num_steps)
-        with cached(pipeline, CacheMethod(schedule=alone, site=site, predictor=TaylorPredictor(order))) as cache:
-            sampled = sample()
-            assert cache.summary().steps_reused >= 1
-        final = (sampled - reference).square().mean().item()
-        shown.append(max(final, 1e-12) / max(errors[order][0, step, 0, 0], 1e-20))
-        advance()
-    sensitivity = np.exp(np.interp(np.arange(num_steps), probed, np.log(shown)))
+        with (
+            recorded(pipeline, site, lambda model, rules, step=step: ProbingSteps(model, rules, step)) as (_, prober),
+            before_steps(pipeline.scheduler, prober.solver_steps.see),
+        ):
+            final = (run().samples - reference).square().mean().item()
+        shown.append(max(final, 1e-12) / max(prober.error, 1e-20))
     return Measured(
         site=site,
-        errors=errors,
-        sensitivity=sensitivity,
+        changes=recorder.array(),
+        sensitivity=np.exp(np.interp(np.arange(num_steps), probed, np.log(shown))),
         reuse_costs=costs,
         num_units=num_units,
-        timesteps=timesteps,
+        timesteps=tuple(recorder.seen),
         reference=reference,
     )
 
