@@ -1,80 +1,164 @@
-"""Learns the densities of `--cache auto` from one calibrated model: `AUTO_DENSITY` in `skipdit.cache.schedule`.
+"""Learns the rule of `--cache auto` from calibrated models: `AUTO_DENSITY` and `AUTO_FACTORS` in `skipdit.cache`.
 
-    python benchmarks/learn_auto.py emoji
+    python benchmarks/learn_auto.py emoji emoji-text emoji-clips emoji-text-clips --out out/auto
 
-What reuse costs at each step is measured once, as `skipdit calibrate` does; then the densities are moved at random,
-and kept where they come nearer to the best schedules of equal compute, in the mean square of predicted dB over
-speedups.
+What reuse does at each step is measured once per model, as `skipdit calibrate` does, and kept in `--out`. Then
+densities and factors are moved at random, and kept where they come nearer to the best schedules of equal compute: in
+the mean, over models and speedups, of the square of predicted dB. `--without MODEL` leaves a model out, to test the
+rule on it.
 """
 
 import argparse
 import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from skipdit.cache import schedule as schedules
-from skipdit.cache.schedule import AutoSchedule, resolve
-from skipdit.cache.site import DeepFeatures
-from skipdit.calibration.calibrate import CalibrateConfig, make_runner, progress
-from skipdit.calibration.plan import choose, plan, predict_error
-from skipdit.calibration.search import Search
+from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, resolve
+from skipdit.cache.site import MiddleUnits
+from skipdit.calibration.calibrate import COHERENCES, CalibrateConfig, make_runner, progress, search_for
+from skipdit.calibration.plan import plan
+from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import Measured, Trials, measure
 from skipdit.loading import load_source
 
-SPEEDUPS = (1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0, 2.1, 2.2, 2.3, 2.4, 2.5, 2.6, 2.8, 3.0)
-ORDER = 2
-COHERENCE = 1.0
+SPEEDUPS = (1.3, 1.5, 1.65, 1.8, 2.0, 2.25, 2.5, 2.75, 3.0)
+ORDER = 1
+WIDEST = 30.0  # dB behind the best that count at most: where no rule can be near
+NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
-def losses(measured: Measured, densities: np.ndarray, front: tuple) -> list[float]:
-    """By how many dB a rule of these densities falls behind the best schedule of equal compute, for each speedup."""
-    schedules.AUTO_DENSITY = tuple(np.exp(densities))
-    schedules.auto_scale.cache_clear()
-    errors, found = Search(measured, ORDER, fits=False).errors(), []
-    for speedup in SPEEDUPS:
-        rule = AutoSchedule(speedup=speedup).for_cost(measured.reuse_costs[0])
-        full = resolve(rule, measured.timesteps)
-        variants = [None if is_full else 0 for is_full in full]
-        cost = float(np.mean([1.0 if is_full else measured.reuse_costs[0] for is_full in full]))
-        best = choose(front, speedup=1 / cost)
-        try:
-            error = predict_error(errors, [step for step, is_full in enumerate(full) if is_full], variants, COHERENCE)
-        except ValueError:  # a longer rest than was measured
-            found.append(60.0)
-            continue
-        found.append(10 * math.log10(max(error, 1e-12) / max(best.predicted_error, 1e-12)))
-    return found
+def measured_of(name: str, out: Path) -> Measured:
+    """Measure a model, or read what was measured before."""
+    path = out / f"{name}.npz"
+    if not path.exists():
+        source = load_source(name)
+        config = CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4))
+        trials = Trials(orders=(ORDER,), max_age=10)
+        with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
+            run = replace(make_runner(source, config), advance=advance)
+            found = measure(run, MiddleUnits(), trials, advance=advance)
+        arrays = asdict(found) | {"reference": found.reference.numpy()}
+        del arrays["site"]
+        out.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **arrays)
+    with np.load(path) as arrays:
+        return Measured(
+            site=MiddleUnits(),
+            changes=arrays["changes"],
+            sensitivity=arrays["sensitivity"],
+            reuse_costs=tuple(arrays["reuse_costs"].tolist()),
+            num_units=int(arrays["num_units"]),
+            timesteps=tuple(arrays["timesteps"].tolist()),
+            reference=torch.from_numpy(arrays["reference"]),
+        )
 
 
-def learn(measured: Measured, num_trials: int, seed: int) -> tuple[np.ndarray, list[float]]:
-    front = plan(Search(measured, ORDER, fits=False).errors(), coherence=COHERENCE)
+@dataclass(frozen=True)
+class Rule:
+    """What is learned, at `AUTO_TIMESTEPS`."""
+
+    densities: np.ndarray
+    """logarithms"""
+    factors: np.ndarray
+
+    def moved(self, generator: np.random.Generator, width: float) -> "Rule":
+        shape = self.densities.shape
+        moves = (generator.normal(0, width, shape) * (generator.random(shape) < 0.4) for _ in range(2))
+        return Rule(self.densities + next(moves), self.factors + 0.3 * next(moves))
+
+
+class Model:
+    """One measured model, and its best schedules."""
+
+    def __init__(self, name: str, measured: Measured) -> None:
+        self.name, self.measured = name, measured
+        searches = [Search(measured, ORDER, coherence) for coherence in COHERENCES]
+        fronts = [plan(search.errors(), coherence=search.coherence) for search in searches]
+        self.search, self.best = searches[0], {}
+        for speedup in SPEEDUPS:
+            try:
+                schedules_found = search_for(self.search, fronts, speedup=speedup)
+            except ValueError:
+                continue
+            self.best[speedup] = self.search.error(schedules_found)
+        self.known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+
+    def parts(self, step: int, full: tuple[int, ...]) -> np.ndarray:
+        """The change by the last values, and that by the term that a factor multiplies."""
+        if (step, full) not in self.known:
+            root = math.sqrt(self.measured.sensitivity[step])
+            self.known[step, full] = self.search.terms(step, full) @ self.measured.changes[0, step] * root
+        return self.known[step, full]
+
+    def error(self, variants: Variants, factors: np.ndarray) -> float:
+        changes, full = [], ()
+        at = np.interp(self.measured.timesteps, AUTO_TIMESTEPS, factors)
+        for step, variant in enumerate(variants):
+            if variant is None:
+                full = (*full, step)[-ORDER - 1 :]
+            elif step - full[0] > self.search.lookback:
+                return math.inf
+            else:
+                first, *others = self.parts(step, full)
+                changes.append(first + sum(at[step] * other for other in others))
+        stack, share = np.stack(changes), self.search.coherence
+        together = float(np.square(stack.sum(axis=0)).mean())
+        return (1 - share) * float(np.square(stack).mean(axis=1).sum()) + share * together
+
+    def behind(self, rule: Rule) -> dict[float, float]:
+        """Return by how many dB the rule falls behind the best schedule, by speedup."""
+        schedules.AUTO_DENSITY = tuple(np.exp(rule.densities))
+        schedules.auto_scale.cache_clear()
+        schedules.density_at.cache_clear()
+        found = {}
+        for speedup, best in self.best.items():
+            full = resolve(
+                AutoSchedule(speedup=speedup).for_cost(self.measured.reuse_costs[0]), self.measured.timesteps
+            )
+            if all(full):
+                continue
+            error = self.error(tuple(None if is_full else 0 for is_full in full), rule.factors)
+            found[speedup] = min(10 * math.log10(max(error, 1e-12) / max(best, 1e-12)), WIDEST)
+        return found
+
+
+def loss(models: list[Model], rule: Rule) -> float:
+    return float(np.mean([np.mean(np.square(list(model.behind(rule).values()))) for model in models]))
+
+
+def learn(models: list[Model], num_trials: int, seed: int) -> Rule:
     generator = np.random.default_rng(seed)
-    best = np.log(np.array(schedules.AUTO_DENSITY))
-    lost = losses(measured, best, front)
+    best = Rule(np.log(np.array(schedules.AUTO_DENSITY)), np.full(len(AUTO_TIMESTEPS), 0.7))
+    least = loss(models, best)
     for trial in range(num_trials):
-        width = 0.6 * 0.1 ** (trial / num_trials)
-        tried = best + generator.normal(0, width, best.shape) * (generator.random(best.shape) < 0.4)
-        other = losses(measured, tried, front)
-        if np.mean(np.square(other)) < np.mean(np.square(lost)):
-            best, lost = tried, other
-    return best - best.mean(), lost
+        tried = best.moved(generator, 0.6 * 0.1 ** (trial / num_trials))
+        other = loss(models, tried)
+        if other < least:
+            best, least = tried, other
+    return Rule(best.densities - best.densities.mean(), best.factors)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="emoji")
-    parser.add_argument("--trials", type=int, default=4000)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--without", nargs="*", default=[])
+    parser.add_argument("--out", type=Path, default=Path("out/auto"))
+    parser.add_argument("--trials", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    source, config = load_source(arguments.model), CalibrateConfig()
-    run, trials = make_runner(source, config), Trials(orders=(ORDER,), max_age=9)
-    with progress("measuring", config.num_inference_steps + trials.num_probed + 1) as advance:
-        run = replace(run, advance=advance)
-        measured = measure(run, DeepFeatures(), trials, advance=advance)
-    densities, lost = learn(measured, arguments.trials, config.seed)
-    print("AUTO_TIMESTEPS =", schedules.AUTO_TIMESTEPS)
-    print("AUTO_DENSITY =", tuple(round(float(each), 2) for each in np.exp(densities)))
-    print("predicted dB behind the best:", ", ".join(f"{s:g}x {db:.1f}" for s, db in zip(SPEEDUPS, lost, strict=True)))
+    models = [Model(name, measured_of(name, arguments.out)) for name in arguments.models]
+    rule = learn([model for model in models if model.name not in arguments.without], arguments.trials, arguments.seed)
+    print("AUTO_TIMESTEPS =", AUTO_TIMESTEPS)
+    print("AUTO_DENSITY =", tuple(round(float(each), 2) for each in np.exp(rule.densities)))
+    print("AUTO_FACTORS =", tuple(round(float(each), 2) for each in rule.factors))
+    for model in models:
+        left_out = " (left out)" if model.name in arguments.without else ""
+        behind = ", ".join(f"{speedup:g}x {decibel:.1f}" for speedup, decibel in model.behind(rule).items())
+        print(f"{model.name}{left_out}: predicted dB behind the best: {behind}")
 
 
 if __name__ == "__main__":

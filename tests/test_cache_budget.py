@@ -3,6 +3,7 @@
 import gc
 import itertools
 
+import pytest
 import torch
 from tiny import tiny_pipeline
 
@@ -13,9 +14,9 @@ NUM_REQUESTS = 200
 SPECS = ("auto:1.3", None, "auto:2", "N2", "auto:1.6")
 
 
-def latents_of(pipeline: ClassToImagePipeline) -> torch.Tensor:
+def latents_of(pipeline: ClassToImagePipeline, num_steps: int = 6) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return pipeline([1, 2], num_inference_steps=6, generator=generator, output_type="latent").images
+    return pipeline([1, 2], num_inference_steps=num_steps, generator=generator, output_type="latent").images
 
 
 def request(pipeline: ClassToImagePipeline, spec: str | None) -> torch.Tensor:
@@ -53,3 +54,18 @@ def test_200_requests_of_alternating_budgets_make_no_new_graph_and_leave_nothing
     assert num_tensors() <= before
     assert not pipeline.transformer.is_cache_enabled
     torch._dynamo.reset()
+
+
+def test_a_budget_that_leaves_too_few_full_steps_is_told_with_what_to_do_instead() -> None:
+    pipeline = tiny_pipeline()  # a reuse step costs a third of a full one
+    fault = r"made \d of 30 steps in full, .* steps without a cache are likely better"
+
+    def serve(spec: str) -> None:
+        with cached(pipeline, spec):
+            for _ in range(2):
+                latents_of(pipeline, num_steps=30)
+
+    with pytest.warns(UserWarning, match=fault) as told:
+        serve("N15")
+    assert len(told) == 1
+    serve("N2")

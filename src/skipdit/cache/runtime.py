@@ -24,6 +24,9 @@ from skipdit.models.families import Family, find_family
 from skipdit.models.forward_plan import Branches
 from skipdit.models.long_skip import LongSkipModel
 
+LONG_RUN = 20  # steps, from which on it is said that too few of them are full
+MOST_PER_FULL = 2.5  # full steps' cost of a run per full step: `benchmarks/calibration.md`, where `auto` ends
+
 
 class CacheRuntime:
     """The cache of one model.
@@ -55,11 +58,9 @@ class CacheRuntime:
     def reset(self) -> None:
         self.lock = threading.RLock()  # one step at a time: threads take turns
         by_token = self.family.timestep_by_token
-        self.streams = Streams(
-            self._start, self._check_reuses, self._warn_unless_reused, self.timestep_scale, by_token=by_token
-        )
+        self.streams = Streams(self._start, self._check_reuses, self._review, self.timestep_scale, by_token=by_token)
         self.costs: dict[tuple[Any, ...], Costs] = {}
-        self.peak_bytes_held = 0
+        self.peak_bytes_held, self.told = 0, False
 
     @property
     def rules(self) -> list[CacheRule]:
@@ -111,7 +112,7 @@ class CacheRuntime:
                     open_call.state = None
                 raise
             if self.method.schedule.is_adaptive and len(current.coming) == 1:
-                self._warn_unless_reused(self.streams.current_runs)
+                self._review(self.streams.current_runs)
         return output
 
     def _step(self, call: Call, stream: Stream) -> Any:
@@ -137,19 +138,32 @@ class CacheRuntime:
         if all(all(resolve(rule.schedule, levels)) for rule in self.rules):
             raise ValueError(f"cache {self.method} would never reuse in {len(levels)} steps")
 
-    def _warn_unless_reused(self, runs: list[Run]) -> None:
-        """Warn once, and name the cause, if runs of several steps that are over have never reused."""
+    def _review(self, runs: list[Run]) -> None:
+        """Warn once, and name the cause, if runs of several steps that are over have never reused, or in nearly all."""
         streams = [stream for run in runs for stream in run.streams]
         longest = max(streams, key=lambda stream: stream.counts.full, default=None)
-        if longest is None or longest.counts.full < 2 or any(run.warned or run.counts.reused for run in runs):
+        if longest is None or any(run.warned for run in runs):
             return
-        cause = self._why_never(longest.levels)
-        if cause is not None:
+        counts, reused = longest.counts, any(run.counts.reused for run in runs)
+        fault = self._too_few(counts) if reused else None
+        if not reused and counts.full > 1 and (cause := self._why_never(longest.levels)) is not None:
+            fault = f"cache {self.method} has not reused once in {counts.full} steps: {cause}"
+        if fault is not None:
             for run in runs:
                 run.warned = True
-            warnings.warn(
-                f"cache {self.method} has not reused once in {longest.counts.full} steps: {cause}", stacklevel=3
-            )
+            warnings.warn(fault, stacklevel=3)
+
+    def _too_few(self, counts: Counts) -> str | None:
+        """Return what is wrong if a run had so few full steps that fewer steps would have been better at its cost."""
+        if counts.predictions < LONG_RUN or counts.cost < MOST_PER_FULL * counts.full or self.told:
+            return None
+        self.told = True
+        share = (counts.cost - counts.full) / counts.reused
+        return (
+            f"cache {self.method} made {counts.full} of {counts.predictions} steps in full, and the run cost as much "
+            f"as {counts.cost:.0f}, as a reuse step of this {self.model_name} costs {share:.0%} of a full one: "
+            f"{counts.cost:.0f} steps without a cache are likely better; or ask for a smaller speedup"
+        )
 
     def _why_never(self, levels: list[float]) -> str | None:
         """Return why a run of these noise levels has never reused; `None` if that is intended."""
