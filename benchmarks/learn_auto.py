@@ -19,7 +19,9 @@ import torch
 from skipdit.cache import schedule as schedules
 from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, resolve
 from skipdit.cache.site import MiddleUnits
-from skipdit.calibration.calibrate import COHERENCES, CalibrateConfig, make_runner, progress, search_for
+from skipdit.calibration.calibrate import make_runner, progress
+from skipdit.calibration.config import CalibrateConfig
+from skipdit.calibration.find import COHERENCES, search_for
 from skipdit.calibration.plan import plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import Measured, Trials, measure

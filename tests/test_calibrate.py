@@ -16,7 +16,8 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange
 from skipdit.cache.steppers import CacheRule
-from skipdit.calibration.calibrate import CalibrateConfig, Row, at_compute, calibrate
+from skipdit.calibration.calibrate import Row, at_compute, calibrate
+from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import (
@@ -244,10 +245,14 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
         trials=Trials(orders=(1,), max_age=3, num_probed=2),
         rivals=("N2", "auto:1.3", "tgate:N2-900-500"),
         refine=2,
+        kin=("dpcache", "l2p"),
     )
     rows = calibrate(Source(Sampler(CLASS_TO_IMAGE, pipeline)), config, OutputFolder(tmp_path, "calibrate"))
-    assert listing(tmp_path) == ["1.3x.json", "1.6x.json", "pareto.png", "report.json", "report.md"]
-    assert [row.group for row in rows[:3]] == ["calibrated skip-taylor"] * 2 + ["fixed interval"]
+    schedules = ["1.3x.json", "1.6x.json", "dpcache-1.3x.json", "dpcache-1.6x.json", "l2p-1.3x.json", "l2p-1.6x.json"]
+    assert listing(tmp_path) == [*schedules, "pareto.png", "report.json", "report.md"]
+    groups = ["calibrated skip-taylor", "rule of dpcache", "rule of l2p", "fixed interval"]
+    assert [row.group for row in rows[:7]] == [group for group in groups for _ in range(2)][:7]
+    assert all(row.compute_ratio >= 1.3 for row in rows[:6])
     assert rows[0].compute_ratio >= 1.3
     fields = json.loads((tmp_path / "1.3x.json").read_text())
     assert (fields["made_for"]["model"], fields["made_for"]["num_units"]) == ("DiT", 6)
@@ -297,6 +302,7 @@ def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, 
         ({"speedups": (1.0,)}, "above 1"),
         ({"seed": 3, "held_out_seed": 3}, "held_out_seed must differ"),
         ({"refine": -1}, "refine must be at least 0"),
+        ({"kin": ("dbcache",)}, "'dbcache'.*dpcache"),
         ({"rivals": ("N0",)}, "interval must be at least 1"),
         ({"method": "fora", "shallow_units": (2,)}, r"shallow_units of fora must be left out, as all units run"),
         ({"method": "smoothcache", "shallow_units": (1, 3)}, r"shallow_units of smoothcache must be left out"),

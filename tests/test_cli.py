@@ -25,7 +25,7 @@ from skipdit.benchmark.cache import CacheBenchConfig
 from skipdit.benchmark.conversion import ConversionBenchConfig
 from skipdit.benchmark.models import ModelBenchConfig
 from skipdit.benchmark.video_models import VideoBenchConfig
-from skipdit.calibration.calibrate import CalibrateConfig
+from skipdit.calibration.config import CalibrateConfig
 from skipdit.cli import COMMANDS, main
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import DRAFT, MARKER
@@ -264,14 +264,15 @@ def test_calibrating_and_analyzing_a_broken_model_ends_in_one_line(
 
 
 def test_a_broken_schedule_is_never_the_best(model: Path) -> None:
-    from skipdit.calibration.calibrate import find_schedules, make_runner
+    from skipdit.calibration.calibrate import make_runner
+    from skipdit.calibration.find import find_schedules
     from skipdit.calibration.trials import Trials, measure
     from skipdit.loading import load_source
 
-    trials = Trials(orders=(0, 1), max_age=2, max_spacing=2, num_probed=2)
+    trials = Trials(orders=(0, 1), max_age=2, num_probed=2)
     config = CalibrateConfig(speedups=(1.2,), num_inference_steps=6, num_samples=2, trials=trials)
     run = make_runner(load_source(str(model), device="cpu"), config)
-    measured = measure(run.pipeline, lambda: run().samples, config.site, config.trials)
+    measured = measure(run, config.site, config.trials)
     assert len(find_schedules(measured, config, run)) == 1
     broken = dataclasses.replace(run, sample=lambda *given, **options: run.sample(*given, **options) * float("nan"))
     with pytest.raises(ValueError, match="no target is within reach"):

@@ -16,8 +16,9 @@ def calibrate(arguments: Sequence[str]) -> None:
 
     Example: skipdit calibrate emoji --speedups 1.8 2.5 --out out/schedules
     """
-    from skipdit.calibration.calibrate import CalibrateConfig, claim
     from skipdit.calibration.calibrate import calibrate as run
+    from skipdit.calibration.calibrate import claim
+    from skipdit.calibration.config import CalibrateConfig
     from skipdit.loading import load_source
 
     @dataclass(frozen=True, kw_only=True)
