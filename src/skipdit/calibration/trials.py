@@ -120,7 +120,7 @@ class SolverSteps:
             return
         parts = [part for _, output, _ in calls for part in parts_of(output, guided)]
         weights = None
-        if all(part.numel() == guided.numel() for part in parts):
+        if all(part.numel() == guided.numel() and part.isfinite().all() for part in parts):
             matrix, target = torch.stack(parts, dim=1).double().cpu(), guided.flatten().double().cpu()
             solved = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
             if (matrix @ solved - target).square().sum() <= (1 - LEAST_EXPLAINED) * target.square().sum():
