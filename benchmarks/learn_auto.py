@@ -1,4 +1,4 @@
-"""Learns the rule of `--cache auto` from calibrated models: `AUTO_DENSITY` and `AUTO_FACTORS` in `skipdit.cache`.
+"""Learns the rule of `--cache auto` from calibrated models: `AUTO_DENSE`, `AUTO_SPARSE` and `AUTO_FACTORS`.
 
     python benchmarks/learn_auto.py emoji emoji-text emoji-clips emoji-text-clips --out out/auto
 
@@ -29,6 +29,7 @@ from skipdit.loading import load_source
 
 SPEEDUPS = (1.3, 1.5, 1.65, 1.8, 2.0, 2.25, 2.5, 2.75, 3.0)
 ORDER = 1
+WORST = 1e-3  # mean squared error (30 dB) of the best schedule, from which on no rule is of use
 WIDEST = 30.0  # dB behind the best that count at most: where no rule can be near
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
@@ -63,14 +64,20 @@ def measured_of(name: str, out: Path) -> Measured:
 class Rule:
     """What is learned, at `AUTO_TIMESTEPS`."""
 
-    densities: np.ndarray
-    """logarithms"""
+    dense: np.ndarray
+    """logarithms of densities where many steps are full"""
+    sparse: np.ndarray
+    """logarithms of densities where few are"""
     factors: np.ndarray
 
     def moved(self, generator: np.random.Generator, width: float) -> "Rule":
-        shape = self.densities.shape
-        moves = (generator.normal(0, width, shape) * (generator.random(shape) < 0.4) for _ in range(2))
-        return Rule(self.densities + next(moves), self.factors + 0.3 * next(moves))
+        shape = self.dense.shape
+        moves = (generator.normal(0, width, shape) * (generator.random(shape) < 0.3) for _ in range(3))
+        return Rule(self.dense + next(moves), self.sparse + next(moves), self.factors + 0.3 * next(moves))
+
+    def apply(self) -> None:
+        schedules.AUTO_DENSE, schedules.AUTO_SPARSE = tuple(np.exp(self.dense)), tuple(np.exp(self.sparse))
+        schedules.auto_densities.cache_clear()
 
 
 class Model:
@@ -83,10 +90,11 @@ class Model:
         self.search, self.best = searches[0], {}
         for speedup in SPEEDUPS:
             try:
-                schedules_found = search_for(self.search, fronts, speedup=speedup)
+                error = self.search.error(search_for(self.search, fronts, speedup=speedup))
             except ValueError:
                 continue
-            self.best[speedup] = self.search.error(schedules_found)
+            if error < WORST:
+                self.best[speedup] = error
         self.known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
 
     def parts(self, step: int, full: tuple[int, ...]) -> np.ndarray:
@@ -113,9 +121,7 @@ class Model:
 
     def behind(self, rule: Rule) -> dict[float, float]:
         """Return by how many dB the rule falls behind the best schedule, by speedup."""
-        schedules.AUTO_DENSITY = tuple(np.exp(rule.densities))
-        schedules.auto_scale.cache_clear()
-        schedules.density_at.cache_clear()
+        rule.apply()
         found = {}
         for speedup, best in self.best.items():
             full = resolve(
@@ -134,14 +140,15 @@ def loss(models: list[Model], rule: Rule) -> float:
 
 def learn(models: list[Model], num_trials: int, seed: int) -> Rule:
     generator = np.random.default_rng(seed)
-    best = Rule(np.log(np.array(schedules.AUTO_DENSITY)), np.full(len(AUTO_TIMESTEPS), 0.7))
+    dense, sparse = np.log(np.array(schedules.AUTO_DENSE)), np.log(np.array(schedules.AUTO_SPARSE))
+    best = Rule(dense, sparse, np.full(len(AUTO_TIMESTEPS), 0.7))
     least = loss(models, best)
     for trial in range(num_trials):
         tried = best.moved(generator, 0.6 * 0.1 ** (trial / num_trials))
         other = loss(models, tried)
         if other < least:
             best, least = tried, other
-    return Rule(best.densities - best.densities.mean(), best.factors)
+    return Rule(best.dense - best.dense.mean(), best.sparse - best.sparse.mean(), best.factors)
 
 
 def main() -> None:
@@ -155,7 +162,8 @@ def main() -> None:
     models = [Model(name, measured_of(name, arguments.out)) for name in arguments.models]
     rule = learn([model for model in models if model.name not in arguments.without], arguments.trials, arguments.seed)
     print("AUTO_TIMESTEPS =", AUTO_TIMESTEPS)
-    print("AUTO_DENSITY =", tuple(round(float(each), 2) for each in np.exp(rule.densities)))
+    print("AUTO_DENSE =", tuple(round(float(each), 2) for each in np.exp(rule.dense)))
+    print("AUTO_SPARSE =", tuple(round(float(each), 2) for each in np.exp(rule.sparse)))
     print("AUTO_FACTORS =", tuple(round(float(each), 2) for each in rule.factors))
     for model in models:
         left_out = " (left out)" if model.name in arguments.without else ""

@@ -10,7 +10,7 @@ import msgspec
 
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor, TaylorPredictor
-from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
+from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
 from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
 from skipdit.files.untrusted import printable, read_json
 from skipdit.models.long_skip import BranchKind
@@ -136,7 +136,7 @@ class MethodEntry:
 
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
-AUTO_ORDER = 2
+AUTO_FACTORS = (0.7,) * len(AUTO_TIMESTEPS)  # of the linear prediction of `auto`, learned with its densities
 NEVER_AGAIN = 10**6  # an interval longer than any run
 FIRST_ADDED, FIRST_INPUT = Probe(), Probe(inputs=True)
 
@@ -332,9 +332,10 @@ def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
 def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
-    return CacheMethod(
-        schedule=schedule, site=MiddleUnits(int(k or 1)), predictor=TaylorPredictor(int(order or AUTO_ORDER)), spec=spec
-    )
+    factors = tuple((factor,) for factor in reversed(AUTO_FACTORS))
+    learned = FittedPredictor(1, AUTO_TIMESTEPS[::-1], factors)
+    predictor = learned if order is None else TaylorPredictor(int(order))
+    return CacheMethod(schedule=schedule, site=MiddleUnits(int(k or 1)), predictor=predictor, spec=spec)
 
 
 def _combine(rules: tuple[CacheMethod, ...]) -> CacheMethod:

@@ -160,10 +160,12 @@ class ExplicitSchedule(Schedule):
         return f"{len(self.full_steps)}of{self.num_inference_steps}"
 
 
-# The density of full steps at each timestep, learned on the bundled class-to-image model alone by
-# `benchmarks/learn_auto.py`; `benchmarks/calibration.md` tests it on other models.
+# The densities of full steps at each timestep, where many and where few steps are full, learned from the bundled models
+# by `benchmarks/learn_auto.py`; `benchmarks/calibration.md` shows how near they come to what a calibration finds.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSITY = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
+AUTO_DENSE = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
+AUTO_SPARSE = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
+MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
 NOMINAL_STEPS = 50  # steps of the run that a speedup refers to
 
 
@@ -193,44 +195,45 @@ class AutoSchedule(Schedule):
         return replace(self, reuse_cost=reuse_cost)
 
     def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        return _by_density(timesteps, auto_scale(self.speedup, self.reuse_cost))
+        return _by_density(timesteps, auto_densities(self.speedup, self.reuse_cost))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
 
 
 @lru_cache
-def auto_scale(speedup: float, reuse_cost: float) -> float:
-    """Return the factor for the densities at which a nominal run reaches this speedup."""
-    target = (NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost)
+def auto_densities(speedup: float, reuse_cost: float) -> tuple[float, ...]:
+    """Return the densities at `AUTO_TIMESTEPS` with which a nominal run reaches this speedup."""
+    target = max((NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost), 1)
+    sparse = min(max((MANY - target / NOMINAL_STEPS) / (MANY - FEW), 0.0), 1.0)
+    shape = [many ** (1 - sparse) * few**sparse for many, few in zip(AUTO_DENSE, AUTO_SPARSE, strict=True)]
     timesteps = [1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS)]
     low, high = 0.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
-        full = _by_density(timesteps, middle).count(None)
-        low, high = (middle, high) if full <= max(target, 1) + 1e-9 else (low, middle)
-    return low
+        full = _by_density(timesteps, tuple(middle * density for density in shape)).count(None)
+        low, high = (middle, high) if full <= target + 1e-9 else (low, middle)
+    return tuple(low * density for density in shape)
 
 
-def _by_density(timesteps: Sequence[float], scale: float) -> list[Decision]:
+def _by_density(timesteps: Sequence[float], densities: tuple[float, ...]) -> list[Decision]:
     """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1."""
     found: list[Decision] = []
     account = 0.0
     for timestep in timesteps:
-        account += scale * density_at(timestep)
+        account += _interpolate(timestep, densities)
         full = not found or account >= 1 - 1e-9
         found.append(None if full else 0)
         account = 0.0 if full else account
     return found
 
 
-@lru_cache(maxsize=4096)
-def density_at(timestep: float) -> float:
-    """Return `AUTO_DENSITY` at a timestep, interpolated linearly."""
+def _interpolate(timestep: float, densities: tuple[float, ...]) -> float:
+    """Return the density at a timestep, linear between `AUTO_TIMESTEPS`."""
     right = min(max(bisect_left(AUTO_TIMESTEPS, timestep), 1), len(AUTO_TIMESTEPS) - 1)
     low, high = AUTO_TIMESTEPS[right - 1], AUTO_TIMESTEPS[right]
     share = min(max((timestep - low) / (high - low), 0.0), 1.0)
-    return AUTO_DENSITY[right - 1] * (1 - share) + AUTO_DENSITY[right] * share
+    return densities[right - 1] * (1 - share) + densities[right] * share
 
 
 def resolve(schedule: Schedule, timesteps: Sequence[float]) -> tuple[bool, ...]:
