@@ -47,6 +47,12 @@ def branches(**full_steps: list[int]) -> dict[str, Any]:
     return {"num_inference_steps": len(TIMESTEPS), "timesteps": list(TIMESTEPS), "parts": parts}
 
 
+def all_units(*full_steps: int) -> dict[str, Any]:
+    """A schedule as MagCache has it."""
+    timed = {"num_inference_steps": len(TIMESTEPS), "timesteps": list(TIMESTEPS)}
+    return timed | {"method": "magcache", "full_steps": list(full_steps)}
+
+
 ALL = list(range(len(TIMESTEPS)))
 TABLE: dict[str, Row] = {
     "skip": Row(spec="N2", control="N1", full=(0, 2, 4, 6), needs="long skips"),
@@ -77,8 +83,15 @@ TABLE: dict[str, Row] = {
     "smoothcache": Row(
         spec=branches(attention=[0, 3, 5], mlp=[0, 2, 5, 7]), control=branches(attention=ALL, mlp=ALL), full=(0, 5)
     ),
+    "magcache": Row(
+        spec=all_units(0, 3, 5), control=all_units(*range(len(TIMESTEPS))), full=(0, 3, 5), absolute=False
+    ),
     "fbcache": Row(spec="fbcache:0.5", control="fbcache:0", full=None, absolute=False),
     "teacache": Row(spec="teacache:0.2", control="teacache:0", full=None, absolute=False),
+    "dicache": Row(spec="dicache:0.5", control="dicache:0", full=None, absolute=False),
+    "seacache": Row(spec="seacache:0.5", control="seacache:0", full=None, absolute=False),
+    # two full steps tell how the output answers to the input
+    "easycache": Row(spec="easycache:0.5-w0", control="easycache:0-w0", full=None, settles=2),
     "adacache": Row(spec="adacache:0.5", control="adacache:0", full=None, settles=2),
     "auto": Row(spec="auto:1.3", control="auto:1", full=None, absolute=False),
 }

@@ -66,8 +66,18 @@ TABLE: dict[str, Row] = {
     "tgate": Row(spec="tgate:N2-900-400", other="tgate:N3-900-400", graphs=4, model="PixArtTransformer2DModel"),
     "smoothcache": Row(spec=by_kind([0, 3, 5], [0, 2, 5]), other=by_kind([0, 4, 6], [0, 2, 6]), graphs=4),
     # full; the first units; the first units again, behind which the rest runs where they have changed too much
+    "magcache": Row(
+        spec=schedule(method="magcache", full_steps=[0, 3, 5]),
+        other=schedule(method="magcache", full_steps=[0, 2]),
+        graphs=2,
+    ),
     "fbcache": Row(spec="fbcache:0.5", other="fbcache:0.45", graphs=3),
     "teacache": Row(spec="teacache:0.2", other="teacache:0.15", graphs=3),
+    # and the end alone, behind what the probe has told
+    "dicache": Row(spec="dicache:0.5", other="dicache:0.45", graphs=4),
+    "seacache": Row(spec="seacache:0.5", other="seacache:0.4-o0", graphs=2),
+    # a reuse step calls no graph
+    "easycache": Row(spec="easycache:0.5-w0", other="easycache:0.4-w0", graphs=1),
     "adacache": Row(spec="adacache:0.5", other="adacache:0.4", graphs=2),
     "auto": Row(spec="auto:1.3", other="auto:1.2", graphs=2, like="skip"),
     "json": Row(spec=schedule(full_steps=[0, 3, 5]), other=schedule(full_steps=[0, 4], order=1), graphs=2, like="skip"),

@@ -1,17 +1,29 @@
 """Cache methods: each is a choice of when x what x how, and the named ones are rows of one table."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
-from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
+from skipdit.cache.site import (
+    AllButFirst,
+    AllUnits,
+    BranchOutputs,
+    DeepFeatures,
+    LatentsProbe,
+    MiddleUnits,
+    Probe,
+    Site,
+    UnitProbe,
+    UnitRange,
+    WholeOutput,
+)
 from skipdit.files.untrusted import printable, read_json
 from skipdit.models.long_skip import BranchKind
 from skipdit.options import choose
@@ -43,6 +55,9 @@ class CacheMethod:
     """The prediction of the current values from stored ones."""
     probe: Probe | None = None
     """The values that an adaptive schedule compares before it decides."""
+    trail: Probe | None = None
+    """Values of the first units whose way since the last full steps tells how far to extrapolate (DiCache); by default
+    the number of steps does."""
     others: tuple["CacheMethod", ...] = ()
     """Further rules."""
     made_for: MadeFor | None = field(default=None, compare=False)
@@ -59,10 +74,17 @@ class CacheMethod:
             raise ValueError(
                 f"a ProbeSchedule and a probe go together, got {type(self.schedule).__name__} and probe {self.probe}"
             )
+        if self.trail is not None and not (isinstance(self.probe, UnitProbe) and isinstance(self.trail, UnitProbe)):
+            raise ValueError(f"a trail and a probe of units go together, got probe {self.probe}, trail {self.trail}")
 
     @property
     def rules(self) -> "tuple[CacheMethod, ...]":
         return (self, *self.others)
+
+    @property
+    def needs_units(self) -> bool:
+        """False if any model can have it, of known units or not."""
+        return any(rule.site.needs_units for rule in self.rules)
 
     @property
     def may_stay_full(self) -> bool:
@@ -104,6 +126,23 @@ class ParsedSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptiveSpec:
+    """The options of an adaptive spec, without the method's name."""
+
+    threshold: float
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """The fields of an `AdaptiveSchedule` that it sets."""
+    k: int = 1
+    """Number of units that are probed."""
+    order: int = 0
+    """The Taylor order."""
+
+    def by_probe(self, **fields: Any) -> ProbeSchedule:
+        """Return a schedule of these fields, which the limits of the spec replace."""
+        return ProbeSchedule(threshold=self.threshold, **{**fields, **self.limits})
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodEntry:
     """A named method, one row of the table."""
 
@@ -111,10 +150,12 @@ class MethodEntry:
     """The paper or repository it is from, and how this implementation differs."""
     order: int = 0
     """Its default Taylor order; with 0 it takes no -o."""
+    max_order: int | None = None
+    """The largest order that it takes; `None` for any."""
     rules: Callable[[ParsedSpec], tuple[CacheMethod, ...]] | None = None
     """Makes its rules from a spec with an interval; `None` if it has no such spec."""
-    adaptive: Callable[[float], CacheMethod] | None = None
-    """Makes its only rule from a threshold; `None` if it has no such spec."""
+    adaptive: Callable[[AdaptiveSpec], CacheMethod] | None = None
+    """Makes its only rule from a spec with a threshold; `None` if it has no such spec."""
     site: Callable[[tuple[int, ...]], Site] | None = None
     """Makes the site of a schedule.json of this name from its shallow units."""
     takes_k: bool = True
@@ -127,9 +168,10 @@ class MethodEntry:
 
     @property
     def form(self) -> str:
-        if self.rules is None:
-            return "{threshold}" if self.adaptive else "json"
         order = "[-o{Taylor order}]" if self.order else ""
+        if self.rules is None:
+            k = "[-k{probed units}]" if self.takes_k else ""
+            return f"{{threshold}}{LIMITS_FORM}{k}{order}" if self.adaptive else "json"
         k = "[-k{shallow units}]" if self.takes_k else ""
         return f"N{{interval}}[-{{start}}-{{stop}}]{k}{order}"
 
@@ -138,7 +180,9 @@ EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_atten
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
 AUTO_ORDER = 2
 NEVER_AGAIN = 10**6  # an interval longer than any run
-FIRST_ADDED, FIRST_INPUT = Probe(), Probe(inputs=True)
+FIRST_ADDED, FIRST_INPUT = UnitProbe(), UnitProbe(inputs=True)
+LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec
+LIMITS_FORM = "[-w{first full}][-r{most reused}][-e{last full}]"
 
 
 def _deep(ks: tuple[int, ...]) -> Site:
@@ -191,6 +235,16 @@ def _tgate(options: ParsedSpec) -> tuple[CacheMethod, ...]:
     return (cross, options.rule(BranchOutputs(ATTENTION)))
 
 
+def _dicache(spec: AdaptiveSpec) -> CacheMethod:
+    return CacheMethod(
+        schedule=spec.by_probe(accumulate=True, num_last=1),
+        site=AllButFirst(spec.k),
+        predictor=TaylorPredictor(1),
+        probe=UnitProbe(num_units=spec.k, after=True),
+        trail=UnitProbe(num_units=spec.k),
+    )
+
+
 METHODS: dict[str, MethodEntry] = {
     "skip": MethodEntry(source="Skip-Cache, arXiv 2411.17616", rules=_one(_deep), site=_deep),
     "skip-taylor": MethodEntry(
@@ -238,23 +292,54 @@ METHODS: dict[str, MethodEntry] = {
     "smoothcache": MethodEntry(
         source="SmoothCache, arXiv 2411.10510: branches by kind, from a calibrated schedule (skipdit calibrate)"
     ),
+    "magcache": MethodEntry(
+        source="MagCache, arXiv 2506.09045: all units, from a measured curve of magnitudes (skipdit.cache.magnitudes)",
+        site=lambda ks: AllUnits(),
+    ),
     "fbcache": MethodEntry(
         source="First-Block-Cache, ParaAttention (github.com/chengzeyi/ParaAttention), after arXiv 2411.19108",
-        adaptive=lambda threshold: CacheMethod(
-            schedule=ProbeSchedule(threshold=threshold), site=AllButFirst(), probe=FIRST_ADDED
-        ),
+        adaptive=lambda spec: CacheMethod(schedule=spec.by_probe(), site=AllButFirst(), probe=FIRST_ADDED),
         takes_k=False,
     ),
     "teacache": MethodEntry(
         source="TeaCache, arXiv 2411.19108, without a fitted polynomial; the first unit runs too",
-        adaptive=lambda threshold: CacheMethod(
-            schedule=ProbeSchedule(threshold=threshold, accumulate=True), site=AllButFirst(), probe=FIRST_INPUT
+        adaptive=lambda spec: CacheMethod(
+            schedule=spec.by_probe(accumulate=True), site=AllButFirst(), probe=FIRST_INPUT
+        ),
+        takes_k=False,
+    ),
+    "dicache": MethodEntry(
+        source="DiCache, arXiv 2508.17356: the probed units stay fresh at reuse steps; 1 full step last",
+        adaptive=_dicache,
+    ),
+    "seacache": MethodEntry(
+        source="SeaCache, arXiv 2602.18993, on the filtered latents, as diffusers has it: at most 2 reuse steps in a "
+        "row, 1 full step last",
+        order=1,
+        max_order=1,
+        adaptive=lambda spec: CacheMethod(
+            schedule=spec.by_probe(accumulate=True, max_reused=2, num_last=1),
+            site=AllUnits(),
+            predictor=TaylorPredictor(spec.order),
+            probe=LatentsProbe(filtered=True),
+        ),
+        takes_k=False,
+    ),
+    "easycache": MethodEntry(
+        source="EasyCache, arXiv 2507.02860: 5 full steps first and 1 last, as in its code for HunyuanVideo; each "
+        "guidance branch decides for itself",
+        adaptive=lambda spec: CacheMethod(
+            schedule=spec.by_probe(accumulate=True, at_rate=True, num_first=5, num_last=1),
+            site=WholeOutput(),
+            probe=LatentsProbe(),
         ),
         takes_k=False,
     ),
     "adacache": MethodEntry(
         source="AdaCache, arXiv 2411.02397, its codebook as a rate; no motion regularization",
-        adaptive=lambda threshold: CacheMethod(schedule=RateSchedule(threshold=threshold), site=BranchOutputs(EVERY)),
+        adaptive=lambda spec: CacheMethod(
+            schedule=RateSchedule(threshold=spec.threshold, **dict(spec.limits)), site=BranchOutputs(EVERY)
+        ),
         takes_k=False,
     ),
 }
@@ -266,13 +351,13 @@ METHODS: dict[str, MethodEntry] = {
 SPEC = re.compile(
     r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)", re.ASCII
 )
-THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)", re.ASCII)
+THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)(?P<options>(?:-[wreko]\d+)*)", re.ASCII)
 AUTO = re.compile(r"auto(?::(?P<speedup>\d+(?:\.\d+)?))?(?:-k(?P<k>\d+))?(?:-o(?P<order>\d+))?", re.ASCII)
 NUMBER = re.compile(r"\d+", re.ASCII)
 MAX_DIGITS = 9  # of a number in a spec
 SPEC_FORM = (
     "[{method}:]N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50, "
-    "{method}:{threshold}, or auto[:{speedup}]"
+    f"{{method}}:{{threshold}}{LIMITS_FORM}, or auto[:{{speedup}}]"
 )
 
 
@@ -301,7 +386,7 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     if match.re is THRESHOLD:
         if row.adaptive is None:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
-        method = row.adaptive(float(match["value"]))
+        method = row.adaptive(_adaptive_options(row, match, text))
     else:
         if row.rules is None:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
@@ -309,16 +394,34 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     return method if row.site is not None else replace(method, spec=text)
 
 
-def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
-    options = re.findall(r"-([ko])(\d+)", match["options"])
+def _values(row: MethodEntry, match: re.Match[str], text: str) -> dict[str, int]:
+    """Return the numbers of a spec by their letters."""
+    options = re.findall(r"-([a-z])(\d+)", match["options"])
     values = {letter: int(value) for letter, value in options}
     if len(values) < len(options):
-        raise ValueError(f"-k and -o may be given once each, got {printable(text)!r}")
+        raise ValueError(f"-k, -o and other options may be given once each, got {printable(text)!r}")
     if "o" in values and row.order == 0:
         with_order = ", ".join(f"{name}:" for name, other in METHODS.items() if other.order)
         raise ValueError(f"a Taylor order needs one of {with_order}, got {printable(text)!r}")
+    if "o" in values and row.max_order is not None and values["o"] > row.max_order:
+        raise ValueError(f"the order of {match['name']} must be at most {row.max_order}, got {printable(text)!r}")
     if "k" in values and not row.takes_k:
         raise ValueError(f"{match['name']} has no shallow units, got {printable(text)!r}")
+    return values
+
+
+def _adaptive_options(row: MethodEntry, match: re.Match[str], text: str) -> AdaptiveSpec:
+    values = _values(row, match, text)
+    return AdaptiveSpec(
+        threshold=float(match["value"]),
+        limits={name: values[letter] for letter, name in LIMITS.items() if letter in values},
+        k=values.get("k", 1),
+        order=values.get("o", row.order),
+    )
+
+
+def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
+    values = _values(row, match, text)
     window = (
         {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
     )

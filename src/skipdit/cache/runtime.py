@@ -40,7 +40,6 @@ class CacheRuntime:
         opened: bool = False,
         make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
     ) -> None:
-        linked = cast(LongSkipModel, model)
         self.method, self.opened = method, opened
         self.family = find_family(type(model)) or Family()
         self.model_name = type(model).__name__
@@ -48,8 +47,10 @@ class CacheRuntime:
         rules = rules_on(method, model)
         self.stepper = make(model, rules)
         if any(isinstance(region, Branches) for rule in rules for region in (*rule.regions, *rule.probe)):
-            open_branches(linked)
-        self.num_units, self.timestep_scale = linked.long_skip_links.num_units, linked.timestep_scale
+            open_branches(cast(LongSkipModel, model))
+        is_linked = isinstance(model, LongSkipModel)
+        self.num_units = model.long_skip_links.num_units if is_linked else 0
+        self.timestep_scale = (model if is_linked else self.family).timestep_scale
         self.reset()
 
     def reset(self) -> None:
@@ -101,12 +102,23 @@ class CacheRuntime:
         with self.lock:
             timestep, latents = arguments[self.family.timestep], arguments[self.family.latents]
             current, stream = self.streams.next(timestep, latents, conditions)
-            call = Call(model, run, args, kwargs, stream.layout[2], stream.compiled)
+            call = Call(
+                model,
+                run,
+                args,
+                kwargs,
+                stream.layout[2],
+                stream.compiled,
+                latents,
+                lambda: self.streams.noise_share(current),
+                stream.forms,
+                bool(arguments.get("return_dict", True)),
+            )
             try:
                 output = self._step(call, stream)
             except BaseException:
                 self.streams.drop(self.streams.runs_in_context)  # the other branches of the run too
-                open_call = cast(LongSkipModel, model).open_call
+                open_call = model.open_call if isinstance(model, LongSkipModel) else None
                 if open_call is not None:
                     open_call.state = None
                 raise
@@ -117,7 +129,9 @@ class CacheRuntime:
     def _step(self, call: Call, stream: Stream) -> Any:
         result, stream.costs = None, stream.costs or self.costs.get(stream.layout)
         if stream.costs is None:
-            if not self.family.counted:
+            if not isinstance(call.model, LongSkipModel):
+                stream.costs = Costs.at_best(call.model)
+            elif not self.family.counted:
                 stream.costs = Costs.by_weights(call.model)
             elif call.has_graphs:  # a counter sees nothing in graphs, and under one torch does not compile
                 _, stream.costs = count_costs(call.model, call.eager)
