@@ -83,9 +83,7 @@ TABLE: dict[str, Row] = {
     "smoothcache": Row(
         spec=branches(attention=[0, 3, 5], mlp=[0, 2, 5, 7]), control=branches(attention=ALL, mlp=ALL), full=(0, 5)
     ),
-    "magcache": Row(
-        spec=all_units(0, 3, 5), control=all_units(*range(len(TIMESTEPS))), full=(0, 3, 5), absolute=False
-    ),
+    "magcache": Row(spec=all_units(0, 3, 5), control=all_units(*range(len(TIMESTEPS))), full=(0, 3, 5), absolute=False),
     "fbcache": Row(spec="fbcache:0.5", control="fbcache:0", full=None, absolute=False),
     "teacache": Row(spec="teacache:0.2", control="teacache:0", full=None, absolute=False),
     "dicache": Row(spec="dicache:0.5", control="dicache:0", full=None, absolute=False),

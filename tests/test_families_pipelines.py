@@ -294,6 +294,12 @@ def test_a_cache_asks_the_device_for_nothing(name: str) -> None:
         assert asked.more_than(unasked) == {"tolist": branches, "_local_scalar_dense": branches * (SIZES[1] - 1)}, spec
         assert summary is not None
         assert (summary.steps_reused > 0) == spec.endswith("100")
+    # a process with betas tells once what share of its latents is noise
+    for spec, more in (("dicache:100-e0", 0), ("dicache:0", 0), ("seacache:100-e0", 1), ("easycache:100-w0-e0", 0)):
+        asked, summary = asks(name, spec)
+        assert asked.more_than(unasked).total() <= branches * SIZES[1] + more, spec
+        assert summary is not None
+        assert (summary.steps_reused > 0) == (":100" in spec)
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)

@@ -229,6 +229,8 @@ def _filtered(latents: Tensor, noise: float, in_channels: int | None, *, is_samp
     usual = latents.ndim - 1 if latents.ndim == first + 2 else first
     channels = fitting[0] if len(fitting) == 1 else usual
     dims = [dim for dim in range(first, latents.ndim) if dim != channels]
+    if not dims:
+        raise ValueError(f"a filter over space needs latents with places, got the shape {tuple(latents.shape)}")
     # as in the authors' code, the exponent of the power spectra of pictures and of clips
     return wiener_filter(latents, dims, noise, 3.0 if len(dims) == 3 else 2.0)
 
