@@ -74,7 +74,7 @@ TABLE: dict[str, Row] = {
     "fbcache": Row(spec="fbcache:0.5", other="fbcache:0.45", graphs=3),
     "teacache": Row(spec="teacache:0.2", other="teacache:0.15", graphs=3),
     # and the end alone, behind what the probe has told
-    "dicache": Row(spec="dicache:0.2", other="dicache:0.15", graphs=4),
+    "dicache": Row(spec="dicache:0.05", other="dicache:0.04", graphs=4),
     "seacache": Row(spec="seacache:0.5", other="seacache:0.4-o0", graphs=2),
     # a reuse step calls no graph
     "easycache": Row(spec="easycache:0.5-w0", other="easycache:0.4-w0", graphs=1),

@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from skipdit.cache.compiled import Call, more_graphs
+from skipdit.cache.gates import AdaptiveSchedule
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
@@ -169,6 +170,9 @@ class CacheRuntime:
         """Return why a run of these noise levels has never reused; `None` if that is intended."""
         schedules, most, least = [rule.schedule for rule in self.rules], max(levels), min(levels)
         if self.method.schedule.is_adaptive:
+            limits = cast(AdaptiveSchedule, self.method.schedule)
+            if limits.num_first + limits.num_last >= len(levels):
+                return f"its {limits.num_first} first and {limits.num_last} last steps are full"
             return None if self.method.may_stay_full else "raise its threshold"
         if most <= 1.5 and any({*when.decisions([1000 * level for level in levels])} != {None} for when in schedules):
             return f"timesteps are {most:g} to {least:g}, not 1000 to 0: the timestep_scale of its Family does not fit"
