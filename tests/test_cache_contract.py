@@ -216,7 +216,7 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def test_the_table_is_complete() -> None:
-    assert set(TABLE) == {*METHODS, "auto"}
+    assert {*TABLE, "guidance"} == {*METHODS, "auto"}  # which has a contract of its own, at the end
 
 
 @pytest.mark.parametrize(
@@ -320,3 +320,45 @@ def test_what_cannot_be_reused_together_takes_turns() -> None:
     for timestep in (900, 800):
         call(model, "DiT", torch.randn(1, 4, 8, 8), timestep)
     assert ran == [0, 1, 2, 3, 4, 5, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "long_skips"), VARIANTS, ids=[name + "-long_skips" * long_skips for name, long_skips in VARIANTS]
+)
+def test_the_contract_of_one_guidance_branch_beside_another(name: str, long_skips: bool) -> None:
+    """The branch that is called first always runs. The other is full at every second step, and in between as far from
+    the first as it was then."""
+    model = build(name, long_skips)
+    latents = [TINY_FAMILIES[name].arguments(batch=1, seed=seed)["hidden_states"] for seed in range(4)]
+    steps = list(zip(latents, TIMESTEPS[:4], strict=True))
+    first = [call(model, name, *step) for step in steps]
+    second = [call(model, name, *step, unconditional=True) for step in steps]
+    before = type(model), set(vars(model))
+    # of each step the one whose difference it has
+    for spec, froms in (
+        ("guidance:N1", (0, 1, 2, 3)),
+        ("guidance:N2", (0, 0, 2, 2)),
+        ("guidance:N4-800-0", (0, 1, 1, 1)),
+    ):
+        full = len(set(froms))
+        enable_cache(model, spec)
+        for number, (step, since) in enumerate(zip(steps, froms, strict=True)):
+            assert torch.equal(call(model, name, *step), first[number])
+            output = call(model, name, *step, unconditional=True)
+            if since < number:
+                expected = first[number] + (second[since] - first[since])
+                torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+                assert not torch.equal(output, second[number])
+            else:
+                assert torch.equal(output, second[number])
+        summary = cache_summary(model)
+        assert (summary.steps_full, summary.steps_reused) == (4 + full, 4 - full)
+        assert summary.compute_ratio == pytest.approx(8 / (4 + full))
+        model._reset_stateful_cache()
+        assert cache_summary(model).bytes_held == 0
+        if spec == "guidance:N2":
+            call(model, name, *steps[0])
+            with pytest.raises(ValueError, match="is called once per step: guidance is off, or both branches share"):
+                call(model, name, *steps[1])
+        disable_cache(model)
+        assert (type(model), set(vars(model))) == before

@@ -302,6 +302,22 @@ def test_a_cache_asks_the_device_for_nothing(name: str) -> None:
         assert (summary.steps_reused > 0) == (":100" in spec)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_one_guidance_branch_beside_another_where_they_have_calls_of_their_own(name: str) -> None:
+    """Without one question more to the device; where both share a call it says so at the second step."""
+    if not CASES[name].separate:
+        with pytest.raises(ValueError, match="is called once per step: guidance is off, or both branches share a call"):
+            asks(name, "guidance:N2")
+        return
+    unasked, _ = asks(name, None)
+    asked, summary = asks(name, "guidance:N2")
+    assert asked.more_than(unasked) == {"tolist": 2}
+    assert summary is not None
+    num_steps = SIZES[1]
+    assert (summary.steps_full, summary.steps_reused) == (num_steps + (num_steps + 1) // 2, num_steps // 2)
+    assert summary.bytes_held == 0
+
+
 @pytest.mark.parametrize("name", TINY_FAMILIES)
 def test_on_a_bare_model_a_step_waits_once(name: str) -> None:
     """For its timestep, and for the contents of conditioning that is made anew; where a probe is looked at, twice."""

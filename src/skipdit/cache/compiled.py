@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.cache.whole import WholeModel, form_of, map_tensors, restored, values_of
-from skipdit.models.forward_plan import ForwardPlan, Stored
+from skipdit.models.forward_plan import ForwardPlan, Region, Stored
 from skipdit.models.long_skip import PlannedOutput
 
-WHOLE = WholeModel().name
 MAX_GRAPHS = 64
 """By default `torch.compile` makes at most 8 graphs of one forward; here each plan has one per set of shapes."""
 
@@ -37,11 +36,17 @@ class Call:
     """By `return_dict`, the form of the model's output, once it is known."""
     return_dict: Any = True
     """The argument of that name."""
+    first_output: list[Tensor] | None = None
+    """The output of the guidance branch that was called first at this step; `None` if that is this call, or unknown."""
 
-    @property
-    def has_form(self) -> bool:
-        """True if the form of its output is known."""
-        return self.return_dict in self.forms
+    def can_reuse(self, region: Region) -> bool:
+        """Return true if the model can be left out: the form of its output is known, and what it is added to."""
+        if not isinstance(region, WholeModel):
+            return True
+        return self.return_dict in self.forms and self._input_of(region) is not None
+
+    def _input_of(self, region: WholeModel) -> Any:
+        return self.first_output if region.beside_first else self.latents
 
     @property
     def is_compiled(self) -> bool:
@@ -50,13 +55,17 @@ class Call:
     def __call__(self, plan: ForwardPlan, stored: Stored | None = None) -> PlannedOutput:
         """Run the model under a plan. stored: the values that the plan reuses, by region. A plan that stores or reuses
         the whole model has no other region."""
-        if any(region.is_whole for region in plan.reuse):
-            assert stored is not None
-            return PlannedOutput(restored(stored[WHOLE], self.latents, self.forms[self.return_dict]), {})
-        if any(region.is_whole for region in plan.store):
-            output = self.plain()
-            self.forms[self.return_dict] = form_of(output)
-            return PlannedOutput(output, {WHOLE: values_of(output, self.latents)})
+        for region in plan.reuse:
+            if isinstance(region, WholeModel):
+                assert stored is not None
+                return PlannedOutput(
+                    restored(stored[region.name], self._input_of(region), self.forms[self.return_dict]), {}
+                )
+        for region in plan.store:
+            if isinstance(region, WholeModel):
+                output, entering = self.plain(), self._input_of(region)
+                self.forms[self.return_dict] = form_of(output)
+                return PlannedOutput(output, {region.name: {} if entering is None else values_of(output, entering)})
         replays, is_new = (
             self.is_compiled and may_replay(self.device),
             self.is_compiled and plan not in self.compiled_plans,

@@ -16,6 +16,7 @@ from skipdit.cache.site import (
     AllUnits,
     BranchOutputs,
     DeepFeatures,
+    GuidanceDifference,
     LatentsProbe,
     MiddleUnits,
     Probe,
@@ -291,6 +292,12 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "smoothcache": MethodEntry(
         source="SmoothCache, arXiv 2411.10510: branches by kind, from a calibrated schedule (skipdit calibrate)"
+    ),
+    "guidance": MethodEntry(
+        source="FasterCache, arXiv 2410.19355: the difference of guidance branches, as a whole, not by frequencies; no "
+        "attention",
+        rules=lambda options: (options.rule(GuidanceDifference()),),
+        takes_k=False,
     ),
     "magcache": MethodEntry(
         source="MagCache, arXiv 2506.09045: all units, from a measured curve of magnitudes (skipdit.cache.magnitudes)",

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call, more_graphs
 from skipdit.cache.gates import AdaptiveSchedule
@@ -19,6 +19,7 @@ from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
 from skipdit.cache.streams import Run, Stream, Streams
+from skipdit.cache.whole import WholeModel, tensors_in
 from skipdit.models.branches import open_branches
 from skipdit.models.costs import Costs, count_costs
 from skipdit.models.families import Family, find_family
@@ -50,6 +51,9 @@ class CacheRuntime:
         if any(isinstance(region, Branches) for rule in rules for region in (*rule.regions, *rule.probe)):
             open_branches(cast(LongSkipModel, model))
         is_linked = isinstance(model, LongSkipModel)
+        self.by_guidance = any(
+            isinstance(region, WholeModel) and region.beside_first for rule in rules for region in rule.regions
+        )
         self.num_units = model.long_skip_links.num_units if is_linked else 0
         self.timestep_scale = (model if is_linked else self.family).timestep_scale
         self.reset()
@@ -114,9 +118,12 @@ class CacheRuntime:
                 lambda: self.streams.noise_share(current),
                 stream.forms,
                 bool(arguments.get("return_dict", True)),
+                self._first_output(current, stream) if self.by_guidance else None,
             )
             try:
                 output = self._step(call, stream)
+                if self.by_guidance and call.first_output is None:
+                    stream.output = [tensor.detach().clone() for tensor in tensors_in(output)]
             except BaseException:
                 self.streams.drop(self.streams.runs_in_context)  # the other branches of the run too
                 open_call = model.open_call if isinstance(model, LongSkipModel) else None
@@ -126,6 +133,19 @@ class CacheRuntime:
             if self.method.schedule.is_adaptive and len(current.coming) == 1:
                 self._warn_unless_reused(self.streams.current_runs)
         return output
+
+    def _first_output(self, run: Run, stream: Stream) -> list[Tensor] | None:
+        """Return the output of the guidance branch that was called first at this step; `None` if that is this stream.
+        Raises `ValueError` if the schedule wants a reuse, but there are no branches."""
+        branches, stream.output = self.streams.branches(run, stream), []
+        schedule = self.method.schedule
+        if not (branches or schedule.is_adaptive) and schedule.decisions(stream.levels)[-1] is not None:
+            raise ValueError(
+                f"cache {self.method} reuses one guidance branch beside another, but {self.model_name} is called once "
+                "per step: guidance is off, or both branches share a call"
+            )
+        called = [branch for branch in branches if branch.places[0] == stream.places[0] and branch.output]
+        return min(called, key=lambda branch: branch.last_call).output if called else None
 
     def _step(self, call: Call, stream: Stream) -> Any:
         result, stream.costs = None, stream.costs or self.costs.get(stream.layout)

@@ -142,6 +142,17 @@ class WholeOutput(Site):
 
 
 @dataclass(frozen=True)
+class GuidanceDifference(Site):
+    """The output of a guidance branch minus that of the branch that is called first at the same step (FasterCache,
+    arXiv 2410.19355). The first one always runs; units need not be known."""
+
+    needs_units = False
+
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
+        return (WholeModel(beside_first=True),)
+
+
+@dataclass(frozen=True)
 class BranchOutputs(Site):
     """Outputs of attention and MLP branches, before their gates (FORA, arXiv 2407.01425)."""
 

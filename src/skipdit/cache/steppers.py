@@ -242,7 +242,7 @@ class ScheduledSteps:
 
     def _decide(self, index: int, call: Call, stream: StepState, probe: Stored) -> Decision:
         rule, state = self.rules[index], stream.states[index]
-        if any(region.is_whole for region in rule.regions) and not call.has_form:
+        if not all(map(call.can_reuse, rule.regions)):
             return None
         if state.gate is not None:
             return 0 if not probe or state.accepts(rule, call, probe, {})[0] else None

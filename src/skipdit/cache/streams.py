@@ -94,6 +94,9 @@ class Stream:
     """The plans whose graphs have run."""
     forms: dict[Any, Any] = field(default_factory=dict)
     """By `return_dict`, the form of the model's output, for steps that do not call it."""
+    output: list[Tensor] = field(default_factory=list)
+    """Its last output, if other guidance branches of the step may need it."""
+    last_call: int = 0
     counts: Counts = field(default_factory=Counts)
 
     def advance(self, conditions: Conditions, place: float) -> None:
@@ -107,7 +110,8 @@ class Stream:
     @property
     def bytes_held(self) -> int:
         """Size of the memory kept alive: a view counts as its whole tensor, shared memory counts once."""
-        storages = [tensor.untyped_storage() for state in self.states for tensor in state.tensors]
+        tensors = (tensor for state in self.states for tensor in state.tensors)
+        storages = [tensor.untyped_storage() for tensor in (*tensors, *self.output)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -279,7 +283,7 @@ class Streams:
         if len(self.runs) > MAX_RUNS:
             del self.runs[next(iter(self.runs))]
         self.num_calls += 1
-        run.last_call = self.num_calls
+        run.last_call = run.streams[-1].last_call = self.num_calls
 
     # ------------------------------------------------------------------------------------------------------------------
     # Where a call stands
@@ -374,6 +378,13 @@ class Streams:
         others = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
         places = (between for other in (run, *others) for stream in other.streams for between in stream.places)
         return any(last < between < place for between in places)
+
+    def branches(self, run: Run, stream: Stream) -> list[Stream]:
+        """Return the other guidance branches of a run: streams of the same layout, whose steps have the same order."""
+        key = next(key for key, other in self.runs.items() if other is run)
+        runs = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
+        found = [branch for other in runs for branch in other.streams]
+        return [branch for branch in found if branch is not stream and branch.layout == stream.layout]
 
     def noise_share(self, run: Run) -> float:
         """Return the share of noise, from 0 to 1, in the latents of a run's last call: of a process with betas by its

@@ -17,10 +17,12 @@ class WholeModel(Region):
     variance, a second output) is reused as it was."""
 
     is_whole = True
+    beside_first: bool = False
+    """Take the output minus that of the guidance branch that was called first at the same step."""
 
     @property
     def name(self) -> str:
-        return "whole model"
+        return "guidance" if self.beside_first else "whole model"
 
     @property
     def covered(self) -> tuple[int, ...]:
@@ -30,7 +32,7 @@ class WholeModel(Region):
         return True
 
     def __str__(self) -> str:
-        return "the output of the whole model minus its input"
+        return f"the output of the whole model minus {'that of the first branch' if self.beside_first else 'its input'}"
 
 
 def is_output(key: str) -> bool:
