@@ -227,6 +227,10 @@ def test_easycache_on_a_model_that_nobody_knows(threshold: float, num_first: int
         assert (summary.steps_full, summary.steps_reused) == (model.num_calls, NUM_STEPS - model.num_calls)
         assert summary.compute_ratio == pytest.approx(NUM_STEPS / model.num_calls)
     assert set(expected[0]) == {"F", "R"}
+    start_of_it = (
+        f"easycache:{threshold}-w{num_first} on Unknown (reused: the output of the whole model minus its input): "
+    )
+    assert str(cache_summary(model)).startswith(start_of_it)
     disable_cache(model)
     assert type(model) is Unknown
 
