@@ -183,7 +183,7 @@ AUTO_ORDER = 2
 NEVER_AGAIN = 10**6  # an interval longer than any run
 FIRST_ADDED, FIRST_INPUT = UnitProbe(), UnitProbe(inputs=True)
 LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec
-LIMITS_FORM = "[-w{first full}][-r{most reused}][-e{last full}]"
+LIMITS_FORM = "[-w{first}][-r{most}][-e{last}]"
 
 
 def _deep(ks: tuple[int, ...]) -> Site:
