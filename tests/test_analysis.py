@@ -292,7 +292,7 @@ def test_errors_stay_below_their_bound_and_a_control_makes_none() -> None:
     assert not holds(growth.measured, control.predicted)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "guidance"])  # whose branches share a call here
 def test_errors_are_measured_under_any_cache(method: str) -> None:
     """Also where one leaves out the last unit, or calls the model twice in a step."""
     pipeline = tiny_pipeline()

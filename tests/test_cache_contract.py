@@ -47,10 +47,18 @@ def branches(**full_steps: list[int]) -> dict[str, Any]:
     return {"num_inference_steps": len(TIMESTEPS), "timesteps": list(TIMESTEPS), "parts": parts}
 
 
+def all_units(*full_steps: int) -> dict[str, Any]:
+    """A schedule as MagCache has it."""
+    timed = {"num_inference_steps": len(TIMESTEPS), "timesteps": list(TIMESTEPS)}
+    return timed | {"method": "magcache", "full_steps": list(full_steps)}
+
+
 ALL = list(range(len(TIMESTEPS)))
 TABLE: dict[str, Row] = {
     "skip": Row(spec="N2", control="N1", full=(0, 2, 4, 6), needs="long skips"),
     "skip-taylor": Row(spec="skip-taylor:N3", control="skip-taylor:N1", full=(0, 3, 6), needs="long skips"),
+    "skip-hermite": Row(spec="skip-hermite:N3", control="skip-hermite:N1", full=(0, 3, 6), needs="long skips"),
+    "skip-adams": Row(spec="skip-adams:N3", control="skip-adams:N1", full=(0, 3, 6), needs="long skips"),
     # the deep features every fourth step, attention in the shallow units every second, whatever the interval
     "skip-branch": Row(spec="skip-branch:N4", control=None, full=(0, 4), needs="long skips"),
     "delta": Row(spec="delta:N2", control="delta:N1", full=(0, 2, 4, 6), absolute=False),
@@ -77,8 +85,13 @@ TABLE: dict[str, Row] = {
     "smoothcache": Row(
         spec=branches(attention=[0, 3, 5], mlp=[0, 2, 5, 7]), control=branches(attention=ALL, mlp=ALL), full=(0, 5)
     ),
+    "magcache": Row(spec=all_units(0, 3, 5), control=all_units(*range(len(TIMESTEPS))), full=(0, 3, 5), absolute=False),
     "fbcache": Row(spec="fbcache:0.5", control="fbcache:0", full=None, absolute=False),
     "teacache": Row(spec="teacache:0.2", control="teacache:0", full=None, absolute=False),
+    "dicache": Row(spec="dicache:0.5", control="dicache:0", full=None, absolute=False),
+    "seacache": Row(spec="seacache:0.5", control="seacache:0", full=None, absolute=False),
+    # two full steps tell how the output answers to the input
+    "easycache": Row(spec="easycache:0.5-w0", control="easycache:0-w0", full=None, settles=2),
     "adacache": Row(spec="adacache:0.5", control="adacache:0", full=None, settles=2),
     "auto": Row(spec="auto:1.3", control="auto:1", full=None, absolute=False),
 }
@@ -205,7 +218,7 @@ def equal(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def test_the_table_is_complete() -> None:
-    assert set(TABLE) == {*METHODS, "auto"}
+    assert {*TABLE, "guidance"} == {*METHODS, "auto"}  # which has a contract of its own, at the end
 
 
 @pytest.mark.parametrize(
@@ -309,3 +322,45 @@ def test_what_cannot_be_reused_together_takes_turns() -> None:
     for timestep in (900, 800):
         call(model, "DiT", torch.randn(1, 4, 8, 8), timestep)
     assert ran == [0, 1, 2, 3, 4, 5, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "long_skips"), VARIANTS, ids=[name + "-long_skips" * long_skips for name, long_skips in VARIANTS]
+)
+def test_the_contract_of_one_guidance_branch_beside_another(name: str, long_skips: bool) -> None:
+    """The branch that is called first always runs. The other is full at every second step, and in between as far from
+    the first as it was then."""
+    model = build(name, long_skips)
+    latents = [TINY_FAMILIES[name].arguments(batch=1, seed=seed)["hidden_states"] for seed in range(4)]
+    steps = list(zip(latents, TIMESTEPS[:4], strict=True))
+    first = [call(model, name, *step) for step in steps]
+    second = [call(model, name, *step, unconditional=True) for step in steps]
+    before = type(model), set(vars(model))
+    # of each step the one whose difference it has
+    for spec, froms in (
+        ("guidance:N1", (0, 1, 2, 3)),
+        ("guidance:N2", (0, 0, 2, 2)),
+        ("guidance:N4-800-0", (0, 1, 1, 1)),
+    ):
+        full = len(set(froms))
+        enable_cache(model, spec)
+        for number, (step, since) in enumerate(zip(steps, froms, strict=True)):
+            assert torch.equal(call(model, name, *step), first[number])
+            output = call(model, name, *step, unconditional=True)
+            if since < number:
+                expected = first[number] + (second[since] - first[since])
+                torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+                assert not torch.equal(output, second[number])
+            else:
+                assert torch.equal(output, second[number])
+        summary = cache_summary(model)
+        assert (summary.steps_full, summary.steps_reused) == (4 + full, 4 - full)
+        assert summary.compute_ratio == pytest.approx(8 / (4 + full))
+        model._reset_stateful_cache()
+        assert cache_summary(model).bytes_held == 0
+        if spec == "guidance:N2":
+            call(model, name, *steps[0])
+            with pytest.raises(ValueError, match="is called once per step: guidance is off, or both branches share"):
+                call(model, name, *steps[1])
+        disable_cache(model)
+        assert (type(model), set(vars(model))) == before

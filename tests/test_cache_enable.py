@@ -25,7 +25,7 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, Schedule
-from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, Probe, UnitRange
+from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, UnitProbe, UnitRange
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips, long_skip_class
 
@@ -44,10 +44,10 @@ def counts(target: Any) -> tuple[int, int]:
 
 @pytest.mark.parametrize(("schedule", "probe"), [
     (ProbeSchedule(threshold=0.1), None),
-    (RateSchedule(threshold=0.1), Probe()),
-    (IntervalSchedule(interval=2), Probe()),
+    (RateSchedule(threshold=0.1), UnitProbe()),
+    (IntervalSchedule(interval=2), UnitProbe()),
 ])  # fmt: skip
-def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe | None) -> None:
+def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: UnitProbe | None) -> None:
     with pytest.raises(ValueError, match="a ProbeSchedule and a probe go together"):
         CacheMethod(schedule=schedule, site=AllButFirst(), probe=probe)
 
@@ -60,7 +60,7 @@ def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: Probe |
 def test_what_is_reused_lies_behind_the_probe(site: Any) -> None:
     model = tiny_dit()
     with pytest.raises(ValueError, match="must reuse one range of units after them"):
-        enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=Probe()))
+        enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=UnitProbe()))
     assert not isinstance(model, CachedModel)
 
 

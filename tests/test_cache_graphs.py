@@ -51,6 +51,8 @@ def by_kind(attention: list[int], mlp: list[int]) -> dict[str, Any]:
 TABLE: dict[str, Row] = {
     "skip": Row(spec="N2", other="N3-900-100", graphs=2),
     "skip-taylor": Row(spec="skip-taylor:N2-o2", other="skip-taylor:N3-o1", graphs=2, like="skip"),
+    "skip-hermite": Row(spec="skip-hermite:N2-o2", other="skip-hermite:N3-o1", graphs=2, like="skip"),
+    "skip-adams": Row(spec="skip-adams:N2-o2", other="skip-adams:N3-o1", graphs=2, like="skip"),
     # deep features and shallow attention: both full, both reused, and each alone
     "skip-branch": Row(spec="skip-branch:N3", other="skip-branch:N5", graphs=4),
     "delta": Row(spec="delta:N2", other="delta:N3", graphs=2),
@@ -66,8 +68,18 @@ TABLE: dict[str, Row] = {
     "tgate": Row(spec="tgate:N2-900-400", other="tgate:N3-900-400", graphs=4, model="PixArtTransformer2DModel"),
     "smoothcache": Row(spec=by_kind([0, 3, 5], [0, 2, 5]), other=by_kind([0, 4, 6], [0, 2, 6]), graphs=4),
     # full; the first units; the first units again, behind which the rest runs where they have changed too much
+    "magcache": Row(
+        spec=schedule(method="magcache", full_steps=[0, 3, 5]),
+        other=schedule(method="magcache", full_steps=[0, 2]),
+        graphs=2,
+    ),
     "fbcache": Row(spec="fbcache:0.5", other="fbcache:0.45", graphs=3),
     "teacache": Row(spec="teacache:0.2", other="teacache:0.15", graphs=3),
+    # and the end alone, behind what the probe has told
+    "dicache": Row(spec="dicache:0.05", other="dicache:0.04", graphs=4),
+    "seacache": Row(spec="seacache:0.5", other="seacache:0.4-o0", graphs=2),
+    # a reuse step calls no graph
+    "easycache": Row(spec="easycache:0.5-w0", other="easycache:0.4-w0", graphs=1),
     "adacache": Row(spec="adacache:0.5", other="adacache:0.4", graphs=2),
     "auto": Row(spec="auto:1.3", other="auto:1.2", graphs=2, like="skip"),
     "json": Row(spec=schedule(full_steps=[0, 3, 5]), other=schedule(full_steps=[0, 4], order=1), graphs=2, like="skip"),
@@ -167,7 +179,8 @@ def test_blocks_that_are_compiled_already_are_refused() -> None:
 
 
 def test_the_table_is_complete() -> None:
-    assert set(TABLE) == {*METHODS, "auto", "json", "mixed json"}
+    others = {"guidance"}  # which runs the graph of the plain model
+    assert {*TABLE} | others == {*METHODS, "auto", "json", "mixed json"}
 
 
 @pytest.mark.parametrize("first", [name for name, row in TABLE.items() if row.like is None])
@@ -258,7 +271,7 @@ def test_replayed_outputs_are_spoilt_by_the_next_call() -> None:
     assert torch.equal(outputs[0], outputs[-1])
 
 
-@pytest.mark.parametrize("name", ["skip-taylor", "fbcache", "adacache"])
+@pytest.mark.parametrize("name", ["skip-taylor", "fbcache", "adacache", "dicache", "easycache"])
 def test_a_cache_keeps_nothing_that_the_next_replay_overwrites(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ FLUX, PIXART, WAN, LATTE = (
 )
 MODELS = ("DiT", "Latte", PIXART, FLUX)
 # deep features; outputs of branches; a decision after a first unit that has been run
-SPECS = ("N2", "fora:N2", "fbcache:0.9")
+SPECS = ("N2", "fora:N2", "fbcache:0.9", "easycache:100-w0")
 every_model = pytest.mark.parametrize("name", MODELS)
 every_spec = pytest.mark.parametrize("spec", SPECS)
 
@@ -695,7 +695,7 @@ def test_autocast_reuses_what_it_computes(name: str, spec: str) -> None:
     exact = run(model, name)
     with torch.autocast("cpu", torch.bfloat16):
         plain = run(model, name)
-        enable_cache(model, spec.replace("N2", "N1").replace("0.9", "0"))
+        enable_cache(model, spec.replace("N2", "N1").replace("0.9", "0").replace("100", "0"))
         assert equal(run(model, name), plain)
         enable_cache(model, spec)
         cached = run(model, name)

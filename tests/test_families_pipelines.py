@@ -294,6 +294,28 @@ def test_a_cache_asks_the_device_for_nothing(name: str) -> None:
         assert asked.more_than(unasked) == {"tolist": branches, "_local_scalar_dense": branches * (SIZES[1] - 1)}, spec
         assert summary is not None
         assert (summary.steps_reused > 0) == spec.endswith("100")
+    # a process with betas tells once what share of its latents is noise
+    for spec, more in (("dicache:100-e0", 0), ("dicache:0", 0), ("seacache:100-e0", 1), ("easycache:100-w0-e0", 0)):
+        asked, summary = asks(name, spec)
+        assert asked.more_than(unasked).total() <= branches * SIZES[1] + more, spec
+        assert summary is not None
+        assert (summary.steps_reused > 0) == (":100" in spec)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_guidance_branch_beside_another_where_they_have_calls_of_their_own(name: str) -> None:
+    """Without one question more to the device; where both share a call it says so at the second step."""
+    if not CASES[name].separate:
+        with pytest.raises(ValueError, match="is called once per step: guidance is off, or both branches share a call"):
+            asks(name, "guidance:N2")
+        return
+    unasked, _ = asks(name, None)
+    asked, summary = asks(name, "guidance:N2")
+    assert asked.more_than(unasked) == {"tolist": 2}
+    assert summary is not None
+    num_steps = SIZES[1]
+    assert (summary.steps_full, summary.steps_reused) == (num_steps + (num_steps + 1) // 2, num_steps // 2)
+    assert summary.bytes_held == 0
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)

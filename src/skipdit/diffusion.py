@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -395,3 +395,14 @@ def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inv
     else:
         shares = [timestep / scale for timestep in timesteps]
     return [round(1000 * share, 3) for share in shares]
+
+
+def noise_shares(scheduler: Any) -> list[float]:
+    """Return the share of noise, b / (a + b), in latents a x_0 + b noise at each timestep that a scheduler's model was
+    trained on; empty if its process is a flow, where the timestep says it, or has no betas."""
+    config = scheduler.config
+    is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if is_flow or config.get("beta_schedule") is None:
+        return []
+    pairs = ((math.sqrt(alpha), math.sqrt(1 - alpha)) for alpha in scheduler.alphas_cumprod.tolist())
+    return [noise / (signal + noise) for signal, noise in pairs]

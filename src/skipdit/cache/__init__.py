@@ -3,7 +3,9 @@
 A method is a choice of when x what x how, and nothing else.
 
 - *when*: `schedule` (static: a pure function of the timesteps), `gates` (adaptive: from values of the step itself)
-- *what*: `site` (units, or branches inside them); *how*: `predictor` (hold, or Taylor)
+- *what*: `site` (units, branches inside them, or the `whole` model); *how*: `predictor` (hold, or Taylor)
+- `changes` and `spectrum`: the numbers that gates decide by; `magnitudes`: MagCache's schedule, and its measuring run;
+  `layers`: branches chosen for each step
 - `methods`: one row per published method; specs and schedule.json are read there
 
 The path of one call, from the outside in:

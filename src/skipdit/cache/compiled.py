@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from skipdit.models.forward_plan import ForwardPlan, Stored
+from skipdit.cache.whole import WholeModel, form_of, map_tensors, restored, values_of
+from skipdit.models.forward_plan import ForwardPlan, Region, Stored
 from skipdit.models.long_skip import PlannedOutput
 
 MAX_GRAPHS = 64
@@ -28,13 +28,44 @@ class Call:
     device: torch.device
     compiled_plans: set[ForwardPlan]
     """Plans whose graphs have run with these shapes."""
+    latents: Any
+    """Its noisy latents, a tensor or a list of tensors."""
+    noise: Callable[[], float]
+    """Returns the share of noise in them, from 0 to 1."""
+    forms: dict[Any, Any]
+    """By `return_dict`, the form of the model's output, once it is known."""
+    return_dict: Any = True
+    """The argument of that name."""
+    first_output: list[Tensor] | None = None
+    """The output of the guidance branch that was called first at this step; `None` if that is this call, or unknown."""
+
+    def can_reuse(self, region: Region) -> bool:
+        """Return true if the model can be left out: the form of its output is known, and what it is added to."""
+        if not isinstance(region, WholeModel):
+            return True
+        return self.return_dict in self.forms and self._input_of(region) is not None
+
+    def _input_of(self, region: WholeModel) -> Any:
+        return self.first_output if region.beside_first else self.latents
 
     @property
     def is_compiled(self) -> bool:
         return self.model._compiled_call_impl is not None  # private to torch: `model.compile()` sets it
 
     def __call__(self, plan: ForwardPlan, stored: Stored | None = None) -> PlannedOutput:
-        """Run the model under a plan. stored: the values that the plan reuses, by region."""
+        """Run the model under a plan. stored: the values that the plan reuses, by region. A plan that stores or reuses
+        the whole model has no other region."""
+        for region in plan.reuse:
+            if isinstance(region, WholeModel):
+                assert stored is not None
+                return PlannedOutput(
+                    restored(stored[region.name], self._input_of(region), self.forms[self.return_dict]), {}
+                )
+        for region in plan.store:
+            if isinstance(region, WholeModel):
+                output, entering = self.plain(), self._input_of(region)
+                self.forms[self.return_dict] = form_of(output)
+                return PlannedOutput(output, {region.name: {} if entering is None else values_of(output, entering)})
         replays, is_new = (
             self.is_compiled and may_replay(self.device),
             self.is_compiled and plan not in self.compiled_plans,
@@ -50,6 +81,14 @@ class Call:
         if replays:  # the graph overwrites its outputs at the next replay
             output, found = map_tensors(output, Tensor.clone), _map_stored(found, Tensor.clone)
         return PlannedOutput(output, found)
+
+    def plain(self) -> Any:
+        """Run the model in full, without a plan."""
+        replays = self.is_compiled and may_replay(self.device)
+        if replays:
+            torch.compiler.cudagraph_mark_step_begin()
+        output = self.run(*self.args, **self.kwargs)
+        return map_tensors(output, Tensor.clone) if replays else output
 
     @property
     def has_graphs(self) -> bool:
@@ -76,18 +115,6 @@ def may_replay(device: torch.device) -> bool:
 
 def _map_stored(stored: Stored, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
     return {name: {key: change(value) for key, value in values.items()} for name, values in stored.items()}
-
-
-def map_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a model's output with `change` applied to every tensor in it."""
-    match output:
-        case Tensor():
-            return change(output)
-        case BaseOutput():
-            return type(output)(**{key: map_tensors(value, change) for key, value in output.items()})
-        case list() | tuple():
-            return type(output)(map_tensors(value, change) for value in output)
-    return output
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Switches a cache on and off: the model becomes an instance of a final subclass whose `__call__` is the cache's."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -46,7 +46,8 @@ class CachedModel(SwapMixin, nn.Module):
     def cache_context(self, name: str, **position: Any) -> Iterator[None]:
         """Keep the calls inside apart, as the stream `name` of the current run. position: fields of the loop
         (`step_index`, `num_inference_steps`, `timestep`), which take precedence over the arguments of the calls."""
-        with branch_context(name, **position), cast(Any, super()).cache_context(name, **position):
+        context = getattr(super(), "cache_context", None)  # not every class of diffusers has it
+        with branch_context(name, **position), nullcontext() if context is None else context(name, **position):
             yield
 
     # models created through this class have no cache
@@ -105,7 +106,8 @@ def enable_cache(
 
     target: a pipeline, all of whose transformers are cached, with timesteps from its scheduler; or a model, whose
         timesteps are read from its calls: one of ours, or a transformer of diffusers whose units skipdit knows, with
-        long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`).
+        long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`); for
+        `easycache:`, any model.
     spec: `"auto"`, `"N2-700-50"`, any other spec of `skipdit.cache.methods`, a `CacheMethod`, or the path of a
         schedule.json.
     make: builds the stepper, in place of the one that the spec needs; for measurements.
@@ -145,7 +147,8 @@ def _prepare(
     else:
         if isinstance(model, LongSkipModel) and model.is_cache_enabled:
             raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
-        opened = not isinstance(model, LongSkipModel) and find_family(type(model)) is not None
+        knows = find_family(type(model)) is not None
+        opened = method.needs_units and not isinstance(model, LongSkipModel) and knows
         if opened:
             open_units(model)
     try:

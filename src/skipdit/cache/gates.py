@@ -7,15 +7,72 @@ from dataclasses import dataclass
 from skipdit.cache.schedule import Decision, Schedule
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSchedule(Schedule):
+    """A schedule that decides by how much values have changed. A threshold of 0 never reuses. Abstract."""
+
+    is_adaptive = True
+    follows_each_step = False
+    """If true, changes are measured from the last step instead of the last full one."""
+    observes = False
+    """If true, the gate is told at each full step by how much the stored values have changed."""
+
+    threshold: float
+    """Relative L1 change from which on a step is full."""
+    num_first: int = 0
+    """Number of first steps that are full."""
+    max_reused: int | None = None
+    """The largest number of reuse steps in a row; `None` for any."""
+    num_last: int = 0
+    """Number of last steps that are full, where the end of the run is known, as in a pipeline."""
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"the threshold must be at least 0, got {self.threshold:g}")
+        for name in ("num_first", "num_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.max_reused is not None and self.max_reused < 1:
+            raise ValueError(f"max_reused must be at least 1, else no step could reuse, got {self.max_reused}")
+
+    @property
+    def may_stay_full(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.threshold == 0
+
+    def gate(self) -> "Gate":
+        """Return a new gate, for a new stream."""
+        raise NotImplementedError
+
+    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+        raise ValueError(f"{type(self).__name__} decides while the model runs")
+
+    def __str__(self) -> str:
+        limits = {"w": self.num_first, "r": self.max_reused, "e": self.num_last}
+        return f"{self.threshold:g}" + "".join(f"-{letter}{limit}" for letter, limit in limits.items() if limit)
+
+
+@dataclass
 class Gate:
     """Decides for one stream of calls whether its next step may reuse. Abstract.
 
-    A change is a relative L1 distance, as in `skipdit.cache.steppers.relative_change`.
+    A change is a relative L1 distance, as in `skipdit.cache.changes.relative_change`.
     """
 
-    def opens(self) -> bool:
-        """Return true if the next step may reuse; called before any of it has run."""
-        return True
+    schedule: AdaptiveSchedule
+    num_steps: int = 0
+    """Number of steps that have run."""
+    num_reused: int = 0
+    """Number of reuse steps since the last full one."""
+
+    def opens(self, num_coming: int | None = None) -> bool:
+        """Return true if the next step may reuse; called before any of it has run. num_coming: number of steps from
+        this one to the end of the run; `None` if unknown."""
+        limits = self.schedule
+        return (
+            self.num_steps >= limits.num_first
+            and (limits.max_reused is None or self.num_reused < limits.max_reused)
+            and (num_coming is None or num_coming > limits.num_last)
+        )
 
     def accepts(self, change: float) -> bool:
         """Return true if a step reuses, given the change of its probe."""
@@ -26,33 +83,8 @@ class Gate:
 
     def advance(self, *, full: bool) -> None:
         """Count a step that has run."""
-
-
-class AdaptiveSchedule(Schedule):
-    """A schedule that decides by how much values have changed. A threshold of 0 never reuses. Abstract."""
-
-    is_adaptive = True
-    follows_each_step = False
-    """If true, changes are measured from the last step instead of the last full one."""
-    threshold: float
-
-    def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"the threshold must be at least 0, got {self.threshold:g}")
-
-    @property
-    def may_stay_full(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.threshold == 0
-
-    def gate(self) -> Gate:
-        """Return a new gate, for a new stream."""
-        raise NotImplementedError
-
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        raise ValueError(f"{type(self).__name__} decides while the model runs")
-
-    def __str__(self) -> str:
-        return f"{self.threshold:g}"
+        self.num_steps += 1
+        self.num_reused = 0 if full else self.num_reused + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +92,13 @@ class ProbeSchedule(AdaptiveSchedule):
     """Reuse while the probe, taken before the decision, differs by less than `threshold` from that of the last full
     step (First-Block-Cache), or, with `accumulate`, while its changes from step to step add up to less (TeaCache)."""
 
-    threshold: float
-    """Relative L1 change from which on a step is full."""
     accumulate: bool = False
     """Add up the changes from step to step."""
     coefficients: tuple[float, ...] = (1.0, 0.0)
     """Polynomial, highest power first, from a change of the probe to one of the output."""
+    at_rate: bool = False
+    """Estimate the change of the stored values instead: that of the probe, times the rate at which they changed with
+    it between the last two full steps (EasyCache, arXiv 2507.02860). Until two full steps have run, none reuses."""
 
     @property
     def follows_each_step(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -77,7 +110,7 @@ class ProbeSchedule(AdaptiveSchedule):
 
 @dataclass
 class ProbeGate(Gate):
-    schedule: ProbeSchedule
+    schedule: ProbeSchedule  # pyright: ignore[reportIncompatibleVariableOverride]
     total: float = 0.0
 
     def accepts(self, change: float) -> bool:
@@ -89,16 +122,18 @@ class ProbeGate(Gate):
         self.total = 0.0
         return False
 
+    def advance(self, *, full: bool) -> None:
+        super().advance(full=full)
+        self.total = 0.0 if full else self.total
+
 
 @dataclass(frozen=True, kw_only=True)
 class RateSchedule(AdaptiveSchedule):
     """Reuse after a full step for as long as the change stays below `threshold`, at the rate at which the stored values
     changed since the previous full step (AdaCache, arXiv 2411.02397, with this rule in place of its codebook)."""
 
-    threshold: float
-    """Relative L1 change that is allowed since the last full step."""
-    max_reused: int = 5
-    """The largest number of reuse steps in a row."""
+    observes = True
+    max_reused: int = 5  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def gate(self) -> "RateGate":
         return RateGate(self)
@@ -106,11 +141,11 @@ class RateSchedule(AdaptiveSchedule):
 
 @dataclass
 class RateGate(Gate):
-    schedule: RateSchedule
+    schedule: RateSchedule  # pyright: ignore[reportIncompatibleVariableOverride]
     left: int = 0
 
-    def opens(self) -> bool:
-        return self.left > 0
+    def opens(self, num_coming: int | None = None) -> bool:
+        return super().opens(num_coming) and self.left > 0
 
     def observe(self, change: float, distance: int) -> None:
         rate, schedule, self.left = change / distance, self.schedule, 0
@@ -119,5 +154,6 @@ class RateGate(Gate):
             self.left = max(math.ceil(min(fitting, schedule.max_reused + 1)) - 1, 0)
 
     def advance(self, *, full: bool) -> None:
+        super().advance(full=full)
         if not full:
             self.left -= 1

@@ -1,34 +1,38 @@
 """Cache methods: each is a choice of when x what x how, and the named ones are rows of one table."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
-
-import msgspec
+from typing import Any
 
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
-from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor, TaylorPredictor
-from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, ExplicitSchedule, IntervalSchedule, Schedule
-from skipdit.cache.site import AllButFirst, BranchOutputs, DeepFeatures, MiddleUnits, Probe, Site, UnitRange
+from skipdit.cache.predictor import (
+    AdamsBashforthPredictor,
+    FittedPredictor,
+    HermitePredictor,
+    Predictor,
+    TaylorPredictor,
+)
+from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, IntervalSchedule, Schedule
+from skipdit.cache.schedule_file import MadeFor, ScheduleFields, explicit_of, predictor_of
+from skipdit.cache.site import (
+    AllButFirst,
+    AllUnits,
+    BranchOutputs,
+    DeepFeatures,
+    GuidanceDifference,
+    LatentsProbe,
+    MiddleUnits,
+    Probe,
+    Site,
+    UnitProbe,
+    UnitRange,
+    WholeOutput,
+)
 from skipdit.files.untrusted import printable, read_json
 from skipdit.models.long_skip import BranchKind
 from skipdit.options import choose
-
-
-@dataclass(frozen=True, kw_only=True)
-class MadeFor:
-    """The model and the settings that a schedule was calibrated on."""
-
-    model: str
-    """Name of its class."""
-    num_units: int
-    weights: str
-    """Fingerprint of its weights, see `skipdit.cache.fingerprint`."""
-    scheduler: str
-    """Name of the scheduler's class."""
-    guidance_scale: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,9 @@ class CacheMethod:
     """The prediction of the current values from stored ones."""
     probe: Probe | None = None
     """The values that an adaptive schedule compares before it decides."""
+    trail: Probe | None = None
+    """Values of the first units whose way since the last full steps tells how far to extrapolate (DiCache); by default
+    the number of steps does."""
     others: tuple["CacheMethod", ...] = ()
     """Further rules."""
     made_for: MadeFor | None = field(default=None, compare=False)
@@ -59,10 +66,17 @@ class CacheMethod:
             raise ValueError(
                 f"a ProbeSchedule and a probe go together, got {type(self.schedule).__name__} and probe {self.probe}"
             )
+        if self.trail is not None and not (isinstance(self.probe, UnitProbe) and isinstance(self.trail, UnitProbe)):
+            raise ValueError(f"a trail and a probe of units go together, got probe {self.probe}, trail {self.trail}")
 
     @property
     def rules(self) -> "tuple[CacheMethod, ...]":
         return (self, *self.others)
+
+    @property
+    def needs_units(self) -> bool:
+        """False if any model can have it, of known units or not."""
+        return any(rule.site.needs_units for rule in self.rules)
 
     @property
     def may_stay_full(self) -> bool:
@@ -85,7 +99,8 @@ class ParsedSpec:
     shallow_units: tuple[int, ...] = ()
     """The number after -k, if there is one."""
     order: int = 0
-    """The Taylor order."""
+    """Of the prediction."""
+    predictor: type[Predictor] = TaylorPredictor
 
     @property
     def k(self) -> int:
@@ -100,7 +115,24 @@ class ParsedSpec:
             start_timestep=self.schedule.start_timestep if start is None else start,
             stop_timestep=self.schedule.stop_timestep if stop is None else stop,
         )
-        return CacheMethod(schedule=schedule, site=site, predictor=TaylorPredictor(self.order))
+        return CacheMethod(schedule=schedule, site=site, predictor=self.predictor(self.order))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveSpec:
+    """The options of an adaptive spec, without the method's name."""
+
+    threshold: float
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """The fields of an `AdaptiveSchedule` that it sets."""
+    k: int = 1
+    """Number of units that are probed."""
+    order: int = 0
+    """The Taylor order."""
+
+    def by_probe(self, **fields: Any) -> ProbeSchedule:
+        """Return a schedule of these fields, which the limits of the spec replace."""
+        return ProbeSchedule(threshold=self.threshold, **{**fields, **self.limits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +143,13 @@ class MethodEntry:
     """The paper or repository it is from, and how this implementation differs."""
     order: int = 0
     """Its default Taylor order; with 0 it takes no -o."""
+    predictor: type[Predictor] = TaylorPredictor
+    max_order: int | None = None
+    """The largest order that it takes; `None` for any."""
     rules: Callable[[ParsedSpec], tuple[CacheMethod, ...]] | None = None
     """Makes its rules from a spec with an interval; `None` if it has no such spec."""
-    adaptive: Callable[[float], CacheMethod] | None = None
-    """Makes its only rule from a threshold; `None` if it has no such spec."""
+    adaptive: Callable[[AdaptiveSpec], CacheMethod] | None = None
+    """Makes its only rule from a spec with a threshold; `None` if it has no such spec."""
     site: Callable[[tuple[int, ...]], Site] | None = None
     """Makes the site of a schedule.json of this name from its shallow units."""
     takes_k: bool = True
@@ -123,13 +158,16 @@ class MethodEntry:
         """Return true if a method of one rule has the site and the kind of predictor of this row."""
         if self.site is None or method.others or method.probe is not None:
             return False
-        return self.site(method.site.shallow_units) == method.site and (self.order > 0) == (method.predictor.order > 0)
+        kinds = (self.predictor, FittedPredictor) if self.predictor is TaylorPredictor else (self.predictor,)
+        predicts = (self.order > 0) == (method.predictor.order > 0) and type(method.predictor) in kinds
+        return predicts and self.site(method.site.shallow_units) == method.site
 
     @property
     def form(self) -> str:
-        if self.rules is None:
-            return "{threshold}" if self.adaptive else "json"
         order = "[-o{Taylor order}]" if self.order else ""
+        if self.rules is None:
+            k = "[-k{probed units}]" if self.takes_k else ""
+            return f"{{threshold}}{LIMITS_FORM}{k}{order}" if self.adaptive else "json"
         k = "[-k{shallow units}]" if self.takes_k else ""
         return f"N{{interval}}[-{{start}}-{{stop}}]{k}{order}"
 
@@ -138,7 +176,9 @@ EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_atten
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
 AUTO_FACTORS = (0.7,) * len(AUTO_TIMESTEPS)  # of the linear prediction of `auto`, learned with its densities
 NEVER_AGAIN = 10**6  # an interval longer than any run
-FIRST_ADDED, FIRST_INPUT = Probe(), Probe(inputs=True)
+FIRST_ADDED, FIRST_INPUT = UnitProbe(), UnitProbe(inputs=True)
+LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec
+LIMITS_FORM = "[-w{first}][-r{most}][-e{last}]"
 
 
 def _deep(ks: tuple[int, ...]) -> Site:
@@ -191,10 +231,34 @@ def _tgate(options: ParsedSpec) -> tuple[CacheMethod, ...]:
     return (cross, options.rule(BranchOutputs(ATTENTION)))
 
 
+def _dicache(spec: AdaptiveSpec) -> CacheMethod:
+    return CacheMethod(
+        schedule=spec.by_probe(accumulate=True, num_last=1),
+        site=AllButFirst(spec.k),
+        predictor=TaylorPredictor(1),
+        probe=UnitProbe(num_units=spec.k, after=True),
+        trail=UnitProbe(num_units=spec.k),
+    )
+
+
 METHODS: dict[str, MethodEntry] = {
     "skip": MethodEntry(source="Skip-Cache, arXiv 2411.17616", rules=_one(_deep), site=_deep),
     "skip-taylor": MethodEntry(
         source="Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1, rules=_one(_deep), site=_deep
+    ),
+    "skip-hermite": MethodEntry(
+        source="Skip-Cache with a prediction in Hermite's polynomials (after HiCache, arXiv 2508.16984)",
+        order=2,
+        predictor=HermitePredictor,
+        rules=_one(_deep),
+        site=_deep,
+    ),
+    "skip-adams": MethodEntry(
+        source="Skip-Cache with a prediction by the rule of Adams and Bashforth (after PrediT, arXiv 2602.18093)",
+        order=2,
+        predictor=AdamsBashforthPredictor,
+        rules=_one(_deep),
+        site=_deep,
     ),
     "skip-branch": MethodEntry(
         source="Skip-Cache (arXiv 2411.17616); attention of the shallow units runs at every second step",
@@ -238,23 +302,60 @@ METHODS: dict[str, MethodEntry] = {
     "smoothcache": MethodEntry(
         source="SmoothCache, arXiv 2411.10510: branches by kind, from a calibrated schedule (skipdit calibrate)"
     ),
+    "guidance": MethodEntry(
+        source="FasterCache, arXiv 2410.19355: the difference of guidance branches, as a whole, not by frequencies; no "
+        "attention",
+        rules=lambda options: (options.rule(GuidanceDifference()),),
+        takes_k=False,
+    ),
+    "magcache": MethodEntry(
+        source="MagCache, arXiv 2506.09045: all units, from a measured curve of magnitudes (skipdit.cache.magnitudes)",
+        site=lambda ks: AllUnits(),
+    ),
     "fbcache": MethodEntry(
         source="First-Block-Cache, ParaAttention (github.com/chengzeyi/ParaAttention), after arXiv 2411.19108",
-        adaptive=lambda threshold: CacheMethod(
-            schedule=ProbeSchedule(threshold=threshold), site=AllButFirst(), probe=FIRST_ADDED
-        ),
+        adaptive=lambda spec: CacheMethod(schedule=spec.by_probe(), site=AllButFirst(), probe=FIRST_ADDED),
         takes_k=False,
     ),
     "teacache": MethodEntry(
         source="TeaCache, arXiv 2411.19108, without a fitted polynomial; the first unit runs too",
-        adaptive=lambda threshold: CacheMethod(
-            schedule=ProbeSchedule(threshold=threshold, accumulate=True), site=AllButFirst(), probe=FIRST_INPUT
+        adaptive=lambda spec: CacheMethod(
+            schedule=spec.by_probe(accumulate=True), site=AllButFirst(), probe=FIRST_INPUT
+        ),
+        takes_k=False,
+    ),
+    "dicache": MethodEntry(
+        source="DiCache, arXiv 2508.17356: the probed units stay fresh at reuse steps; 1 full step last",
+        adaptive=_dicache,
+    ),
+    "seacache": MethodEntry(
+        source="SeaCache, arXiv 2602.18993, on the filtered latents, as diffusers has it: at most 2 reuse steps in a "
+        "row, 1 full step last",
+        order=1,
+        max_order=1,
+        adaptive=lambda spec: CacheMethod(
+            schedule=spec.by_probe(accumulate=True, max_reused=2, num_last=1),
+            site=AllUnits(),
+            predictor=TaylorPredictor(spec.order),
+            probe=LatentsProbe(filtered=True),
+        ),
+        takes_k=False,
+    ),
+    "easycache": MethodEntry(
+        source="EasyCache, arXiv 2507.02860: 5 full steps first and 1 last, as in its code for HunyuanVideo; each "
+        "guidance branch decides for itself",
+        adaptive=lambda spec: CacheMethod(
+            schedule=spec.by_probe(accumulate=True, at_rate=True, num_first=5, num_last=1),
+            site=WholeOutput(),
+            probe=LatentsProbe(),
         ),
         takes_k=False,
     ),
     "adacache": MethodEntry(
         source="AdaCache, arXiv 2411.02397, its codebook as a rate; no motion regularization",
-        adaptive=lambda threshold: CacheMethod(schedule=RateSchedule(threshold=threshold), site=BranchOutputs(EVERY)),
+        adaptive=lambda spec: CacheMethod(
+            schedule=RateSchedule(threshold=spec.threshold, **dict(spec.limits)), site=BranchOutputs(EVERY)
+        ),
         takes_k=False,
     ),
 }
@@ -266,13 +367,13 @@ METHODS: dict[str, MethodEntry] = {
 SPEC = re.compile(
     r"(?:(?P<name>[a-z-]+):)?N(?P<interval>\d+)(?:-(?P<start>\d+)-(?P<stop>\d+))?(?P<options>(?:-[ko]\d+)*)", re.ASCII
 )
-THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)", re.ASCII)
+THRESHOLD = re.compile(r"(?P<name>[a-z-]+):(?P<value>\d+(?:\.\d+)?|\.\d+)(?P<options>(?:-[wreko]\d+)*)", re.ASCII)
 AUTO = re.compile(r"auto(?::(?P<speedup>\d+(?:\.\d+)?))?(?:-k(?P<k>\d+))?(?:-o(?P<order>\d+))?", re.ASCII)
 NUMBER = re.compile(r"\d+", re.ASCII)
 MAX_DIGITS = 9  # of a number in a spec
 SPEC_FORM = (
     "[{method}:]N{interval}[-{start}-{stop}][-k{shallow units}][-o{Taylor order}], for instance N2-700-50, "
-    "{method}:{threshold}, or auto[:{speedup}]"
+    f"{{method}}:{{threshold}}{LIMITS_FORM}, or auto[:{{speedup}}]"
 )
 
 
@@ -301,7 +402,7 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     if match.re is THRESHOLD:
         if row.adaptive is None:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
-        method = row.adaptive(float(match["value"]))
+        method = row.adaptive(_adaptive_options(row, match, text))
     else:
         if row.rules is None:
             raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
@@ -309,16 +410,34 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     return method if row.site is not None else replace(method, spec=text)
 
 
-def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
-    options = re.findall(r"-([ko])(\d+)", match["options"])
+def _values(row: MethodEntry, match: re.Match[str], text: str) -> dict[str, int]:
+    """Return the numbers of a spec by their letters."""
+    options = re.findall(r"-([a-z])(\d+)", match["options"])
     values = {letter: int(value) for letter, value in options}
     if len(values) < len(options):
-        raise ValueError(f"-k and -o may be given once each, got {printable(text)!r}")
+        raise ValueError(f"-k, -o and other options may be given once each, got {printable(text)!r}")
     if "o" in values and row.order == 0:
         with_order = ", ".join(f"{name}:" for name, other in METHODS.items() if other.order)
         raise ValueError(f"a Taylor order needs one of {with_order}, got {printable(text)!r}")
+    if "o" in values and row.max_order is not None and values["o"] > row.max_order:
+        raise ValueError(f"the order of {match['name']} must be at most {row.max_order}, got {printable(text)!r}")
     if "k" in values and not row.takes_k:
         raise ValueError(f"{match['name']} has no shallow units, got {printable(text)!r}")
+    return values
+
+
+def _adaptive_options(row: MethodEntry, match: re.Match[str], text: str) -> AdaptiveSpec:
+    values = _values(row, match, text)
+    return AdaptiveSpec(
+        threshold=float(match["value"]),
+        limits={name: values[letter] for letter, name in LIMITS.items() if letter in values},
+        k=values.get("k", 1),
+        order=values.get("o", row.order),
+    )
+
+
+def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
+    values = _values(row, match, text)
     window = (
         {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
     )
@@ -326,6 +445,7 @@ def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
         schedule=IntervalSchedule(interval=int(match["interval"]), **window),
         shallow_units=(values["k"],) if "k" in values else (),
         order=values.get("o", row.order),
+        predictor=row.predictor,
     )
 
 
@@ -341,44 +461,6 @@ def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
 def _combine(rules: tuple[CacheMethod, ...]) -> CacheMethod:
     first, *others = rules
     return replace(first, others=tuple(others))
-
-
-MAX_SCHEDULE_STEPS = 1000  # per run; `skipdit sample --num-inference-steps` has the same limit
-Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_SCHEDULE_STEPS)]
-Steps = Annotated[list[Count], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
-Variants = Annotated[list[Count | None], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
-Row = Annotated[list[float], msgspec.Meta(min_length=1, max_length=MAX_ORDER)]
-Factors = Annotated[list[Row | None], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
-Timesteps = Annotated[list[float], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
-
-
-class PartFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One of the `parts` of a schedule.json."""
-
-    kinds: Annotated[list[BranchKind], msgspec.Meta(min_length=1, max_length=len(EVERY))]
-    full_steps: Steps
-    variants: Variants = []
-
-
-class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A schedule.json. The fields in which `skipdit calibrate` records its origin have no effect."""
-
-    num_inference_steps: Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULE_STEPS)]
-    full_steps: Steps | None = None
-    method: str = "skip"
-    num_shallow_units: Count | Steps = 1
-    order: Count = 0
-    timesteps: Timesteps = []
-    variants: Variants = []
-    factors: Factors = []
-    parts: Annotated[list[PartFields], msgspec.Meta(min_length=1, max_length=len(EVERY))] | None = None
-    made_for: MadeFor | None = None
-    seeds: list[int] = []
-    num_samples: int | None = None
-    compute_ratio: float | None = None
-    predicted_psnr_db: float | None = None
-    measured_psnr_db: float | None = None
-    versions: dict[str, str] = {}
 
 
 def load_schedule(path: Path) -> CacheMethod:
@@ -408,7 +490,7 @@ def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
         if fields.full_steps is not None or fields.variants or len(set(kinds)) < len(kinds):
             raise ValueError("parts replace full_steps and variants, and name each kind once")
         for part in fields.parts:
-            schedule = _explicit(fields, part.full_steps, part.variants)
+            schedule = explicit_of(fields, part.full_steps, part.variants)
             yield CacheMethod(
                 schedule=schedule, site=BranchOutputs(tuple(part.kinds)), predictor=TaylorPredictor(fields.order)
             )
@@ -421,25 +503,7 @@ def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
         raise ValueError(f"method must be one of {with_site}, got {printable(fields.method)!r}")
     numbers = fields.num_shallow_units
     yield CacheMethod(
-        schedule=_explicit(fields, fields.full_steps, fields.variants),
+        schedule=explicit_of(fields, fields.full_steps, fields.variants),
         site=make(tuple(numbers) if isinstance(numbers, list) else (numbers,)),
-        predictor=_predictor(fields),
-    )
-
-
-def _predictor(fields: ScheduleFields) -> Predictor:
-    if not fields.factors:
-        return TaylorPredictor(fields.order)
-    if len(fields.factors) != len(fields.timesteps):
-        raise ValueError(f"factors must be one entry per timestep, got {len(fields.factors)}")
-    rows = {at: tuple(row) for at, row in zip(fields.timesteps, fields.factors, strict=True) if row is not None}
-    return FittedPredictor(fields.order, tuple(rows), tuple(rows.values()))
-
-
-def _explicit(fields: ScheduleFields, full_steps: list[int], variants: list[int | None]) -> ExplicitSchedule:
-    return ExplicitSchedule(
-        full_steps=tuple(full_steps),
-        num_inference_steps=fields.num_inference_steps,
-        timesteps=tuple(fields.timesteps),
-        variants=tuple(variants),
+        predictor=predictor_of(fields),
     )

@@ -21,8 +21,8 @@ MAX_ORDER = 4
 class Ahead(NamedTuple):
     """Where a reuse step is."""
 
-    distance: int
-    """Steps since the last full one."""
+    distance: float
+    """Steps since the last full one; from a probe they may be a fraction."""
     spacing: int = 1
     """Steps between the last full one and the full one before."""
     timestep: float = 0.0

@@ -10,14 +10,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call, more_graphs
+from skipdit.cache.gates import AdaptiveSchedule
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
 from skipdit.cache.streams import Run, Stream, Streams
+from skipdit.cache.whole import WholeModel, tensors_in
 from skipdit.models.branches import open_branches
 from skipdit.models.costs import Costs, count_costs
 from skipdit.models.families import Family, find_family
@@ -43,7 +45,6 @@ class CacheRuntime:
         opened: bool = False,
         make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
     ) -> None:
-        linked = cast(LongSkipModel, model)
         self.method, self.opened = method, opened
         self.family = find_family(type(model)) or Family()
         self.model_name = type(model).__name__
@@ -51,8 +52,13 @@ class CacheRuntime:
         rules = rules_on(method, model)
         self.stepper = make(model, rules)
         if any(isinstance(region, Branches) for rule in rules for region in (*rule.regions, *rule.probe)):
-            open_branches(linked)
-        self.num_units, self.timestep_scale = linked.long_skip_links.num_units, linked.timestep_scale
+            open_branches(cast(LongSkipModel, model))
+        is_linked = isinstance(model, LongSkipModel)
+        self.by_guidance = any(
+            isinstance(region, WholeModel) and region.beside_first for rule in rules for region in rule.regions
+        )
+        self.num_units = model.long_skip_links.num_units if is_linked else 0
+        self.timestep_scale = (model if is_linked else self.family).timestep_scale
         self.reset()
 
     def reset(self) -> None:
@@ -102,12 +108,26 @@ class CacheRuntime:
         with self.lock:
             timestep, latents = arguments[self.family.timestep], arguments[self.family.latents]
             current, stream = self.streams.next(timestep, latents, conditions)
-            call = Call(model, run, args, kwargs, stream.layout[2], stream.compiled)
+            call = Call(
+                model,
+                run,
+                args,
+                kwargs,
+                stream.layout[2],
+                stream.compiled,
+                latents,
+                lambda: self.streams.noise_share(current),
+                stream.forms,
+                bool(arguments.get("return_dict", True)),
+                self._first_output(current, stream) if self.by_guidance else None,
+            )
             try:
                 output = self._step(call, stream)
+                if self.by_guidance and call.first_output is None:
+                    stream.output = [tensor.detach().clone() for tensor in tensors_in(output)]
             except BaseException:
                 self.streams.drop(self.streams.runs_in_context)  # the other branches of the run too
-                open_call = cast(LongSkipModel, model).open_call
+                open_call = model.open_call if isinstance(model, LongSkipModel) else None
                 if open_call is not None:
                     open_call.state = None
                 raise
@@ -115,10 +135,25 @@ class CacheRuntime:
                 self._review(self.streams.current_runs)
         return output
 
+    def _first_output(self, run: Run, stream: Stream) -> list[Tensor] | None:
+        """Return the output of the guidance branch that was called first at this step; `None` if that is this stream.
+        Raises `ValueError` if the schedule wants a reuse, but there are no branches."""
+        branches, stream.output = self.streams.branches(run, stream), []
+        schedule = self.method.schedule
+        if not (branches or schedule.is_adaptive) and schedule.decisions(stream.levels)[-1] is not None:
+            raise ValueError(
+                f"cache {self.method} reuses one guidance branch beside another, but {self.model_name} is called once "
+                "per step: guidance is off, or both branches share a call"
+            )
+        called = [branch for branch in branches if branch.places[0] == stream.places[0] and branch.output]
+        return min(called, key=lambda branch: branch.last_call).output if called else None
+
     def _step(self, call: Call, stream: Stream) -> Any:
         result, stream.costs = None, stream.costs or self.costs.get(stream.layout)
         if stream.costs is None:
-            if not self.family.counted:
+            if not isinstance(call.model, LongSkipModel):
+                stream.costs = Costs.at_best(call.model)
+            elif not self.family.counted:
                 stream.costs = Costs.by_weights(call.model)
             elif call.has_graphs:  # a counter sees nothing in graphs, and under one torch does not compile
                 _, stream.costs = count_costs(call.model, call.eager)
@@ -169,6 +204,9 @@ class CacheRuntime:
         """Return why a run of these noise levels has never reused; `None` if that is intended."""
         schedules, most, least = [rule.schedule for rule in self.rules], max(levels), min(levels)
         if self.method.schedule.is_adaptive:
+            limits = cast(AdaptiveSchedule, self.method.schedule)
+            if limits.num_first + limits.num_last >= len(levels):
+                return f"its {limits.num_first} first and {limits.num_last} last steps are full"
             return None if self.method.may_stay_full else "raise its threshold"
         if most <= 1.5 and any({*when.decisions([1000 * level for level in levels])} != {None} for when in schedules):
             return f"timesteps are {most:g} to {least:g}, not 1000 to 0: the timestep_scale of its Family does not fit"

@@ -3,14 +3,20 @@
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from skipdit.models.forward_plan import Branches, Region, Units
+from skipdit.cache.compiled import Call
+from skipdit.cache.spectrum import wiener_filter
+from skipdit.cache.whole import WholeModel, tensors_in
+from skipdit.models.forward_plan import Branches, Region, Stored, Units
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 
 
 class Site:
     """A choice of regions. Abstract."""
+
+    needs_units = True
+    """False if it is a site of any model, of known units or not."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         """Return the regions of this model that can be reused: one per variant of a reuse step; a schedule selects by
@@ -99,14 +105,51 @@ class MiddleUnits(Site):
 
 @dataclass(frozen=True)
 class AllButFirst(Site):
-    """The sum that all units after the first add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first runs at
-    every step, and adaptive schedules probe it."""
+    """The sum that all units after the first ones add (First-Block-Cache; TeaCache, arXiv 2411.19108): the first ones
+    run at every step, and adaptive schedules probe them."""
+
+    num_first: int = 1
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         num_units = known_units(model)
         if num_units < 2:
             raise ValueError(f"the model must have at least 2 units, got {num_units}")
-        return (Units(start=1, stop=num_units, delta=True),)
+        if not 1 <= self.num_first < num_units:
+            raise ValueError(
+                f"the number of first units that run must be between 1 and {num_units - 1} for {num_units} units, "
+                f"got {self.num_first}"
+            )
+        return (Units(start=self.num_first, stop=num_units, delta=True),)
+
+
+@dataclass(frozen=True)
+class AllUnits(Site):
+    """The sum that all units add (MagCache, arXiv 2506.09045): a reuse step runs none of them."""
+
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
+        return (Units(start=0, stop=known_units(model), delta=True),)
+
+
+@dataclass(frozen=True)
+class WholeOutput(Site):
+    """The output of the whole model minus its input (EasyCache, arXiv 2507.02860): a reuse step does not call the
+    model, whose units need not be known."""
+
+    needs_units = False
+
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
+        return (WholeModel(),)
+
+
+@dataclass(frozen=True)
+class GuidanceDifference(Site):
+    """The output of a guidance branch minus that of the branch that is called first at the same step (FasterCache,
+    arXiv 2410.19355). The first one always runs; units need not be known."""
+
+    needs_units = False
+
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
+        return (WholeModel(beside_first=True),)
 
 
 @dataclass(frozen=True)
@@ -136,22 +179,71 @@ class BranchOutputs(Site):
         return (Branches(kinds=kinds, units=tuple(units)),)
 
 
-@dataclass(frozen=True)
 class Probe:
-    """The values that an adaptive schedule compares: the sum that the first unit adds to the hidden states."""
+    """The values that an adaptive schedule compares. Abstract."""
+
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
+        """Return the regions whose values it compares, of a probe that is taken while the first units run."""
+        return ()
+
+    def values(self, call: Call) -> Stored:
+        """Return the values that it compares, of a probe that is taken before the model runs."""
+        return {}
+
+
+@dataclass(frozen=True)
+class UnitProbe(Probe):
+    """Values of the first units: the sum that they add to the hidden states."""
 
     inputs: bool = False
-    """Compare the input of its attention instead, after the modulation by the timestep."""
+    """Compare the input of the first attention instead, after the modulation by the timestep."""
+    num_units: int = 1
+    """Number of these units."""
+    after: bool = False
+    """Compare the hidden states after them instead."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not self.inputs:
-            return (Units(start=0, stop=1, delta=True, skips=False),)
+            return (Units(start=0, stop=self.num_units, delta=not self.after, skips=False),)
         if not any(info.unit == 0 and info.kind == "attention" for info in cast(LongSkipModel, model).branches()):
             raise ValueError(
                 f"{type(model).__name__} has no attention in its first unit that skipdit knows of, which this cache "
                 "probes: name it in the branches of skipdit.declare_family"
             )
         return (Branches(kinds=("attention",), units=(0,), inputs=True),)
+
+
+@dataclass(frozen=True)
+class LatentsProbe(Probe):
+    """The noisy latents that the model is called with."""
+
+    filtered: bool = False
+    """Keep of them what is signal, by a Wiener filter over space and time; of packed tokens (Flux), over their
+    sequence (SeaCache, arXiv 2602.18993)."""
+
+    def values(self, call: Call) -> Stored:
+        latents = [tensor.detach() for tensor in tensors_in(call.latents)]
+        if self.filtered:
+            is_list, noise = not isinstance(call.latents, Tensor), call.noise()
+            in_channels = getattr(getattr(call.model, "config", None), "in_channels", None)
+            latents = [_filtered(tensor, noise, in_channels, is_sample=is_list) for tensor in latents]
+        else:
+            latents = [tensor.clone() for tensor in latents]
+        return {"latents": {str(index): tensor for index, tensor in enumerate(latents)}}
+
+
+def _filtered(latents: Tensor, noise: float, in_channels: int | None, *, is_sample: bool) -> Tensor:
+    """Return latents filtered along all dimensions but batch and channels, which come first or, of tokens, last. A
+    sample has no batch."""
+    first = 0 if is_sample else 1
+    fitting = [dim for dim in range(first, latents.ndim) if latents.shape[dim] == in_channels]
+    usual = latents.ndim - 1 if latents.ndim == first + 2 else first
+    channels = fitting[0] if len(fitting) == 1 else usual
+    dims = [dim for dim in range(first, latents.ndim) if dim != channels]
+    if not dims:
+        raise ValueError(f"a filter over space needs latents with places, got the shape {tuple(latents.shape)}")
+    # as in the authors' code, the exponent of the power spectra of pictures and of clips
+    return wiener_filter(latents, dims, noise, 3.0 if len(dims) == 3 else 2.0)
 
 
 def known_units(model: nn.Module) -> int:

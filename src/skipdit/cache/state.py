@@ -34,6 +34,7 @@ class CacheSummary:
     model: str
     """Name of its class."""
     num_units: int
+    """0 if skipdit does not know them, or did not need to."""
     reused: tuple[str, ...]
     """The values that reuse steps take from the store, one entry per variant."""
     steps_full: int
@@ -60,8 +61,9 @@ class CacheSummary:
 
     def __str__(self) -> str:
         shallow = f", {self.steps_shallow} shallow, {self.steps_held} held" if self.steps_shallow else ""
+        units = f"{self.num_units} units; " if self.num_units else ""
         return (
-            f"{self.method} on {self.model} ({self.num_units} units; reused: {', '.join(self.reused)}): "
+            f"{self.method} on {self.model} ({units}reused: {', '.join(self.reused)}): "
             f"{self.steps_full} full, {self.steps_reused} reused{shallow}, compute ratio {self.compute_ratio:.3f}, "
             f"{self.peak_bytes_held / 2**20:.2f} MiB held at most"
         )

@@ -1,20 +1,21 @@
 """Runs one step: as a schedule decides, or as a probe decides on the way. The state of a stream is its argument."""
 
 import dataclasses
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
-import torch
 from torch import Tensor, nn
 
+from skipdit.cache import changes
 from skipdit.cache.compiled import Call
-from skipdit.cache.gates import AdaptiveSchedule, Gate
+from skipdit.cache.conditions import read
+from skipdit.cache.gates import AdaptiveSchedule, Gate, ProbeSchedule
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Ahead, Derivatives, Values
 from skipdit.cache.ranks import all_reduce_max
 from skipdit.cache.schedule import Decision, ExplicitSchedule, Schedule
+from skipdit.cache.whole import is_output
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan, Question, Region, Stored, Units
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
@@ -33,10 +34,26 @@ class CacheRule:
     """The region of each variant."""
     probe: tuple[Region, ...]
     """The regions that an adaptive schedule compares; empty for a static one."""
+    trail: tuple[Region, ...] = ()
+    """The regions whose way since the last full steps tells how far to extrapolate; empty for the number of steps."""
 
     @property
     def schedule(self) -> Schedule:
         return self.method.schedule
+
+    @property
+    def at_rate(self) -> bool:
+        return isinstance(self.schedule, ProbeSchedule) and self.schedule.at_rate
+
+    def seen(self, call: Call, stored: Stored) -> Stored:
+        """Return the values of the probe. stored: what the call has stored so far."""
+        values = {region.name: stored[region.name] for region in self.probe if region.name in stored}
+        probe = self.method.probe
+        return values if probe is None else {**values, **probe.values(call)}
+
+    def passed(self, stored: Stored) -> Stored:
+        """Return the values of the trail."""
+        return {region.name: stored[region.name] for region in self.trail if region.name in stored}
 
 
 def rules_on(method: CacheMethod, model: nn.Module) -> list[CacheRule]:
@@ -47,13 +64,16 @@ def rules_on(method: CacheMethod, model: nn.Module) -> list[CacheRule]:
         if regions:
             rule.schedule.for_cost(Costs.at_best(model).of_step(regions[:1]))  # raises if out of reach
             probe = rule.probe.regions(model) if rule.probe is not None else ()
+            trail = rule.trail.regions(model) if rule.trail is not None else ()
             num_variants = rule.schedule.num_variants if isinstance(rule.schedule, ExplicitSchedule) else 1
             if num_variants > len(regions):
                 raise ValueError(
                     f"variants of a schedule must be below {len(regions)}, the number of its num_shallow_units, got "
                     f"{num_variants - 1}"
                 )
-            rules.append(CacheRule(dataclasses.replace(rule, others=()), regions, probe))
+            rules.append(CacheRule(dataclasses.replace(rule, others=()), regions, probe, trail))
+    if len(rules) > 1 and any(region.is_whole for rule in rules for region in rule.regions):
+        raise ValueError("a rule for the whole model leaves nothing to other rules")
     if not rules:
         raise ValueError(f"{type(model).__name__} has nothing that {method} could reuse")
     return rules
@@ -69,10 +89,14 @@ class RuleState:
     """The derivatives of each region; empty if nothing is stored."""
     steps_since_full: int = 0
     """Distance of the next step from the last full one."""
-    spacing: int = 1
-    """Distance between the last two full steps."""
     probe: Stored = field(default_factory=dict)
     """The probe of the last full step, or of the last step, as the schedule says."""
+    marks: tuple[Stored, ...] = ()
+    """What an estimate needs of the last full steps, the last one first: its probe for a rate, or the trail."""
+    rate: Tensor | None = None
+    """The rate at which the stored values have changed with the probe, between the last two full steps."""
+    spacing: int = 1
+    """Distance between the last two full steps."""
 
     @classmethod
     def of(cls, rule: CacheRule) -> "RuleState":
@@ -82,22 +106,58 @@ class RuleState:
     @property
     def tensors(self) -> list[Tensor]:
         derivatives = (values for orders in self.stored.values() for values in orders)
-        return [tensor for values in (*derivatives, *self.probe.values()) for tensor in values.values()]
+        seen = (values for stored in (self.probe, *self.marks) for values in stored.values())
+        rate = [] if self.rate is None else [self.rate]
+        return [*rate, *(tensor for values in (*derivatives, *seen) for tensor in values.values())]
 
-    def keep(self, rule: CacheRule, stored: Stored) -> None:
-        """Keep the values of the rule's regions that a full step stored."""
+    def may_reuse(self, rule: CacheRule, stream: "StepState") -> bool:
+        """Return true if the next step may reuse, as far as is known before any of it has run."""
+        ready = self.gate is None or self.gate.opens(len(stream.coming) or None)
+        return ready and bool(self.stored) and not (rule.at_rate and self.rate is None)
+
+    def accepts(self, rule: CacheRule, call: Call, probe: Stored, trail: Stored) -> tuple[bool, float | None]:
+        """Return whether a step reuses, given its probe, and how far to extrapolate, `None` for the number of steps.
+        Waits for the device once."""
+        assert self.gate is not None
+        if rule.at_rate:
+            assert self.rate is not None
+            change = changes.change_at_rate(probe, self.probe, self.rate)
+        else:
+            change = changes.relative_change(probe, self.probe)
+        if len(self.marks) == 2:
+            number, pace = read([change, changes.pace_of(trail, *self.marks)])
+            distance = (pace - 1) * self.spacing
+        else:
+            (number,), distance = read([change]), 0.0 if rule.trail else None
+        return self.gate.accepts(all_reduce_max(number, call.model)), distance
+
+    def keep(self, rule: CacheRule, stored: Stored, probe: Stored) -> None:
+        """Keep the values of the rule's regions that a full step stored, and what estimates need of it."""
         fresh = {region.name: stored[region.name] for region in rule.regions if stored.get(region.name)}
         predictor = rule.method.predictor
-        self.spacing = max(self.steps_since_full, 1)
+        if rule.at_rate and self.stored and self.marks:
+            before = {name: derivatives[0] for name, derivatives in self.stored.items()}
+            self.rate = changes.rate_of_change(_outputs(fresh), _outputs(before), probe, self.marks[0])
+        if rule.at_rate:
+            self.marks = (probe,)
+        elif rule.trail:
+            self.marks = (rule.passed(stored), *self.marks)[:2]
         self.stored = {
             name: predictor.update(self.stored.get(name, ()), values, self.steps_since_full)
             for name, values in fresh.items()
         }
+        self.spacing = max(self.steps_since_full, 1)
 
-    def predict(self, rule: CacheRule, region: Region, level: float) -> Values:
-        """Return the values of a region at the next step, which is at this noise level."""
-        ahead = Ahead(self.steps_since_full, self.spacing, level)
-        return rule.method.predictor.predict(self.stored[region.name], ahead)
+    def predict(self, rule: CacheRule, region: Region, level: float, distance: float | None = None) -> Values:
+        """Return the values of a region at the next step, which is at this noise level. distance: steps from the last
+        full one, by default their number."""
+        steps = self.steps_since_full if distance is None else distance
+        return rule.method.predictor.predict(self.stored[region.name], Ahead(steps, self.spacing, level))
+
+    def look(self, rule: CacheRule, probe: Stored, *, full: bool) -> None:
+        """Keep the probe of a step that has run for comparisons."""
+        if full or cast(AdaptiveSchedule, rule.schedule).follows_each_step:
+            self.probe = probe
 
     def count(self, rule: CacheRule, level: float, *, full: bool) -> None:
         self.steps_since_full = 1 if full else self.steps_since_full + 1
@@ -105,6 +165,10 @@ class RuleState:
             self.stored = {}
         if self.gate is not None:
             self.gate.advance(full=full)
+
+
+def _outputs(stored: Stored) -> Stored:
+    return {name: {key: value for key, value in values.items() if is_output(key)} for name, values in stored.items()}
 
 
 class StepState(Protocol):
@@ -131,14 +195,15 @@ class ScheduledSteps:
 
     def __init__(self, model: nn.Module, rules: list[CacheRule]) -> None:
         self.rules = rules
-        self.links = cast(LongSkipModel, model).long_skip_links
+        self.links = model.long_skip_links if isinstance(model, LongSkipModel) else LongSkipLinks(0, {})
         self.plans: dict[tuple[Decision, ...], ForwardPlan] = {}
         self.schedules: dict[tuple[int, Costs | None], Schedule] = {}
         self.decided: dict[tuple[int, Costs | None, tuple[float, ...]], list[Decision]] = {}
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
         states = stream.states
-        decisions = self.decisions(stream)
+        probes = [rule.seen(call, {}) for rule in self.rules]
+        decisions = self.decisions(call, stream, probes)
         plan = self.plan_of(decisions)
         reused: Stored | None = None
         if plan.reuse:
@@ -148,24 +213,27 @@ class ScheduledSteps:
                     region = rule.regions[decision]
                     reused[region.name] = state.predict(rule, region, stream.levels[-1])
         output, stored = call(plan, reused)
-        for rule, state, decision in zip(self.rules, states, decisions, strict=True):
-            if decision is None:
-                if state.gate is not None and state.stored:
+        for rule, state, probe, decision in zip(self.rules, states, probes, decisions, strict=True):
+            full = decision is None
+            if full:
+                if state.gate is not None and state.gate.schedule.observes and state.stored:
                     now = {name: stored[name] for name in state.stored}
                     before = {name: derivatives[0] for name, derivatives in state.stored.items()}
                     state.gate.observe(all_reduce_max(relative_change(now, before), call.model), state.steps_since_full)
-                state.keep(rule, stored)
-            state.count(rule, stream.levels[-1], full=decision is None)
+                state.keep(rule, stored, probe)
+            if state.gate is not None:
+                state.look(rule, probe, full=full)
+            state.count(rule, stream.levels[-1], full=full)
         return output, plan.reuse
 
-    def decisions(self, stream: StepState) -> tuple[Decision, ...]:
+    def decisions(self, call: Call, stream: StepState, probes: list[Stored]) -> tuple[Decision, ...]:
         """Return the decision of each rule. A rule does not reuse if it has nothing stored, or if a later rule leaves
         out some of its units."""
         decisions: list[Decision] = []
         left_out: set[int] = set()
         for index in reversed(range(len(self.rules))):
             rule, state = self.rules[index], stream.states[index]
-            decision = self._decide(index, state, stream) if state.stored else None
+            decision = self._decide(index, call, stream, probes[index]) if state.may_reuse(rule, stream) else None
             if decision is not None and len(self.rules) > 1 and rule.regions[decision].bounds is not None:
                 units = set(rule.regions[decision].covered)
                 decision = None if units & left_out else decision
@@ -173,9 +241,12 @@ class ScheduledSteps:
             decisions.append(decision)
         return tuple(reversed(decisions))
 
-    def _decide(self, index: int, state: RuleState, stream: StepState) -> Decision:
+    def _decide(self, index: int, call: Call, stream: StepState, probe: Stored) -> Decision:
+        rule, state = self.rules[index], stream.states[index]
+        if not all(map(call.can_reuse, rule.regions)):
+            return None
         if state.gate is not None:
-            return 0 if state.gate.opens() else None
+            return 0 if not probe or state.accepts(rule, call, probe, {})[0] else None
         whole = (*stream.levels, *stream.coming[1:])
         key = index, stream.costs, whole
         decided = self.decided.get(key)
@@ -228,48 +299,62 @@ class ProbedSteps:
                 "a probe is taken in the first units, so an adaptive cache must reuse one range of units after them "
                 f"(AllButFirst, UnitRange, or DeepFeatures without others), got {', '.join(map(str, rule.regions))}"
             )
+        seen = [*rule.probe, *rule.trail]
+        if any(unit >= region.start for probe in seen for unit in probe.covered):
+            raise ValueError(
+                f"a probe must be taken before unit {region.start}, from which on units are left out, got "
+                f"{', '.join(map(str, seen))}"
+            )
         links: LongSkipLinks = cast(LongSkipModel, model).long_skip_links
         self.region, self.head = region, Units(start=0, stop=region.start)
-        self.full = ForwardPlan.of(links, store=(*rule.probe, region), asks_at=region.start)
+        self.full = ForwardPlan.of(links, store=(*seen, region), asks_at=region.start)
         self.reuse_rest = ForwardPlan.of(links, reuse=(region,))
-        self.reuse = ForwardPlan.of(links, store=(*rule.probe, self.head), reuse=(region,))
+        self.reuse = ForwardPlan.of(links, store=(*seen, self.head), reuse=(region,))
         self.rest = ForwardPlan.of(links, store=(region,), reuse=(self.head,))
+        self.end = ForwardPlan.of(links, reuse=(self.head, region))
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
         (rule,), (state,) = self.rules, stream.states
-        schedule = cast(AdaptiveSchedule, rule.schedule)
-        gate = cast(Gate, state.gate)
-
-        def accepts(stored: Stored) -> bool:
-            probe = {region.name: stored[region.name] for region in rule.probe if region.name in stored}
-            return gate.accepts(all_reduce_max(relative_change(probe, state.probe), call.model))
-
         full = True
-        if not state.stored:
+        if not state.may_reuse(rule, stream):
             output, stored = call(self.full)
         elif call.is_compiled:
-            output, stored = call(self.reuse, {self.region.name: state.predict(rule, self.region, stream.levels[-1])})
-            full = not accepts(stored)
-            if full:
-                output, rest = call(self.rest, {self.head.name: stored[self.head.name]})
-                stored = {**stored, **rest}
+            full, output, stored = self._compiled(call, rule, state, stream.levels[-1])
         else:
             answers: list[bool] = []
+            reused: dict[str, Values] = {}
 
             def ask(stored: Stored) -> bool:
-                answers.append(accepts(stored))
-                return answers[-1]
+                accepted, distance = state.accepts(rule, call, rule.seen(call, stored), rule.passed(stored))
+                if accepted:
+                    reused[self.region.name] = state.predict(rule, self.region, stream.levels[-1], distance)
+                answers.append(accepted)
+                return accepted
 
-            reused = {self.region.name: state.predict(rule, self.region, stream.levels[-1])}
             question = Question(ask, self.reuse_rest, reused)
             output, stored = call(dataclasses.replace(self.full, question=question))
             full = True not in answers
+        probe = rule.seen(call, stored)
         if full:
-            state.keep(rule, stored)  # nothing, if the caller left out the block of the probe
-        if full or schedule.follows_each_step:
-            state.probe = {region.name: stored[region.name] for region in rule.probe if region.name in stored}
+            state.keep(rule, stored, probe)  # nothing, if the caller left out the block of the probe
+        state.look(rule, probe, full=full)
         state.count(rule, stream.levels[-1], full=full)
         return output, () if full else (self.region,)
+
+    def _compiled(self, call: Call, rule: CacheRule, state: RuleState, level: float) -> tuple[bool, Any, Stored]:
+        """Run a step of a compiled model at this noise level; return whether it is full, its output, and what it
+        stores."""
+        held = state.predict(rule, self.region, level, 0.0 if rule.trail else None)
+        output, stored = call(self.reuse, {self.region.name: held})
+        accepted, distance = state.accepts(rule, call, rule.seen(call, stored), rule.passed(stored))
+        head = {self.head.name: stored[self.head.name]}
+        if not accepted:
+            output, rest = call(self.rest, head)
+            return True, output, {**stored, **rest}
+        if rule.trail and distance:  # how far to extrapolate is known only now
+            predicted = state.predict(rule, self.region, level, distance)
+            output, _ = call(self.end, {**head, self.region.name: predicted})
+        return False, output, stored
 
 
 def make_stepper(model: nn.Module, rules: list[CacheRule]) -> Stepper:
@@ -277,11 +362,5 @@ def make_stepper(model: nn.Module, rules: list[CacheRule]) -> Stepper:
 
 
 def relative_change(stored: Stored, before: Stored) -> float:
-    """Return the L1 distance between two sets of values over the L1 norm of the second: 0 if they are equal, NaN if
-    there is nothing to compare. Waits for the device once."""
-    pairs = [(value, before[name][key]) for name, values in stored.items() for key, value in values.items()]
-    if not pairs:
-        return math.nan
-    distance = torch.stack([(value - last).abs().float().sum() for value, last in pairs]).sum()
-    norm = torch.stack([last.abs().float().sum() for _, last in pairs]).sum()
-    return torch.where(distance == 0, distance, distance / norm).item()
+    """Return `changes.relative_change` as a number; waits for the device once."""
+    return changes.relative_change(stored, before).item()

@@ -25,7 +25,7 @@ from torch import Tensor
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import RuleState
-from skipdit.diffusion import noise_levels
+from skipdit.diffusion import noise_levels, noise_shares
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
@@ -92,6 +92,11 @@ class Stream:
     """Costs for its layout, once they have been counted."""
     compiled: set[ForwardPlan] = field(default_factory=set)
     """The plans whose graphs have run."""
+    forms: dict[Any, Any] = field(default_factory=dict)
+    """By `return_dict`, the form of the model's output, for steps that do not call it."""
+    output: list[Tensor] = field(default_factory=list)
+    """Its last output, if other guidance branches of the step may need it."""
+    last_call: int = 0
     counts: Counts = field(default_factory=Counts)
 
     def advance(self, conditions: Conditions, place: float) -> None:
@@ -105,7 +110,8 @@ class Stream:
     @property
     def bytes_held(self) -> int:
         """Size of the memory kept alive: a view counts as its whole tensor, shared memory counts once."""
-        storages = [tensor.untyped_storage() for state in self.states for tensor in state.tensors]
+        tensors = (tensor for state in self.states for tensor in state.tensors)
+        storages = [tensor.untyped_storage() for tensor in (*tensors, *self.output)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -200,6 +206,8 @@ class Streams:
         self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         # by watched scheduler, the list of the run that began last
         self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        # by watched scheduler of a ddpm process, the share of noise at each timestep of training
+        self.shares: weakref.WeakKeyDictionary[Any, list[float]] = weakref.WeakKeyDictionary()
         self.runs: dict[Key, Run] = {}
         self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
 
@@ -275,7 +283,7 @@ class Streams:
         if len(self.runs) > MAX_RUNS:
             del self.runs[next(iter(self.runs))]
         self.num_calls += 1
-        run.last_call = self.num_calls
+        run.last_call = run.streams[-1].last_call = self.num_calls
 
     # ------------------------------------------------------------------------------------------------------------------
     # Where a call stands
@@ -370,6 +378,24 @@ class Streams:
         others = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
         places = (between for other in (run, *others) for stream in other.streams for between in stream.places)
         return any(last < between < place for between in places)
+
+    def branches(self, run: Run, stream: Stream) -> list[Stream]:
+        """Return the other guidance branches of a run: streams of the same layout, whose steps have the same order."""
+        key = next(key for key, other in self.runs.items() if other is run)
+        runs = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
+        found = [branch for other in runs for branch in other.streams]
+        return [branch for branch in found if branch is not stream and branch.layout == stream.layout]
+
+    def noise_share(self, run: Run) -> float:
+        """Return the share of noise, from 0 to 1, in the latents of a run's last call: of a process with betas by its
+        scheduler, if that is watched, otherwise the noise level."""
+        scheduler = next((scheduler for scheduler, table in self._lists().items() if table is run.order), None)
+        if scheduler is not None and scheduler not in self.shares:
+            self.shares[scheduler] = noise_shares(scheduler)
+        shares = [] if scheduler is None else self.shares[scheduler]
+        if not shares:
+            return run.level / 1000
+        return shares[min(max(round(run.level / 1000 * len(shares)), 0), len(shares) - 1)]
 
     # ------------------------------------------------------------------------------------------------------------------
     # The end of a run

@@ -32,6 +32,8 @@ class Costs:
         return self.known[reuse]
 
     def _of_step(self, reuse: tuple[Region, ...]) -> float:
+        if any(region.is_whole for region in reuse):
+            return 0.0
         saved = sum(cost for unit, cost in enumerate(self.units) if any(region.leaves_out(unit) for region in reuse))
         saved += sum(
             cost
@@ -54,11 +56,14 @@ class Costs:
     @classmethod
     def at_best(cls, model: nn.Module) -> "Costs":
         """Estimate the costs before a step has run, as if all layers were in units of the same cost. FLOPs are taken
-        as proportional to the number of weights."""
+        as proportional to the number of weights. A model without known units has no parts, only the cost of the whole.
+        """
 
         def cost_of(module: nn.Module) -> float:
             return float(sum(weight.numel() for weight in module.parameters()))
 
+        if not isinstance(model, LongSkipModel):
+            return cls((), {})
         linked = cast(LongSkipModel, model)
         units = linked.units()
         branches: dict[tuple[str, int], float] = {}

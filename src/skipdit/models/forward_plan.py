@@ -25,6 +25,9 @@ Stored = Mapping[str, Values]  # by the name of the region
 class Region:
     """A part of the units' work that a call stores or reuses: `Units` or `Branches`. Abstract."""
 
+    is_whole = False
+    """True if it is the work of the whole model, which then is not called at all."""
+
     @property
     def name(self) -> str:
         """A name that identifies it among all regions of a model."""

@@ -46,6 +46,9 @@ SPECS = (
     BY_KIND,
     "fbcache:0.3",
     "teacache:0.1",
+    "dicache:0.05",
+    "seacache:0.1",
+    "easycache:0.05",
     "adacache:0.05",
 )
 # of other libraries, in the table of benchmarks/rivals

@@ -1,0 +1,161 @@
+"""Which branches reuse at which step, chosen by what each of them does to the model's output.
+
+After Learning-to-Cache (arXiv 2406.01733), which trains that choice by gradients, for steps that are full and reuse in
+turn. Here a run in full tries each branch alone, at each step that may reuse.
+
+    errors = measure_layers(pipe, lambda: pipe("a cat", num_inference_steps=50))
+    skipdit.enable_cache(pipe, errors.method(threshold=0.01))
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from skipdit.cache import changes
+from skipdit.cache.compiled import Call
+from skipdit.cache.enable import cached
+from skipdit.cache.methods import EVERY, CacheMethod
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
+from skipdit.cache.site import BranchOutputs, Site, known_units
+from skipdit.cache.steppers import CacheRule, Stepper, StepState
+from skipdit.cache.whole import tensors_in
+from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored
+from skipdit.models.long_skip import BranchKind, LongSkipModel
+
+Branch = tuple[BranchKind, int]  # its kind and its unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenBranches(Branches):
+    """Outputs of branches that are listed one by one. All such regions of a model share one store, which has the
+    branches of every one of them."""
+
+    chosen: frozenset[Branch]
+
+    @property
+    def name(self) -> str:
+        return "chosen branches"
+
+    def has_branch(self, kind: str, unit: int) -> bool:
+        return (kind, unit) in self.chosen
+
+    def __str__(self) -> str:
+        return f"{len(self.chosen)} branches"
+
+    @classmethod
+    def of(cls, chosen: frozenset[Branch]) -> "ChosenBranches":
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in EVERY if any(kind == other for other, _ in chosen))
+        return cls(kinds=kinds, units=tuple(sorted({unit for _, unit in chosen})), chosen=chosen)
+
+
+@dataclass(frozen=True)
+class ChosenLayers(Site):
+    """Branches that are listed one by one, once for each variant of a reuse step."""
+
+    variants: tuple[frozenset[Branch], ...]
+
+    def regions(self, model: nn.Module) -> tuple[Region, ...]:
+        known_units(model)
+        found: set[Branch] = {(info.kind, info.unit) for info in cast(LongSkipModel, model).branches()}
+        missing = sorted(frozenset[Branch]().union(*self.variants) - found)
+        if missing:
+            raise ValueError(f"{type(model).__name__} has no {missing[0][0]} in unit {missing[0][1]} to reuse")
+        return tuple(ChosenBranches.of(chosen) for chosen in self.variants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerErrors:
+    """What the reuse of each branch alone does to the output of a model."""
+
+    errors: tuple[Mapping[Branch, float], ...]
+    """For each step, by branch, the relative L1 change of the output, the largest of all streams; empty for a step
+    that is full."""
+    timesteps: tuple[float, ...]
+    """Noise levels of the steps, falling, from 1000 to 0."""
+
+    def method(self, threshold: float) -> CacheMethod:
+        """Return the method that reuses, at each step, the branches with an error below `threshold`. Raises
+        `ValueError` if there are none at any step."""
+        choices = [frozenset(branch for branch, error in step.items() if error < threshold) for step in self.errors]
+        variants = tuple(dict.fromkeys(chosen for chosen in choices if chosen))
+        if not variants:
+            least = min((error for step in self.errors for error in step.values()), default=float("nan"))
+            raise ValueError(f"no branch has an error below {threshold:g}: the least is {least:.3g}")
+        schedule = ExplicitSchedule(
+            full_steps=tuple(step for step, chosen in enumerate(choices) if not chosen),
+            num_inference_steps=len(choices),
+            timesteps=self.timesteps,
+            variants=tuple(variants.index(chosen) if chosen else None for chosen in choices),
+        )
+        return CacheMethod(schedule=schedule, site=ChosenLayers(variants))
+
+
+class TryingSteps:
+    """Makes every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
+
+    def __init__(self, model: nn.Module, rules: list[CacheRule], interval: int) -> None:
+        self.rules, self.interval = rules, interval
+        linked = cast(LongSkipModel, model)
+        found: frozenset[Branch] = frozenset((info.kind, info.unit) for info in linked.branches())
+        every = ChosenBranches.of(found)
+        self.name = every.name
+        self.full = ForwardPlan.of(linked.long_skip_links, store=(every,))
+        self.alone: dict[Branch, ForwardPlan] = {
+            branch: ForwardPlan.of(linked.long_skip_links, reuse=(ChosenBranches.of(frozenset([branch])),))
+            for branch in sorted(found, key=lambda branch: (branch[1], branch[0]))
+        }
+        self.held: WeakKeyDictionary[StepState, Stored] = WeakKeyDictionary()
+        # by noise level, for each stream the errors of all branches
+        self.errors: dict[float, list[Tensor]] = {}
+
+    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+        output, stored = call(self.full)
+        errors = self.errors.setdefault(stream.levels[-1], [])
+        if (len(stream.levels) - 1) % self.interval == 0:
+            self.held[stream] = {self.name: stored[self.name]}
+            return output, ()
+        exact = {"output": _values(output)}
+        tried = (call(plan, self.held[stream]).output for plan in self.alone.values())
+        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in tried]))
+        return output, ()
+
+
+def _values(output: Any) -> dict[str, Tensor]:
+    return {str(index): tensor for index, tensor in enumerate(tensors_in(output))}
+
+
+def measure_layers(
+    target: nn.Module | DiffusionPipeline, sample: Callable[[], object], *, interval: int = 2
+) -> LayerErrors:
+    """Measure what the reuse of each branch alone does to the output, in one run, every `interval`-th step of which is
+    full. It takes as many calls of the model as there are branches, at each of the others.
+
+    target: a model, or a pipeline with one transformer. sample: makes one run of it, with falling timesteps. Raises
+    `ValueError` if skipdit does not know the branches of the model, or if `sample` does not call it.
+    """
+    if interval < 2:
+        raise ValueError(f"interval must be at least 2, else no step could reuse, got {interval}")
+    made: list[TryingSteps] = []
+
+    def make(model: nn.Module, rules: list[CacheRule]) -> Stepper:
+        made.append(TryingSteps(model, rules, interval))
+        return made[-1]
+
+    method = CacheMethod(schedule=IntervalSchedule(interval=1), site=BranchOutputs(EVERY))
+    with cached(target, method, make=make):
+        sample()
+    if len(made) > 1:
+        raise ValueError(f"this {type(target).__name__} has {len(made)} transformers: measure each of them")
+    (steps,) = made
+    if not steps.errors:
+        raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")
+    levels = sorted(steps.errors, reverse=True)
+    largest = [torch.stack(found).amax(dim=0).tolist() if (found := steps.errors[level]) else [] for level in levels]
+    return LayerErrors(
+        errors=tuple(dict(zip(steps.alone, errors, strict=False)) for errors in largest), timesteps=tuple(levels)
+    )
