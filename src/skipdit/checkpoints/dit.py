@@ -212,7 +212,8 @@ def to_diffusers(model: DiT) -> DiTTransformer2DModel:
     tensors = split(model.state_dict(), QKV_PARTS)
     table = expand(DIFFUSERS_KEYS, config["num_layers"])
     converted.load_state_dict({key: tensors[ours].clone() for key, ours in table.items()}, assign=True)
-    converted.pos_embed.pos_embed = model.position_embedding.unsqueeze(0).clone()
+    table: Any = model.position_embedding.unsqueeze(0).clone()
+    converted.pos_embed.pos_embed = table
     for frequencies in _timestep_frequencies(converted):
         frequencies.downscale_freq_shift = config["downscale_freq_shift"]
     return converted.eval()

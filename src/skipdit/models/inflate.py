@@ -71,7 +71,7 @@ def resize_grid(model: DiT | Latte, **sizes: int) -> None:
 def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
     """Return `num_units` blocks, from both ends, so that each keeps its long skip; a middle one, which has none, comes
     from the first half. Raises `ValueError` if the image model has fewer blocks."""
-    blocks = [cast(DiTBlock, block) for block in picture.unit_entries()]
+    blocks = [cast(DiTBlock, block) for block in picture.blocks]
     if len(blocks) < num_units:
         raise ValueError(f"the image model has {len(blocks)} blocks, the video model needs {num_units}")
     first = (num_units + 1) // 2
