@@ -4,7 +4,8 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -12,9 +13,12 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 Guidance = Literal["full", "shallow"]
 Fusion = Literal["replace", "residual"]
+OnBroken = Literal["refuse", "skip"]
 NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
 
 MAX_SEED = 2**63 - 1
+MAX_PIXELS = 50 * 2**20  # of a decoded picture
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
 
 
 def choose(what: str, name: str, allowed: Iterable[str]) -> str:
@@ -36,6 +40,28 @@ def check_numbers(config: Any) -> None:
                 raise ValueError(f"{field.name} must be finite, got {each}")
         if field.name.endswith("seed") and not 0 <= getattr(config, field.name) <= MAX_SEED:
             raise ValueError(f"{field.name} must be between 0 and {MAX_SEED}, got {value}")
+
+
+@lru_cache
+def _choices(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Return, by field of a dataclass, the values that its type lists, and whether it is a tuple of them."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        is_tuple = get_origin(hint) is tuple
+        listed = [each for each in (hint, *get_args(hint)) if get_origin(each) is Literal]
+        if listed and (is_tuple or hint is listed[0] or type(None) in get_args(hint)):
+            found[name] = get_args(listed[0]), is_tuple
+    return found
+
+
+def check_fields(config: Any) -> None:
+    """Raise `ValueError` on what `check_numbers` refuses, and on values that the type of a field does not list."""
+    check_numbers(config)
+    for name, (allowed, is_tuple) in _choices(type(config)).items():
+        if is_tuple:
+            check_choice(name, getattr(config, name), allowed)
+        else:
+            check_option(config, name, allowed)
 
 
 def check_choice(name: str, chosen: Sequence[Any], allowed: Sequence[Any]) -> None:

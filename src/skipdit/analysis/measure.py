@@ -24,7 +24,7 @@ from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import rules_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.models.dit import DiT
-from skipdit.options import NumInferenceSteps, check_numbers, check_range
+from skipdit.options import NumInferenceSteps, check_fields, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.tasks.task import spread
 
@@ -59,7 +59,7 @@ class AnalyzeConfig:
     """of noise and directions"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_range(self, "num_pictures", "jacobian_timesteps")
         check_range(self, "num_inference_steps", least=3, most=1000)
         check_range(self, "growth_timesteps", least=2)

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
@@ -28,7 +28,7 @@ from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import NumInferenceSteps, check_choice, check_option, check_range
+from skipdit.options import NumInferenceSteps, check_option, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.report import Report, judge, record, table
 
@@ -65,8 +65,6 @@ class GpuBenchConfig(BenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_option(self, "preset", tuple(PRESETS))
-        check_choice("modes", self.modes, get_args(Mode))
-        check_option(self, "dtype", get_args(DType))
         check_range(self, "num_inference_steps", "num_rounds")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be one or more above 0, got {self.batch_sizes}")

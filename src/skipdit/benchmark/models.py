@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
@@ -74,8 +74,6 @@ class ModelBenchConfig(BenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("presets", self.presets, tuple(PRESETS))
-        check_choice("dtypes", self.dtypes, get_args(DType))
-        check_choice("modes", self.modes, get_args(Mode))
         num_layers = min(PRESETS[preset][0] for preset in self.presets)
         check_choice("num_shallow_units", self.num_shallow_units, range(1, (num_layers + 1) // 2))
         check_per_item("batch_sizes", self.batch_sizes, len(self.presets))

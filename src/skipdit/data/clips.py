@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.data.folders import frames_in, scan_classes
-from skipdit.data.picture_files import check_side, to_rgb
+from skipdit.data.picture_files import to_rgb
 from skipdit.data.pictures import (
     MAX_CACHED_BYTES,
     Draws,
@@ -31,10 +30,9 @@ from skipdit.data.tables import Table, find_tables, read_table
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.data.videos import UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
 from skipdit.files.untrusted import open_regular, printable, printable_path
-from skipdit.options import check_option, check_range
+from skipdit.options import MAX_SIDE, OnBroken, check_fields, check_range
 
 LOGGER = logging.getLogger(__name__)
-OnBroken = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +63,12 @@ class ClipConfig:
     """treat an unreadable or too short clip as an error (refuse), or leave it out with a warning (skip)"""
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
+        check_fields(self)
+        check_range(self, "image_size", most=MAX_SIDE)
         check_range(self, "num_frames", "frame_interval")
         check_range(self, "num_pictures", least=0)
-        check_option(self, "on_broken", get_args(OnBroken))
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
+        if self.fps is not None and self.fps <= 0:
+            raise ValueError(f"fps must be above 0, got {self.fps}")
 
 
 @dataclass(frozen=True)

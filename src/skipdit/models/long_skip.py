@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from skipdit.options import Fusion, check_option, check_range
+from skipdit.options import Fusion, check_fields, check_range
 from skipdit.verbs import carry_out
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class LongSkipConfig:
 
     def __post_init__(self) -> None:
         check_range(self, "num_pairs", least=0)
-        for name, allowed in (("norm", Norm), ("init", Init), ("fusion", Fusion)):
-            check_option(self, name, get_args(allowed))
+        check_fields(self)
 
     @property
     def resolved_init(self) -> Init:

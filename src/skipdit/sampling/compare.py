@@ -135,8 +135,8 @@ class Comparison:
 
 def load(config: SampleConfig) -> Source:
     """Return the model that a config names; see `skipdit.loading.load_source`."""
-    names = ("task", "device", "dtype", "scheduler", "vae", "num_attention_heads", "num_classes", "objective", "drop")
-    return load_source(config.model, **{name: getattr(config, name) for name in names})
+    names = ("task", "device", "dtype", "scheduler", "vae")
+    return load_source(config.model, weights=config, **{name: getattr(config, name) for name in names})
 
 
 def choose_samples(source: Source, config: SampleConfig) -> Chosen:

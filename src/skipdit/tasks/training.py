@@ -19,7 +19,7 @@ from skipdit.files.untrusted import printable_path
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.long_skip import LongSkipConfig, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_numbers, check_range
+from skipdit.options import check_fields, check_range
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler, Task
 
@@ -171,7 +171,7 @@ class TransformerConfig:
     """side in pixels of the square that becomes a token (8 in a fresh model)"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_range(self, *FRESH)
 
     @property
