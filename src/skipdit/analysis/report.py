@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
 from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, geometric_mean, holds, norms_of
@@ -15,6 +14,7 @@ from skipdit.files.untrusted import printable
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.plots import check_plots_installed, render_html, save_png
 from skipdit.report import Report, table
+from skipdit.terminal import progress_bar
 
 FILES = ("report.md", "report.html", "report.json", "arrays.npz")
 
@@ -49,8 +49,7 @@ def analyze(
         check_weights(name, pipeline)
         config.settings(pipeline)
     total = sum(num_parts(config, len(pipeline.transformer.blocks)) for pipeline in pipelines.values())
-    columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=total)
         models = {}
         for name, pipeline in pipelines.items():

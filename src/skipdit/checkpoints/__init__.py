@@ -1,6 +1,16 @@
 """Load and save checkpoints: official releases, diffusers' transformers, our own files and folders.
 
-Each family has a module with its key tables and both directions; this one finds the family of a path.
+A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file) holds a
+state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the official ones,
+with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image (facebookresearch's
+`DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video (`Latte-skip.pt`, and
+diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys).
+
+A folder comes from `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit knows, or
+it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+
+The sizes that a file or config asks for are compared with those of its weights before memory is allocated. Each family
+has a module with its key tables and both directions; this one finds the family of a path.
 """
 
 import inspect
@@ -24,7 +34,7 @@ from skipdit.checkpoints.keys import (
     assemble,
     check_options,
     find_num_classes,
-    make_model,
+    make_unloaded,
     raise_on_contradictions,
 )
 from skipdit.checkpoints.reading import (
@@ -32,6 +42,7 @@ from skipdit.checkpoints.reading import (
     Preference,
     StateDict,
     list_first,
+    named,
     read_config,
     read_folder_tensors,
     read_training,
@@ -44,6 +55,7 @@ from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
+from skipdit.options import choose
 
 __all__ = [
     "DIFFUSERS_KEYS",
@@ -101,17 +113,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Load a model from a file or folder, on the CPU in eval mode: our `DiT` or `Latte`, or a diffusers transformer,
-    plain or with long skips.
-
-    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file)
-    holds a state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the
-    official ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image
-    (facebookresearch's `DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video
-    (`Latte-skip.pt`, and diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys). A
-    folder comes from `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit knows,
-    or it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
-
-    The sizes that a file or config asks for are compared with those of its weights before memory is allocated.
+    plain or with long skips. What can be read: see `skipdit.checkpoints`.
 
     A file shows the sizes, not every option: with our keys the last class is assumed to be the null class, and
     `downscale_freq_shift` to be 0. If that is wrong, load a folder, or build the model and call `load_state_dict`.
@@ -136,9 +138,8 @@ def load_model(
         ValueError: the file is damaged or unknown; keys are unknown, missing or misshapen; an argument is missing, or
             contradicts the file. The message begins with the path.
     """
-    source = Path(path)
-    if prefer not in get_args(Preference):
-        raise ValueError(f"prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
+    source, dropped = Path(path), (drop,) if isinstance(drop, str) else tuple(drop)
+    choose("prefer", prefer, get_args(Preference))
     if not source.exists():
         raise FileNotFoundError(f"no such file or folder: {printable(source)}")
     hints = LoadHints(
@@ -148,25 +149,10 @@ def load_model(
         num_classes=num_classes,
         fusion=fusion,
     )
-    dropped = (drop,) if isinstance(drop, str) else tuple(drop)
-    try:
-        if source.is_dir():
-            if dropped:
-                raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
-            model = assemble(_read_folder(source, hints, prefer, variant), dtype)
-        else:
-            if variant is not None:
-                raise ValueError(f"variant applies to a folder, got {variant!r} for a file")
-            whole, args = read_training(source, prefer)
-            # only after the drop does the name of a wrapper's attribute begin every key
-            state_dict = strip_prefixes(_without(dropped, whole), prefer)
-            file_hints = hints
-            if hints.num_classes is None:
-                file_hints = replace(hints, num_classes=find_num_classes(args.get("num_classes"), state_dict))
-            model = assemble(_find_format(state_dict, file_hints).read(state_dict, file_hints), dtype)
+    with named(source):
+        read = _read_folder if source.is_dir() else _read_file
+        model = assemble(read(source, hints, prefer, dropped, variant), dtype)
         raise_on_contradictions(model, hints)
-    except ValueError as error:
-        raise ValueError(_with_name(source, str(error))) from error
     return model
 
 
@@ -178,19 +164,9 @@ def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torc
             f"{printable(folder)} holds a {model_class.__name__} without long skips: load it with "
             f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
         )
-    try:
+    with named(folder):
         tensors = read_folder_tensors(folder, LONG_SKIP_VARIANT)
         return assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
-    except ValueError as error:
-        raise ValueError(_with_name(folder, str(error))) from error
-
-
-def _with_name(path: Path, message: str) -> str:
-    """Return the message with the path at its beginning, once."""
-    name, file_name = printable(path), f"{printable(path.name)} "
-    if message.startswith(file_name):
-        return f"{name} {message.removeprefix(file_name)}"
-    return message if message.startswith(name) else f"{name}: {message}"
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -238,14 +214,26 @@ def _find_format(state_dict: StateDict, hints: LoadHints) -> Format:
     return next(found for found in FORMATS.values() if found.is_format(state_dict, hints))
 
 
-def _without(dropped: Sequence[str], state_dict: StateDict) -> StateDict:
-    kept = {key: tensor for key, tensor in state_dict.items() if key.partition(".")[0] not in dropped}
-    if dropped and len(kept) == len(state_dict):
-        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {list_first(state_dict)}")
-    return kept
+def _read_file(
+    path: Path, hints: LoadHints, prefer: Preference, dropped: Sequence[str], variant: str | None
+) -> UnloadedModel:
+    if variant is not None:
+        raise ValueError(f"variant applies to a folder, got {variant!r} for a file")
+    whole, args = read_training(path, prefer)
+    kept = {key: tensor for key, tensor in whole.items() if key.partition(".")[0] not in dropped}
+    if dropped and len(kept) == len(whole):
+        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {list_first(whole)}")
+    state_dict = strip_prefixes(kept, prefer)  # only now does the name of a wrapper's attribute begin every key
+    if hints.num_classes is None:
+        hints = replace(hints, num_classes=find_num_classes(args.get("num_classes"), state_dict))
+    return _find_format(state_dict, hints).read(state_dict, hints)
 
 
-def _read_folder(folder: Path, hints: LoadHints, prefer: Preference, variant: str | None) -> UnloadedModel:
+def _read_folder(
+    folder: Path, hints: LoadHints, prefer: Preference, dropped: Sequence[str], variant: str | None
+) -> UnloadedModel:
+    if dropped:
+        raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
     if (checkpoint := find_checkpoint(folder)) is not None:
         if variant is not None:
             raise ValueError(f"variant applies to a save_pretrained folder, got {variant!r} for a run's checkpoint")
@@ -295,4 +283,4 @@ def _read_family(
             model.register_to_config(shallow_path=ShallowPath.from_dict(config["shallow_path"]).to_dict())
         return model
 
-    return UnloadedModel(model=make_model(build, tensors), tensors=tensors)
+    return make_unloaded(build, tensors)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipdit.checkpoints.keys import (
     SKIP_ROOTS,
@@ -28,6 +28,7 @@ from skipdit.checkpoints.keys import (
     expand,
     fuse,
     make_model,
+    make_unloaded,
     mlp_ratio,
     raise_on_other_keys,
     raise_on_other_table,
@@ -308,10 +309,10 @@ def _make(
 ) -> UnloadedModel:
     """Build the model. norm_eps: epsilon of the norm before the MLP, officially 1e-6, by default 1e-5 in diffusers."""
     check_options(options, tensors)
-    model = make_model(lambda: DiT(**options), tensors, names)
-    for block in _blocks(model):
+    unloaded = make_unloaded(lambda: DiT(**options), tensors, names)
+    for block in _blocks(unloaded.model):
         block.norm2.eps = norm_eps
-    return UnloadedModel(model=model, tensors=tensors, names=names or {})
+    return unloaded
 
 
 def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
@@ -334,5 +335,5 @@ def _timestep_frequencies(model: DiTTransformer2DModel) -> list[Timesteps]:
     return [module for module in model.modules() if isinstance(module, Timesteps)]
 
 
-def _blocks(model: DiT) -> list[DiTBlock]:
-    return [block for block in model.blocks if isinstance(block, DiTBlock)]
+def _blocks(model: nn.Module) -> list[DiTBlock]:
+    return [block for block in model.modules() if isinstance(block, DiTBlock)]

@@ -17,7 +17,7 @@ from skipdit.checkpoints.keys import (
     count_layers,
     expand,
     fuse,
-    make_model,
+    make_unloaded,
     mlp_ratio,
     raise_on_other_keys,
     raise_on_other_tensors,
@@ -91,7 +91,7 @@ def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
         expected = to_official(HunyuanDiT2DModel(**options))
     raise_on_other_tensors(expected, state_dict)
     tensors = from_official(state_dict)
-    return UnloadedModel(model=make_model(lambda: HunyuanDiT2DModel(**options), tensors), tensors=tensors)
+    return make_unloaded(lambda: HunyuanDiT2DModel(**options), tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:

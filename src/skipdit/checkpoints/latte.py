@@ -30,7 +30,7 @@ from skipdit.checkpoints.keys import (
     count_layers,
     expand,
     indices,
-    make_model,
+    make_unloaded,
     raise_on_other_keys,
     raise_on_other_table,
     read_long_skip,
@@ -74,22 +74,24 @@ def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with the official keys or with ours."""
     if FRAME_KEY not in state_dict:
-        if hints.num_frames is None:
+        num_frames = hints.num_frames
+        if num_frames is None:
             raise ValueError("num_frames must be given: only an official temp_embed or a folder's config.json has it")
-        return _make(options_of_file(_read_sizes(state_dict, {}, hints), hints), hints.num_frames, state_dict, {})
+        options = options_of_file(_read_sizes(state_dict, {}, hints), hints)
+        return make_unloaded(lambda: Latte(**options, num_frames=num_frames), state_dict)
     tensors = from_official(state_dict)
     names = {ours: official for official, ours in _official_table(state_dict).items()}
     sizes = _read_sizes(tensors, names, hints)
     sample_size = math.isqrt(state_dict[POSITION_KEY].shape[1]) * sizes["patch_size"]
-    hints = dataclasses.replace(hints, sample_size=sample_size, fusion="replace")
-    return _make(options_of_file(sizes, hints), state_dict[FRAME_KEY].shape[1], tensors, names)
+    options = options_of_file(sizes, dataclasses.replace(hints, sample_size=sample_size, fusion="replace"))
+    return make_unloaded(lambda: Latte(**options, num_frames=state_dict[FRAME_KEY].shape[1]), tensors, names)
 
 
 def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
     """Read what `Latte.save_pretrained` wrote."""
     options = own_options(config)
     check_options(options, tensors)
-    return UnloadedModel(model=make_model(lambda: Latte(**options), tensors), tensors=tensors)
+    return make_unloaded(lambda: Latte(**options), tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -148,8 +150,3 @@ def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) 
     if class_key in tensors:
         classes = class_options(shape_of(tensors, class_key, 2, names)[0], hints.num_classes)
     return sizes | classes | {"long_skip": read_long_skip(tensors, "blocks", sizes["num_layers"] // 2)}
-
-
-def _make(options: Mapping[str, Any], num_frames: int, tensors: StateDict, names: Mapping[str, str]) -> UnloadedModel:
-    model = make_model(lambda: Latte(**options, num_frames=num_frames), tensors, names)
-    return UnloadedModel(model=model, tensors=tensors, names=names)

@@ -17,7 +17,7 @@ from skipdit.checkpoints.keys import (
     count_layers,
     expand,
     indices,
-    make_model,
+    make_unloaded,
     read_long_skip,
     require,
     roots,
@@ -110,7 +110,7 @@ def make(
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
         return model
 
-    return UnloadedModel(model=make_model(build, tensors, names), tensors=tensors, names=names or {})
+    return make_unloaded(build, tensors, names)
 
 
 def _skip_table(keys: Collection[str]) -> dict[str, str]:

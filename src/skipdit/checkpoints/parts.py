@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTi
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from torch import Tensor
 
-from skipdit.checkpoints.keys import UnloadedModel, assemble, check_options, make_model
-from skipdit.checkpoints.reading import StateDict, read_config, read_folder_tensors
+from skipdit.checkpoints.keys import assemble, check_options, make_unloaded
+from skipdit.checkpoints.reading import StateDict, named, read_config, read_folder_tensors
 from skipdit.files.untrusted import printable, read_json
 
 INDEX_NAME = "model_index.json"
@@ -116,7 +116,7 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         raise FileNotFoundError(f"no autoencoder folder at {printable(folder)}")
     if (folder / INDEX_NAME).exists():
         folder = folder / "vae"
-    try:
+    with named(folder):
         config = read_config(folder)
         name = config.get("_class_name")
         if not isinstance(name, str) or name not in AUTOENCODERS:
@@ -127,11 +127,7 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         _check_latents(options)
         tensors = _with_new_names(read_folder_tensors(folder))
         options = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
-        model = make_model(lambda: kind(**options), tensors)
-        return assemble(UnloadedModel(model=model, tensors=tensors), dtype)
-    except ValueError as error:
-        message, name = str(error), printable(folder)
-        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
+        return assemble(make_unloaded(lambda: kind(**options), tensors), dtype)
 
 
 def _check_latents(options: dict[str, Any]) -> None:

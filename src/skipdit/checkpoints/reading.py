@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ WEIGHTS_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 STEM, SUFFIXES = "diffusion_pytorch_model", ("safetensors", "bin")  # of diffusers' names of weights
 ZIP_HEAD = b"PK\3\4"
 MAX_SHARDS = 1000
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let the message of a `ValueError` begin with the path, once."""
+    try:
+        yield
+    except ValueError as error:
+        name, file_name, message = printable(path), f"{printable(path.name)} ", str(error)
+        if message.startswith(file_name):
+            message = f"{name} {message.removeprefix(file_name)}"
+        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:

@@ -12,7 +12,6 @@ from typing import Any, TypedDict, cast
 
 import torch
 from diffusers import AutoencoderTiny
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
 from skipdit.files.output import OutputFolder, to_json
 from skipdit.files.untrusted import file_digest, printable, printable_path, read_json
+from skipdit.terminal import progress_bar
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
 
 LOGGER = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     others = _write_others(out, config, vae)
     writer = _Writer(config, out, vae.to(resolve_device(device)))  # pyright: ignore[reportArgumentType]
     position = writer.resume()
-    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(BarColumn(), *columns) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("encoding", total=source.num_jobs, completed=position)
         for end, sample in _read_ahead(source.jobs(position), config):
             progress.update(task, completed=end)

@@ -18,15 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import track
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
@@ -61,6 +53,7 @@ from skipdit.sampling.blocks import (
 )
 from skipdit.sampling.compare import load, runner_of
 from skipdit.sampling.config import SampleConfig
+from skipdit.terminal import progress_bar
 
 LOGGER = logging.getLogger(__name__)
 
@@ -329,8 +322,7 @@ class _Shown:
 
     def __init__(self, total: int, done: int, waiting: dict[Path, int], *, shown: bool) -> None:
         self.done, self.waiting, self.shown = done, waiting, shown
-        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(BarColumn(), *columns, disable=not shown)
+        self.bar = progress_bar(shown=shown)
         self.task = self.bar.add_task("sampling", total=total, completed=done)
 
     def __enter__(self) -> Callable[[], None]:

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from skipdit.files.output import (
 )
 from skipdit.files.processes import locked
 from skipdit.files.untrusted import open_regular, printable
+from skipdit.terminal import progress_bar
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
 from skipdit.training.config import TrainConfig
 from skipdit.training.devices import in_main
@@ -231,14 +231,7 @@ class Reporter:
             self.folder.drop_snapshots(self.first_step)
             if self.config.tensorboard:
                 self.board = Board(self.folder.path / BOARD, self.first_step)
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self.progress = Progress(*columns)
+            self.progress = progress_bar()
             self.task = self.progress.add_task("training", total=self.config.max_steps, completed=self.first_step)
             self.progress.start()
         self.started = time.perf_counter()
@@ -253,13 +246,7 @@ class Reporter:
                 with suppress(OSError):
                     self.board.close()
 
-    def __call__(
-        self,
-        step: int,
-        flops: float,
-        learning_rate: float,
-        told: "Told",
-    ) -> None:
+    def __call__(self, step: int, flops: float, learning_rate: float, told: Told) -> None:
         """Write one line of the log. flops: of all steps so far and all processes."""
         if self.folder is None:
             return
