@@ -1,7 +1,7 @@
 """Real classes at a size that runs in milliseconds."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
+from skipdit.cache.enable import cache_summary
 from skipdit.data.videos import FrameChoice, frames_of, frames_of_file
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import MARKER
@@ -68,6 +69,21 @@ def read_video(
     if isinstance(video, Path):
         return np.stack(list(frames_of_file(video, choice, start)))
     return np.stack(list(frames_of(io.BytesIO(video), name, choice, start)))
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors are equal to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def counts(target: Any) -> tuple[int, int]:
+    """How many steps the cache of a model or pipeline has made in full, and how many it has reused in."""
+    summary = cache_summary(target)
+    return summary.steps_full, summary.steps_reused
+
+
+def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 def flops_of(call: Callable[[], object]) -> int:
