@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, get_args
 
 import diffusers
 import torch
@@ -241,7 +241,8 @@ def _read_folder(
         unloaded = _find_format(state_dict, hints).read(state_dict, hints)
         path = read_shallow_path(checkpoint, num_units_of(unloaded.model))
         if path is not None:
-            cast(Any, unloaded.model).register_to_config(shallow_path=path.to_dict())
+            model: Any = unloaded.model
+            model.register_to_config(shallow_path=path.to_dict())
         return unloaded
     if (folder / "pipeline" / "model_index.json").exists():  # a finished run
         folder = folder / "pipeline"

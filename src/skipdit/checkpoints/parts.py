@@ -130,6 +130,11 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         return assemble(make_unloaded(lambda: kind(**options), tensors), dtype)
 
 
+def downsampling(vae: Any) -> int:
+    """Return how many pixels per side a latent of an autoencoder stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
 def _check_latents(options: dict[str, Any]) -> None:
     """Raise `ValueError` on options that scale latents, which no weight shape checks."""
     for name in ("scaling_factor", "shift_factor"):

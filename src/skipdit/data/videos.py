@@ -8,19 +8,19 @@ from fractions import Fraction
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from skipdit.data.picture_files import on_white, open_picture, reason_of
 from skipdit.data.video_files import timed_frames
 from skipdit.files.output import atomic_file
 from skipdit.files.untrusted import open_regular, printable_path
-from skipdit.pictures import MARGIN, labelled_grid
+from skipdit.pictures import MARGIN, labelled_grid, load_font
 
 ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50
@@ -220,7 +220,7 @@ def side_by_side(
     if len(captions) != num_clips:
         raise ValueError(f"side by side needs one caption per clip, got {len(captions)} and {num_clips} clips")
     pixels = np.stack([to_frames(clips).numpy() for clips in rows.values()])
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=LABEL_SIZE))
+    font = load_font(LABEL_SIZE)
     gutter = MARGIN + round(max(map(font.getlength, rows)))
     frames = []
     for index in range(num_frames):

@@ -8,14 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
+from skipdit.checkpoints.parts import downsampling, read_autoencoder
 from skipdit.data.latents import (
     DTYPES,
     INFO,
@@ -74,8 +74,8 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     data = Path(config.source)
     if data.is_dir() and data.resolve() in out.path.resolve().parents:
         raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read: give another --out")
-    vae = read_autoencoder(Path(config.vae), torch.float32)
-    scale = 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
+    vae: Any = read_autoencoder(Path(config.vae), torch.float32)
+    scale = downsampling(vae)
     if config.image_size % scale:
         raise ValueError(f"image_size must be divisible by {scale}, as the autoencoder asks, got {config.image_size}")
     if config.text:
@@ -90,7 +90,7 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     if out.holds(INFO):
         return read_info(out.path)
     others = _write_others(out, config, vae)
-    writer = _Writer(config, out, vae.to(resolve_device(device)))  # pyright: ignore[reportArgumentType]
+    writer = _Writer(config, out, vae.to(resolve_device(device)))
     position = writer.resume()
     with progress_bar() as progress:
         task = progress.add_task("encoding", total=source.num_jobs, completed=position)
@@ -112,18 +112,18 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     if not out.holds(SETTINGS):
         out.write_text(SETTINGS, to_json(fingerprint))
         return
-    old, new = read_json(out.path / SETTINGS, Fingerprint), cast(Any, fingerprint)
+    old, new = read_json(out.path / SETTINGS, Fingerprint), fingerprint
     names = sorted(old["settings"].keys() | new["settings"].keys())
     changed = [name for name in names if old["settings"].get(name) != new["settings"].get(name)]
     changed = [name for name in changed if name != "vae"]  # the path of the autoencoder may change
-    changed += [name for name in ("source", "vae") if old[name] != new[name]]
+    changed += ["source"] * (old["source"] != new["source"]) + ["vae"] * (old["vae"] != new["vae"])
     if changed:
         text = ", ".join(dict.fromkeys(changed))
         raise ValueError(f"{printable_path(out.path)} holds latents of other settings ({text}): give another --out")
 
 
-def _digest_of(vae: Autoencoder) -> str:
-    digest = hashlib.sha256(cast(Any, vae).to_json_string().encode())
+def _digest_of(vae: Any) -> str:
+    digest = hashlib.sha256(vae.to_json_string().encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
@@ -131,7 +131,7 @@ def _digest_of(vae: Autoencoder) -> str:
 
 
 @torch.no_grad()
-def _write_others(out: OutputFolder, config: EncodeConfig, vae: Autoencoder) -> dict[str, str]:
+def _write_others(out: OutputFolder, config: EncodeConfig, vae: Any) -> dict[str, str]:
     """Write the autoencoder and the states of the empty prompt unless they exist; return their SHA-256 by name."""
     names = {f"{VAE}/config.json", f"{VAE}/diffusion_pytorch_model.safetensors"} | ({NOTHING} if config.text else set())
     for name in sorted(name for name in names if not out.holds(name)):
@@ -139,7 +139,7 @@ def _write_others(out: OutputFolder, config: EncodeConfig, vae: Autoencoder) -> 
             if name == NOTHING:
                 save_file(encode_texts(load_encoder(), [""], DTYPES[config.dtype]), draft)
             elif name.endswith(".json"):
-                draft.write_text(cast(Any, vae).to_json_string(), encoding="utf-8")
+                draft.write_text(vae.to_json_string(), encoding="utf-8")
             else:
                 tensors = {key: tensor.contiguous() for key, tensor in vae.state_dict().items()}
                 save_file(tensors, draft, metadata={"format": "pt"})
@@ -157,14 +157,14 @@ def _finish(
     order = class_names if class_names is not None else sorted(found, key=_by_number)
     if lost := [name for name in order if name not in found]:
         LOGGER.warning("left out: %d classes without a readable item: %s", len(lost), printable(", ".join(lost)))
-    vae = cast(Any, writer.vae)
+    vae = writer.vae
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     info = Info(
         version=VERSION,
         settings=asdict(config),
         shape=writer.shape,
         dtype=config.dtype,
-        has_std=not isinstance(writer.vae, AutoencoderTiny),
+        has_std=not isinstance(vae, AutoencoderTiny),
         flipped=config.flip,
         scale=Scale(
             scaling_factor=float(vae.config.scaling_factor),
@@ -191,7 +191,7 @@ class _Writer:
     Batches start anew in every shard, so that a shard does not depend on where an encoding was interrupted.
     """
 
-    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Autoencoder) -> None:
+    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Any) -> None:
         self.config, self.out, self.vae = config, out, vae
         self.shards: list[Shard] = []
         self.class_names: set[str] = set()
@@ -200,9 +200,9 @@ class _Writer:
         self.classes: list[str] = []
         self.captions: list[list[str]] = []
         self.end = 0
-        channels = cast(Any, vae).config.latent_channels
-        side = config.image_size // 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
-        self.shape = [*([] if config.num_frames is None else [config.num_frames]), channels, side, side]
+        side = config.image_size // downsampling(vae)
+        frames = [] if config.num_frames is None else [config.num_frames]
+        self.shape = [*frames, vae.config.latent_channels, side, side]
 
     def resume(self) -> int:
         """List the existing shards and return the position in the source after them."""
@@ -277,16 +277,16 @@ class _Writer:
 
 
 @torch.no_grad()
-def encode_pixels(vae: Autoencoder, pixels: Tensor, batch_size: int) -> Moments:
+def encode_pixels(vae: Any, pixels: Tensor, batch_size: int) -> Moments:
     """Encode uint8 pixels (b 3 h w) in batches on the autoencoder's device; the result is on the CPU."""
     means, stds = [], []
     for batch in pixels.split(batch_size):
-        encoded = vae.encode(batch.to(cast(Any, vae).device).float() / 127.5 - 1)
+        encoded: Any = vae.encode(batch.to(vae.device).float() / 127.5 - 1)
         if isinstance(vae, AutoencoderTiny):
-            means.append(cast(Any, encoded).latents.cpu())
+            means.append(encoded.latents.cpu())
         else:
-            means.append(cast(Any, encoded).latent_dist.mean.cpu())
-            stds.append(cast(Any, encoded).latent_dist.std.cpu())
+            means.append(encoded.latent_dist.mean.cpu())
+            stds.append(encoded.latent_dist.std.cpu())
     return Moments(torch.cat(means), torch.cat(stds) if stds else None)
 
 

@@ -176,6 +176,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
     _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
     config: Any  # its keys are attributes too, which diffusers does not declare
+    blocks_per_unit: ClassVar[int] = 1
     position_embedding: Tensor
     patch_size: int
 
@@ -225,14 +226,23 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
             "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
         )
 
+    @property
+    def dit_blocks(self) -> list[DiTBlock]:
+        """The blocks, which a `ModuleList` does not type."""
+        return cast(list[DiTBlock], list(self.blocks))
+
+    def units(self) -> list[tuple[LinkedBlock, ...]]:
+        size, blocks = self.blocks_per_unit, self.dit_blocks
+        return [tuple(blocks[start : start + size]) for start in range(0, len(blocks), size)]
+
     def branches(self) -> list[BranchInfo]:
         branches: list[BranchInfo] = []
-        for unit, blocks in enumerate(self.units()):
-            for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
-                branches += [
-                    BranchInfo(kind_in("attention", number), unit, f"{number}.attn", block.attn),
-                    BranchInfo("mlp", unit, f"{number}.mlp", block.mlp),
-                ]
+        for index, block in enumerate(self.dit_blocks):
+            unit, number = divmod(index, self.blocks_per_unit)
+            branches += [
+                BranchInfo(kind_in("attention", number), unit, f"{number}.attn", block.attn),
+                BranchInfo("mlp", unit, f"{number}.mlp", block.mlp),
+            ]
         return branches
 
     @property
@@ -360,9 +370,6 @@ class DiT(PatchTransformer):
             num_classes=num_classes,
             long_skip=long_skip,
         )
-
-    def units(self) -> list[tuple[LinkedBlock, ...]]:
-        return [(cast(DiTBlock, block),) for block in self.blocks]
 
     def forward(
         self,

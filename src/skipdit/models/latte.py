@@ -1,6 +1,6 @@
 """Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -8,9 +8,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from skipdit.models.dit import PRESET_SIZES, DiTBlock, PatchTransformer, preset_sizes, repeat_rows, run_block, sincos
+from skipdit.models.dit import PRESET_SIZES, PatchTransformer, preset_sizes, repeat_rows, run_block, sincos
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
-from skipdit.models.long_skip import LinkedBlock, LongSkipConfig, LongSkipOutput, PlannedOutput
+from skipdit.models.long_skip import LongSkipConfig, LongSkipOutput, PlannedOutput
 from skipdit.models.shallow_path import ShallowPath
 
 LATTE_PRESETS = {
@@ -43,6 +43,7 @@ class Latte(PatchTransformer):
             guidance may use; no effect otherwise.
     """
 
+    blocks_per_unit = 2  # spatial, temporal
     frame_embedding: Tensor
 
     @register_to_config
@@ -95,10 +96,6 @@ class Latte(PatchTransformer):
             num_classes=num_classes,
             long_skip=long_skip,
         )
-
-    def units(self) -> list[tuple[LinkedBlock, ...]]:
-        blocks = [cast(DiTBlock, block) for block in self.blocks]
-        return list(zip(blocks[::2], blocks[1::2], strict=True))
 
     def forward(
         self,

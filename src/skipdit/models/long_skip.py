@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -268,6 +268,10 @@ class LongSkipModel(nn.Module):
             is_target = unit in self.long_skip_links.sources
             block.long_skip = LongSkip(hidden_size, config) if is_target and config is not None else None
         self.fill_token = nn.Parameter(torch.zeros(hidden_size)) if config is not None and config.fill_token else None
+
+    def update_config(self, **options: Any) -> None:
+        """Set entries of the config, which diffusers' ConfigMixin keeps."""
+        cast(Any, self).register_to_config(**options)
 
     def set_links(self, sources: Mapping[int, int]) -> None:
         """Link units, by the source of each target."""

@@ -362,13 +362,13 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
     linked = cast(LongSkipModel, model)
     names = family.hidden_size if family else ("num_attention_heads", "attention_head_dim")
     linked.set_long_skips(math.prod(linked.config[name] for name in names), config)
-    dtype = cast(Any, model).dtype  # a block's first parameter may be one that stays in float32 (Wan)
+    dtype: Any = linked.dtype  # a block's first parameter may be one that stays in float32 (Wan)
     for block in linked.unit_entries():
         if block.long_skip is not None:
             block.long_skip.to(next(block.parameters()).device, dtype).train(model.training)
     if linked.fill_token is not None:
         linked.fill_token.data = linked.fill_token.data.to(next(model.parameters()).device, dtype)
-    cast(Any, model).register_to_config(long_skip=config.to_dict())
+    linked.update_config(long_skip=config.to_dict())
 
 
 def add_fill_token(model: nn.Module) -> None:
@@ -381,7 +381,7 @@ def add_fill_token(model: nn.Module) -> None:
     if model.fill_token is None:
         long_skip = next(block.long_skip for block in model.unit_entries() if block.long_skip)
         model.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
-        cast(Any, model).register_to_config(long_skip={**model.config["long_skip"], "fill_token": True})
+        model.update_config(long_skip={**model.config["long_skip"], "fill_token": True})
 
 
 def remove_long_skips(model: nn.Module) -> None:
@@ -403,7 +403,7 @@ def remove_long_skips(model: nn.Module) -> None:
         cast(Any, model)._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "long_skip"})
     else:
         model.set_long_skips(0, None)
-        cast(Any, model).register_to_config(long_skip=None)
+        model.update_config(long_skip=None)
 
 
 def _refuse_cached(model: nn.Module) -> None:

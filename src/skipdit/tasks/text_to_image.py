@@ -31,10 +31,11 @@ class TextToImageTraining(PromptTraining):
     def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of the rotary embedding on a device, where they stay."""
         if device not in self._rotary_on:
-            config = self.model.config
+            model: Any = self.model
+            config = model.config
             grid = config.sample_size // config.patch_size
             base = 512 // LATENT_SCALE // config.patch_size  # as HunyuanDiTPipeline does for a square picture
-            corners, size = ((0, 0), (base, base)), self.model.inner_dim // self.model.num_heads
+            corners, size = ((0, 0), (base, base)), model.inner_dim // model.num_heads
             rotary = get_2d_rotary_pos_embed(size, corners, (grid, grid), device=device, output_type="pt")
             self._rotary_on[device] = cast(tuple[Tensor, Tensor], rotary)
         return self._rotary_on[device]

@@ -45,8 +45,8 @@ def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
 def condition_all(model: DiT, inputs: Mapping[str, Tensor]) -> None:
     """All that a step computes of timestep and class alone: their embeddings and every modulation by them."""
     conditioning = condition(model, inputs)
-    for module in (*model.blocks, model.final_layer):
-        cast(Any, module).modulation(F.silu(conditioning))
+    for module in (*model.dit_blocks, model.final_layer):
+        module.modulation(F.silu(conditioning))
 
 
 def step_inputs(model: DiT, batch_size: int, timestep: float) -> dict[str, Tensor]:
