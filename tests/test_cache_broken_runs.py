@@ -7,31 +7,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from test_cache_in_use import FLUX, LATTE, WAN, build, run
+from test_cache_in_use import FLUX, LATTE, WAN, Stopped, build, run, stop_at
 from tiny import TINY_FAMILIES, counts, tiny_pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.pipelines import ClassToImagePipeline
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at(model: nn.Module, number: int) -> None:
-    """The model raises at its call of this number, once."""
-    calls = []
-
-    def hook(*_: object) -> None:
-        calls.append(1)
-        if len(calls) == number:
-            handle.remove()
-            raise Stopped
-
-    handle = model.register_forward_pre_hook(hook)
 
 
 @torch.no_grad()

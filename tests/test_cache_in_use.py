@@ -54,6 +54,23 @@ def run(model: nn.Module, name: str, seed: int = 0, steps: tuple[int, ...] = STE
     return outputs
 
 
+class Stopped(Exception):
+    pass
+
+
+def stop_at(model: nn.Module, number: int) -> None:
+    """The model raises at its call of this number, once."""
+    calls = []
+
+    def hook(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == number:
+            handle.remove()
+            raise Stopped
+
+    handle = model.register_forward_pre_hook(hook)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Adapters
 

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.modeling_utils import ModelMixin
-from test_surgery import build, run
+from test_surgery import build, fused, run
 from tiny import TINY_FAMILIES
 from torch import Tensor, nn
 

@@ -359,9 +359,9 @@ def test_a_checkpoint_of_a_run_of_nine_classes_is_not_asked_about(run: Path, tmp
     assert (config.num_classes, config.null_class) == (9, True)
     with pytest.raises(ValueError, match="num_classes is 9 in this checkpoint, got 10"):
         load_model(copy, num_classes=10)
-    for data in ([], {"class_names": 9}, None):
+    for data, problem in (({}, "num_classes must be given"), ([], "not as expected"), ({"class_names": 9}, "not as")):
         (copy / "state.json").write_text(json.dumps(state | {"data": data}))
-        with pytest.raises(ValueError, match="num_classes must be given"):
+        with pytest.raises(ValueError, match=problem):
             load_model(copy)
 
 

@@ -258,9 +258,9 @@ def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:
 
 def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
     """Open the averaged weights of a checkpoint of `skipdit train`, with the objective of its run."""
-    fields = read_run_config(checkpoint).get("objective")
+    fields: Any = read_run_config(checkpoint).get("objective")
     try:
-        objective = Objective(**cast(Any, fields))
+        objective = Objective(**fields)
         scheduler = make_scheduler(objective, SCHEDULERS[objective.process][0])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(checkpoint)} does not say its run's objective: {printable(error)}") from error

@@ -291,8 +291,11 @@ def _(plot: Curves) -> Any:
         x, y = plot.series[label]
         width = 4 if label in plot.emphasized else 2
         line = {"color": color, "dash": "dash" if label in plot.dashed else "solid", "width": width}
-        marks = {"mode": "lines"} if marker is None else {"marker": {"symbol": MARKERS[marker], "size": 8}}
-        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, line=line, **marks))
+        symbol, mode = (
+            None if marker is None else {"symbol": MARKERS[marker], "size": 8},
+            "lines" + "+markers" * bool(marker),
+        )
+        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, mode=mode, line=line, marker=symbol))
     figure.update_layout(title=plot.title, height=520, template="plotly_white")
     figure.update_xaxes(title=plot.x_label, autorange="reversed" if plot.reverse_x else True)
     figure.update_yaxes(title=plot.y_label, type="log" if plot.log_y else "linear", exponentformat="power")
