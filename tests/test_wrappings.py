@@ -281,10 +281,10 @@ def test_odd_indices_are_refused(weight_map: Any, tmp_path: Path) -> None:
     tiny_dit(num_layers=2).save_config(tmp_path)
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ValueError, match=r"has no weight_map|which is not a file beside it"):
+    with pytest.raises(ValueError, match=r"is not as expected|which is not a file beside it"):
         load_model(tmp_path)
     index.write_text("{}")
-    with pytest.raises(ValueError, match="has no weight_map"):
+    with pytest.raises(ValueError, match="is not as expected"):
         load_model(tmp_path)
 
 

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -38,6 +39,13 @@ def named(path: Path) -> Iterator[None]:
         raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
 
 
+class ShardIndex(TypedDict):
+    """What is read of the index of weights in several files."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+    """file by key"""
+
+
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:
     """Return the tensors of a file; from a training checkpoint with both `model` and `ema`, the preferred ones."""
     return pick_weights(_read_tensors(path), prefer)
@@ -60,12 +68,7 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
     path = _find_weights(folder, variant)
     if path.suffix != ".json":
         return pick_weights(_read_tensors(path), "ema")
-    index = read_json(path, dict[str, Any])
-    weight_map = index.get("weight_map")
-    files = weight_map.values() if isinstance(weight_map, dict) else ()
-    if not files or not all(isinstance(name, str) for name in files):
-        raise ValueError(f"{printable(path)} has no weight_map of keys to files")
-    names = sorted(set(files))
+    names = sorted(set(read_json(path, ShardIndex)["weight_map"].values()))
     if len(names) > MAX_SHARDS:
         raise ValueError(f"{printable(path)} names {len(names):,} files, at most {MAX_SHARDS:,} are read")
     tensors: dict[str, Tensor] = {}

@@ -44,14 +44,13 @@ from skipdit.sampling.blocks import (
     BlockMaker,
     Conditions,
     block_path,
-    cost_ratio,
     is_block,
     png_name,
     read_block,
     seed_of,
     settings_of,
 )
-from skipdit.sampling.compare import load, runner_of
+from skipdit.sampling.compare import cost_ratio, load, runner_of
 from skipdit.sampling.config import SampleConfig
 from skipdit.terminal import progress_bar
 
