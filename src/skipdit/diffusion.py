@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultis
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from skipdit.options import check_fields, choose
+from skipdit.options import check_above, check_fields, check_range, choose
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -72,12 +72,8 @@ class Objective:
             raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
         if self.timestep_sampling == "log_normal" and self.process != "ddpm":
             raise ValueError("timestep_sampling 'log_normal' needs process 'ddpm': for a flow use 'logit_normal'")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
-        if self.logit_std < 0:
-            raise ValueError(f"logit_std must be at least 0, got {self.logit_std}")
-        if self.min_sigma <= 0:
-            raise ValueError(f"min_sigma must be above 0, got {self.min_sigma}")
+        check_above(self, "min_snr_gamma", "min_sigma")
+        check_range(self, "logit_std", least=0)
         if self.learned_variance and self.prediction_type != "epsilon":
             raise ValueError(f"learned_variance needs prediction_type 'epsilon', got {self.prediction_type!r}")
 

@@ -78,6 +78,13 @@ def check_range(config: Any, *names: str, least: float = 1, most: float = math.i
             raise ValueError(f"{name} must be {bound}, got {value}")
 
 
+def check_above(config: Any, *names: str, bound: float = 0) -> None:
+    """Raise `ValueError` where one of these fields is not above the bound; `None` passes."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value > bound:
+            raise ValueError(f"{name} must be above {bound}, got {value}")
+
+
 def check_option(config: Any, name: str, allowed: Sequence[Any]) -> None:
     """Raise `ValueError` unless this field is one of the values that are allowed; `None` passes."""
     value = getattr(config, name)

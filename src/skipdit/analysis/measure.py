@@ -24,7 +24,7 @@ from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import rules_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.models.dit import DiT
-from skipdit.options import NumInferenceSteps, check_fields, check_range
+from skipdit.options import NumInferenceSteps, check_above, check_fields, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.tasks.task import spread
 
@@ -66,9 +66,7 @@ class AnalyzeConfig:
         check_range(self, "surface_size", least=3)
         if self.surface_size % 2 == 0:
             raise ValueError(f"surface_size must be odd, so that the unmoved model is a point, got {self.surface_size}")
-        for name in ("weight_radius", "input_radius"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_above(self, "weight_radius", "input_radius")
         if not self.surface_timesteps or not all(0 < each <= 1000 for each in self.surface_timesteps):
             raise ValueError(f"surface_timesteps must be one or more above 0 up to 1000, got {self.surface_timesteps}")
         for method in self.methods:

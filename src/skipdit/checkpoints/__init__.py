@@ -26,27 +26,10 @@ from diffusers.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from skipdit.checkpoints import dit, hunyuan, latte, latte_t2v
+from skipdit.checkpoints import dit, hunyuan, keys, latte, latte_t2v, reading
 from skipdit.checkpoints.dit import DIFFUSERS_KEYS, OFFICIAL_KEYS, from_diffusers
-from skipdit.checkpoints.keys import (
-    LoadHints,
-    UnloadedModel,
-    assemble,
-    check_options,
-    find_num_classes,
-    make_unloaded,
-    raise_on_contradictions,
-)
-from skipdit.checkpoints.reading import (
-    SAFETENSORS_SUFFIX,
-    Preference,
-    StateDict,
-    list_first,
-    named,
-    read_config,
-    read_folder_tensors,
-    read_training,
-)
+from skipdit.checkpoints.keys import LoadHints, UnloadedModel
+from skipdit.checkpoints.reading import Preference, StateDict
 from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint, read_shallow_path
 from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files.output import atomic_file, clean_up
@@ -149,24 +132,24 @@ def load_model(
         num_classes=num_classes,
         fusion=fusion,
     )
-    with named(source):
+    with reading.named(source):
         read = _read_folder if source.is_dir() else _read_file
-        model = assemble(read(source, hints, prefer, dropped, variant), dtype)
-        raise_on_contradictions(model, hints)
+        model = keys.assemble(read(source, hints, prefer, dropped, variant), dtype)
+        keys.raise_on_contradictions(model, hints)
     return model
 
 
 def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torch.dtype) -> Any:
     """Load a diffusers or declared `model_class` that was saved with long skips. Errors as for `load_model`."""
-    config = read_config(folder)
+    config = reading.read_config(folder)
     if config.get("long_skip") is None:
         raise ValueError(
             f"{printable(folder)} holds a {model_class.__name__} without long skips: load it with "
             f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
         )
-    with named(folder):
-        tensors = read_folder_tensors(folder, LONG_SKIP_VARIANT)
-        return assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
+    with reading.named(folder):
+        tensors = reading.read_folder_tensors(folder, LONG_SKIP_VARIANT)
+        return keys.assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -189,8 +172,8 @@ def to_official(model: nn.Module) -> dict[str, Tensor]:
 def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write `to_official(model)` to a `.safetensors` file; an existing file is replaced only once that is complete."""
     target = Path(path)
-    if target.suffix != SAFETENSORS_SUFFIX:
-        raise ValueError(f"path must end in {SAFETENSORS_SUFFIX}, got {target}")
+    if target.suffix != reading.SAFETENSORS_SUFFIX:
+        raise ValueError(f"path must end in {reading.SAFETENSORS_SUFFIX}, got {target}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
     tensors = {key: tensor.contiguous() for key, tensor in to_official(model).items()}
@@ -219,13 +202,13 @@ def _read_file(
 ) -> UnloadedModel:
     if variant is not None:
         raise ValueError(f"variant applies to a folder, got {variant!r} for a file")
-    whole, args = read_training(path, prefer)
+    whole, args = reading.read_training(path, prefer)
     kept = {key: tensor for key, tensor in whole.items() if key.partition(".")[0] not in dropped}
     if dropped and len(kept) == len(whole):
-        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {list_first(whole)}")
+        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {reading.list_first(whole)}")
     state_dict = strip_prefixes(kept, prefer)  # only now does the name of a wrapper's attribute begin every key
     if hints.num_classes is None:
-        hints = replace(hints, num_classes=find_num_classes(args.get("num_classes"), state_dict))
+        hints = replace(hints, num_classes=keys.find_num_classes(args.get("num_classes"), state_dict))
     return _find_format(state_dict, hints).read(state_dict, hints)
 
 
@@ -248,7 +231,7 @@ def _read_folder(
         folder = folder / "pipeline"
     if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config = read_config(folder)
+    config = reading.read_config(folder)
     class_name = str(config.get("_class_name"))
     class_name = ALIASES.get(class_name, class_name)
     if class_name not in OWN_FOLDERS and class_name not in FAMILIES:
@@ -260,7 +243,7 @@ def _read_folder(
     is_ours = class_name in OWN_FOLDERS and long_skip is None
     if not is_ours and not hasattr(diffusers, class_name):
         raise ValueError(f"{class_name} is not a diffusers class: load it with its own from_pretrained")
-    tensors = read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
+    tensors = reading.read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
     if is_ours:
         return OWN_FOLDERS[class_name](config, tensors)
     return _read_family(getattr(diffusers, class_name), config, tensors, long_skip)
@@ -272,7 +255,7 @@ def _read_family(
     """Build a diffusers transformer with the long skips of its config. Like diffusers, ignore options that its class
     does not (or no longer) know."""
     options = {name: config[name] for name in inspect.signature(model_class).parameters if name in config}
-    check_options(options, tensors)
+    keys.check_options(options, tensors)
     unused = UNUSED_KEYS.get(model_class.__name__)
     tensors = {key: tensor for key, tensor in tensors.items() if key != unused}
 
@@ -284,4 +267,4 @@ def _read_family(
             model.register_to_config(shallow_path=ShallowPath.from_dict(config["shallow_path"]).to_dict())
         return model
 
-    return make_unloaded(build, tensors)
+    return keys.make_unloaded(build, tensors)

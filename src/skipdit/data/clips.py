@@ -38,7 +38,7 @@ from skipdit.data.videos import (
     frames_of_folder,
 )
 from skipdit.files.untrusted import open_regular, printable, printable_path
-from skipdit.options import MAX_SIDE, OnBroken, check_fields, check_range
+from skipdit.options import MAX_SIDE, OnBroken, check_above, check_fields, check_range
 
 LOGGER = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ class ClipConfig:
         check_range(self, "image_size", most=MAX_SIDE)
         check_range(self, "num_frames", "frame_interval")
         check_range(self, "num_pictures", least=0)
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        check_above(self, "fps")
 
     @property
     def frames(self) -> FrameChoice:

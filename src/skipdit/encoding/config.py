@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from skipdit.options import MAX_SIDE, OnBroken, check_fields, check_range
+from skipdit.options import MAX_SIDE, OnBroken, check_above, check_fields, check_range
 
 Crop = Literal["adm", "center"]
 StoredDType = Literal["float32", "float16"]
@@ -69,7 +69,6 @@ class EncodeConfig:
         check_range(self, "image_size", most=MAX_SIDE)
         check_range(self, "num_frames", "frame_interval", "shard_size", "batch_size")
         check_range(self, "num_workers", least=0, most=MAX_WORKERS)
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        check_above(self, "fps")
         if self.num_crops < 0 or (self.num_crops and self.num_frames is None):
             raise ValueError(f"num_crops must be at least 0, and 0 if num_frames is None, got {self.num_crops}")

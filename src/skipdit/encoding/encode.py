@@ -16,22 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipdit.checkpoints.parts import downsampling, read_autoencoder
-from skipdit.data.latents import (
-    DTYPES,
-    INFO,
-    MAX_INFO_BYTES,
-    NOTHING,
-    TEXT,
-    VAE,
-    VERSION,
-    Info,
-    Scale,
-    Shard,
-    Text,
-    Texts,
-    read_info,
-    shard_name,
-)
+from skipdit.data import latents
 from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
 from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
@@ -65,7 +50,7 @@ class Moments:
     """(b c h w); None if the autoencoder gives none"""
 
 
-def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> Info:
+def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> latents.Info:
     """Encode the source of a config and return the content of `latents.json`.
 
     An interrupted encoding resumes after its last whole shard, with the same result. `ValueError` if the folder has one
@@ -87,8 +72,8 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
         vae=_digest_of(vae),
     )
     _begin(out, fingerprint)
-    if out.holds(INFO):
-        return read_info(out.path)
+    if out.holds(latents.INFO):
+        return latents.read_info(out.path)
     others = _write_others(out, config, vae)
     writer = _Writer(config, out, vae.to(resolve_device(device)))
     position = writer.resume()
@@ -108,7 +93,7 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     """Write the fingerprint into a folder, or compare it with the one there. `ValueError` if they differ,
     `FileExistsError` if foreign files are in the way."""
     names = [path.name for path in sorted(out.path.glob("shard-*"))]
-    out.claim([SETTINGS, INFO, NOTHING, *names])
+    out.claim([SETTINGS, latents.INFO, latents.NOTHING, *names])
     if not out.holds(SETTINGS):
         out.write_text(SETTINGS, to_json(fingerprint))
         return
@@ -133,11 +118,12 @@ def _digest_of(vae: Any) -> str:
 @torch.no_grad()
 def _write_others(out: OutputFolder, config: EncodeConfig, vae: Any) -> dict[str, str]:
     """Write the autoencoder and the states of the empty prompt unless they exist; return their SHA-256 by name."""
-    names = {f"{VAE}/config.json", f"{VAE}/diffusion_pytorch_model.safetensors"} | ({NOTHING} if config.text else set())
+    names = {f"{latents.VAE}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    names |= {latents.NOTHING} if config.text else set()
     for name in sorted(name for name in names if not out.holds(name)):
         with out.file(name) as draft:
-            if name == NOTHING:
-                save_file(encode_texts(load_encoder(), [""], DTYPES[config.dtype]), draft)
+            if name == latents.NOTHING:
+                save_file(encode_texts(load_encoder(), [""], latents.DTYPES[config.dtype]), draft)
             elif name.endswith(".json"):
                 draft.write_text(vae.to_json_string(), encoding="utf-8")
             else:
@@ -152,33 +138,33 @@ def _finish(
     writer: "_Writer",
     others: dict[str, str],
     class_names: Sequence[str] | None,
-) -> Info:
+) -> latents.Info:
     found = writer.class_names
     order = class_names if class_names is not None else sorted(found, key=_by_number)
     if lost := [name for name in order if name not in found]:
         LOGGER.warning("left out: %d classes without a readable item: %s", len(lost), printable(", ".join(lost)))
     vae = writer.vae
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    info = Info(
-        version=VERSION,
+    info = latents.Info(
+        version=latents.VERSION,
         settings=asdict(config),
         shape=writer.shape,
         dtype=config.dtype,
         has_std=not isinstance(vae, AutoencoderTiny),
         flipped=config.flip,
-        scale=Scale(
+        scale=latents.Scale(
             scaling_factor=float(vae.config.scaling_factor),
             shift_factor=float(vae.config.get("shift_factor") or 0),
             latents_mean=None if mean is None else list(map(float, mean)),
             latents_std=None if std is None else list(map(float, std)),
         ),
-        text=Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
+        text=latents.Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
         class_names=[name for name in order if name in found],
         shards=writer.shards,
         others=others,
     )
-    out.write_text(INFO, to_json(info))
-    return read_info(out.path)
+    out.write_text(latents.INFO, to_json(info))
+    return latents.read_info(out.path)
 
 
 def _by_number(name: str) -> tuple[int, int, str]:
@@ -193,7 +179,7 @@ class _Writer:
 
     def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Any) -> None:
         self.config, self.out, self.vae = config, out, vae
-        self.shards: list[Shard] = []
+        self.shards: list[latents.Shard] = []
         self.class_names: set[str] = set()
         self.waiting: list[Sample] = []
         self.moments: list[dict[str, Tensor]] = []  # of the current shard, like the next two
@@ -206,10 +192,10 @@ class _Writer:
 
     def resume(self) -> int:
         """List the existing shards and return the position in the source after them."""
-        while self.out.holds(f"{(name := shard_name(len(self.shards)))}.json"):
+        while self.out.holds(f"{(name := latents.shard_name(len(self.shards)))}.json"):
             if not self.out.holds(f"{name}.safetensors"):
                 break
-            texts = read_json(self.out.path / f"{name}.json", Texts, max_bytes=MAX_INFO_BYTES)
+            texts = read_json(self.out.path / f"{name}.json", latents.Texts, max_bytes=latents.MAX_INFO_BYTES)
             self._list(name, texts)
         if self.shards:
             LOGGER.warning("resuming after %d existing shards", len(self.shards))
@@ -231,22 +217,22 @@ class _Writer:
             return
         if self.waiting:
             self._encode_waiting()
-        name = shard_name(len(self.shards))
+        name = latents.shard_name(len(self.shards))
         tensors = {key: torch.cat([batch[key] for batch in self.moments]).contiguous() for key in self.moments[0]}
         if self.config.text:
             flat = [caption for captions in self.captions for caption in captions]
-            tensors |= encode_texts(load_encoder(), flat, DTYPES[self.config.dtype])
+            tensors |= encode_texts(load_encoder(), flat, latents.DTYPES[self.config.dtype])
         is_plain = self.captions == [[name] for name in self.classes]
-        texts = Texts(end=self.end, classes=self.classes, captions=None if is_plain else self.captions)
+        texts = latents.Texts(end=self.end, classes=self.classes, captions=None if is_plain else self.captions)
         self.out.write_text(f"{name}.json", to_json(texts))
         with self.out.file(f"{name}.safetensors") as draft:
             save_file(tensors, draft)
         self._list(name, texts)
         self.moments, self.classes, self.captions = [], [], []
 
-    def _list(self, name: str, texts: Texts) -> None:
+    def _list(self, name: str, texts: latents.Texts) -> None:
         self.shards.append(
-            Shard(
+            latents.Shard(
                 name=name,
                 num_items=len(texts["classes"]),
                 latents=file_digest(self.out.path / f"{name}.safetensors"),
@@ -261,7 +247,7 @@ class _Writer:
         pixels = torch.stack([sample.pixels for sample in self.waiting])
         versions = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
         encoded = [encode_pixels(self.vae, version.flatten(0, -4), self.config.batch_size) for version in versions]
-        shape, dtype = (len(pixels), *self.shape), DTYPES[self.config.dtype]
+        shape, dtype = (len(pixels), *self.shape), latents.DTYPES[self.config.dtype]
         parts = {"mean": [item.mean for item in encoded], "std": [i.std for i in encoded if i.std is not None]}
         moments = {
             name: torch.stack([tensor.reshape(shape) for tensor in tensors], dim=1).to(dtype)
@@ -270,7 +256,7 @@ class _Writer:
         }
         if not all(tensor.isfinite().all() for tensor in moments.values()):
             first = len(self.classes) - len(self.waiting)
-            name = f"one of the samples {first} to {len(self.classes) - 1} of {shard_name(len(self.shards))}"
+            name = f"one of the samples {first} to {len(self.classes) - 1} of {latents.shard_name(len(self.shards))}"
             raise ValueError(f"{name} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
         self.moments.append(moments)
         self.waiting = []
@@ -294,7 +280,7 @@ def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch
     """Return the states of captions as a shard stores them. `ValueError` if one is too long."""
     states = encoder.encode(captions, MAX_PROMPT_TOKENS)
     tensors = (states.tokens.to(dtype), states.mask.to(torch.uint8), states.pooled.to(dtype))
-    return dict(zip(TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
+    return dict(zip(latents.TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
 
 
 def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterator[tuple[int, Sample | None]]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
 from skipdit.models.inflate import init_hunyuan
+from skipdit.options import check_above
 from skipdit.pipelines import decode_latents
 from skipdit.tasks.prompts import LATENT_SCALE, PromptTask, PromptTraining
 from skipdit.tasks.training import Items, TransformerConfig, refuse_other_grid
@@ -70,8 +71,7 @@ class TextToImageModelConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mlp_ratio is not None and self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+        check_above(self, "mlp_ratio")
 
     def make(self, items: Items, objective: Objective) -> HunyuanDiT2DModel:
         sizes = self.sizes()

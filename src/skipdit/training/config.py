@@ -12,7 +12,7 @@ from skipdit.data.latents import LatentConfig
 from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_fields, check_range
+from skipdit.options import check_above, check_fields, check_range
 from skipdit.tasks import TASKS
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.training import TransformerConfig
@@ -51,10 +51,7 @@ class SpectralConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.maximum <= 0 or self.penalty_weight <= 0:
-            raise ValueError(
-                f"maximum and penalty_weight must be above 0, got {self.maximum} and {self.penalty_weight}"
-            )
+        check_above(self, "maximum", "penalty_weight")
 
     def modules(self, model: LongSkipModel) -> nn.ModuleList:
         """Return what is constrained; `ValueError` where the model has no long skips of ours."""
@@ -160,6 +157,7 @@ class TrainConfig:
         check_range(self, "log_every", "checkpoint_every", "num_checkpoints")
         check_range(self, "weight_decay", "gradient_clip", "warmup_steps", "sample_every", least=0)
         check_range(self, "ema_snapshots_every", least=0)
+        check_above(self, "learning_rate")
         check_range(self, "num_workers", least=0, most=MAX_WORKERS)
         check_range(self, "seed", least=0, most=MAX_SEED)
         if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
@@ -176,8 +174,6 @@ class TrainConfig:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for name in ("label_dropout", "ema_decay", "adam_betas"):
             value = getattr(self, name)
             if not all(0 <= each < 1 for each in (value if isinstance(value, tuple) else (value,))):

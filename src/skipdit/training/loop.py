@@ -24,6 +24,7 @@ from skipdit.files.untrusted import printable
 from skipdit.models.surgery import add_fill_token
 from skipdit.spectral import cap_spectral_norm, spectral_penalty, weighted
 from skipdit.tasks.training import TrainingTask, open_items
+from skipdit.training import checkpointing
 from skipdit.training.batches import (
     BATCH,
     KIND,
@@ -32,14 +33,6 @@ from skipdit.training.batches import (
     find_step_kinds,
     prepare_batch,
     step_generator,
-)
-from skipdit.training.checkpointing import (
-    checkpoint_path,
-    fingerprint,
-    go_on,
-    list_checkpoints,
-    save_checkpoint,
-    set_aside,
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
 from skipdit.training.devices import in_main, start_processes
@@ -153,7 +146,7 @@ class Run:
         self.device = accelerator.device
         self.autocast = autocast_dtype(config.precision, self.device)
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
-        self.task, self.data = task, fingerprint(task.items)
+        self.task, self.data = task, checkpointing.fingerprint(task.items)
         model = task.model.train()
         if not self.sharded:  # else unit by unit
             model.to(self.device)
@@ -181,13 +174,13 @@ class Run:
         """Return the step to begin with: after the last checkpoint, or 0."""
         first_step = 0
         if self.resume:
-            first_step, self.flops, notes = go_on(
+            first_step, self.flops, notes = checkpointing.go_on(
                 self.out, self.learner, self.config, self.data, allow_changes=allow_changes
             )
             for note in notes if self.accelerator.is_main_process else ():
                 LOGGER.warning("%s", note)
         else:
-            in_main(self.accelerator, lambda: set_aside(self.out))
+            in_main(self.accelerator, lambda: checkpointing.set_aside(self.out))
         if self.config.compile:
             self.learner.model.compile()
         model = self.learner.model
@@ -340,10 +333,8 @@ class Run:
             in_main(accelerator, lambda: self.files.write_snapshot(done, snapshot))
         if due.checkpoint or stopped:
             tensors = learner.tensors(keeps=keeps)
-            in_main(
-                accelerator,
-                lambda: save_checkpoint(self.out, done, self.flops, learner, tensors, self.config, self.data),
-            )
+            state = (self.flops, learner, tensors, self.config, self.data)
+            in_main(accelerator, lambda: checkpointing.save_checkpoint(self.out, done, *state))
         if due.grid:
             averages = learner.tensors(keeps=keeps, file="ema")["ema"]
             in_main(
@@ -366,7 +357,7 @@ class Run:
 
     def not_finite(self, what: str) -> str:
         """Say that training cannot go on, and how it can."""
-        checkpoints, config = list_checkpoints(self.out), self.config
+        checkpoints, config = checkpointing.list_checkpoints(self.out), self.config
         way, instead = "start again with", ""
         if checkpoints:
             way = f"go on from {printable(checkpoints[-1])} with --allow-changes and"
@@ -390,5 +381,5 @@ class Run:
         way = "the same command goes on" if self.resume else "the same command without --no-resume goes on"
         return (
             f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
-            f"{printable(checkpoint_path(self.out, done))}: {way}"
+            f"{printable(checkpointing.checkpoint_path(self.out, done))}: {way}"
         )
