@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile
-from skipdit.analysis.measure import AnalyzeConfig, Measured
+from skipdit.analysis.measure import Measured, coefficients_of
 from skipdit.plots import Heatmaps, Lines, Plot, Surfaces
 
 Models = Mapping[str, Measured]
@@ -275,8 +276,8 @@ def surface_section(models: Models, config: AnalyzeConfig) -> Section:
             x_label="first direction",
             y_label="second direction",
             z_label="cosine similarity",
-            x=radius * config.coefficients,
-            y=radius * config.coefficients,
+            x=radius * coefficients_of(config),
+            y=radius * coefficients_of(config),
             panels={name: measured.surfaces[moved, timestep] for name, measured in models.items()},
         )
         for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius))

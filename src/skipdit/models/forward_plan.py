@@ -167,34 +167,29 @@ def _unit_plan(
             and not region.leaves_out(target)
         )
 
-    def ends(regions: tuple[Region, ...]) -> tuple[End, ...]:
-        return tuple(
-            End(name=region.name, delta=region.delta)
-            for region in regions
-            if isinstance(region, Units) and region.stop <= unit
-        )
+    def ends(ranges: list[Units]) -> tuple[End, ...]:
+        return tuple(End(name=units.name, delta=units.delta) for units in ranges if units.stop <= unit)
 
-    def by_kind(regions: tuple[Region, ...], has: str) -> dict[str, str]:
-        return {
-            kind: region.name for kind in get_args(BranchKind) for region in regions if getattr(region, has)(kind, unit)
-        }
+    def by_kind(regions: tuple[Region, ...], *, inputs: bool = False) -> dict[str, str]:
+        found = [(kind, region) for kind in get_args(BranchKind) for region in regions]
+        return {kind: region.name for kind, region in found if region.has_branch(kind, unit, inputs=inputs)}
 
     runs = not any(region.leaves_out(unit) for region in reuse)
     stored_skip = next((region.name for region in reuse if passes(region)), None)
-    ranges = [region for region in (*store, *reuse) if isinstance(region, Units)]
+    stored, reused = ([region for region in regions if isinstance(region, Units)] for regions in (store, reuse))
     is_due = unit in links.segment_starts or any(
-        unit == region.stop or (region.delta and unit == region.start) for region in ranges
+        unit == units.stop or (units.delta and unit == units.start) for units in stored + reused
     )
     return UnitPlan(
         runs=runs,
-        begins=tuple(region.name for region in ranges if region.delta and region.leaves_out(unit)),
-        takes=ends(reuse),
-        stores=ends(store),
+        begins=tuple(units.name for units in stored + reused if units.delta and units.leaves_out(unit)),
+        takes=ends(reused),
+        stores=ends(stored),
         keeps_skip=tuple(region.name for region in store if passes(region)),
         stored_skip=stored_skip,
-        reuses=by_kind(reuse, "has_branch"),
-        keeps=by_kind(store, "has_branch"),
-        probes=by_kind(store, "has_input"),
+        reuses=by_kind(reuse),
+        keeps=by_kind(store),
+        probes=by_kind(store, inputs=True),
         asks=asks,
         is_idle=not (runs or stored_skip or is_due or asks) and unit < links.num_units - 1,
     )

@@ -34,12 +34,8 @@ class Region:
     def leaves_out(self, unit: int) -> bool:
         return self.bounds is not None and unit in range(*self.bounds)
 
-    def has_branch(self, kind: str, unit: int) -> bool:
-        """Return true if the output of this branch is part of it."""
-        return False
-
-    def has_input(self, kind: str, unit: int) -> bool:
-        """Return true if the input of this branch is part of it."""
+    def has_branch(self, kind: str, unit: int, *, inputs: bool = False) -> bool:
+        """Return true if the output of this branch, or its input, is part of it."""
         return False
 
 
@@ -100,8 +96,5 @@ class Branches(Region):
     def __str__(self) -> str:
         return f"{' and '.join(self.kinds)} in {len(self.units)} units"
 
-    def has_branch(self, kind: str, unit: int) -> bool:
-        return not self.inputs and kind in self.kinds and unit in self.units
-
-    def has_input(self, kind: str, unit: int) -> bool:
-        return self.inputs and kind in self.kinds and unit in self.units
+    def has_branch(self, kind: str, unit: int, *, inputs: bool = False) -> bool:
+        return inputs == self.inputs and kind in self.kinds and unit in self.units

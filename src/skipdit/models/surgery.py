@@ -349,10 +349,11 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         raise ValueError(
             f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) directly"
         )
-    if not isinstance(model, LongSkipModel) and family is not None and "long_skip" in cast(Any, model).config:
+    if isinstance(model, LongSkipModel):
+        if model.long_skip_links.sources:
+            raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
+    elif family is not None and "long_skip" in cast(Any, model).config:
         raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
-    if isinstance(model, LongSkipModel) and model.long_skip_links.sources:
-        raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
     sizes = _segment_sizes(model)
     if not pair_segments(sizes, config):
         raise ValueError(
