@@ -302,7 +302,7 @@ def test_a_bad_value_is_named(field: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("num_pairs", (-1,), "num_pairs must be at least 0 or None for all, got -1"),
+        ("num_pairs", (-1,), "num_pairs must be at least 0, got -1"),
         ("num_pairs", (5,), "num_pairs must be at most 3 for 6 units, got 5"),
         ("num_shallow_units", (1, 3), "num_shallow_units must be between 1 and 2 for 6 units .*, got 3"),
         ("num_shallow_units", (0,), "num_shallow_units must be between 1 and 2 for 6 units .*, got 0"),

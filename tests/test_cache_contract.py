@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY_FAMILIES, tiny_dit, tiny_pipeline
+from tiny import TINY_FAMILIES, equal, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -207,10 +207,6 @@ def spec_of(spec: str | dict[str, Any], folder: Path) -> str:
     path = folder / "schedule.json"
     path.write_text(json.dumps(spec))
     return str(path)
-
-
-def equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from accelerate import cpu_offload
 from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
-from tiny import TINY_FAMILIES, inputs, randomize, tiny_dit, tiny_pipeline
+from tiny import TINY_FAMILIES, counts, inputs, randomize, tiny_dit, tiny_pipeline
 from torch import nn
 
 from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
@@ -31,11 +31,6 @@ from skipdit.models.surgery import add_long_skips, long_skip_class
 
 PIXART = "PixArtTransformer2DModel"
 WINDOW = {"num_inference_steps": 6, "timesteps": [900, 750, 600, 450, 300, 150]}
-
-
-def counts(target: Any) -> tuple[int, int]:
-    summary = cache_summary(target)
-    return summary.steps_full, summary.steps_reused
 
 
 # ----------------------------------------------------------------------------------------------------------------------

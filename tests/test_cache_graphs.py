@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY_FAMILIES
+from tiny import TINY_FAMILIES, equal
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
@@ -120,10 +120,6 @@ def run(model: nn.Module, row: Row, num_steps: int = NUM_STEPS, batch: int = 2) 
         outputs.append(model(**arguments, return_dict=False)[0])
         arguments["hidden_states"] = arguments["hidden_states"] + 0.1 * outputs[-1][:, :4].tanh()
     return outputs
-
-
-def equal(first: list[Tensor], second: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.fixture(autouse=True)

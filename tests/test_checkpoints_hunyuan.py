@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from diffusers import HunyuanDiT2DModel
 from einops import rearrange
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from tiny import assert_same_weights
+from torch import Tensor
 
 import skipdit
 from skipdit.checkpoints import from_official, load_model, save_official, to_diffusers, to_official
@@ -42,10 +43,6 @@ def tiny_hunyuan(**options: Any) -> HunyuanDiT2DModel:
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
     return model.eval()
-
-
-def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import LatteTransformer3DModel, PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tiny import assert_same_weights
 from torch import Tensor, nn
 
 import skipdit
@@ -64,10 +65,6 @@ def tiny_text_latte(long_skip: LongSkipConfig | None = None, **options: Any) -> 
     if long_skip is not None:
         skipdit.add_long_skips(model, long_skip)
     return randomize(model)
-
-
-def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
-    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 def changed(official: dict[str, Tensor], folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:

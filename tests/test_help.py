@@ -1,6 +1,7 @@
 """Every option says what it does, and help comes without PyTorch."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,11 @@ import tyro
 from skipdit.cli import COMMANDS
 from skipdit.command_options import explain_fields, parse
 from skipdit.commands.benches import BENCHES
+from skipdit.commands.train import GROUPS
 from skipdit.options import choose
 from skipdit.recipes import RECIPES
 from skipdit.sampling.config import SampleConfig
+from skipdit.training import TrainConfig
 
 WAYS = [
     *([name] for name in COMMANDS if name not in ("train", "bench")),
@@ -78,16 +81,17 @@ def test_an_option_without_a_text_is_found() -> None:
     assert list(find_unexplained(Options)) == ["inner.bare", "bare"]
 
 
-def test_help_of_sampling_needs_no_pytorch() -> None:
+@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "info", "analyze"])
+def test_help_needs_no_pytorch(command: str) -> None:
     code = (
         "import sys\n"
         "from skipdit.cli import main\n"
-        "try: main(['sample', '--help'])\n"
+        f"try: main(['{command}', '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "--num-inference-steps" in printed
+    assert f"usage: skipdit {command}" in printed
     assert printed.splitlines()[-1] == "[]"
 
 
@@ -100,6 +104,22 @@ def test_groups_hold_every_option_and_change_no_value() -> None:
     )  # fmt: skip
     with pytest.raises(ValueError, match="num_inference_steps must be at least 1"):
         parse("sample", "", ["--num-inference-steps", "0"], SampleConfig)
+
+
+def test_groups_hold_the_options_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(itertools.chain(*GROUPS.values())) == sorted(
+        {field.name for field in dataclasses.fields(TrainConfig)}
+        - {"data", "model", "objective", "routing", "spectral"}
+        | {"out", "resume", "allow_changes", "overwrite", "device", "dry_run"}
+    )
+    with pytest.raises(SystemExit):
+        COMMANDS["train"](["emoji", "--help"])
+    printed = capsys.readouterr().out
+    assert all(f" {group} options " in printed for group in (*GROUPS, "data", "model", "objective", "routing"))
+    assert "--learning-rate FLOAT" in printed
+    assert "(default: 0.0008)" in printed  # of the recipe
+    assert "--model.num-layers" in printed
+    assert "spectral:spectral-config" in printed
 
 
 def test_choose_names_the_nearest() -> None:

@@ -16,7 +16,7 @@ import skipdit
 from skipdit.files.output import check_whole
 from skipdit.moved import MOVED
 
-MAX_LINES = 600
+MAX_FUNCTION_LINES = 60
 PIECES = ("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition", "split", "find")
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:work|root|home|Users)/|/tmp/[\w-]*venv")
 
@@ -99,11 +99,17 @@ def test_layers_hold(repo_root: Path) -> None:
     assert "0 broken" in result.stdout
 
 
-def test_files_are_short(repo_root: Path) -> None:
-    files = sorted((repo_root / "src").rglob("*.py"))
-    assert files
-    lengths = {str(path.relative_to(repo_root)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
-    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+def test_files_and_functions_are_short(repo_root: Path) -> None:
+    too_long = []
+    for folder, max_lines in (("src", 500), ("tests", 600)):
+        for path in sorted((repo_root / folder).rglob("*.py")):
+            code = path.read_text(encoding="utf-8")
+            if (length := len(code.splitlines())) > max_lines:
+                too_long.append(f"{path.name}: {length} lines")
+            for node in ast.walk(ast.parse(code)) if folder == "src" else ():
+                if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES:
+                    too_long.append(f"{path.name}: {node.name}")
+    assert too_long == []
 
 
 def test_tracked_files_name_no_machine_path(repo_root: Path) -> None:

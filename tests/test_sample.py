@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import TINY_FAMILIES, flops_of, listing, randomize, tiny_dit, tiny_latte
+from tiny import TINY_FAMILIES, flops_of, listing, randomize, read_video, tiny_dit, tiny_latte
 
 import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
 from skipdit.data.clips import ClipConfig, LabelledClips
 from skipdit.data.pictures import LabelledPictures
-from skipdit.data.videos import UnreadableVideo, read_video, side_by_side
+from skipdit.data.videos import UnreadableVideo, side_by_side
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.pipelines import ClassToImagePipeline, ClassToVideoPipeline
 from skipdit.recipes import RECIPES

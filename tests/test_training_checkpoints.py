@@ -23,7 +23,7 @@ from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.text_to_image import TextToImageModelConfig
-from skipdit.training import SpectralConfig, TrainConfig, learning_rate_at, train
+from skipdit.training import SpectralConfig, TrainConfig, checkpointing, learning_rate_at, train
 from skipdit.training.checkpointing import PREVIOUS, checkpoint_path, list_checkpoints, step_of
 from skipdit.training.reporter import refuse_inputs
 
@@ -272,14 +272,14 @@ def test_a_damaged_later_checkpoint_does_not_drive_out_new_ones(run: tuple[Train
     cut(out / "checkpoint-0000006")
     config = dataclasses.replace(config, num_checkpoints=1, checkpoint_every=1)
     seen = []
-    save = skipdit.training.loop.save_checkpoint
+    save = checkpointing.save_checkpoint
 
     def watch(*arguments: object) -> None:
         save(*arguments)  # pyright: ignore
         seen.append(checkpoint_names(out))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(skipdit.training.loop, "save_checkpoint", watch)
+        patch.setattr(checkpointing, "save_checkpoint", watch)
         train(config, out, device="cpu")
     assert seen == [["checkpoint-0000004", "checkpoint-0000006"], ["checkpoint-0000005", "checkpoint-0000006"],
                     ["checkpoint-0000006"]]  # fmt: skip

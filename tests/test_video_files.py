@@ -12,10 +12,11 @@ import hostile_media as hostile
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import read_video
 
 from skipdit.data import video_files
 from skipdit.data.video_files import VIDEO_SUFFIXES, demuxer_of
-from skipdit.data.videos import UnreadableVideo, decode_video, read_video, write_gif
+from skipdit.data.videos import UnreadableVideo, write_gif
 
 FRAMES = hostile.moving(8)
 
@@ -45,7 +46,7 @@ def bars(clip: np.ndarray) -> list[int]:
     ],
 )
 def test_what_is_clear_becomes_white(codec: str, pixels: str, container: str) -> None:
-    clip = decode_video(io.BytesIO(hostile.video(codec, pixels, container, half_clear())), codec, 8)
+    clip = read_video(hostile.video(codec, pixels, container, half_clear()), 8, name=codec)
     assert clip[:, :, :14].min() > 240
     assert np.abs(clip[:, 8:18, 18:].astype(int) - (0, 0, 220)).mean() < 8
 
@@ -56,7 +57,7 @@ def test_animations_are_on_white_too(kind: str) -> None:
     first, *others = map(Image.fromarray, half_clear())
     buffer = io.BytesIO()
     first.save(buffer, kind, save_all=True, append_images=others, duration=100, **options)
-    clip = decode_video(io.BytesIO(buffer.getvalue()), kind, 3)
+    clip = read_video(buffer.getvalue(), 3, name=kind)
     assert clip[:, :, :14].min() > 250
 
 
@@ -65,7 +66,7 @@ def test_a_default_image_is_no_frame() -> None:
     buffer = io.BytesIO()
     red.save(buffer, "PNG", save_all=True, append_images=[green, blue], default_image=True, duration=100)
     for fps in (None, 10):
-        clip = decode_video(io.BytesIO(buffer.getvalue()), "apng", 2, fps=fps)
+        clip = read_video(buffer.getvalue(), 2, fps=fps, name="apng")
         assert clip[:, 0, 0].tolist() == [[0, 255, 0], [0, 0, 255]]
 
 
@@ -85,7 +86,7 @@ def cover_first() -> bytes:
 
 
 def test_a_cover_picture_is_not_the_video() -> None:
-    assert bars(decode_video(io.BytesIO(cover_first()), "film", 4)) == [0, 1, 2, 3]
+    assert bars(read_video(cover_first(), 4, name="film")) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", [name for name, _ in hostile.valid_videos()])
@@ -97,11 +98,11 @@ def test_every_container_is_read_under_its_suffix(name: str, tmp_path: Path) -> 
 
 def test_frames_are_taken_by_their_time() -> None:
     content = hostile.video("libx264", "yuv420p", "matroska", FRAMES, [0, 10, 20, 30, 40, 1000, 2000, 3000])
-    assert bars(decode_video(io.BytesIO(content), "vfr", 4)) == [0, 1, 2, 3]
-    assert bars(decode_video(io.BytesIO(content), "vfr", 3, fps=1)) == [4, 5, 6]
-    assert bars(decode_video(io.BytesIO(content), "vfr", 3, 2, 1, fps=2)) == [4, 5, 6]
+    assert bars(read_video(content, 4, name="vfr")) == [0, 1, 2, 3]
+    assert bars(read_video(content, 3, fps=1, name="vfr")) == [4, 5, 6]
+    assert bars(read_video(content, 3, 2, 1, fps=2, name="vfr")) == [4, 5, 6]
     with pytest.raises(UnreadableVideo, match=r"vfr is too short: frame 3 is needed \(9 frames, interval 1, start 0\)"):
-        decode_video(io.BytesIO(content), "vfr", 9, fps=1)
+        read_video(content, 9, fps=1, name="vfr")
 
 
 @pytest.mark.parametrize("fps", [24, 25, 30])
@@ -120,10 +121,10 @@ def test_its_own_frame_rate_takes_each_frame_once(fps: int, kind: str, tmp_path:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
         content = buffer.getvalue()
-    wanted = decode_video(io.BytesIO(content), kind, 8)
-    assert np.array_equal(decode_video(io.BytesIO(content), kind, 8, fps=fps), wanted)
-    assert np.array_equal(decode_video(io.BytesIO(content), kind, 4, fps=fps / 2), wanted[::2])
-    assert np.array_equal(decode_video(io.BytesIO(content), kind, 16, fps=2 * fps)[::2], wanted)
+    wanted = read_video(content, 8, name=kind)
+    assert np.array_equal(read_video(content, 8, fps=fps, name=kind), wanted)
+    assert np.array_equal(read_video(content, 4, fps=fps / 2, name=kind), wanted[::2])
+    assert np.array_equal(read_video(content, 16, fps=2 * fps, name=kind)[::2], wanted)
 
 
 def test_equal_frames_of_a_gif_are_read_by_their_time(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_equal_frames_of_a_gif_are_read_by_their_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [hostile.SDP, hostile.HLS, hostile.CONCAT, hostile.DASH, hostile.EPS])
 def test_texts_that_name_other_places_are_no_videos(content: bytes) -> None:
     with pytest.raises(UnreadableVideo, match="cannot read the video film: it is no GIF, PNG"):
-        decode_video(io.BytesIO(content), "film", 1)
+        read_video(content, 1, name="film")
 
 
 def test_no_socket_is_opened(tmp_path: Path) -> None:
@@ -144,7 +145,8 @@ def test_no_socket_is_opened(tmp_path: Path) -> None:
     (tmp_path / "x.mp4").write_bytes(hostile.SDP)
     code = """
 import os, sys, threading, time
-from skipdit.data.videos import read_video
+from pathlib import Path
+from skipdit.data.videos import FrameChoice, frames_of_file
 def sockets():
     return [link for number in os.listdir("/proc/self/fd") if "socket" in (link := place(number))]
 def place(number):
@@ -161,7 +163,7 @@ done = threading.Event()
 watch = threading.Thread(target=look)
 watch.start()
 try:
-    read_video(sys.argv[1], 1)
+    list(frames_of_file(Path(sys.argv[1]), FrameChoice(num_frames=1)))
 except ValueError as error:
     print(error)
 time.sleep(0.05)
@@ -191,7 +193,7 @@ def test_large_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_files, "MAX_ANIMATION_PIXELS", 24 * 32 - 1)
     for name in ("a.mp4", "a.mkv", "a.webm", "a.gif", "a.webp"):
         with pytest.raises(UnreadableVideo, match=f"cannot read the video {name}: "):
-            decode_video(io.BytesIO(contents[name]), name, 1)
+            read_video(contents[name], 1, name=name)
 
 
 def test_a_gif_does_not_grow_without_end() -> None:
@@ -202,14 +204,7 @@ def test_a_gif_does_not_grow_without_end() -> None:
     with pytest.raises(
         UnreadableVideo, match="cannot read the video grown: it has 9000 x 9000 pixels, at most 8,388,608"
     ):
-        decode_video(io.BytesIO(grown), "grown", 2)
-
-
-def test_frames_that_differ_in_size_are_named(tmp_path: Path) -> None:
-    frames = [FRAMES[0], FRAMES[0][:12]]
-    parts = [hostile.video("mpeg2video", "yuv420p", "mpegts", [frame] * 3) for frame in frames]
-    with pytest.raises(UnreadableVideo, match="cannot read the video film: "):
-        decode_video(io.BytesIO(b"".join(parts)), "film", 5)
+        read_video(grown, 2, name="grown")
 
 
 def test_the_first_bytes_name_the_demuxer() -> None:

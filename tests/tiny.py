@@ -1,15 +1,19 @@
 """Real classes at a size that runs in milliseconds."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
+from skipdit.cache.enable import cache_summary
+from skipdit.data.videos import FrameChoice, frames_of, frames_of_file
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import MARKER
 from skipdit.models.costs import flop_counter
@@ -55,6 +59,31 @@ def inputs(batch: int = 2, size: int = 8, channels: int = 4) -> tuple[torch.Tens
     return torch.randn(batch, channels, size, size, generator=generator), torch.randint(
         10, (batch,), generator=generator
     )
+
+
+def read_video(
+    video: Path | bytes, num_frames: int, interval: int = 1, start: int = 0, fps: float | None = None, name: str = ""
+) -> np.ndarray:
+    """The frames (f h w 3) of a file, or of its content under a name."""
+    choice = FrameChoice(num_frames=num_frames, interval=interval, fps=fps)
+    if isinstance(video, Path):
+        return np.stack(list(frames_of_file(video, choice, start)))
+    return np.stack(list(frames_of(io.BytesIO(video), name, choice, start)))
+
+
+def equal(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether two lists of tensors are equal to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def counts(target: Any) -> tuple[int, int]:
+    """How many steps the cache of a model or pipeline has made in full, and how many it has reused in."""
+    summary = cache_summary(target)
+    return summary.steps_full, summary.steps_reused
+
+
+def assert_same_weights(model: nn.Module, other: nn.Module) -> None:
+    torch.testing.assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
 def flops_of(call: Callable[[], object]) -> int:

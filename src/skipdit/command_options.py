@@ -7,13 +7,14 @@ import io
 import itertools
 import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from skipdit.options import ObjectiveName, choose
+from skipdit.files.untrusted import printable
+from skipdit.options import ObjectiveName, check_fields
 
 Config = TypeVar("Config")
 
@@ -33,8 +34,13 @@ class WeightsOptions:
     """roots of keys to leave out, such as the projectors of REPA"""
 
     def __post_init__(self) -> None:
-        if self.objective is not None:
-            choose("objective", self.objective, get_args(ObjectiveName))
+        check_fields(self)
+
+    def refuse(self, model: str) -> None:
+        """Raise `ValueError` naming what has no effect on a model that says all this itself."""
+        for option in fields(WeightsOptions):
+            if getattr(self, option.name) not in (None, ()):
+                raise ValueError(f"{option.name} is for a file of weights, but {printable(model)} says it itself")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +63,15 @@ def parse(
     """Return the options of a command; `ValueError` in one line where they are none.
 
     text: what its help says first. The help lists the options in the groups that `config.GROUPS` names, where it has
-    any: `{group: names of fields}`.
+    any: `{group: names of fields}`; a field that is in none has a box of its own.
     """
     messages = io.StringIO()
     groups = getattr(config, "GROUPS", {})
     try:
         with contextlib.redirect_stderr(messages):
             options: Any = tyro.cli(
-                _grouped(config, groups) if groups else config,
-                default=tyro.MISSING_NONPROP if default is None else default,
+                _grouped(config, groups, default) if groups else config,
+                default=tyro.MISSING_NONPROP if default is None or groups else default,
                 args=list(arguments),
                 prog=f"skipdit {command}",
                 description=inspect.cleandoc(text or "").replace("\nExample:", "\n\nExample:"),
@@ -76,7 +82,9 @@ def parse(
         raise ValueError(_one_line(messages.getvalue())) from exit
     if not groups:
         return options
-    return config(**{name: getattr(getattr(options, group), name) for group in groups for name in groups[group]})
+    boxes = {name: getattr(options, group) for group, names in groups.items() for name in names}
+    made: Any = config
+    return made(**{each.name: getattr(boxes.get(each.name, options), each.name) for each in fields(made)})
 
 
 def explain_fields(config: type) -> dict[str, str]:
@@ -97,25 +105,24 @@ def explain_fields(config: type) -> dict[str, str]:
     return found
 
 
-def _grouped(config: type, groups: dict[str, tuple[str, ...]]) -> Any:
-    """Return a dataclass with one dataclass of options per group, which the help shows as boxes."""
+def _grouped(config: type, groups: dict[str, tuple[str, ...]], default: Any) -> Any:
+    """Return a dataclass with one dataclass of options per group, which the help shows as boxes. default: has the
+    values of options that are not given, in place of those of the fields."""
     texts, hints = explain_fields(config), get_type_hints(config, include_extras=True)
     by_name = {each.name: each for each in fields(config)}
-    assert sorted(by_name) == sorted(itertools.chain(*groups.values())), "a field is in one group"
 
     def option(name: str) -> tuple[str, Any, Any]:
-        return name, Annotated[hints[name], tyro.conf.arg(help=texts[name])], _as_default(by_name[name])
+        value = by_name[name].default if default is None else getattr(default, name)
+        kind = Annotated[hints[name], tyro.conf.arg(help=texts[name])]
+        return name, kind, field() if value is MISSING else field(default=value)
 
     boxes: list[tuple[str, Any, Any]] = []
     for group, names in groups.items():
         box = make_dataclass(group, [option(name) for name in names], frozen=True, kw_only=True)
         box.__doc__ = None
-        boxes.append((group, box, field()))
-    return tyro.conf.OmitArgPrefixes[make_dataclass("Options", boxes, frozen=True, kw_only=True)]
-
-
-def _as_default(source: Field[Any]) -> Any:
-    return field() if source.default is MISSING else field(default=source.default)
+        boxes.append((group, tyro.conf.OmitArgPrefixes[box], field()))
+    others = [option(name) for name in by_name if name not in set(itertools.chain(*groups.values()))]
+    return make_dataclass("Options", [*boxes, *others], frozen=True, kw_only=True)
 
 
 def _one_line(box: str) -> str:

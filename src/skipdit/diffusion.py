@@ -9,14 +9,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from skipdit.options import check_numbers, choose
+from skipdit.options import check_above, check_fields, check_range, choose
 
 NUM_TRAIN_TIMESTEPS = 1000
 
@@ -62,27 +62,18 @@ class Objective:
     min_sigma; the variational bound keeps its weight"""
 
     def __post_init__(self) -> None:
-        if self.process not in get_args(Process):
-            raise ValueError(f"process must be one of {', '.join(get_args(Process))}, got {self.process!r}")
+        check_fields(self)
         if self.prediction_type not in PREDICTIONS[self.process]:
             allowed = ", ".join(PREDICTIONS[self.process])
             raise ValueError(
                 f"prediction_type of a {self.process} process must be one of {allowed}, got {self.prediction_type!r}"
             )
-        if self.timestep_sampling not in get_args(TimestepSampling):
-            allowed = ", ".join(get_args(TimestepSampling))
-            raise ValueError(f"timestep_sampling must be one of {allowed}, got {self.timestep_sampling!r}")
         if self.timestep_sampling == "logit_normal" and self.process != "flow":
             raise ValueError("timestep_sampling 'logit_normal' needs process 'flow'")
         if self.timestep_sampling == "log_normal" and self.process != "ddpm":
             raise ValueError("timestep_sampling 'log_normal' needs process 'ddpm': for a flow use 'logit_normal'")
-        check_numbers(self)
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma must be above 0, got {self.min_snr_gamma}")
-        if self.logit_std < 0:
-            raise ValueError(f"logit_std must be at least 0, got {self.logit_std}")
-        if self.min_sigma <= 0:
-            raise ValueError(f"min_sigma must be above 0, got {self.min_sigma}")
+        check_above(self, "min_snr_gamma", "min_sigma")
+        check_range(self, "logit_std", least=0)
         if self.learned_variance and self.prediction_type != "epsilon":
             raise ValueError(f"learned_variance needs prediction_type 'epsilon', got {self.prediction_type!r}")
 

@@ -23,8 +23,6 @@ from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
 from skipdit.tasks.task import Chosen, Sampler, Task
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bundled:
@@ -97,17 +95,6 @@ CONVENTIONS: dict[str, Convention] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class BareOptions(WeightsOptions):
-    """What a file of weights does not say; see `skipdit.load_model`."""
-
-    def refuse(self, model: str) -> None:
-        """Raise `ValueError` naming what has no effect on a model that says all this itself."""
-        for option in dataclasses.fields(self):
-            if getattr(self, option.name) not in (None, ()):
-                raise ValueError(f"{option.name} is for a file of weights, but {printable(model)} says it itself")
-
-
 SCHEDULES = "schedules"  # folder in that of a pipeline
 DEFAULT_SCHEDULE = "1.8x"
 MAX_SCHEDULES = 100
@@ -152,18 +139,15 @@ def load_source(
     dtype: DTypeName = "float32",
     scheduler: str | None = None,
     vae: Path | None = None,
-    num_attention_heads: int | None = None,
-    num_classes: int | None = None,
-    objective: ObjectiveName | None = None,
-    drop: tuple[str, ...] = (),
+    weights: WeightsOptions = WeightsOptions(),  # noqa: B008
     decodes: bool = True,
 ) -> Source:
     """Return a bundled model by name, or the folder of a pipeline, or one made around a checkpoint; on its device.
 
     task: by default that of the model; without a model, the first bundled one of the task is taken. scheduler: see
     `skipdit.diffusion.make_scheduler`; by default the model's own. vae: folder of an AutoencoderKL or of a pipeline
-    with one, for models of latents. num_attention_heads, num_classes, objective, drop: see `BareOptions`. decodes:
-    whether pictures are wanted, for which a model of latents needs an autoencoder.
+    with one, for models of latents. weights: what a file of weights does not say; `ValueError` beside another model.
+    decodes: whether pictures are wanted, for which a model of latents needs an autoencoder.
 
     `FileNotFoundError` where there is no such model; `ValueError` where it is of another task, foreign or broken.
     """
@@ -173,15 +157,12 @@ def load_source(
     expected = BUNDLED[model].task if model in BUNDLED else task
     if expected is not None:
         TASKS[expected].check_installed()
-    bare = BareOptions(
-        num_attention_heads=num_attention_heads, num_classes=num_classes, objective=objective, drop=tuple(drop)
-    )
-    source = _open(model, DTYPES[dtype], bare)
+    source = _open(model, getattr(torch, dtype), weights)
     sampler = source.sampler
     if task is not None and sampler.task.name != task:
         raise ValueError(f"{model} is a {sampler.task.name} model, not {task}")
     if vae is not None:
-        give_autoencoder(sampler, model, vae, DTYPES[dtype])
+        give_autoencoder(sampler, model, vae, getattr(torch, dtype))
     pipeline = sampler.pipeline
     num_channels = pipeline.transformer.config.in_channels
     if decodes and pipeline.vae is None and num_channels != 3:
@@ -224,7 +205,7 @@ def replace_scheduler(sampler: Sampler, name: str) -> None:
 # Opening
 
 
-def _open(model: str, dtype: torch.dtype, bare: BareOptions) -> Source:
+def _open(model: str, dtype: torch.dtype, bare: WeightsOptions) -> Source:
     path = Path(model)
     if model in BUNDLED:
         bare.refuse(model)
@@ -256,7 +237,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
         raise ValueError(f"{printable(folder)} is not a whole {name}: {printable(error)}") from error
 
 
-def _from_file(path: Path, dtype: torch.dtype, bare: BareOptions) -> Sampler:
+def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:
     """Open a checkpoint, or a folder of a transformer alone."""
     transformer: Any = load_model(
         path,
@@ -277,9 +258,9 @@ def _from_file(path: Path, dtype: torch.dtype, bare: BareOptions) -> Sampler:
 
 def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
     """Open the averaged weights of a checkpoint of `skipdit train`, with the objective of its run."""
-    fields = read_run_config(checkpoint).get("objective")
+    fields: Any = read_run_config(checkpoint).get("objective")
     try:
-        objective = Objective(**cast(Any, fields))
+        objective = Objective(**fields)
         scheduler = make_scheduler(objective, SCHEDULERS[objective.process][0])
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(checkpoint)} does not say its run's objective: {printable(error)}") from error

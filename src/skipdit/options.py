@@ -4,7 +4,8 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from functools import lru_cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -12,9 +13,12 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 Guidance = Literal["full", "shallow"]
 Fusion = Literal["replace", "residual"]
+OnBroken = Literal["refuse", "skip"]
 NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
 
 MAX_SEED = 2**63 - 1
+MAX_PIXELS = 50 * 2**20  # of a decoded picture
+MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
 
 
 def choose(what: str, name: str, allowed: Iterable[str]) -> str:
@@ -38,6 +42,28 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{field.name} must be between 0 and {MAX_SEED}, got {value}")
 
 
+@lru_cache
+def _choices(kind: type) -> dict[str, tuple[Any, bool]]:
+    """Return, by field of a dataclass, the values that its type lists, and whether it is a tuple of them."""
+    found = {}
+    for name, hint in get_type_hints(kind).items():
+        is_tuple = get_origin(hint) is tuple
+        listed = [each for each in (hint, *get_args(hint)) if get_origin(each) is Literal]
+        if listed and (is_tuple or hint is listed[0] or type(None) in get_args(hint)):
+            found[name] = get_args(listed[0]), is_tuple
+    return found
+
+
+def check_fields(config: Any) -> None:
+    """Raise `ValueError` on what `check_numbers` refuses, and on values that the type of a field does not list."""
+    check_numbers(config)
+    for name, (allowed, is_tuple) in _choices(type(config)).items():
+        if is_tuple:
+            check_choice(name, getattr(config, name), allowed)
+        else:
+            check_option(config, name, allowed)
+
+
 def check_choice(name: str, chosen: Sequence[Any], allowed: Sequence[Any]) -> None:
     """Raise `ValueError` unless each of what was chosen is allowed and there once."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
@@ -50,6 +76,13 @@ def check_range(config: Any, *names: str, least: float = 1, most: float = math.i
         if (value := getattr(config, name)) is not None and not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_above(config: Any, *names: str, bound: float = 0) -> None:
+    """Raise `ValueError` where one of these fields is not above the bound; `None` passes."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value > bound:
+            raise ValueError(f"{name} must be above {bound}, got {value}")
 
 
 def check_option(config: Any, name: str, allowed: Sequence[Any]) -> None:

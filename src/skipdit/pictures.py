@@ -19,6 +19,11 @@ def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in levels]
 
 
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """Return Pillow's own font at a size in pixels."""
+    return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
+
+
 def labelled_grid(
     pictures: Sequence[Image.Image], captions: Sequence[str], *, num_columns: int | None = None, scale: int = 2
 ) -> Image.Image:
@@ -33,7 +38,7 @@ def labelled_grid(
     num_columns = num_columns or max(1, round(len(pictures) ** 0.5))
     num_rows = -(-len(pictures) // num_columns)
     width, height = (side * scale for side in pictures[0].size)
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=max(9, min(14, width // 11))))
+    font = load_font(max(9, min(14, width // 11)))
     line = sum(font.getmetrics()) + 2
     cell_width, cell_height = width + MARGIN, height + line + MARGIN
     grid = Image.new("RGB", (num_columns * cell_width + MARGIN, num_rows * cell_height + MARGIN), "white")

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,34 +37,65 @@ class PlotLabels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines(PlotLabels):
-    """Curves on one pair of axes."""
+class Curves(PlotLabels):
+    """Curves on one pair of axes. Abstract."""
 
     series: Mapping[str, tuple[NDArray, NDArray]]
     """(x, y) by label; NaN leaves a gap"""
+    dashed: frozenset[str] = frozenset()
+    """labels of dashed curves"""
+    emphasized: frozenset[str] = frozenset()
+    """labels of thick ones"""
     log_y: bool = False
     """scale y logarithmically"""
     reverse_x: bool = False
     """let x decrease to the right"""
-    dashed: frozenset[str] = frozenset()
-    """labels of dashed curves"""
+    width: ClassVar[float] = 1.6
+    """of a line that is not thick, in points"""
 
     def __post_init__(self) -> None:
         for label, (x, y) in self.series.items():
             if np.ndim(x) != 1 or np.shape(x) != np.shape(y):
                 raise ValueError(f"x and y of {label!r} must have the same length, got {np.shape(x)} and {np.shape(y)}")
 
-    def styles(self) -> dict[str, tuple[str, bool]]:
-        """Return the color of each label and whether it is dashed: few have distinct hues, many shade from first to
-        last; a dashed one has the color of the solid one before it."""
+    def styles(self) -> dict[str, tuple[str, str | None]]:
+        """Return the color of each label, and the marker of its points, if they have one."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Curves):
+    """Curves of many points. Few have distinct hues, many shade from first to last; a dashed one has the color of the
+    solid one before it."""
+
+    def styles(self) -> dict[str, tuple[str, str | None]]:
         solid = [label for label in self.series if label not in self.dashed]
         styles, color = {}, COLORS[0]
         for label in self.series:
             if label in solid:
                 index = solid.index(label)
                 color = COLORS[index] if len(solid) <= len(COLORS) else shade(index / (len(solid) - 1))
-            styles[label] = (color, label in self.dashed)
+            styles[label] = color, None
         return styles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tradeoffs(Curves):
+    """What one quantity costs in another: a mark per measured setting. Baselines are dashed and gray; the emphasized
+    ones get their color first."""
+
+    width: ClassVar[float] = 1.2
+
+    def styles(self) -> dict[str, tuple[str, str | None]]:
+        markers = list(MARKERS)
+        baselines = [label for label in self.series if label in self.dashed]
+        plain = [label for label in self.series if label not in self.dashed | self.emphasized]
+        others = [*(label for label in self.series if label in self.emphasized - self.dashed), *plain]
+        return {
+            label: (colors[index % len(colors)], markers[index % len(markers)])
+            for labels, colors in ((baselines, (GRAY,)), (others, COLORS))
+            for index, label in enumerate(labels)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,30 +144,6 @@ class Surfaces(Panels):
     """label of the z axis"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tradeoffs(PlotLabels):
-    """Plot of what one quantity costs in another: a marker per measured setting, a line through those of each label."""
-
-    series: Mapping[str, tuple[NDArray, NDArray]]
-    """(x, y) by label, one setting or more each"""
-    emphasized: frozenset[str] = frozenset()
-    """labels of thick lines"""
-    dashed: frozenset[str] = frozenset()
-    """labels of the baselines, dashed and gray"""
-
-    def styles(self) -> dict[str, tuple[str, str]]:
-        """Return the color and marker of each label; baselines are gray, the emphasized ones get their color first."""
-        colored = sorted((label for label in self.series if label not in self.dashed), key=self._is_plain)
-        markers, dashed = list(MARKERS), [label for label in self.series if label in self.dashed]
-        styles = {label: (GRAY, markers[index % len(markers)]) for index, label in enumerate(dashed)}
-        for index, label in enumerate(colored):
-            styles[label] = (COLORS[index % len(COLORS)], markers[index % len(markers)])
-        return styles
-
-    def _is_plain(self, label: str) -> bool:
-        return label not in self.emphasized
-
-
 Plot = Lines | Heatmaps | Surfaces | Tradeoffs
 
 
@@ -183,15 +190,17 @@ def draw(plot: Any) -> Any:
 
 
 @draw.register
-def _(plot: Lines) -> Any:
+def _(plot: Curves) -> Any:
     from matplotlib.figure import Figure
 
     aside = len(plot.series) > 4
     num_columns = max(1, -(-len(plot.series) // LEGEND_ROWS))
     figure = Figure(figsize=(6.3 + 1.6 * (num_columns + 1) if aside else 7.5, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
-    for label, (color, dashed) in plot.styles().items():
-        axes.plot(*plot.series[label], label=label, color=color, linestyle="--" if dashed else "-", linewidth=1.6)
+    for label, (color, marker) in plot.styles().items():
+        width, size, layer = (2.8, 6.0, 3) if label in plot.emphasized else (plot.width, 4.5, 2)
+        line: dict[str, Any] = {"linestyle": "--" if label in plot.dashed else "-", "linewidth": width, "zorder": layer}
+        axes.plot(*plot.series[label], label=label, color=color, marker=marker, markersize=size, **line)
     if plot.log_y:
         axes.set_yscale("log")
     if plot.reverse_x:
@@ -199,24 +208,6 @@ def _(plot: Lines) -> Any:
     axes.grid(alpha=0.25)
     place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if aside else {"loc": "best"}
     axes.legend(fontsize=8, frameon=False, ncols=num_columns, **place)
-    return figure
-
-
-@draw.register
-def _(plot: Tradeoffs) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 5.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
-    styles = plot.styles()
-    for label, (x, y) in plot.series.items():
-        thick = label in plot.emphasized
-        axes.plot(
-            x, y, label=label, color=styles[label][0], marker=styles[label][1], markersize=6 if thick else 4.5,
-            linestyle="--" if label in plot.dashed else "-", linewidth=2.8 if thick else 1.2, zorder=3 if thick else 2,
-        )  # fmt: skip
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
@@ -292,34 +283,22 @@ def interactive(plot: Any) -> Any:
 
 
 @interactive.register
-def _(plot: Lines) -> Any:
+def _(plot: Curves) -> Any:
     from plotly import graph_objects
 
     figure = graph_objects.Figure()
-    for label, (color, dashed) in plot.styles().items():
+    for label, (color, marker) in plot.styles().items():
         x, y = plot.series[label]
-        line = {"color": color, "dash": "dash" if dashed else "solid"}
-        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, mode="lines", line=line))
-    figure.update_layout(title=plot.title, height=480, template="plotly_white")
+        width = 4 if label in plot.emphasized else 2
+        line = {"color": color, "dash": "dash" if label in plot.dashed else "solid", "width": width}
+        symbol, mode = (
+            None if marker is None else {"symbol": MARKERS[marker], "size": 8},
+            "lines" + "+markers" * bool(marker),
+        )
+        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, mode=mode, line=line, marker=symbol))
+    figure.update_layout(title=plot.title, height=520, template="plotly_white")
     figure.update_xaxes(title=plot.x_label, autorange="reversed" if plot.reverse_x else True)
     figure.update_yaxes(title=plot.y_label, type="log" if plot.log_y else "linear", exponentformat="power")
-    return figure
-
-
-@interactive.register
-def _(plot: Tradeoffs) -> Any:
-    from plotly import graph_objects
-
-    figure, styles = graph_objects.Figure(), plot.styles()
-    for label, (x, y) in plot.series.items():
-        color, marker = styles[label]
-        width = 4 if label in plot.emphasized else 1.5
-        line = {"color": color, "dash": "dash" if label in plot.dashed else "solid", "width": width}
-        symbol = {"symbol": MARKERS[marker], "size": 8}
-        figure.add_trace(graph_objects.Scatter(x=x, y=y, name=label, mode="lines+markers", line=line, marker=symbol))
-    figure.update_layout(title=plot.title, height=560, template="plotly_white")
-    figure.update_xaxes(title=plot.x_label)
-    figure.update_yaxes(title=plot.y_label)
     return figure
 
 

@@ -9,9 +9,12 @@ import threading
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from skipdit.files.untrusted import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 MAX_MESSAGE = 2000  # characters
 SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
@@ -63,6 +66,21 @@ def terminable() -> Iterator[None]:
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Terminated
+
+
+def progress_bar(*, shown: bool = True) -> "Progress":
+    """Return a progress bar with the number of items, the time that they took, and what is left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    return Progress(BarColumn(), *columns, disable=not shown)
 
 
 def say_stopped(stopped: KeyboardInterrupt) -> int:

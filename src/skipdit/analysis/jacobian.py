@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -108,8 +107,7 @@ def jacobian_profile(
     return JacobianProfile(
         units=[norms.value.mean().item() for norms in units],
         bounds=[
-            unit_bound(cast(DiTBlock, block), *given).mean().item()
-            for block, given in zip(model.blocks, inputs.units, strict=True)
+            unit_bound(block, *given).mean().item() for block, given in zip(model.dit_blocks, inputs.units, strict=True)
         ],
         first_half=first.value.mean().item(),
         second_half=second.value.mean().item(),

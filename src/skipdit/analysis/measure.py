@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile, jacobian_profile
 from skipdit.analysis.surface import Moved, perturbation_surface
 from skipdit.analysis.trajectory import (
@@ -24,72 +25,8 @@ from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import rules_on
 from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
 from skipdit.models.dit import DiT
-from skipdit.options import NumInferenceSteps, check_numbers, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.tasks.task import spread
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnalyzeConfig:
-    """What is measured of each model."""
-
-    labels: tuple[int, ...] = ()
-    """class numbers, one per picture; by default spread over the classes"""
-    num_pictures: int = 4
-    """pictures of a run, where no labels are given"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of a run"""
-    guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
-    methods: tuple[str, ...] = ("N2", "delta:N2", "skip-taylor:N4-800-100-o1")
-    """caches whose features and errors are followed; those that a model cannot have are left out and named"""
-    jacobian_timesteps: int = 6
-    """timesteps at which the norms of units and halves are measured, on two pictures"""
-    growth_timesteps: int = 12
-    """timesteps at which the norms of solver steps are measured"""
-    surface_size: int = 9
-    """points per side of a perturbation surface; odd"""
-    weight_radius: float = 0.2
-    """largest coefficient of a direction in weights, in their norms"""
-    input_radius: float = 0.2
-    """largest coefficient of a direction in latents, in their norms"""
-    surface_timesteps: tuple[int, ...] = (200, 800)
-    """timesteps of the surfaces, above 0 up to 1000"""
-    seed: int = 0
-    """of noise and directions"""
-
-    def __post_init__(self) -> None:
-        check_numbers(self)
-        check_range(self, "num_pictures", "jacobian_timesteps")
-        check_range(self, "num_inference_steps", least=3, most=1000)
-        check_range(self, "growth_timesteps", least=2)
-        check_range(self, "surface_size", least=3)
-        if self.surface_size % 2 == 0:
-            raise ValueError(f"surface_size must be odd, so that the unmoved model is a point, got {self.surface_size}")
-        for name in ("weight_radius", "input_radius"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not self.surface_timesteps or not all(0 < each <= 1000 for each in self.surface_timesteps):
-            raise ValueError(f"surface_timesteps must be one or more above 0 up to 1000, got {self.surface_timesteps}")
-        for method in self.methods:
-            parse_method(method)
-
-    def settings(self, pipeline: ClassToImagePipeline) -> RunSettings:
-        num_classes = pipeline.transformer.config.num_classes
-        for label in self.labels:
-            if not 0 <= label < num_classes:
-                raise ValueError(f"class labels must be between 0 and {num_classes - 1}, got {label}")
-        return RunSettings(
-            labels=self.labels or tuple(spread(self.num_pictures, num_classes)),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale if pipeline.transformer.config.null_class else 1.0,
-            seed=self.seed,
-        )
-
-    @property
-    def coefficients(self) -> NDArray:
-        """Coefficients of the surfaces' directions, in units of the radius."""
-        return np.linspace(-1, 1, self.surface_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +80,25 @@ class Measured:
         return found
 
 
+def settings_of(config: AnalyzeConfig, pipeline: ClassToImagePipeline) -> RunSettings:
+    """Return a model's run. `ValueError` where a label is none of the model's."""
+    num_classes = pipeline.transformer.config.num_classes
+    for label in config.labels:
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class labels must be between 0 and {num_classes - 1}, got {label}")
+    return RunSettings(
+        labels=config.labels or tuple(spread(config.num_pictures, num_classes)),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale if pipeline.transformer.config.null_class else 1.0,
+        seed=config.seed,
+    )
+
+
+def coefficients_of(config: AnalyzeConfig) -> NDArray:
+    """Return the coefficients of the surfaces' directions, in units of the radius."""
+    return np.linspace(-1, 1, config.surface_size)
+
+
 def num_parts(config: AnalyzeConfig, num_units: int) -> int:
     """Return how often `measure` calls `advance`, at most."""
     jacobians = config.jacobian_timesteps * (num_units + 3) + config.growth_timesteps
@@ -160,7 +116,7 @@ def measure(
     Sampling is deterministic and of first order (Euler or DDIM), whatever the pipeline's scheduler, so that a step is a
     function of the latents alone. The pipeline and its model are left as they were.
     """
-    model, settings = pipeline.transformer, config.settings(pipeline)
+    model, settings = pipeline.transformer, settings_of(config, pipeline)
     objective = objective_of(pipeline.scheduler)
     first_order = ClassToImagePipeline(model, make_scheduler(objective, SCHEDULERS[objective.process][0]))
     first_order.set_progress_bar_config(disable=True)
@@ -237,7 +193,7 @@ def surfaces_of(
     radii: dict[Moved, float] = {"weights": config.weight_radius, "inputs": config.input_radius}
     surfaces: dict[tuple[str, int], NDArray] = {}
     for moved, radius in radii.items():
-        coefficients = (radius * config.coefficients).tolist()
+        coefficients = (radius * coefficients_of(config)).tolist()
         for timestep in config.surface_timesteps:
             step = int((full.timesteps - timestep).abs().argmin())
             point = full.latents[step], full.timesteps[step], labels

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from skipdit.analysis.measure import AnalyzeConfig, Measured, measure, num_parts
+from skipdit.analysis.config import AnalyzeConfig
+from skipdit.analysis.measure import Measured, measure, num_parts, settings_of
 from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, geometric_mean, holds, norms_of
 from skipdit.analysis.weights import TrainingLog
 from skipdit.files.output import OutputFolder
@@ -15,6 +15,7 @@ from skipdit.files.untrusted import printable
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.plots import check_plots_installed, render_html, save_png
 from skipdit.report import Report, table
+from skipdit.terminal import progress_bar
 
 FILES = ("report.md", "report.html", "report.json", "arrays.npz")
 
@@ -47,10 +48,9 @@ def analyze(
     claim(out, config, len(pipelines))
     for name, pipeline in pipelines.items():
         check_weights(name, pipeline)
-        config.settings(pipeline)
+        settings_of(config, pipeline)
     total = sum(num_parts(config, len(pipeline.transformer.blocks)) for pipeline in pipelines.values())
-    columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=total)
         models = {}
         for name, pipeline in pipelines.items():

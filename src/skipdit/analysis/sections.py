@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile
-from skipdit.analysis.measure import AnalyzeConfig, Measured
+from skipdit.analysis.measure import Measured, coefficients_of
 from skipdit.plots import Heatmaps, Lines, Plot, Surfaces
 
 Models = Mapping[str, Measured]
@@ -59,49 +60,31 @@ def numbered(models: Models) -> Iterator[tuple[int, str, Measured]]:
         yield index, name, measured
 
 
-def over_time(name: str, title: str, y_label: str, series: Series, *, log_y: bool = True) -> Lines:
-    """Return curves over falling timesteps; those of a bound are dashed."""
+def curves(name: str, title: str, x_label: str, y_label: str, series: Series, *, log_y: bool = True) -> Lines:
+    """Return curves, over timesteps to the right as they fall; those of a bound are dashed."""
     dashed = frozenset(label for label in series if label.endswith("bound"))
     return Lines(
         name=name,
         title=title,
-        x_label="timestep",
+        x_label=x_label,
         y_label=y_label,
         series=series,
         log_y=log_y,
-        reverse_x=True,
+        reverse_x=x_label == "timestep",
         dashed=dashed,
     )
 
 
-def over_units(name: str, title: str, y_label: str, series: Series, *, x_label: str = "unit") -> Lines:
-    """Return curves over units, on a linear scale."""
-    return Lines(name=name, title=title, x_label=x_label, y_label=y_label, series=series)
-
-
-def unit_map(
-    name: str, title: str, color_label: str, timesteps: NDArray, models: Models, rows: Callable[[Measured], NDArray]
-) -> Heatmaps:
-    """Return a panel per model of a value for each unit and timestep. rows: (num_units, steps)."""
-    depth = max(measured.num_units for measured in models.values())
-    panels = {model: padded(rows(measured), depth) for model, measured in models.items()}
-    return Heatmaps(
-        name=name,
-        title=title,
-        x_label="timestep",
-        y_label="unit",
-        color_label=color_label,
-        x=timesteps,
-        y=np.arange(depth),
-        panels=panels,
-        reverse_x=True,
-        log_color=True,
-    )
-
-
-def padded(rows: NDArray, depth: int) -> NDArray:
-    """Return the rows with rows of NaN up to the deeper model's depth."""
-    return np.concatenate([rows, np.full((depth - len(rows), rows.shape[1]), np.nan)])
+def unit_map(name: str, title: str, color_label: str, timesteps: NDArray, values: Mapping[str, NDArray]) -> Heatmaps:
+    """Return a panel per model of its values (num_units, steps), with gaps up to the deepest model's depth."""
+    depth = max(map(len, values.values()))
+    panels = {
+        model: np.concatenate([rows, np.full((depth - len(rows), rows.shape[1]), np.nan)])
+        for model, rows in values.items()
+    }
+    axes: dict[str, Any] = {"x_label": "timestep", "y_label": "unit", "x": timesteps, "y": np.arange(depth)}
+    shown: dict[str, Any] = {"color_label": color_label, "panels": panels, "reverse_x": True, "log_color": True}
+    return Heatmaps(name=name, title=title, **axes, **shown)
 
 
 def blank_zeros(values: NDArray, least: float = 1e-12) -> NDArray:
@@ -116,6 +99,8 @@ def blank_zeros(values: NDArray, least: float = 1e-12) -> NDArray:
 def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
     timesteps = next(iter(models.values())).timesteps[1:]
     last = {name: (measured.timesteps[1:], measured.similarity[-1]) for name, measured in models.items()}
+
+    title = "Similarity of the last unit's output to the step before"
 
     def say(m: Measured) -> str:
         worst = m.timesteps[1:][m.similarity[-1].argmin()]
@@ -132,20 +117,13 @@ def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
         "what is missing to 1.",
         listed(models, say),
         (
-            over_time(
-                "similarity_last_unit",
-                "Similarity of the last unit's output to the step before",
-                "cosine similarity",
-                last,
-                log_y=False,
-            ),
+            curves("similarity_last_unit", title, "timestep", "cosine similarity", last, log_y=False),
             unit_map(
                 "similarity",
                 "Change of each unit's output since the step before",
                 "1 - cosine similarity",
                 timesteps,
-                models,
-                lambda m: (1 - m.similarity).clip(1e-6),
+                {name: (1 - m.similarity).clip(1e-6) for name, m in models.items()},
             ),
         ),
     )
@@ -173,7 +151,7 @@ def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
         "The last unit's output in a cached run beside the full run from the same noise: what its cosine similarity "
         "lacks to 1. The lower, the less harm; the cached run goes its own way, so errors add up." + "".join(left_out),
         listed(models, say),
-        (over_time("cached_similarity", title, "1 - cosine similarity", series),),
+        (curves("cached_similarity", title, "timestep", "1 - cosine similarity", series),),
     )
 
 
@@ -192,7 +170,7 @@ def growth_section(models: Models, config: AnalyzeConfig) -> Section | None:
             )
         if series:
             title = f"{name}: error along the run"
-            figures.append(over_time(f"error_growth_{number}", title, "error / norm of the latents", series))
+            figures.append(curves(f"error_growth_{number}", title, "timestep", "error / norm of the latents", series))
     if not figures:
         return None
     norms = listed(
@@ -258,23 +236,20 @@ def jacobian_figures(models: Models, timesteps: list[float]) -> tuple[Plot, ...]
         units |= {f"{name}: bound": (numbers, np.array(profile.bounds))}
     value = "largest singular value"
     return (
-        over_time("jacobian_model", "Jacobian norm of the model and its halves", value, whole),
+        curves("jacobian_model", "Jacobian norm of the model and its halves", "timestep", value, whole),
         unit_map(
             "jacobian_units",
             "Jacobian norm of each unit",
             value,
             np.array(timesteps),
-            models,
-            lambda m: np.array([profile.units for profile in m.jacobians.values()]).T,
+            {name: np.array([each.units for each in m.jacobians.values()]).T for name, m in models.items()},
         ),
-        Lines(
-            name="jacobian_bounds",
-            title=f"Jacobian norm of each unit and its closed-form bound, timestep {middle:.0f}",
-            x_label="unit",
-            y_label=value,
-            series=units,
-            log_y=True,
-            dashed=frozenset(label for label in units if label.endswith("bound")),
+        curves(
+            "jacobian_bounds",
+            f"Jacobian norm of each unit and its closed-form bound, timestep {middle:.0f}",
+            "unit",
+            value,
+            units,
         ),
     )
 
@@ -301,8 +276,8 @@ def surface_section(models: Models, config: AnalyzeConfig) -> Section:
             x_label="first direction",
             y_label="second direction",
             z_label="cosine similarity",
-            x=radius * config.coefficients,
-            y=radius * config.coefficients,
+            x=radius * coefficients_of(config),
+            y=radius * coefficients_of(config),
             panels={name: measured.surfaces[moved, timestep] for name, measured in models.items()},
         )
         for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius))
@@ -334,25 +309,19 @@ def spectra_section(models: Models, config: AnalyzeConfig) -> Section:
             continue
         targets = np.array(list(measured.long_skips))
         norms = {label: (targets, np.array(projection_norms(measured, part))) for label, part in parts.items()}
+        spectra = {
+            f"into unit {target}": (np.arange(1, len(spectrum.whole) + 1), spectrum.whole.numpy())
+            for target, spectrum in measured.long_skips.items()
+        }
         title = f"{name}: spectral norm of each long skip's projection"
-        figures.append(over_units(f"long_skip_norms_{number}", title, "spectral norm", norms, x_label="target unit"))
-        figures.append(
-            Lines(
-                name=f"long_skip_spectra_{number}",
-                title=f"{name}: singular values of the long skips' projections",
-                x_label="number, largest first",
-                y_label="singular value",
-                series={
-                    f"into unit {target}": (np.arange(1, len(spectrum.whole) + 1), spectrum.whole.numpy())
-                    for target, spectrum in measured.long_skips.items()
-                },
-                log_y=True,
-            )
-        )
+        figures.append(curves(f"long_skip_norms_{number}", title, "target unit", "spectral norm", norms, log_y=False))
+        title = f"{name}: singular values of the long skips' projections"
+        x_label = "number, largest first"
+        figures.append(curves(f"long_skip_spectra_{number}", title, x_label, "singular value", spectra))
     for number, name, measured in numbered(models):
         layers = {layer: (np.arange(len(norms)), norms.numpy()) for layer, norms in measured.layer_norms.items()}
         title = f"{name}: spectral norm of the layers of each unit"
-        figures.append(over_units(f"layer_norms_{number}", title, "spectral norm", layers))
+        figures.append(curves(f"layer_norms_{number}", title, "unit", "spectral norm", layers, log_y=False))
 
     def say(m: Measured) -> str:
         if not m.long_skips:
@@ -383,26 +352,14 @@ def training_section(models: Models, config: AnalyzeConfig) -> Section | None:
         return None
     losses = {name: smoothed(log.steps.numpy(), log.loss.numpy()) for name, log in logs.items()}
     y_label = "loss, mean over a tenth of the run"
-    figures: list[Plot] = [
-        Lines(name="training_loss", title="Training loss", x_label="step", y_label=y_label, series=losses, log_y=True)
-    ]
+    figures: list[Plot] = [curves("training_loss", "Training loss", "step", y_label, losses)]
     for number, (name, log) in enumerate(logs.items(), start=1):
         norms = log.unit_gradient_norms
         if not norms.shape[1]:
             continue
-        figures.append(
-            Lines(
-                name=f"gradient_norms_{number}",
-                title=f"{name}: gradient norm of each unit over training",
-                x_label="step",
-                y_label="gradient norm",
-                series={
-                    f"unit {unit}": smoothed(log.steps.numpy(), norms[:, unit].numpy())
-                    for unit in range(norms.shape[1])
-                },
-                log_y=True,
-            )
-        )
+        units = {f"unit {unit}": smoothed(log.steps.numpy(), norm.numpy()) for unit, norm in enumerate(norms.T)}
+        title = f"{name}: gradient norm of each unit over training"
+        figures.append(curves(f"gradient_norms_{number}", title, "step", "gradient norm", units))
     said = (
         f"{name}: loss {log.last_loss:.4f} over the last tenth of {log.steps[-1].item()} steps"
         for name, log in logs.items()

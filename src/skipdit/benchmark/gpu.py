@@ -6,29 +6,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from skipdit.benchmark.measure import (
-    ACHIEVED_TARGET,
-    BenchConfig,
-    DType,
-    benchmark,
-    compiled,
-    fill_zeros,
-    progress_bar,
-    seconds_of,
-)
+from skipdit.benchmark import measure
+from skipdit.benchmark.measure import BenchConfig, DType
 from skipdit.cache.enable import cached
 from skipdit.cache.methods import parse_method
 from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import NumInferenceSteps, check_choice, check_option, check_range
+from skipdit.options import NumInferenceSteps, check_above, check_option, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.report import Report, judge, record, table
 
@@ -65,13 +57,10 @@ class GpuBenchConfig(BenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_option(self, "preset", tuple(PRESETS))
-        check_choice("modes", self.modes, get_args(Mode))
-        check_option(self, "dtype", get_args(DType))
         check_range(self, "num_inference_steps", "num_rounds")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes must be one or more above 0, got {self.batch_sizes}")
-        if not self.max_seconds > 0:
-            raise ValueError(f"max_seconds must be above 0, got {self.max_seconds:g}")
+        check_above(self, "max_seconds")
         for spec in (*self.specs, *self.compiled_specs):
             parse_method(spec)
 
@@ -140,7 +129,7 @@ class Runs:
         torch.manual_seed(config.seed)
         with torch.device(config.device):
             model = DiT.from_preset(config.preset, long_skip=LongSkipConfig())
-        fill_zeros(model)
+        measure.fill_zeros(model)
         nn.Module.to(model, getattr(torch, config.dtype))  # not model.to, which warns of every cast
         self.config, self.model = config, model.eval()
         self.pipeline = ClassToImagePipeline(self.model, DDIMScheduler())
@@ -157,7 +146,7 @@ class Runs:
             synchronize()
 
         synchronize()
-        return seconds_of(run) / len(timesteps)
+        return measure.seconds_of(run) / len(timesteps)
 
     def inputs(self, batch_size: int) -> dict[str, Any]:
         sizes, config = self.model.config, self.config
@@ -193,10 +182,10 @@ def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], flo
     `ValueError` where there is no such device.
     """
     rows, left = [], config.rows()
-    with benchmark(config, out, config.device) as environment, progress_bar(len(left)) as advance:
+    with measure.benchmark(config, out, config.device) as environment, measure.progress_bar(len(left)) as advance:
         begun, runs = clock(), Runs(config)
         for mode in config.modes:
-            with nullcontext() if mode == "eager" else compiled(runs.model, fullgraph=True, mode=mode):
+            with nullcontext() if mode == "eager" else measure.compiled(runs.model, fullgraph=True, mode=mode):
                 while left and left[0][0] == mode and clock() - begun < config.max_seconds:
                     advance(advance=0, description=_name(*left[0]))
                     rows.append(runs.measure(*left.pop(0)))
@@ -222,7 +211,7 @@ def report_of(
             "FLOPs of the whole model allow. Achieved: the share of it.",
             table([row.cells() for row in rows]),
             judge("Achieved, small batches in eager mode", small, SMALL_BATCH_TARGET),
-            judge("Achieved, all others", others, ACHIEVED_TARGET),
+            judge("Achieved, all others", others, measure.ACHIEVED_TARGET),
             missing if left else "",
         ],
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from rich.progress import Progress
@@ -27,7 +27,7 @@ from skipdit.cache.site import DeepFeatures
 from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
 from skipdit.files.output import OutputFolder
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_numbers, check_option, check_range
+from skipdit.options import check_fields, check_range
 
 DType = Literal["float32", "bfloat16"]
 Kind = Literal["plain", "uncached", "full", "reuse"]
@@ -52,8 +52,7 @@ class BenchConfig:
     """of weights, inputs and noise"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        check_option(self, "device", get_args(Device))
+        check_fields(self)
         check_range(self, "num_threads")
 
 

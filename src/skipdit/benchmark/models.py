@@ -5,33 +5,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
 
-from skipdit.benchmark.measure import (
-    ACHIEVED_TARGET,
-    Advance,
-    BenchConfig,
-    Call,
-    DType,
-    Kind,
-    Ratios,
-    Subject,
-    benchmark,
-    cost_record,
-    fill_zeros,
-    flops_of,
-    flops_record,
-    mebibytes,
-    median_ratio,
-    progress_bar,
-    run_ratios,
-    step_ratios,
-    time_rounds,
-    weight_bytes,
-)
+from skipdit.benchmark import measure
+from skipdit.benchmark.measure import Advance, BenchConfig, Call, DType, Kind, Ratios, Subject
 from skipdit.cache.schedule import IntervalSchedule, resolve
 from skipdit.environment import Device
 from skipdit.files.output import OutputFolder
@@ -74,8 +54,6 @@ class ModelBenchConfig(BenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("presets", self.presets, tuple(PRESETS))
-        check_choice("dtypes", self.dtypes, get_args(DType))
-        check_choice("modes", self.modes, get_args(Mode))
         num_layers = min(PRESETS[preset][0] for preset in self.presets)
         check_choice("num_shallow_units", self.num_shallow_units, range(1, (num_layers + 1) // 2))
         check_per_item("batch_sizes", self.batch_sizes, len(self.presets))
@@ -128,21 +106,21 @@ def ratios_of(full: Row, rows: Mapping[Step, Row]) -> Ratios:
     as overhead the seconds of the full step over the uncached forward."""
     plain, uncached = (rows[replace(full.step, kind=kind, num_shallow_units=None)] for kind in ("plain", "uncached"))
     reuse = rows[replace(full.step, kind="reuse")]
-    run = run_ratios(FULL_STEPS, plain=plain, uncached=uncached, full=full, reuse=reuse)
-    return step_ratios(full, reuse) | run | {"overhead": median_ratio(full, uncached)}
+    run = measure.run_ratios(FULL_STEPS, plain=plain, uncached=uncached, full=full, reuse=reuse)
+    return measure.step_ratios(full, reuse) | run | {"overhead": measure.median_ratio(full, uncached)}
 
 
 def speed_over_float32(row: Row, rows: Mapping[Step, Row]) -> float | None:
     """Return the seconds of the same step in float32 over this one's; `None` where that was not measured."""
     base = rows.get(replace(row.step, dtype="float32"))
-    return None if base is None else median_ratio(base, row)
+    return None if base is None else measure.median_ratio(base, row)
 
 
 def make_subject(config: ModelBenchConfig, preset: str, dtype: DType, long_skip: LongSkipConfig | None) -> Subject:
     """Return a model with random weights, and inputs for it."""
     torch.manual_seed(config.seed)
     model = DiT.from_preset(preset, long_skip=long_skip).eval()
-    fill_zeros(model)
+    measure.fill_zeros(model)
     shape = (config.batch_size(preset), *(model.config[name] for name in ("in_channels", "sample_size", "sample_size")))
     class_labels = torch.randint(model.config["num_classes"], shape[:1]).to(config.device)
     hidden_states = torch.randn(shape).to(config.device, getattr(torch, dtype))
@@ -169,7 +147,7 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> lis
     subjects: list[tuple[DType, Subject]] = [
         (dtype, make_subject(config, preset, dtype, skip)) for dtype in config.dtypes for skip in skips
     ]
-    total_bytes = weight_bytes(*(subject.model for _, subject in subjects))
+    total_bytes = measure.weight_bytes(*(subject.model for _, subject in subjects))
 
     def calls(mode: Mode) -> Iterator[tuple[Step, Subject, Call]]:
         for dtype, subject in subjects:
@@ -178,7 +156,10 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> lis
                 advance(description=str(step))
                 yield step, subject, call
 
-    counted = [(step, flops_of(call), total_bytes - weight_bytes(each.model)) for step, each, call in calls("eager")]
+    counted = [
+        (step, measure.flops_of(call), total_bytes - measure.weight_bytes(subject.model))
+        for step, subject, call in calls("eager")
+    ]
     size, num_warmup, rows = config.batch_size(preset), config.num_warmup, []
     for mode in sorted(config.modes, reverse=True):  # eager first, for what is compiled stays so
         if mode == "compiled":
@@ -187,7 +168,9 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> lis
                 subject.model.compile(fullgraph=True)
         num_rounds = num_warmup + config.num_repetitions
         with torch._dynamo.config.patch(cache_size_limit=64):  # a graph for each step; torch 2.6 has only this name
-            timed = time_rounds(lambda mode=mode: (call for _, _, call in calls(mode)), num_rounds, config.device)
+            timed = measure.time_rounds(
+                lambda mode=mode: (call for _, _, call in calls(mode)), num_rounds, config.device
+            )
         for (step, flops, others), each in zip(counted, timed, strict=True):
             peak = each.peak(num_warmup=num_warmup, others=others)
             rows.append(Row(replace(step, mode=mode), size, flops, each.seconds[num_warmup:], each.seconds[0], peak))
@@ -200,12 +183,12 @@ def bench_models(config: ModelBenchConfig, out: OutputFolder) -> list[Row]:
     `ValueError` where the device or the compiler that the config asks for is missing, before anything is measured.
     """
     name = f"class_to_image_{config.device}"
-    with benchmark(config, out, name) as environment:
+    with measure.benchmark(config, out, name) as environment:
         if "compiled" in config.modes:
             check_compiler(config.device)
         num_steps = len(config.dtypes) * (2 + 2 * len(config.num_shallow_units))
         num_rounds = 1 + len(config.modes) * (config.num_warmup + config.num_repetitions)
-        with progress_bar(len(config.presets) * num_rounds * num_steps) as advance:
+        with measure.progress_bar(len(config.presets) * num_rounds * num_steps) as advance:
             rows = [row for preset in config.presets for row in bench_preset(config, preset, advance)]
     by_step = {row.step: row for row in rows}
     ratios = {row.step: ratios_of(row, by_step) for row in rows if row.step.kind == "full"}
@@ -233,18 +216,18 @@ def row_record(row: Row, speed: float | None) -> dict[str, object]:
     return {
         "step": row.step,
         "batch": row.batch_size,
-        **cost_record(row),
+        **measure.cost_record(row),
         "over float32": "" if speed is None else f"{speed:.2f}",
-        **flops_record(row),
+        **measure.flops_record(row),
         "first call s": f"{row.first_seconds:.1f}",
-        "peak MiB": mebibytes(row.peak_bytes),
+        "peak MiB": measure.mebibytes(row.peak_bytes),
     }
 
 
 def verdict(speeds: Mapping[Step, float | None], ratios: Mapping[Step, Ratios]) -> Iterator[str]:
     """Say what reaches its target and what does not."""
     achieved = {step: values["achieved"] for step, values in ratios.items()}
-    yield judge("Run speedup over its bound", achieved, ACHIEVED_TARGET)
+    yield judge("Run speedup over its bound", achieved, measure.ACHIEVED_TARGET)
     for preset, target in BFLOAT16_TARGETS.items():
         own = {step: x for step, x in speeds.items() if x and (step.preset, step.dtype) == (preset, "bfloat16")}
         yield judge(f"Speed of bfloat16 over float32 of {preset}", own, target)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from skipdit.environment import SYNCHRONIZE, Device
 from skipdit.files.output import OutputFolder
 from skipdit.models.dit import PRESETS, DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_option, check_per_item, check_range
+from skipdit.options import check_option, check_per_item, check_range
 from skipdit.report import Report, record, table
 from skipdit.tasks.class_to_image import TASK, ClassToImageTraining
 from skipdit.tasks.training import TrainingTask
@@ -71,8 +71,6 @@ class TrainBenchConfig(BenchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("workloads", self.workloads, get_args(Workload))
-        check_choice("loops", self.loops, get_args(Loop))
         check_option(self, "preset", tuple(PRESETS))
         check_range(self, "num_steps", "num_warmup", "num_rounds")
         check_per_item("batch_sizes", self.batch_sizes, len(self.workloads))

@@ -7,24 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from skipdit.benchmark.measure import (
-    ACHIEVED_TARGET,
-    Advance,
-    Call,
-    Ratios,
-    Subject,
-    benchmark,
-    cost_record,
-    flops_of,
-    flops_record,
-    mebibytes,
-    median_ratio,
-    progress_bar,
-    run_ratios,
-    step_ratios,
-    time_rounds,
-    weight_bytes,
-)
+from skipdit.benchmark import measure
+from skipdit.benchmark.measure import Advance, Call, Ratios, Subject
 from skipdit.benchmark.video_models import (
     Size,
     Task,
@@ -83,8 +67,8 @@ def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[V
     once: the warm-up."""
     subjects = make_subjects(config, size)
     plain = subjects[0][1].model
-    total_bytes, a_feature = weight_bytes(*(each.model for _, each in subjects)), feature_bytes(config, size, plain)
-    outputs = num_outputs(plain)
+    total_bytes = measure.weight_bytes(*(each.model for _, each in subjects))
+    outputs, a_feature = num_outputs(plain), feature_bytes(config, size, plain)
 
     def calls() -> Iterator[tuple[VideoStep, Subject, Call]]:
         for uncached, subject in subjects:
@@ -95,10 +79,10 @@ def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[V
 
     counted = []
     for step, subject, call in calls():
-        flops = flops_of(call)
+        flops = measure.flops_of(call)
         held = cache_summary(subject.model).bytes_held if step.kind == "reuse" else 0
-        counted.append((step, flops, held, total_bytes - weight_bytes(subject.model)))
-    timed = time_rounds(lambda: (call for _, _, call in calls()), config.num_repetitions, config.device)
+        counted.append((step, flops, held, total_bytes - measure.weight_bytes(subject.model)))
+    timed = measure.time_rounds(lambda: (call for _, _, call in calls()), config.num_repetitions, config.device)
     rows = []
     for (step, flops, held, others), each in zip(counted, timed, strict=True):
         features, rest = divmod(held, a_feature)
@@ -145,12 +129,13 @@ def cached_steps(task: Task, rows: Mapping[VideoStep, VideoRow]) -> list[CachedS
         reuse = rows[replace(full.step, kind="reuse")]
         uncached = rows[replace(full.step, kind="uncached", num_shallow_units=None)]
         plain = rows[VideoStep(full.step.model, 0, "plain")]
-        runs = (
-            CachedRun(spec, sum(steps), run_ratios(steps, plain=plain, uncached=uncached, full=full, reuse=reuse))
-            for spec, steps in schedules.items()
-        )
-        overheads = {"overhead": median_ratio(full, uncached), "skips_over_plain": median_ratio(uncached, plain)}
-        cached.append(CachedStep(full.step, step_ratios(full, reuse) | overheads, tuple(runs)))
+        timed = {"plain": plain, "uncached": uncached, "full": full, "reuse": reuse}
+        runs = (CachedRun(spec, sum(steps), measure.run_ratios(steps, **timed)) for spec, steps in schedules.items())
+        ratios = measure.step_ratios(full, reuse) | {
+            "overhead": measure.median_ratio(full, uncached),
+            "skips_over_plain": measure.median_ratio(uncached, plain),
+        }
+        cached.append(CachedStep(full.step, ratios, tuple(runs)))
     return cached
 
 
@@ -161,7 +146,8 @@ def swap_ratios(rows: Mapping[VideoStep, VideoRow]) -> dict[str, Ratios]:
     for step, opened in rows.items():
         if step.kind == "opened":
             plain, again = rows[replace(step, kind="plain")], rows[replace(step, kind="plain again")]
-            ratios[step.model] = {"opened": median_ratio(opened, plain), "plain_again": median_ratio(again, plain)}
+            timed = {"opened": opened, "plain_again": again}
+            ratios[step.model] = {name: measure.median_ratio(row, plain) for name, row in timed.items()}
     return ratios
 
 
@@ -171,10 +157,10 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
     `ValueError` where the device that the config asks for is missing, before anything is measured.
     """
     name, rows, cached = f"video_{config.device}", {}, []
-    with benchmark(config, out, name) as environment:
+    with measure.benchmark(config, out, name) as environment:
         linked = len(config.num_pairs) * (1 + 2 * len(config.num_shallow_units))
         num_steps = sum(linked + (3 if size.is_swapped else 1) for size in config.sizes())
-        with progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
+        with measure.progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
             for size in config.sizes():
                 own = {row.step: row for row in bench_size(config, size, advance)}
                 rows |= own
@@ -222,10 +208,10 @@ def row_record(row: VideoRow, plain: VideoRow) -> dict[str, object]:
         "step": row.step,
         "batch": row.batch_size,
         "frames": row.num_frames,
-        **cost_record(row),
-        "over plain": f"{median_ratio(row, plain):.3f}",
-        **flops_record(row),
-        "peak MiB": mebibytes(row.peak_bytes),
+        **measure.cost_record(row),
+        "over plain": f"{measure.median_ratio(row, plain):.3f}",
+        **measure.flops_record(row),
+        "peak MiB": measure.mebibytes(row.peak_bytes),
     }
 
 
@@ -252,7 +238,7 @@ def memory_record(row: VideoRow) -> dict[str, object]:
 def verdict(cached: Sequence[CachedStep], rows: Mapping[VideoStep, VideoRow]) -> Iterator[str]:
     """Say what reaches its target and what does not, and what the class swap costs."""
     achieved = {f"{each.step} {run.schedule}": run.ratios["achieved"] for each in cached for run in each.runs}
-    yield judge("Run speedup over its bound", achieved, ACHIEVED_TARGET)
+    yield judge("Run speedup over its bound", achieved, measure.ACHIEVED_TARGET)
     overheads = [each.ratios["overhead"] for each in cached]
     yield f"A full step with the cache takes {min(overheads):.3f} to {max(overheads):.3f} times the uncached forward."
     for model, ratios in swap_ratios(rows).items():

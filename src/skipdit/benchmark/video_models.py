@@ -19,7 +19,7 @@ from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import LATTE_PRESETS, Latte
 from skipdit.models.long_skip import LongSkipConfig, LongSkipLinks, pair_units
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_choice, check_option, check_per_item, check_range
+from skipdit.options import check_choice, check_per_item, check_range
 
 Task = Literal["class-to-video", "text-to-video"]
 VideoKind = Kind | Literal["opened", "plain again"]
@@ -78,9 +78,7 @@ class VideoBenchConfig(BenchConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("tasks", self.tasks, get_args(Task))
         check_choice("presets", self.presets, tuple(LATTE_PRESETS))
-        check_option(self, "dtype", get_args(DType))
         check_per_item("num_frames", self.num_frames, len(self.presets))
         check_range(self, "text_num_heads", "text_num_units", "text_num_frames", "sample_size", "batch_size")
         check_range(self, "num_repetitions")

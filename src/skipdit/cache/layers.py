@@ -41,8 +41,8 @@ class ChosenBranches(Branches):
     def name(self) -> str:
         return "chosen branches"
 
-    def has_branch(self, kind: str, unit: int) -> bool:
-        return (kind, unit) in self.chosen
+    def has_branch(self, kind: str, unit: int, *, inputs: bool = False) -> bool:
+        return not inputs and (kind, unit) in self.chosen
 
     def __str__(self) -> str:
         return f"{len(self.chosen)} branches"

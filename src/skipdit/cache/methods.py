@@ -241,24 +241,19 @@ def _dicache(spec: AdaptiveSpec) -> CacheMethod:
     )
 
 
+def _in_basis(predictor: type[Predictor], source: str) -> MethodEntry:
+    source = f"Skip-Cache with a prediction by {source}"
+    return MethodEntry(source=source, order=2, predictor=predictor, rules=_one(_deep), site=_deep)
+
+
 METHODS: dict[str, MethodEntry] = {
     "skip": MethodEntry(source="Skip-Cache, arXiv 2411.17616", rules=_one(_deep), site=_deep),
     "skip-taylor": MethodEntry(
         source="Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1, rules=_one(_deep), site=_deep
     ),
-    "skip-hermite": MethodEntry(
-        source="Skip-Cache with a prediction in Hermite's polynomials (after HiCache, arXiv 2508.16984)",
-        order=2,
-        predictor=HermitePredictor,
-        rules=_one(_deep),
-        site=_deep,
-    ),
-    "skip-adams": MethodEntry(
-        source="Skip-Cache with a prediction by the rule of Adams and Bashforth (after PrediT, arXiv 2602.18093)",
-        order=2,
-        predictor=AdamsBashforthPredictor,
-        rules=_one(_deep),
-        site=_deep,
+    "skip-hermite": _in_basis(HermitePredictor, "Hermite's polynomials (after HiCache, arXiv 2508.16984)"),
+    "skip-adams": _in_basis(
+        AdamsBashforthPredictor, "the rule of Adams and Bashforth (after PrediT, arXiv 2602.18093)"
     ),
     "skip-branch": MethodEntry(
         source="Skip-Cache (arXiv 2411.17616); attention of the shallow units runs at every second step",
@@ -399,14 +394,12 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
         raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {printable(text)!r}")
     name = match["name"] or "skip"
     row = METHODS[choose("cache method", name, METHODS)]
-    if match.re is THRESHOLD:
-        if row.adaptive is None:
-            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
+    if match.re is THRESHOLD and row.adaptive is not None:
         method = row.adaptive(_adaptive_options(row, match, text))
-    else:
-        if row.rules is None:
-            raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
+    elif match.re is SPEC and row.rules is not None:
         method = _combine(row.rules(_options(row, match, text)))
+    else:
+        raise ValueError(f"a spec of {name} is {name}:{row.form}, got {printable(text)!r}")
     return method if row.site is not None else replace(method, spec=text)
 
 
@@ -438,9 +431,7 @@ def _adaptive_options(row: MethodEntry, match: re.Match[str], text: str) -> Adap
 
 def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
     values = _values(row, match, text)
-    window = (
-        {} if match["start"] is None else {"start_timestep": int(match["start"]), "stop_timestep": int(match["stop"])}
-    )
+    window = {f"{name}_timestep": int(match[name]) for name in ("start", "stop") if match[name] is not None}
     return ParsedSpec(
         schedule=IntervalSchedule(interval=int(match["interval"]), **window),
         shallow_units=(values["k"],) if "k" in values else (),

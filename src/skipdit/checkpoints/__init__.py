@@ -1,6 +1,16 @@
 """Load and save checkpoints: official releases, diffusers' transformers, our own files and folders.
 
-Each family has a module with its key tables and both directions; this one finds the family of a path.
+A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file) holds a
+state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the official ones,
+with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image (facebookresearch's
+`DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video (`Latte-skip.pt`, and
+diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys).
+
+A folder comes from `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit knows, or
+it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+
+The sizes that a file or config asks for are compared with those of its weights before memory is allocated. Each family
+has a module with its key tables and both directions; this one finds the family of a path.
 """
 
 import inspect
@@ -8,7 +18,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, cast, get_args
+from typing import Any, Protocol, get_args
 
 import diffusers
 import torch
@@ -16,26 +26,10 @@ from diffusers.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from skipdit.checkpoints import dit, hunyuan, latte, latte_t2v
+from skipdit.checkpoints import dit, hunyuan, keys, latte, latte_t2v, reading
 from skipdit.checkpoints.dit import DIFFUSERS_KEYS, OFFICIAL_KEYS, from_diffusers
-from skipdit.checkpoints.keys import (
-    LoadHints,
-    UnloadedModel,
-    assemble,
-    check_options,
-    find_num_classes,
-    make_model,
-    raise_on_contradictions,
-)
-from skipdit.checkpoints.reading import (
-    SAFETENSORS_SUFFIX,
-    Preference,
-    StateDict,
-    list_first,
-    read_config,
-    read_folder_tensors,
-    read_training,
-)
+from skipdit.checkpoints.keys import LoadHints, UnloadedModel
+from skipdit.checkpoints.reading import Preference, StateDict
 from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint, read_shallow_path
 from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files.output import atomic_file, clean_up
@@ -44,6 +38,7 @@ from skipdit.models.families import FAMILIES
 from skipdit.models.long_skip import Fusion, LongSkipConfig
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
+from skipdit.options import choose
 
 __all__ = [
     "DIFFUSERS_KEYS",
@@ -101,17 +96,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Load a model from a file or folder, on the CPU in eval mode: our `DiT` or `Latte`, or a diffusers transformer,
-    plain or with long skips.
-
-    A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file)
-    holds a state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the
-    official ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image
-    (facebookresearch's `DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video
-    (`Latte-skip.pt`, and diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys). A
-    folder comes from `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit knows,
-    or it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
-
-    The sizes that a file or config asks for are compared with those of its weights before memory is allocated.
+    plain or with long skips. What can be read: see `skipdit.checkpoints`.
 
     A file shows the sizes, not every option: with our keys the last class is assumed to be the null class, and
     `downscale_freq_shift` to be 0. If that is wrong, load a folder, or build the model and call `load_state_dict`.
@@ -136,9 +121,8 @@ def load_model(
         ValueError: the file is damaged or unknown; keys are unknown, missing or misshapen; an argument is missing, or
             contradicts the file. The message begins with the path.
     """
-    source = Path(path)
-    if prefer not in get_args(Preference):
-        raise ValueError(f"prefer must be one of {', '.join(get_args(Preference))}, got {prefer!r}")
+    source, dropped = Path(path), (drop,) if isinstance(drop, str) else tuple(drop)
+    choose("prefer", prefer, get_args(Preference))
     if not source.exists():
         raise FileNotFoundError(f"no such file or folder: {printable(source)}")
     hints = LoadHints(
@@ -148,49 +132,24 @@ def load_model(
         num_classes=num_classes,
         fusion=fusion,
     )
-    dropped = (drop,) if isinstance(drop, str) else tuple(drop)
-    try:
-        if source.is_dir():
-            if dropped:
-                raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
-            model = assemble(_read_folder(source, hints, prefer, variant), dtype)
-        else:
-            if variant is not None:
-                raise ValueError(f"variant applies to a folder, got {variant!r} for a file")
-            whole, args = read_training(source, prefer)
-            # only after the drop does the name of a wrapper's attribute begin every key
-            state_dict = strip_prefixes(_without(dropped, whole), prefer)
-            file_hints = hints
-            if hints.num_classes is None:
-                file_hints = replace(hints, num_classes=find_num_classes(args.get("num_classes"), state_dict))
-            model = assemble(_find_format(state_dict, file_hints).read(state_dict, file_hints), dtype)
-        raise_on_contradictions(model, hints)
-    except ValueError as error:
-        raise ValueError(_with_name(source, str(error))) from error
+    with reading.named(source):
+        read = _read_folder if source.is_dir() else _read_file
+        model = keys.assemble(read(source, hints, prefer, dropped, variant), dtype)
+        keys.raise_on_contradictions(model, hints)
     return model
 
 
 def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torch.dtype) -> Any:
     """Load a diffusers or declared `model_class` that was saved with long skips. Errors as for `load_model`."""
-    config = read_config(folder)
+    config = reading.read_config(folder)
     if config.get("long_skip") is None:
         raise ValueError(
             f"{printable(folder)} holds a {model_class.__name__} without long skips: load it with "
             f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
         )
-    try:
-        tensors = read_folder_tensors(folder, LONG_SKIP_VARIANT)
-        return assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
-    except ValueError as error:
-        raise ValueError(_with_name(folder, str(error))) from error
-
-
-def _with_name(path: Path, message: str) -> str:
-    """Return the message with the path at its beginning, once."""
-    name, file_name = printable(path), f"{printable(path.name)} "
-    if message.startswith(file_name):
-        return f"{name} {message.removeprefix(file_name)}"
-    return message if message.startswith(name) else f"{name}: {message}"
+    with reading.named(folder):
+        tensors = reading.read_folder_tensors(folder, LONG_SKIP_VARIANT)
+        return keys.assemble(_read_family(model_class, config, tensors, config["long_skip"]), dtype)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -213,8 +172,8 @@ def to_official(model: nn.Module) -> dict[str, Tensor]:
 def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write `to_official(model)` to a `.safetensors` file; an existing file is replaced only once that is complete."""
     target = Path(path)
-    if target.suffix != SAFETENSORS_SUFFIX:
-        raise ValueError(f"path must end in {SAFETENSORS_SUFFIX}, got {target}")
+    if target.suffix != reading.SAFETENSORS_SUFFIX:
+        raise ValueError(f"path must end in {reading.SAFETENSORS_SUFFIX}, got {target}")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no such folder: {target.parent}")
     tensors = {key: tensor.contiguous() for key, tensor in to_official(model).items()}
@@ -238,14 +197,26 @@ def _find_format(state_dict: StateDict, hints: LoadHints) -> Format:
     return next(found for found in FORMATS.values() if found.is_format(state_dict, hints))
 
 
-def _without(dropped: Sequence[str], state_dict: StateDict) -> StateDict:
-    kept = {key: tensor for key, tensor in state_dict.items() if key.partition(".")[0] not in dropped}
-    if dropped and len(kept) == len(state_dict):
-        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {list_first(state_dict)}")
-    return kept
+def _read_file(
+    path: Path, hints: LoadHints, prefer: Preference, dropped: Sequence[str], variant: str | None
+) -> UnloadedModel:
+    if variant is not None:
+        raise ValueError(f"variant applies to a folder, got {variant!r} for a file")
+    whole, args = reading.read_training(path, prefer)
+    kept = {key: tensor for key, tensor in whole.items() if key.partition(".")[0] not in dropped}
+    if dropped and len(kept) == len(whole):
+        raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {reading.list_first(whole)}")
+    state_dict = strip_prefixes(kept, prefer)  # only now does the name of a wrapper's attribute begin every key
+    if hints.num_classes is None:
+        hints = replace(hints, num_classes=keys.find_num_classes(args.get("num_classes"), state_dict))
+    return _find_format(state_dict, hints).read(state_dict, hints)
 
 
-def _read_folder(folder: Path, hints: LoadHints, prefer: Preference, variant: str | None) -> UnloadedModel:
+def _read_folder(
+    folder: Path, hints: LoadHints, prefer: Preference, dropped: Sequence[str], variant: str | None
+) -> UnloadedModel:
+    if dropped:
+        raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
     if (checkpoint := find_checkpoint(folder)) is not None:
         if variant is not None:
             raise ValueError(f"variant applies to a save_pretrained folder, got {variant!r} for a run's checkpoint")
@@ -253,13 +224,14 @@ def _read_folder(folder: Path, hints: LoadHints, prefer: Preference, variant: st
         unloaded = _find_format(state_dict, hints).read(state_dict, hints)
         path = read_shallow_path(checkpoint, num_units_of(unloaded.model))
         if path is not None:
-            cast(Any, unloaded.model).register_to_config(shallow_path=path.to_dict())
+            model: Any = unloaded.model
+            model.register_to_config(shallow_path=path.to_dict())
         return unloaded
     if (folder / "pipeline" / "model_index.json").exists():  # a finished run
         folder = folder / "pipeline"
     if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    config = read_config(folder)
+    config = reading.read_config(folder)
     class_name = str(config.get("_class_name"))
     class_name = ALIASES.get(class_name, class_name)
     if class_name not in OWN_FOLDERS and class_name not in FAMILIES:
@@ -271,7 +243,7 @@ def _read_folder(folder: Path, hints: LoadHints, prefer: Preference, variant: st
     is_ours = class_name in OWN_FOLDERS and long_skip is None
     if not is_ours and not hasattr(diffusers, class_name):
         raise ValueError(f"{class_name} is not a diffusers class: load it with its own from_pretrained")
-    tensors = read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
+    tensors = reading.read_folder_tensors(folder, variant if long_skip is None else LONG_SKIP_VARIANT)
     if is_ours:
         return OWN_FOLDERS[class_name](config, tensors)
     return _read_family(getattr(diffusers, class_name), config, tensors, long_skip)
@@ -283,7 +255,7 @@ def _read_family(
     """Build a diffusers transformer with the long skips of its config. Like diffusers, ignore options that its class
     does not (or no longer) know."""
     options = {name: config[name] for name in inspect.signature(model_class).parameters if name in config}
-    check_options(options, tensors)
+    keys.check_options(options, tensors)
     unused = UNUSED_KEYS.get(model_class.__name__)
     tensors = {key: tensor for key, tensor in tensors.items() if key != unused}
 
@@ -295,4 +267,4 @@ def _read_family(
             model.register_to_config(shallow_path=ShallowPath.from_dict(config["shallow_path"]).to_dict())
         return model
 
-    return UnloadedModel(model=make_model(build, tensors), tensors=tensors)
+    return keys.make_unloaded(build, tensors)

@@ -13,34 +13,10 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
-from torch import Tensor
+from torch import Tensor, nn
 
-from skipdit.checkpoints.keys import (
-    SKIP_ROOTS,
-    LoadHints,
-    Need,
-    UnloadedModel,
-    assemble,
-    check_options,
-    class_options,
-    config_errors,
-    count_layers,
-    expand,
-    fuse,
-    make_model,
-    mlp_ratio,
-    raise_on_other_keys,
-    raise_on_other_table,
-    raise_on_other_tensors,
-    read_long_skip,
-    require,
-    roots,
-    shape_of,
-    skip_needs,
-    split,
-    split_heads,
-    with_fusion,
-)
+from skipdit.checkpoints import keys
+from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.models.dit import PRESET_SIZES, DiT, DiTBlock, sincos_position_embedding
 
@@ -114,8 +90,8 @@ def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
 
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with the official keys or with ours."""
-    official_roots, our_roots = (roots(column) for column in zip(*OFFICIAL_KEYS, strict=True))
-    found = roots(state_dict)
+    official_roots, our_roots = (keys.roots(column) for column in zip(*OFFICIAL_KEYS, strict=True))
+    found = keys.roots(state_dict)
     if found & (official_roots - our_roots):
         tensors = from_official(state_dict)
         names = {ours: official for official, ours in _official_table(state_dict).items()}
@@ -144,7 +120,7 @@ def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     or a `pos_embed` that is not the fixed sine-cosine table.
     """
     table = _official_table(state_dict)
-    raise_on_other_keys({*table, POSITION_KEY}, state_dict)
+    keys.raise_on_other_keys({*table, POSITION_KEY}, state_dict)
     raise_on_other_positions(state_dict[POSITION_KEY], state_dict["x_embedder.proj.bias"].numel())
     return {ours: state_dict[official] for official, ours in table.items()}
 
@@ -161,11 +137,11 @@ def to_official(model: DiT) -> dict[str, Tensor]:
         needs += [
             ("num_layers % 2 with long skips", config["num_layers"] % 2, (0,)),
             ("long_skip.num_pairs (with middle_pair)", num_pairs, (config["num_layers"] // 2,)),
-            *skip_needs(config["long_skip"]),
+            *keys.skip_needs(config["long_skip"]),
         ]
-    require("the official format", needs)
+    keys.require("the official format", needs)
     tensors, num_layers = model.state_dict(), config["num_layers"]
-    table = expand(OFFICIAL_KEYS, num_layers, range(num_layers - num_pairs, num_layers))
+    table = keys.expand(OFFICIAL_KEYS, num_layers, range(num_layers - num_pairs, num_layers))
     position_embedding = model.position_embedding.unsqueeze(0)
     return {POSITION_KEY: position_embedding} | {official: tensors[ours] for official, ours in table.items()}
 
@@ -183,7 +159,7 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiT:
         raise ValueError(f"the blocks must share one downscale_freq_shift, got {sorted(spacings)}")
     unloaded = read_diffusers(model.config, model.state_dict(), spacings.pop())
     raise_on_other_positions(model.pos_embed.get_buffer("pos_embed"), model.inner_dim)
-    return assemble(unloaded, model.dtype)
+    return keys.assemble(unloaded, model.dtype)
 
 
 def to_diffusers(model: DiT) -> DiTTransformer2DModel:
@@ -205,14 +181,15 @@ def to_diffusers(model: DiT) -> DiTTransformer2DModel:
         ("time_scale", config["time_scale"], (1.0,)),
         ("qk_norm", config["qk_norm"], (False,)),
     ]
-    require("diffusers' DiTTransformer2DModel", needs)
+    keys.require("diffusers' DiTTransformer2DModel", needs)
     options = {name: config[ours] for name, ours in DIFFUSERS_OPTIONS}
     norm_eps = _blocks(model)[0].norm2.eps
-    converted = make_model(lambda: DiTTransformer2DModel(**options, norm_eps=norm_eps))
-    tensors = split(model.state_dict(), QKV_PARTS)
-    table = expand(DIFFUSERS_KEYS, config["num_layers"])
+    converted = keys.make_model(lambda: DiTTransformer2DModel(**options, norm_eps=norm_eps))
+    tensors = keys.split(model.state_dict(), QKV_PARTS)
+    table = keys.expand(DIFFUSERS_KEYS, config["num_layers"])
     converted.load_state_dict({key: tensors[ours].clone() for key, ours in table.items()}, assign=True)
-    converted.pos_embed.pos_embed = model.position_embedding.unsqueeze(0).clone()
+    table: Any = model.position_embedding.unsqueeze(0).clone()
+    converted.pos_embed.pos_embed = table
     for frequencies in _timestep_frequencies(converted):
         frequencies.downscale_freq_shift = config["downscale_freq_shift"]
     return converted.eval()
@@ -224,17 +201,17 @@ def read_diffusers(
     """Read diffusers' DiT as ours. spacing: its `downscale_freq_shift`."""
     arguments = inspect.signature(DiTTransformer2DModel).parameters
     options = {name: config.get(name, argument.default) for name, argument in arguments.items()}
-    require("our DiT", [(name, options[name], allowed) for name, allowed in DIFFUSERS_LIMITS])
-    check_options(options, state_dict)
-    with config_errors(), torch.device("meta"):
+    keys.require("our DiT", [(name, options[name], allowed) for name, allowed in DIFFUSERS_LIMITS])
+    keys.check_options(options, state_dict)
+    with keys.config_errors(), torch.device("meta"):
         expected = DiTTransformer2DModel(**options).state_dict()
-    raise_on_other_tensors(expected, state_dict)
+    keys.raise_on_other_tensors(expected, state_dict)
     tensors: dict[str, Tensor] = {}
-    for key, ours in expand(DIFFUSERS_KEYS, options["num_layers"]).items():
+    for key, ours in keys.expand(DIFFUSERS_KEYS, options["num_layers"]).items():
         if not torch.equal(tensors.setdefault(ours, state_dict[key]), state_dict[key]):
             raise ValueError(f"all blocks must have the same embedders, {key} is not that of block 0")
     our_options = {ours: options[name] for name, ours in DIFFUSERS_OPTIONS} | {"downscale_freq_shift": spacing}
-    return _make(our_options, fuse(tensors, QKV_PARTS), norm_eps=options["norm_eps"])
+    return _make(our_options, keys.fuse(tensors, QKV_PARTS), norm_eps=options["norm_eps"])
 
 
 # --- shared with Latte, which has the same blocks ---------------------------------------------------------------------
@@ -262,16 +239,16 @@ def official_needs(config: Mapping[str, Any]) -> list[Need]:
 
 def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the hidden size and the arguments shared by DiT and Latte that keys and shapes show."""
-    hidden_size, in_channels, patch_size, _ = shape_of(tensors, "patch_embed.proj.weight", 4, names)
-    mlp_size, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, names)
-    out_features, _ = shape_of(tensors, "final_layer.proj.weight", 2, names)
+    hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "patch_embed.proj.weight", 4, names)
+    mlp_size, _ = keys.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, names)
+    out_features, _ = keys.shape_of(tensors, "final_layer.proj.weight", 2, names)
     return {
         "hidden_size": hidden_size,
         "patch_size": patch_size,
         "in_channels": in_channels,
         "out_channels": max(out_features // patch_size**2, 1),
-        "num_layers": count_layers(tensors, "blocks"),
-        "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
+        "num_layers": keys.count_layers(tensors, "blocks"),
+        "mlp_ratio": keys.mlp_ratio(mlp_size, hidden_size),
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
     }
 
@@ -280,10 +257,10 @@ def options_of_file(sizes: Mapping[str, Any], hints: LoadHints) -> dict[str, Any
     """Return the model's arguments from sizes and hints; `ValueError` if one is in neither."""
     options = dict(sizes)
     hidden_size = options.pop("hidden_size")
-    heads = split_heads(options["num_layers"], hidden_size, hints.num_attention_heads, PUBLISHED_HEADS)
+    heads = keys.split_heads(options["num_layers"], hidden_size, hints.num_attention_heads, PUBLISHED_HEADS)
     if hints.sample_size is None:
         raise ValueError("sample_size must be given: only an official pos_embed or a folder's config.json has it")
-    long_skip = with_fusion(options["long_skip"], hints.fusion)
+    long_skip = keys.with_fusion(options["long_skip"], hints.fusion)
     return options | heads | {"sample_size": hints.sample_size, "long_skip": long_skip}
 
 
@@ -293,7 +270,7 @@ def raise_on_other_positions(position_embedding: Tensor, hidden_size: int) -> No
     grid_size = math.isqrt(shape[1]) if len(shape) == 3 else 0
     if shape != (1, grid_size**2, hidden_size) or hidden_size % 4 or not grid_size:
         raise ValueError(f"{POSITION_KEY} must be (1, a square number, {hidden_size}), got {shape}")
-    raise_on_other_table(
+    keys.raise_on_other_table(
         POSITION_KEY, position_embedding[0], sincos_position_embedding(hidden_size, grid_size, grid_size)
     )
 
@@ -306,26 +283,26 @@ def _make(
     norm_eps: float = 1e-6,
 ) -> UnloadedModel:
     """Build the model. norm_eps: epsilon of the norm before the MLP, officially 1e-6, by default 1e-5 in diffusers."""
-    check_options(options, tensors)
-    model = make_model(lambda: DiT(**options), tensors, names)
-    for block in _blocks(model):
+    keys.check_options(options, tensors)
+    unloaded = keys.make_unloaded(lambda: DiT(**options), tensors, names)
+    for block in _blocks(unloaded.model):
         block.norm2.eps = norm_eps
-    return UnloadedModel(model=model, tensors=tensors, names=names or {})
+    return unloaded
 
 
 def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
     sizes = read_block_sizes(tensors, names)
-    num_rows, _ = shape_of(tensors, "class_embedder.weight", 2, names)
-    long_skip = read_long_skip(tensors, "blocks", sizes["num_layers"])
-    return sizes | class_options(num_rows, hints.num_classes) | {"long_skip": long_skip}
+    num_rows, _ = keys.shape_of(tensors, "class_embedder.weight", 2, names)
+    long_skip = keys.read_long_skip(tensors, "blocks", sizes["num_layers"])
+    return sizes | keys.class_options(num_rows, hints.num_classes) | {"long_skip": long_skip}
 
 
-def _official_table(keys: Collection[str]) -> dict[str, str]:
-    num_units = count_layers(keys, "blocks")
-    has_skips = bool(roots(keys) & set(SKIP_ROOTS))
+def _official_table(found: Collection[str]) -> dict[str, str]:
+    num_units = keys.count_layers(found, "blocks")
+    has_skips = bool(keys.roots(found) & set(keys.SKIP_ROOTS))
     if has_skips and num_units % 2:
         raise ValueError(f"an official model with long skips has an even number of blocks, got {num_units}")
-    return expand(OFFICIAL_KEYS, num_units, range(num_units // 2, num_units) if has_skips else ())
+    return keys.expand(OFFICIAL_KEYS, num_units, range(num_units // 2, num_units) if has_skips else ())
 
 
 def _timestep_frequencies(model: DiTTransformer2DModel) -> list[Timesteps]:
@@ -333,5 +310,5 @@ def _timestep_frequencies(model: DiTTransformer2DModel) -> list[Timesteps]:
     return [module for module in model.modules() if isinstance(module, Timesteps)]
 
 
-def _blocks(model: DiT) -> list[DiTBlock]:
-    return [block for block in model.blocks if isinstance(block, DiTBlock)]
+def _blocks(model: nn.Module) -> list[DiTBlock]:
+    return [block for block in model.modules() if isinstance(block, DiTBlock)]

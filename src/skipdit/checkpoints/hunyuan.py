@@ -10,23 +10,8 @@ import torch
 from diffusers import HunyuanDiT2DModel
 from torch import Tensor
 
-from skipdit.checkpoints.keys import (
-    LoadHints,
-    UnloadedModel,
-    config_errors,
-    count_layers,
-    expand,
-    fuse,
-    make_model,
-    mlp_ratio,
-    raise_on_other_keys,
-    raise_on_other_tensors,
-    raise_on_problems,
-    require,
-    roots,
-    shape_of,
-    split,
-)
+from skipdit.checkpoints import keys
+from skipdit.checkpoints.keys import LoadHints, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
 
 # (Tencent's key, diffusers'), from Tencent/HunyuanDiT, hydit/modules/models.py, and diffusers,
@@ -79,67 +64,67 @@ SAMPLE_SIZE = 128
 
 
 def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
-    return bool({"mlp_t5", "time_extra_emb"} & roots(state_dict))
+    return bool({"mlp_t5", "time_extra_emb"} & keys.roots(state_dict))
 
 
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with Tencent's or diffusers' keys; shapes show all sizes, those of the heads included."""
-    if "time_extra_emb" in roots(state_dict):
+    if "time_extra_emb" in keys.roots(state_dict):
         state_dict = _official(state_dict)
     options = _options_of_file(state_dict, hints)
-    with config_errors(), torch.device("meta"):
+    with keys.config_errors(), torch.device("meta"):
         expected = to_official(HunyuanDiT2DModel(**options))
-    raise_on_other_tensors(expected, state_dict)
+    keys.raise_on_other_tensors(expected, state_dict)
     tensors = from_official(state_dict)
-    return UnloadedModel(model=make_model(lambda: HunyuanDiT2DModel(**options), tensors), tensors=tensors)
+    return keys.make_unloaded(lambda: HunyuanDiT2DModel(**options), tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     """Return the same numbers under diffusers' keys. `ValueError` names unknown and missing keys."""
-    table = _table(count_layers(state_dict, "blocks"), state_dict)
-    raise_on_other_keys(table, state_dict)
+    table = _table(keys.count_layers(state_dict, "blocks"), state_dict)
+    keys.raise_on_other_keys(table, state_dict)
     renamed = {key: state_dict[official] for official, key in table.items()}
-    return split(_swap_halves(renamed), FUSED_PARTS)
+    return keys.split(_swap_halves(renamed), FUSED_PARTS)
 
 
 def to_official(model: HunyuanDiT2DModel) -> dict[str, Tensor]:
     """Return the same numbers under Tencent's keys, 1,304 tensors for g/2 of version 1.2. `ValueError` for another
     activation function."""
-    require("the official format", [("activation_fn", model.config["activation_fn"], ("gelu-approximate",))])
+    keys.require("the official format", [("activation_fn", model.config["activation_fn"], ("gelu-approximate",))])
     return _official(model.state_dict())
 
 
 def _official(state_dict: StateDict) -> dict[str, Tensor]:
-    tensors = fuse(_swap_halves(state_dict), FUSED_PARTS)
-    table = _table(count_layers(tensors, "blocks"), tensors)
-    raise_on_other_keys(table.values(), tensors)
+    tensors = keys.fuse(_swap_halves(state_dict), FUSED_PARTS)
+    table = _table(keys.count_layers(tensors, "blocks"), tensors)
+    keys.raise_on_other_keys(table.values(), tensors)
     return {official: tensors[key] for official, key in table.items()}
 
 
-def _table(num_layers: int, keys: Collection[str]) -> dict[str, str]:
-    rows = (*HUNYUAN_KEYS, STYLE_KEY) if set(STYLE_KEY) & set(keys) else HUNYUAN_KEYS
-    return expand(rows, num_layers, range(num_layers // 2 + 1, num_layers))
+def _table(num_layers: int, found: Collection[str]) -> dict[str, str]:
+    rows = (*HUNYUAN_KEYS, STYLE_KEY) if set(STYLE_KEY) & set(found) else HUNYUAN_KEYS
+    return keys.expand(rows, num_layers, range(num_layers // 2 + 1, num_layers))
 
 
 def _swap_halves(state_dict: StateDict) -> dict[str, Tensor]:
     swapped = dict(state_dict)
     for key in [key for key in swapped if key.startswith(SWAPPED_PREFIX)]:
         if not swapped[key].dim():
-            raise_on_problems(misshapen=[f"{key} () instead of 1 dimension or more"])
+            keys.raise_on_problems(misshapen=[f"{key} () instead of 1 dimension or more"])
         swapped[key] = torch.cat(swapped[key].chunk(2)[::-1])
     return swapped
 
 
 def _options_of_file(tensors: StateDict, hints: LoadHints) -> dict[str, Any]:
-    hidden_size, in_channels, patch_size, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
-    (head_dim,) = shape_of(tensors, "blocks.0.attn1.q_norm.weight", 1)
-    mlp_size, _ = shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)
-    text_length, text_channels = shape_of(tensors, "text_embedding_padding", 2)
-    pooled_length, t5_channels = shape_of(tensors, "pooler.positional_embedding", 2)
-    pooled_channels, _ = shape_of(tensors, "pooler.c_proj.weight", 2)
-    out_features, _ = shape_of(tensors, "final_layer.linear.weight", 2)
+    hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "x_embedder.proj.weight", 4)
+    (head_dim,) = keys.shape_of(tensors, "blocks.0.attn1.q_norm.weight", 1)
+    mlp_size, _ = keys.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)
+    text_length, text_channels = keys.shape_of(tensors, "text_embedding_padding", 2)
+    pooled_length, t5_channels = keys.shape_of(tensors, "pooler.positional_embedding", 2)
+    pooled_channels, _ = keys.shape_of(tensors, "pooler.c_proj.weight", 2)
+    out_features, _ = keys.shape_of(tensors, "final_layer.linear.weight", 2)
     if hidden_size % head_dim:
-        raise_on_problems(
+        keys.raise_on_problems(
             misshapen=[f"blocks.0.attn1.q_norm.weight ({head_dim},) must divide the hidden size {hidden_size}"]
         )
     return {
@@ -149,8 +134,8 @@ def _options_of_file(tensors: StateDict, hints: LoadHints) -> dict[str, Any]:
         "patch_size": patch_size,
         "sample_size": SAMPLE_SIZE if hints.sample_size is None else hints.sample_size,
         "hidden_size": hidden_size,
-        "num_layers": count_layers(tensors, "blocks"),
-        "mlp_ratio": mlp_ratio(mlp_size, hidden_size),
+        "num_layers": keys.count_layers(tensors, "blocks"),
+        "mlp_ratio": keys.mlp_ratio(mlp_size, hidden_size),
         "learn_sigma": out_features == 2 * in_channels * patch_size**2,
         "cross_attention_dim": text_channels,
         "cross_attention_dim_t5": t5_channels,

@@ -106,6 +106,13 @@ def make_model(
         return make()
 
 
+def make_unloaded(
+    make: Callable[[], nn.Module], tensors: StateDict, names: Mapping[str, str] | None = None
+) -> UnloadedModel:
+    """Build the model of these tensors, as `make_model` does. names: see `UnloadedModel`."""
+    return UnloadedModel(model=make_model(make, tensors, names), tensors=tensors, names=names or {})
+
+
 def assemble(unloaded: UnloadedModel, dtype: torch.dtype) -> Any:
     """Return the model in eval mode with a copy of the weights, so that a mapped file may change or disappear.
 

@@ -12,32 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipdit.checkpoints.dit import (
-    OFFICIAL_KEYS,
-    POSITION_KEY,
-    official_needs,
-    options_of_file,
-    own_options,
-    raise_on_other_positions,
-    read_block_sizes,
-)
-from skipdit.checkpoints.keys import (
-    SKIP_ROOTS,
-    LoadHints,
-    UnloadedModel,
-    check_options,
-    class_options,
-    count_layers,
-    expand,
-    indices,
-    make_model,
-    raise_on_other_keys,
-    raise_on_other_table,
-    read_long_skip,
-    require,
-    shape_of,
-    skip_needs,
-)
+from skipdit.checkpoints import dit, keys
+from skipdit.checkpoints.dit import OFFICIAL_KEYS, POSITION_KEY
+from skipdit.checkpoints.keys import LoadHints, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
 from skipdit.models.dit import sincos
 from skipdit.models.latte import Latte
@@ -66,30 +43,32 @@ def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
         return state_dict[FRAME_KEY].dim() == 3
     if "patch_embed.proj.weight" not in state_dict:
         return False
-    targets = indices([key for key in state_dict if ".long_skip." in key], "blocks")
-    last = str(len(indices(state_dict, "blocks")) - 1)
+    targets = keys.indices([key for key in state_dict if ".long_skip." in key], "blocks")
+    last = str(len(keys.indices(state_dict, "blocks")) - 1)
     return hints.num_frames is not None or CLASS_KEY[1] not in state_dict or bool(targets and last not in targets)
 
 
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with the official keys or with ours."""
     if FRAME_KEY not in state_dict:
-        if hints.num_frames is None:
+        num_frames = hints.num_frames
+        if num_frames is None:
             raise ValueError("num_frames must be given: only an official temp_embed or a folder's config.json has it")
-        return _make(options_of_file(_read_sizes(state_dict, {}, hints), hints), hints.num_frames, state_dict, {})
+        options = dit.options_of_file(_read_sizes(state_dict, {}, hints), hints)
+        return keys.make_unloaded(lambda: Latte(**options, num_frames=num_frames), state_dict)
     tensors = from_official(state_dict)
     names = {ours: official for official, ours in _official_table(state_dict).items()}
     sizes = _read_sizes(tensors, names, hints)
     sample_size = math.isqrt(state_dict[POSITION_KEY].shape[1]) * sizes["patch_size"]
-    hints = dataclasses.replace(hints, sample_size=sample_size, fusion="replace")
-    return _make(options_of_file(sizes, hints), state_dict[FRAME_KEY].shape[1], tensors, names)
+    options = dit.options_of_file(sizes, dataclasses.replace(hints, sample_size=sample_size, fusion="replace"))
+    return keys.make_unloaded(lambda: Latte(**options, num_frames=state_dict[FRAME_KEY].shape[1]), tensors, names)
 
 
 def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
     """Read what `Latte.save_pretrained` wrote."""
-    options = own_options(config)
-    check_options(options, tensors)
-    return UnloadedModel(model=make_model(lambda: Latte(**options), tensors), tensors=tensors)
+    options = dit.own_options(config)
+    keys.check_options(options, tensors)
+    return keys.make_unloaded(lambda: Latte(**options), tensors)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -99,14 +78,14 @@ def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     is not the fixed sine-cosine table.
     """
     table = _official_table(state_dict)
-    raise_on_other_keys({*table, POSITION_KEY, FRAME_KEY}, state_dict)
+    keys.raise_on_other_keys({*table, POSITION_KEY, FRAME_KEY}, state_dict)
     hidden_size = state_dict["x_embedder.proj.bias"].numel()
-    raise_on_other_positions(state_dict[POSITION_KEY], hidden_size)
+    dit.raise_on_other_positions(state_dict[POSITION_KEY], hidden_size)
     frames, shape = state_dict[FRAME_KEY], tuple(state_dict[FRAME_KEY].shape)
     if len(shape) != 3 or 0 in shape or shape[::2] != (1, hidden_size):
         raise ValueError(f"{FRAME_KEY} must be (1, number of frames, {hidden_size}), got {shape}")
     positions = torch.arange(shape[1], dtype=torch.float64)
-    raise_on_other_table(FRAME_KEY, frames[0], sincos(hidden_size, positions).float())
+    keys.raise_on_other_table(FRAME_KEY, frames[0], sincos(hidden_size, positions).float())
     return {ours: state_dict[official] for official, ours in table.items()}
 
 
@@ -119,12 +98,12 @@ def to_official(model: Latte) -> dict[str, Tensor]:
     """
     config, num_pairs = model.config, len(model.long_skip_links.sources)
     num_blocks, has_classes = config["num_layers"], config["num_classes"] is not None
-    needs = [need for need in official_needs(config) if need[0] != "null_class" or has_classes]
+    needs = [need for need in dit.official_needs(config) if need[0] != "null_class" or has_classes]
     if num_pairs:
-        needs += [("num_layers % 4 with long skips", num_blocks % 4, (0,)), *skip_needs(config["long_skip"])]
-    require("the official format", needs)
+        needs += [("num_layers % 4 with long skips", num_blocks % 4, (0,)), *keys.skip_needs(config["long_skip"])]
+    keys.require("the official format", needs)
     tensors = model.state_dict()
-    table = expand(_rows(has_classes), num_blocks, skip_targets(num_blocks, num_pairs))
+    table = keys.expand(_rows(has_classes), num_blocks, skip_targets(num_blocks, num_pairs))
     fixed = {POSITION_KEY: model.position_embedding.unsqueeze(0), FRAME_KEY: model.frame_embedding.unsqueeze(0)}
     return fixed | {official: tensors[ours] for official, ours in table.items()}
 
@@ -133,23 +112,20 @@ def _rows(has_classes: bool) -> list[tuple[str, str]]:
     return [row for row in OFFICIAL_KEYS if has_classes or row != CLASS_KEY]
 
 
-def _official_table(keys: Collection[str]) -> dict[str, str]:
-    num_blocks, num_skips = count_layers(keys, "blocks"), count_layers(keys, *SKIP_ROOTS)
+def _official_table(found: Collection[str]) -> dict[str, str]:
+    num_blocks, num_skips = keys.count_layers(found, "blocks"), keys.count_layers(found, *keys.SKIP_ROOTS)
     divisor = 4 if num_skips else 2
     if num_blocks % divisor or not num_blocks:
         kind = "an official Latte with long skips" if num_skips else "a Latte"
         raise ValueError(f"{kind} must have a number of blocks divisible by {divisor}, got {num_blocks}")
-    return expand(_rows(CLASS_KEY[0] in keys), num_blocks, skip_targets(num_blocks, min(num_skips, num_blocks // 4)))
+    return keys.expand(
+        _rows(CLASS_KEY[0] in found), num_blocks, skip_targets(num_blocks, min(num_skips, num_blocks // 4))
+    )
 
 
 def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
-    sizes = read_block_sizes(tensors, names)
+    sizes = dit.read_block_sizes(tensors, names)
     class_key, classes = CLASS_KEY[1], {"num_classes": None}
     if class_key in tensors:
-        classes = class_options(shape_of(tensors, class_key, 2, names)[0], hints.num_classes)
-    return sizes | classes | {"long_skip": read_long_skip(tensors, "blocks", sizes["num_layers"] // 2)}
-
-
-def _make(options: Mapping[str, Any], num_frames: int, tensors: StateDict, names: Mapping[str, str]) -> UnloadedModel:
-    model = make_model(lambda: Latte(**options, num_frames=num_frames), tensors, names)
-    return UnloadedModel(model=model, tensors=tensors, names=names)
+        classes = keys.class_options(keys.shape_of(tensors, class_key, 2, names)[0], hints.num_classes)
+    return sizes | classes | {"long_skip": keys.read_long_skip(tensors, "blocks", sizes["num_layers"] // 2)}

@@ -9,23 +9,8 @@ from typing import Any
 from diffusers import LatteTransformer3DModel
 from torch import Tensor
 
-from skipdit.checkpoints.keys import (
-    SKIP_ROOTS,
-    LoadHints,
-    Need,
-    UnloadedModel,
-    count_layers,
-    expand,
-    indices,
-    make_model,
-    read_long_skip,
-    require,
-    roots,
-    shape_of,
-    skip_needs,
-    split_heads,
-    with_fusion,
-)
+from skipdit.checkpoints import keys
+from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
@@ -54,16 +39,16 @@ PUBLISHED_SIZES = {(28, 1152): {"sample_size": 64, "video_length": 16}}
 
 
 def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
-    return {"adaln_single", "temporal_transformer_blocks"} <= roots(state_dict)
+    return {"adaln_single", "temporal_transformer_blocks"} <= keys.roots(state_dict)
 
 
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with the official keys, with diffusers', or with those of a model after `add_long_skips`."""
     tensors = from_official(state_dict)
     names = {ours: official for official, ours in _skip_table(state_dict).items()}
-    long_skip = read_long_skip(tensors, "transformer_blocks", count_layers(tensors, "transformer_blocks"))
+    long_skip = keys.read_long_skip(tensors, "transformer_blocks", keys.count_layers(tensors, "transformer_blocks"))
     fusion = "replace" if names else hints.fusion
-    return make(_options_of_file(tensors, names, hints), tensors, with_fusion(long_skip, fusion), names)
+    return make(_options_of_file(tensors, names, hints), tensors, keys.with_fusion(long_skip, fusion), names)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -83,17 +68,17 @@ def to_official(model: LatteTransformer3DModel) -> dict[str, Tensor]:
     config: Mapping[str, Any] = model.config
     tensors, num_units = model.state_dict(), config["num_layers"]
     targets = sorted(
-        int(unit) for unit in indices((key for key in tensors if ".long_skip." in key), "transformer_blocks")
+        int(unit) for unit in keys.indices((key for key in tensors if ".long_skip." in key), "transformer_blocks")
     )
     needs: list[Need] = [(name, config[name], (value,)) for name, value in FIXED_OPTIONS.items()]
     if targets:
         needs += [
             ("num_layers % 2 with long skips", num_units % 2, (0,)),
             ("long_skip.num_pairs (with middle_pair)", len(targets), (num_units // 2,)),
-            *skip_needs(config["long_skip"]),
+            *keys.skip_needs(config["long_skip"]),
         ]
-    require("the official format", needs)
-    names = {ours: official for official, ours in expand(SKIP_KEYS, num_units, targets).items()}
+    keys.require("the official format", needs)
+    names = {ours: official for official, ours in keys.expand(SKIP_KEYS, num_units, targets).items()}
     unused = tensors["caption_projection.linear_1.weight"].new_zeros(UNUSED_ROWS, config["caption_channels"])
     return {UNUSED_KEY: unused} | {names.get(key, key): tensor for key, tensor in tensors.items()}
 
@@ -110,25 +95,25 @@ def make(
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
         return model
 
-    return UnloadedModel(model=make_model(build, tensors, names), tensors=tensors, names=names or {})
+    return keys.make_unloaded(build, tensors, names)
 
 
-def _skip_table(keys: Collection[str]) -> dict[str, str]:
-    num_units = count_layers(keys, "transformer_blocks")
-    if not roots(keys) & set(SKIP_ROOTS):
+def _skip_table(found: Collection[str]) -> dict[str, str]:
+    num_units = keys.count_layers(found, "transformer_blocks")
+    if not keys.roots(found) & set(keys.SKIP_ROOTS):
         return {}
     if num_units % 2:
         raise ValueError(f"an official model with long skips has an even number of pairs, got {num_units}")
-    return expand(SKIP_KEYS, num_units, range(num_units // 2, num_units))
+    return keys.expand(SKIP_KEYS, num_units, range(num_units // 2, num_units))
 
 
 def _options_of_file(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
-    hidden_size, in_channels, patch_size, _ = shape_of(tensors, "pos_embed.proj.weight", 4, names)
-    out_features, _ = shape_of(tensors, "proj_out.weight", 2, names)
-    _, caption_channels = shape_of(tensors, "caption_projection.linear_1.weight", 2, names)
-    _, cross_attention_dim = shape_of(tensors, "transformer_blocks.0.attn2.to_k.weight", 2, names)
-    num_layers = count_layers(tensors, "transformer_blocks")
-    heads = split_heads(num_layers, hidden_size, hints.num_attention_heads, PUBLISHED_HEADS)
+    hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "pos_embed.proj.weight", 4, names)
+    out_features, _ = keys.shape_of(tensors, "proj_out.weight", 2, names)
+    _, caption_channels = keys.shape_of(tensors, "caption_projection.linear_1.weight", 2, names)
+    _, cross_attention_dim = keys.shape_of(tensors, "transformer_blocks.0.attn2.to_k.weight", 2, names)
+    num_layers = keys.count_layers(tensors, "transformer_blocks")
+    heads = keys.split_heads(num_layers, hidden_size, hints.num_attention_heads, PUBLISHED_HEADS)
     published = PUBLISHED_SIZES.get((num_layers, hidden_size), {})
     sizes = {}
     for name, hint in (("sample_size", "sample_size"), ("video_length", "num_frames")):

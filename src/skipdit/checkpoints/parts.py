@@ -4,17 +4,19 @@ import copy
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast, get_args
 
 import diffusers
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny, SchedulerMixin
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from diffusers.utils import CONFIG_NAME
+from msgspec import Meta
 from torch import Tensor
 
-from skipdit.checkpoints.keys import UnloadedModel, assemble, check_options, make_model
-from skipdit.checkpoints.reading import StateDict, read_config, read_folder_tensors
-from skipdit.files.untrusted import printable, read_json
+from skipdit.checkpoints.keys import assemble, check_options, make_unloaded
+from skipdit.checkpoints.reading import StateDict, named, read_config, read_folder_tensors
+from skipdit.files.untrusted import as_type, printable, read_json
 
 INDEX_NAME = "model_index.json"
 MAX_TRAIN_TIMESTEPS = 10_000
@@ -27,23 +29,46 @@ Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder | AutoencoderTiny
 AUTOENCODERS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Autoencoder)}
 
 
+class PipelineIndex(TypedDict):
+    """What is checked of `model_index.json`. Its parts are pairs of a library and a class, or of nulls."""
+
+    _class_name: str
+    id2label: NotRequired[dict[str, str] | None]
+
+
+class SchedulerConfig(TypedDict, total=False):
+    """What is checked of the config of a scheduler."""
+
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=MAX_TRAIN_TIMESTEPS)]
+    trained_betas: list[float] | None
+    steps_offset: Literal[0, 1]
+    solver_order: Literal[1, 2, 3]
+
+
+class AutoencoderConfig(TypedDict):
+    """What is checked of the config of an autoencoder, of which no weight shape checks how it scales latents."""
+
+    _class_name: str
+    latent_channels: NotRequired[int]
+    scaling_factor: NotRequired[float | None]
+    shift_factor: NotRequired[float | None]
+    latents_mean: NotRequired[list[float] | None]
+    latents_std: NotRequired[list[float] | None]
+
+
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return a pipeline's model_index.json. Its parts are pairs of a library and a class, or of nulls."""
+    """Return a pipeline's model_index.json."""
     path = folder / INDEX_NAME
     index = read_json(path, dict[str, Any])
-    if not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"{printable(path)} is broken: it has no _class_name")
+    as_type(index, PipelineIndex, printable(path))
     return index
 
 
 def part_class(index: Mapping[str, Any], name: str, folder: Path) -> str | None:
     """Return the class name of a part, or None if the pipeline has no such part."""
-    entry = index.get(name)
-    if entry is None or entry == [None, None]:
+    if index.get(name) in (None, [None, None]):
         return None
-    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-        raise ValueError(f"{printable(folder / INDEX_NAME)} has no library and class for its {name}")
-    return entry[1]
+    return as_type(index[name], tuple[str, str], f"the {name} in {printable(folder / INDEX_NAME)}")[1]
 
 
 def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path) -> dict[str, str] | None:
@@ -52,8 +77,6 @@ def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path)
     if labels is None:
         return None
     path = printable(folder / INDEX_NAME)
-    if not isinstance(labels, dict) or not all(isinstance(name, str) for name in labels.values()):
-        raise ValueError(f"the id2label of {path} must be names by number")
     if len(labels) > MAX_LABELS or len(set(labels.values())) < len(labels):
         raise ValueError(f"the id2label of {path} has a name twice, or more than {MAX_LABELS:,}")
     numbers = {str(number) for number in range(num_classes or 0)}
@@ -71,17 +94,10 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
         raise ValueError(f"{printable(folder / INDEX_NAME)}: {printable(class_name)!r} is not a diffusers scheduler")
     config = read_json(path, dict[str, Any], infinite=INFINITE_OPTIONS)
-    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
-    if not isinstance(steps, int) or not 1 <= steps <= MAX_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"{printable(path)}: num_train_timesteps must be 1 to {MAX_TRAIN_TIMESTEPS:,}, got {printable(steps)}"
-        )
-    if betas is not None and (not isinstance(betas, list) or len(betas) != steps):
+    checked = as_type(config, SchedulerConfig, printable(path))
+    steps, betas = checked.get("num_train_timesteps", 1000), checked.get("trained_betas")
+    if betas is not None and len(betas) != steps:
         raise ValueError(f"{printable(path)}: trained_betas must be {steps} numbers")
-    if config.get("steps_offset", 0) not in (0, 1):
-        raise ValueError(f"{printable(path)}: steps_offset must be 0 or 1, got {printable(config['steps_offset'])}")
-    if not isinstance(order := config.get("solver_order", 1), int) or not 1 <= order <= 3:
-        raise ValueError(f"{printable(path)}: solver_order must be 1 to 3, got {printable(order)}")
     known = inspect.signature(scheduler_class).parameters
     try:
         options = {name: value for name, value in config.items() if name in known or name.startswith("_")}
@@ -116,37 +132,28 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         raise FileNotFoundError(f"no autoencoder folder at {printable(folder)}")
     if (folder / INDEX_NAME).exists():
         folder = folder / "vae"
-    try:
+    with named(folder):
         config = read_config(folder)
-        name = config.get("_class_name")
-        if not isinstance(name, str) or name not in AUTOENCODERS:
+        checked = as_type(config, AutoencoderConfig, CONFIG_NAME)
+        name = checked["_class_name"]
+        if name not in AUTOENCODERS:
             raise ValueError(f"must hold one of {', '.join(AUTOENCODERS)}, got {printable(name)}")
         kind = AUTOENCODERS[name]
         options = {name: value for name, value in config.items() if not name.startswith("_")}
         check_options(options)
-        _check_latents(options)
+        if checked.get("scaling_factor") == 0:
+            raise ValueError("scaling_factor must not be 0")
+        for scale in (checked.get("latents_mean"), checked.get("latents_std")):
+            if scale is not None and len(scale) != checked.get("latent_channels"):
+                raise ValueError("latents_mean and latents_std must be one number per latent channel")
         tensors = _with_new_names(read_folder_tensors(folder))
         options = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
-        model = make_model(lambda: kind(**options), tensors)
-        return assemble(UnloadedModel(model=model, tensors=tensors), dtype)
-    except ValueError as error:
-        message, name = str(error), printable(folder)
-        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
+        return assemble(make_unloaded(lambda: kind(**options), tensors), dtype)
 
 
-def _check_latents(options: dict[str, Any]) -> None:
-    """Raise `ValueError` on options that scale latents, which no weight shape checks."""
-    for name in ("scaling_factor", "shift_factor"):
-        value = options.get(name)
-        if value is not None and (not isinstance(value, (int, float)) or (name == "scaling_factor" and value == 0)):
-            raise ValueError(f"{name} must be a number, got {printable(value)}")
-    for name in ("latents_mean", "latents_std"):
-        values = options.get(name)
-        if values is None:
-            continue
-        is_numbers = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
-        if not is_numbers or len(values) != options.get("latent_channels"):
-            raise ValueError(f"{name} must be one number per latent channel")
+def downsampling(vae: Any) -> int:
+    """Return how many pixels per side a latent of an autoencoder stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _with_new_names(tensors: StateDict) -> dict[str, Tensor]:

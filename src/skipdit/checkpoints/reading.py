@@ -2,11 +2,13 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +25,25 @@ WEIGHTS_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 STEM, SUFFIXES = "diffusion_pytorch_model", ("safetensors", "bin")  # of diffusers' names of weights
 ZIP_HEAD = b"PK\3\4"
 MAX_SHARDS = 1000
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let the message of a `ValueError` begin with the path, once."""
+    try:
+        yield
+    except ValueError as error:
+        name, file_name, message = printable(path), f"{printable(path.name)} ", str(error)
+        if message.startswith(file_name):
+            message = f"{name} {message.removeprefix(file_name)}"
+        raise ValueError(message if message.startswith(name) else f"{name}: {message}") from error
+
+
+class ShardIndex(TypedDict):
+    """What is read of the index of weights in several files."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+    """file by key"""
 
 
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:
@@ -47,12 +68,7 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
     path = _find_weights(folder, variant)
     if path.suffix != ".json":
         return pick_weights(_read_tensors(path), "ema")
-    index = read_json(path, dict[str, Any])
-    weight_map = index.get("weight_map")
-    files = weight_map.values() if isinstance(weight_map, dict) else ()
-    if not files or not all(isinstance(name, str) for name in files):
-        raise ValueError(f"{printable(path)} has no weight_map of keys to files")
-    names = sorted(set(files))
+    names = sorted(set(read_json(path, ShardIndex)["weight_map"].values()))
     if len(names) > MAX_SHARDS:
         raise ValueError(f"{printable(path)} names {len(names):,} files, at most {MAX_SHARDS:,} are read")
     tensors: dict[str, Tensor] = {}

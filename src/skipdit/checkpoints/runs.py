@@ -1,10 +1,9 @@
 """Checkpoints of `skipdit train` (`run/checkpoint-NNNNNNN`): find the newest and read its weights and config."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypedDict
 
 from skipdit.checkpoints.keys import LoadHints, find_num_classes
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
@@ -12,9 +11,53 @@ from skipdit.files.output import read_marker
 from skipdit.files.untrusted import file_digest, printable, read_json
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
 
-Value = TypeVar("Value")
 STATE_NAME = "state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,12})", re.ASCII)
+
+
+class RunModel(TypedDict):
+    """What is read of the config of a run's model."""
+
+    num_attention_heads: int | None
+    long_skip: NotRequired[dict[str, Any] | None]
+
+
+class RunData(TypedDict, total=False):
+    """What is read of the config of a run's data."""
+
+    image_size: int
+    sample_size: int | None
+    num_frames: int | None
+
+
+class RunRouting(TypedDict, total=False):
+    """What is read of the config of a run's token routing."""
+
+    mode: str
+    deep_drop: float
+    num_shallow_units: int | None
+
+
+class RunConfig(TypedDict):
+    """What is read of the settings of a run."""
+
+    model: RunModel
+    data: RunData
+    routing: NotRequired[RunRouting]
+    objective: NotRequired[dict[str, Any]]
+
+
+class RunClasses(TypedDict, total=False):
+    """What is read of a run's data."""
+
+    class_names: list[str]
+
+
+class RunState(TypedDict):
+    """What is read of `state.json`."""
+
+    config: RunConfig
+    data: NotRequired[RunClasses]
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -36,24 +79,20 @@ def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple
 
     `ValueError` if a hint contradicts the config, or the weights have changed since the run wrote them.
     """
-    path = folder / STATE_NAME
-    state = read_json(path, dict[str, Any])
-    config = _field(state, "config", dict, path)
-    model, data = (_field(config, name, dict, path) for name in ("model", "data"))
-    long_skip = model.get("long_skip")
+    state = read_json(folder / STATE_NAME, RunState)
+    model, data = state["config"]["model"], state["config"]["data"]
     weights = folder / f"{prefer}.safetensors"
     listed = read_marker(folder)["files"].get("checkpoint", {}).get(weights.name)
     if listed is not None and file_digest(weights) != listed:
         raise ValueError(f"{printable(weights)} has changed since its run wrote it: give another checkpoint")
     state_dict = read_state_dict(weights, prefer)
-    trained_on = state.get("data")
-    names = trained_on.get("class_names") if isinstance(trained_on, dict) else None
+    names = state.get("data", {}).get("class_names")
     found = {
-        "num_attention_heads": _field(model, "num_attention_heads", int, path),
-        "sample_size": _side_of(data, path),
+        "num_attention_heads": model["num_attention_heads"],
+        "sample_size": data.get("sample_size", data.get("image_size")),
         "num_frames": data.get("num_frames"),
-        "num_classes": find_num_classes(len(names), state_dict) if isinstance(names, list) else None,
-        "fusion": long_skip.get("fusion") if isinstance(long_skip, dict) else None,
+        "num_classes": None if names is None else find_num_classes(len(names), state_dict),
+        "fusion": (model.get("long_skip") or {}).get("fusion"),
     }
     for name, value in found.items():
         hint = getattr(hints, name)
@@ -62,33 +101,19 @@ def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple
     return state_dict, replace(hints, **{name: value for name, value in found.items() if value is not None})
 
 
-def _side_of(data: Mapping[str, Any], path: Path) -> int | None:
-    """Return the side of the data; None for latents if the run's config leaves it open."""
-    if "sample_size" in data and data["sample_size"] is None:
-        return None
-    return _field(data, "sample_size" if "sample_size" in data else "image_size", int, path)
-
-
-def read_run_config(folder: Path) -> dict[str, Any]:
+def read_run_config(folder: Path) -> RunConfig:
     """Return the settings of the run that wrote a checkpoint."""
-    return _field(read_json(folder / STATE_NAME, dict[str, Any]), "config", dict, folder / STATE_NAME)
+    return read_json(folder / STATE_NAME, RunState)["config"]
 
 
 def read_shallow_path(folder: Path, num_units: int) -> ShallowPath | None:
     """Return the shallow path that a run trains in its model of `num_units` units; None if it trains none."""
-    routing = read_run_config(folder).get("routing")
-    if not isinstance(routing, dict) or routing.get("mode") not in ("bypass", "fill") or not routing.get("deep_drop"):
+    routing = read_run_config(folder).get("routing", RunRouting())
+    if routing.get("mode") not in ("bypass", "fill") or not routing.get("deep_drop"):
         return None
-    number: Any = routing.get("num_shallow_units")
+    number = routing.get("num_shallow_units")
     number = default_shallow_units(num_units) if number is None else number
     try:
-        return ShallowPath(num_shallow_units=number, fill=routing["mode"] == "fill")
+        return ShallowPath(num_shallow_units=number, fill=routing.get("mode") == "fill")
     except ValueError as error:
         raise ValueError(f"{printable(folder / STATE_NAME)}: routing: {printable(error)}") from error
-
-
-def _field(fields: Mapping[str, Any], name: str, kind: type[Value], path: Path) -> Value:
-    value = fields.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{printable(path)} does not have its run's {name}")
-    return value

@@ -1,14 +1,30 @@
 """`skipdit analyze`: the stability report of one model, or of several side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
+from skipdit.analysis.config import AnalyzeConfig
 from skipdit.command_options import OutputOptions, parse
 from skipdit.files.output import output_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions(AnalyzeConfig, OutputOptions):
+    """Which models are measured, and where the report goes."""
+
+    model: tyro.conf.Positional[str] = "emoji"
+    """emoji, the folder of a pipeline, or a checkpoint; the folder of a training run brings its log"""
+    compare: tuple[str, ...] = ()
+    """further models, to be measured and drawn beside it"""
+    names: tuple[str, ...] = ()
+    """what the report calls the models; by default their file or folder names"""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
+    out: Path = Path("out/stability")
+    """folder of the report"""
 
 
 def analyze(arguments: Sequence[str]) -> None:
@@ -16,35 +32,19 @@ def analyze(arguments: Sequence[str]) -> None:
 
     Example: skipdit analyze runs/skip/pipeline --compare runs/plain/pipeline --out out/stability
     """
-    from skipdit.analysis.measure import AnalyzeConfig
+    options = parse("analyze", analyze.__doc__, arguments, AnalyzeOptions)
     from skipdit.analysis.report import analyze as run
     from skipdit.analysis.report import claim
     from skipdit.analysis.weights import TrainingLog, find_training_log
     from skipdit.loading import BUNDLED, load_source
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(OutputOptions):
-        """Which models are measured, and where the report goes."""
-
-        model: tyro.conf.Positional[str] = "emoji"
-        """emoji, the folder of a pipeline, or a checkpoint; the folder of a training run brings its log"""
-        compare: tuple[str, ...] = ()
-        """further models, to be measured and drawn beside it"""
-        names: tuple[str, ...] = ()
-        """what the report calls the models; by default their file or folder names"""
-        config: Annotated[AnalyzeConfig, tyro.conf.arg(name="")]
-        device: str = "auto"
-        """cpu, cuda, or auto: a GPU where there is one"""
-        out: Path = Path("out/stability")
-        """folder of the report"""
-
-    options = parse("analyze", analyze.__doc__, arguments, Options, Options(config=AnalyzeConfig()))
+    config = AnalyzeConfig(**{each.name: getattr(options, each.name) for each in fields(AnalyzeConfig)})
     paths = [options.model, *options.compare]
     names = options.names or tuple(_model_name(path) for path in paths)
     if len(set(names)) != len(paths) or len(names) != len(paths):
         raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names")
     with output_folder(options.out, "analyze", overwrite=options.overwrite) as out:
-        claim(out, options.config, len(paths))
+        claim(out, config, len(paths))
         logs = {
             name: TrainingLog.read(log)
             for name, path in zip(names, paths, strict=True)
@@ -54,7 +54,7 @@ def analyze(arguments: Sequence[str]) -> None:
             name: load_source(path, task="class-to-image", device=options.device, decodes=False).sampler.pipeline
             for name, path in zip(names, paths, strict=True)
         }
-        run(pipelines, options.config, out, logs)
+        run(pipelines, config, out, logs)
     print(f"written: {options.out / 'report.md'}, report.html, report.json, arrays.npz")
 
 

@@ -41,14 +41,7 @@ def calibrate(arguments: Sequence[str]) -> None:
     with output_folder(options.out, "calibrate", overwrite=options.overwrite) as out:
         claim(out, options.config)
         source = load_source(
-            options.model,
-            device=options.device,
-            scheduler=options.scheduler,
-            vae=options.vae,
-            num_attention_heads=options.num_attention_heads,
-            num_classes=options.num_classes,
-            objective=options.objective,
-            drop=options.drop,
+            options.model, device=options.device, scheduler=options.scheduler, vae=options.vae, weights=options
         )
         run(source, options.config, out)
     print((options.out / "report.md").read_text(encoding="utf-8"))

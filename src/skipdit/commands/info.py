@@ -67,14 +67,7 @@ def _print_model(path: str, options: InfoOptions) -> None:
     from skipdit.loading import load_source
     from skipdit.models.surgery import open_units
 
-    model = load_source(
-        path,
-        num_attention_heads=options.num_attention_heads,
-        num_classes=options.num_classes,
-        objective=options.objective,
-        drop=options.drop,
-        decodes=False,
-    )
+    model = load_source(path, weights=options, decodes=False)
     transformer = model.sampler.pipeline.transformer
     open_units(transformer)
     config, links = transformer.config, transformer.long_skip_links

@@ -1,14 +1,22 @@
 """`skipdit latents`: pictures, clips and captions encoded once, for training on latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from skipdit.command_options import OutputOptions, parse
+from skipdit.encoding.config import EncodeConfig
 from skipdit.files.output import check_apart, output_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsOptions(EncodeConfig, OutputOptions):
+    """What is encoded and where it goes."""
+
+    out: Path = Path("latents")
+    """folder of the shards"""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
 
 
 def latents(arguments: Sequence[str]) -> None:
@@ -16,23 +24,13 @@ def latents(arguments: Sequence[str]) -> None:
 
     Example: skipdit latents --source path/to/imagenet/train --vae sd-vae-ft-ema --flip --out latents/imagenet-256
     """
-    from skipdit.encoding.config import EncodeConfig
+    options = parse("latents", latents.__doc__, arguments, LatentsOptions)
     from skipdit.encoding.encode import encode
 
-    @dataclass(frozen=True, kw_only=True)
-    class Options(OutputOptions):
-        """What is encoded and where it goes."""
-
-        config: Annotated[EncodeConfig, tyro.conf.arg(name="")]
-        out: Path = Path("latents")
-        """folder of the shards"""
-        device: str = "auto"
-        """cpu, cuda, or auto: a GPU where there is one"""
-
-    options = parse("latents", latents.__doc__, arguments, Options)
-    check_apart(options.out, [path for path in map(Path, (options.config.source, options.config.vae)) if path.exists()])
+    config = EncodeConfig(**{each.name: getattr(options, each.name) for each in fields(EncodeConfig)})
+    check_apart(options.out, [path for path in map(Path, (config.source, config.vae)) if path.exists()])
     with output_folder(options.out, "latents", overwrite=options.overwrite) as out:
-        info = encode(options.config, out, device=options.device)
+        info = encode(config, out, device=options.device)
     count = sum(shard["num_items"] for shard in info["shards"])
     shape, classes = " x ".join(map(str, info["shape"])), len(info["class_names"])
     print(f"encoded: {count:,} items of {shape} in {len(info['shards'])} shards, {classes} classes, in {options.out}")

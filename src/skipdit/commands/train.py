@@ -3,14 +3,28 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import ClassVar
 
 from skipdit.command_options import parse
 from skipdit.options import choose
+
+# where the help lists an option; those of data, model, objective, routing and spectral have boxes of their own
+GROUPS = {
+    "run": ("out", "resume", "allow_changes", "overwrite", "dry_run", "device", "seed"),
+    "length": ("max_steps", "batch_size", "num_accumulation_steps", "start_from", "stage"),
+    "optimizer": (
+        "learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip",
+        "gradient_guard", "ema_decay", "ema_snapshots_every",
+    ),
+    "batches": ("label_dropout", "flip", "data_on_device", "num_workers"),
+    "machine": ("precision", "parallel", "gradient_checkpointing", "compile"),
+    "log": (
+        "log_every", "tensorboard", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale",
+        "checkpoint_every", "num_checkpoints", "release_dtype",
+    ),
+}  # fmt: skip
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -32,10 +46,10 @@ def train(arguments: Sequence[str]) -> None:
     name = choose("the recipe", arguments[0], RECIPES)
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class Options(TrainConfig):
         """A training run and where it goes."""
 
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+        GROUPS: ClassVar = GROUPS
         out: Path = Path("runs") / name
         """folder of the run"""
         resume: bool = True
@@ -50,22 +64,17 @@ def train(arguments: Sequence[str]) -> None:
         dry_run: bool = False
         """only build the model, without memory, and count what its steps cost; needs no latents"""
 
-    options = parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(config=RECIPES[name]()))
+    options = parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(**vars(RECIPES[name]())))
+    config = TrainConfig(**{each.name: getattr(options, each.name) for each in fields(TrainConfig)})
     if options.dry_run:
         from skipdit.training.dry_run import plan_run
 
-        print(plan_run(options.config).text())
+        print(plan_run(config).text())
         return
     is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
+    ways = {name: getattr(options, name) for name in ("resume", "device", "overwrite", "allow_changes")}
     try:
-        folder = run(
-            options.config,
-            options.out,
-            resume=options.resume,
-            device=options.device,
-            overwrite=options.overwrite,
-            allow_changes=options.allow_changes,
-        )
+        folder = run(config, options.out, **ways)
     except Stopped as stopped:
         if is_main:
             print(f"skipdit: {stopped}", file=sys.stderr)

@@ -2,11 +2,10 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.data.folders import frames_in, scan_classes
-from skipdit.data.picture_files import check_side, to_rgb
+from skipdit.data.picture_files import to_rgb
 from skipdit.data.pictures import (
     MAX_CACHED_BYTES,
     Draws,
@@ -29,12 +28,19 @@ from skipdit.data.pictures import (
 )
 from skipdit.data.tables import Table, find_tables, read_table
 from skipdit.data.video_files import VIDEO_SUFFIXES
-from skipdit.data.videos import UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
+from skipdit.data.videos import (
+    FrameChoice,
+    Frames,
+    UnreadableVideo,
+    count_frames,
+    frames_of,
+    frames_of_file,
+    frames_of_folder,
+)
 from skipdit.files.untrusted import open_regular, printable, printable_path
-from skipdit.options import check_option, check_range
+from skipdit.options import MAX_SIDE, OnBroken, check_above, check_fields, check_range
 
 LOGGER = logging.getLogger(__name__)
-OnBroken = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +71,23 @@ class ClipConfig:
     """treat an unreadable or too short clip as an error (refuse), or leave it out with a warning (skip)"""
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
+        check_fields(self)
+        check_range(self, "image_size", most=MAX_SIDE)
         check_range(self, "num_frames", "frame_interval")
         check_range(self, "num_pictures", least=0)
-        check_option(self, "on_broken", get_args(OnBroken))
-        if self.fps is not None and not 0 < self.fps < float("inf"):
-            raise ValueError(f"fps must be above 0 and finite, got {self.fps}")
+        check_above(self, "fps")
+
+    @property
+    def frames(self) -> FrameChoice:
+        """The frames of a clip."""
+        return FrameChoice(num_frames=self.num_frames, interval=self.frame_interval, fps=self.fps)
 
 
 @dataclass(frozen=True)
 class ClipFiles:
     """Clips that are not decoded yet."""
 
-    read: Callable[[int, int], Iterator[UInt8[np.ndarray, "height width 3"]]]
+    read: Callable[[int, int], Frames]
     """yield the frames of clip `index` from frame `start` on, or raise `UnreadableVideo`"""
     count: Callable[[int], int]
     """return the number of frames of a clip's source"""
@@ -217,11 +227,11 @@ def clips_from_folder(folder: Path, config: ClipConfig) -> ClipFiles:
     def name(index: int) -> str:
         return printable_path(found.items[index])
 
-    def read(index: int, start: int) -> Iterator[np.ndarray]:
+    def read(index: int, start: int) -> Frames:
         path = found.items[index]
         if path.is_dir():
-            return frames_of_folder(frames_in(path), name(index), config.num_frames, config.frame_interval, start)
-        return frames_of_file(path, config.num_frames, config.frame_interval, start, config.fps)
+            return frames_of_folder(frames_in(path), name(index), config.frames, start)
+        return frames_of_file(path, config.frames, start)
 
     def count(index: int) -> int:
         path = found.items[index]
@@ -261,8 +271,8 @@ def _from_table(
         except ValueError as error:
             raise UnreadableVideo(f"cannot read the video {name(index)}: {error}") from error
 
-    def read(index: int, start: int) -> Iterator[np.ndarray]:
-        return frames_of(content(index), name(index), config.num_frames, config.frame_interval, start, config.fps)
+    def read(index: int, start: int) -> Frames:
+        return frames_of(content(index), name(index), config.frames, start)
 
     def count(index: int) -> int:
         return count_frames(content(index), name(index), config.fps)

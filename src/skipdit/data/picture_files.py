@@ -17,14 +17,14 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from skipdit.files.untrusted import open_regular, printable
+from skipdit.options import MAX_PIXELS
+from skipdit.options import MAX_SIDE as MAX_SIDE
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp"}) | frozenset(
     {".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".pnm", ".ppm"}
 )
 MAX_PICTURE_BYTES = 2**28  # of a file
-MAX_PIXELS = 50 * 2**20  # of a decoded picture; a larger baseline JPEG is decoded at a half, quarter or eighth
-MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
 MAX_AVIF_PIXELS = 2**25  # the decoder keeps several copies in memory
 MAX_PNG_CHUNKS = 2**18
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
@@ -75,13 +75,6 @@ def check_size(size: tuple[int, int], max_pixels: int) -> None:
     """Raise `ValueError` if width times height is more than `max_pixels`."""
     if math.prod(size) > max_pixels:
         raise ValueError(f"it has {size[0]} x {size[1]} pixels, at most {max_pixels:,} are read")
-
-
-def check_side(image_size: int) -> None:
-    """Raise `ValueError` if pictures cannot be resized to this side in pixels."""
-    if not 1 <= image_size <= MAX_SIDE:
-        bound = "at least 1" if image_size < 1 else f"at most {MAX_SIDE}"
-        raise ValueError(f"image_size must be {bound}, got {image_size}")
 
 
 @contextmanager

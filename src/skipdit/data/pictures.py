@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from skipdit.data.folders import as_captions, scan_classes
-from skipdit.data.picture_files import PICTURE_SUFFIXES, check_picture, check_side, open_picture, reason_of, to_rgb
+from skipdit.data.picture_files import PICTURE_SUFFIXES, check_picture, open_picture, reason_of, to_rgb
 from skipdit.data.tables import find_tables, read_table, to_classes
 from skipdit.files.untrusted import printable, printable_path
+from skipdit.options import MAX_SIDE, check_range
 
 MAX_CACHED_BYTES = 2**30
 MAX_DECODED_AT_ONCE = 10_000
@@ -44,7 +45,7 @@ class DataConfig:
     """split of a `datasets` set, or of parquet files whose names tell it"""
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
+        check_range(self, "image_size", most=MAX_SIDE)
 
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from fractions import Fraction
 from itertools import count
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -161,8 +161,7 @@ def _pixels(frame: Any) -> UInt8[np.ndarray, "height width 3"]:
 def _until_the_next(frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
     """Yield frames that last until the next begins: the durations in a file are often missing or wrong."""
     current = next(frames, None)
-    for following in frames:
-        yield cast(TimedFrame, current)._replace(end=following.begin)
+    while current is not None:
+        following = next(frames, None)
+        yield current if following is None else current._replace(end=following.begin)
         current = following
-    if current is not None:
-        yield current

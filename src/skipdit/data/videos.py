@@ -3,23 +3,24 @@
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from skipdit.data.picture_files import on_white, open_picture, reason_of
-from skipdit.data.video_files import VIDEO_SUFFIXES, timed_frames
+from skipdit.data.video_files import timed_frames
 from skipdit.files.output import atomic_file
 from skipdit.files.untrusted import open_regular, printable_path
-from skipdit.pictures import MARGIN, labelled_grid
+from skipdit.pictures import MARGIN, labelled_grid, load_font
 
 ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50
@@ -32,64 +33,55 @@ class UnreadableVideo(ValueError):
     """A video that is broken or too short; the message names it."""
 
 
-def read_video(
-    path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
-) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """Read every `frame_interval`-th frame of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...), from `start` on.
+@dataclass(frozen=True, kw_only=True)
+class FrameChoice:
+    """Which frames of a video are taken."""
 
-    fps: first resample the file to this frame rate, by the times of its frames; None takes each frame once, however
-    long it is displayed. `UnreadableVideo` (a `ValueError`) if the file is broken or too short.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        raise ValueError(f"{printable_path(path)} is not a video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
-    return _stack(frames_of_file(path, num_frames, frame_interval, start, fps), printable_path(path))
+    num_frames: int
+    """how many"""
+    interval: int = 1
+    """take one frame in this many"""
+    fps: float | None = None
+    """first resample to this many frames per second, by the times of the frames; None takes each frame once, however
+    long it is displayed"""
 
-
-def decode_video(
-    stream: BinaryIO,
-    name: str,
-    num_frames: int,
-    frame_interval: int = 1,
-    start: int = 0,
-    fps: float | None = None,
-) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """Read an open file as `read_video` does; its content shows the format. name: its name in errors."""
-    return _stack(frames_of(stream, name, num_frames, frame_interval, start, fps), name)
+    def indices(self, start: int) -> range:
+        """Return the indices of the frames from `start` on; `ValueError` if there are none."""
+        if self.num_frames < 1 or self.interval < 1 or start < 0:
+            raise ValueError(
+                f"num_frames and frame_interval must be at least 1 and start at least 0, "
+                f"got {self.num_frames}, {self.interval} and {start}"
+            )
+        return range(start, start + self.num_frames * self.interval, self.interval)
 
 
-def frames_of_file(
-    path: Path, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
-) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield the frames that `read_video` stacks."""
+Frames = Iterator[UInt8[np.ndarray, "height width 3"]]
+
+
+def frames_of_file(path: Path, choice: FrameChoice, start: int = 0) -> Frames:
+    """Yield frames of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...), from frame `start` on; its content shows the
+    format. `UnreadableVideo` (a `ValueError`) if it is broken or too short."""
     try:
         stream = open_regular(path)
     except (OSError, ValueError) as error:
         raise UnreadableVideo(f"cannot read the video {printable_path(path)}: {reason_of(error)}") from error
     with stream:
-        yield from frames_of(stream, printable_path(path), num_frames, frame_interval, start, fps)
+        yield from frames_of(stream, printable_path(path), choice, start)
 
 
-def frames_of(
-    stream: BinaryIO,
-    name: str,
-    num_frames: int,
-    frame_interval: int = 1,
-    start: int = 0,
-    fps: float | None = None,
-) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield the frames that `decode_video` stacks."""
-    indices = _frame_indices(num_frames, frame_interval, start)
+def frames_of(stream: BinaryIO, name: str, choice: FrameChoice, start: int = 0) -> Frames:
+    """Yield frames of an open file as `frames_of_file` does. name: its name in errors."""
+    indices, fps = choice.indices(start), choice.fps
     # a quarter of a frame late, as many files round their times to 1 or 10 ms
     times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in indices]
     found = 0
     try:
         with closing(timed_frames(stream, by_index=fps is None)) as frames:
             for frame in frames:
-                while found < num_frames and times[found] < frame.end:
+                while found < len(times) and times[found] < frame.end:
                     yield frame.pixels()
                     found += 1
-                if found == num_frames:
+                if found == len(times):
                     return
     except Exception as error:  # decoders of damaged files raise of every kind
         raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
@@ -111,12 +103,10 @@ def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
     return number if fps is None else max(0, ceil(end * Fraction(fps) - Fraction(1, 4)))
 
 
-def frames_of_folder(
-    paths: Sequence[Path], name: str, num_frames: int, frame_interval: int = 1, start: int = 0
-) -> Iterator[UInt8[np.ndarray, "height width 3"]]:
-    """Yield every `frame_interval`-th of a clip's pictures, from `start` on. `UnreadableVideo` if one is broken or
+def frames_of_folder(paths: Sequence[Path], name: str, choice: FrameChoice, start: int = 0) -> Frames:
+    """Yield pictures of a clip as `frames_of_file` does; they have no times. `UnreadableVideo` if one is broken or
     missing."""
-    indices = _frame_indices(num_frames, frame_interval, start)
+    indices = choice.indices(start)
     for found, index in enumerate(indices):
         if index >= len(paths):
             raise _too_short(name, indices, found)
@@ -127,27 +117,11 @@ def frames_of_folder(
         yield np.asarray(picture)
 
 
-def _frame_indices(num_frames: int, frame_interval: int, start: int) -> range:
-    if num_frames < 1 or frame_interval < 1 or start < 0:
-        raise ValueError(
-            f"num_frames and frame_interval must be at least 1 and start at least 0, "
-            f"got {num_frames}, {frame_interval} and {start}"
-        )
-    return range(start, start + num_frames * frame_interval, frame_interval)
-
-
 def _too_short(name: str, indices: range, found: int) -> UnreadableVideo:
     return UnreadableVideo(
         f"the video {name} is too short: frame {indices[found]} is needed "
         f"({len(indices)} frames, interval {indices.step}, start {indices.start})"
     )
-
-
-def _stack(frames: Iterator[np.ndarray], name: str) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    found = list(frames)
-    if len({frame.shape for frame in found}) > 1:
-        raise UnreadableVideo(f"cannot read the video {name}: its frames differ in size")
-    return np.stack(found)
 
 
 def to_frames(
@@ -246,7 +220,7 @@ def side_by_side(
     if len(captions) != num_clips:
         raise ValueError(f"side by side needs one caption per clip, got {len(captions)} and {num_clips} clips")
     pixels = np.stack([to_frames(clips).numpy() for clips in rows.values()])
-    font = cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=LABEL_SIZE))
+    font = load_font(LABEL_SIZE)
     gutter = MARGIN + round(max(map(font.getlength, rows)))
     frames = []
     for index in range(num_frames):

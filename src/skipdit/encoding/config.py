@@ -1,12 +1,9 @@
 """Options of `skipdit latents`."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from skipdit.data.clips import OnBroken
-from skipdit.data.latents import DTYPES
-from skipdit.data.picture_files import check_side
-from skipdit.options import check_numbers, check_option, check_range
+from skipdit.options import MAX_SIDE, OnBroken, check_above, check_fields, check_range
 
 Crop = Literal["adm", "center"]
 StoredDType = Literal["float32", "float16"]
@@ -68,14 +65,10 @@ class EncodeConfig:
     """seed of the random positions of num_crops"""
 
     def __post_init__(self) -> None:
-        check_side(self.image_size)
-        check_numbers(self)
+        check_fields(self)
+        check_range(self, "image_size", most=MAX_SIDE)
         check_range(self, "num_frames", "frame_interval", "shard_size", "batch_size")
-        check_option(self, "crop", get_args(Crop))
-        check_option(self, "on_broken", get_args(OnBroken))
-        check_option(self, "dtype", tuple(DTYPES))
         check_range(self, "num_workers", least=0, most=MAX_WORKERS)
-        if self.fps is not None and self.fps <= 0:
-            raise ValueError(f"fps must be above 0, got {self.fps}")
+        check_above(self, "fps")
         if self.num_crops < 0 or (self.num_crops and self.num_frames is None):
             raise ValueError(f"num_crops must be at least 0, and 0 if num_frames is None, got {self.num_crops}")

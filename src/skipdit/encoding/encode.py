@@ -8,36 +8,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from diffusers import AutoencoderTiny
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
-from skipdit.data.latents import (
-    DTYPES,
-    INFO,
-    MAX_INFO_BYTES,
-    NOTHING,
-    TEXT,
-    VAE,
-    VERSION,
-    Info,
-    Scale,
-    Shard,
-    Text,
-    Texts,
-    read_info,
-    shard_name,
-)
+from skipdit.checkpoints.parts import downsampling, read_autoencoder
+from skipdit.data import latents
 from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
 from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
 from skipdit.files.output import OutputFolder, to_json
 from skipdit.files.untrusted import file_digest, printable, printable_path, read_json
+from skipdit.terminal import progress_bar
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
 
 LOGGER = logging.getLogger(__name__)
@@ -65,7 +50,7 @@ class Moments:
     """(b c h w); None if the autoencoder gives none"""
 
 
-def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> Info:
+def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> latents.Info:
     """Encode the source of a config and return the content of `latents.json`.
 
     An interrupted encoding resumes after its last whole shard, with the same result. `ValueError` if the folder has one
@@ -74,8 +59,8 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     data = Path(config.source)
     if data.is_dir() and data.resolve() in out.path.resolve().parents:
         raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read: give another --out")
-    vae = read_autoencoder(Path(config.vae), torch.float32)
-    scale = 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
+    vae: Any = read_autoencoder(Path(config.vae), torch.float32)
+    scale = downsampling(vae)
     if config.image_size % scale:
         raise ValueError(f"image_size must be divisible by {scale}, as the autoencoder asks, got {config.image_size}")
     if config.text:
@@ -87,13 +72,12 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
         vae=_digest_of(vae),
     )
     _begin(out, fingerprint)
-    if out.holds(INFO):
-        return read_info(out.path)
+    if out.holds(latents.INFO):
+        return latents.read_info(out.path)
     others = _write_others(out, config, vae)
-    writer = _Writer(config, out, vae.to(resolve_device(device)))  # pyright: ignore[reportArgumentType]
+    writer = _Writer(config, out, vae.to(resolve_device(device)))
     position = writer.resume()
-    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(BarColumn(), *columns) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("encoding", total=source.num_jobs, completed=position)
         for end, sample in _read_ahead(source.jobs(position), config):
             progress.update(task, completed=end)
@@ -109,22 +93,22 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     """Write the fingerprint into a folder, or compare it with the one there. `ValueError` if they differ,
     `FileExistsError` if foreign files are in the way."""
     names = [path.name for path in sorted(out.path.glob("shard-*"))]
-    out.claim([SETTINGS, INFO, NOTHING, *names])
+    out.claim([SETTINGS, latents.INFO, latents.NOTHING, *names])
     if not out.holds(SETTINGS):
         out.write_text(SETTINGS, to_json(fingerprint))
         return
-    old, new = read_json(out.path / SETTINGS, Fingerprint), cast(Any, fingerprint)
+    old, new = read_json(out.path / SETTINGS, Fingerprint), fingerprint
     names = sorted(old["settings"].keys() | new["settings"].keys())
     changed = [name for name in names if old["settings"].get(name) != new["settings"].get(name)]
     changed = [name for name in changed if name != "vae"]  # the path of the autoencoder may change
-    changed += [name for name in ("source", "vae") if old[name] != new[name]]
+    changed += ["source"] * (old["source"] != new["source"]) + ["vae"] * (old["vae"] != new["vae"])
     if changed:
         text = ", ".join(dict.fromkeys(changed))
         raise ValueError(f"{printable_path(out.path)} holds latents of other settings ({text}): give another --out")
 
 
-def _digest_of(vae: Autoencoder) -> str:
-    digest = hashlib.sha256(cast(Any, vae).to_json_string().encode())
+def _digest_of(vae: Any) -> str:
+    digest = hashlib.sha256(vae.to_json_string().encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().data)
@@ -132,15 +116,16 @@ def _digest_of(vae: Autoencoder) -> str:
 
 
 @torch.no_grad()
-def _write_others(out: OutputFolder, config: EncodeConfig, vae: Autoencoder) -> dict[str, str]:
+def _write_others(out: OutputFolder, config: EncodeConfig, vae: Any) -> dict[str, str]:
     """Write the autoencoder and the states of the empty prompt unless they exist; return their SHA-256 by name."""
-    names = {f"{VAE}/config.json", f"{VAE}/diffusion_pytorch_model.safetensors"} | ({NOTHING} if config.text else set())
+    names = {f"{latents.VAE}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
+    names |= {latents.NOTHING} if config.text else set()
     for name in sorted(name for name in names if not out.holds(name)):
         with out.file(name) as draft:
-            if name == NOTHING:
-                save_file(encode_texts(load_encoder(), [""], DTYPES[config.dtype]), draft)
+            if name == latents.NOTHING:
+                save_file(encode_texts(load_encoder(), [""], latents.DTYPES[config.dtype]), draft)
             elif name.endswith(".json"):
-                draft.write_text(cast(Any, vae).to_json_string(), encoding="utf-8")
+                draft.write_text(vae.to_json_string(), encoding="utf-8")
             else:
                 tensors = {key: tensor.contiguous() for key, tensor in vae.state_dict().items()}
                 save_file(tensors, draft, metadata={"format": "pt"})
@@ -153,33 +138,33 @@ def _finish(
     writer: "_Writer",
     others: dict[str, str],
     class_names: Sequence[str] | None,
-) -> Info:
+) -> latents.Info:
     found = writer.class_names
     order = class_names if class_names is not None else sorted(found, key=_by_number)
     if lost := [name for name in order if name not in found]:
         LOGGER.warning("left out: %d classes without a readable item: %s", len(lost), printable(", ".join(lost)))
-    vae = cast(Any, writer.vae)
+    vae = writer.vae
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
-    info = Info(
-        version=VERSION,
+    info = latents.Info(
+        version=latents.VERSION,
         settings=asdict(config),
         shape=writer.shape,
         dtype=config.dtype,
-        has_std=not isinstance(writer.vae, AutoencoderTiny),
+        has_std=not isinstance(vae, AutoencoderTiny),
         flipped=config.flip,
-        scale=Scale(
+        scale=latents.Scale(
             scaling_factor=float(vae.config.scaling_factor),
             shift_factor=float(vae.config.get("shift_factor") or 0),
             latents_mean=None if mean is None else list(map(float, mean)),
             latents_std=None if std is None else list(map(float, std)),
         ),
-        text=Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
+        text=latents.Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
         class_names=[name for name in order if name in found],
         shards=writer.shards,
         others=others,
     )
-    out.write_text(INFO, to_json(info))
-    return read_info(out.path)
+    out.write_text(latents.INFO, to_json(info))
+    return latents.read_info(out.path)
 
 
 def _by_number(name: str) -> tuple[int, int, str]:
@@ -192,25 +177,25 @@ class _Writer:
     Batches start anew in every shard, so that a shard does not depend on where an encoding was interrupted.
     """
 
-    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Autoencoder) -> None:
+    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Any) -> None:
         self.config, self.out, self.vae = config, out, vae
-        self.shards: list[Shard] = []
+        self.shards: list[latents.Shard] = []
         self.class_names: set[str] = set()
         self.waiting: list[Sample] = []
         self.moments: list[dict[str, Tensor]] = []  # of the current shard, like the next two
         self.classes: list[str] = []
         self.captions: list[list[str]] = []
         self.end = 0
-        channels = cast(Any, vae).config.latent_channels
-        side = config.image_size // 2 ** (len(cast(Any, vae).config.block_out_channels) - 1)
-        self.shape = [*([] if config.num_frames is None else [config.num_frames]), channels, side, side]
+        side = config.image_size // downsampling(vae)
+        frames = [] if config.num_frames is None else [config.num_frames]
+        self.shape = [*frames, vae.config.latent_channels, side, side]
 
     def resume(self) -> int:
         """List the existing shards and return the position in the source after them."""
-        while self.out.holds(f"{(name := shard_name(len(self.shards)))}.json"):
+        while self.out.holds(f"{(name := latents.shard_name(len(self.shards)))}.json"):
             if not self.out.holds(f"{name}.safetensors"):
                 break
-            texts = read_json(self.out.path / f"{name}.json", Texts, max_bytes=MAX_INFO_BYTES)
+            texts = read_json(self.out.path / f"{name}.json", latents.Texts, max_bytes=latents.MAX_INFO_BYTES)
             self._list(name, texts)
         if self.shards:
             LOGGER.warning("resuming after %d existing shards", len(self.shards))
@@ -232,22 +217,22 @@ class _Writer:
             return
         if self.waiting:
             self._encode_waiting()
-        name = shard_name(len(self.shards))
+        name = latents.shard_name(len(self.shards))
         tensors = {key: torch.cat([batch[key] for batch in self.moments]).contiguous() for key in self.moments[0]}
         if self.config.text:
             flat = [caption for captions in self.captions for caption in captions]
-            tensors |= encode_texts(load_encoder(), flat, DTYPES[self.config.dtype])
+            tensors |= encode_texts(load_encoder(), flat, latents.DTYPES[self.config.dtype])
         is_plain = self.captions == [[name] for name in self.classes]
-        texts = Texts(end=self.end, classes=self.classes, captions=None if is_plain else self.captions)
+        texts = latents.Texts(end=self.end, classes=self.classes, captions=None if is_plain else self.captions)
         self.out.write_text(f"{name}.json", to_json(texts))
         with self.out.file(f"{name}.safetensors") as draft:
             save_file(tensors, draft)
         self._list(name, texts)
         self.moments, self.classes, self.captions = [], [], []
 
-    def _list(self, name: str, texts: Texts) -> None:
+    def _list(self, name: str, texts: latents.Texts) -> None:
         self.shards.append(
-            Shard(
+            latents.Shard(
                 name=name,
                 num_items=len(texts["classes"]),
                 latents=file_digest(self.out.path / f"{name}.safetensors"),
@@ -262,7 +247,7 @@ class _Writer:
         pixels = torch.stack([sample.pixels for sample in self.waiting])
         versions = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
         encoded = [encode_pixels(self.vae, version.flatten(0, -4), self.config.batch_size) for version in versions]
-        shape, dtype = (len(pixels), *self.shape), DTYPES[self.config.dtype]
+        shape, dtype = (len(pixels), *self.shape), latents.DTYPES[self.config.dtype]
         parts = {"mean": [item.mean for item in encoded], "std": [i.std for i in encoded if i.std is not None]}
         moments = {
             name: torch.stack([tensor.reshape(shape) for tensor in tensors], dim=1).to(dtype)
@@ -271,23 +256,23 @@ class _Writer:
         }
         if not all(tensor.isfinite().all() for tensor in moments.values()):
             first = len(self.classes) - len(self.waiting)
-            name = f"one of the samples {first} to {len(self.classes) - 1} of {shard_name(len(self.shards))}"
+            name = f"one of the samples {first} to {len(self.classes) - 1} of {latents.shard_name(len(self.shards))}"
             raise ValueError(f"{name} is not finite in {self.config.dtype}: try another --dtype or autoencoder")
         self.moments.append(moments)
         self.waiting = []
 
 
 @torch.no_grad()
-def encode_pixels(vae: Autoencoder, pixels: Tensor, batch_size: int) -> Moments:
+def encode_pixels(vae: Any, pixels: Tensor, batch_size: int) -> Moments:
     """Encode uint8 pixels (b 3 h w) in batches on the autoencoder's device; the result is on the CPU."""
     means, stds = [], []
     for batch in pixels.split(batch_size):
-        encoded = vae.encode(batch.to(cast(Any, vae).device).float() / 127.5 - 1)
+        encoded: Any = vae.encode(batch.to(vae.device).float() / 127.5 - 1)
         if isinstance(vae, AutoencoderTiny):
-            means.append(cast(Any, encoded).latents.cpu())
+            means.append(encoded.latents.cpu())
         else:
-            means.append(cast(Any, encoded).latent_dist.mean.cpu())
-            stds.append(cast(Any, encoded).latent_dist.std.cpu())
+            means.append(encoded.latent_dist.mean.cpu())
+            stds.append(encoded.latent_dist.std.cpu())
     return Moments(torch.cat(means), torch.cat(stds) if stds else None)
 
 
@@ -295,7 +280,7 @@ def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch
     """Return the states of captions as a shard stores them. `ValueError` if one is too long."""
     states = encoder.encode(captions, MAX_PROMPT_TOKENS)
     tensors = (states.tokens.to(dtype), states.mask.to(torch.uint8), states.pooled.to(dtype))
-    return dict(zip(TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
+    return dict(zip(latents.TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
 
 
 def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterator[tuple[int, Sample | None]]:

@@ -18,7 +18,7 @@ from skipdit.data.clips import ClipConfig, find_clips
 from skipdit.data.folders import as_captions
 from skipdit.data.picture_files import adm_crop, open_picture, reason_of, to_rgb
 from skipdit.data.pictures import DataConfig, open_pictures
-from skipdit.data.videos import UnreadableVideo, count_frames, frames_of
+from skipdit.data.videos import FrameChoice, UnreadableVideo, count_frames, frames_of
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.tars import MAX_VIDEO_BYTES, Member, find_tars, scan_tars
 from skipdit.files.untrusted import printable, printable_path, read_bytes
@@ -143,11 +143,7 @@ def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
 
 def _read_member(member: Member, count: Callable[[], int], number: int, config: EncodeConfig) -> Sample:
     class_name, captions = member.texts()
-    if config.num_frames is None:
-        pixels = cut(open_picture(member.content(), member.name), member.name, config)
-    else:
-        pixels = cut_video(member.content(), member.name, count, number, config)
-    return Sample(pixels, class_name, captions)
+    return Sample(cut_content(member.content(), member.name, count, number, config), class_name, captions)
 
 
 def stream_source(config: EncodeConfig) -> Source:
@@ -208,10 +204,8 @@ def _read_row(
     caption = config.caption_column
     captions = None if caption is None else as_captions([row[caption]], row_name, caption)[0]
     content = content or read_bytes(Path(str(file)), MAX_VIDEO_BYTES)
-    if config.num_frames is None:
-        return Sample(cut(open_picture(content, row_name), row_name, config), class_name, captions)
     count = partial(count_frames, io.BytesIO(content), row_name, config.fps)
-    return Sample(cut_video(content, row_name, count, number, config), class_name, captions)
+    return Sample(cut_content(content, row_name, count, number, config), class_name, captions)
 
 
 def _class_of(label: Any, names: list[str] | None, row_name: str) -> str:
@@ -237,12 +231,14 @@ def cut_frames(frames: Iterator[np.ndarray], name: str, config: EncodeConfig) ->
     return torch.stack([cut(Image.fromarray(frame), name, config) for frame in frames])
 
 
-def cut_video(content: bytes, name: str, count: Callable[[], int], number: int, config: EncodeConfig) -> Tensor:
-    """Return clip `number` of the source from an encoded video. count: returns the number of frames of the video."""
-    assert config.num_frames is not None
+def cut_content(content: bytes, name: str, count: Callable[[], int], number: int, config: EncodeConfig) -> Tensor:
+    """Return an encoded picture, or clip `number` of the source from an encoded video. count: returns the number of
+    frames of the video."""
+    if config.num_frames is None:
+        return cut(open_picture(content, name), name, config)
     start = draw_start(count, name, number, config)
-    frames = frames_of(io.BytesIO(content), name, config.num_frames, config.frame_interval, start, config.fps)
-    return cut_frames(frames, name, config)
+    choice = FrameChoice(num_frames=config.num_frames, interval=config.frame_interval, fps=config.fps)
+    return cut_frames(frames_of(io.BytesIO(content), name, choice, start), name, config)
 
 
 def draw_start(count: Callable[[], int], name: str, number: int, config: EncodeConfig) -> int:

@@ -121,6 +121,11 @@ def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite
         raise ValueError(f"{name} is not valid JSON: {printable(error)}") from error
     if _depth_exceeds(value, MAX_JSON_DEPTH):
         raise ValueError(f"{name} is nested too deeply: at most {MAX_JSON_DEPTH} levels are read")
+    return as_type(value, kind, name)
+
+
+def as_type(value: Any, kind: type[Content], name: str) -> Content:
+    """Return parsed JSON, checked against a type; of a TypedDict, the keys that it knows. name: its name in errors."""
     try:
         return msgspec.convert(value, type=kind, strict=True)
     except msgspec.ValidationError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +20,6 @@ class Metric:
     """column of a table"""
     function: Callable[[Pictures, Pictures], Tensor]
     """of pictures and their reference (b c h w) in [0, 1]; one number per picture"""
-    better: Literal["higher", "lower"]
-    """which of two numbers is the better one"""
     digits: int = 2
     """after the point"""
     min_size: int = 1
@@ -37,9 +34,9 @@ def lpips_like(pictures: Pictures, reference: Pictures) -> Tensor:
 
 
 METRICS = (
-    Metric("psnr", "PSNR dB", psnr_db, "higher"),
-    Metric("ssim", "SSIM", ssim, "higher", digits=4, min_size=SSIM_WINDOW),
-    Metric("perceptual", "LPIPS-like", lpips_like, "lower", digits=4, check=check_metrics_installed),
+    Metric("psnr", "PSNR dB", psnr_db),
+    Metric("ssim", "SSIM", ssim, digits=4, min_size=SSIM_WINDOW),
+    Metric("perceptual", "LPIPS-like", lpips_like, digits=4, check=check_metrics_installed),
 )
 ALWAYS = tuple(metric for metric in METRICS if metric.check is None)
 

@@ -1,6 +1,6 @@
 """Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
     BranchInfo,
-    LongSkip,
+    LinkedBlock,
     LongSkipConfig,
     LongSkipModel,
     LongSkipOutput,
@@ -29,6 +29,17 @@ PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL"
 PRESETS = {
     f"DiT-{size}/{patch_size}": (*shape, patch_size) for size, shape in PRESET_SIZES.items() for patch_size in (2, 4, 8)
 }
+
+
+def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
+    """Return the arguments of a model that a published size decides; `ValueError` on an unknown one."""
+    num_layers, hidden_size, num_attention_heads, patch_size = presets[choose("preset", name, presets)]
+    return {
+        "patch_size": patch_size,
+        "num_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "attention_head_dim": hidden_size // num_attention_heads,
+    }
 
 
 class HeadNorm(nn.Module):
@@ -88,7 +99,7 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return hidden_states * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(LinkedBlock):
     """One unit: attention and MLP, each modulated and gated by the conditioning (adaLN-Zero, DiT paper, section 3.2).
 
     The model sets `long_skip` on the units that take a skip. Each row of the conditioning is used for batch / groups
@@ -102,7 +113,7 @@ class DiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.mlp = MLP(hidden_size, mlp_ratio)
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
-        self.long_skip: LongSkip | None = None
+        self.long_skip = None
 
     def forward(
         self,
@@ -118,18 +129,6 @@ class DiTBlock(nn.Module):
         hidden_states = hidden_states + gate_attn.unsqueeze(1) * attended
         transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp.unsqueeze(1) * transformed
-
-
-def branches_of(model: LongSkipModel) -> list[BranchInfo]:
-    """Return the branches of a model whose blocks are all `DiTBlock`s."""
-    branches: list[BranchInfo] = []
-    for unit, blocks in enumerate(model.units()):
-        for number, block in enumerate(cast(tuple[DiTBlock, ...], blocks)):
-            branches += [
-                BranchInfo(kind_in("attention", number), unit, f"{number}.attn", block.attn),
-                BranchInfo("mlp", unit, f"{number}.mlp", block.mlp),
-            ]
-    return branches
 
 
 class PatchEmbed(nn.Module):
@@ -169,24 +168,123 @@ def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Floa
     return torch.cat([sincos(hidden_size // 2, columns), sincos(hidden_size // 2, rows)], dim=1).float()
 
 
-def position_embedding_of(model: Any, height: int, width: int) -> Float[Tensor, "tokens dim"]:
-    """Return the model's position embedding for a grid of height x width patches, on the model's device."""
-    native = model.config.sample_size // model.config.patch_size
-    if (height, width) == (native, native):
-        return model.position_embedding
-    return sincos_position_embedding(model.position_embedding.shape[1], height, width).to(
-        model.position_embedding.device
-    )
+class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
+    """What DiT and Latte share: `DiTBlock`s on patches of pictures, one token each, and their conditioning."""
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
+    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
+    _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
+    config: Any  # its keys are attributes too, which diffusers does not declare
+    blocks_per_unit: ClassVar[int] = 1
+    position_embedding: Tensor
+    patch_size: int
+
+    def build(self) -> None:
+        """Make the layers that the config asks for. `ValueError` on sizes that do not fit one another."""
+        config = self.config
+        hidden_size = config.num_attention_heads * config.attention_head_dim
+        if hidden_size % 4 or hidden_size < 4:
+            raise ValueError(f"the hidden size (heads x head size) must be divisible by 4, got {hidden_size}")
+        for name in ("patch_size", "num_frames", "num_classes"):
+            if (size := config.get(name)) is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        sample_size, self.patch_size = config.sample_size, config.patch_size
+        if sample_size % self.patch_size:
+            raise ValueError(f"sample_size must be divisible by patch_size {self.patch_size}, got {sample_size}")
+        long_skip, shallow_path = config.long_skip, config.shallow_path
+        if isinstance(long_skip, dict):
+            long_skip = LongSkipConfig.from_dict(long_skip)
+        if isinstance(shallow_path, dict):
+            shallow_path = ShallowPath.from_dict(shallow_path)
+        self.register_to_config(
+            out_channels=config.out_channels or config.in_channels,
+            long_skip=None if long_skip is None else long_skip.to_dict(),
+            shallow_path=None if shallow_path is None else shallow_path.to_dict(),
+            _use_default_values=[],  # else `from_config` resets them, and add_long_skips changes one
+        )
+        self.gradient_checkpointing = False
+        self._make_layers(hidden_size)
+        init_adaln_zero(self)
+        if self.class_embedder is not None:
+            nn.init.normal_(self.class_embedder.weight, std=0.02)
+        self.set_long_skips(hidden_size, long_skip)
+
+    def _make_layers(self, hidden_size: int) -> None:
+        config, grid_size = self.config, self.config.sample_size // self.patch_size
+        spacing, num_classes, null_class = config.downscale_freq_shift, config.num_classes, config.null_class
+        self.patch_embed = PatchEmbed(self.patch_size, config.in_channels, hidden_size)
+        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=spacing)
+        self.timestep_embedder = TimestepEmbedding(256, hidden_size)
+        self.class_embedder = None if num_classes is None else nn.Embedding(num_classes + null_class, hidden_size)
+        self.blocks = nn.ModuleList(
+            DiTBlock(hidden_size, config.num_attention_heads, config.mlp_ratio, config.qk_norm)
+            for _ in range(config.num_layers)
+        )
+        self.final_layer = FinalLayer(hidden_size, self.patch_size**2 * config.out_channels)
+        self.register_buffer(
+            "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
+        )
+
+    @property
+    def dit_blocks(self) -> list[DiTBlock]:
+        """The blocks, which a `ModuleList` does not type."""
+        return cast(list[DiTBlock], list(self.blocks))
+
+    def units(self) -> list[tuple[LinkedBlock, ...]]:
+        size, blocks = self.blocks_per_unit, self.dit_blocks
+        return [tuple(blocks[start : start + size]) for start in range(0, len(blocks), size)]
+
+    def branches(self) -> list[BranchInfo]:
+        branches: list[BranchInfo] = []
+        for index, block in enumerate(self.dit_blocks):
+            unit, number = divmod(index, self.blocks_per_unit)
+            branches += [
+                BranchInfo(kind_in("attention", number), unit, f"{number}.attn", block.attn),
+                BranchInfo("mlp", unit, f"{number}.mlp", block.mlp),
+            ]
+        return branches
+
+    @property
+    def null_class_label(self) -> int:
+        """The label that means "no class"; raises `ValueError` if the model was built without one."""
+        if self.config.num_classes is None or not self.config.null_class:
+            raise ValueError("this model has no null class: classifier-free guidance needs num_classes and null_class")
+        return self.config.num_classes
+
+    def embed_patches(
+        self, latents: Float[Tensor, "pictures channels height width"]
+    ) -> tuple[Float[Tensor, "pictures tokens dim"], tuple[int, int]]:
+        """Return a token per patch, each with its position, and how many patches a picture has downward and across."""
+        sizes = tuple(latents.shape[-2:])
+        if any(size % self.patch_size for size in sizes):
+            raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
+        height, width = (size // self.patch_size for size in sizes)
+        native, positions = self.config.sample_size // self.patch_size, self.position_embedding
+        if (height, width) != (native, native):
+            positions = sincos_position_embedding(positions.shape[1], height, width).to(positions.device)
+        return self.patch_embed(latents) + positions.to(latents.dtype), (height, width)
+
+    def embed_timestep(self, timestep: Tensor, batch: int, dtype: torch.dtype) -> Float[Tensor, "batch dim"]:
+        """Return the embedding of a timestep, one for the batch, or one per sample."""
+        return self.timestep_embedder(self.timestep_frequencies(timestep.reshape(-1).expand(batch)).to(dtype))
+
+    def predict_patches(
+        self, hidden_states: Tensor, conditioning: Tensor, grid: tuple[int, int]
+    ) -> Float[Tensor, "pictures channels height width"]:
+        """Return what the last layer makes of all tokens, as pictures."""
+        patches, p = self.final_layer(hidden_states, conditioning), self.patch_size
+        return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
 
-def run_block(model: Any, block: nn.Module, *args: Tensor | None) -> Tensor:
+def run_block(model: PatchTransformer, block: nn.Module, *args: Tensor | None) -> Tensor:
     """Run a block; under gradient checkpointing it runs again in the backward pass."""
     if model.gradient_checkpointing and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(block, *args)
     return block(*args)
 
 
-def init_adaln_zero(model: Any) -> None:
+def init_adaln_zero(model: PatchTransformer) -> None:
     """Initialize every block as the identity and the output as zero (DiT paper, section 3.2)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -202,7 +300,7 @@ def init_adaln_zero(model: Any) -> None:
         nn.init.zeros_(zeroed.bias)
 
 
-class DiT(ModelMixin, ConfigMixin, LongSkipModel):
+class DiT(PatchTransformer):
     """Class-to-image diffusion transformer.
 
     Args:
@@ -225,11 +323,7 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
             guidance may use; no effect otherwise.
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
-    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
-    _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    class_embedder: nn.Embedding
 
     @register_to_config
     def __init__(
@@ -253,44 +347,8 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         shallow_path: ShallowPath | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = num_attention_heads * attention_head_dim
-        if hidden_size % 4 or hidden_size < 4:
-            raise ValueError(f"the hidden size (heads x head size) must be divisible by 4, got {hidden_size}")
-        for name, size in (("patch_size", patch_size), ("num_classes", num_classes)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
-        if isinstance(long_skip, dict):
-            long_skip = LongSkipConfig.from_dict(long_skip)
-        if isinstance(shallow_path, dict):
-            shallow_path = ShallowPath.from_dict(shallow_path)
-        out_channels = out_channels or in_channels
-        self.register_to_config(
-            out_channels=out_channels,
-            long_skip=None if long_skip is None else long_skip.to_dict(),
-            shallow_path=None if shallow_path is None else shallow_path.to_dict(),
-            _use_default_values=[],  # else `from_config` resets them, and add_long_skips changes one
-        )
-        self.gradient_checkpointing = False
-        self.patch_size = patch_size
         self.time_scale, self.time_shift = time_scale, time_shift
-
-        self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
-        self.timestep_embedder = TimestepEmbedding(256, hidden_size)
-        self.class_embedder = nn.Embedding(num_classes + null_class, hidden_size)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
-        grid_size = sample_size // patch_size
-        self.register_buffer(
-            "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
-        )
-        init_adaln_zero(self)
-        nn.init.normal_(self.class_embedder.weight, std=0.02)
-        self.set_long_skips(hidden_size, long_skip)
+        self.build()
 
     @classmethod
     def from_preset(
@@ -304,31 +362,14 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         long_skip: LongSkipConfig | None = None,
     ) -> "DiT":
         """Build a published size with fresh weights: `"DiT-S/2"` ... `"DiT-XL/8"`; `ValueError` on others."""
-        num_layers, hidden_size, num_attention_heads, patch_size = PRESETS[choose("preset", name, PRESETS)]
         return cls(
+            **preset_sizes(name, PRESETS),
             sample_size=sample_size,
-            patch_size=patch_size,
             in_channels=in_channels,
             out_channels=out_channels,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=hidden_size // num_attention_heads,
             num_classes=num_classes,
             long_skip=long_skip,
         )
-
-    def units(self) -> list[tuple[nn.Module, ...]]:
-        return [(block,) for block in self.blocks]
-
-    def branches(self) -> list[BranchInfo]:
-        return branches_of(self)
-
-    @property
-    def null_class_label(self) -> int:
-        """The label that means "no class"; raises `ValueError` if the model was built without one."""
-        if not self.config.null_class:
-            raise ValueError("this model has no null class: classifier-free guidance needs null_class=True")
-        return self.config.num_classes
 
     def forward(
         self,
@@ -345,19 +386,11 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
         Under a `plan` this returns a `PlannedOutput` with the values that the plan stores; the values that it reuses
         come from `stored`, those of an earlier call. Each tensor has the shape (batch, tokens, dim).
         """
-        if any(size % self.patch_size for size in hidden_states.shape[-2:]):
-            sizes = tuple(hidden_states.shape[-2:])
-            raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
-        height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
-        hidden_states = self.patch_embed(hidden_states) + position_embedding_of(self, height, width).to(
-            hidden_states.dtype
-        )
+        hidden_states, grid = self.embed_patches(hidden_states)
         if (self.time_scale, self.time_shift) != (1, 0):
             timestep = self.time_scale * timestep.float() + self.time_shift
-        timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(hidden_states.shape[0])).to(
-            hidden_states.dtype
-        )
-        conditioning = self.timestep_embedder(timestep_embedding) + self.class_embedder(class_labels)
+        embedded = self.embed_timestep(timestep, len(hidden_states), hidden_states.dtype)
+        conditioning = embedded + self.class_embedder(class_labels)
 
         state = ForwardState.begin(self, plan, stored)
         for unit, block in enumerate(self.blocks):
@@ -369,7 +402,5 @@ class DiT(ModelMixin, ConfigMixin, LongSkipModel):
                 state.leave(unit, hidden_states)
         (hidden_states,) = state.enter(len(self.blocks), hidden_states)
 
-        patches = self.final_layer(hidden_states, conditioning)
-        p = self.patch_size
-        sample = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+        sample = self.predict_patches(hidden_states, conditioning, grid)
         return state.finish(LongSkipOutput(sample=sample) if return_dict else (sample,))

@@ -15,109 +15,9 @@ import torch
 from torch import Tensor
 
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
+from skipdit.models.regions import Branches as Branches
+from skipdit.models.regions import Region, Stored, Units, Values
 from skipdit.models.routing import RoutedTokens, TokenRoute
-
-Values = Mapping[str, Tensor]  # of one region, by names that the region chooses
-Stored = Mapping[str, Values]  # by the name of the region
-
-
-@dataclass(frozen=True, kw_only=True)
-class Region:
-    """A part of the units' work that a call stores or reuses: `Units` or `Branches`. Abstract."""
-
-    is_whole = False
-    """True if it is the work of the whole model, which then is not called at all."""
-
-    @property
-    def name(self) -> str:
-        """A name that identifies it among all regions of a model."""
-        raise NotImplementedError
-
-    @property
-    def bounds(self) -> tuple[int, int] | None:
-        """The first unit that is left out and the first after those; `None` if all units run."""
-        return None
-
-    @property
-    def covered(self) -> tuple[int, ...]:
-        """The units that must run to store it."""
-        raise NotImplementedError
-
-    def leaves_out(self, unit: int) -> bool:
-        return self.bounds is not None and unit in range(*self.bounds)
-
-    def has_branch(self, kind: str, unit: int) -> bool:
-        """Return true if the output of this branch is part of it."""
-        return False
-
-    def has_input(self, kind: str, unit: int) -> bool:
-        """Return true if the input of this branch is part of it."""
-        return False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Units(Region):
-    """The streams after unit `stop - 1`, each (batch, tokens, dim)."""
-
-    start: int
-    """The first unit that is left out."""
-    stop: int
-    """The first unit that runs again."""
-    delta: bool = False
-    """Store the difference from the input of unit `start` instead."""
-    skips: bool = True
-    """Store the skips from these units to others that still run; a probe, which is not reused, needs none."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"there must be at least one unit in the range, got {self.start} to {self.stop}")
-
-    @property
-    def name(self) -> str:
-        return f"{self.start}:{self.stop}" + (" added" if self.delta else "") + ("" if self.skips else " probe")
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        return self.start, self.stop
-
-    @property
-    def covered(self) -> tuple[int, ...]:
-        return tuple(range(self.start, self.stop))
-
-    def __str__(self) -> str:
-        return f"what units {self.start} to {self.stop - 1} {'add' if self.delta else 'output'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Branches(Region):
-    """Outputs of the branches of some kinds in some units."""
-
-    kinds: tuple[BranchKind, ...]
-    units: tuple[int, ...]
-    inputs: bool = False
-    """Inputs instead of outputs: a probe, which can be stored but not reused."""
-
-    def __post_init__(self) -> None:
-        if not self.kinds or not set(self.kinds) <= set(get_args(BranchKind)):
-            raise ValueError(f"kinds must be among {', '.join(get_args(BranchKind))}, got {self.kinds}")
-
-    @property
-    def name(self) -> str:
-        return f"{'inputs of ' if self.inputs else ''}{'+'.join(self.kinds)} {','.join(map(str, self.units))}"
-
-    @property
-    def covered(self) -> tuple[int, ...]:
-        return self.units
-
-    def __str__(self) -> str:
-        return f"{' and '.join(self.kinds)} in {len(self.units)} units"
-
-    def has_branch(self, kind: str, unit: int) -> bool:
-        return not self.inputs and kind in self.kinds and unit in self.units
-
-    def has_input(self, kind: str, unit: int) -> bool:
-        return self.inputs and kind in self.kinds and unit in self.units
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The plan
@@ -267,34 +167,29 @@ def _unit_plan(
             and not region.leaves_out(target)
         )
 
-    def ends(regions: tuple[Region, ...]) -> tuple[End, ...]:
-        return tuple(
-            End(name=region.name, delta=region.delta)
-            for region in regions
-            if isinstance(region, Units) and region.stop <= unit
-        )
+    def ends(ranges: list[Units]) -> tuple[End, ...]:
+        return tuple(End(name=units.name, delta=units.delta) for units in ranges if units.stop <= unit)
 
-    def by_kind(regions: tuple[Region, ...], has: str) -> dict[str, str]:
-        return {
-            kind: region.name for kind in get_args(BranchKind) for region in regions if getattr(region, has)(kind, unit)
-        }
+    def by_kind(regions: tuple[Region, ...], *, inputs: bool = False) -> dict[str, str]:
+        found = [(kind, region) for kind in get_args(BranchKind) for region in regions]
+        return {kind: region.name for kind, region in found if region.has_branch(kind, unit, inputs=inputs)}
 
     runs = not any(region.leaves_out(unit) for region in reuse)
     stored_skip = next((region.name for region in reuse if passes(region)), None)
-    ranges = [region for region in (*store, *reuse) if isinstance(region, Units)]
+    stored, reused = ([region for region in regions if isinstance(region, Units)] for regions in (store, reuse))
     is_due = unit in links.segment_starts or any(
-        unit == region.stop or (region.delta and unit == region.start) for region in ranges
+        unit == units.stop or (units.delta and unit == units.start) for units in stored + reused
     )
     return UnitPlan(
         runs=runs,
-        begins=tuple(region.name for region in ranges if region.delta and region.leaves_out(unit)),
-        takes=ends(reuse),
-        stores=ends(store),
+        begins=tuple(units.name for units in stored + reused if units.delta and units.leaves_out(unit)),
+        takes=ends(reused),
+        stores=ends(stored),
         keeps_skip=tuple(region.name for region in store if passes(region)),
         stored_skip=stored_skip,
-        reuses=by_kind(reuse, "has_branch"),
-        keeps=by_kind(store, "has_branch"),
-        probes=by_kind(store, "has_input"),
+        reuses=by_kind(reuse),
+        keeps=by_kind(store),
+        probes=by_kind(store, inputs=True),
         asks=asks,
         is_idle=not (runs or stored_skip or is_due or asks) and unit < links.num_units - 1,
     )

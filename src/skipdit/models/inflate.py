@@ -3,7 +3,7 @@ image model, whose weights go into the spatial blocks.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ def resize_grid(model: DiT | Latte, **sizes: int) -> None:
 def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
     """Return `num_units` blocks, from both ends, so that each keeps its long skip; a middle one, which has none, comes
     from the first half. Raises `ValueError` if the image model has fewer blocks."""
-    blocks = [cast(DiTBlock, block) for block in picture.unit_entries()]
+    blocks = picture.dit_blocks
     if len(blocks) < num_units:
         raise ValueError(f"the image model has {len(blocks)} blocks, the video model needs {num_units}")
     first = (num_units + 1) // 2
@@ -117,7 +117,8 @@ def inflate_latte(video: Latte, picture: DiT, rows: Mapping[int, int]) -> None:
         video.get_submodule(name).load_state_dict(picture.get_submodule(name).state_dict())
     for entry, block in matched:
         entry.load_state_dict(block.state_dict())
-    embedder = cast(nn.Embedding, video.class_embedder)
+    embedder = video.class_embedder
+    assert embedder is not None, "an unconditional model knows no classes"
     for video_row, picture_row in {video.null_class_label: picture.null_class_label, **rows}.items():
         embedder.weight[video_row] = picture.class_embedder.weight[picture_row]
 

@@ -1,33 +1,18 @@
 """Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - pipelines of diffusers look here
 from einops import rearrange
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from skipdit.models.dit import (
-    PRESET_SIZES,
-    DiTBlock,
-    FinalLayer,
-    PatchEmbed,
-    branches_of,
-    init_adaln_zero,
-    position_embedding_of,
-    repeat_rows,
-    run_block,
-    sincos,
-    sincos_position_embedding,
-)
+from skipdit.models.dit import PRESET_SIZES, PatchTransformer, preset_sizes, repeat_rows, run_block, sincos
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
-from skipdit.models.long_skip import BranchInfo, LongSkipConfig, LongSkipModel, LongSkipOutput, PlannedOutput
+from skipdit.models.long_skip import LongSkipConfig, LongSkipOutput, PlannedOutput
 from skipdit.models.shallow_path import ShallowPath
-from skipdit.options import choose
 
 LATTE_PRESETS = {
     f"Latte-{size}/{patch_size}": (*shape, patch_size)
@@ -36,7 +21,7 @@ LATTE_PRESETS = {
 }
 
 
-class Latte(ModelMixin, ConfigMixin, LongSkipModel):
+class Latte(PatchTransformer):
     """Class-to-video diffusion transformer: spatial blocks, which see one frame, alternate with temporal blocks, which
     see one patch over time. A unit is a (spatial, temporal) pair, and a long skip links two units.
 
@@ -59,11 +44,8 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
             guidance may use; no effect otherwise.
     """
 
-    _supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
-    _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
-    _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    blocks_per_unit = 2  # spatial, temporal
+    frame_embedding: Tensor
 
     @register_to_config
     def __init__(
@@ -86,48 +68,12 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         shallow_path: ShallowPath | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = num_attention_heads * attention_head_dim
-        if hidden_size % 4 or hidden_size < 4:
-            raise ValueError(f"the hidden size (heads x head size) must be divisible by 4, got {hidden_size}")
-        for name, size in (("patch_size", patch_size), ("num_frames", num_frames), ("num_classes", num_classes or 1)):
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         if num_layers % 2 or num_layers < 2:
             raise ValueError(f"num_layers must be even, a spatial and a temporal block per unit, got {num_layers}")
-        if sample_size % patch_size:
-            raise ValueError(f"sample_size must be divisible by patch_size {patch_size}, got {sample_size}")
-        if isinstance(long_skip, dict):
-            long_skip = LongSkipConfig.from_dict(long_skip)
-        if isinstance(shallow_path, dict):
-            shallow_path = ShallowPath.from_dict(shallow_path)
-        out_channels = out_channels or in_channels
-        self.register_to_config(
-            out_channels=out_channels,
-            long_skip=None if long_skip is None else long_skip.to_dict(),
-            shallow_path=None if shallow_path is None else shallow_path.to_dict(),
-            _use_default_values=[],  # else `from_config` resets them, and add_long_skips changes one
-        )
-        self.gradient_checkpointing = False
-        self.patch_size = patch_size
-
-        self.patch_embed = PatchEmbed(patch_size, in_channels, hidden_size)
-        self.timestep_frequencies = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=downscale_freq_shift)
-        self.timestep_embedder = TimestepEmbedding(256, hidden_size)
-        self.class_embedder = None if num_classes is None else nn.Embedding(num_classes + null_class, hidden_size)
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)
-        )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
-        grid_size = sample_size // patch_size
-        self.register_buffer(
-            "position_embedding", sincos_position_embedding(hidden_size, grid_size, grid_size), persistent=False
-        )
+        self.build()
         frames = torch.arange(num_frames, dtype=torch.float64)
-        self.register_buffer("frame_embedding", sincos(hidden_size, frames).float(), persistent=False)
-        init_adaln_zero(self)
-        if self.class_embedder is not None:
-            nn.init.normal_(self.class_embedder.weight, std=0.02)
-        self.set_long_skips(hidden_size, long_skip)
+        table = sincos(self.position_embedding.shape[1], frames).float()
+        self.register_buffer("frame_embedding", table, persistent=False)
 
     @classmethod
     def from_preset(
@@ -142,32 +88,15 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         long_skip: LongSkipConfig | None = None,
     ) -> "Latte":
         """Build a published size with fresh weights: `"Latte-S/2"` ... `"Latte-XL/8"`; `ValueError` on others."""
-        num_layers, hidden_size, num_attention_heads, patch_size = LATTE_PRESETS[choose("preset", name, LATTE_PRESETS)]
         return cls(
+            **preset_sizes(name, LATTE_PRESETS),
             sample_size=sample_size,
             num_frames=num_frames,
-            patch_size=patch_size,
             in_channels=in_channels,
             out_channels=out_channels,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=hidden_size // num_attention_heads,
             num_classes=num_classes,
             long_skip=long_skip,
         )
-
-    def units(self) -> list[tuple[nn.Module, ...]]:
-        return list(zip(self.blocks[::2], self.blocks[1::2], strict=True))
-
-    def branches(self) -> list[BranchInfo]:
-        return branches_of(self)
-
-    @property
-    def null_class_label(self) -> int:
-        """The label that means "no class"; raises `ValueError` if the model was built without one."""
-        if self.config.num_classes is None or not self.config.null_class:
-            raise ValueError("this model has no null class: classifier-free guidance needs num_classes and null_class")
-        return self.config.num_classes
 
     def forward(
         self,
@@ -190,25 +119,14 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
         come from `stored`, those of an earlier call. Tensors of units have the shape (batch x frames, tokens, dim).
         """
         batch, num_all_frames = hidden_states.shape[:2]
-        num_frames = num_all_frames - num_images
-        self._check_input(hidden_states, num_frames)
-        if num_images < 0:
-            raise ValueError(f"num_images must be at least 0, got {num_images}")
-        if image_class_labels is not None and not num_images:
-            raise ValueError("class labels: image_class_labels need num_images")
-        height, width = (size // self.patch_size for size in hidden_states.shape[-2:])
-        dtype = hidden_states.dtype
-        hidden_states = self.patch_embed(rearrange(hidden_states, "b f c h w -> (b f) c h w"))
-        hidden_states = hidden_states + position_embedding_of(self, height, width).to(dtype)
-
-        timestep_embedding = self.timestep_frequencies(timestep.reshape(-1).expand(batch)).to(dtype)
-        conditioning = self._add_class(self.timestep_embedder(timestep_embedding), class_labels)
-        frame_conditioning = conditioning
+        num_frames, dtype = num_all_frames - num_images, hidden_states.dtype
+        self._check_frames(num_frames, num_images, image_class_labels)
+        hidden_states, grid = self.embed_patches(rearrange(hidden_states, "b f c h w -> (b f) c h w"))
+        embedded = self.embed_timestep(timestep, batch, dtype)
+        conditioning = frame_conditioning = self._add_class(embedded, class_labels)
         if num_images:
-            image_conditioning = self._add_class(
-                repeat_rows(self.timestep_embedder(timestep_embedding), batch * num_images),
-                None if image_class_labels is None else image_class_labels.reshape(-1),
-            )
+            image_labels = None if image_class_labels is None else image_class_labels.reshape(-1)
+            image_conditioning = self._add_class(repeat_rows(embedded, batch * num_images), image_labels)
             videos = repeat_rows(conditioning, batch * num_frames).unflatten(0, (batch, num_frames))
             images = image_conditioning.unflatten(0, (batch, num_images))
             frame_conditioning = torch.cat([videos, images], dim=1).flatten(0, 1)
@@ -231,17 +149,17 @@ class Latte(ModelMixin, ConfigMixin, LongSkipModel):
                 state.leave(unit, hidden_states)
         (hidden_states,) = state.enter(self.long_skip_links.num_units, hidden_states)
 
-        patches = self.final_layer(hidden_states, frame_conditioning)
-        p = self.patch_size
-        sample = rearrange(patches, "(b f) (h w) (p q c) -> b f c (h p) (w q)", b=batch, h=height, w=width, p=p, q=p)
+        pictures = self.predict_patches(hidden_states, frame_conditioning, grid)
+        sample = pictures.unflatten(0, (batch, num_all_frames))
         return state.finish(LongSkipOutput(sample=sample) if return_dict else (sample,))
 
-    def _check_input(self, hidden_states: Tensor, num_frames: int) -> None:
-        if any(size % self.patch_size for size in hidden_states.shape[-2:]):
-            sizes = tuple(hidden_states.shape[-2:])
-            raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
+    def _check_frames(self, num_frames: int, num_images: int, image_class_labels: Tensor | None) -> None:
         if not 1 <= num_frames <= self.config.num_frames:
             raise ValueError(f"a clip must have 1 to {self.config.num_frames} frames, got {num_frames}")
+        if num_images < 0:
+            raise ValueError(f"num_images must be at least 0, got {num_images}")
+        if image_class_labels is not None and not num_images:
+            raise ValueError("class labels: image_class_labels need num_images")
 
     def _add_class(self, conditioning: Tensor, class_labels: Tensor | None) -> Tensor:
         if (class_labels is None) != (self.class_embedder is None):

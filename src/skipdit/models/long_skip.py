@@ -9,8 +9,8 @@ only the k shallowest and the k deepest units.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, cast, get_args
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from skipdit.options import Fusion
+from skipdit.options import Fusion, check_fields, check_range
 from skipdit.verbs import carry_out
+
+if TYPE_CHECKING:
+    from skipdit.models.forward_plan import ForwardState, Writes
 
 BranchKind = Literal["attention", "temporal_attention", "cross_attention", "mlp"]
 Norm = Literal["layer_norm", "rms_norm"]
@@ -49,13 +52,8 @@ class LongSkipConfig:
     its skip stays (SPRINT, arXiv 2510.21986)"""
 
     def __post_init__(self) -> None:
-        if self.num_pairs is not None and self.num_pairs < 0:
-            raise ValueError(f"num_pairs must be at least 0 or None for all, got {self.num_pairs}")
-        for name, allowed in (("norm", Norm), ("fusion", Fusion)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
-        if self.init is not None and self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))} or None, got {self.init!r}")
+        check_range(self, "num_pairs", least=0)
+        check_fields(self)
 
     @property
     def resolved_init(self) -> Init:
@@ -213,20 +211,28 @@ class BranchInfo:
 class OpenCall:
     """The current forward call of a model: one object that the model shares with its blocks and branches."""
 
-    state: Any = None
-    """The `ForwardState`, `None` outside a call."""
+    state: "ForwardState | None" = None
+    """`None` outside a call."""
     num_tokens: int = 0
     """Tokens per image or frame, as the first block of the last unit saw them."""
     for_branches: bool = False
     """True if only branches are open."""
-    writes: Any = None
-    """The `Writes` of the model, `None` if its blocks write nothing in place."""
+    writes: "Writes | None" = None
+    """`None` if its blocks write nothing in place."""
 
 
-class LongSkipModel:
+class LinkedBlock(nn.Module):
+    """A block that can be the first of its unit, which fuses the unit's skip."""
+
+    long_skip: LongSkip | None
+    """`None` if the unit takes no skip."""
+
+
+class LongSkipModel(nn.Module):
     """A model of units. Its forward takes `plan` and `stored` as in `skipdit.models.forward_plan`, and under a plan
-    returns a `PlannedOutput`. The first block of each unit has `long_skip`: a `LongSkip` if the unit takes a skip."""
+    returns a `PlannedOutput`."""
 
+    config: Any  # its keys are attributes too, which diffusers does not declare
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     """(dim); `None` if `LongSkipConfig.fill_token` is off."""
@@ -234,20 +240,20 @@ class LongSkipModel:
     """Factor from the `timestep` argument to the scale from 0 to 1000; negative if it rises as noise falls."""
     shares_tokens: bool = False
     """True if the samples of a batch must keep the same tokens."""
-    open_call: "OpenCall | None" = None
+    open_call: OpenCall | None = None
     """The current call, for blocks and branches; `None` if none are open."""
     is_cache_enabled: bool = False
 
-    def units(self) -> list[tuple[nn.Module, ...]]:
+    def units(self) -> list[tuple[LinkedBlock, ...]]:
         """Return the blocks of each unit in the order in which they run; the first fuses the unit's skip."""
         raise NotImplementedError
 
-    def unit_entries(self) -> list[nn.Module]:
+    def unit_entries(self) -> list[LinkedBlock]:
         return [blocks[0] for blocks in self.units()]
 
-    def segment_starts(self) -> tuple[int, ...]:
-        """Return the first unit of every segment but the first."""
-        return ()
+    def segment_sizes(self) -> list[int]:
+        """Return the number of units of each segment."""
+        return [len(self.units())]
 
     def branches(self) -> list[BranchInfo]:
         """Return every branch: attention (over time in the second block of a unit), cross-attention and MLP; several of
@@ -257,13 +263,20 @@ class LongSkipModel:
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
         """Give the target units fresh `LongSkip`s and remove those of all others; `None` removes all. Sets the fill
         token too, which starts at zero."""
-        entries, starts = self.unit_entries(), self.segment_starts()
-        sizes = [stop - start for start, stop in pairwise((0, *starts, len(entries)))]
-        self.long_skip_links = LongSkipLinks(len(entries), pair_segments(sizes, config), starts)
-        for unit, block in enumerate(entries):
+        self.set_links(pair_segments(self.segment_sizes(), config))
+        for unit, block in enumerate(self.unit_entries()):
             is_target = unit in self.long_skip_links.sources
-            cast(Any, block).long_skip = LongSkip(hidden_size, cast(LongSkipConfig, config)) if is_target else None
+            block.long_skip = LongSkip(hidden_size, config) if is_target and config is not None else None
         self.fill_token = nn.Parameter(torch.zeros(hidden_size)) if config is not None and config.fill_token else None
+
+    def update_config(self, **options: Any) -> None:
+        """Set entries of the config, which diffusers' ConfigMixin keeps."""
+        cast(Any, self).register_to_config(**options)
+
+    def set_links(self, sources: Mapping[int, int]) -> None:
+        """Link units, by the source of each target."""
+        *starts, num_units = accumulate(self.segment_sizes())
+        self.long_skip_links = LongSkipLinks(num_units, sources, tuple(starts))
 
     # ------------------------------------------------------------------------------------------------------------------
     # The verbs of diffusers' CacheMixin

@@ -7,7 +7,7 @@ It can then make the unconditional prediction of guidance, at a fraction of the 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
@@ -77,7 +77,7 @@ def guidance_plan(
         return None
     if guidance_scale <= 1:
         raise ValueError(f"guidance 'shallow' needs a guidance_scale above 1, got {guidance_scale:g}")
-    fields = cast(Any, model).config.get("shallow_path")
+    fields = model.config.get("shallow_path")
     trained = None if fields is None else ShallowPath.from_dict(fields)
     if num_shallow_units is None:
         if trained is None:

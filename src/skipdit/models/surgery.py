@@ -7,18 +7,17 @@ same, a copy of the model is independent, and `torch.compile` sees one plain for
 """
 
 import inspect
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from einops import rearrange
-from torch import Tensor, nn
+from torch import nn
 
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import SwapMixin, hooked, refuse_hooked, swap, swapped_class
@@ -26,135 +25,18 @@ from skipdit.models.families import Family, Segment, find_family, get_family
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, Writes, kind_in
 from skipdit.models.long_skip import (
     BranchInfo,
-    LongSkip,
+    LinkedBlock,
     LongSkipConfig,
-    LongSkipLinks,
     LongSkipModel,
     OpenCall,
     pair_segments,
-    pair_units,
 )
-from skipdit.models.routing import ByToken
+from skipdit.models.unit_block import UnitBlock, UnitBlockInfo
 from skipdit.verbs import carry_out
 
 # weights with long skips go into files of another name, so that the plain class of diffusers rejects the folder instead
 # of dropping them with a warning
 LONG_SKIP_VARIANT = "long_skip"
-
-
-@dataclass(frozen=True)
-class UnitBlockInfo:
-    """The position of a block in its model, and of its streams among its arguments."""
-
-    unit: int
-    is_entry: bool
-    """True for the first block of its unit."""
-    is_exit: bool
-    """True for the last block of the model."""
-    over_time: bool
-    """True if the block sees one patch over time, (b n) f d, not (b f) n d."""
-    streams: tuple[str, ...]
-    """Arguments that hold the streams, in the order of the outputs."""
-    fused: str
-    """The stream that long skips fuse."""
-    positions: dict[str, int]
-    """Positions of the arguments by name."""
-    joins: tuple[tuple[int, ...], int] | None
-    """For the first block of a segment whose streams are joined: their indices, and the index of the stream whose
-    tokens may be routed."""
-    by_token: Mapping[str, ByToken]
-    """Other arguments that have an entry per token."""
-
-    def input_streams(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the streams among the arguments, in the form of a block's output."""
-        streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
-        return streams[0] if len(streams) == 1 else tuple(streams)
-
-
-class UnitBlock(SwapMixin, nn.Module):
-    """Mixin before a block's class. Before the block it stores or reuses the streams and fuses the skip; at a reuse
-    step a block of a unit that does not run returns its input streams."""
-
-    _info: UnitBlockInfo
-    _open: OpenCall
-    long_skip: LongSkip | None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state, info = self._open.state, self._info
-        if state is None or info.unit not in state.plan.idle or self._is_hooked():
-            return self._call_impl(*args, **kwargs)
-        return info.input_streams(args, kwargs)
-
-    def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the forward of the block's own class without the actions of a plan: blocks of one class share their
-        graphs, and so do all steps. Under a plan that stores or reuses branches a block runs without its graph."""
-        compiled: Any = torch.compile(super().forward, *args, **options)
-        compiled.options = args, options
-        self._compiled_call_impl = compiled
-
-    def _is_hooked(self) -> bool:
-        return bool(self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        info, state = self._info, self._open.state
-        if state is None:
-            raise RuntimeError(
-                f"this {type(self).__name__} belongs to unit {info.unit} of a model and runs only inside its forward"
-            )
-        compiled = None if state.plan.has_branches else self._compiled_call_impl
-        if info.unit in state.plan.untouched and info.joins is None:
-            return (compiled or super().forward)(*args, **kwargs)
-        call = list(args)
-
-        def get(name: str) -> Tensor:
-            return kwargs[name] if name in kwargs else call[info.positions[name]]
-
-        def put(name: str, value: Tensor) -> None:
-            if name in kwargs:
-                kwargs[name] = value
-            else:
-                call[info.positions[name]] = value
-
-        if info.is_entry:
-            if info.joins:
-                state.join(*info.joins)
-            state.arrive(info.unit, get(info.fused))
-            if state.is_boundary(info.unit):
-                routed = info.streams.index(info.fused)
-                streams = state.enter(info.unit, *(get(name) for name in info.streams), routed=routed)
-                for name, stream in zip(info.streams, streams, strict=True):
-                    put(name, stream)
-            self._open.num_tokens = get(info.fused).shape[1]
-        if state.runs(info.unit):
-            if state.tokens is not None and state.sees_kept(info.unit):
-                for name, by_token in info.by_token.items():
-                    if name in kwargs or info.positions[name] < len(call):
-                        put(name, state.tokens.keep(get(name), by_token))
-            if self.long_skip is not None:
-                put(info.fused, self.long_skip(get(info.fused), state.skip(info.unit)))
-            output = (compiled or super().forward)(*call, **kwargs)
-        else:
-            if info.is_entry:
-                # a model that passes skips on by itself takes the output of this unit for one (HunyuanDiT)
-                skip = state.stored_skip(info.unit)
-                if skip is not None:
-                    put(info.fused, skip)
-            output = info.input_streams(call, kwargs)
-        if info.is_exit and state.is_boundary(info.unit + 1):
-            return _exit(state, info, output, self._open.num_tokens)
-        return output
-
-
-def _exit(state: ForwardState, info: UnitBlockInfo, output: Any, num_tokens: int) -> Any:
-    """Return the output of the last unit, after it was stored or replaced."""
-    if info.over_time:
-        num_frames = output.shape[1]
-        output = rearrange(output, "(b n) f d -> (b f) n d", n=num_tokens)
-        (output,) = state.enter(info.unit + 1, output)
-        return rearrange(output, "(b f) n d -> (b n) f d", f=num_frames)
-    if len(info.streams) == 1:
-        return state.enter(info.unit + 1, output)[0]
-    return state.enter(info.unit + 1, *output)
 
 
 class RunsUnits(SwapMixin, LongSkipModel):
@@ -180,15 +62,24 @@ class RunsUnits(SwapMixin, LongSkipModel):
     def shares_tokens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._family.shares_tokens
 
-    def segment_starts(self) -> tuple[int, ...]:
-        sizes = [len(units) for units in _segments(cast(nn.Module, self), self._family)]
-        return tuple(accumulate(sizes))[:-1]
+    def segment_sizes(self) -> list[int]:
+        return [len(units) for units in _segments(self, self._family)]
 
-    def units(self) -> list[tuple[nn.Module, ...]]:
-        return _units(cast(nn.Module, self), self._family)
+    def units(self) -> list[tuple[LinkedBlock, ...]]:
+        segments = _segments(self, self._family)
+        return cast(list[tuple[LinkedBlock, ...]], [blocks for units in segments for blocks in units])
 
     def branches(self) -> list[BranchInfo]:
-        return _branches(cast(nn.Module, self), self._family)
+        segments = zip(self._family.segments, _segments(self, self._family), strict=True)
+        units = [(segment, blocks) for segment, units in segments for blocks in units]
+        return [
+            BranchInfo(kind_in(kind, number), unit, f"{number}.{name}", children[name])
+            for unit, (segment, blocks) in enumerate(units)
+            for number, children in enumerate(dict(block.named_modules()) for block in blocks)
+            for kind, names in segment.branches.items()
+            for name in names
+            if name in children
+        ]
 
     def enable_cache(self, spec: Any) -> None:
         """Call `skipdit.enable_cache(model, spec)`; a config of diffusers enables a cache of diffusers."""
@@ -207,7 +98,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
 
     def disable_cache(self) -> None:
         """Call `skipdit.disable_cache(model)`, and disable a cache of diffusers too."""
-        mixin = cast(Any, super(LongSkipModel, self))
+        mixin: Any = super(LongSkipModel, self)
         if getattr(mixin, "is_cache_enabled", False):
             mixin.disable_cache()
         super().disable_cache()
@@ -237,8 +128,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
     ) -> None:
         """Save as diffusers does. With long skips of ours the name of the weights' file contains `long_skip`;
         `skipdit.load_model` and `long_skip_class(...).from_pretrained` read it."""
-        model = cast(Any, self)
-        if model.config.get("long_skip") is not None:
+        if self.config.get("long_skip") is not None:
             if options.get("variant") is not None or not safe_serialization:
                 raise ValueError("weights with long skips can be saved only as safetensors of the variant 'long_skip'")
             options["variant"] = LONG_SKIP_VARIANT
@@ -257,7 +147,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Any:
         """Build as diffusers does, with long skips if the config has `long_skip`."""
-        plain = cast(Any, _plain_class(cls))
+        plain: Any = _plain_class(cls)
         fields = dict(config if isinstance(config, Mapping) else plain.load_config(config))
         long_skip, shallow_path = fields.pop("long_skip", None), fields.pop("shallow_path", None)
         model, unused = plain.from_config(fields, return_unused_kwargs=True, **options)
@@ -333,35 +223,15 @@ def _segments(model: nn.Module, family: Family) -> list[list[tuple[nn.Module, ..
     return found
 
 
-def _units(model: nn.Module, family: Family) -> list[tuple[nn.Module, ...]]:
-    return [unit for units in _segments(model, family) for unit in units]
-
-
 def num_units_of(model: nn.Module) -> int:
     """Return the number of units of one of our models, or of a transformer of diffusers, open or not."""
+    return sum(_segment_sizes(model))
+
+
+def _segment_sizes(model: nn.Module) -> list[int]:
     if isinstance(model, LongSkipModel):
-        return model.long_skip_links.num_units
-    return len(_units(model, get_family(type(model))))
-
-
-def _branches(model: nn.Module, family: Family) -> list[BranchInfo]:
-    found, unit = [], 0
-    for segment, units in zip(family.segments, _segments(model, family), strict=True):
-        for blocks in units:
-            for number, block in enumerate(blocks):
-                children = dict(block.named_modules())
-                found += [
-                    BranchInfo(kind_in(kind, number), unit, f"{number}.{name}", children[name])
-                    for kind, names in segment.branches.items()
-                    for name in names
-                    if name in children
-                ]
-            unit += 1
-    return found
-
-
-def _native_links(num_units: int) -> LongSkipLinks:
-    return LongSkipLinks(num_units, pair_units(num_units, LongSkipConfig(middle_pair=False)))
+        return model.segment_sizes()
+    return [len(units) for units in _segments(model, get_family(type(model)))]
 
 
 def open_units(model: nn.Module) -> None:
@@ -372,51 +242,53 @@ def open_units(model: nn.Module) -> None:
     """
     if isinstance(model, LongSkipModel):
         return
-    family = get_family(type(model))
-    segments = _segments(model, family)
-    units = _units(model, family)
-    refuse_hooked((model, *(block for blocks in units for block in blocks)))
-    if any(block._compiled_call_impl is not None for blocks in units for block in blocks):
+    family, model_class = get_family(type(model)), long_skip_class(type(model))
+    blocks = list(_block_infos(family, _segments(model, family)))
+    refuse_hooked((model, *(block for block, _ in blocks)))
+    if any(block._compiled_call_impl is not None for block, _ in blocks):
         raise ValueError(f"blocks of this {type(model).__name__} are compiled: call skipdit first, then compile them")
     writes = None if family.writes_in_place is False else Writes(always=family.writes_in_place is True)
-    model_class, open_call, infos = long_skip_class(type(model)), OpenCall(writes=writes), []
-    for number, (segment, members) in enumerate(zip(family.segments, segments, strict=True)):
+    open_call = OpenCall(writes=writes)
+    for block, info in blocks:
+        swap(block, _block_class(type(block)))
+        opened = cast(UnitBlock, block)
+        opened._info, opened._open, opened.long_skip = info, open_call, None
+    swap(model, model_class)
+    running = cast(RunsUnits, model)
+    running.open_call, running._family, running.timestep_scale = open_call, family, family.timestep_scale
+    running.fill_token = None
+    native = LongSkipConfig(middle_pair=False) if family.native_pairs else None
+    running.set_links(pair_segments(running.segment_sizes(), native))
+
+
+def _block_infos(
+    family: Family, segments: list[list[tuple[nn.Module, ...]]]
+) -> Iterator[tuple[nn.Module, UnitBlockInfo]]:
+    """Yield each block, with its position. Raises `ValueError` if the family does not fit."""
+    num_units, unit = sum(map(len, segments)), 0
+    for number, (segment, units) in enumerate(zip(family.segments, segments, strict=True)):
         joins = None
         if segment.joins:
             before = family.segments[number - 1]
             joins = tuple(map(before.streams.index, segment.joins)), before.streams.index(before.fused_stream)
-        for position, blocks in enumerate(members):
-            unit = len(infos)
-            infos.append(
-                [
+        for blocks in units:
+            for block in blocks:
+                is_entry = block is blocks[0]
+                inputs = (segment.by_token or {}).items()
+                yield (
+                    block,
                     UnitBlockInfo(
                         unit=unit,
-                        is_entry=block is blocks[0],
-                        is_exit=unit == len(units) - 1 and block is blocks[-1],
-                        over_time=block is not blocks[0],
+                        is_entry=is_entry,
+                        is_exit=unit == num_units - 1 and block is blocks[-1],
                         streams=segment.streams,
                         fused=segment.fused_stream,
                         positions=_positions(block, segment),
-                        joins=joins if position == 0 and block is blocks[0] else None,
-                        by_token={
-                            name: by_token
-                            for name, by_token in (segment.by_token or {}).items()
-                            if by_token.of_rows == (block is not blocks[0])
-                        },
-                    )
-                    for block in blocks
-                ]
-            )
-    for blocks, block_infos in zip(units, infos, strict=True):
-        for block, info in zip(cast(tuple[Any, ...], blocks), block_infos, strict=True):
-            swap(block, _block_class(type(block)))
-            block._info, block._open, block.long_skip = info, open_call, None
-    opened = cast(Any, model)
-    swap(opened, model_class)
-    opened.open_call, opened._family, opened.timestep_scale = open_call, family, family.timestep_scale
-    opened.fill_token = None
-    starts = opened.segment_starts()
-    opened.long_skip_links = _native_links(len(units)) if family.native_pairs else LongSkipLinks(len(units), {}, starts)
+                        joins=joins if is_entry else None,
+                        by_token={name: by_token for name, by_token in inputs if by_token.of_rows != is_entry},
+                    ),
+                )
+            unit, joins = unit + 1, None
 
 
 def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
@@ -438,7 +310,7 @@ def close_units(model: nn.Module) -> None:
     output, if hooks were set on them since, or `fully_shard` has put its classes on top."""
     if not isinstance(model, RunsUnits):
         return
-    blocks = cast(list[Any], [block for blocks in model.units() for block in blocks])
+    blocks = [cast(UnitBlock, block) for blocks in model.units() for block in blocks]
     if hooked((model, *blocks)) is not None:
         return
     if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock) for module in (model, *blocks)):
@@ -448,9 +320,10 @@ def close_units(model: nn.Module) -> None:
     close_branches(model)
     for block in blocks:
         del block._info, block._open, block.long_skip
+        compiled: Any = block._compiled_call_impl
         swap(block, type(block).__bases__[1])
-        if block._compiled_call_impl is not None:
-            args, options = block._compiled_call_impl.options
+        if compiled is not None:
+            args, options = compiled.options
             block.compile(*args, **options)
     del model.open_call, model._family, model.timestep_scale, model.long_skip_links, model.fill_token
     swap(model, type(model).__bases__[1])
@@ -471,38 +344,32 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
     `config` links no pair or more than there are; the model is then unchanged.
     """
     _refuse_cached(model)
-    config = config or LongSkipConfig()
-    family = find_family(type(model))
+    config, family = config or LongSkipConfig(), find_family(type(model))
     if family is not None and family.native_pairs:
         raise ValueError(
             f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) directly"
         )
-    if not isinstance(model, LongSkipModel) and family is not None and "long_skip" in cast(Any, model).config:
-        raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
-    if isinstance(model, LongSkipModel) and model.long_skip_links.sources:
-        raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
     if isinstance(model, LongSkipModel):
-        sizes = [model.long_skip_links.num_units]
-    else:
-        sizes = [len(units) for units in _segments(model, get_family(type(model)))]
+        if model.long_skip_links.sources:
+            raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
+    elif family is not None and "long_skip" in cast(Any, model).config:
+        raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
+    sizes = _segment_sizes(model)
     if not pair_segments(sizes, config):
         raise ValueError(
             f"there must be at least one pair, got num_pairs {config.num_pairs} for segments of {sizes} units"
         )
-    hidden_size = 1
-    for name in family.hidden_size if family else ("num_attention_heads", "attention_head_dim"):
-        hidden_size *= cast(Any, model).config[name]
     open_units(model)
-    linked = cast(Any, model)
-    linked.set_long_skips(hidden_size, config)
+    linked = cast(LongSkipModel, model)
+    names = family.hidden_size if family else ("num_attention_heads", "attention_head_dim")
+    linked.set_long_skips(math.prod(linked.config[name] for name in names), config)
+    dtype: Any = linked.dtype  # a block's first parameter may be one that stays in float32 (Wan)
     for block in linked.unit_entries():
         if block.long_skip is not None:
-            # the model's dtype: a block's first parameter may be one that stays in float32 (Wan)
-            block.long_skip.to(next(block.parameters()).device, linked.dtype).train(model.training)
+            block.long_skip.to(next(block.parameters()).device, dtype).train(model.training)
     if linked.fill_token is not None:
-        first = next(model.parameters())
-        linked.fill_token.data = linked.fill_token.data.to(first.device, linked.dtype)
-    linked.register_to_config(long_skip=config.to_dict())
+        linked.fill_token.data = linked.fill_token.data.to(next(model.parameters()).device, dtype)
+    linked.update_config(long_skip=config.to_dict())
 
 
 def add_fill_token(model: nn.Module) -> None:
@@ -510,13 +377,12 @@ def add_fill_token(model: nn.Module) -> None:
 
     Raises `ValueError` if it has no long skips of ours.
     """
-    linked = cast(Any, model)
-    if not isinstance(model, LongSkipModel) or linked.config.get("long_skip") is None:
+    if not isinstance(model, LongSkipModel) or model.config.get("long_skip") is None:
         raise ValueError(f"a fill token needs long skips that skipdit added: this {type(model).__name__} has none")
     if model.fill_token is None:
-        long_skip = next(block.long_skip for block in cast(list[Any], model.unit_entries()) if block.long_skip)
+        long_skip = next(block.long_skip for block in model.unit_entries() if block.long_skip)
         model.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
-        linked.register_to_config(long_skip={**linked.config["long_skip"], "fill_token": True})
+        model.update_config(long_skip={**model.config["long_skip"], "fill_token": True})
 
 
 def remove_long_skips(model: nn.Module) -> None:
@@ -525,21 +391,20 @@ def remove_long_skips(model: nn.Module) -> None:
     if not isinstance(model, LongSkipModel) or not model.long_skip_links.sources:
         raise ValueError(f"this {type(model).__name__} has no long skips that skipdit added")
     _refuse_cached(model)
-    linked = cast(Any, model)
     if isinstance(model, RunsUnits):
         if model._family.native_pairs:
             raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
         found = hooked((model, *(block for blocks in model.units() for block in blocks)))
         if found is not None:
             raise ValueError(f"hooks are on the forward of this {type(found).__name__}: remove them first")
-        for block in cast(list[Any], model.unit_entries()):
+        for block in model.unit_entries():
             block.long_skip = None
-        linked.fill_token = None
+        model.fill_token = None
         close_units(model)
-        linked._internal_dict = FrozenDict({k: v for k, v in linked.config.items() if k != "long_skip"})
+        cast(Any, model)._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "long_skip"})
     else:
-        linked.set_long_skips(0, None)
-        linked.register_to_config(long_skip=None)
+        model.set_long_skips(0, None)
+        model.update_config(long_skip=None)
 
 
 def _refuse_cached(model: nn.Module) -> None:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -22,7 +21,6 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.files.output import atomic_folder, check_whole, to_json
 from skipdit.files.untrusted import printable, read_json
 from skipdit.loading import Source
-from skipdit.models.costs import count_flops
 from skipdit.runs import Counts, Runner, counts_of, guidance_options
 from skipdit.sampling.compare import CLIP_FPS
 from skipdit.sampling.config import SampleConfig
@@ -192,13 +190,3 @@ def save_png(path: Path, sample: np.ndarray) -> None:
     first, *others = [Image.fromarray(frame) for frame in (sample if sample.ndim == 4 else sample[None])]
     animation = {"save_all": True, "append_images": others, "duration": 1000 / CLIP_FPS, "loop": 0}
     first.save(path, **(animation if others else {}))
-
-
-def cost_ratio(run: Runner, config: SampleConfig) -> float:
-    """Return the FLOPs of a step with ordinary guidance over those of one with the config's."""
-    if config.guidance == "full":
-        return 1.0
-    step = partial(run, num_inference_steps=1)
-    shallow = guidance_options(config.guidance, config.guidance_shallow_units)
-    full, own = (count_flops(run.pipeline.transformer, partial(step, **options)) for options in ({}, shallow))
-    return full / own

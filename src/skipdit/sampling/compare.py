@@ -135,8 +135,8 @@ class Comparison:
 
 def load(config: SampleConfig) -> Source:
     """Return the model that a config names; see `skipdit.loading.load_source`."""
-    names = ("task", "device", "dtype", "scheduler", "vae", "num_attention_heads", "num_classes", "objective", "drop")
-    return load_source(config.model, **{name: getattr(config, name) for name in names})
+    names = ("task", "device", "dtype", "scheduler", "vae")
+    return load_source(config.model, weights=config, **{name: getattr(config, name) for name in names})
 
 
 def choose_samples(source: Source, config: SampleConfig) -> Chosen:
@@ -157,21 +157,28 @@ def runner_of(source: Source, config: SampleConfig, conditions: Sequence[Any], *
     )
 
 
+def cost_ratio(run: Runner, config: SampleConfig, **options: Any) -> float:
+    """Return the FLOPs of a step with ordinary guidance over those of one with the config's. options: of the runs."""
+    if config.guidance == "full":
+        return 1.0
+    step = partial(run, num_inference_steps=1, **options)
+    shallow = guidance_options(config.guidance, config.guidance_shallow_units)
+    own, full = (count_flops(run.pipeline.transformer, partial(step, **guidance)) for guidance in (shallow, {}))
+    return full / own
+
+
 def warm_up(run: Runner, cache: OwnCache | None, config: SampleConfig) -> float:
     """Make the first calls, which allocate and, where asked for, compile: that is no part of any time.
 
     Return the FLOPs of a step with ordinary guidance over those of one with the config's.
     """
-    model, guidance = run.pipeline.transformer, guidance_options(config.guidance, config.guidance_shallow_units)
-    ratio = 1.0
+    guidance, ratio = guidance_options(config.guidance, config.guidance_shallow_units), 1.0
     if config.guidance != "full":
-        step = partial(run, num_inference_steps=1, description="warm-up")
-        shallow, full = (count_flops(model, partial(step, **options)) for options in (guidance, {}))
-        ratio = full / shallow
+        ratio = cost_ratio(run, config, description="warm-up")
     elif not config.compile:
         run(num_inference_steps=1, description="warm-up")
     if config.compile:
-        model.compile(fullgraph=True)
+        run.pipeline.transformer.compile(fullgraph=True)
         for options in ({}, guidance)[: 1 if config.guidance == "full" else 2]:
             run(num_inference_steps=2, description="compiling", **options)
         if cache is not None:

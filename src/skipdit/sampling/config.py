@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import ClassVar
 
 from skipdit.command_options import OutputOptions, WeightsOptions
-from skipdit.options import DTypeName, Guidance, NumInferenceSteps, check_numbers, check_option, check_range
-from skipdit.tasks import TASKS, TaskName
+from skipdit.options import DTypeName, Guidance, NumInferenceSteps, check_range
+from skipdit.tasks import TaskName
 
 MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
 
@@ -83,12 +83,8 @@ class SampleConfig(WeightsOptions, OutputOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_numbers(self)
         check_range(self, "num_samples", "fewer_steps", "batch_size")
         check_range(self, "num_inference_steps", most=1000)
-        for name, allowed in (("dtype", DTypeName), ("guidance", Guidance)):
-            check_option(self, name, get_args(allowed))
-        check_option(self, "task", tuple(TASKS))
         if self.fewer_steps is not None and self.cache == "none" and self.guidance == "full":
             raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
         if self.guidance == "full" and self.guidance_shallow_units is not None:

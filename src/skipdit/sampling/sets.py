@@ -18,30 +18,14 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import numpy as np
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    track,
-)
+from rich.progress import track
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
 from skipdit.environment import machine, peak_memory_bytes, resolve_device
 from skipdit.environment import versions as versions_here
-from skipdit.files.output import (
-    OutputFolder,
-    atomic_folder,
-    check_replaceable,
-    check_whole,
-    output_folder,
-    read_marker,
-    remove_ours,
-    to_json,
-)
+from skipdit.files import output
+from skipdit.files.output import OutputFolder
 from skipdit.files.untrusted import printable, read_json
 from skipdit.loading import Source
 from skipdit.process_group import ProcessGroup, own_device, process_group
@@ -52,15 +36,15 @@ from skipdit.sampling.blocks import (
     BlockMaker,
     Conditions,
     block_path,
-    cost_ratio,
     is_block,
     png_name,
     read_block,
     seed_of,
     settings_of,
 )
-from skipdit.sampling.compare import load, runner_of
+from skipdit.sampling.compare import cost_ratio, load, runner_of
 from skipdit.sampling.config import SampleConfig
+from skipdit.terminal import progress_bar
 
 LOGGER = logging.getLogger(__name__)
 
@@ -130,9 +114,8 @@ def sample_set(config: SampleConfig) -> SetReport | None:
     with process_group() as group, ExitStack() as held:
         device = own_device(resolve_device(config.device))
         folders: list[OutputFolder] = []
-        group.from_main(
-            lambda: folders.append(held.enter_context(output_folder(config.out, KIND, overwrite=config.overwrite)))
-        )
+        folder = output.output_folder(config.out, KIND, overwrite=config.overwrite)
+        group.from_main(lambda: folders.append(held.enter_context(folder)))
         source = load(replace(config, device=str(device)))
         run = SetRun(config, source, group, folders[0] if folders else None)
         return run()
@@ -184,16 +167,16 @@ class SetRun:
         if told is not None and self.has_begun(told) and (changed := _difference(told["settings"], settings)):
             what = ", ".join(changed)
             raise ValueError(f"{printable(self.folder)} holds samples of other settings ({what}): give another --out")
-        digest = hashlib.sha256(to_json(settings).encode()).hexdigest()
+        digest = hashlib.sha256(output.to_json(settings).encode()).hexdigest()
         if told is not None and told["report"] is not None and self.has_results():
             self.remove_blocks()
             return digest, None
         if self.config.png:
-            check_replaceable(self.folder / PNG, KIND, self.overwritten)
+            output.check_replaceable(self.folder / PNG, KIND, self.overwritten)
         paths = [block_path(self.folder, number) for number in range(self.num_blocks)]
         missing = [number for number, path in enumerate(paths) if not is_block(path, digest)]
         for number in missing:
-            check_replaceable(paths[number], KIND, even_damaged=True)
+            output.check_replaceable(paths[number], KIND, even_damaged=True)
         self.write(settings, None)
         if len(missing) < self.num_blocks:
             LOGGER.warning("goes on with %d of %d blocks that are there", self.num_blocks - len(missing), len(paths))
@@ -202,12 +185,12 @@ class SetRun:
     def has_begun(self, told: Told) -> bool:
         """Return whether anything is there that other settings would throw away."""
         blocks = (self.folder / BLOCKS).glob("block-*")
-        return told["report"] is not None or any(KIND in read_marker(path)["files"] for path in blocks)
+        return told["report"] is not None or any(KIND in output.read_marker(path)["files"] for path in blocks)
 
     def has_results(self) -> bool:
         with suppress(OSError, ValueError):
             if self.config.png:
-                check_whole(self.folder / PNG, KIND)
+                output.check_whole(self.folder / PNG, KIND)
             return self.files.holds(NPZ) or not self.config.npz
         return False
 
@@ -221,7 +204,7 @@ class SetRun:
     def write(self, settings: dict[str, Any], report: SetReport | None) -> None:
         prompts = list(self.conditions.choices) if isinstance(self.conditions.choices[0], str) else []
         told = Told(settings=settings, prompts=prompts, report=None if report is None else asdict(report))
-        self.files.write_text(TOLD, to_json(told))
+        self.files.write_text(TOLD, output.to_json(told))
 
     def finish(self, settings: str, num_made: int, seconds: float) -> SetReport:
         """Write the results of all blocks, then the report; then the blocks go."""
@@ -259,7 +242,7 @@ class SetRun:
 
     def write_files(self, paths: Sequence[Path], labels: Sequence[int | None]) -> None:
         """Gather the PNG files of all blocks in one folder, beside what they show."""
-        with atomic_folder(self.folder / PNG, KIND, overwritten=self.overwritten) as draft:
+        with output.atomic_folder(self.folder / PNG, KIND, overwritten=self.overwritten) as draft:
             with (draft / "metadata.jsonl").open("w", encoding="utf-8") as lines:
                 for index, label in enumerate(labels):
                     text = self.conditions.captions[self.conditions.place(index)]
@@ -272,8 +255,8 @@ class SetRun:
     def remove_blocks(self) -> None:
         folder = self.folder / BLOCKS
         for path in sorted(folder.glob("block-*")):
-            if KIND in read_marker(path)["files"]:
-                remove_ours(path)
+            if KIND in output.read_marker(path)["files"]:
+                output.remove_ours(path)
         with suppress(OSError):  # it is not there, or not empty
             folder.rmdir()
 
@@ -329,8 +312,7 @@ class _Shown:
 
     def __init__(self, total: int, done: int, waiting: dict[Path, int], *, shown: bool) -> None:
         self.done, self.waiting, self.shown = done, waiting, shown
-        columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self.bar = Progress(BarColumn(), *columns, disable=not shown)
+        self.bar = progress_bar(shown=shown)
         self.task = self.bar.add_task("sampling", total=total, completed=done)
 
     def __enter__(self) -> Callable[[], None]:

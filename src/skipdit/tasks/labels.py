@@ -12,6 +12,7 @@ from torch import Tensor
 from skipdit.checkpoints.parts import read_labels
 from skipdit.data.pictures import Draws
 from skipdit.diffusion import Objective
+from skipdit.models.dit import PatchTransformer
 from skipdit.pipelines import ClassPipeline
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
 from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped
@@ -64,6 +65,8 @@ def label_number(pipeline: ClassPipeline, label: str) -> int:
 class LabelTraining(TrainingTask[Tensor]):
     """A model that learns classes. Its conditions are class numbers (b), or (b n) of a sample of several pictures; a
     condition that is left out is the model's null class. Abstract."""
+
+    model: PatchTransformer
 
     @property
     def knows_classes(self) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from skipdit.checkpoints.parts import part_class, read_autoencoder, read_scheduler
+from skipdit.checkpoints.parts import downsampling, part_class, read_autoencoder, read_scheduler
 from skipdit.files.untrusted import printable
 from skipdit.pipelines import SamplingOptions
 
@@ -118,8 +118,7 @@ class Sampler:
     @property
     def picture_size(self) -> int:
         """Return the side of what it makes in pixels."""
-        vae = self.pipeline.vae
-        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        scale = 1 if self.pipeline.vae is None else downsampling(self.pipeline.vae)
         return self.pipeline.transformer.config.sample_size * scale
 
     def sample(self, conditions: Sequence[Any], **options: Any) -> Tensor:

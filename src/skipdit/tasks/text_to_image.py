@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
 from skipdit.models.inflate import init_hunyuan
+from skipdit.options import check_above
 from skipdit.pipelines import decode_latents
 from skipdit.tasks.prompts import LATENT_SCALE, PromptTask, PromptTraining
 from skipdit.tasks.training import Items, TransformerConfig, refuse_other_grid
@@ -31,10 +32,11 @@ class TextToImageTraining(PromptTraining):
     def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of the rotary embedding on a device, where they stay."""
         if device not in self._rotary_on:
-            config = self.model.config
+            model: Any = self.model
+            config = model.config
             grid = config.sample_size // config.patch_size
             base = 512 // LATENT_SCALE // config.patch_size  # as HunyuanDiTPipeline does for a square picture
-            corners, size = ((0, 0), (base, base)), self.model.inner_dim // self.model.num_heads
+            corners, size = ((0, 0), (base, base)), model.inner_dim // model.num_heads
             rotary = get_2d_rotary_pos_embed(size, corners, (grid, grid), device=device, output_type="pt")
             self._rotary_on[device] = cast(tuple[Tensor, Tensor], rotary)
         return self._rotary_on[device]
@@ -69,8 +71,7 @@ class TextToImageModelConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mlp_ratio is not None and self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be above 0, got {self.mlp_ratio}")
+        check_above(self, "mlp_ratio")
 
     def make(self, items: Items, objective: Objective) -> HunyuanDiT2DModel:
         sizes = self.sizes()

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from diffusers import SchedulerMixin
@@ -17,9 +17,9 @@ from skipdit.data.pictures import DataConfig, Draws, LabelledPictures, open_pict
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.files.untrusted import printable_path
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
-from skipdit.models.long_skip import LongSkipConfig, PlannedOutput
+from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, PlannedOutput
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_numbers, check_range
+from skipdit.options import check_fields, check_range
 from skipdit.tasks import TASKS
 from skipdit.tasks.task import Sampler, Task
 
@@ -71,7 +71,7 @@ class TrainingTask(Generic[Conditions]):
 
     task: Task
     """what the model learns"""
-    model: Any
+    model: LongSkipModel
     """a transformer with units"""
     items: Items
     """what it learns from"""
@@ -84,7 +84,7 @@ class TrainingTask(Generic[Conditions]):
     @property
     def vae(self) -> Any:
         """Return what decodes latents, on the device of the model; `None` for pixels."""
-        vae = self.items.vae
+        vae: Any = self.items.vae
         return None if vae is None else vae.to(next(self.model.parameters()).device)
 
     @property
@@ -171,7 +171,7 @@ class TransformerConfig:
     """side in pixels of the square that becomes a token (8 in a fresh model)"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_range(self, *FRESH)
 
     @property
@@ -198,7 +198,7 @@ class TransformerConfig:
             self.fit(model, items)
         open_units(model)
         self.link(model)
-        return self.training(self.task, model, items)
+        return self.training(self.task, cast(LongSkipModel, model), items)
 
     def make(self, items: Items, objective: Objective) -> nn.Module:
         """Return a fresh model for these data."""

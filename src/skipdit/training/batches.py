@@ -1,7 +1,6 @@
 """What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, step)."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipdit.data.pictures import Draws, as_floats
 from skipdit.diffusion import Objective, device_tables, sample_timesteps, training_loss
 from skipdit.models.forward_plan import PLAIN, ForwardPlan
-from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import kept_tokens
 from skipdit.tasks.training import TrainingTask
 from skipdit.text import PromptStates
@@ -106,7 +104,7 @@ def find_step_kinds(task: TrainingTask, config: TrainConfig, device: torch.devic
     """Return what the steps of a run do with their tokens, and count what one sample costs in each."""
     task.prepare(device)
     device_tables(device)  # else made below, of tensors without memory
-    plans = make_plans(config.routing, cast(LongSkipModel, task.model))
+    plans = make_plans(config.routing, task.model)
     flops: dict[StepKind, int] = {kind: _sample_flops(task, config, kind, plans[kind], device) for kind in plans}
     return StepKinds(config.routing, plans, flops)
 

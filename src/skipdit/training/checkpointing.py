@@ -15,19 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from skipdit.data.latents import LabelledLatents
-from skipdit.files.output import (
-    atomic_folder,
-    check_replaceable,
-    check_whole,
-    read_marker,
-    remove_ours,
-    to_json,
-    write_marker,
-)
+from skipdit.files import output
 from skipdit.files.untrusted import printable, read_json
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
-from skipdit.training.guard import WINDOW, GuardState
+from skipdit.training.guard import GuardState
 from skipdit.training.learner import MOMENTS, POWERS, Learner, Tensors, all_finite
 from skipdit.training.posthoc_ema import LENGTHS
 from skipdit.training.precision import ScaleState
@@ -35,7 +27,6 @@ from skipdit.training.precision import ScaleState
 LOGGER = logging.getLogger(__name__)
 
 KIND = "checkpoint"  # in the marker of each
-MAX_SCALE = 2.0**64  # of a loss
 PREVIOUS = "previous-run"  # a folder beside them
 
 # what may change when a run goes on; and what may change when that is asked for
@@ -96,24 +87,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first: by their names and markers, whatever else is called so."""
     steps = {step: path for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None}
     ours = {step: path for step, path in steps.items() if path.is_dir() and not path.is_symlink()}
-    return [ours[step] for step in sorted(ours) if KIND in read_marker(ours[step])["files"]]
+    return [ours[step] for step in sorted(ours) if KIND in output.read_marker(ours[step])["files"]]
 
 
 def check_places(folder: Path, max_steps: int) -> None:
     """Raise `FileExistsError` where something of others has the name of a checkpoint that may be written."""
     for path in sorted(folder.glob("checkpoint-*")):
         if (step := step_of(path)) is not None and step <= max_steps:
-            check_replaceable(path, KIND, even_damaged=True)
+            output.check_replaceable(path, KIND, even_damaged=True)
 
 
 def set_aside(folder: Path) -> None:
     """Move the checkpoints of an earlier run into `previous-run`, where they stay until a new one stands."""
     if checkpoints := list_checkpoints(folder):
         place = folder / PREVIOUS
-        check_replaceable(place, PREVIOUS)
+        output.check_replaceable(place, PREVIOUS)
         drop_previous(folder)
         place.mkdir(exist_ok=True)
-        write_marker(place, {PREVIOUS: {}})
+        output.write_marker(place, {PREVIOUS: {}})
         for path in checkpoints:
             path.rename(place / path.name)
         LOGGER.warning("until a new checkpoint stands, those of before are in %s", printable(place))
@@ -122,10 +113,10 @@ def set_aside(folder: Path) -> None:
 def drop_previous(folder: Path) -> None:
     """Delete what `set_aside` has moved."""
     place = folder / PREVIOUS
-    if not place.is_symlink() and PREVIOUS in read_marker(place)["files"]:
+    if not place.is_symlink() and PREVIOUS in output.read_marker(place)["files"]:
         for path in list_checkpoints(place):
-            remove_ours(path)
-        remove_ours(place)
+            output.remove_ours(path)
+        output.remove_ours(place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,15 +154,15 @@ def save_checkpoint(
     if learner.loss_scale is not None:
         state["loss_scale"] = learner.loss_scale.state()
     path = checkpoint_path(folder, step)
-    with written(path), atomic_folder(path, KIND, even_damaged=True) as draft:
+    with written(path), output.atomic_folder(path, KIND, even_damaged=True) as draft:
         for name in learner.files:
             save_file(tensors[name], draft / f"{name}.safetensors")
-        (draft / "state.json").write_text(to_json(state), encoding="utf-8")
+        (draft / "state.json").write_text(output.to_json(state), encoding="utf-8")
     drop_previous(folder)
     # one of a later step, which was not fit to go on from, is none of the last few
     reached = [each for each in list_checkpoints(folder) if (step_of(each) or 0) <= step]
     for old in reached[: -config.num_checkpoints]:
-        remove_ours(old)
+        output.remove_ours(old)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,18 +205,12 @@ def go_on(
 
 def read_state(path: Path) -> State:
     """Read what a checkpoint says of itself; `ValueError` where it is not whole or contradicts itself."""
-    check_whole(path, KIND)
+    output.check_whole(path, KIND)
     state = read_json(path / "state.json", State)
     if state["step"] != step_of(path):
         raise ValueError(f"{path.name}/state.json is of step {state['step']}")
     if state["ema_step"] != state["step"]:
         raise ValueError(f"{path.name}/state.json has averaged {state['ema_step']} of {state['step']} steps")
-    guard = state.get("guard", GuardState(norms=[], left_out=0))
-    if len(guard["norms"]) > WINDOW or guard["left_out"] < 0:
-        raise ValueError(f"{path.name}/state.json has a guard that is none of ours")
-    scale = state.get("loss_scale", ScaleState(scale=1.0, good_steps=0, overflows=0))
-    if not 0 < scale["scale"] < MAX_SCALE or not 0 <= scale["good_steps"] < 2**31 or scale["overflows"] < 0:
-        raise ValueError(f"{path.name}/state.json has a scale of the loss that is none of ours")
     return state
 
 

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union, get_args
+from typing import TYPE_CHECKING, Literal, Union
 
 import tyro
 from torch import nn
@@ -12,7 +12,7 @@ from skipdit.data.latents import LatentConfig
 from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_numbers, check_range
+from skipdit.options import check_above, check_fields, check_range
 from skipdit.tasks import TASKS
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.training import TransformerConfig
@@ -50,13 +50,8 @@ class SpectralConfig:
     """what is constrained: the projections of the long skips, or all layers of all blocks"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.maximum <= 0 or self.penalty_weight <= 0:
-            raise ValueError(
-                f"maximum and penalty_weight must be above 0, got {self.maximum} and {self.penalty_weight}"
-            )
-        for name, allowed in (("form", Constraint), ("on", Constrained)):
-            _check_allowed(self, name, get_args(allowed))
+        check_fields(self)
+        check_above(self, "maximum", "penalty_weight")
 
     def modules(self, model: LongSkipModel) -> nn.ModuleList:
         """Return what is constrained; `ValueError` where the model has no long skips of ours."""
@@ -157,32 +152,18 @@ class TrainConfig:
     """dtype of the weights in the finished pipeline"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_range(self, "max_steps", "batch_size", "num_accumulation_steps")
         check_range(self, "log_every", "checkpoint_every", "num_checkpoints")
-        for name, allowed in (
-            ("precision", Precision),
-            ("rate_schedule", RateSchedule),
-            ("release_dtype", ReleaseDType),
-            ("stage", Stage),
-            ("data_on_device", OnDevice),
-            ("parallel", Parallel),
-        ):
-            _check_allowed(self, name, get_args(allowed))
+        check_range(self, "weight_decay", "gradient_clip", "warmup_steps", "sample_every", least=0)
+        check_range(self, "ema_snapshots_every", least=0)
+        check_above(self, "learning_rate")
+        check_range(self, "num_workers", least=0, most=MAX_WORKERS)
+        check_range(self, "seed", least=0, most=MAX_SEED)
         if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
             raise ValueError(
                 f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
             )
-        for name in (
-            "warmup_steps",
-            "weight_decay",
-            "gradient_clip",
-            "sample_every",
-            "num_workers",
-            "ema_snapshots_every",
-        ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.ema_snapshots_every and self.spectral and self.spectral.form == "cap":
             raise ValueError(
                 "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
@@ -193,21 +174,10 @@ class TrainConfig:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
-        if (self.num_workers or 0) > MAX_WORKERS:
-            raise ValueError(f"num_workers must be at most {MAX_WORKERS}, got {self.num_workers}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         for name in ("label_dropout", "ema_decay", "adam_betas"):
             value = getattr(self, name)
             if not all(0 <= each < 1 for each in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
-        if self.seed > MAX_SEED:
-            raise ValueError(f"seed must be at most {MAX_SEED}, got {self.seed}")
-
-
-def _check_allowed(config: SpectralConfig | TrainConfig, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from skipdit.process_group import ProcessGroup
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -32,18 +34,4 @@ def start_processes(target: torch.device) -> "Accelerator":
 
 def in_main(accelerator: "Accelerator", act: Callable[[], object]) -> None:
     """Act in the main process while the others wait. What stops it stops them too, instead of leaving them waiting."""
-    from accelerate.utils import broadcast_object_list
-
-    failure: OSError | ValueError | None = None
-    if accelerator.is_main_process:
-        try:
-            act()
-        except (OSError, ValueError) as error:
-            failure = error
-    if accelerator.num_processes > 1:
-        said: list[str | None] = [None if failure is None else str(failure)]
-        broadcast_object_list(said)
-        if failure is None and said[0] is not None:
-            raise ValueError(f"the main process stopped: {said[0]}")
-    if failure is not None:
-        raise failure
+    ProcessGroup(accelerator.process_index, accelerator.num_processes).from_main(act)

@@ -2,14 +2,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from skipdit.checkpoints import load_model
 from skipdit.data.latents import LatentConfig, PlannedLatents
 from skipdit.files.untrusted import printable_path
-from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.tasks.training import FRESH, open_items
 from skipdit.training.batches import find_step_kinds
@@ -75,7 +73,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
     if config.stage == "long-skips-only":
         freeze_all_but_long_skips(task.model)
     kinds = find_step_kinds(task, config, torch.device("meta"))
-    links = cast(LongSkipModel, task.model).long_skip_links
+    links = task.model.long_skip_links
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in task.model.parameters()]
     num_parameters, num_trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     return RunPlan(

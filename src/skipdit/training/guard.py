@@ -1,8 +1,9 @@
 """A guard on the gradient's norm: which steps are left out is decided on the device, and nobody waits for it."""
 
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, TypedDict, cast
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 WINDOW = 100  # norms
@@ -18,8 +19,8 @@ def leave_out(optimizer: torch.optim.Optimizer, flags: list[Tensor]) -> None:
 class GuardState(TypedDict):
     """norms: the last ones, oldest first. left_out: steps so far."""
 
-    norms: list[float]
-    left_out: int
+    norms: Annotated[list[float], Meta(max_length=WINDOW)]
+    left_out: Annotated[int, Meta(ge=0)]
 
 
 class GradientGuard:

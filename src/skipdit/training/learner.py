@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -27,7 +26,7 @@ class Learner:
     """All that a step changes: the weights, their averages, the optimizer's moments, and what the guard has seen.
     powers: the averages that snapshots are made of. loss_scale: in fp16."""
 
-    model: nn.Module
+    model: LongSkipModel
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     guard: GradientGuard | None = None
@@ -138,7 +137,7 @@ def all_finite(tensors: Tensors) -> Tensor:
     return torch.stack([flag.to(device) for flag in each]).all()
 
 
-def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) -> Learner:
+def make_learner(config: TrainConfig, model: LongSkipModel, device: torch.device) -> Learner:
     """Return a model with its average and an optimizer, which both change all weights in a few calls."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -154,9 +153,9 @@ def make_learner(config: TrainConfig, model: nn.Module, device: torch.device) ->
     return Learner(model, ema, optimizer, guard, powers, LossScale(device) if config.precision == "fp16" else None)
 
 
-def freeze_all_but_long_skips(model: nn.Module) -> None:
+def freeze_all_but_long_skips(model: LongSkipModel) -> None:
     """Leave only the long skips to train; `ValueError` where the model has none of ours."""
-    long_skips = long_skips_of(cast(LongSkipModel, model))
+    long_skips = long_skips_of(model)
     if not long_skips:
         raise ValueError(
             "the stage long-skips-only needs a model with long skips that skipdit added: set model.long_skip"

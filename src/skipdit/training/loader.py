@@ -2,19 +2,20 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from skipdit.data.pictures import MAX_DECODED_AT_ONCE, ShuffledForever
+from skipdit.tasks.training import StoredItems
 from skipdit.training.config import TrainConfig
 from skipdit.training.stopping import ignore_signals
 
@@ -27,7 +28,7 @@ Stored = tuple[Tensor, Tensor]  # items as they are stored, and their classes or
 
 @contextmanager
 def load_batches(
-    data: Dataset[Any], config: TrainConfig, accelerator: Accelerator, first_step: int
+    data: StoredItems, config: TrainConfig, accelerator: Accelerator, first_step: int
 ) -> Iterator[Iterator[Stored]]:
     """Yield endless batches of one process on its device, from where `first_step` begins. They are the same wherever
     they come from; in the end no data worker is left.
@@ -35,12 +36,12 @@ def load_batches(
     `ChildProcessError` where one died.
     """
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    order = ShuffledForever(len(cast(Sized, data)), config.seed, first_step * config.batch_size, rank, num_processes)
+    order = ShuffledForever(len(data), config.seed, first_step * config.batch_size, rank, num_processes)
     size = config.batch_size // num_processes // config.num_accumulation_steps
     num_workers = find_num_workers(config, device, num_processes)
     if stays_on_device(config, data, device, num_processes):
         # few items were decoded when the data was opened
-        num_readers = num_workers if len(cast(Sized, data)) > MAX_DECODED_AT_ONCE else 0
+        num_readers = num_workers if len(data) > MAX_DECODED_AT_ONCE else 0
         yield DeviceBatches(*read_all(data, device, num_readers, shows=accelerator.is_main_process), order, size)
     else:
         with reading(data, device, num_workers, batch_size=size, sampler=order) as batches:
@@ -62,13 +63,13 @@ def find_num_workers(config: TrainConfig, device: torch.device, num_processes: i
     return 0 if device.type == "cpu" else max(1, min(MANY_WORKERS, (os.cpu_count() or 1) // num_processes - 1))
 
 
-def stays_on_device(config: TrainConfig, data: Dataset[Any], device: torch.device, num_processes: int = 1) -> bool:
+def stays_on_device(config: TrainConfig, data: StoredItems, device: torch.device, num_processes: int = 1) -> bool:
     """Whether a run keeps its data on the device: as the config says, or where it fits and no workers are asked for."""
     if config.data_on_device != "auto":
         return config.data_on_device == "yes"
     if config.num_workers:
         return False
-    num_bytes = data[0][0].nbytes * len(cast(Sized, data))
+    num_bytes = data[0][0].nbytes * len(data)
     shared = num_processes if device.type == "cpu" else 1
     return num_bytes * shared <= FREE_SHARE * free_bytes(device)
 
@@ -100,9 +101,9 @@ class DeviceBatches:
         return self.stored[index], self.labels[index]
 
 
-def read_all(data: Dataset[Any], device: torch.device, num_workers: int, *, shows: bool) -> Stored:
+def read_all(data: StoredItems, device: torch.device, num_workers: int, *, shows: bool) -> Stored:
     """Return all of a data set on a device. shows: a progress bar, where it takes long."""
-    length = len(cast(Sized, data))
+    length = len(data)
     stored, labels = (
         torch.empty((length, *first.shape[1:]), dtype=first.dtype, device=device)
         for first in default_collate([data[0]])
@@ -123,7 +124,7 @@ def move(batch: Sequence[Tensor], device: torch.device) -> Stored:
 
 
 @contextmanager
-def reading(data: Dataset[Any], device: torch.device, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
+def reading(data: StoredItems, device: torch.device, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
     """Yield what a `DataLoader` with these options loads, for a GPU in memory that it copies from by itself; in the end
     no worker is left. `ChildProcessError` where one died."""
     pinned = device.type == "cuda"

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from skipdit.checkpoints import load_model
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
-from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import add_fill_token
 from skipdit.spectral import cap_spectral_norm, spectral_penalty, weighted
 from skipdit.tasks.training import TrainingTask, open_items
+from skipdit.training import checkpointing
 from skipdit.training.batches import (
     BATCH,
     KIND,
@@ -33,14 +33,6 @@ from skipdit.training.batches import (
     find_step_kinds,
     prepare_batch,
     step_generator,
-)
-from skipdit.training.checkpointing import (
-    checkpoint_path,
-    fingerprint,
-    go_on,
-    list_checkpoints,
-    save_checkpoint,
-    set_aside,
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
 from skipdit.training.devices import in_main, start_processes
@@ -154,11 +146,10 @@ class Run:
         self.device = accelerator.device
         self.autocast = autocast_dtype(config.precision, self.device)
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
-        self.task, self.data = task, fingerprint(task.items)
+        self.task, self.data = task, checkpointing.fingerprint(task.items)
         model = task.model.train()
         if not self.sharded:  # else unit by unit
             model.to(self.device)
-        self.units = cast(LongSkipModel, model)
         if config.routing.mode == "fill":
             add_fill_token(model)
         if config.stage == "long-skips-only":
@@ -166,10 +157,10 @@ class Run:
         self.kinds = find_step_kinds(task, config, next(model.parameters()).device)
         self.flops = 0.0
         task.prepare(self.device)
-        path = config.routing.shallow_path(self.units.long_skip_links.num_units)
+        path = config.routing.shallow_path(model.long_skip_links.num_units)
         if path is not None:
-            cast(Any, model).register_to_config(shallow_path=path.to_dict())
-        self.constrained = config.spectral.modules(self.units) if config.spectral else None
+            model.update_config(shallow_path=path.to_dict())
+        self.constrained = config.spectral.modules(model) if config.spectral else None
         if config.spectral and self.constrained and config.spectral.form == "cap":
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:
@@ -183,13 +174,13 @@ class Run:
         """Return the step to begin with: after the last checkpoint, or 0."""
         first_step = 0
         if self.resume:
-            first_step, self.flops, notes = go_on(
+            first_step, self.flops, notes = checkpointing.go_on(
                 self.out, self.learner, self.config, self.data, allow_changes=allow_changes
             )
             for note in notes if self.accelerator.is_main_process else ():
                 LOGGER.warning("%s", note)
         else:
-            in_main(self.accelerator, lambda: set_aside(self.out))
+            in_main(self.accelerator, lambda: checkpointing.set_aside(self.out))
         if self.config.compile:
             self.learner.model.compile()
         model = self.learner.model
@@ -237,7 +228,7 @@ class Run:
             learner.loss_scale.unscale(learner.optimizer)
         if config.spectral is not None and config.spectral.form == "penalty":
             self.add_penalty(config.spectral)
-        unit_norms = unit_gradient_norms(self.units, self.device) if norms_of_units else loss.new_empty(0)
+        unit_norms = unit_gradient_norms(learner.model, self.device) if norms_of_units else loss.new_empty(0)
         limit = config.gradient_clip or torch.finfo(torch.float32).max
         norm = clip_gradients(learner.model.parameters(), limit, self.device)
         finite = loss.isfinite() & learner.can_go_on(norm)
@@ -282,7 +273,8 @@ class Run:
 
     def add_penalty(self, spectral: SpectralConfig) -> None:
         """Add the gradients of a spectral penalty, which all processes compute alike."""
-        constrained = cast(nn.ModuleList, self.constrained)
+        constrained = self.constrained
+        assert constrained is not None
         weights = [layer.get_parameter("weight") for layer in weighted(constrained)]
         penalty = spectral.penalty_weight * spectral_penalty(constrained, spectral.maximum, whole)
         for weight, gradient in zip(weights, torch.autograd.grad(penalty, weights), strict=True):
@@ -290,6 +282,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------------------
     # What processes tell one another
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all processes, stacked."""
+        return cast(Tensor, self.accelerator.gather(tensor[None]))
 
     def agree(self, made: StepMade, spoiled: Tensor, signal: int) -> tuple[Told, int]:
         """Return what all processes know of a step, and the signal that any of them has got; `ValueError` where one of
@@ -304,7 +300,7 @@ class Run:
                 norms,
             ]
         )
-        gathered = cast(Tensor, self.accelerator.gather(numbers[None])).tolist()
+        gathered = self.gathered(numbers).tolist()
         losses, bad, signals = zip(*(each[:3] for each in gathered), strict=True)
         if min(bad) < math.inf:
             first = int(min(bad))
@@ -316,26 +312,29 @@ class Run:
 
     def check_weights(self, due: Due, stopped: int, done: int) -> None:
         """Raise `ValueError` where something is going to be written of weights that are not finite in some process."""
-        if due.checkpoint or due.snapshot or due.grid or stopped:
-            finite = cast(Tensor, self.accelerator.gather(self.learner.is_finite()[None]))
-            if not finite.all():
-                raise ValueError(self.not_finite(f"the weights after step {done}"))
+        is_due = due.checkpoint or due.snapshot or due.grid or stopped
+        if is_due and not self.gathered(self.learner.is_finite()).all():
+            raise ValueError(self.not_finite(f"the weights after step {done}"))
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is written, by the main process, of what all processes gather
+
+    @property
+    def files(self) -> RunFolder:
+        """The folder of the run, which the main process alone has."""
+        assert self.folder is not None
+        return self.folder
 
     def write(self, due: Due, stopped: int, done: int, report: Reporter) -> None:
         """Write what is due after a step."""
         accelerator, learner, keeps = self.accelerator, self.learner, self.accelerator.is_main_process
         if due.snapshot:  # before the checkpoint, so that none is missing where a run goes on
             snapshot = learner.tensors(keeps=keeps, file=POWERS)[POWERS]
-            in_main(accelerator, lambda: cast(RunFolder, self.folder).write_snapshot(done, snapshot))
+            in_main(accelerator, lambda: self.files.write_snapshot(done, snapshot))
         if due.checkpoint or stopped:
             tensors = learner.tensors(keeps=keeps)
-            in_main(
-                accelerator,
-                lambda: save_checkpoint(self.out, done, self.flops, learner, tensors, self.config, self.data),
-            )
+            state = (self.flops, learner, tensors, self.config, self.data)
+            in_main(accelerator, lambda: checkpointing.save_checkpoint(self.out, done, *state))
         if due.grid:
             averages = learner.tensors(keeps=keeps, file="ema")["ema"]
             in_main(
@@ -351,14 +350,14 @@ class Run:
         averages = self.learner.tensors(keeps=self.accelerator.is_main_process, file="ema")["ema"]
 
         def write() -> None:
-            with cast(RunFolder, self.folder).pipeline() as draft:
+            with self.files.pipeline() as draft:
                 release(self.averaged(averages), self.config, self.task).save(draft, MAX_SHARD_SIZE)
 
         in_main(self.accelerator, write)
 
     def not_finite(self, what: str) -> str:
         """Say that training cannot go on, and how it can."""
-        checkpoints, config = list_checkpoints(self.out), self.config
+        checkpoints, config = checkpointing.list_checkpoints(self.out), self.config
         way, instead = "start again with", ""
         if checkpoints:
             way = f"go on from {printable(checkpoints[-1])} with --allow-changes and"
@@ -382,5 +381,5 @@ class Run:
         way = "the same command goes on" if self.resume else "the same command without --no-resume goes on"
         return (
             f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
-            f"{printable(checkpoint_path(self.out, done))}: {way}"
+            f"{printable(checkpointing.checkpoint_path(self.out, done))}: {way}"
         )

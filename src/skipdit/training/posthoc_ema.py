@@ -54,17 +54,8 @@ class PowerAverages:
             decay = (1 - 1 / done) ** (self.exponents[length] + 1)
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the averages, those of a length as `{length}.{name}`."""
-        names = list(names)
-        return {
-            f"{length}.{name}": average
-            for length, averages in self.averages.items()
-            for name, average in zip(names, averages, strict=True)
-        }
-
     def take(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-        """Go on with tensors as `tensors` gives them."""
+        """Go on with the averages that are saved, those of a length as `{length}.{name}`."""
         names = list(names)
         for length, averages in self.averages.items():
             for name, average in zip(names, averages, strict=True):

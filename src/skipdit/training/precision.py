@@ -1,8 +1,9 @@
 """The precision of products, and what fp16 needs beside it."""
 
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from skipdit.environment import has_bf16
@@ -24,9 +25,9 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 class ScaleState(TypedDict):
     """good_steps: in a row, since the scale was changed. overflows: steps so far."""
 
-    scale: float
-    good_steps: int
-    overflows: int
+    scale: Annotated[float, Meta(gt=0, lt=2.0**64)]
+    good_steps: Annotated[int, Meta(ge=0, lt=2**31)]
+    overflows: Annotated[int, Meta(ge=0)]
 
 
 class LossScale:

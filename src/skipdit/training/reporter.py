@@ -15,23 +15,14 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
 
-from skipdit.files.output import (
-    OutputFolder,
-    absolute,
-    atomic_file,
-    atomic_folder,
-    check_apart,
-    check_replaceable,
-    clean_up,
-    read_marker,
-    to_json,
-)
+from skipdit.files import output
+from skipdit.files.output import OutputFolder
 from skipdit.files.processes import locked
 from skipdit.files.untrusted import open_regular, printable
+from skipdit.terminal import progress_bar
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
 from skipdit.training.config import TrainConfig
 from skipdit.training.devices import in_main
@@ -49,16 +40,16 @@ class RunFolder:
     """The folder of one run: what is in the way there is refused, or with `overwrite` told, before anything is done."""
 
     def __init__(self, path: Path, config: TrainConfig, *, overwrite: bool) -> None:
-        self.path, self.config = absolute(path), config
+        self.path, self.config = output.absolute(path), config
         self.overwritten = PIPELINE_FILES if overwrite else ()
         self.files = OutputFolder(self.path, "training", overwrite=overwrite)
         for name in (SAMPLES, SNAPSHOTS):
-            clean_up(self.path / name)
+            output.clean_up(self.path / name)
         self.files.claim([CONFIG, LOG, *self._in_the_way()])
         check_places(self.path, config.max_steps)
         pipeline = self.path / PIPELINE
-        check_replaceable(pipeline, PIPELINE, self.overwritten)
-        if overwrite and pipeline.is_dir() and PIPELINE not in read_marker(pipeline)["files"]:
+        output.check_replaceable(pipeline, PIPELINE, self.overwritten)
+        if overwrite and pipeline.is_dir() and PIPELINE not in output.read_marker(pipeline)["files"]:
             LOGGER.warning("in %s, %s are going to be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
 
     def _in_the_way(self) -> Iterator[str]:
@@ -79,7 +70,7 @@ class RunFolder:
         The last line of a run that was killed may be cut off and goes, too. Lines of others stay.
         """
         path, goes_on = self.path / LOG, self.files.grow(LOG)
-        with atomic_file(path) as draft, draft.open("wb") as new:
+        with output.atomic_file(path) as draft, draft.open("wb") as new:
             if path.exists() and goes_on:
                 with open_regular(path) as old:
                     new.writelines(line for line in whole_lines(old) if not is_of_later_step(line, first_step))
@@ -105,7 +96,7 @@ class RunFolder:
     def pipeline(self) -> Iterator[Path]:
         """Yield a draft of the finished pipeline."""
         path = self.path / PIPELINE
-        with written(path), atomic_folder(path, PIPELINE, overwritten=self.overwritten) as draft:
+        with written(path), output.atomic_folder(path, PIPELINE, overwritten=self.overwritten) as draft:
             yield draft
 
 
@@ -122,7 +113,7 @@ def refuse_inputs(out: Path, config: TrainConfig) -> None:
         raise ValueError(f"{printable(out)} lies in the data, {printable(data)}, and would be read: give another --out")
     replaced = (PIPELINE, SAMPLES, SNAPSHOTS, PREVIOUS)
     for target in (*(out / name for name in replaced), *list_checkpoints(out)):
-        check_apart(target, inputs)
+        output.check_apart(target, inputs)
 
 
 @contextmanager
@@ -135,8 +126,8 @@ def run_folder(
         folders: list[RunFolder] = []
 
         def hold() -> None:
-            refuse_inputs(absolute(path), config)
-            held.enter_context(locked(absolute(path)))
+            refuse_inputs(output.absolute(path), config)
+            held.enter_context(locked(output.absolute(path)))
             folders.append(RunFolder(path, config, overwrite=overwrite))
 
         in_main(accelerator, hold)
@@ -226,19 +217,12 @@ class Reporter:
 
     def __enter__(self) -> "Reporter":
         if self.folder is not None:
-            self.folder.files.write_text(CONFIG, to_json(self.config))
+            self.folder.files.write_text(CONFIG, output.to_json(self.config))
             self.log = self.folder.open_log(self.first_step)
             self.folder.drop_snapshots(self.first_step)
             if self.config.tensorboard:
                 self.board = Board(self.folder.path / BOARD, self.first_step)
-            columns = (
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-            )
-            self.progress = Progress(*columns)
+            self.progress = progress_bar()
             self.task = self.progress.add_task("training", total=self.config.max_steps, completed=self.first_step)
             self.progress.start()
         self.started = time.perf_counter()
@@ -253,13 +237,7 @@ class Reporter:
                 with suppress(OSError):
                     self.board.close()
 
-    def __call__(
-        self,
-        step: int,
-        flops: float,
-        learning_rate: float,
-        told: "Told",
-    ) -> None:
+    def __call__(self, step: int, flops: float, learning_rate: float, told: Told) -> None:
         """Write one line of the log. flops: of all steps so far and all processes."""
         if self.folder is None:
             return

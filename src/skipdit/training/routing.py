@@ -6,7 +6,7 @@ The first and the last few units see all tokens. The others come back past the d
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
-from skipdit.options import check_numbers, check_range
+from skipdit.options import check_fields, check_range
 
 RoutingMode = Literal["off", "bypass", "fill"]
 StepKind = Literal["dense", "routed", "shallow"]
@@ -38,16 +38,13 @@ class TokenRoutingConfig:
     """share of the run's FLOPs, at its end, in which all units see all tokens"""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        if self.mode not in get_args(RoutingMode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(RoutingMode))}, got {self.mode!r}")
+        check_fields(self)
+        check_range(self, "num_shallow_units")
+        check_range(self, "dense_end", least=0, most=1)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        check_range(self, "num_shallow_units")
         if not 0 <= self.deep_drop < 1:
             raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
-        if not 0 <= self.dense_end <= 1:
-            raise ValueError(f"dense_end must be between 0 and 1, got {self.dense_end}")
 
     def shallow_path(self, num_units: int) -> ShallowPath | None:
         """Return what a run teaches a model of so many units to do without the deep ones."""

@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from skipdit.models.long_skip import LongSkipModel
 
 
-def shard(model: nn.Module, device: torch.device) -> None:
+def shard(model: LongSkipModel, device: torch.device) -> None:
     """Leave each process its part of every parameter, on its device. A unit's are whole while it runs."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for blocks in cast(LongSkipModel, model).units():
+    for blocks in model.units():
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from skipdit.benchmark.compiling.report import CONDITIONING, OVERHEAD, TIMESTEP, StepRow
@@ -15,31 +14,28 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
-from skipdit.models.dit import DiT, position_embedding_of
+from skipdit.models.dit import DiT
 
 
 @torch.no_grad()
 def bare_reuse_step(model: DiT, inputs: Mapping[str, Tensor], deep_features: Tensor, k: int) -> Tensor:
     """The modules that a reuse step runs, called directly: the k first and last units, embeddings, the final layer."""
-    latents = inputs["hidden_states"]
-    height, width = (size // model.patch_size for size in latents.shape[-2:])
-    hidden_states = model.patch_embed(latents) + position_embedding_of(model, height, width)
+    hidden_states, grid = model.embed_patches(inputs["hidden_states"])
     conditioning = condition(model, inputs)
     skips: list[Tensor] = []
     for block in model.blocks[:k]:
         hidden_states = block(hidden_states, conditioning)
         skips.append(hidden_states)
     hidden_states = deep_features
-    for block in model.blocks[-k:]:
+    for (block,) in model.units()[-k:]:
         skip = skips.pop()
-        hidden_states = block(hidden_states, conditioning, skip if cast(Any, block).long_skip is not None else None)
-    patches, p = model.final_layer(hidden_states, conditioning), model.patch_size
-    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+        hidden_states = block(hidden_states, conditioning, skip if block.long_skip is not None else None)
+    return model.predict_patches(hidden_states, conditioning, grid)
 
 
 def embed_timestep(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
-    timestep = inputs["timestep"].reshape(-1).expand(inputs["hidden_states"].shape[0])
-    return model.timestep_embedder(model.timestep_frequencies(timestep).to(inputs["hidden_states"].dtype))
+    latents = inputs["hidden_states"]
+    return model.embed_timestep(inputs["timestep"], len(latents), latents.dtype)
 
 
 def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -49,8 +45,8 @@ def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
 def condition_all(model: DiT, inputs: Mapping[str, Tensor]) -> None:
     """All that a step computes of timestep and class alone: their embeddings and every modulation by them."""
     conditioning = condition(model, inputs)
-    for module in (*model.blocks, model.final_layer):
-        cast(Any, module).modulation(F.silu(conditioning))
+    for module in (*model.dit_blocks, model.final_layer):
+        module.modulation(F.silu(conditioning))
 
 
 def step_inputs(model: DiT, batch_size: int, timestep: float) -> dict[str, Tensor]:
