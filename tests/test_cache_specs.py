@@ -93,6 +93,27 @@ def test_explicit_schedules_are_what_they_list(data: st.DataObject) -> None:
     assert [i for i, full in enumerate(resolve(schedule, range(num_steps, 0, -1))) if full] == steps
 
 
+@given(data=st.data())
+def test_a_schedule_with_timesteps_keeps_its_share_of_full_steps_in_runs_of_other_lengths(data: st.DataObject) -> None:
+    num_steps = data.draw(st.integers(2, 50))
+    gaps = data.draw(st.lists(st.integers(1, 40), min_size=num_steps, max_size=num_steps))
+    timesteps = tuple(1000.0 - float(each) / sum(gaps) * 1000 for each in np.cumsum([0, *gaps[:-1]]))
+    steps = sorted({0, *data.draw(st.lists(st.integers(0, num_steps - 1)))})
+    schedule = ExplicitSchedule(full_steps=tuple(steps), num_inference_steps=num_steps, timesteps=timesteps)
+    assert [i for i, full in enumerate(resolve(schedule, timesteps)) if full] == steps
+    finer = np.interp(np.arange(0, num_steps, 0.5), np.arange(num_steps + 1), [*timesteps, 0.0]).tolist()
+    assert abs(sum(resolve(schedule, finer)) - 2 * len(steps)) <= 2
+    part = schedule.decisions(finer[: len(finer) // 2])
+    assert part == schedule.decisions(finer)[: len(part)]  # without what comes
+
+
+def test_in_a_run_of_twice_the_steps_full_ones_stay_spread() -> None:
+    timesteps = tuple(1000.0 - 100 * step for step in range(10))
+    schedule = ExplicitSchedule(full_steps=(0, 3, 6, 9), num_inference_steps=10, timesteps=timesteps)
+    full = resolve(schedule, [1000.0 - 50 * step for step in range(20)])
+    assert [step for step, is_full in enumerate(full) if is_full] == [0, 3, 6, 9, 12, 15, 18]
+
+
 @pytest.mark.parametrize("full_steps", [(), (1, 2), (0, 2, 2), (0, 3, 2), (0, 9)])
 def test_bad_explicit_schedules_are_refused(full_steps: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="full_steps"):

@@ -3,10 +3,11 @@
 Timesteps are falling noise levels on a scale from 0 to 1000. Schedules that decide while the model runs are in `gates`.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 # None: a full step; a number: a reuse step, of this variant of the site (counted from 0)
@@ -95,8 +96,8 @@ class ExplicitSchedule(Schedule):
     num_inference_steps: int
     """Steps of the run that it was made for."""
     timesteps: tuple[float, ...] = ()
-    """Timesteps of that run, in sampling order. With them it applies to other runs too: a step is full if the run
-    passed the timestep of a full step since the previous step."""
+    """Timesteps of that run, in sampling order. With them it applies to other runs too: at each timestep the same share
+    of steps is full, so that the saving is about the same."""
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
 
@@ -123,13 +124,32 @@ class ExplicitSchedule(Schedule):
             if len(timesteps) > self.num_inference_steps:
                 raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got {len(timesteps)}")
             return [None if step in self.full_steps else self.variant_at(step) for step in range(len(timesteps))]
-        found: list[Decision] = []
-        passed = 0  # the number of full steps of the schedule at or above the last timestep
-        for timestep in timesteps:
-            before, passed = passed, sum(self.timesteps[step] >= timestep - 1e-3 for step in self.full_steps)
-            full = not found or passed > before
-            found.append(None if full else self.variant_at(self.position(timestep)))
+        found: list[Decision] = [None] if timesteps else []
+        account = 0.0
+        for before, timestep in pairwise(timesteps):
+            start, end = self.place(before), self.place(timestep)
+            account += 0.0 if end <= start else (self.num_passed(end) - self.num_passed(start)) / (end - start)
+            full = account >= 1 - 1e-6
+            account -= full
+            found.append(None if full else self.variant_at(min(round(end), self.num_inference_steps - 1)))
         return found
+
+    def place(self, timestep: float) -> float:
+        """Return how many of its own steps are before a timestep, with fractions between two."""
+        after = bisect_left(self.timesteps, -timestep, key=lambda level: -level)
+        if after == 0:
+            return 0.0
+        high, low = self.timesteps[after - 1], (*self.timesteps, 0.0)[after]
+        return after - (timestep - low) / (high - low) if high > low else float(after)
+
+    def num_passed(self, place: float) -> float:
+        """Return how many full steps are after the first and up to a place: one more from each to the next, bit by
+        bit."""
+        index = bisect_right(self.full_steps, place) - 1
+        if index + 1 == len(self.full_steps):
+            return float(index)
+        before, after = self.full_steps[index : index + 2]
+        return index + (place - before) / (after - before)
 
     def check(self, timesteps: Sequence[float]) -> None:
         if not self.timesteps and len(timesteps) != self.num_inference_steps:
@@ -144,10 +164,6 @@ class ExplicitSchedule(Schedule):
     def num_variants(self) -> int:
         """The number of variants that its site must have."""
         return 1 + max((variant for variant in self.variants if variant is not None), default=0)
-
-    def position(self, timestep: float) -> int:
-        """Return the number of its steps before the first at or below `timestep`."""
-        return bisect_left(self.timesteps, -timestep - 1e-3, key=lambda level: -level)
 
     def variant_at(self, step: int) -> int:
         """Return the variant of a reuse step; for a full step, that of the next reuse step, or else of the last one."""
