@@ -103,15 +103,19 @@ def test_a_schedule_with_timesteps_keeps_its_share_of_full_steps_in_runs_of_othe
     assert [i for i, full in enumerate(resolve(schedule, timesteps)) if full] == steps
     finer = np.interp(np.arange(0, num_steps, 0.5), np.arange(num_steps + 1), [*timesteps, 0.0]).tolist()
     assert abs(sum(resolve(schedule, finer)) - 2 * len(steps)) <= 2
-    part = schedule.decisions(finer[: len(finer) // 2])
-    assert part == schedule.decisions(finer)[: len(part)]  # without what comes
+    alone = [schedule.decisions(timesteps[: step + 1])[-1] for step in range(num_steps)]  # what comes is not known
+    assert [step for step, decision in enumerate(alone) if decision is None] == steps
 
 
 def test_in_a_run_of_twice_the_steps_full_ones_stay_spread() -> None:
     timesteps = tuple(1000.0 - 100 * step for step in range(10))
     schedule = ExplicitSchedule(full_steps=(0, 3, 6, 9), num_inference_steps=10, timesteps=timesteps)
     full = resolve(schedule, [1000.0 - 50 * step for step in range(20)])
-    assert [step for step, is_full in enumerate(full) if is_full] == [0, 3, 6, 9, 12, 15, 18]
+    gaps = np.diff(np.flatnonzero(full))
+    assert sum(full) == 8
+    assert full[0]
+    assert full[-1]
+    assert set(gaps) <= {2, 3}
 
 
 @pytest.mark.parametrize("full_steps", [(), (1, 2), (0, 2, 2), (0, 3, 2), (0, 9)])

@@ -3,11 +3,11 @@
 Timesteps are falling noise levels on a scale from 0 to 1000. Schedules that decide while the model runs are in `gates`.
 """
 
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 # None: a full step; a number: a reuse step, of this variant of the site (counted from 0)
@@ -124,15 +124,25 @@ class ExplicitSchedule(Schedule):
             if len(timesteps) > self.num_inference_steps:
                 raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got {len(timesteps)}")
             return [None if step in self.full_steps else self.variant_at(step) for step in range(len(timesteps))]
-        found: list[Decision] = [None] if timesteps else []
-        account = 0.0
-        for before, timestep in pairwise(timesteps):
-            start, end = self.place(before), self.place(timestep)
-            account += 0.0 if end <= start else (self.num_passed(end) - self.num_passed(start)) / (end - start)
-            full = account >= 1 - 1e-6
-            account -= full
-            found.append(None if full else self.variant_at(min(round(end), self.num_inference_steps - 1)))
-        return found
+        places = self.places(timesteps)
+        count, last = len(self.full_steps), self.num_inference_steps - 1
+        share = 1.0  # of the full steps that a run of this length has, but for the first
+        if len(places) > 1 and count > 1 and places[-1] > places[0]:
+            num_full = round(count * (len(places) - 1) / (places[-1] - places[0]))
+            share = max(num_full - 1, 1) / (count - 1)
+        early = 1e-6 if share == 1 else 0.15  # rather a little early than a step late
+        passed = [math.floor(share * self.num_passed(place) + early) for place in places]
+        full = [not index or passed[index] > passed[index - 1] for index in range(len(places))]
+        return [
+            None if is_full else self.variant_at(min(round(place), last))
+            for is_full, place in zip(full, places, strict=True)
+        ]
+
+    def places(self, timesteps: Sequence[float]) -> list[float]:
+        """Return where the steps of a run are among its own; the last step of a run is at its own last one."""
+        places, last = [self.place(timestep) for timestep in timesteps], self.num_inference_steps - 1
+        ends = len(places) > 1 and places[-1] + (places[-1] - places[-2]) > last + 1e-6
+        return [place * last / places[-1] for place in places] if ends and places[-1] > 0 else places
 
     def place(self, timestep: float) -> float:
         """Return how many of its own steps are before a timestep, with fractions between two."""
