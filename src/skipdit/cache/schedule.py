@@ -130,8 +130,11 @@ class ExplicitSchedule(Schedule):
         if len(places) > 1 and count > 1 and places[-1] > places[0]:
             num_full = round(count * (len(places) - 1) / (places[-1] - places[0]))
             share = max(num_full - 1, 1) / (count - 1)
-        early = 1e-6 if share == 1 else 0.15  # rather a little early than a step late
-        passed = [math.floor(share * self.num_passed(place) + early) for place in places]
+        # in a run of another length the first full steps come rather early, and the last one is the last
+        most = share * (count - 1)
+        early = (1e-6, 0.0) if share == 1 else (0.5, 0.5 / most)
+        counts = (share * self.num_passed(place) for place in places)
+        passed = [math.floor(passed + early[0] - early[1] * passed + 1e-6) for passed in counts]
         full = [not index or passed[index] > passed[index - 1] for index in range(len(places))]
         return [
             None if is_full else self.variant_at(min(round(place), last))
@@ -189,8 +192,8 @@ class ExplicitSchedule(Schedule):
 # The densities of full steps at each timestep, where many and where few steps are full, learned from the bundled models
 # by `benchmarks/learn_auto.py`; `benchmarks/calibration.md` shows how near they come to what a calibration finds.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSE = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
-AUTO_SPARSE = (6.94, 0.79, 2.67, 0.06, 0.39, 0.24, 0.39, 0.39, 0.89, 1.35, 2.21, 27.77)
+AUTO_DENSE = (3.84, 0.87, 29.93, 0.3, 0.3, 0.54, 0.11, 0.28, 0.24, 1.3, 3.89, 5.86)
+AUTO_SPARSE = (12.73, 0.16, 1.82, 0.06, 0.51, 0.03, 1.17, 0.41, 0.64, 0.8, 2.37, 416.77)
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
 NOMINAL_STEPS = 50  # steps of the run that a speedup refers to
 
