@@ -253,6 +253,24 @@ def test_auto_saves_what_is_asked_for_and_no_more(speedup: float, reuse_cost: fl
     assert ratio(num_full + 3) < speedup  # steps come into a schedule a few at a time
 
 
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("num_steps", [20, 50, 100])
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 2.5])
+def test_auto_saves_what_is_asked_for_on_unevenly_spaced_timesteps_too(
+    speedup: float, num_steps: int, shift: float
+) -> None:
+    """It overshot by a step or more, as its densities were scaled to evenly spaced ones."""
+    even = 1 - np.arange(num_steps) / num_steps
+    timesteps = (1000 * shift * even / (1 + (shift - 1) * even)).tolist()
+    full = sum(resolve(AutoSchedule(speedup=speedup).for_cost(0.1), timesteps))
+
+    def ratio(full: int) -> float:
+        return num_steps / (full + 0.1 * (num_steps - full))
+
+    assert ratio(full) >= speedup - 1e-9
+    assert ratio(full + max(num_steps // 12, 2)) < speedup  # steps come into a schedule a few at a time
+
+
 @pytest.mark.parametrize("num_steps", [50, 100, 250])
 def test_auto_is_dense_at_both_ends_at_any_number_of_steps(num_steps: int) -> None:
     full = auto_full_steps(1.8, 1 / 12, num_steps)

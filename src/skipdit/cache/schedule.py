@@ -195,7 +195,9 @@ AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850
 AUTO_DENSE = (3.84, 0.87, 29.93, 0.3, 0.3, 0.54, 0.11, 0.28, 0.24, 1.3, 3.89, 5.86)
 AUTO_SPARSE = (12.73, 0.16, 1.82, 0.06, 0.51, 0.03, 1.17, 0.41, 0.64, 0.8, 2.37, 416.77)
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
-NOMINAL_STEPS = 50  # steps of the run that a speedup refers to
+NOMINAL_STEPS = 50  # steps of the run that a speedup refers to where a run's own timesteps are not known
+NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
+MANY_STEPS, FIRST = 20, 900.0  # steps from which on, and first timestep above which, a speedup refers to the run itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +206,8 @@ class AutoSchedule(Schedule):
     the steps since the last full one add up to 1."""
 
     speedup: float = 1.8
-    """Compute of all steps in full over that with the cache: at least this for 50 evenly spaced timesteps, to which the
-    densities are scaled, and about this for other runs."""
+    """Compute of all steps in full over that with the cache: at least this for a run of 20 steps and more whose
+    timesteps are known, to which the densities are scaled, and about this for other runs."""
     reuse_cost: float = 0.0
     """Cost of a reuse step, as a share of a full one."""
     may_stay_full = True  # a short run, as of image-to-image, may have nothing to spare
@@ -224,19 +226,27 @@ class AutoSchedule(Schedule):
         return replace(self, reuse_cost=reuse_cost)
 
     def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        return _by_density(timesteps, auto_densities(self.speedup, self.reuse_cost))
+        solved_for = tuple(timesteps) if is_whole_run(timesteps) else NOMINAL_RUN
+        return _by_density(timesteps, auto_densities(self.speedup, self.reuse_cost, solved_for))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
 
 
+def is_whole_run(timesteps: Sequence[float]) -> bool:
+    """Return true for the timesteps of a run of many steps from the first to the last; false for the first steps of a
+    run, for image-to-image and for few steps."""
+    if len(timesteps) < MANY_STEPS or timesteps[0] < FIRST:
+        return False
+    return timesteps[-1] <= 1.5 * (timesteps[-2] - timesteps[-1])
+
+
 @lru_cache
-def auto_densities(speedup: float, reuse_cost: float) -> tuple[float, ...]:
-    """Return the densities at `AUTO_TIMESTEPS` with which a nominal run reaches this speedup."""
-    target = max((NOMINAL_STEPS / speedup - reuse_cost * NOMINAL_STEPS) / (1 - reuse_cost), 1)
-    sparse = min(max((MANY - target / NOMINAL_STEPS) / (MANY - FEW), 0.0), 1.0)
+def auto_densities(speedup: float, reuse_cost: float, timesteps: tuple[float, ...] = NOMINAL_RUN) -> tuple[float, ...]:
+    """Return the densities at `AUTO_TIMESTEPS` with which a run of these timesteps reaches this speedup."""
+    target = max((len(timesteps) / speedup - reuse_cost * len(timesteps)) / (1 - reuse_cost), 1)
+    sparse = min(max((MANY - target / len(timesteps)) / (MANY - FEW), 0.0), 1.0)
     shape = [many ** (1 - sparse) * few**sparse for many, few in zip(AUTO_DENSE, AUTO_SPARSE, strict=True)]
-    timesteps = [1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS)]
     low, high = 0.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
