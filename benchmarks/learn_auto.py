@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from skipdit.cache import schedule as schedules
+from skipdit.cache.methods import AUTO_FACTORS
 from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, resolve
 from skipdit.cache.site import MiddleUnits
 from skipdit.calibration.calibrate import make_runner, progress
@@ -141,7 +142,7 @@ def loss(models: list[Model], rule: Rule) -> float:
 def learn(models: list[Model], num_trials: int, seed: int) -> Rule:
     generator = np.random.default_rng(seed)
     dense, sparse = np.log(np.array(schedules.AUTO_DENSE)), np.log(np.array(schedules.AUTO_SPARSE))
-    best = Rule(dense, sparse, np.full(len(AUTO_TIMESTEPS), 0.7))
+    best = Rule(dense, sparse, np.array(AUTO_FACTORS))
     least = loss(models, best)
     for trial in range(num_trials):
         tried = best.moved(generator, 0.6 * 0.1 ** (trial / num_trials))

@@ -413,7 +413,21 @@ def test_a_model_of_latents_is_trained_resumed_and_sampled(encoded: Path, tmp_pa
     with Image.open(tmp_path / "whole" / "samples" / "step-0000004.png") as grid:
         assert grid.width > 2 * 16 * 2
     out = tmp_path / "out"
-    main(["sample", "--model", str(tmp_path / "whole"), "--labels", "bee", "--out", str(out), "--device", "cpu"])
+    main(
+        [
+            "sample",
+            "--model",
+            str(tmp_path / "whole"),
+            "--labels",
+            "bee",
+            "--out",
+            str(out),
+            "--cache",
+            "none",
+            "--device",
+            "cpu",
+        ]
+    )
     with Image.open(next(out.glob("full*.png"))) as picture:
         assert picture.width >= 16
 
