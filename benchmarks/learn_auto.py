@@ -28,10 +28,11 @@ from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import Measured, Trials, measure
 from skipdit.loading import load_source
 
-SPEEDUPS = (1.3, 1.5, 1.65, 1.8, 2.0, 2.25, 2.5, 2.75, 3.0)
+SPEEDUPS = (1.4, 1.5, 1.65, 1.8, 1.9, 2.0, 2.25, 2.5, 2.8)
 ORDER = 1
+RANGE = math.log(0.05), math.log(100)  # of densities
 WORST = 1e-3  # mean squared error (30 dB) of the best schedule, from which on no rule is of use
-WIDEST = 30.0  # dB behind the best that count at most: where no rule can be near
+WIDEST = 15.0  # dB behind the best that count at most: where no rule can be near
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
@@ -72,9 +73,10 @@ class Rule:
     factors: np.ndarray
 
     def moved(self, generator: np.random.Generator, width: float) -> "Rule":
-        shape = self.dense.shape
-        moves = (generator.normal(0, width, shape) * (generator.random(shape) < 0.3) for _ in range(3))
-        return Rule(self.dense + next(moves), self.sparse + next(moves), self.factors + 0.3 * next(moves))
+        size = self.dense.shape
+        moves = (generator.normal(0, width, size) * (generator.random(size) < 0.3) for _ in range(3))
+        dense, sparse = (np.clip(shape + next(moves), *RANGE) for shape in (self.dense, self.sparse))
+        return Rule(dense, sparse, self.factors + 0.3 * next(moves))
 
     def apply(self) -> None:
         schedules.AUTO_DENSE, schedules.AUTO_SPARSE = tuple(np.exp(self.dense)), tuple(np.exp(self.sparse))
@@ -149,7 +151,7 @@ def learn(models: list[Model], num_trials: int, seed: int) -> Rule:
         other = loss(models, tried)
         if other < least:
             best, least = tried, other
-    return Rule(best.dense - best.dense.mean(), best.sparse - best.sparse.mean(), best.factors)
+    return best
 
 
 def main() -> None:

@@ -103,8 +103,31 @@ def test_a_schedule_with_timesteps_keeps_its_share_of_full_steps_in_runs_of_othe
     assert [i for i, full in enumerate(resolve(schedule, timesteps)) if full] == steps
     finer = np.interp(np.arange(0, num_steps, 0.5), np.arange(num_steps + 1), [*timesteps, 0.0]).tolist()
     assert abs(sum(resolve(schedule, finer)) - 2 * len(steps)) <= 2
-    alone = [schedule.decisions(timesteps[: step + 1])[-1] for step in range(num_steps)]  # what comes is not known
+    alone = [
+        schedule.decisions(timesteps[: step + 1], whole=False)[-1] for step in range(num_steps)
+    ]  # what comes is not known
     assert [step for step, decision in enumerate(alone) if decision is None] == steps
+
+
+@pytest.mark.parametrize(("num_steps", "shift"), [(50, 2), (50, 5), (28, 3), (100, 3)])
+def test_without_what_comes_a_schedule_keeps_its_number_of_full_steps(num_steps: int, shift: float) -> None:
+    """Its share of them was found anew at each step, so that up to 45 of 100 were full."""
+    full_steps = (0, 1, 2, 4, 7, 11, 16, 22, 28, 34, 40, 45, 48, 49)
+    own = tuple(1000.0 - 20 * step for step in range(50))
+    schedule = ExplicitSchedule(full_steps=full_steps, num_inference_steps=50, timesteps=own)
+    even = 1 - np.arange(num_steps) / num_steps
+    timesteps = (1000 * shift * even / (1 + (shift - 1) * even)).tolist()
+    alone = [schedule.decisions(timesteps[: step + 1], whole=False)[-1] for step in range(num_steps)]
+    assert 9 <= alone.count(None) <= 14
+
+
+@pytest.mark.parametrize("off", [-1e-3, 1e-3, 1.0])
+def test_timesteps_of_low_precision_are_its_own(off: float) -> None:
+    full_steps = (0, 1, 2, 4, 7, 11, 16, 22, 28, 34, 40, 45, 48, 49)
+    own = [1000.0 - 20 * step for step in range(50)]
+    schedule = ExplicitSchedule(full_steps=full_steps, num_inference_steps=50, timesteps=tuple(own))
+    full = resolve(schedule, [timestep + off for timestep in own])
+    assert tuple(step for step, is_full in enumerate(full) if is_full) == full_steps
 
 
 def test_in_a_run_of_twice_the_steps_full_ones_stay_spread() -> None:

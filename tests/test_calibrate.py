@@ -18,6 +18,7 @@ from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange
 from skipdit.cache.steppers import CacheRule
 from skipdit.calibration.calibrate import Row, at_compute, calibrate
 from skipdit.calibration.config import CalibrateConfig
+from skipdit.calibration.find import search_for
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import (
@@ -132,6 +133,15 @@ def test_a_search_only_improves(pipeline: ClassToImagePipeline, speedup: float) 
     assert search.error(best) <= search.error(start)
     assert best[0] is None
     assert all(search.error(best) <= search.error(other) / 0.999 for other in within(search, best, speedup))
+
+
+def test_a_rest_longer_than_was_measured_is_out_of_reach(pipeline: ClassToImagePipeline) -> None:
+    """It was tried, without factors, and ended the whole calibration."""
+    measured = measure(runner(pipeline), DeepFeatures(), Trials(max_age=1, num_probed=2))
+    search = Search(measured, 1)
+    fronts = [plan(search.errors())]
+    with pytest.raises(ValueError, match="needs rests that are longer than was measured"):
+        search_for(search, fronts, speedup=2.2)
 
 
 def within(search: Search, variants: Variants, speedup: float) -> list[Variants]:

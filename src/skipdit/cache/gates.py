@@ -43,7 +43,7 @@ class AdaptiveSchedule(Schedule):
         """Return a new gate, for a new stream."""
         raise NotImplementedError
 
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         raise ValueError(f"{type(self).__name__} decides while the model runs")
 
     def __str__(self) -> str:

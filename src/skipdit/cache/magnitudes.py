@@ -75,7 +75,7 @@ class MagnitudeSchedule(Schedule):
         if timesteps[-1] > timesteps[0]:
             raise ValueError("magnitudes were measured on falling timesteps, got a run in which they rise")
 
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         curve, found = self.magnitudes, list[Decision]()
         num_retained = int(self.retention * len(curve.ratios) + 0.5)
         passed, product, error, num_reused = 0, 1.0, 0.0, 0
@@ -126,7 +126,7 @@ class MeasuringSteps:
         output, stored = call(self.full)
         values = stored[self.region.name]
         before = self.before.get(stream)
-        ratio = torch.ones(()) if before is None else magnitude_ratio(values, before)
+        ratio = magnitude_ratio(values, values if before is None else before)
         self.ratios.setdefault(stream.levels[-1], []).append(ratio)
         self.before[stream] = values
         return output, ()

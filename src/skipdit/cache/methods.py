@@ -174,7 +174,7 @@ class MethodEntry:
 
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
-AUTO_FACTORS = (1.12, 0.9, 0.44, 0.74, 1.11, 0.71, 1.27, 0.83, 0.56, 0.43, 0.67, 1.17)  # of `auto`, learned
+AUTO_FACTORS = (1.54, 0.1, 0.31, 0.87, 1.31, 0.75, 1.03, 0.71, 0.65, 0.47, 0.58, 1.38)  # of `auto`, learned
 NEVER_AGAIN = 10**6  # an interval longer than any run
 FIRST_ADDED, FIRST_INPUT = UnitProbe(), UnitProbe(inputs=True)
 LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec
@@ -478,8 +478,8 @@ def load_schedule(path: Path) -> CacheMethod:
 def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
     if fields.parts is not None:
         kinds = [kind for part in fields.parts for kind in part.kinds]
-        if fields.full_steps is not None or fields.variants or len(set(kinds)) < len(kinds):
-            raise ValueError("parts replace full_steps and variants, and name each kind once")
+        if fields.full_steps is not None or fields.variants or fields.factors or len(set(kinds)) < len(kinds):
+            raise ValueError("parts replace full_steps, variants and factors, and name each kind once")
         for part in fields.parts:
             schedule = explicit_of(fields, part.full_steps, part.variants)
             yield CacheMethod(
@@ -488,13 +488,13 @@ def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
         return
     if fields.full_steps is None:
         raise ValueError("it needs full_steps, or parts")
-    make = METHODS[fields.method].site if fields.method in METHODS else None
-    if make is None:
+    row = METHODS.get(fields.method)
+    if row is None or (make := row.site) is None or (fields.factors and row.predictor is not TaylorPredictor):
         with_site = ", ".join(name for name, row in METHODS.items() if row.site is not None)
         raise ValueError(f"method must be one of {with_site}, got {printable(fields.method)!r}")
     numbers = fields.num_shallow_units
     yield CacheMethod(
         schedule=explicit_of(fields, fields.full_steps, fields.variants),
         site=make(tuple(numbers) if isinstance(numbers, list) else (numbers,)),
-        predictor=predictor_of(fields),
+        predictor=predictor_of(fields, row.predictor),
     )

@@ -140,7 +140,7 @@ class CacheRuntime:
         Raises `ValueError` if the schedule wants a reuse, but there are no branches."""
         branches, stream.output = self.streams.branches(run, stream), []
         schedule = self.method.schedule
-        if not (branches or schedule.is_adaptive) and schedule.decisions(stream.levels)[-1] is not None:
+        if not (branches or schedule.is_adaptive) and schedule.decisions(stream.levels, whole=False)[-1] is not None:
             raise ValueError(
                 f"cache {self.method} reuses one guidance branch beside another, but {self.model_name} is called once "
                 "per step: guidance is off, or both branches share a call"
@@ -190,12 +190,13 @@ class CacheRuntime:
 
     def _too_few(self, counts: Counts) -> str | None:
         """Return what is wrong if a run had so few full steps that fewer steps would have been better at its cost."""
-        if counts.predictions < LONG_RUN or counts.cost < MOST_PER_FULL * counts.full or self.told:
+        num_steps = counts.full + counts.reused
+        if num_steps < LONG_RUN or counts.cost < MOST_PER_FULL * counts.full or self.told:
             return None
         self.told = True
         share = (counts.cost - counts.full) / counts.reused
         return (
-            f"cache {self.method} made {counts.full} of {counts.predictions} steps in full, and the run cost as much "
+            f"cache {self.method} made {counts.full} of {num_steps} steps in full, and the run cost as much "
             f"as {counts.cost:.0f}, as a reuse step of this {self.model_name} costs {share:.0%} of a full one: "
             f"{counts.cost:.0f} steps without a cache are likely better; or ask for a smaller speedup"
         )

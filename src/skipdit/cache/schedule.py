@@ -22,9 +22,9 @@ class Schedule:
     may_stay_full = False
     """True if a run without any reuse is acceptable."""
 
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        """Return the decision for each step of a run, given its timesteps so far. Raises `ValueError` if the schedule
-        was not made for such a run, or is adaptive."""
+    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
+        """Return the decision for each step of a run, given its timesteps; with `whole` false, those so far. Raises
+        `ValueError` if the schedule was not made for such a run, or is adaptive."""
         raise NotImplementedError
 
     def check(self, timesteps: Sequence[float]) -> None:
@@ -63,7 +63,7 @@ class IntervalSchedule(Schedule):
     def may_stay_full(self) -> bool:
         return self.interval == 1
 
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         found: list[Decision] = []
         count, holds = 0, False
         for timestep in timesteps:
@@ -79,6 +79,9 @@ class IntervalSchedule(Schedule):
     def __str__(self) -> str:
         window = f"-{self.start_timestep:g}-{self.stop_timestep:g}"
         return f"N{self.interval}" + ("" if window == "-1000-0" else window)
+
+
+ROUNDED = 0.1  # of a step, by which a timestep of low precision may be off
 
 
 def check_variants(variants: tuple[Any, ...]) -> None:
@@ -119,41 +122,42 @@ class ExplicitSchedule(Schedule):
             )
         check_variants(self.variants)
 
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
+    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         if not self.timesteps:
             if len(timesteps) > self.num_inference_steps:
                 raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got {len(timesteps)}")
             return [None if step in self.full_steps else self.variant_at(step) for step in range(len(timesteps))]
-        places = self.places(timesteps)
-        count, last = len(self.full_steps), self.num_inference_steps - 1
-        share = 1.0  # of the full steps that a run of this length has, but for the first
-        if len(places) > 1 and count > 1 and places[-1] > places[0]:
-            num_full = round(count * (len(places) - 1) / (places[-1] - places[0]))
-            share = max(num_full - 1, 1) / (count - 1)
-        # in a run of another length the first full steps come rather early, and the last one is the last
-        most = share * (count - 1)
-        early = (1e-6, 0.0) if share == 1 else (0.5, 0.5 / most)
-        counts = (share * self.num_passed(place) for place in places)
-        passed = [math.floor(passed + early[0] - early[1] * passed + 1e-6) for passed in counts]
+        places, last = [self.place(timestep) for timestep in timesteps], self.num_inference_steps - 1
+        passed = self.num_due(places) if whole else [math.floor(self.num_passed(place) + 1e-6) for place in places]
         full = [not index or passed[index] > passed[index - 1] for index in range(len(places))]
         return [
             None if is_full else self.variant_at(min(round(place), last))
             for is_full, place in zip(full, places, strict=True)
         ]
 
-    def places(self, timesteps: Sequence[float]) -> list[float]:
-        """Return where the steps of a run are among its own; the last step of a run is at its own last one."""
-        places, last = [self.place(timestep) for timestep in timesteps], self.num_inference_steps - 1
-        ends = len(places) > 1 and places[-1] + (places[-1] - places[-2]) > last + 1e-6
-        return [place * last / places[-1] for place in places] if ends and places[-1] > 0 else places
+    def num_due(self, places: list[float]) -> list[int]:
+        """Return how many full steps after the first are due at each step of a run: as many as its length has by the
+        share of full steps here, the last one at the last."""
+        count, last = len(self.full_steps), self.num_inference_steps - 1
+        if len(places) < 2 or count == 1 or places[-1] <= places[0]:
+            return [math.floor(self.num_passed(place) + 1e-6) for place in places]
+        if places[-1] + (places[-1] - places[-2]) > last + 1e-6:  # the run's last step is in place of the last one
+            places = [place * last / places[-1] for place in places]
+        num_full = round(count * (len(places) - 1) / (places[-1] - places[0]))
+        share = max(num_full - 1, 1) / (count - 1)
+        # in a run of another length the first ones come rather early
+        early, per_step = (0.0, 0.0) if num_full == count else (0.5, 0.5 / (share * (count - 1)))
+        counts = (share * self.num_passed(place) for place in places)
+        return [math.floor(passed + early - per_step * passed + 1e-6) for passed in counts]
 
     def place(self, timestep: float) -> float:
-        """Return how many of its own steps are before a timestep, with fractions between two."""
+        """Return how many of its own steps are before a timestep, with fractions between two; near one, that one."""
         after = bisect_left(self.timesteps, -timestep, key=lambda level: -level)
         if after == 0:
             return 0.0
         high, low = self.timesteps[after - 1], (*self.timesteps, 0.0)[after]
-        return after - (timestep - low) / (high - low) if high > low else float(after)
+        place = after - (timestep - low) / (high - low) if high > low else float(after)
+        return float(round(place)) if abs(place - round(place)) < ROUNDED else place
 
     def num_passed(self, place: float) -> float:
         """Return how many full steps are after the first and up to a place: one more from each to the next, bit by
@@ -192,12 +196,12 @@ class ExplicitSchedule(Schedule):
 # The densities of full steps at each timestep, where many and where few steps are full, learned from the bundled models
 # by `benchmarks/learn_auto.py`; `benchmarks/calibration.md` shows how near they come to what a calibration finds.
 AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSE = (3.84, 0.87, 29.93, 0.3, 0.3, 0.54, 0.11, 0.28, 0.24, 1.3, 3.89, 5.86)
-AUTO_SPARSE = (12.73, 0.16, 1.82, 0.06, 0.51, 0.03, 1.17, 0.41, 0.64, 0.8, 2.37, 416.77)
+AUTO_DENSE = (3.16, 0.44, 100.0, 0.53, 0.15, 0.22, 0.08, 0.28, 0.17, 1.9, 3.04, 8.29)
+AUTO_SPARSE = (11.27, 0.44, 0.99, 0.12, 0.35, 0.07, 0.68, 0.12, 0.53, 0.39, 1.03, 100.0)
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
 NOMINAL_STEPS = 50  # steps of the run that a speedup refers to where a run's own timesteps are not known
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
-MANY_STEPS, FIRST = 20, 900.0  # steps from which on, and first timestep above which, a speedup refers to the run itself
+MANY_STEPS = 20  # from which on a speedup refers to the run itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,20 +229,14 @@ class AutoSchedule(Schedule):
             )
         return replace(self, reuse_cost=reuse_cost)
 
-    def decisions(self, timesteps: Sequence[float]) -> list[Decision]:
-        solved_for = tuple(timesteps) if is_whole_run(timesteps) else NOMINAL_RUN
+    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
+        if self.reuse_cost >= 1:
+            return [None] * len(timesteps)
+        solved_for = tuple(timesteps) if whole and len(timesteps) >= MANY_STEPS else NOMINAL_RUN
         return _by_density(timesteps, auto_densities(self.speedup, self.reuse_cost, solved_for))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
-
-
-def is_whole_run(timesteps: Sequence[float]) -> bool:
-    """Return true for the timesteps of a run of many steps from the first to the last; false for the first steps of a
-    run, for image-to-image and for few steps."""
-    if len(timesteps) < MANY_STEPS or timesteps[0] < FIRST:
-        return False
-    return timesteps[-1] <= 1.5 * (timesteps[-2] - timesteps[-1])
 
 
 @lru_cache

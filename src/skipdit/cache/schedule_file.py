@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 import msgspec
 
-from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor, TaylorPredictor
+from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.models.long_skip import BranchKind
 
@@ -62,10 +62,10 @@ class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     versions: dict[str, str] = {}
 
 
-def predictor_of(fields: ScheduleFields) -> Predictor:
-    """Return the predictor that a schedule.json describes."""
+def predictor_of(fields: ScheduleFields, kind: type[Predictor]) -> Predictor:
+    """Return the predictor that a schedule.json describes. kind: that of its method."""
     if not fields.factors:
-        return TaylorPredictor(fields.order)
+        return kind(fields.order)
     if len(fields.factors) != len(fields.timesteps):
         raise ValueError(f"factors must be one entry per timestep, got {len(fields.factors)}")
     rows = {at: tuple(row) for at, row in zip(fields.timesteps, fields.factors, strict=True) if row is not None}

@@ -198,7 +198,7 @@ class ScheduledSteps:
         self.links = model.long_skip_links if isinstance(model, LongSkipModel) else LongSkipLinks(0, {})
         self.plans: dict[tuple[Decision, ...], ForwardPlan] = {}
         self.schedules: dict[tuple[int, Costs | None], Schedule] = {}
-        self.decided: dict[tuple[int, Costs | None, tuple[float, ...]], list[Decision]] = {}
+        self.decided: dict[tuple[int, Costs | None, tuple[float, ...], bool], list[Decision]] = {}
 
     def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
         states = stream.states
@@ -248,12 +248,14 @@ class ScheduledSteps:
         if state.gate is not None:
             return 0 if not probe or state.accepts(rule, call, probe, {})[0] else None
         whole = (*stream.levels, *stream.coming[1:])
-        key = index, stream.costs, whole
+        key = index, stream.costs, whole, bool(stream.coming)
         decided = self.decided.get(key)
         if decided is None:
             if len(self.decided) > MAX_DECIDED:
                 self.decided.clear()
-            decided = self.decided[key] = self.schedule_of(index, stream.costs).decisions(whole)
+            decided = self.decided[key] = self.schedule_of(index, stream.costs).decisions(
+                whole, whole=bool(stream.coming)
+            )
         return decided[len(stream.levels) - 1]
 
     def schedule_of(self, index: int, costs: Costs | None) -> Schedule:

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from skipdit.cache.methods import EVERY, METHODS, parse_method
+from skipdit.cache.predictor import TaylorPredictor
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.calibration.trials import Trials
 from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range, choose
 
-WITH_SITE = tuple(name for name, row in METHODS.items() if row.site is not None)
+# what a calibrated prediction is of is a row with a site; its basis is Taylor's
+WITH_SITE = tuple(name for name, row in METHODS.items() if row.site and row.predictor is TaylorPredictor)
 KIN = ("dpcache", "l2p")
 
 

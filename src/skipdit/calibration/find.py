@@ -179,7 +179,10 @@ def search_for(
         except ValueError:  # costs on a front are rounded up
             if not starts:
                 raise
-    return min((search.improve(start, speedup) for start in dict.fromkeys(starts)), key=search.error)
+    best = min((search.improve(start, speedup) for start in dict.fromkeys(starts)), key=search.error)
+    if search.steps(best) is None:
+        raise ValueError(f"{speedup:g}x needs rests that are longer than was measured: raise trials.max_age")
+    return best
 
 
 def tried_on_seed(name: str, search: Search, variants: Variants, run: Runner) -> Found:
@@ -219,6 +222,8 @@ def refine(found: Found, search: Search, num_trials: int, run: Runner, seed: int
         tried.add(steps)
         variants = list(schedule.variants)
         variants[moved], variants[moved + offset] = variants[moved + offset], None
+        if search.steps(tuple(variants)) is None:
+            continue
         other = tried_on_seed(found.name, search, tuple(variants), run)
         found = max(found, other, key=lambda each: each.measured.rank)
     return found

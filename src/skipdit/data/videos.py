@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from skipdit.data.picture_files import on_white, open_picture, reason_of
-from skipdit.data.video_files import timed_frames
+from skipdit.data.video_files import VIDEO_SUFFIXES, timed_frames
 from skipdit.files.output import atomic_file
 from skipdit.files.untrusted import open_regular, printable_path
 from skipdit.pictures import MARGIN, labelled_grid, load_font
@@ -67,6 +67,21 @@ def frames_of_file(path: Path, choice: FrameChoice, start: int = 0) -> Frames:
         raise UnreadableVideo(f"cannot read the video {printable_path(path)}: {reason_of(error)}") from error
     with stream:
         yield from frames_of(stream, printable_path(path), choice, start)
+
+
+def read_video(
+    path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
+) -> UInt8[np.ndarray, "num_frames height width 3"]:
+    """Return frames of a file, as `FrameChoice` says. `ValueError` if it is no video, broken, too short, or its frames
+    are of several sizes."""
+    path = Path(path)
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise ValueError(f"{printable_path(path)} is not a video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
+    choice = FrameChoice(num_frames=num_frames, interval=frame_interval, fps=fps)
+    frames = list(frames_of_file(path, choice, start))
+    if len({frame.shape for frame in frames}) > 1:
+        raise UnreadableVideo(f"the frames of {printable_path(path)} are of several sizes")
+    return np.stack(frames)
 
 
 def frames_of(stream: BinaryIO, name: str, choice: FrameChoice, start: int = 0) -> Frames:
