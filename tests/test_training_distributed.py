@@ -26,6 +26,7 @@ from training_runs import make_config, make_data, names, read_log, tensors_of
 
 import skipdit.training.guard
 from skipdit.checkpoints import load_model
+from skipdit.process_group import leave_group
 from skipdit.training import SpectralConfig, TokenRoutingConfig, TrainConfig, list_checkpoints, train
 
 NUM_STEPS, HALF = 20, 10
@@ -80,6 +81,7 @@ def run_as_process(rank: str, port: str, folder: Path) -> None:
             said = str(error).removeprefix("the main process stopped: ")
         assert (said or "").startswith(job.error or ""), said
         assert (said is None) == (job.error is None), said
+    leave_group()
 
 
 def find_port() -> int:

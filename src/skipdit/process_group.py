@@ -107,3 +107,11 @@ def own_device(device: "torch.device") -> "torch.device":
         raise ValueError(f"process {index} of this machine has no GPU: there are {torch.cuda.device_count()}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def leave_group() -> None:
+    """Leave the group of all processes, if there is one. A process that ends within it may be aborted by its threads."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

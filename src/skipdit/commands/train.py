@@ -32,6 +32,7 @@ def train(arguments: Sequence[str]) -> None:
 
     Example: skipdit train emoji --max-steps 20 --out runs/try
     """
+    from skipdit.process_group import leave_group
     from skipdit.recipes import RECIPES
     from skipdit.training import Stopped, TrainConfig
     from skipdit.training import train as run
@@ -79,5 +80,6 @@ def train(arguments: Sequence[str]) -> None:
         if is_main:
             print(f"skipdit: {stopped}", file=sys.stderr)
         sys.exit(stopped.status)
+    leave_group()
     if is_main:
         print(f"trained: skipdit sample --model {folder}")
