@@ -110,7 +110,7 @@ def own_device(device: "torch.device") -> "torch.device":
 
 
 def leave_group() -> None:
-    """Leave the group of all processes, if there is one. A process that ends within it may be aborted by its threads."""
+    """Leave the group of all processes, if there is one; threads of a process that ends within it may abort it."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
