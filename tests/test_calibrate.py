@@ -135,6 +135,13 @@ def test_a_search_only_improves(pipeline: ClassToImagePipeline, speedup: float) 
     assert all(search.error(best) <= search.error(other) / 0.999 for other in within(search, best, speedup))
 
 
+def test_a_prediction_of_second_order_may_have_rests_of_the_largest_age(pipeline: ClassToImagePipeline) -> None:
+    """Only as many earlier steps were tried as one of first order needs: such schedules were out of reach."""
+    measured = measure(runner(pipeline), DeepFeatures(), Trials(orders=(2,), max_age=1, num_probed=2))
+    variants = tuple(None if step % 2 == 0 else 0 for step in range(NUM_STEPS))
+    assert Search(measured, 2).steps(variants) is not None
+
+
 def test_a_rest_longer_than_was_measured_is_out_of_reach(pipeline: ClassToImagePipeline) -> None:
     """It was tried, without factors, and ended the whole calibration."""
     measured = measure(runner(pipeline), DeepFeatures(), Trials(max_age=1, num_probed=2))

@@ -68,12 +68,17 @@ class Predictor:
         return predicted
 
 
+def expand(order: int, distance: float) -> list[float]:
+    """Return the coefficients of the first `order` derivatives in a Taylor expansion."""
+    return [distance**power / math.factorial(power) for power in range(1, order + 1)]
+
+
 @dataclass(frozen=True)
 class TaylorPredictor(Predictor):
     """Taylor expansion (TaylorSeer, arXiv 2503.06923)."""
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        return [ahead.distance**power / math.factorial(power) for power in range(1, order + 1)]
+        return expand(order, ahead.distance)
 
 
 @dataclass(frozen=True)
@@ -129,5 +134,5 @@ class FittedPredictor(Predictor):
         return tuple(before + share * (then - before) for before, then in pairs)
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        taylor = TaylorPredictor(self.order).coefficients(order, ahead)
-        return [value * factor for value, factor in zip(taylor, self.factors_at(ahead.timestep), strict=False)]
+        pairs = zip(expand(order, ahead.distance), self.factors_at(ahead.timestep), strict=False)
+        return [coefficient * factor for coefficient, factor in pairs]

@@ -42,7 +42,7 @@ class Search:
     order: int
     coherence: float = 0.5
     fits: bool = True
-    known: dict[tuple[int, int, tuple[int, ...]], ReuseStep | None] = field(default_factory=dict)
+    known: dict[tuple[int, int, tuple[int, ...]], ReuseStep | None] = field(default_factory=dict, init=False)
 
     @cached_property
     def predictor(self) -> Predictor:

@@ -58,8 +58,9 @@ class Trials:
 
     @property
     def lookback(self) -> int:
-        """The number of earlier steps whose values are tried: as far as two rests of the largest age reach."""
-        return self.max_age + (self.max_age + 1) * min(max(self.orders), 1)
+        """The number of earlier steps whose values are tried: as far back as a prediction of the largest order and age
+        may reach."""
+        return self.max_age + (self.max_age + 1) * max(self.orders)
 
 
 @dataclass(frozen=True, kw_only=True)
