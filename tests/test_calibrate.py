@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import flops_of, listing, randomize, tiny_dit
 
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache, recorded
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import parse_method
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange
@@ -27,7 +27,6 @@ from skipdit.calibration.trials import (
     Trials,
     measure,
     probed_steps,
-    recorded,
     smooth_errors,
     smooth_schedule,
 )

@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,6 +15,8 @@ from torch import nn
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.runtime import CacheRuntime
+from skipdit.cache.schedule import IntervalSchedule
+from skipdit.cache.site import Site
 from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import CacheRule, Stepper, make_stepper
 from skipdit.cache.streams import Stream, branch_context
@@ -26,6 +28,7 @@ from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import close_units, open_units
 
 Pipeline = DiffusionPipeline | ModularPipeline
+Steps = TypeVar("Steps", bound=Stepper)
 TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline; Wan 2.2 has two, for high and low noise
 
 
@@ -243,3 +246,17 @@ def cached(
         yield Cache(_runtimes_of(target))
     finally:
         disable_cache(target)
+
+
+@contextmanager
+def recorded(
+    target: nn.Module | Pipeline, site: Site, make: Callable[[nn.Module, list[CacheRule]], Steps]
+) -> Iterator[tuple[Cache, Steps]]:
+    """Let a model make its steps by what `make` returns inside the block, for measurements; yield the cache and that.
+
+    target: as of `enable_cache`, with one transformer. Raises `ValueError` if it has several, or lacks the site.
+    """
+    if (num_models := len(models_of(target))) > 1:
+        raise ValueError(f"this {type(target).__name__} has {num_models} transformers: measure each of them")
+    with cached(target, CacheMethod(schedule=IntervalSchedule(interval=1), site=site), make=make) as cache:
+        yield cache, cast(Steps, cache.runtimes[0].stepper)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from skipdit.cache import changes
 from skipdit.cache.compiled import Call
-from skipdit.cache.enable import cached
+from skipdit.cache.enable import recorded
 from skipdit.cache.methods import EVERY, CacheMethod
-from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
+from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, Site, known_units
-from skipdit.cache.steppers import CacheRule, Stepper, StepState
+from skipdit.cache.steppers import CacheRule, StepState
 from skipdit.cache.whole import tensors_in
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored
 from skipdit.models.long_skip import BranchKind, LongSkipModel
@@ -140,18 +140,8 @@ def measure_layers(
     """
     if interval < 2:
         raise ValueError(f"interval must be at least 2, else no step could reuse, got {interval}")
-    made: list[TryingSteps] = []
-
-    def make(model: nn.Module, rules: list[CacheRule]) -> Stepper:
-        made.append(TryingSteps(model, rules, interval))
-        return made[-1]
-
-    method = CacheMethod(schedule=IntervalSchedule(interval=1), site=BranchOutputs(EVERY))
-    with cached(target, method, make=make):
+    with recorded(target, BranchOutputs(EVERY), lambda model, rules: TryingSteps(model, rules, interval)) as (_, steps):
         sample()
-    if len(made) > 1:
-        raise ValueError(f"this {type(target).__name__} has {len(made)} transformers: measure each of them")
-    (steps,) = made
     if not steps.errors:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")
     levels = sorted(steps.errors, reverse=True)

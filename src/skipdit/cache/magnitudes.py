@@ -17,11 +17,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call
-from skipdit.cache.enable import cached
+from skipdit.cache.enable import recorded
 from skipdit.cache.methods import METHODS, CacheMethod
-from skipdit.cache.schedule import Decision, IntervalSchedule, Schedule
+from skipdit.cache.schedule import Decision, Schedule
 from skipdit.cache.site import AllUnits
-from skipdit.cache.steppers import CacheRule, Stepper, StepState
+from skipdit.cache.steppers import CacheRule, StepState
 from skipdit.models.forward_plan import ForwardPlan, Region, Values
 from skipdit.models.long_skip import LongSkipModel
 
@@ -144,19 +144,10 @@ def measure_magnitudes(target: nn.Module | DiffusionPipeline, sample: Callable[[
     target: a model, or a pipeline with one transformer. sample: makes one run of it, with falling timesteps. Raises
     `ValueError` if skipdit does not know the units of the model, or if `sample` does not call it.
     """
-    made: list[MeasuringSteps] = []
-
-    def make(model: nn.Module, rules: list[CacheRule]) -> Stepper:
-        made.append(MeasuringSteps(model, rules))
-        return made[-1]
-
-    method = CacheMethod(schedule=IntervalSchedule(interval=1), site=AllUnits())
-    with cached(target, method, make=make):
+    with recorded(target, AllUnits(), MeasuringSteps) as (_, steps):
         sample()
-    if len(made) > 1:
-        raise ValueError(f"this {type(target).__name__} has {len(made)} transformers: measure each of them")
-    if not made[0].ratios:
+    if not steps.ratios:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")
-    ratios = {level: torch.stack(found).mean().item() for level, found in made[0].ratios.items()}
+    ratios = {level: torch.stack(found).mean().item() for level, found in steps.ratios.items()}
     levels = sorted(ratios, reverse=True)
     return Magnitudes(ratios=tuple(ratios[level] for level in levels), timesteps=tuple(levels))

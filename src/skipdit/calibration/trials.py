@@ -6,10 +6,9 @@ How much an error at a step shows in the end is measured by reusing at single st
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,19 +18,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call
-from skipdit.cache.enable import Cache, cached
+from skipdit.cache.enable import recorded
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.predictor import FittedPredictor, Predictor, TaylorPredictor
-from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule
+from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, Site
-from skipdit.cache.steppers import CacheRule, Stepper, StepState, relative_change
+from skipdit.cache.steppers import CacheRule, StepState, relative_change
 from skipdit.models.check import first_tensor
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored, Values
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 from skipdit.runs import Runner, before_steps
 
 Sample = Callable[[], Tensor]
-Steps = TypeVar("Steps", bound=Stepper)
 NUM_COORDINATES = 4096  # of an output, drawn at random, at which changes are kept
 LEAST_EXPLAINED = 0.9  # of the guided output by those of the model, below which guidance is taken for unknown
 
@@ -214,17 +212,6 @@ class ProbingSteps:
     def error(self) -> float:
         """The mean squared error of the output of the probed step."""
         return float(np.mean([np.square(part).mean() for parts in self.solver_steps.found.values() for part in parts]))
-
-
-@contextmanager
-def recorded(
-    pipeline: DiffusionPipeline, site: Site, make: Callable[[nn.Module, list[CacheRule]], Steps]
-) -> Iterator[tuple[Cache, Steps]]:
-    """Let the pipeline's transformer make its steps by what `make` returns inside the block; yield it with the
-    cache."""
-    method = CacheMethod(schedule=IntervalSchedule(interval=1), site=site)
-    with cached(pipeline, method, make=make) as cache:
-        yield cache, cast(Steps, cache.runtimes[0].stepper)
 
 
 def probed_steps(num_steps: int, num_probed: int) -> list[int]:
