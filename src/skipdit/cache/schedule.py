@@ -100,7 +100,7 @@ class ExplicitSchedule(Schedule):
     """Steps of the run that it was made for."""
     timesteps: tuple[float, ...] = ()
     """Timesteps of that run, in sampling order. With them it applies to other runs too: at each timestep the same share
-    of steps is full, so that the saving is about the same."""
+    of steps is full, so that the saving is about the same; where the timesteps to come are not known, as many steps."""
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
 
