@@ -45,17 +45,15 @@ class Asked:
         cls, *, labels: Sequence[str] | None, prompt: str | None, num_samples: object, num_inference_steps: object,
         guidance_scale: object, seed: object, cache: str,
     ) -> "Asked":  # fmt: skip
-        """Return what the fields of a form ask for. prompt: one per line. `ValueError` where one is out of range."""
+        """Return what the fields of a form ask for, of labels and prompts as many as there are samples. prompt: one per
+        line. `ValueError` where one is out of range."""
         prompts = tuple(line.strip() for line in (prompt or "").splitlines() if line.strip())
         if any(len(line) > MAX_PROMPT for line in prompts):
             raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
         count = whole("how many", num_samples, 1, MAX_SAMPLES)
-        for told, values in (("labels", labels or ()), ("prompts", prompts)):
-            if len(values) > count:
-                raise ValueError(f"{len(values)} {told} need at least as many samples: raise how many, now {count}")
         return cls(
-            labels=tuple(labels or ()),
-            prompts=prompts,
+            labels=tuple(labels or ())[:count],
+            prompts=prompts[:count],
             num_samples=count,
             num_inference_steps=whole("steps", num_inference_steps, 2, MAX_STEPS),
             guidance_scale=number("guidance", guidance_scale, 1, MAX_GUIDANCE),

@@ -213,7 +213,7 @@ class Page:
             return {status: drawing.note("failed", describe(error))}
         is_prompt, is_video = source.sampler.task.option == "prompt", source.sampler.task.is_video
         labels = labels_of(source)
-        shown = list(source.showcase[: 1 if is_video else 4])
+        shown = list(source.showcase or labels)[: 1 if is_video else 4]
         return {
             self.labels: gr.update(choices=labels, value=[] if is_prompt else shown, visible=bool(labels)),
             self.prompt: gr.update(value="\n".join(shown) if is_prompt else "", visible=is_prompt),
