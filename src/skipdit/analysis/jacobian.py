@@ -142,9 +142,9 @@ def unit_bound(block: DiTBlock, hidden_states: Tensor, conditioning: Tensor, ski
     fusion = torch.ones(batch, device=hidden_states.device, dtype=hidden_states.dtype)
     if block.long_skip is not None:
         assert skip is not None
-        joined = torch.cat([hidden_states, skip], dim=-1)
+        pair = torch.cat([hidden_states, skip], dim=-1)
         weight = block.long_skip.proj.weight * block.long_skip.norm.weight
-        fusion = _norm_slope(joined, 1e-6) * torch.linalg.matrix_norm(weight.float(), ord=2)
+        fusion = _norm_slope(pair, 1e-6) * torch.linalg.matrix_norm(weight.float(), ord=2)
         fusion = fusion + 1 if block.long_skip.residual else fusion
         hidden_states = block.long_skip(hidden_states, skip)
 

@@ -71,12 +71,12 @@ def _check(model: nn.Module, name: str, inputs: dict[str, Any]) -> FamilyCheck:
         open_units(model)
     except AttributeError as error:
         raise ValueError(f"{name} lacks the block lists of its family: {error}") from error
-    linked = cast(LongSkipModel, model)
+    open_model = cast(LongSkipModel, model)
     try:
-        num_units = linked.long_skip_links.num_units
-        with _counted(linked) as counts:
-            opened = first_tensor(model(**inputs))
-        if not torch.equal(opened, expected):
+        num_units = open_model.long_skip_links.num_units
+        with _counted(open_model) as counts:
+            open_output = first_tensor(model(**inputs))
+        if not torch.equal(open_output, expected):
             raise ValueError(f"opening its units changes the output of {name}: it is not a chain of these blocks")
         if irregular_units := [unit for unit, count in enumerate(counts) if count != 1]:
             unit = irregular_units[0]
@@ -86,20 +86,20 @@ def _check(model: nn.Module, name: str, inputs: dict[str, Any]) -> FamilyCheck:
         for stop, delta in ((num_units - 1, False), (num_units - 1, True), (num_units, True)):
             region = Units(start=1, stop=stop, delta=delta)
             _check_reuse(model, name, inputs, expected, region, "streams, their order or joins do not fit")
-        model_kinds = {branch.kind for branch in linked.branches()}
+        model_kinds = {branch.kind for branch in open_model.branches()}
         kinds: tuple[BranchKind, ...] = tuple(kind for kind in get_args(BranchKind) if kind in model_kinds)
-        open_branches(linked)
+        open_branches(open_model)
         for kind in kinds:
             region = Branches(kinds=(kind,), units=tuple(range(num_units)))
             _check_reuse(model, name, inputs, expected, region, f"branches of kind {kind} do not fit")
-        writes = linked.open_call.writes if linked.open_call else None
+        writes = open_model.open_call.writes if open_model.open_call else None
         return FamilyCheck(
             num_units=num_units,
             branches=kinds,
             writes_in_place=writes is not None and (writes.always or True in writes.known.values()),
         )
     finally:
-        close_branches(linked)
+        close_branches(open_model)
         close_units(model)
 
 
@@ -117,12 +117,12 @@ def _check_reuse(
     links = cast(LongSkipModel, model).long_skip_links
     try:
         output, stored = model(**inputs, plan=ForwardPlan.of(links, store=(region,)))
-        reused, _ = model(**inputs, plan=ForwardPlan.of(links, reuse=(region,)), stored=stored)
+        reuse_output, _ = model(**inputs, plan=ForwardPlan.of(links, reuse=(region,)), stored=stored)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         raise ValueError(f"{name}: {fault}: {str(error).splitlines()[0]}") from error
     if not torch.equal(first_tensor(output), expected):
         raise ValueError(f"{name}: {fault}: a step that stores changes the output")
-    distance = float((first_tensor(reused) - expected).abs().max())
+    distance = float((first_tensor(reuse_output) - expected).abs().max())
     if not distance <= TOLERANCE * float(expected.abs().max()):
         raise ValueError(f"{name}: {fault}: a step that reuses {region} on the same inputs is off by {distance:.2g}")
 

@@ -45,10 +45,10 @@ class Costs:
 
     @classmethod
     def _from(cls, model: nn.Module, total: float, cost_of: Callable[[nn.Module], float]) -> "Costs":
-        linked = cast(LongSkipModel, model)
-        units = tuple(sum(map(cost_of, blocks)) / total for blocks in linked.units())
+        open_model = cast(LongSkipModel, model)
+        units = tuple(sum(map(cost_of, blocks)) / total for blocks in open_model.units())
         branches: dict[tuple[str, int], float] = {}
-        for branch in linked.branches():
+        for branch in open_model.branches():
             key = branch.kind, branch.unit
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / total
         return cls(units, branches)
@@ -64,10 +64,10 @@ class Costs:
 
         if not isinstance(model, LongSkipModel):
             return cls((), {})
-        linked = cast(LongSkipModel, model)
-        units = linked.units()
+        open_model = cast(LongSkipModel, model)
+        units = open_model.units()
         branches: dict[tuple[str, int], float] = {}
-        for branch in linked.branches():
+        for branch in open_model.branches():
             key, whole = (branch.kind, branch.unit), sum(map(cost_of, units[branch.unit])) or 1.0
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / whole / len(units)
         return cls((1 / len(units),) * len(units), branches)
@@ -124,9 +124,9 @@ def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
     Returns `None` and an estimate if torch cannot count: flex attention on a CPU, sharded weights. The counter
     is read by hooks on these modules, because its own module hooks are global and would see the work of other threads.
     """
-    linked = cast(LongSkipModel, model)
-    blocks = {block for blocks in linked.units() for block in blocks}
-    flops = dict.fromkeys((*blocks, *(branch.module for branch in linked.branches())), 0)
+    open_model = cast(LongSkipModel, model)
+    blocks = {block for blocks in open_model.units() for block in blocks}
+    flops = dict.fromkeys((*blocks, *(branch.module for branch in open_model.branches())), 0)
     counter = flop_counter()
 
     def enter(module: nn.Module, *_: Any) -> None:

@@ -233,11 +233,11 @@ class Writes:
         return {"always": self.always, "known": self.known, "previous": {}, "now": {}}
 
     def apart(self, place: str, tensor: Tensor, *, look: bool) -> Tensor:
-        """Return a copy, or the tensor itself if nothing is known to write to this place. look: check the tensor."""
+        """Return a copy, or the tensor itself if this place is known not to be written to. look: check the tensor."""
         if self.known.get(place) is False:
             return tensor
         if look and not (self.always or torch.compiler.is_compiling() or tensor.is_inference()):
-            self.now.setdefault(place, []).append((tensor.detach(), tensor._version))  # private to torch
+            self.now.setdefault(place, []).append((tensor.detach(), tensor._version))  # `_version` is private to torch
         return tensor.clone()
 
     def end_call(self) -> None:
@@ -358,8 +358,8 @@ class ForwardState:
             self.tokens.texts_first = joins[0] != routed
         for name, streams in self.entered.items():
             if len(streams) > 1:
-                joined = [streams[index] for index in joins]
-                self.entered[name] = (joined[0] if len(joined) == 1 else torch.cat(joined, dim=1),)
+                parts = [streams[index] for index in joins]
+                self.entered[name] = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1),)
 
     def _store(self, end: End, unit: int, streams: tuple[Any, ...]) -> None:
         values = self.stored.setdefault(end.name, {})

@@ -251,14 +251,14 @@ def open_units(model: nn.Module) -> None:
     open_call = OpenCall(writes=writes)
     for block, info in blocks:
         swap(block, _block_class(type(block)))
-        opened = cast(UnitBlock, block)
-        opened._info, opened._open, opened.long_skip = info, open_call, None
+        unit_block = cast(UnitBlock, block)
+        unit_block._info, unit_block._open, unit_block.long_skip = info, open_call, None
     swap(model, model_class)
-    running = cast(RunsUnits, model)
-    running.open_call, running._family, running.timestep_scale = open_call, family, family.timestep_scale
-    running.fill_token = None
+    open_model = cast(RunsUnits, model)
+    open_model.open_call, open_model._family, open_model.timestep_scale = open_call, family, family.timestep_scale
+    open_model.fill_token = None
     native = LongSkipConfig(middle_pair=False) if family.native_pairs else None
-    running.set_links(pair_segments(running.segment_sizes(), native))
+    open_model.set_links(pair_segments(open_model.segment_sizes(), native))
 
 
 def _block_infos(
@@ -360,16 +360,16 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
             f"there must be at least one pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
         )
     open_units(model)
-    linked = cast(LongSkipModel, model)
+    open_model = cast(LongSkipModel, model)
     names = family.hidden_size if family else ("num_attention_heads", "attention_head_dim")
-    linked.set_long_skips(math.prod(linked.config[name] for name in names), config)
-    dtype: Any = linked.dtype  # a block's first parameter may be one that stays in float32 (Wan)
-    for block in linked.unit_entries():
+    open_model.set_long_skips(math.prod(open_model.config[name] for name in names), config)
+    dtype: Any = open_model.dtype  # a block's first parameter may be one that stays in float32 (Wan)
+    for block in open_model.unit_entries():
         if block.long_skip is not None:
             block.long_skip.to(next(block.parameters()).device, dtype).train(model.training)
-    if linked.fill_token is not None:
-        linked.fill_token.data = linked.fill_token.data.to(next(model.parameters()).device, dtype)
-    linked.update_config(long_skip=config.to_dict())
+    if open_model.fill_token is not None:
+        open_model.fill_token.data = open_model.fill_token.data.to(next(model.parameters()).device, dtype)
+    open_model.update_config(long_skip=config.to_dict())
 
 
 def add_fill_token(model: nn.Module) -> None:
