@@ -237,7 +237,7 @@ def test_other_data_in_the_same_folder_is_refused(encoded: Path, tmp_path: Path)
 def test_one_run_at_a_time_and_files_of_others_stay(encoded: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
     (tmp_path / "shard-00000.safetensors").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"holds shard-00000\.safetensors, which an earlier"):
+    with pytest.raises(FileExistsError, match=r"contains shard-00000\.safetensors, which an earlier"):
         encode_into(tmp_path, **options)
     assert names(tmp_path) == ["shard-00000.safetensors"]
 

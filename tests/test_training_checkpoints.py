@@ -368,7 +368,7 @@ def test_files_of_others_are_refused_before_the_first_step(
     assert (out / name).read_text() == '{"event": 1}'
     assert checkpoint_names(out) == []
     train(config, out, device="cpu", overwrite=True)
-    assert f"{out / name} is going to be overwritten" in caplog.messages
+    assert f"{out / name} will be overwritten" in caplog.messages
     assert '{"event": 1}' not in (out / name).read_bytes().decode("latin-1")
     train(longer(config), out, device="cpu")  # ours now
 
