@@ -323,7 +323,7 @@ def test_damage_is_told_in_one_line(damage: str, encoded: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "act", "message"),
     [
-        (SHARD, _cut, "shard-00001.safetensors is not a whole safetensors file"),
+        (SHARD, _cut, "shard-00001.safetensors is not a complete safetensors file"),
         (SHARD, _other_tensors, "shard-00001.safetensors has other tensors than latents.json says"),
         ("shard-00000.json", _edit(lambda each: each["classes"].pop()), "shard-00000.json does not have 4"),
         ("shard-00000.json", _edit(lambda each: each.update(captions=[[]] * 4)), "shard-00000.json does not have 4"),

@@ -386,7 +386,7 @@ def _open_tensors(path: Path, shapes: Shapes) -> Any:
         file = safe_open(path, "pt")  # keeps no handle
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{printable_path(path)} is not a whole safetensors file: {printable(error)}") from error
+        raise ValueError(f"{printable_path(path)} is not a complete safetensors file: {printable(error)}") from error
     if {name: (list(part.get_shape()), part.get_dtype()) for name, part in slices.items()} != shapes:
         raise ValueError(f"{printable_path(path)} has other tensors than {INFO} says")
     return file
