@@ -446,7 +446,7 @@ def test_latents_of_another_autoencoder_are_other_data(encoded: Path, tmp_path: 
     vae = make_vae(tmp_path / "vae", "tiny")
     encode_into(tmp_path / "latents", source=str(encoded / "data"), vae=str(vae), image_size=16)
     other = replace(config, data=LatentConfig(source=str(tmp_path / "latents")), max_steps=3)
-    with pytest.raises(ValueError, match="learned other data"):
+    with pytest.raises(ValueError, match="was trained on other data"):
         train(other, tmp_path / "run", device="cpu")
 
 
@@ -490,4 +490,4 @@ def test_the_command_encodes_and_says_what(encoded: Path, tmp_path: Path, capsys
     assert "encoded: 11 items of 4 x 8 x 8 in 1 shards, 2 classes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--out", str(encoded / "data"), "--device", "cpu"])
-    assert "holds the input" in capsys.readouterr().err
+    assert "contains the input" in capsys.readouterr().err

@@ -225,7 +225,7 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(
         tensors | {name: tensors[name] * math.nan},
     ):
         save_file(damaged, path)
-        assert "step-0000002.safetensors is not of this model: " in fails()
+        assert "step-0000002.safetensors does not fit this model: " in fails()
     path.write_bytes(whole[:1000])
     assert "step-0000002.safetensors cannot be read: " in fails()
     with pytest.raises(ValueError, match="an average of capped weights is not capped"):
