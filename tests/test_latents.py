@@ -216,7 +216,7 @@ def test_an_encoding_goes_on_with_the_same_settings_only(encoded: Path, tmp_path
     same: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
     same |= {"flip": True, "shard_size": 4}
     encode_into(out, **same, batch_size=3, num_workers=0)
-    with pytest.raises(ValueError, match=r"holds latents of other settings \(flip\): give another --out"):
+    with pytest.raises(ValueError, match=r"contains latents of other settings \(flip\): give another --out"):
         encode_into(out, **same | {"flip": False})
     other = make_vae(tmp_path / "vae", "tiny")
     with pytest.raises(ValueError, match=r"other settings \(vae\)"):
@@ -294,7 +294,7 @@ def _edit(change: Callable[[Any], object]) -> Callable[[Path], None]:
 
 SHARD = "shard-00001.safetensors"
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "bit": (SHARD, _flip_bit, r"shard-00001.safetensors is damaged: its SHA-256 is not that of latents.json"),
+    "bit": (SHARD, _flip_bit, r"shard-00001.safetensors is damaged: its SHA-256 is not the one in latents.json"),
     "cut": (SHARD, _cut, r"shard-00001.safetensors is damaged"),
     "gone": (SHARD, Path.unlink, r"shard-00001.safetensors is damaged"),
     "texts": ("shard-00000.json", _edit(lambda each: each["classes"].pop()), "shard-00000.json is damaged"),
@@ -324,7 +324,7 @@ def test_damage_is_told_in_one_line(damage: str, encoded: Path, tmp_path: Path) 
     ("name", "act", "message"),
     [
         (SHARD, _cut, "shard-00001.safetensors is not a complete safetensors file"),
-        (SHARD, _other_tensors, "shard-00001.safetensors has other tensors than latents.json says"),
+        (SHARD, _other_tensors, "shard-00001.safetensors does not have the tensors that latents.json describes"),
         ("shard-00000.json", _edit(lambda each: each["classes"].pop()), "shard-00000.json does not have 4"),
         ("shard-00000.json", _edit(lambda each: each.update(captions=[[]] * 4)), "shard-00000.json does not have 4"),
         ("shard-00000.json", _edit(lambda each: each.update(classes=["cow"] * 4)), "has no class cow"),
@@ -453,7 +453,7 @@ def test_latents_of_another_autoencoder_are_other_data(encoded: Path, tmp_path: 
 def test_what_latents_cannot_do_is_said(encoded: Path, tmp_path: Path) -> None:
     plain = encode_into(tmp_path / "plain", source=str(encoded / "data"), vae=str(encoded / "vae"), image_size=16)
     assert plain[0][0].shape == (1, 2, 4, 8, 8)
-    with pytest.raises(ValueError, match="has no mirrored ones: encode with --flip"):
+    with pytest.raises(ValueError, match="has no mirrored items: encode with --flip"):
         train(latent_config(tmp_path / "plain"), tmp_path / "run", device="cpu")
     pixels = make_config(encoded / "latents", model=TINY)
     with pytest.raises(ValueError, match="holds latents: give it to a recipe of latents"):
