@@ -73,9 +73,7 @@ class ClassToVideo(LabelTask):
     def sample(
         self, pipeline: ClassToVideoPipeline, conditions: Sequence[int | None], options: SamplingOptions
     ) -> Tensor:
-        labels = [
-            label for label in conditions if label is not None
-        ] or None  # all are None for a model without classes
+        labels = [label for label in conditions if label is not None] or None  # all None: a model without classes
         return pipeline(labels, num_videos=len(conditions), output_type="pt", **vars(options)).frames.float()
 
 

@@ -48,8 +48,8 @@ class SplitGuidance(nn.Module):
             return value, value
         if name not in self.known or self.known[name][0] is not value:
             first, second = value.chunk(2)
-            # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's list; one
-            # timestep expanded over the rows is such an entry
+            # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's list; a
+            # single timestep expanded over the rows is one
             halves = (first.clone(), second.clone()) if value.stride(0) else (first, second)
             self.known[name] = value, halves
         return self.known[name][1]
