@@ -63,7 +63,7 @@ class VideoModelConfig(LabelModelConfig):
 
 
 class ClassToVideo(LabelTask):
-    """Clips of given classes, or without classes."""
+    """Clips of given classes, or of none."""
 
     name = "class-to-video"
     num_samples, batch_size, is_video = 4, 4, True
@@ -73,7 +73,7 @@ class ClassToVideo(LabelTask):
     def sample(
         self, pipeline: ClassToVideoPipeline, conditions: Sequence[int | None], options: SamplingOptions
     ) -> Tensor:
-        labels = [label for label in conditions if label is not None] or None  # all None: a model without classes
+        labels = [label for label in conditions if label is not None] or None  # None for each: the unconditional model
         return pipeline(labels, num_videos=len(conditions), output_type="pt", **vars(options)).frames.float()
 
 

@@ -80,8 +80,8 @@ class LabelTraining(TrainingTask[Tensor]):
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:
         if not self.knows_classes:
             return [None] * count, [""] * count
-        labels = spread(count, len(self.items.label_names))
-        return labels, [self.items.label_names[label] for label in labels]
+        chosen = spread(count, len(self.items.label_names))
+        return chosen, [self.items.label_names[label] for label in chosen]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,7 @@ class TextToVideoModelConfig(LinkedConfig):
 
 
 class TextToVideo(PromptTask):
-    """Clips from prompts."""
+    """Clips of prompts."""
 
     name = "text-to-video"
     num_samples, batch_size, is_video = 4, 4, True
