@@ -506,7 +506,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--labels", "cta"], "unknown label 'cta'; of the 4 labels, near are: cat"),
+        (["--labels", "cta"], "unknown label 'cta'; similar ones of 4 labels: cat"),
         (["--labels", "4"], "label numbers go from 0 to 3, got 4"),
         (["--labels", "ant", "bee", "cat"], "num_samples must be at least the number of --labels, 3, got 2"),
         (["--cache", "N1"], "would never reuse"),
