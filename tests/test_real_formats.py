@@ -190,6 +190,7 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             ["--model", "DiT-XL-2-skip.pt", "--height", "64"],
             "height is for a pipeline of diffusers, which DiT-XL-2-skip",
         ),
+        (["--model", "nowhere", "--height", "64"], "no model at nowhere: give "),
         (["--height", "64"], "height is for a pipeline of diffusers, which emoji is not"),
     ):
         with pytest.raises(SystemExit) as exit:

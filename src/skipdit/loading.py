@@ -213,9 +213,9 @@ def replace_scheduler(sampler: Sampler, name: str) -> None:
 
 def _open(model: str, dtype: torch.dtype, bare: WeightsOptions, published: PipelineOptions) -> Source:
     path = Path(model)
-    if model in BUNDLED or not _is_published(path):
+    if model in BUNDLED or (path.exists() and not _is_published(path)):
         published.refuse_for(model)
-    else:
+    elif path.exists():
         bare.refuse(model)
         return Source(open_published(path, read_index(path), dtype, published), (), _read_schedules(path))
     if model in BUNDLED:
