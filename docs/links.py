@@ -1,10 +1,23 @@
-"""Lets pages link to files of the repository, such as ../benchmarks/compile.md: on the site, those links lead to the
-repository, which is named by `repo_url` in mkdocs.yml, or else they are plain text."""
+"""Puts the pages and pictures of benchmarks/ on the site, and lets pages link to other files of the repository: those
+links lead to `repo_url` of mkdocs.yml if it is set, and are plain text otherwise."""
 
 import re
+from pathlib import Path
 from typing import Any
 
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(((?:\.\./)+(?:benchmarks|src|tests|README|CHANGELOG|CONTRIBUTING|NOTICE)[^)]*)\)")
+from mkdocs.structure.files import File
+
+MEASURED = re.compile(r"\]\((\.\./)((?:\.\./)*benchmarks/[^)]*\.(?:md|png)[^)]*)\)")
+ELSEWHERE = r"benchmarks/[^)]*\.(?:py|jsonl?)|src|tests|README|CHANGELOG|CONTRIBUTING|NOTICE"
+OTHER = re.compile(rf"(!?)\[([^\]]*)\]\(((?:\.\./)+(?:{ELSEWHERE})[^)]*)\)")
+
+
+def on_files(files: Any, *, config: Any, **_: Any) -> Any:
+    """Add what was measured."""
+    folder = Path(config.docs_dir).parent / "benchmarks"
+    for path in sorted((*folder.glob("*.md"), *folder.glob("*.png"))):
+        files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    return files
 
 
 def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
@@ -18,4 +31,4 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
             return text if is_picture else f"{text} (`{target}`)"
         return f"[{text}]({base.rstrip('/')}/blob/main/{target})"
 
-    return LINK.sub(replaced, markdown)
+    return OTHER.sub(replaced, MEASURED.sub(r"](\2)", markdown))

@@ -234,3 +234,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     site = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
     assert "enable_cache" in site
     assert "Raises" in site
+    page = (tmp_path / "site" / "how-to" / "pick-a-cache" / "index.html").read_text(encoding="utf-8")
+    assert 'src="../../benchmarks/cache_quality.png"' in page
+    assert (tmp_path / "site" / "benchmarks" / "cache_quality.png").is_file()
