@@ -16,6 +16,7 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import CacheMethod, MadeFor, parse_method
 from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import IntervalSchedule
+from skipdit.cache.schedule_file import fields_of
 from skipdit.cache.site import BranchOutputs
 from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.find import Found, check_finite, explicit, find_by_kin, find_schedules, find_smooth, score
@@ -103,6 +104,7 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
         "full_steps": schedule.full_steps,
         "variants": schedule.variants,
         "factors": factors_of(found.method),
+        "errors": None if schedule.table is None else fields_of(schedule.table),
     } | common
 
 
