@@ -149,10 +149,10 @@ class ErrorTable:
         return found
 
     def plan(self, timesteps: Sequence[float], speedup: float) -> tuple[int, ...] | None:
-        """Return the full steps of least error for a run of these timesteps, `speedup` times as fast as without a
-        cache, or a little faster; `None` where none are known."""
+        """Return the full steps of least error for a run of these timesteps, so many of them that it is as near as can
+        be to `speedup` times as fast as without a cache; `None` where none are known."""
         count = len(timesteps)
-        num_full = math.floor((count / speedup - self.reuse_cost * count) / (1 - self.reuse_cost) + 1e-6)
+        num_full = round((count / speedup - self.reuse_cost * count) / (1 - self.reuse_cost))
         if not 1 <= num_full < count:
             return None
         return _plan(self, tuple(timesteps), num_full)

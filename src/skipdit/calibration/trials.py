@@ -112,7 +112,8 @@ class Measured:
         if order == 0:
             return TaylorPredictor(0)
         rows = {self.timesteps[step]: (*row, *(1.0,) * (order - len(row))) for step, row in sorted(factors.items())}
-        return FittedPredictor(order, tuple(rows), tuple(rows.values()))
+        table = self.table if order == 1 else None
+        return FittedPredictor(order, tuple(rows), tuple(rows.values()), table=table)
 
 
 class SolverSteps:
