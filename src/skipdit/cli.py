@@ -12,6 +12,7 @@ from skipdit.commands.bench import bench
 from skipdit.commands.calibrate import calibrate
 from skipdit.commands.convert import convert
 from skipdit.commands.ema import ema
+from skipdit.commands.eval import eval
 from skipdit.commands.info import info
 from skipdit.commands.latents import latents
 from skipdit.commands.sample import sample
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "analyze": analyze,
     "calibrate": calibrate,
+    "eval": eval,
     "bench": bench,
     "info": info,
     "app": app,
