@@ -81,14 +81,14 @@ def test_an_option_without_a_text_is_found() -> None:
     assert list(find_unexplained(Options)) == ["inner.bare", "bare"]
 
 
-@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "eval", "info", "analyze"])
+@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "eval", "info", "analyze", "app"])
 def test_help_needs_no_pytorch(command: str) -> None:
     code = (
         "import sys\n"
         "from skipdit.cli import main\n"
         f"try: main(['{command}', '--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'diffusers', 'numpy', 'gradio'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"usage: skipdit {command}" in printed
