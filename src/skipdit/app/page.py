@@ -168,7 +168,7 @@ class Page:
                 list(get_args(Effort)),
                 value="quick",
                 label="How carefully",
-                info="of a small model on a CPU: some minutes, or an hour",
+                info="a minute or two for a small model on a CPU; thorough takes many times as long",
             )
         part = self.add_part("stability", "Measure")
         self.found = part.results = gr.HTML("")
