@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def address(home: Path) -> Iterator[str]:
     """A page that is served by the command, whose models are the tiny one and the bundled ones."""
     command = [sys.executable, "-m", "skipdit", "app", "--port", "0", "--models", f"{TINY}/pipeline"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(home / "watch"), *sys.path])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=home, env=environment, text=True, **pipes) as server:
         assert server.stdout is not None
         assert server.stderr is not None
