@@ -81,12 +81,12 @@ def test_an_option_without_a_text_is_found() -> None:
     assert list(find_unexplained(Options)) == ["inner.bare", "bare"]
 
 
-@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "info", "analyze"])
+@pytest.mark.parametrize("command", ["sample", "train", "train emoji", "latents", "convert", "ema", "info", "analyze"])
 def test_help_needs_no_pytorch(command: str) -> None:
     code = (
         "import sys\n"
         "from skipdit.cli import main\n"
-        f"try: main(['{command}', '--help'])\n"
+        f"try: main([*'{command}'.split(), '--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     )

@@ -35,10 +35,10 @@ from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files.output import atomic_file, clean_up
 from skipdit.files.untrusted import printable
 from skipdit.models.families import FAMILIES
-from skipdit.models.long_skip import Fusion, LongSkipConfig
+from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
-from skipdit.options import choose
+from skipdit.options import Fusion, choose
 
 __all__ = [
     "DIFFUSERS_KEYS",

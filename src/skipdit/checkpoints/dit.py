@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from skipdit.checkpoints import keys
 from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict, list_first
-from skipdit.models.dit import PRESET_SIZES, DiT, DiTBlock, sincos_position_embedding
+from skipdit.models.dit import DiT, DiTBlock, sincos_position_embedding
+from skipdit.models.presets import PRESET_SIZES
 
 # facebookresearch/DiT, models.py; Skip-DiT, class-to-image/models.py: skip 0 is the innermost
 OFFICIAL_KEYS = (

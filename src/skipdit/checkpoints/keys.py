@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.files.untrusted import printable
-from skipdit.models.long_skip import Fusion
+from skipdit.options import Fusion
 
 LOGGER = logging.getLogger(__name__)
 Table = tuple[tuple[str, str], ...]

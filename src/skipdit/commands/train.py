@@ -1,14 +1,18 @@
 """`skipdit train`: a training run by a named recipe."""
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from skipdit.command_options import parse
 from skipdit.options import choose
+
+if TYPE_CHECKING:
+    from skipdit.training.config import TrainConfig
 
 # where the help lists an option; those of data, model, objective, routing and spectral have boxes of their own
 GROUPS = {
@@ -30,16 +34,20 @@ GROUPS = {
 def train(arguments: Sequence[str]) -> None:
     """Train by a named recipe, every setting of which can be changed; goes on from the last checkpoint in --out.
 
+    --out then holds the finished pipeline with the averaged weights (pipeline/), the settings (config.json), a log
+    (log.jsonl), grids of samples and the last checkpoints.
+
+    Exit status 130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended the run early; the same command goes on.
+
     Example: skipdit train emoji --max-steps 20 --out runs/try
+    Example: torchrun --nproc-per-node 8 -m skipdit train dit-xl --out runs/dit-xl
     """
-    from skipdit.process_group import leave_group
     from skipdit.recipes import RECIPES
-    from skipdit.training import Stopped, TrainConfig
-    from skipdit.training import train as run
+    from skipdit.training.config import TrainConfig
 
     recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: skipdit train RECIPE [OPTIONS]\n\n{train.__doc__}")
+        print(f"usage: skipdit train RECIPE [OPTIONS]\n\n{inspect.cleandoc(train.__doc__ or '')}\n")
         print(f"Recipes (`skipdit train RECIPE --help` lists the options):\n{recipes}")
         return
     if not arguments:
@@ -72,10 +80,18 @@ def train(arguments: Sequence[str]) -> None:
 
         print(plan_run(config).text())
         return
-    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
     ways = {name: getattr(options, name) for name in ("resume", "device", "overwrite", "allow_changes")}
+    _train(config, options.out, **ways)
+
+
+def _train(config: "TrainConfig", out: Path, **ways: Any) -> None:
+    from skipdit.process_group import leave_group
+    from skipdit.training.loop import train as run
+    from skipdit.training.stopping import Stopped
+
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
     try:
-        folder = run(config, options.out, **ways)
+        folder = run(config, out, **ways)
     except Stopped as stopped:
         if is_main:
             print(f"skipdit: {stopped}", file=sys.stderr)

@@ -9,16 +9,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from skipdit.models.dit import PRESET_SIZES, PatchTransformer, preset_sizes, repeat_rows, run_block, sincos
+from skipdit.models.dit import PatchTransformer, repeat_rows, run_block, sincos
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
 from skipdit.models.long_skip import LongSkipConfig, LongSkipOutput, PlannedOutput
+from skipdit.models.presets import LATTE_PRESETS as LATTE_PRESETS
+from skipdit.models.presets import preset_sizes
 from skipdit.models.shallow_path import ShallowPath
-
-LATTE_PRESETS = {
-    f"Latte-{size}/{patch_size}": (*shape, patch_size)
-    for size, shape in PRESET_SIZES.items()
-    for patch_size in (2, 4, 8)
-}
 
 
 class Latte(PatchTransformer):

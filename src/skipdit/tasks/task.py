@@ -1,19 +1,25 @@
 """What a task is to the rest of skipdit, and how its pipelines are sampled, saved and opened."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from skipdit.checkpoints.parts import downsampling, part_class, read_autoencoder, read_scheduler
 from skipdit.files.untrusted import printable
+from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.surgery import open_units
+from skipdit.options.objective import Objective
 from skipdit.pipelines import SamplingOptions
 
 if TYPE_CHECKING:
-    from skipdit.tasks.training import TransformerConfig
+    from skipdit.tasks.config import TransformerConfig
+    from skipdit.tasks.training import Items, TrainingTask
+
+NOT_OF_A_START = ("long_skip", "conditional")  # fields of a config in which a model to start from may differ
 
 LabelNames = dict[str, str] | None  # by class number, `None` for a task or data without
 
@@ -48,7 +54,9 @@ class Task:
     model_class: ClassVar[type[nn.Module]]
     """the class of its transformers"""
     model_config: ClassVar[type["TransformerConfig"]]
-    """what `skipdit train` builds one from"""
+    """the sizes from which `skipdit train` builds one"""
+    training: ClassVar[type["TrainingTask[Any]"]]
+    """how a batch reaches one in training"""
     has_own_pipeline: ClassVar[bool]
     """whether its pipeline is of skipdit: that takes any autoencoder, guides some channels alone, hands a learned
     variance on to the scheduler, and needs no more than a transformer and what that predicts"""
@@ -104,6 +112,56 @@ class Task:
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
         """Return the names of its classes. `ValueError` where it is a pipeline that this task is not about."""
         raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def build(
+        self, config: "TransformerConfig", items: "Items", objective: Objective, start: nn.Module | None = None
+    ) -> "TrainingTask[Any]":
+        """Return the task in training, with `start` or a new model, and with the long skips that the config asks for if
+        the model has none. `ValueError` if the data or `start` do not belong to this task, or do not fit."""
+        self.check_items(items)
+        self.check_installed()
+        if start is None:
+            model = self.make(config, items, objective)
+        else:
+            self.check_start(config, start, items)
+            model = start
+            self.fit(model, items)
+        open_units(model)
+        self.link(config, model)
+        return self.training(self, cast(LongSkipModel, model), items)
+
+    def make(self, config: Any, items: "Items", objective: Objective) -> nn.Module:
+        """Return a new model for these data, of the sizes in `config`, which is a `model_config`."""
+        raise NotImplementedError
+
+    def fit(self, start: Any, items: "Items") -> None:
+        """Resize a model to these data, in place. `ValueError` if it cannot be resized."""
+        raise NotImplementedError
+
+    def link(self, config: Any, model: nn.Module) -> None:
+        """Add the long skips that the config asks for, if the model has none."""
+
+    def check_items(self, items: "Items") -> None:
+        """Raise `ValueError` if a task that learns pictures is given clips, or the other way round."""
+        if (items.num_frames is None) == self.is_video:
+            what, config = ("clips", "a ClipConfig") if self.is_video else ("pictures", "a DataConfig")
+            raise ValueError(f"a {self.name} model trains on {what}: give it {config}, or latents of {what}")
+
+    def check_start(self, config: "TransformerConfig", start: Any, items: "Items") -> None:
+        """Raise `ValueError` if the model to start from has another class, other channels than the data, or other sizes
+        than the config asks for."""
+        own = start.config
+        if not isinstance(start, self.model_class) or own.in_channels != items.num_channels:
+            expected = f"a {self.model_class.__name__} of {items.num_channels} channels"
+            raise ValueError(f"start_from must be {expected}, got a {type(start).__name__} of {own.in_channels}")
+        asked = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in NOT_OF_A_START}
+        wrong = [name for name, value in asked.items() if value is not None and value != own.get(name)]
+        if wrong:
+            named = ", ".join(f"{name} {own.get(name)}, not {asked[name]}" for name in wrong)
+            raise ValueError(f"start_from has {named}: give model.{wrong[0]} that value or None")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
 from skipdit.models.inflate import init_hunyuan
-from skipdit.options import check_above
 from skipdit.pipelines import decode_latents
+from skipdit.tasks.config import TextToImageModelConfig as TextToImageModelConfig
 from skipdit.tasks.prompts import LATENT_SCALE, PromptTask, PromptTraining
-from skipdit.tasks.training import Items, TransformerConfig, refuse_other_grid
+from skipdit.tasks.training import Items, refuse_other_grid
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 
 
@@ -61,47 +61,13 @@ class TextToImageTraining(PromptTraining):
         return sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextToImageModelConfig(TransformerConfig):
-    """The sizes of a HunyuanDiT, which has long skips of its own: all pairs but the two middle blocks."""
-
-    training = TextToImageTraining
-    mlp_ratio: float | None = None
-    """hidden size of the MLP over that of the block (4 in a fresh model)"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above(self, "mlp_ratio")
-
-    def make(self, items: Items, objective: Objective) -> HunyuanDiT2DModel:
-        sizes = self.sizes()
-        model = HunyuanDiT2DModel(
-            **sizes,
-            in_channels=items.num_channels,
-            sample_size=items.size,
-            hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
-            mlp_ratio=4.0 if self.mlp_ratio is None else self.mlp_ratio,
-            cross_attention_dim=WIDTH,
-            cross_attention_dim_t5=WIDTH,
-            pooled_projection_dim=WIDTH,
-            text_len=1,
-            text_len_t5=MAX_PROMPT_TOKENS,
-            use_style_cond_and_image_meta_size=False,
-        )
-        init_hunyuan(model)
-        return model
-
-    def fit(self, start: HunyuanDiT2DModel, items: Items) -> None:
-        refuse_other_grid(start, sample_size=items.size)
-
-
 class TextToImage(PromptTask):
     """Pictures of prompts."""
 
     name = "text-to-image"
     num_samples, batch_size, is_video = 16, 50, False
     pipeline_name = "HunyuanDiTPipeline"
-    model_class, model_config = HunyuanDiT2DModel, TextToImageModelConfig
+    model_class, model_config, training = HunyuanDiT2DModel, TextToImageModelConfig, TextToImageTraining
     width_option = "cross_attention_dim_t5"
     absent_parts: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
@@ -119,6 +85,27 @@ class TextToImage(PromptTask):
 
     def decode(self, vae: Any, output: Any) -> Tensor:
         return decode_latents(vae, output.images)
+
+    def make(self, config: TextToImageModelConfig, items: Items, objective: Objective) -> HunyuanDiT2DModel:
+        sizes = config.sizes()
+        model = HunyuanDiT2DModel(
+            **sizes,
+            in_channels=items.num_channels,
+            sample_size=items.size,
+            hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
+            mlp_ratio=4.0 if config.mlp_ratio is None else config.mlp_ratio,
+            cross_attention_dim=WIDTH,
+            cross_attention_dim_t5=WIDTH,
+            pooled_projection_dim=WIDTH,
+            text_len=1,
+            text_len_t5=MAX_PROMPT_TOKENS,
+            use_style_cond_and_image_meta_size=False,
+        )
+        init_hunyuan(model)
+        return model
+
+    def fit(self, start: HunyuanDiT2DModel, items: Items) -> None:
+        refuse_other_grid(start, sample_size=items.size)
 
 
 TASK = TextToImage()

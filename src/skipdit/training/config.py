@@ -1,22 +1,15 @@
-"""The settings of a training run."""
+"""The settings of a training run; nothing heavy is imported."""
 
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Union
 
 import tyro
-from torch import nn
 
-from skipdit.data.clips import ClipConfig
-from skipdit.data.latents import LatentConfig
-from skipdit.data.pictures import DataConfig
-from skipdit.diffusion import Objective
-from skipdit.models.long_skip import LongSkipModel
+from skipdit.data.config import ClipConfig, DataConfig, LatentConfig
 from skipdit.options import check_above, check_fields, check_range
-from skipdit.tasks import TASKS
-from skipdit.tasks.class_to_image import ModelConfig
-from skipdit.tasks.training import TransformerConfig
-from skipdit.training.routing import TokenRoutingConfig
+from skipdit.options.objective import Objective
+from skipdit.tasks.config import MODEL_CONFIGS, ModelConfig, TransformerConfig
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
@@ -26,11 +19,12 @@ Constrained = Literal["long_skips", "blocks"]
 ReleaseDType = Literal["float32", "bfloat16"]
 OnDevice = Literal["auto", "yes", "no"]
 Stage = Literal["full", "long-skips-only"]
+RoutingMode = Literal["off", "bypass", "fill"]
 
 if TYPE_CHECKING:
     AnyModelConfig = TransformerConfig
 else:
-    AnyModelConfig = Union[tuple(task.model_config for task in TASKS.values())]  # noqa: UP007
+    AnyModelConfig = Union[MODEL_CONFIGS]  # noqa: UP007
 
 MAX_WORKERS = 256  # each is a process
 MAX_SEED = 2**31 - 1  # so that (seed, step, rank) fits into the 64 bits of a generator's seed
@@ -53,19 +47,31 @@ class SpectralConfig:
         check_fields(self)
         check_above(self, "maximum", "penalty_weight")
 
-    def modules(self, model: LongSkipModel) -> nn.ModuleList:
-        """Return what is constrained; `ValueError` where the model has no long skips of ours."""
-        if self.on == "blocks":
-            return nn.ModuleList(block for blocks in model.units() for block in blocks)
-        long_skips = long_skips_of(model)
-        if not long_skips:
-            raise ValueError("a spectral constraint on long skips needs a model with long skips: or set on 'blocks'")
-        return nn.ModuleList(long_skips)
 
+@dataclass(frozen=True, kw_only=True)
+class TokenRoutingConfig:
+    """Which tokens the deep units see in training."""
 
-def long_skips_of(model: LongSkipModel) -> list[nn.Module]:
-    """Return the `LongSkip` of each target unit, innermost pair first."""
-    return [block.get_submodule("long_skip") for block in model.unit_entries() if block.long_skip is not None]
+    mode: RoutingMode = "off"
+    """how the tokens that the deep units do not see return: bypass, as they were before these units; fill, as a single
+    learned vector, which needs long skips; off: all units see all tokens"""
+    share: float = 0.25
+    """share of the tokens that the deep units see, drawn anew per sample and step"""
+    num_shallow_units: int | None = None
+    """how many first units see all tokens, and as many last ones; by default 2, or 1 of fewer than 5 units"""
+    deep_drop: float = 0.05
+    """share of the steps, before the dense end, in which no token passes through the deep units"""
+    dense_end: float = 0.2
+    """share of the run's FLOPs, at its end, in which all units see all tokens"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_range(self, "num_shallow_units")
+        check_range(self, "dense_end", least=0, most=1)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if not 0 <= self.deep_drop < 1:
+            raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
 
 
 @dataclass(frozen=True, kw_only=True)
