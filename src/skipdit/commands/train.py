@@ -51,7 +51,7 @@ def train(arguments: Sequence[str]) -> None:
         print(f"Recipes (`skipdit train RECIPE --help` lists the options):\n{recipes}")
         return
     if not arguments:
-        raise ValueError(f"give a recipe:\n{recipes}")
+        raise ValueError(f"give a recipe, one of {', '.join(RECIPES)}; `skipdit train --help` explains them")
     name = choose("the recipe", arguments[0], RECIPES)
 
     @dataclass(frozen=True, kw_only=True)
