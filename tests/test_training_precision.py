@@ -155,7 +155,7 @@ def test_sharding_by_accelerate_is_refused(plugin: str, monkeypatch: pytest.Monk
 
 
 def test_whole_graphs_and_shards_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="compile makes whole graphs, which parallel fsdp breaks"):
+    with pytest.raises(ValueError, match="compile needs whole graphs, which parallel fsdp breaks"):
         TrainConfig(compile=True, parallel="fsdp")
     with pytest.raises(ValueError, match="parallel must be one of ddp, fsdp, got 'dp'"):
         TrainConfig(parallel="dp")  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""What the benchmarks are asked for, one class per benchmark; nothing heavy is imported."""
+"""The options of the benchmarks, one class per benchmark; nothing heavy is imported."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,14 +41,14 @@ TRAIN_BATCH_SIZES: dict[Device, dict[Workload, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What every benchmark asks for. Abstract."""
+    """The options of every benchmark. Abstract."""
 
     device: Device = "cpu"
     """cpu or cuda"""
     num_threads: int | None = None
-    """of the CPU; by default PyTorch's choice"""
+    """threads of the CPU; by default PyTorch's choice"""
     seed: int = 0
-    """of weights, inputs and noise"""
+    """seed of weights, inputs and noise"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,20 +57,20 @@ class BenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelBenchConfig(BenchConfig):
-    """Which models are measured, and how often."""
+    """The models to measure, and how often."""
 
     presets: tuple[str, ...] = ("DiT-S/2", "DiT-XL/2")
-    """published sizes; each is measured as the plain model and with long skips"""
+    """published sizes; each is measured without and with long skips"""
     dtypes: tuple[DType, ...] = ("float32", "bfloat16")
     """of weights and inputs"""
     modes: tuple[Mode, ...] = ("eager", "compiled")
-    """as the model is, or compiled whole by `torch.compile`"""
+    """eager, or compiled whole by `torch.compile`"""
     num_shallow_units: tuple[int, ...] = (1, 4)
-    """units at each end that a reuse step runs"""
+    """numbers of units that a reuse step runs at each end"""
     batch_sizes: tuple[int, ...] = ()
     """one per preset; by default 8 for S, 4 for B, 2 for L and XL on a CPU, and 128, 64, 32, 32 on a GPU"""
     num_repetitions: int = 5
-    """of each step, in turn"""
+    """how often each step is timed, in turn"""
     num_warmup: int = 1
     """repetitions before those that count"""
 
@@ -89,7 +89,7 @@ class ModelBenchConfig(BenchConfig):
 
 @dataclass(frozen=True)
 class Size:
-    """One model that is measured. A unit is a spatial and a temporal block."""
+    """A model to measure. A unit is a spatial and a temporal block."""
 
     task: VideoTask
     name: str
@@ -97,12 +97,12 @@ class Size:
     num_frames: int
     patch_size: int
     is_swapped: bool = False
-    """whether its units are opened by class swap, as those of a class of diffusers"""
+    """True if its units are opened by class swap, as those of a class of diffusers"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoBenchConfig(BenchConfig):
-    """Which video models are measured, and how often."""
+    """The video models to measure, and how often."""
 
     tasks: tuple[VideoTask, ...] = get_args(VideoTask)
     """class-to-video: our Latte; text-to-video: diffusers' LatteTransformer3DModel"""
@@ -111,23 +111,23 @@ class VideoBenchConfig(BenchConfig):
     num_frames: tuple[int, ...] = ()
     """one per preset; by default 16 for S, 8 for B, 4 for L, 3 for XL on a CPU, and 16 on a GPU"""
     text_num_heads: int = 6
-    """of 64 channels each; the released text-to-video model is wider"""
+    """attention heads of the text-to-video model, of 64 channels each; the released one is wider"""
     text_num_units: int = 28
-    """of the text-to-video model; 28 as released"""
+    """units of the text-to-video model; the released one has 28"""
     text_num_frames: int = 4
-    """of the text-to-video model"""
+    """frames of the text-to-video model"""
     sample_size: int = 32
     """side of the latents; 32 for videos of 256 pixels"""
     batch_size: int = 1
     """clips per call"""
     num_pairs: tuple[int | None, ...] = (None, 2)
-    """how many of the outermost pairs are linked; None for all"""
+    """numbers of outermost pairs to link; None links all"""
     num_shallow_units: tuple[int, ...] = (1, 2)
-    """units at each end that a reuse step runs"""
+    """numbers of units that a reuse step runs at each end"""
     dtype: DType = "float32"
     """of weights and inputs"""
     num_repetitions: int = 5
-    """of each step, in turn"""
+    """how often each step is timed, in turn"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,7 +155,7 @@ class VideoBenchConfig(BenchConfig):
                     each.check_num_shallow_units(k)
 
     def sizes(self) -> list[Size]:
-        """Return the models, in the order they are measured."""
+        """Return the models, in the order of measurement."""
         sizes = []
         defaults = [NUM_FRAMES[self.device][name.removeprefix("Latte-").partition("/")[0]] for name in self.presets]
         for name, num_frames in zip(self.presets, self.num_frames or defaults, strict=True):
@@ -168,10 +168,10 @@ class VideoBenchConfig(BenchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionBenchConfig(BenchConfig):
-    """What is measured of the trained models. Their trainings have seeds of their own."""
+    """What to measure of the trained models. Their trainings have seeds of their own."""
 
     num_pictures: int = 512
-    """pictures of the training data for the loss, each with one noise and timestep"""
+    """pictures of the training data for the loss, each with one draw of noise and timestep"""
     num_samples: int = 64
     """pictures of a run of the sampler, for the caches"""
     num_shown: int = 6
@@ -179,11 +179,11 @@ class ConversionBenchConfig(BenchConfig):
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of a run"""
     guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
+    """scale of classifier-free guidance; 1 is none"""
     intervals: tuple[int, ...] = (2, 3)
-    """of the caches"""
+    """intervals of the caches"""
     runs: Path = Path("runs")
-    """folder of the four trainings (recipes convert-*), which go on where they are not finished"""
+    """folder of the four trainings (recipes convert-*); those that are not finished continue"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,19 +195,19 @@ class ConversionBenchConfig(BenchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBenchConfig(BenchConfig):
-    """Which loops are measured, and how often."""
+    """The loops to measure, and how often."""
 
     workloads: tuple[Workload, ...] = ("emoji", "latents")
     """emoji: the recipe of the bundled class-to-image model; latents: a DiT with long skips on random latents"""
     loops: tuple[Loop, ...] = ("plain", "dense", "routed")
-    """plain: in float32 (TF32 on a GPU), with what is random drawn on the CPU and the loss asked for at each step;
-    dense, routed: skipdit's, without and with token routing, eager or compiled"""
+    """plain: in float32 (TF32 on a GPU), with random numbers drawn on the CPU and the loss read at each step; dense,
+    routed: the loop of skipdit, without and with token routing, eager or compiled"""
     preset: str = "DiT-XL/2"
-    """of the model on latents, 256 tokens"""
+    """published size of the model on latents, with 256 tokens"""
     batch_sizes: tuple[int, ...] = ()
     """one per workload; by default 32 and 1 on a CPU, 512 and 96 on a GPU"""
     num_steps: int = 20
-    """steps that are timed together"""
+    """number of steps that are timed together"""
     num_warmup: int = 5
     """steps before them"""
     num_rounds: int = 3
@@ -226,7 +226,7 @@ class TrainBenchConfig(BenchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class GpuBenchConfig(BenchConfig):
-    """Which caches are measured, and how long."""
+    """The caches to measure, and for how long."""
 
     preset: str = "DiT-XL/2"
     """published size of the class-to-image model, with long skips and random weights"""
@@ -235,17 +235,17 @@ class GpuBenchConfig(BenchConfig):
     modes: tuple[GpuMode, ...] = ("eager", "reduce-overhead")
     """eager, or compiled whole by `torch.compile` in this mode"""
     specs: tuple[str, ...] = ("N2", "N3", "N2-k4", "fbcache:0.1", "fbcache:0.000001", "fora:N2")
-    """caches in eager mode; fbcache of the second threshold hardly ever reuses, which shows what asking costs"""
+    """caches in eager mode; fbcache:0.000001 hardly ever reuses, which shows the cost of the decision"""
     compiled_specs: tuple[str, ...] = ("N2",)
-    """caches in compiled modes, where each new kind of step takes up to a minute"""
+    """caches in compiled modes, in which each new kind of step takes up to a minute"""
     num_inference_steps: NumInferenceSteps = 20
     """denoising steps of a run"""
     num_rounds: int = 5
-    """how often each run is timed, in turn with the run that has no cache"""
+    """how often each run is timed, in turn with the run without a cache"""
     max_seconds: float = 270.0
-    """after which nothing more is begun"""
+    """start no new measurement after this time"""
     dtype: DType = "bfloat16"
-    """of the weights and the latents"""
+    """data type of the weights and the latents"""
     device: Device = "cuda"
     """cpu or cuda"""
 
@@ -254,11 +254,11 @@ class GpuBenchConfig(BenchConfig):
         check_option(self, "preset", tuple(PRESETS))
         check_range(self, "num_inference_steps", "num_rounds")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes must be one or more above 0, got {self.batch_sizes}")
+            raise ValueError(f"batch_sizes must be one or more numbers above 0, got {self.batch_sizes}")
         check_above(self, "max_seconds")
 
     def rows(self) -> list[tuple[GpuMode, int, str]]:
-        """Return what is measured, in this order."""
+        """Return the mode, the batch size and the spec of each row, in order."""
         return [
             (mode, size, spec)
             for mode in self.modes
@@ -276,13 +276,13 @@ class Method:
     """A line of the plot."""
 
     ours: bool
-    """it needs long skips, and its prediction or its schedule is of this project"""
+    """True if it needs long skips, and its prediction or its schedule comes from this project"""
     specs: tuple[str, ...] = ()
-    """the settings of the cache, fast ones last"""
+    """settings of the cache, fast ones last"""
 
 
 def intervals(form: str, *numbers: int) -> tuple[str, ...]:
-    """Specs of one form, a number each."""
+    """Return specs of one form, one per number."""
     return tuple(form.format(number) for number in numbers)
 
 
@@ -312,39 +312,39 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CacheBenchConfig(BenchConfig):
-    """What is measured of a trained model."""
+    """The model, the caches, and the runs to measure."""
 
     model: str = "emoji"
     """a bundled model (emoji, emoji-clips, emoji-text, emoji-text-clips), or the folder of a pipeline"""
     specs: tuple[str, ...] = tuple(spec for method in METHODS.values() for spec in method.specs)
-    """caches, or paths of schedules; calibrated:2x is one that came with the model"""
+    """caches, or paths of schedules; calibrated:2x is a schedule that comes with the model"""
     schedules: Path | None = None
-    """a folder of more, as skipdit calibrate writes it"""
+    """a folder of more schedules, as written by skipdit calibrate"""
     labels: tuple[str, ...] = ()
     """class names or numbers, repeated in turn; by default the model's showcase, else spread over its classes"""
     prompt: tuple[str, ...] = ()
-    """texts, repeated in turn, for the text tasks; by default the model's showcase"""
+    """texts, repeated in turn; for the text tasks; by default the model's showcase"""
     num_seeds: int = 64
     """samples, each with a seed of its own, from --seed on"""
     batch_size: int = 8
-    """samples that are made at a time"""
+    """samples per batch"""
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of the uncached run and of the cached ones"""
     guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
+    """scale of classifier-free guidance; 1 is none"""
     fewer_steps: tuple[int, ...] = (33, 25, 20, 15)
-    """denoising steps of the rivals without a cache"""
+    """denoising steps of the runs without a cache to compare with"""
     perceptual: bool = True
-    """measure the LPIPS-like distance too, which needs the extra skipdit[metrics]"""
+    """also measure the LPIPS-like distance, which needs the extra skipdit[metrics]"""
     rivals: bool = True
-    """run caches of diffusers and cache-dit too, where they can; only in a checkout of the repository"""
+    """also run caches of diffusers and cache-dit, where possible; only in a checkout of the repository"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "num_seeds", "batch_size")
         check_range(self, "num_inference_steps", least=2, most=1000)
         if len(set(self.specs)) < len(self.specs):
-            raise ValueError(f"specs must be different ones, got {self.specs}")
+            raise ValueError(f"specs must differ from one another, got {self.specs}")
         steps = self.num_inference_steps
         if len(set(self.fewer_steps)) < len(self.fewer_steps) or not all(1 <= n < steps for n in self.fewer_steps):
             raise ValueError(
@@ -398,30 +398,30 @@ TIMED = (
 
 @dataclass(frozen=True, kw_only=True)
 class CompileBenchConfig(BenchConfig):
-    """Which caches are compiled, on a CPU."""
+    """The caches to compile, on a CPU."""
 
     model: str = "emoji"
     """emoji, or the folder of a class-to-image pipeline with long skips"""
     specs: tuple[str, ...] = SPECS
     """caches of skipdit"""
     rivals: tuple[str, ...] = RIVALS
-    """settings of other libraries' caches"""
+    """caches of other libraries"""
     timed: tuple[str, ...] = TIMED
-    """which of both are also timed, compiled by Inductor"""
+    """those of both to time as well, compiled by Inductor"""
     num_inference_steps: NumInferenceSteps = 20
     """denoising steps of a run"""
     batch_size: int = 2
-    """pictures of a run, with guidance"""
+    """pictures per run, with guidance"""
     step_batch_sizes: tuple[int, ...] = (1, 8)
-    """of the single steps that are timed, without guidance"""
+    """batch sizes of the single steps to time, without guidance"""
     step_presets: tuple[str, ...] = ("DiT-XL/2",)
-    """published sizes, with random weights, of which single steps are timed too, at the first of these batch sizes"""
+    """published sizes, with random weights, whose single steps are timed too, at the first of these batch sizes"""
     num_runs: int = 5
     """how often each run is timed"""
     num_repetitions: int = 50
     """how often a single step is timed"""
     guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
+    """scale of classifier-free guidance; 1 is none"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -429,7 +429,7 @@ class CompileBenchConfig(BenchConfig):
         check_range(self, "num_inference_steps", least=4, most=1000)
         check_option(self, "device", ("cpu",))
         if not self.step_batch_sizes or min(self.step_batch_sizes) < 1:
-            raise ValueError(f"step_batch_sizes must be one or more above 0, got {self.step_batch_sizes}")
+            raise ValueError(f"step_batch_sizes must be one or more numbers above 0, got {self.step_batch_sizes}")
         for name, allowed in (
             ("rivals", RIVALS),
             ("timed", (*self.specs, *self.rivals)),

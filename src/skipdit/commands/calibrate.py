@@ -12,7 +12,9 @@ from skipdit.files.output import output_folder
 
 
 def calibrate(arguments: Sequence[str]) -> None:
-    """Measure what reuse costs a model at every step, and write the best cache schedules, for `sample --cache FILE`.
+    """Measure how much reuse changes a model's output at every step, and write the best cache schedules.
+
+    Use a schedule with `skipdit sample --cache FILE`, or in Python with `skipdit.enable_cache(pipeline, FILE)`.
 
     Example: skipdit calibrate emoji --speedups 1.8 2.5 --out out/schedules
     """
@@ -23,7 +25,7 @@ def calibrate(arguments: Sequence[str]) -> None:
 
     @dataclass(frozen=True, kw_only=True)
     class Options(WeightsOptions, OutputOptions):
-        """Which model is calibrated, and where its schedules go."""
+        """The model to calibrate, and where its schedules go."""
 
         model: tyro.conf.Positional[str] = "emoji"
         """a bundled model, the folder of a pipeline, or a checkpoint"""
@@ -33,7 +35,7 @@ def calibrate(arguments: Sequence[str]) -> None:
         vae: Path | None = None
         """folder of an AutoencoderKL, or of a pipeline with one, for a checkpoint of latents"""
         device: str = "auto"
-        """cpu, cuda, or auto: a GPU where there is one"""
+        """cpu, cuda, or auto: a GPU if there is one"""
         out: Path = Path("out/schedules")
         """folder of the schedules and the report"""
 
@@ -45,4 +47,4 @@ def calibrate(arguments: Sequence[str]) -> None:
         )
         run(source, options.config, out)
     print((options.out / "report.md").read_text(encoding="utf-8"))
-    print(f"written: {options.out}; use one: skipdit sample --model {options.model} --cache {options.out}/NAME.json")
+    print(f"written: {options.out}; try one: skipdit sample --model {options.model} --cache {options.out}/NAME.json")

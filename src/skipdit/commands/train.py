@@ -14,7 +14,7 @@ from skipdit.options import choose
 if TYPE_CHECKING:
     from skipdit.training.config import TrainConfig
 
-# where the help lists an option; those of data, model, objective, routing and spectral have boxes of their own
+# the box in which the help lists an option; data, model, objective, routing and spectral have their own
 GROUPS = {
     "run": ("out", "resume", "allow_changes", "overwrite", "dry_run", "device", "seed"),
     "length": ("max_steps", "batch_size", "num_accumulation_steps", "start_from", "stage"),
@@ -32,12 +32,12 @@ GROUPS = {
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train by a named recipe, every setting of which can be changed; goes on from the last checkpoint in --out.
+    """Train a named recipe, in which every setting can be changed; continues from the last checkpoint in --out.
 
     --out then holds the finished pipeline with the averaged weights (pipeline/), the settings (config.json), a log
     (log.jsonl), grids of samples and the last checkpoints.
 
-    Exit status 130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended the run early; the same command goes on.
+    Exit status 130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended the run early; the same command continues it.
 
     Example: skipdit train emoji --max-steps 20 --out runs/try
     Example: torchrun --nproc-per-node 8 -m skipdit train dit-xl --out runs/dit-xl
@@ -62,16 +62,16 @@ def train(arguments: Sequence[str]) -> None:
         out: Path = Path("runs") / name
         """folder of the run"""
         resume: bool = True
-        """go on from the last checkpoint in the folder; --no-resume begins anew, and the checkpoints there stay until a
-        new one is written"""
+        """continue from the last checkpoint in the folder; --no-resume starts again, and the old checkpoints stay until
+        a new one is written"""
         allow_changes: bool = False
-        """go on although settings differ from the checkpoint's, where that is possible (rate, clip, precision, ...)"""
+        """continue with settings that differ from the checkpoint's, where possible (rate, clip, precision, ...)"""
         overwrite: bool = False
-        """replace files in --out that skipdit did not write; each one is named"""
+        """replace files in --out that skipdit did not write; a warning names each"""
         device: str = "auto"
-        """cpu, cuda, or auto: a GPU where there is one"""
+        """cpu, cuda, or auto: a GPU if there is one"""
         dry_run: bool = False
-        """only build the model, without memory, and count what its steps cost; needs no latents"""
+        """only build the model, without memory, and print the cost of its steps; needs no latents"""
 
     options = parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(**vars(RECIPES[name]())))
     config = TrainConfig(**{each.name: getattr(options, each.name) for each in fields(TrainConfig)})

@@ -29,7 +29,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FrameChoice:
-    """Which frames of a video are taken."""
+    """The frames to take from a video."""
 
     num_frames: int
     """how many"""

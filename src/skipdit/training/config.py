@@ -35,13 +35,13 @@ class SpectralConfig:
     """A constraint on spectral norms."""
 
     maximum: float = 1.0
-    """the largest norm that is allowed"""
+    """largest allowed spectral norm"""
     form: Constraint = "cap"
     """cap: no norm ever exceeds the maximum; penalty: the loss grows with the squared excess"""
     penalty_weight: float = 0.1
     """factor of the squared excess in the loss"""
     on: Constrained = "long_skips"
-    """what is constrained: the projections of the long skips, or all layers of all blocks"""
+    """layers to constrain: the projections of the long skips, or all layers of all blocks"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,15 +50,15 @@ class SpectralConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRoutingConfig:
-    """Which tokens the deep units see in training."""
+    """The tokens that the deep units see in training."""
 
     mode: RoutingMode = "off"
     """how the tokens that the deep units do not see return: bypass, as they were before these units; fill, as a single
     learned vector, which needs long skips; off: all units see all tokens"""
     share: float = 0.25
-    """share of the tokens that the deep units see, drawn anew per sample and step"""
+    """share of the tokens that the deep units see, drawn for each sample and step"""
     num_shallow_units: int | None = None
-    """how many first units see all tokens, and as many last ones; by default 2, or 1 of fewer than 5 units"""
+    """number of first units, and of last units, that see all tokens; by default 2, or 1 in a model of fewer than 5"""
     deep_drop: float = 0.05
     """share of the steps, before the dense end, in which no token passes through the deep units"""
     dense_end: float = 0.2
@@ -83,16 +83,16 @@ class TrainConfig:
     model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
     """the sizes of the model"""
     objective: Objective = field(default_factory=Objective)
-    """what the model predicts, and how training weighs it"""
+    """the prediction target of the model, and its weight in training"""
     spectral: SpectralConfig | None = None
     """a constraint on spectral norms"""
     routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
-    """which tokens skip the deep units in training"""
+    """tokens that skip the deep units in training"""
     start_from: str | None = None
-    """model to start from, a folder or a checkpoint; it gets the long skips that `model` asks for if it has none, and
-    the size of the data if its own differs"""
+    """model to start from, a folder or a checkpoint; it gets the long skips of `model` if it has none, and the size of
+    the data if its own differs"""
     stage: Stage = "full"
-    """train everything, or the long skips alone, as the first stage of a conversion"""
+    """train everything (full), or only the long skips (long-skips-only), as the first stage of a conversion"""
     max_steps: int = 10_000
     """training steps of the whole run"""
     batch_size: int = 32
@@ -116,7 +116,7 @@ class TrainConfig:
     ema_decay: float = 0.9995
     """decay of the averaged weights, which are sampled and released; it warms up"""
     ema_snapshots_every: int = 0
-    """steps between snapshots of two more averages, from which `skipdit ema` makes an average of any length after
+    """steps between snapshots of two more averages, from which `skipdit ema` makes an average of any length after the
     training; 0 takes none"""
     label_dropout: float = 0.1
     """share of labels or captions to drop, which guidance needs"""
@@ -137,7 +137,7 @@ class TrainConfig:
     """processes that load data ahead, where it is not kept on the device; by default one per core on a GPU, none on a
     CPU"""
     seed: int = 0
-    """seed of everything that is random"""
+    """seed of all random numbers"""
     log_every: int = 10
     """training steps between lines of the log"""
     tensorboard: bool = False
@@ -149,11 +149,11 @@ class TrainConfig:
     sample_steps: int = 25
     """denoising steps of the samples in a grid"""
     sample_guidance_scale: float = 2.0
-    """guidance scale of the samples in a grid; none at 1"""
+    """guidance scale of the samples in a grid; 1 is none"""
     checkpoint_every: int = 500
     """training steps between checkpoints"""
     num_checkpoints: int = 2
-    """how many of the last checkpoints are kept"""
+    """number of last checkpoints to keep"""
     release_dtype: ReleaseDType = "float32"
     """dtype of the weights in the finished pipeline"""
 
@@ -168,14 +168,16 @@ class TrainConfig:
         check_range(self, "seed", least=0, most=MAX_SEED)
         if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
             raise ValueError(
-                f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
+                f"a grid needs at least 1 sample and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
             )
         if self.ema_snapshots_every and self.spectral and self.spectral.form == "cap":
             raise ValueError(
-                "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
+                "an average of capped weights is not capped: with ema_snapshots_every, set spectral.form to 'penalty'"
             )
         if self.compile and self.parallel == "fsdp":
-            raise ValueError("compile makes whole graphs, which parallel fsdp breaks at each unit: set one of them")
+            raise ValueError(
+                "compile needs whole graphs, which parallel fsdp breaks at each unit: choose one of the two"
+            )
         if self.gradient_guard and self.gradient_guard <= 1:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
