@@ -225,7 +225,7 @@ def test_what_cannot_be_routed_is_refused() -> None:
             TokenRoute(start=start, stop=stop)
     with pytest.raises(ValueError, match="the model has 6 units"):
         ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=7))
-    with pytest.raises(ValueError, match="either routes tokens or"):
+    with pytest.raises(ValueError, match="either route tokens or"):
         ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4), store=[Units(start=1, stop=5)])
 
 

@@ -130,7 +130,7 @@ def test_a_scale_of_others_is_not_taken(config: TrainConfig, tmp_path: Path, cap
         path.write_text(json.dumps(whole | {"loss_scale": whole["loss_scale"] | {name: value}}))
         sign_anew(path.parent)
         train(config, tmp_path / "run", device="cpu")
-        assert f"at `$.loss_scale.{name}`): the run goes on from" in caplog.messages[-1]
+        assert f"at `$.loss_scale.{name}`): the run resumes from" in caplog.messages[-1]
 
 
 def test_the_state_of_a_scale_is_taken_whole() -> None:
@@ -155,7 +155,7 @@ def test_sharding_by_accelerate_is_refused(plugin: str, monkeypatch: pytest.Monk
 
 
 def test_whole_graphs_and_shards_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match="compile needs whole graphs, which parallel fsdp breaks"):
+    with pytest.raises(ValueError, match="compile makes whole graphs, which parallel fsdp breaks"):
         TrainConfig(compile=True, parallel="fsdp")
     with pytest.raises(ValueError, match="parallel must be one of ddp, fsdp, got 'dp'"):
         TrainConfig(parallel="dp")  # pyright: ignore[reportArgumentType]

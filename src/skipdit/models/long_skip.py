@@ -40,10 +40,10 @@ class FP32RMSNorm(nn.RMSNorm):
 
 
 class LongSkip(nn.Module):
-    """Fuses a target unit's hidden states with its skip: norm over 2D, projection 2D -> D.
+    """Fuses a target unit's hidden states with its skip: norm over 2D channels, projection 2D -> D.
 
-    Keys: `norm.weight`, `norm.bias` (layer norm only), `proj.weight` (D, 2D), `proj.bias`. The first D input columns
-    of the projection act on the hidden states, the last D on the skip.
+    Weight keys: `norm.weight`, `norm.bias` (layer norm only), `proj.weight` (D, 2D), `proj.bias`. The first D input
+    columns of the projection act on the hidden states, the last D on the skip.
     """
 
     def __init__(self, hidden_size: int, config: LongSkipConfig) -> None:
@@ -81,12 +81,12 @@ class LongSkipOutput(BaseOutput):
 
 
 class PlannedOutput(NamedTuple):
-    """The return value of a forward under a plan."""
+    """The return value of a forward with a plan."""
 
     output: Any
     """The return value without a plan."""
     stored: dict[str, dict[str, Tensor]]
-    """The values that the plan stores, by the name of the region."""
+    """The values that the plan stores, by the name of their region."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class BranchInfo:
     kind: BranchKind
     unit: int
     name: str
-    """Number of the block in its unit, a dot, and the name in the block."""
+    """Number of the block in its unit, a dot, and the branch's name in the block."""
     module: nn.Module
 
 
 @dataclass
 class OpenCall:
-    """The current forward call of a model: one object that the model shares with its blocks and branches."""
+    """The current forward call of a model, in one object that it shares with its blocks and branches."""
 
     state: "ForwardState | None" = None
     """`None` outside a call."""
@@ -111,26 +111,26 @@ class OpenCall:
     for_branches: bool = False
     """True if only branches are open."""
     writes: "Writes | None" = None
-    """`None` if its blocks write nothing in place."""
+    """`None` if the blocks write nothing in place."""
 
 
 class LinkedBlock(nn.Module):
-    """A block that can be the first of its unit, which fuses the unit's skip."""
+    """A block that fuses its unit's skip if it is the first of the unit."""
 
     long_skip: LongSkip | None
     """`None` if the unit takes no skip."""
 
 
 class LongSkipModel(nn.Module):
-    """A model of units. Its forward takes `plan` and `stored` as in `skipdit.models.forward_plan`, and under a plan
-    returns a `PlannedOutput`."""
+    """A model made of units. Its forward takes a `plan` and `stored` values (see `skipdit.models.forward_plan`), and
+    with a plan returns a `PlannedOutput`."""
 
     config: Any  # its keys are attributes too, which diffusers does not declare
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     """(dim); `None` if `LongSkipConfig.fill_token` is off."""
     timestep_scale: float = 1.0
-    """Factor from the `timestep` argument to the scale from 0 to 1000; negative if it rises as noise falls."""
+    """Factor from the `timestep` argument to the scale from 0 to 1000; negative if it increases as noise decreases."""
     shares_tokens: bool = False
     """True if the samples of a batch must keep the same tokens."""
     open_call: OpenCall | None = None
@@ -138,7 +138,7 @@ class LongSkipModel(nn.Module):
     is_cache_enabled: bool = False
 
     def units(self) -> list[tuple[LinkedBlock, ...]]:
-        """Return the blocks of each unit in the order in which they run; the first fuses the unit's skip."""
+        """Return the blocks of each unit in the order in which they run; the first one fuses the unit's skip."""
         raise NotImplementedError
 
     def unit_entries(self) -> list[LinkedBlock]:
@@ -149,13 +149,13 @@ class LongSkipModel(nn.Module):
         return [len(self.units())]
 
     def branches(self) -> list[BranchInfo]:
-        """Return every branch: attention (over time in the second block of a unit), cross-attention and MLP; several of
+        """Return every branch: attention (temporal in the second block of a unit), cross-attention and MLP; several of
         a kind if each stream has its own."""
         raise NotImplementedError
 
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
-        """Give the target units fresh `LongSkip`s and remove those of all others; `None` removes all. Sets the fill
-        token too, which starts at zero."""
+        """Give the target units fresh `LongSkip`s and remove those of all other units; `None` removes all. Also sets or
+        removes the fill token, which starts at zero."""
         self.set_links(pair_segments(self.segment_sizes(), config))
         for unit, block in enumerate(self.unit_entries()):
             is_target = unit in self.long_skip_links.sources
@@ -163,11 +163,11 @@ class LongSkipModel(nn.Module):
         self.fill_token = nn.Parameter(torch.zeros(hidden_size)) if config is not None and config.fill_token else None
 
     def update_config(self, **options: Any) -> None:
-        """Set entries of the config, which diffusers' ConfigMixin keeps."""
+        """Set entries of the config that diffusers' ConfigMixin keeps."""
         cast(Any, self).register_to_config(**options)
 
     def set_links(self, sources: Mapping[int, int]) -> None:
-        """Link units, by the source of each target."""
+        """Link units. sources: the source of each target unit."""
         *starts, num_units = accumulate(self.segment_sizes())
         self.long_skip_links = LongSkipLinks(num_units, sources, tuple(starts))
 
@@ -183,7 +183,7 @@ class LongSkipModel(nn.Module):
         carry_out("disable_cache", self)
 
     def cache_context(self, name: str, **position: Any) -> AbstractContextManager[None]:
-        """Keep the calls of a guidance branch apart in a cache that is on. position: fields of the
-        loop, such as `step_index`, which pipelines of diffusers may pass."""
+        """Keep the calls of a guidance stream apart in an enabled cache. position: the state of the loop, such as
+        `step_index`, which diffusers' pipelines may pass."""
         context = getattr(super(), "cache_context", None)
         return nullcontext() if context is None else context(name, **position)

@@ -12,13 +12,13 @@ Init = Literal["default", "xavier", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class LongSkipConfig:
-    """The pairs of units that are linked, and the fusion of a link."""
+    """Which pairs of units are linked, and how a skip is fused."""
 
     num_pairs: int | None = None
-    """number of pairs to link, the outermost first; None links all of them"""
+    """number of pairs to link, outermost first; None links all of them"""
     middle_pair: bool = True
-    """link the two adjacent middle units of an even depth, where the skip is the hidden state itself (the released
-    Skip-DiT does this; HunyuanDiT leaves it out); an odd depth has no such pair"""
+    """also link the two adjacent middle units of an even depth, where the skip is the hidden state itself (the released
+    Skip-DiT does this, HunyuanDiT does not); an odd depth has no such pair"""
     norm: Norm = "layer_norm"
     """norm over the 2D concatenated channels, computed in float32"""
     init: Init | None = None
@@ -28,8 +28,8 @@ class LongSkipConfig:
     """replace: proj(norm([hidden, skip])) replaces the hidden states (arXiv 2411.17616); residual: it is added to them,
     so that with a zero projection a converted model starts with unchanged outputs"""
     fill_token: bool = False
-    """learn one vector that replaces, before the last units, each token that the deep units did not see in training;
-    its skip stays (SPRINT, arXiv 2510.21986)"""
+    """learn one vector that, before the last units, replaces each token that the deep units did not see in training;
+    the token's skip stays (SPRINT, arXiv 2510.21986)"""
 
     def __post_init__(self) -> None:
         check_range(self, "num_pairs", least=0)
@@ -50,7 +50,7 @@ class LongSkipConfig:
 def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:
     """Return the source unit of every linked target unit: `{L-1-i: i}`, outermost pair first.
 
-    Raises `ValueError` if `num_pairs` is more than the depth has.
+    Raises `ValueError` if `num_pairs` is too large for the depth.
     """
     if config is None:
         return {}
@@ -66,16 +66,16 @@ def _num_available(num_units: int, config: LongSkipConfig) -> int:
 
 
 def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[int, int]:
-    """Pair units as `pair_units` does, within each of several successive segments of these sizes; a segment that is too
-    short has as many pairs as it can."""
+    """Return the pairs of `pair_units` within each of several consecutive segments of these sizes. A segment that is
+    too short for `num_pairs` gets as many as it can have."""
     if config is None:
         return {}
     pair_units(max(sizes), config)  # raises
     sources, start = {}, 0
     for size in sizes:
-        most = _num_available(size, config)
-        limited = replace(config, num_pairs=most if config.num_pairs is None else min(config.num_pairs, most))
-        sources |= {target + start: source + start for target, source in pair_units(size, limited).items()}
+        limit = _num_available(size, config)
+        segment_config = replace(config, num_pairs=limit if config.num_pairs is None else min(config.num_pairs, limit))
+        sources |= {target + start: source + start for target, source in pair_units(size, segment_config).items()}
         start += size
     return sources
 
@@ -93,7 +93,7 @@ class LongSkipLinks:
     targets: Mapping[int, int] = field(init=False, repr=False)
     """The target of each source unit."""
     ordered_sources: tuple[int, ...] = field(init=False, repr=False)
-    """All source units, rising."""
+    """All source units in ascending order."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ordered_sources", tuple(sorted(self.sources.values())))
@@ -101,7 +101,7 @@ class LongSkipLinks:
 
     @property
     def max_num_shallow_units(self) -> int:
-        """The largest k for which a reuse step leaves out a unit and every deep unit that runs has its skip."""
+        """Return the largest k for which a reuse step leaves out a unit and every deep unit that runs has its skip."""
         return min(len(self.sources), (self.num_units - 1) // 2)
 
     def check_num_shallow_units(self, num_shallow_units: int) -> None:
@@ -109,8 +109,8 @@ class LongSkipLinks:
         if not self.sources:
             raise ValueError(
                 "this model has no long skips, so there are no deep features to reuse: "
-                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse the sum that "
-                "the units in the middle add, with delta:"
+                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse the sum added "
+                "by the middle units with a delta: cache"
             )
         if not 1 <= num_shallow_units <= self.max_num_shallow_units:
             raise ValueError(

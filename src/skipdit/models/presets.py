@@ -18,7 +18,7 @@ LATTE_PRESETS = {
 
 
 def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
-    """Return the arguments of a model that a published size decides; `ValueError` on an unknown one."""
+    """Return the constructor arguments of a published size. Raises `ValueError` if it is unknown."""
     num_layers, hidden_size, num_attention_heads, patch_size = presets[choose("preset", name, presets)]
     return {
         "patch_size": patch_size,

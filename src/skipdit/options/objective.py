@@ -19,28 +19,28 @@ PREDICTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Objective of training: what the model predicts, for which process, with which weight per noise level."""
+    """Training objective: what the model predicts, for which process, and how noise levels are drawn and weighted."""
 
     process: Process = "ddpm"
-    """the forward process: ddpm with its linear betas, or flow, from data to noise on straight lines"""
+    """forward process: ddpm with linear betas, or flow on straight lines from data to noise"""
     prediction_type: Prediction = "epsilon"
     """what the model predicts, in diffusers' words: sample is x-prediction, flow_prediction the velocity noise - x_0"""
     learned_variance: bool = False
-    """the second half of the channels interpolates the posterior variance (arXiv 2102.09672, eq. 15) and is trained by
-    the variational bound; for epsilon prediction only"""
+    """the second half of the output channels interpolates the posterior variance (arXiv 2102.09672, eq. 15) and is
+    trained with the variational bound; only for epsilon prediction"""
     timestep_sampling: TimestepSampling = "uniform"
-    """how training draws timesteps: uniform; logit_normal in sigma (arXiv 2403.03206), for a flow only; log_normal in
-    the ratio of noise to signal (arXiv 2206.00364, table 1), for ddpm only, rounded to the nearest timestep"""
+    """how training draws timesteps: uniform; logit_normal in sigma (arXiv 2403.03206), only for flow; log_normal in the
+    ratio of noise to signal (arXiv 2206.00364, table 1), only for ddpm, rounded to the nearest timestep"""
     logit_mean: float = 0.0
-    """mean of the logit of sigma, which for a flow is the logarithm of noise to signal, or of that logarithm"""
+    """mean of the logarithm of the ratio of noise to signal, which for flow is the logit of sigma"""
     logit_std: float = 1.0
-    """standard deviation of the same"""
+    """standard deviation of the same logarithm"""
     min_sigma: float = 0.05
     """x-prediction of a flow is trained in velocity space: (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720"""
     min_snr_gamma: float | None = None
-    """weigh the error of x_0 by min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and section 3.4), whatever is
-    predicted; 5 in that paper. SNR is (signal / sigma)^2, of a flow ((1 - sigma) / sigma)^2. Takes the place of
-    min_sigma; the variational bound keeps its weight"""
+    """weight the error of x_0 by min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and section 3.4), whatever the model
+    predicts; 5 in that paper. SNR is (signal / sigma)^2, which for flow is ((1 - sigma) / sigma)^2. Replaces min_sigma;
+    the variational bound keeps its weight"""
 
     def __post_init__(self) -> None:
         check_fields(self)
