@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from skipdit.interfaces import Scheduler
 from skipdit.options import choose
 from skipdit.options.objective import NUM_TRAIN_TIMESTEPS as NUM_TRAIN_TIMESTEPS
 from skipdit.options.objective import PREDICTIONS as PREDICTIONS
@@ -339,7 +339,7 @@ def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inv
     return [round(1000 * share, 3) for share in shares]
 
 
-def noise_shares(scheduler: Any) -> list[float]:
+def noise_shares(scheduler: Scheduler) -> list[float]:
     """Return the share of noise, b / (a + b), in latents a x_0 + b noise at each timestep that a scheduler's model was
     trained on; empty for a flow, whose timesteps are this share, and for a process without betas."""
     config = scheduler.config

@@ -22,6 +22,7 @@ from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.config import CacheBenchConfig as CacheBenchConfig
 from skipdit.benchmark.measure import benchmark, progress_bar
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Fields
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS
@@ -42,7 +43,7 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
     plans = [Plan("no cache", ONCE_MORE, "control", own, steps)]
     plans += [Plan("fewer steps", f"{n} steps", "fewer steps", own, n) for n in config.fewer_steps]
     if own.pipeline.scheduler.config.get("solver_order") != 2:
-        options: dict[str, Any] = {"method": "second order", "group": "second order", "scheduler": SECOND_ORDER}
+        options: Fields = {"method": "second order", "group": "second order", "scheduler": SECOND_ORDER}
         baselines.append(Plan(setting=f"{steps} steps", sampler=own, num_inference_steps=steps, **options))
         plans += [Plan(setting=f"{n} steps", sampler=own, num_inference_steps=n, **options) for n in config.fewer_steps]
     specs = (*config.specs, *(schedules_in(config.schedules) if config.schedules is not None else ()))

@@ -3,12 +3,13 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from skipdit.benchmark.config import METHODS as METHODS
 from skipdit.cache.enable import disable_cache
 from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
+from skipdit.interfaces import Pipeline
 from skipdit.loading import Source
 from skipdit.runs import Counts, OwnCache, RunCache, counts_of
 from skipdit.tasks.task import Sampler
@@ -78,15 +79,15 @@ class SpecCache:
         """The spec; of a schedule its name and that of its folder."""
         return "/".join(Path(self.spec).with_suffix("").parts[-2:]) if self.spec.endswith(".json") else self.spec
 
-    def enable(self, pipeline: Any) -> None:
+    def enable(self, pipeline: Pipeline) -> None:
         method = self.source.cache(self.spec)
         assert method is not None, "no cache is a control, not a cache"
         OwnCache(method).enable(pipeline)
 
-    def disable(self, pipeline: Any) -> None:
+    def disable(self, pipeline: Pipeline) -> None:
         disable_cache(pipeline)
 
-    def counts(self, pipeline: Any) -> Counts:
+    def counts(self, pipeline: Pipeline) -> Counts:
         return counts_of(pipeline)
 
 

@@ -17,6 +17,7 @@ from skipdit.benchmark.measure import Advance, benchmark, flops_of, progress_bar
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Transformer
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
 from skipdit.models.long_skip import LongSkipConfig
@@ -197,7 +198,7 @@ def model_rows(
     num_steps[TRAINED_ON] += own[CONTROL]
     rows = []
     for name, task in models.items():
-        model: Any = task.model
+        model: Transformer = task.model
         one = [tensor[:1] for tensor in (batch.noise, batch.timesteps, cast(Tensor, batch.conditions))]
         difference = losses[name] - losses[VANILLA]
         row = ModelRow(
@@ -214,7 +215,7 @@ def model_rows(
     return rows
 
 
-def describe_long_skips(model: Any) -> str:
+def describe_long_skips(model: Transformer) -> str:
     count = len(model.long_skip_links.sources)
     return f"{count}, {model.config['long_skip']['fusion']}" if count else "none"
 

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -19,6 +18,7 @@ from skipdit.cache.enable import cached
 from skipdit.cache.methods import parse_method
 from skipdit.environment import SYNCHRONIZE
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Fields
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
@@ -88,7 +88,7 @@ class Runs:
         self.pipeline = ClassToImagePipeline(self.model, DDIMScheduler())
         self.pipeline.scheduler.set_timesteps(config.num_inference_steps, device=config.device)
 
-    def seconds(self, inputs: dict[str, Any]) -> float:
+    def seconds(self, inputs: Fields) -> float:
         """Return the seconds of a step, in the mean over a run."""
         synchronize, timesteps = SYNCHRONIZE[self.config.device], self.pipeline.scheduler.timesteps
         batch_size = len(inputs["class_labels"])
@@ -101,7 +101,7 @@ class Runs:
         synchronize()
         return measure.seconds_of(run) / len(timesteps)
 
-    def inputs(self, batch_size: int) -> dict[str, Any]:
+    def inputs(self, batch_size: int) -> Fields:
         sizes, config = self.model.config, self.config
         shape = (batch_size, sizes.in_channels, sizes.sample_size, sizes.sample_size)
         return {

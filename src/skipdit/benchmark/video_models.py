@@ -5,7 +5,7 @@ Class-to-video is our Latte, text-to-video diffusers' LatteTransformer3DModel, w
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import LatteTransformer3DModel
@@ -18,6 +18,7 @@ from skipdit.benchmark.config import Size as Size
 from skipdit.benchmark.config import VideoBenchConfig as VideoBenchConfig
 from skipdit.benchmark.config import VideoTask as VideoTask
 from skipdit.benchmark.measure import Kind, Subject, fill_zeros
+from skipdit.interfaces import Transformer
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig, pair_units
@@ -118,7 +119,7 @@ def num_outputs(model: nn.Module) -> int:
     return sum(isinstance(module, OUTPUT_CLASSES) for module in model.modules())
 
 
-def feature_bytes(config: VideoBenchConfig, size: Size, model: Any) -> int:
+def feature_bytes(config: VideoBenchConfig, size: Size, model: Transformer) -> int:
     """Return the bytes of the hidden states between two units."""
     hidden_size = model.config["num_attention_heads"] * model.config["attention_head_dim"]
     num_tokens = config.batch_size * size.num_frames * (config.sample_size // size.patch_size) ** 2

@@ -24,6 +24,7 @@ from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.data.config import LatentConfig as LatentConfig
 from skipdit.data.pictures import Draws, pad_captions, pictures_beside
 from skipdit.files.untrusted import check_regular, file_digest, printable, printable_path, read_json
+from skipdit.interfaces import Fields
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 
 INFO, VERSION = "latents.json", 1
@@ -66,7 +67,7 @@ class Info(TypedDict):
     """Contents of `latents.json`."""
 
     version: int
-    settings: dict[str, Any]
+    settings: Fields
     """options of `skipdit latents`"""
     shape: list[int]
     """(c h w) of a picture, (f c h w) of a clip"""

@@ -15,6 +15,7 @@ from skipdit.data.parquet_pages import measure_columns
 from skipdit.data.picture_files import PICTURE_SUFFIXES, reason_of
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_json
+from skipdit.interfaces import Fields
 
 MAX_ROWS = 2**21  # of a data set
 MAX_VALUES = 2**23  # of a column, which may have lists
@@ -171,7 +172,7 @@ def class_names_of(schema: Any, name: str) -> dict[str, list[str]]:
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return {}
-    info = parse_json(content, dict[str, Any], f"the schema of {name}").get("info")
+    info = parse_json(content, Fields, f"the schema of {name}").get("info")
     features = info.get("features") if isinstance(info, dict) else None
     return {
         column: feature["names"]

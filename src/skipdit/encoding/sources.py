@@ -22,6 +22,7 @@ from skipdit.data.videos import FrameChoice, UnreadableVideo, count_frames, fram
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.tars import MAX_VIDEO_BYTES, Member, find_tars, scan_tars
 from skipdit.files.untrusted import printable, printable_path, read_bytes
+from skipdit.interfaces import Fields
 
 COUNTS = 2**12  # videos whose number of frames is cached: several clips of a video are read one after the other
 
@@ -170,7 +171,7 @@ def stream_source(config: EncodeConfig) -> Source:
     rows = rows.select_columns(columns)
     num_crops = max(1, config.num_crops)
 
-    def job_of(row: dict[str, Any], number: int) -> Job:
+    def job_of(row: Fields, number: int) -> Job:
         return lambda: _read_row(row, column, names, f"{number // num_crops} of {source}", number, config)
 
     def jobs(start: int) -> Iterator[tuple[int, Job]]:
@@ -190,7 +191,7 @@ def stream_source(config: EncodeConfig) -> Source:
 
 
 def _read_row(
-    row: dict[str, Any], column: str, names: list[str] | None, row_name: str, number: int, config: EncodeConfig
+    row: Fields, column: str, names: list[str] | None, row_name: str, number: int, config: EncodeConfig
 ) -> Sample:
     cell = row[column]
     content = cell["bytes"] if isinstance(cell, dict) else cell

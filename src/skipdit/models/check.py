@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from skipdit.interfaces import Fields
 from skipdit.models.branches import close_branches, open_branches
 from skipdit.models.families import Family, get_family
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Units
@@ -65,7 +66,7 @@ def _check_arguments(name: str, family: Family, inputs: Mapping[str, Any]) -> No
         )
 
 
-def _check(model: nn.Module, name: str, inputs: dict[str, Any]) -> FamilyCheck:
+def _check(model: nn.Module, name: str, inputs: Fields) -> FamilyCheck:
     expected = first_tensor(model(**inputs))
     try:
         open_units(model)
@@ -110,9 +111,7 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def _check_reuse(
-    model: nn.Module, name: str, inputs: dict[str, Any], expected: Tensor, region: Region, fault: str
-) -> None:
+def _check_reuse(model: nn.Module, name: str, inputs: Fields, expected: Tensor, region: Region, fault: str) -> None:
     """Raise `ValueError` if a step that reuses values stored for the same inputs has a different output."""
     links = cast(LongSkipModel, model).long_skip_links
     try:

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from skipdit.interfaces import Fields
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
     BranchInfo,
@@ -327,8 +328,8 @@ class DiT(PatchTransformer):
         time_scale: float = 1.0,
         time_shift: float = 0.0,
         qk_norm: bool = False,
-        long_skip: LongSkipConfig | dict[str, Any] | None = None,
-        shallow_path: ShallowPath | dict[str, Any] | None = None,
+        long_skip: LongSkipConfig | Fields | None = None,
+        shallow_path: ShallowPath | Fields | None = None,
     ) -> None:
         super().__init__()
         self.time_scale, self.time_shift = time_scale, time_shift

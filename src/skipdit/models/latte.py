@@ -1,7 +1,5 @@
 """Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
 
-from typing import Any
-
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - pipelines of diffusers look here
@@ -9,6 +7,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from skipdit.interfaces import Fields
 from skipdit.models.dit import PatchTransformer, repeat_rows, run_block, sincos
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
 from skipdit.models.long_skip import LongSkipConfig, LongSkipOutput, PlannedOutput
@@ -60,8 +59,8 @@ class Latte(PatchTransformer):
         null_class: bool = True,
         downscale_freq_shift: float = 0.0,
         qk_norm: bool = False,
-        long_skip: LongSkipConfig | dict[str, Any] | None = None,
-        shallow_path: ShallowPath | dict[str, Any] | None = None,
+        long_skip: LongSkipConfig | Fields | None = None,
+        shallow_path: ShallowPath | Fields | None = None,
     ) -> None:
         super().__init__()
         if num_layers % 2 or num_layers < 2:

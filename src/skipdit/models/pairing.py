@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from skipdit.interfaces import Fields
 from skipdit.options import Fusion, check_fields, check_range
 
 Norm = Literal["layer_norm", "rms_norm"]
@@ -39,7 +40,7 @@ class LongSkipConfig:
     def resolved_init(self) -> Init:
         return self.init or ("default" if self.fusion == "replace" else "zero")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Fields:
         return asdict(self)
 
     @classmethod

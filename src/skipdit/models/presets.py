@@ -1,8 +1,8 @@
 """The published sizes of DiT and Latte; nothing heavy is imported."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from skipdit.interfaces import Fields
 from skipdit.options import choose
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
@@ -17,7 +17,7 @@ LATTE_PRESETS = {
 }
 
 
-def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
+def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> Fields:
     """Return the constructor arguments of a published size. Raises `ValueError` if it is unknown."""
     num_layers, hidden_size, num_attention_heads, patch_size = presets[choose("preset", name, presets)]
     return {

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
+from skipdit.interfaces import Fields
 from skipdit.models.inflate import inflate_latte, resize_grid
 from skipdit.models.latte import Latte
 from skipdit.pipelines import ClassToVideoPipeline, SamplingOptions
@@ -22,7 +23,7 @@ class ClassToVideoTraining(LabelTraining):
     pictures has the class of the clip and that of each picture."""
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Tensor, **plan: Any) -> Any:
-        arguments: dict[str, Any] = {} if conditions.ndim == 1 else {"num_images": conditions.shape[1] - 1}
+        arguments: Fields = {} if conditions.ndim == 1 else {"num_images": conditions.shape[1] - 1}
         if self.knows_classes and conditions.ndim == 1:
             arguments = {"class_labels": conditions}
         elif self.knows_classes:

@@ -6,6 +6,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from skipdit.interfaces import Fields
 from skipdit.models.pairing import LongSkipConfig
 from skipdit.options import check_above, check_fields, check_range
 from skipdit.tasks import TASKS
@@ -47,7 +48,7 @@ class TransformerConfig:
         """The task whose models these are."""
         return next(task for task in TASKS.values() if task.model_config is type(self))
 
-    def sizes(self) -> dict[str, Any]:
+    def sizes(self) -> Fields:
         """Return the sizes of a new model."""
         given = {name: getattr(self, name) for name in FRESH}
         return {name: default if given[name] is None else given[name] for name, default in FRESH.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from skipdit.checkpoints.parts import read_labels
 from skipdit.data.pictures import Draws
 from skipdit.diffusion import Objective
+from skipdit.interfaces import VAE, Fields, Scheduler, Transformer
 from skipdit.models.dit import PatchTransformer
 from skipdit.pipelines import ClassPipeline
 from skipdit.tasks.config import LabelModelConfig, TransformerConfig
@@ -44,23 +45,25 @@ class LabelTask(Task):
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(conditions, [names.get(number, str(number)) for number in conditions])
 
-    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+    def sampler(
+        self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None
+    ) -> Sampler:
         names = None if transformer.config.num_classes is None else names
         return Sampler(self, self.pipeline_class(transformer, scheduler, vae, names))
 
-    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
         return read_labels(index, transformer.config.num_classes, folder)
 
     def link(self, config: LabelModelConfig, model: nn.Module) -> None:
         add_missing_links(model, config)
 
-    def check_start(self, config: TransformerConfig, start: Any, items: Items) -> None:
+    def check_start(self, config: TransformerConfig, start: Transformer, items: Items) -> None:
         super().check_start(config, start, items)
         num_classes, needed = start.config.num_classes, len(items.label_names)
         if num_classes is not None and num_classes < needed:
             raise ValueError(f"start_from knows {num_classes} classes, the data has {needed}")
 
-    def arguments(self, config: LabelModelConfig, items: Items, objective: Objective) -> dict[str, Any]:
+    def arguments(self, config: LabelModelConfig, items: Items, objective: Objective) -> Fields:
         """Return the arguments of a new model for these data."""
         return {
             "sample_size": items.size,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints.parts import downsampling, part_class, read_autoencoder, read_scheduler
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import VAE, Pipeline, Scheduler, Transformer
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import open_units
 from skipdit.options.objective import Objective
@@ -62,7 +63,7 @@ class Task:
     learned variance to the scheduler, and need only a transformer and its objective"""
 
     def choose(
-        self, pipeline: Any, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
+        self, pipeline: Pipeline, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
     ) -> Chosen:
         """Return the conditions of `count` samples: the requested ones in turn, or else those of `showcase`, or else
         some of all that the model knows. Without a count, return all requested ones, or all that it knows.
@@ -78,22 +79,26 @@ class Task:
             raise ValueError(f"num_samples must be at least the number of --{self.option}, {len(values)}, got {count}")
         return self.choose_from(pipeline, values, count, showcase)
 
-    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+    def choose_from(
+        self, pipeline: Pipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
+    ) -> Chosen:
         """Return the conditions for the values of this task's option; see `choose`."""
         raise NotImplementedError
 
     def check_installed(self) -> None:
         """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
 
-    def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
+    def sample(self, pipeline: Pipeline, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition."""
         raise NotImplementedError
 
-    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> "Sampler":
+    def sampler(
+        self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None
+    ) -> "Sampler":
         """Return the sampler of a pipeline around a transformer. names: of its classes."""
         raise NotImplementedError
 
-    def open(self, folder: Path, transformer: Any, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
+    def open(self, folder: Path, transformer: Transformer, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
         """Return the sampler of the pipeline in a folder, around its transformer. index: its `model_index.json`.
 
         `ValueError` names the folder if something in it is missing, foreign or broken.
@@ -109,7 +114,7 @@ class Task:
             raise ValueError(f"{printable(folder)} is not a complete {self.pipeline_name}: it has no scheduler")
         return self.sampler(transformer, read_scheduler(folder, scheduler_class), vae, label_names)
 
-    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
         """Return the class names of a pipeline. `ValueError` if this task does not support the pipeline."""
         raise NotImplementedError
 
@@ -137,7 +142,7 @@ class Task:
         """Return a new model for these data, of the sizes in `config`, which is a `model_config`."""
         raise NotImplementedError
 
-    def fit(self, start: Any, items: "Items") -> None:
+    def fit(self, start: Transformer, items: "Items") -> None:
         """Resize a model to these data, in place. `ValueError` if it cannot be resized."""
         raise NotImplementedError
 
@@ -150,7 +155,7 @@ class Task:
             what, config = ("clips", "a ClipConfig") if self.is_video else ("pictures", "a DataConfig")
             raise ValueError(f"a {self.name} model trains on {what}: give it {config}, or latents of {what}")
 
-    def check_start(self, config: "TransformerConfig", start: Any, items: "Items") -> None:
+    def check_start(self, config: "TransformerConfig", start: Transformer, items: "Items") -> None:
         """Raise `ValueError` if the model to start from has another class, other channels than the data, or other sizes
         than the config asks for."""
         own = start.config
@@ -169,7 +174,7 @@ class Sampler:
     """A pipeline, of diffusers or of skipdit, that is sampled by its task."""
 
     task: Task
-    pipeline: Any
+    pipeline: Pipeline
 
     @property
     def picture_size(self) -> int:

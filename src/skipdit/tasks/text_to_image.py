@@ -13,6 +13,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
+from skipdit.interfaces import VAE, Fields, Transformer
 from skipdit.models.inflate import init_hunyuan
 from skipdit.pipelines import decode_latents
 from skipdit.tasks.config import TextToImageModelConfig as TextToImageModelConfig
@@ -32,7 +33,7 @@ class TextToImageTraining(PromptTraining):
     def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of the rotary embedding on a device; they are computed there once."""
         if device not in self._rotary_on:
-            model: Any = self.model
+            model: Transformer = self.model
             config = model.config
             grid = config.sample_size // config.patch_size
             base = 512 // LATENT_SCALE // config.patch_size  # as HunyuanDiTPipeline does for a square picture
@@ -69,13 +70,13 @@ class TextToImage(PromptTask):
     pipeline_name = "HunyuanDiTPipeline"
     model_class, model_config, training = HunyuanDiT2DModel, TextToImageModelConfig, TextToImageTraining
     width_option = "cross_attention_dim_t5"
-    absent_parts: ClassVar[dict[str, Any]] = {
+    absent_parts: ClassVar[Fields] = {
         **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
         "requires_safety_checker": False,
     }
 
-    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"use_resolution_binning": False}
+    def arguments(self, model: Transformer, prompts: PromptStates, nothing: PromptStates) -> Fields:
+        arguments: Fields = {"use_resolution_binning": False}
         for prefix, states in (("", prompts), ("negative_", nothing)):
             arguments[f"{prefix}prompt_embeds"] = states.pooled[:, None]
             arguments[f"{prefix}prompt_embeds_2"] = states.tokens
@@ -83,7 +84,7 @@ class TextToImage(PromptTask):
             arguments[f"{prefix}prompt_attention_mask_2"] = states.mask
         return arguments
 
-    def decode(self, vae: Any, output: Any) -> Tensor:
+    def decode(self, vae: VAE, output: Any) -> Tensor:
         return decode_latents(vae, output.images)
 
     def make(self, config: TextToImageModelConfig, items: Items, objective: Objective) -> HunyuanDiT2DModel:

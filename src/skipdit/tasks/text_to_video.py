@@ -8,6 +8,7 @@ from diffusers import LatteTransformer3DModel
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
+from skipdit.interfaces import VAE, Fields, Transformer
 from skipdit.models.inflate import inflate_text_latte, init_latte_t2v
 from skipdit.pipelines import decode_latents
 from skipdit.tasks.class_to_image import load_pictures_pipeline
@@ -36,13 +37,13 @@ class TextToVideo(PromptTask):
     pipeline_name = "LattePipeline"
     model_class, model_config, training = LatteTransformer3DModel, TextToVideoModelConfig, TextToVideoTraining
     width_option = "caption_channels"
-    absent_parts: ClassVar[dict[str, Any]] = {"text_encoder": None, "tokenizer": None}
+    absent_parts: ClassVar[Fields] = {"text_encoder": None, "tokenizer": None}
 
-    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
+    def arguments(self, model: Transformer, prompts: PromptStates, nothing: PromptStates) -> Fields:
         arguments = {"prompt_embeds": prompts.tokens, "negative_prompt": None, "negative_prompt_embeds": nothing.tokens}
         return arguments | {"video_length": model.config.video_length}
 
-    def decode(self, vae: Any, output: Any) -> Tensor:
+    def decode(self, vae: VAE, output: Any) -> Tensor:
         clips = output.frames.transpose(1, 2)
         return torch.stack([decode_latents(vae, clip, len(clip)) for clip in clips])
 

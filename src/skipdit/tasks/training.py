@@ -16,6 +16,7 @@ from skipdit.data.latents import LabelledLatents, LatentConfig, PlannedLatents, 
 from skipdit.data.pictures import DataConfig, Draws, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.files.untrusted import printable_path
+from skipdit.interfaces import VAE, Transformer
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, PlannedOutput
 from skipdit.models.surgery import add_long_skips
@@ -79,7 +80,7 @@ class TrainingTask(Generic[Conditions]):
     @property
     def vae(self) -> Any:
         """The autoencoder of latents, on the device of the model; `None` for pixels."""
-        vae: Any = self.items.vae
+        vae: VAE = self.items.vae
         return None if vae is None else vae.to(next(self.model.parameters()).device)
 
     @property
@@ -141,7 +142,7 @@ def make_task_scheduler(objective: Objective) -> SchedulerMixin:
     return make_scheduler(objective, SCHEDULERS[objective.process][0])
 
 
-def add_missing_links(model: Any, config: LinkedConfig) -> None:
+def add_missing_links(model: Transformer, config: LinkedConfig) -> None:
     """Add the long skips that a config asks for to a model that has none."""
     existing = model.config.get("long_skip")
     if existing and config.long_skip is not None and LongSkipConfig.from_dict(existing) != config.long_skip:
@@ -150,7 +151,7 @@ def add_missing_links(model: Any, config: LinkedConfig) -> None:
         add_long_skips(model, config.long_skip)
 
 
-def refuse_other_grid(start: Any, **sizes: int | None) -> None:
+def refuse_other_grid(start: Transformer, **sizes: int | None) -> None:
     """Raise `ValueError` where a model of diffusers was made for other sizes than those of the data."""
     for name, size in sizes.items():
         if (own := start.config[name]) != size:

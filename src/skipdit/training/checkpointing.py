@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from skipdit.data.latents import LabelledLatents
 from skipdit.files import output
 from skipdit.files.untrusted import printable, read_json
+from skipdit.interfaces import Fields
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
 from skipdit.training.guard import GuardState
@@ -54,7 +55,7 @@ class State(TypedDict):
     flops: NotRequired[float]
     """of all steps so far"""
     ema_step: int
-    config: dict[str, Any]
+    config: Fields
     data: Fingerprint
     without_moments: list[str]
     """trained parameters that have had no gradient yet"""
@@ -226,9 +227,9 @@ def check_settings(
     path: Path, state: State, config: TrainConfig, data: Fingerprint, *, allow_changes: bool
 ) -> list[str]:
     """Return messages on settings that have changed; `ValueError` if they, or the data, forbid resuming."""
-    now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    now: Fields = json.loads(json.dumps(asdict(config)))
     # a setting that is newer than the checkpoint had its default value
-    before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
+    before: Fields = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
     for name in ("model", "objective"):
         if isinstance(part := before.get(name), dict):
             before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part

@@ -24,6 +24,7 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Pipeline
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
@@ -60,7 +61,7 @@ class Subject:
     library: str
     """whose cache, or whose model"""
     setting: str
-    pipeline: Any
+    pipeline: Pipeline
     cache: RunCache | None = None
     timed_as: str = ""
     """what the config calls the setting"""
