@@ -3,7 +3,8 @@
 `Task.build` makes a model from them.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from skipdit.interfaces import Fields
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from skipdit.tasks.training import Items, TrainingTask
 
 FRESH = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 8}  # of a new model
+NOT_OF_A_START = ("long_skip", "conditional")  # fields in which a model to start from may differ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,14 @@ class TransformerConfig:
         """Return the sizes of a new model."""
         given = {name: getattr(self, name) for name in FRESH}
         return {name: default if given[name] is None else given[name] for name, default in FRESH.items()}
+
+    def check_sizes(self, start: Mapping[str, Any]) -> None:
+        """Raise `ValueError` if a model to start from, with this config, has other sizes than these."""
+        asked = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_OF_A_START}
+        wrong = [name for name, value in asked.items() if value is not None and value != start.get(name)]
+        if wrong:
+            named = ", ".join(f"{name} {start.get(name)}, not {asked[name]}" for name in wrong)
+            raise ValueError(f"start_from has {named}: give model.{wrong[0]} that value or None")
 
     def build(self, items: "Items", objective: "Objective", start: "nn.Module | None" = None) -> "TrainingTask[Any]":
         """Call `Task.build` of this config's task."""

@@ -15,7 +15,7 @@ from skipdit.diffusion import Objective
 from skipdit.interfaces import VAE, Fields, Scheduler, Transformer
 from skipdit.models.dit import PatchTransformer
 from skipdit.pipelines import ClassPipeline
-from skipdit.tasks.config import LabelModelConfig, TransformerConfig
+from skipdit.tasks.config import LabelModelConfig
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
 from skipdit.tasks.training import Items, TrainingTask, add_missing_links, draw_dropped
 
@@ -57,8 +57,8 @@ class LabelTask(Task):
     def link(self, config: LabelModelConfig, model: nn.Module) -> None:
         add_missing_links(model, config)
 
-    def check_start(self, config: TransformerConfig, start: Transformer, items: Items) -> None:
-        super().check_start(config, start, items)
+    def check_start(self, start: Transformer, items: Items) -> None:
+        super().check_start(start, items)
         num_classes, needed = start.config.num_classes, len(items.label_names)
         if num_classes is not None and num_classes < needed:
             raise ValueError(f"start_from knows {num_classes} classes, the data has {needed}")

@@ -1,7 +1,7 @@
 """The interface of a task, and how its pipelines are sampled, saved and opened."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -19,8 +19,6 @@ from skipdit.pipelines import SamplingOptions
 if TYPE_CHECKING:
     from skipdit.tasks.config import TransformerConfig
     from skipdit.tasks.training import Items, TrainingTask
-
-NOT_OF_A_START = ("long_skip", "conditional")  # fields of a config in which a model to start from may differ
 
 LabelNames = dict[str, str] | None  # by class number, `None` for a task or data without
 
@@ -122,7 +120,7 @@ class Task:
     # Training
 
     def build(
-        self, config: "TransformerConfig", items: "Items", objective: Objective, start: nn.Module | None = None
+        self, config: "TransformerConfig", items: "Items", objective: Objective, start: Transformer | None = None
     ) -> "TrainingTask[Any]":
         """Return the task in training, with `start` or a new model, and with the long skips that the config asks for if
         the model has none. `ValueError` if the data or `start` do not belong to this task, or do not fit."""
@@ -131,7 +129,8 @@ class Task:
         if start is None:
             model = self.make(config, items, objective)
         else:
-            self.check_start(config, start, items)
+            self.check_start(start, items)
+            config.check_sizes(start.config)
             model = start
             self.fit(model, items)
         open_units(model)
@@ -155,18 +154,12 @@ class Task:
             what, config = ("clips", "a ClipConfig") if self.is_video else ("pictures", "a DataConfig")
             raise ValueError(f"a {self.name} model trains on {what}: give it {config}, or latents of {what}")
 
-    def check_start(self, config: "TransformerConfig", start: Transformer, items: "Items") -> None:
-        """Raise `ValueError` if the model to start from has another class, other channels than the data, or other sizes
-        than the config asks for."""
-        own = start.config
-        if not isinstance(start, self.model_class) or own.in_channels != items.num_channels:
+    def check_start(self, start: Transformer, items: "Items") -> None:
+        """Raise `ValueError` if the model to start from is of another class, or has other channels than the data."""
+        num_channels = start.config.in_channels
+        if not isinstance(start, self.model_class) or num_channels != items.num_channels:
             expected = f"a {self.model_class.__name__} of {items.num_channels} channels"
-            raise ValueError(f"start_from must be {expected}, got a {type(start).__name__} of {own.in_channels}")
-        asked = {each.name: getattr(config, each.name) for each in fields(config) if each.name not in NOT_OF_A_START}
-        wrong = [name for name, value in asked.items() if value is not None and value != own.get(name)]
-        if wrong:
-            named = ", ".join(f"{name} {own.get(name)}, not {asked[name]}" for name in wrong)
-            raise ValueError(f"start_from has {named}: give model.{wrong[0]} that value or None")
+            raise ValueError(f"start_from must be {expected}, got a {type(start).__name__} of {num_channels}")
 
 
 @dataclass(frozen=True)
