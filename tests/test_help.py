@@ -17,6 +17,8 @@ from skipdit.commands.train import GROUPS
 from skipdit.options import choose
 from skipdit.recipes import RECIPES
 from skipdit.sampling.config import SampleConfig
+from skipdit.tasks import TASKS
+from skipdit.tasks.config import MODEL_CONFIGS
 from skipdit.training import TrainConfig
 
 WAYS = [
@@ -108,6 +110,10 @@ def test_help_needs_no_pytorch(command: str) -> None:
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"usage: skipdit {command}" in printed
     assert printed.splitlines()[-1] == "[]"
+
+
+def test_training_offers_the_model_of_every_task() -> None:
+    assert list(MODEL_CONFIGS) == [task.model_config for task in TASKS.values()]
 
 
 def test_groups_hold_every_option_and_change_no_value() -> None:
