@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from skipdit.data.config import DataConfig as DataConfig
 from skipdit.data.folders import as_captions, scan_classes
 from skipdit.data.picture_files import PICTURE_SUFFIXES, check_picture, open_picture, reason_of, to_rgb
-from skipdit.data.tables import find_tables, read_table, to_classes
+from skipdit.data.tables import find_tables, read_cell, read_table, to_classes
 from skipdit.files.untrusted import printable, printable_path
 
 MAX_CACHED_BYTES = 2**30
@@ -257,12 +257,10 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
         return f"{index} of {source}"
 
     def read(index: int) -> Image.Image:
-        cell = rows[index][image]
-        content: Any = cell["bytes"] if isinstance(cell, dict) else cell
-        file: Any = cell["path"] if isinstance(cell, dict) else None
+        content, file = read_cell(rows[index][image])
         if not content and not file:
             raise ValueError(f"cannot read the picture {name(index)}: the row has none")
-        return open_picture(content or Path(file), name(index))
+        return open_picture(content or Path(str(file)), name(index))
 
     return LabelledPictures(read, name, labels, label_names, config.image_size, captions)
 

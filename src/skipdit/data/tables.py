@@ -52,8 +52,7 @@ class Table:
 
     def encoded(self, column: str, row: int) -> bytes:
         """Return the bytes of a picture or video; `ValueError` if there are none."""
-        content = self.columns[column][row].as_py()
-        content = content["bytes"] if isinstance(content, dict) else content
+        content, _ = read_cell(self.columns[column][row].as_py())
         if not content:
             raise ValueError(f"row {row} of {self.name} has no bytes in {column} (a path alone is not read)")
         return content
@@ -70,6 +69,11 @@ class Table:
     def captions(self, column: str) -> list[list[str]]:
         """Return one or more texts per row."""
         return as_captions(self.values(column), self.name, column)
+
+
+def read_cell(cell: Any) -> tuple[bytes | None, str | None]:
+    """Return the bytes and the path in a cell of pictures or videos: plain bytes, or `{bytes, path}`."""
+    return (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
 
 
 @contextmanager
