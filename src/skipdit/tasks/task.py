@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from skipdit.checkpoints.parts import downsampling, part_class, read_autoencoder, read_scheduler
 from skipdit.files.untrusted import printable
 from skipdit.interfaces import VAE, Pipeline, Scheduler, Transformer
-from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import open_units
 from skipdit.options.objective import Objective
 from skipdit.pipelines import SamplingOptions
@@ -133,9 +132,9 @@ class Task:
             config.check_sizes(start.config)
             model = start
             self.fit(model, items)
-        open_units(model)
-        self.link(config, model)
-        return self.training(self, cast(LongSkipModel, model), items)
+        open_model = open_units(model)
+        self.link(config, open_model)
+        return self.training(self, open_model, items)
 
     def make(self, config: Any, items: "Items", objective: Objective) -> nn.Module:
         """Return a new model for these data, of the sizes in `config`, which is a `model_config`."""
