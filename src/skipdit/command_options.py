@@ -5,6 +5,7 @@ import contextlib
 import inspect
 import io
 import itertools
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -74,7 +75,7 @@ def parse(
                 default=tyro.MISSING_NONPROP if default is None or groups else default,
                 args=list(arguments),
                 prog=f"skipdit {command}",
-                description=inspect.cleandoc(text or "").replace("\nExample:", "\n\nExample:"),
+                description=re.sub(r"\n+Example:", "\n\nExample:", inspect.cleandoc(text or "")),
             )
     except SystemExit as exit:
         if exit.code == 0:

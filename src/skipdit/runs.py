@@ -19,8 +19,6 @@ from skipdit.interfaces import Fields, Pipeline, Scheduler
 from skipdit.models.shallow_path import Guidance
 from skipdit.tasks.task import Sampler
 
-Condition = int | str | None  # a class number, a prompt, or None for an unconditional model
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache of a run
 

@@ -34,8 +34,8 @@ GROUPS = {
 def train(arguments: Sequence[str]) -> None:
     """Train a named recipe, in which every setting can be changed; continues from the last checkpoint in --out.
 
-    --out then holds the finished pipeline with the averaged weights (pipeline/), the settings (config.json), a log
-    (log.jsonl), grids of samples and the last checkpoints.
+    The folder --out then holds the finished pipeline with the averaged weights (pipeline/), the settings (config.json),
+    a log (log.jsonl), grids of samples and the last checkpoints.
 
     Exit status 130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended the run early; the same command continues it.
 
