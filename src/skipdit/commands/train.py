@@ -25,7 +25,7 @@ GROUPS = {
     "batches": ("label_dropout", "flip", "data_on_device", "num_workers"),
     "machine": ("precision", "parallel", "gradient_checkpointing", "compile"),
     "log": (
-        "log_every", "tensorboard", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale",
+        "log_every", "tensorboard", "sample_every", "num_samples", "num_inference_steps", "sample_guidance_scale",
         "checkpoint_every", "num_checkpoints", "release_dtype",
     ),
 }  # fmt: skip

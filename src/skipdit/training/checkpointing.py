@@ -31,7 +31,14 @@ KIND = "checkpoint"  # in the marker of each checkpoint
 PREVIOUS = "previous-run"  # folder for the checkpoints of an earlier run
 
 # settings that may change when a run is resumed; and those that may with --allow-changes
-FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
+FREE_TO_CHANGE = {
+    "max_steps",
+    "log_every",
+    "sample_every",
+    "num_samples",
+    "num_inference_steps",
+    "sample_guidance_scale",
+}
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
 FREE_TO_CHANGE |= {"tensorboard", "num_accumulation_steps", "parallel"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
 
@@ -20,6 +20,7 @@ ReleaseDType = Literal["float32", "bfloat16"]
 OnDevice = Literal["auto", "yes", "no"]
 Stage = Literal["full", "long-skips-only"]
 RoutingMode = Literal["off", "bypass", "fill"]
+GridSteps = Annotated[int, tyro.conf.arg(aliases=("--sample-steps",))]
 
 if TYPE_CHECKING:
     AnyModelConfig = TransformerConfig
@@ -145,7 +146,7 @@ class TrainConfig:
     """training steps between grids of samples; 0 disables them"""
     num_samples: int = 16
     """pictures or clips per grid"""
-    sample_steps: int = 25
+    num_inference_steps: GridSteps = 25
     """denoising steps of the samples in a grid"""
     sample_guidance_scale: float = 2.0
     """guidance scale of the samples in a grid; 1 disables guidance"""
@@ -159,16 +160,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_range(self, "max_steps", "batch_size", "num_accumulation_steps")
-        check_range(self, "log_every", "checkpoint_every", "num_checkpoints")
+        check_range(self, "log_every", "checkpoint_every", "num_checkpoints", "num_samples")
+        check_range(self, "num_inference_steps", most=1000)
         check_range(self, "weight_decay", "gradient_clip", "warmup_steps", "sample_every", least=0)
         check_range(self, "ema_snapshots_every", least=0)
         check_above(self, "learning_rate")
         check_range(self, "num_workers", least=0, most=MAX_WORKERS)
         check_range(self, "seed", least=0, most=MAX_SEED)
-        if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
-            raise ValueError(
-                f"a grid needs at least 1 sample and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
-            )
         if self.ema_snapshots_every and self.spectral and self.spectral.form == "cap":
             raise ValueError(
                 "an average of capped weights is not capped: with ema_snapshots_every, set spectral.form to 'penalty'"
