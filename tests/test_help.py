@@ -92,6 +92,7 @@ def test_an_option_without_a_text_is_found() -> None:
         "latents",
         "convert",
         "ema",
+        "eval",
         "info",
         "analyze",
         "bench",

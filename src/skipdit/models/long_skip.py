@@ -125,7 +125,7 @@ class LongSkipModel(nn.Module):
     """A model made of units. Its forward takes a `plan` and `stored` values (see `skipdit.models.forward_plan`), and
     with a plan returns a `PlannedOutput`."""
 
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     """(dim); `None` if `LongSkipConfig.fill_token` is off."""

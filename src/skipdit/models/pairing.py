@@ -71,7 +71,7 @@ def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[i
     too short for `num_pairs` gets as many as it can have."""
     if config is None:
         return {}
-    pair_units(max(sizes), config)  # raises
+    pair_units(max(sizes), config)  # raises if even the largest segment is too short
     sources, start = {}, 0
     for size in sizes:
         limit = _num_available(size, config)
