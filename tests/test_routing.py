@@ -330,7 +330,7 @@ def test_by_default_as_many_units_see_all_tokens_as_fit() -> None:
 def test_a_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="num_shallow_units must be at most 2 for 6 units, got 3"):
         make_plans(TokenRoutingConfig(mode="bypass", num_shallow_units=3), tiny_dit(6))
-    with pytest.raises(ValueError, match="at least 3 units, got 2: set routing.mode off"):
+    with pytest.raises(ValueError, match=r"at least 3 units, got 2: set routing\.mode off"):
         make_plans(TokenRoutingConfig(mode="bypass"), tiny_dit(2))
     with pytest.raises(ValueError, match=r"set model\.long_skip"):
         make_plans(TokenRoutingConfig(mode="fill"), tiny_dit(6, None))

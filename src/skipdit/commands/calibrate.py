@@ -18,10 +18,7 @@ def calibrate(arguments: Sequence[str]) -> None:
 
     Example: skipdit calibrate emoji --speedups 1.8 2.5 --out out/schedules
     """
-    from skipdit.calibration.calibrate import calibrate as run
-    from skipdit.calibration.calibrate import claim
     from skipdit.calibration.config import CalibrateConfig
-    from skipdit.loading import load_source
 
     @dataclass(frozen=True, kw_only=True)
     class Options(WeightsOptions, OutputOptions):
@@ -39,7 +36,11 @@ def calibrate(arguments: Sequence[str]) -> None:
         out: Path = Path("out/schedules")
         """folder of the schedules and the report"""
 
-    options = parse("calibrate", calibrate.__doc__, arguments, Options, Options(config=CalibrateConfig()))
+    options = parse("calibrate", calibrate.__doc__, arguments, Options)
+    from skipdit.calibration.calibrate import calibrate as run
+    from skipdit.calibration.calibrate import claim
+    from skipdit.loading import load_source
+
     with output_folder(options.out, "calibrate", overwrite=options.overwrite) as out:
         claim(out, options.config)
         source = load_source(
