@@ -170,10 +170,10 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
     ):
         write(Path(name, "model_index.json"), index | changes)
     for arguments, message in (
-        (["--model", "unknown"], "unknown is a Flux9Pipeline, a pipeline neither of skipdit nor of diffusers"),
+        (["--model", "unknown"], "unknown is a Flux9Pipeline, which is a pipeline neither of skipdit nor of diffusers"),
         (["--model", "foreign"], "the tokenizer in foreign/model_index.json is of an unknown library"),
         (["--model", "edit"], "edit is a FluxKontextPipeline, which needs more than a prompt or a class"),
-        (["--model", "half"], "half is not a whole FluxPipeline: "),
+        (["--model", "half"], "half is not a complete FluxPipeline: "),
         (["--model", "FLUX.1-dev"], "a FluxPipeline needs --prompt, got none"),
         (["--model", "FLUX.1-dev", "--labels", "3"], "a text-to-image model takes --prompt, not --labels"),
         (["--model", "FLUX.1-dev", "--prompt", "a", "--guidance", "shallow"], "guidance 'shallow' is for models"),
@@ -185,7 +185,7 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             ["--model", "DiT-XL-2-256", "--labels", "clss 7"],
             "no class is called clss 7; did you mean class 7",
         ),
-        (["--model", "DiT-XL-2-256", "--transformer", "DiT-XL-2-skip.pt"], "holds a DiT, DiT-XL-2-256 needs"),
+        (["--model", "DiT-XL-2-256", "--transformer", "DiT-XL-2-skip.pt"], "contains a DiT, but DiT-XL-2-256 needs"),
         (
             ["--model", "DiT-XL-2-skip.pt", "--height", "64"],
             "height is for a pipeline of diffusers, which DiT-XL-2-skip",
