@@ -456,7 +456,7 @@ def test_what_latents_cannot_do_is_said(encoded: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no mirrored items: encode with --flip"):
         train(latent_config(tmp_path / "plain"), tmp_path / "run", device="cpu")
     pixels = make_config(encoded / "latents", model=TINY)
-    with pytest.raises(ValueError, match="holds latents: give it to a recipe of latents"):
+    with pytest.raises(ValueError, match="contains latents: give it to a recipe for latents"):
         train(pixels, tmp_path / "other", device="cpu")
     with pytest.raises(ValueError, match="lies in the data"):
         train(latent_config(encoded / "latents"), encoded / "latents" / "run", device="cpu")

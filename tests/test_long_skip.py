@@ -171,7 +171,7 @@ def test_steps_that_do_not_add_up_are_refused() -> None:
         ForwardState(links, ForwardPlan.of(links, reuse=(units,)), None)
     with pytest.raises(ValueError, match="the plan reuses nothing"):
         ForwardState(links, PLAIN, {})
-    with pytest.raises(ValueError, match="the model has 6 units"):
+    with pytest.raises(ValueError, match="the model has only 6 units"):
         ForwardPlan.of(links, store=(Units(start=1, stop=7),))
     with pytest.raises(ValueError, match="at least one unit in the range, got 2 to 2"):
         Units(start=2, stop=2)

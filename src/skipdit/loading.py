@@ -254,7 +254,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
     try:
         return tasks[name].open(folder, load_model(folder, dtype=dtype), index, dtype)
     except OSError as error:
-        raise ValueError(f"{printable(folder)} is not a whole {name}: {printable(error)}") from error
+        raise ValueError(f"{printable(folder)} is not a complete {name}: {printable(error)}") from error
 
 
 def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:

@@ -121,7 +121,7 @@ class ClassPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     progress_bar: Callable[[Tensor], Iterable[Tensor]]  # its decorator hides the signature
 
     def __init__(

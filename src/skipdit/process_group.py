@@ -57,6 +57,28 @@ class ProcessGroup:
             raise ValueError(f"the main process stopped: {message[1]}")
         return message[0]
 
+    def gather(self, make: Callable[[], Result]) -> list[Result] | None:
+        """Call `make` in every process and return all results, by rank, in the main one. The `OSError` or `ValueError`
+        of one process stops all."""
+        if self.size == 1:
+            return [make()]
+        import torch.distributed as dist
+
+        message: list[Any] = [None, None]  # the result, or an error's text
+        try:
+            message[0] = make()
+        except (OSError, ValueError) as error:
+            message[1] = str(error)
+        received: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(message, received, group=self.group, group_dst=0)
+
+        def unpack() -> None:
+            if failure := next((text for _, text in received or () if text is not None), None):
+                raise ValueError(failure)
+
+        self.from_main(unpack)
+        return None if received is None else [result for result, _ in received]
+
     def wait_for_all(self, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Wait for all processes, calling `meanwhile` several times per second. `ValueError` if one has ended early."""
         if self.size == 1:

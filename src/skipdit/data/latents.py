@@ -346,7 +346,7 @@ def read_info(folder: Path) -> Info:
         ),
     }
     if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(f"{printable_path(path)} was not written by skipdit latents like this: it has {problems[0]}")
+        raise ValueError(f"{printable_path(path)} is invalid: it has {problems[0]}")
     return info
 
 

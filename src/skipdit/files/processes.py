@@ -18,7 +18,7 @@ LOGGER = logging.getLogger(__name__)
 
 LOCK = ".skipdit.lock"
 HEARTBEAT_SECONDS = 20.0
-STALE_SECONDS = 120.0  # a lock of another host, whose processes are invisible, is stale this long after a heartbeat
+STALE_SECONDS = 120.0  # after its last heartbeat, a lock of another host (whose processes are invisible) is stale
 
 
 @dataclass(frozen=True, kw_only=True)

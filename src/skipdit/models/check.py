@@ -41,7 +41,7 @@ def check_family(model: nn.Module, example_inputs: Mapping[str, Any]) -> FamilyC
     """
     name, family = type(model).__name__, get_family(type(model))
     if isinstance(model, LongSkipModel):
-        raise ValueError(f"this {name} is open already: pass a plain model, before add_long_skips and enable_cache")
+        raise ValueError(f"this {name} is already open: pass a plain model, before add_long_skips and enable_cache")
     _check_arguments(name, family, example_inputs)
     was_training = model.training
     model.eval()

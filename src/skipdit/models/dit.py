@@ -175,7 +175,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
     _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     blocks_per_unit: ClassVar[int] = 1
     position_embedding: Tensor
     patch_size: int

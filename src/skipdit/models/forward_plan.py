@@ -127,10 +127,10 @@ class ForwardPlan:
         if route is not None and (store or reuse):
             raise ValueError("a forward call can either route tokens or store and reuse regions, not both")
         if route is not None and route.stop > links.num_units:
-            raise ValueError(f"the model has {links.num_units} units, got {route}")
+            raise ValueError(f"the model has only {links.num_units} units, got {route}")
         for region in (*store, *reuse):
             if region.bounds is not None and region.bounds[1] > links.num_units:
-                raise ValueError(f"the model has {links.num_units} units, got {region}")
+                raise ValueError(f"the model has only {links.num_units} units, got {region}")
         units = tuple(
             _routed_unit_plan(links, unit, route)
             if route is not None

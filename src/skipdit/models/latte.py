@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - pipelines of diffusers look here
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers' pipelines look for it here
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor

@@ -90,7 +90,7 @@ def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[i
     too short for `num_pairs` gets as many as it can have."""
     if config is None:
         return {}
-    pair_units(max(sizes), config)  # raises
+    pair_units(max(sizes), config)  # raises if even the largest segment is too short
     sources, start = {}, 0
     for size in sizes:
         limit = _num_available(size, config)
@@ -232,7 +232,7 @@ class LongSkipModel(nn.Module):
     """A model made of units. Its forward takes a `plan` and `stored` values (see `skipdit.models.forward_plan`), and
     with a plan returns a `PlannedOutput`."""
 
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     """(dim); `None` if `LongSkipConfig.fill_token` is off."""

@@ -1,4 +1,4 @@
-"""The config of a training run."""
+"""The settings of a training run."""
 
 import math
 from dataclasses import dataclass, field
@@ -54,14 +54,12 @@ class SpectralConfig:
         check_above(self, "maximum", "penalty_weight")
 
     def modules(self, model: LongSkipModel) -> nn.ModuleList:
-        """Return the constrained modules; `ValueError` if the model has no long skips of ours."""
+        """Return what is constrained; `ValueError` where the model has no long skips of ours."""
         if self.on == "blocks":
             return nn.ModuleList(block for blocks in model.units() for block in blocks)
         long_skips = long_skips_of(model)
         if not long_skips:
-            raise ValueError(
-                "a spectral constraint on long skips needs a model with long skips: set spectral.on to 'blocks'"
-            )
+            raise ValueError("a spectral constraint on long skips needs a model with long skips: or set on 'blocks'")
         return nn.ModuleList(long_skips)
 
 

@@ -102,9 +102,7 @@ def combine(steps: Sequence[int], length: float, step: int | None = None) -> Com
     )
     target = np.array([inner_product(s, exponents[a], step, gamma) for s, a in snapshots], dtype=np.float64)
     solution, ones = np.linalg.lstsq(products, np.stack([target, np.ones_like(target)], axis=1), rcond=None)[0].T
-    solution = (
-        solution + ones * (1 - solution.sum()) / ones.sum()
-    )  # sums to 1, so that a constant weight stays as it is
+    solution += ones * (1 - solution.sum()) / ones.sum()  # sums to 1, so that a constant weight stays as it is
     norm = inner_product(step, gamma, step, gamma)
     residual = max(norm - 2 * solution @ target + solution @ products @ solution, 0.0)
     weights: dict[int, dict[float, float]] = {}

@@ -27,12 +27,12 @@ class TokenRoutingConfig:
     """Which tokens the deep units see in training."""
 
     mode: RoutingMode = "off"
-    """what becomes of tokens that the deep units do not see: bypass, they return as they were before these units; fill,
-    as one learned vector, which needs long skips; off, all units see all tokens"""
+    """how the tokens that the deep units do not see come back: bypass, as they were before these units; fill, as one
+    learned vector, which needs long skips; off: all units see all tokens"""
     share: float = 0.25
-    """share of the tokens that the deep units see, drawn per sample and step"""
+    """share of the tokens that the deep units see, drawn anew per sample and step"""
     num_shallow_units: int | None = None
-    """how many of the first units, and of the last, see all tokens; by default 2, or 1 of fewer than 5 units"""
+    """how many first units see all tokens, and as many last ones; by default 2, or 1 of fewer than 5 units"""
     deep_drop: float = 0.05
     """share of the steps, before the dense end, in which no token passes through the deep units"""
     dense_end: float = 0.2
@@ -48,19 +48,21 @@ class TokenRoutingConfig:
             raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
 
     def shallow_path(self, num_units: int) -> ShallowPath | None:
-        """Return the shallow path that a model of so many units learns in training; `None` without deep drops."""
+        """Return what a run teaches a model of so many units to do without the deep ones."""
         if self.mode == "off" or not self.deep_drop:
             return None
         return ShallowPath(num_shallow_units=self.route(num_units).start, fill=self.mode == "fill")
 
     def route(self, num_units: int) -> TokenRoute:
-        """Return the route in a model of so many units; `ValueError` if no unit is left between the shallow ones."""
-        largest = (num_units - 1) // 2
-        if not largest:
-            raise ValueError(f"routing needs at least 3 units, and the model has {num_units}: set routing.mode off")
+        """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
+        most = (num_units - 1) // 2
+        if not most:
+            raise ValueError(
+                f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
+            )
         k = default_shallow_units(num_units) if self.num_shallow_units is None else self.num_shallow_units
-        if k > largest:
-            raise ValueError(f"routing.num_shallow_units must be at most {largest} for {num_units} units, got {k}")
+        if k > most:
+            raise ValueError(f"routing.num_shallow_units must be at most {most} for {num_units} units, got {k}")
         return TokenRoute(start=k, stop=num_units - k, fill=self.mode == "fill")
 
 
