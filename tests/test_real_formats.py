@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +153,31 @@ def test_other_weights_of_tencent_and_the_weights_of_the_folder_sample_alike(
     main([*common, "--out", "folder"])
     main([*common, "--transformer", "model.pt", "--out", "file"])
     assert Path("folder", "cached.png").read_bytes() == Path("file", "cached.png").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_of_diffusers_is_calibrated_and_gives_sets(
+    made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found for it, a set of its samples is made with, batch by batch."""
+    pytest.importorskip("matplotlib")
+    made("DiT-XL-2-256", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    main(
+        shlex.split(
+            "calibrate DiT-XL-2-256 --labels 3 --method delta-taylor --speedups 1.3 --num-inference-steps 6 --rivals "
+            "delta:N2 --num-samples 1 --num-held-out 1 --trials.num-probed 2 --trials.max-age 3 --device cpu --out cal"
+        )
+    )
+    schedule = json.loads(Path("cal", "1.3x.json").read_text())
+    assert schedule["made_for"]["model"] == "DiTTransformer2DModel"
+    common = "sample --model DiT-XL-2-256 --steps 6 --device cpu --npz --cache cal/1.3x.json --num-samples 3 --out set"
+    main(shlex.split(common))
+    report = json.loads(Path("set", "samples.json").read_text())["report"]
+    assert report["steps_full"] == len(schedule["full_steps"]) < 6
+    with np.load(Path("set", "samples.npz")) as archive:
+        assert archive["arr_0"].shape == (3, 64, 64, 3)
+        assert archive["arr_1"].tolist() == [0, 1, 2]  # all classes in turn
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -146,7 +146,7 @@ def load(config: SampleConfig) -> Source:
 def choose_samples(source: Source, config: SampleConfig) -> Chosen:
     """Return what is sampled, class numbers or prompts, and captions, one of each per sample."""
     asked = {"labels": config.labels, "prompt": config.prompt}
-    count = max(source.sampler.task.num_samples, len(config.labels), len(config.prompt))
+    count = source.sampler.task.count_of(len(config.labels) + len(config.prompt))
     return source.choose(asked, config.num_samples or count)
 
 

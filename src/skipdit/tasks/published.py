@@ -50,6 +50,9 @@ class PublishedTask(Task):
     def __init__(self, size: Mapping[str, int]) -> None:
         self.size = size
 
+    def count_of(self, num_asked: int) -> int:
+        return max(self.num_samples, num_asked)
+
     def picture_size(self, pipeline: Any) -> int:
         return min((self.size[name] for name in ("height", "width") if name in self.size), default=ANY_SIZE)
 

@@ -82,6 +82,10 @@ class Task:
         """Return the conditions for the values of this task's option; see `choose`."""
         raise NotImplementedError
 
+    def count_of(self, num_asked: int) -> int:
+        """Return how many samples are made by default. num_asked: values of its option."""
+        return self.num_samples
+
     def check_installed(self) -> None:
         """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
 
