@@ -36,7 +36,7 @@ def refuse_hooked(modules: Iterable[nn.Module]) -> None:
     if found is not None:
         raise ValueError(
             f"hooks of diffusers are on the forward of this {type(found).__name__} (group offloading, layerwise "
-            "casting or a cache): remove them, call skipdit, then set them up again"
+            "casting, context parallelism or a cache): remove them, call skipdit, then set them up again"
         )
 
 
