@@ -437,7 +437,7 @@ def test_a_report_on_two_models(tmp_path: Path) -> None:
     assert {"similarity", "cached_similarity", "error_growth_2", "jacobian_units", "surface_weights_500"} <= drawn
     assert {"gradient_norms_1", "training_loss", "long_skip_norms_1"} <= drawn
     assert drawn <= set(figure_names(CONFIG, 2))  # which are claimed before anything is measured
-    assert "plain cannot have N2: this model has no long skips" in page
+    assert "plain cannot use N2: this model has no long skips" in page
     assert "violated 0 times" in page
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["models"]["skip"]["num_long_skips"] == 2

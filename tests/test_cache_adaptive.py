@@ -341,7 +341,7 @@ def test_no_unit_runs_twice_in_a_step_whose_reuse_is_refused(method: str, long_s
     summary = cache_summary(model)
     assert (summary.steps_full, summary.steps_reused) == (full, len(STEPS) - full)
     assert summary.compute_ratio == pytest.approx(len(STEPS) * full_flops(long_skip) / counter.get_total_flops())
-    assert summary.reused == ("what units 1 to 5 add",)
+    assert summary.reused == ("sum added by units 1 to 5",)
 
 
 def full_flops(long_skip: LongSkipConfig | None) -> int:

@@ -355,7 +355,7 @@ def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> No
         num_inference_steps=NUM_STEPS, by_clock=True, speedups=(1.3,), target_seconds=(8.0, 1.0), trials=trials
     )
     run, estimate = runner(pipeline), replace(runner(pipeline), seed=config.estimate_seed)
-    found = {each.name: each for each in find_schedules(measured, config, run, estimate, Clock(10.0, 1.0, NUM_STEPS))}
+    found = {each.name: each for each in find_schedules(measured, config, run, Clock(10.0, 1.0, NUM_STEPS))}
     assert [*found] == ["1.3x-clock", "8s"]  # in 1 s it cannot be
     assert found["1.3x-clock"].compute_ratio >= 7 / (7 - (10 - 10 / 1.3)) - 1e-6
     assert found["8s"].compute_ratio >= 7 / 5 - 1e-6
@@ -364,7 +364,7 @@ def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> No
     ratios = []
     for decibel in (30.0, 45.0):
         config = CalibrateConfig(num_inference_steps=NUM_STEPS, speedups=(), target_psnr=(decibel,), trials=trials)
-        (each,) = find_schedules(measured, config, run, estimate)
+        (each,) = find_schedules(measured, config, run)
         assert score(estimate(OwnCache(each.method)).samples, reference)["psnr"].mean >= decibel
         ratios.append(each.compute_ratio)
     assert ratios[0] >= ratios[1] > 1

@@ -394,7 +394,7 @@ def test_archive_with_damaged_records_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "must hold a state dict, got list"),
+        ([1, 2], "must contain a state dict, got list"),
         ({}, "got nothing"),
         ({"step": 3, "lr": 0.1}, "got step, lr"),
         ({"ema": None}, "or a state dict called model or ema, got ema"),

@@ -532,7 +532,7 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert "got 'FoldedTransformer'" in load_with(_class_name="FoldedTransformer")
     assert "got 'None'" in load_with(_class_name=None)
     weights.write_bytes(weights.read_bytes()[:-8])
-    assert "not a whole safetensors file" in load_with()
+    assert "not a complete safetensors file" in load_with()
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"has neither diffusion_pytorch_model\.long_skip"):
         load_model(tmp_path)

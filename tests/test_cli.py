@@ -101,7 +101,7 @@ def test_files_of_others_are_refused_by_name_before_a_model_is_loaded(
 ) -> None:
     (out / taken).write_text("mine")
     line = fails(capsys, *command, "--out", out)
-    assert f"holds {taken}, which an earlier {command[0]} did not write" in line
+    assert f"contains {taken}, which an earlier {command[0]} did not write" in line
     assert "--overwrite" in line
     assert listing(out) == [taken]
     assert (out / taken).read_text() == "mine"
@@ -109,7 +109,7 @@ def test_files_of_others_are_refused_by_name_before_a_model_is_loaded(
         with pytest.raises(SystemExit):
             main([*command, "--overwrite", "--out", str(out)])
         said = capsys.readouterr().err
-        assert f"skipdit: warning: {out / taken} is going to be overwritten\n" in said
+        assert f"skipdit: warning: {out / taken} will be overwritten\n" in said
         assert "no model at nowhere" in said
 
 
@@ -119,7 +119,7 @@ def test_videos_of_others_are_refused_before_anything_is_sampled(
     pipeline = ClassToVideoPipeline(tiny_latte(**PIXELS), make_scheduler(FLOW, "euler"))
     pipeline.save_pretrained(tmp_path / "clips")
     (out / "fewer_steps.gif").write_text("mine")
-    assert "holds fewer_steps.gif" in fails(capsys, "sample", "--model", tmp_path / "clips", *QUICK, "--out", out)
+    assert "contains fewer_steps.gif" in fails(capsys, "sample", "--model", tmp_path / "clips", *QUICK, "--out", out)
     assert listing(out) == ["fewer_steps.gif"]
 
 
@@ -129,13 +129,13 @@ def test_overwriting_names_what_goes_and_changed_files_are_of_others(
     command = ["sample", "--model", str(model), *QUICK, "--out", str(out)]
     (out / "full.png").write_text("mine")
     main([*command, "--overwrite"])
-    assert f"skipdit: warning: {out / 'full.png'} is going to be overwritten" in capsys.readouterr().err
+    assert f"skipdit: warning: {out / 'full.png'} will be overwritten" in capsys.readouterr().err
     first = (out / "full.png").read_bytes()
     main(command)
     assert (out / "full.png").read_bytes() == first
     (out / "report.json").write_text("{}")
     capsys.readouterr()
-    assert "holds report.json" in fails(capsys, *command)
+    assert "contains report.json" in fails(capsys, *command)
 
 
 def test_one_run_at_a_time(model: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,10 +155,10 @@ def test_converting_destroys_no_folder(model: Path, tmp_path: Path, capsys: pyte
         given = run / "pipeline" / "transformer" if target == run / "pipeline" / "transformer" else run / "pipeline"
         before = sorted(target.rglob("*"))
         line = fails(capsys, "convert", given, "--to", "skipdit", "--out", target)
-        assert "holds the input" in line or "was not written by skipdit as a model" in line
+        assert "contains the input" in line or "was not written by skipdit as a model" in line
         assert sorted(target.rglob("*")) == before
         if target != project:
-            assert "holds the input" in fails(
+            assert "contains the input" in fails(
                 capsys, "convert", given, "--to", "skipdit", "--out", target, "--overwrite"
             )
     main(["convert", str(model), "--to", "skipdit", "--overwrite", "--out", str(project)])
@@ -180,7 +180,7 @@ def test_converting_overwrites_no_file(model: Path, tmp_path: Path, capsys: pyte
     before = weights.read_bytes()
     for given in (model, weights):
         line = fails(capsys, "convert", given, "--to", "official", "--out", weights, "--overwrite")
-        assert "holds the input" in line
+        assert "contains the input" in line
     assert weights.read_bytes() == before
 
 

@@ -208,7 +208,7 @@ def test_a_parquet_file_of_any_encoding(tmp_path: Path, folder: Path) -> None:
 def test_a_column_that_holds_no_clips_is_named(values: Any, found: str, on_broken: Any, tmp_path: Path) -> None:
     parquet.write_table(pa.table({"clip": values, "label": ["a", "b"]}), tmp_path / "set.parquet")
     config = ClipConfig(source=str(tmp_path / "set.parquet"), num_frames=2, on_broken=on_broken)
-    with pytest.raises(ValueError, match=rf"set\.parquet: clip must hold bytes or \{{bytes, path\}}, got {found}"):
+    with pytest.raises(ValueError, match=rf"set\.parquet: clip must contain bytes or \{{bytes, path\}}, got {found}"):
         open_clips(config)
 
 

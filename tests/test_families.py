@@ -132,14 +132,14 @@ def test_a_family_that_fits_is_checked() -> None:
 
 
 @pytest.mark.parametrize(("family", "message"), [
-    (Family(segments=(Segment(lists=("blocks",)),), timestep_scale=1000.0), "has no such lists as its family"),
+    (Family(segments=(Segment(lists=("blocks",)),), timestep_scale=1000.0), "lacks the block lists of its family"),
     (Family(segments=(Segment(streams=("hidden_states", "text")),), timestep_scale=1000.0),
      "streams must be arguments"),
     (Family(segments=(Segment(streams=("hidden_states", "encoder_hidden_states")),), timestep_scale=1000.0),
      "streams, their order or joins do not fit"),
-    (Family(segments=(Segment(streams=("encoder_hidden_states", "hidden_states")),)), "the scale does not fit"),
-    (Family(timestep="t"), "timestep of the family is 't', which is none of"),
-    (replace(FAMILIES["QwenImageTransformer2DModel"], latents="x"), "latents of the family is 'x'"),
+    (Family(segments=(Segment(streams=("encoder_hidden_states", "hidden_states")),)), "the scale is wrong"),
+    (Family(timestep="t"), "the family's timestep is 't', but the inputs of"),
+    (replace(FAMILIES["QwenImageTransformer2DModel"], latents="x"), "the family's latents is 'x'"),
 ])  # fmt: skip
 def test_a_family_that_does_not_fit_is_told_in_one_line(
     family: Family, message: str, monkeypatch: pytest.MonkeyPatch

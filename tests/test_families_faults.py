@@ -228,7 +228,7 @@ def test_offloading_first_works_or_says_what_to_do(name: str) -> None:
     apply_group_offloading(model, cpu, cpu, offload_type="block_level", num_blocks_per_group=1)
     classes = [type(module) for module in model.modules()]
     for act in (lambda: enable_cache(model, "delta:N2"), lambda: add_long_skips(model)):
-        with pytest.raises(ValueError, match=r"group offloading.*remove them, call skipdit, then set them up again"):
+        with pytest.raises(ValueError, match=r"group offloading.*remove the hooks, call skipdit, then set them up"):
             act()
     assert [type(module) for module in model.modules()] == classes
 

@@ -149,7 +149,7 @@ def test_links_files_and_the_own_folder_are_refused(tmp_path: Path, monkeypatch:
         with pytest.raises(FileExistsError, match="new name"):
             write_folder(tmp_path / name, a="2")
     monkeypatch.chdir(tmp_path / "real")
-    with pytest.raises(FileExistsError, match="in which this runs"):
+    with pytest.raises(FileExistsError, match="contains the working directory"):
         write_folder(Path("."), a="2")
     assert tree(tmp_path / "real") == {"a": "1"}
 
@@ -204,7 +204,7 @@ def test_a_file_of_ours_that_a_user_has_changed_stays(tmp_path: Path, caplog: py
     path = tmp_path / "folder"
     write_folder(path, a="1", b="1")
     (path / "a").write_text("mine")
-    with pytest.raises(FileExistsError, match="folder holds a, changed since skipdit wrote it"):
+    with pytest.raises(FileExistsError, match="folder contains a, changed since skipdit wrote it"):
         write_folder(path, a="2")
     with pytest.raises(FileExistsError, match="b, changed"), atomic_folder(path, "model", overwritten=["a"]):
         (path / "b").write_text("changed while the new one was made")
@@ -250,7 +250,7 @@ def test_what_cannot_be_put_back_is_kept_for_the_next_run(
         patch.setattr(Path, "rename", fails)
         with pytest.raises(OSError, match="injected"):
             write_folder(path, a="2")
-    assert "stays, because it could not be moved back: injected" in caplog.text
+    assert "was kept because it could not be moved back: injected" in caplog.text
     clean_up(tmp_path)
     assert tree(tmp_path) == {"folder": "/", "folder/a": "1"}
 
@@ -317,7 +317,7 @@ def test_an_output_may_not_hold_an_input(tmp_path: Path) -> None:
     (tmp_path / "run" / "pipeline").mkdir(parents=True)
     check_apart(tmp_path / "other", [tmp_path / "run"])
     for target in (tmp_path / "run", tmp_path / "run" / "pipeline", tmp_path / "x" / ".." / "run"):
-        with pytest.raises(ValueError, match="holds the input"):
+        with pytest.raises(ValueError, match="contains the input"):
             check_apart(target, [tmp_path / "run" / "pipeline"])
 
 
@@ -329,7 +329,7 @@ def test_a_changed_file_is_found(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a is missing or has changed"):
         check_whole(path, "checkpoint")
     (path / MARKER).unlink()
-    with pytest.raises(ValueError, match="no marker of a checkpoint"):
+    with pytest.raises(ValueError, match="no marker for a checkpoint"):
         check_whole(path, "checkpoint")
 
 

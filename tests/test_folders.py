@@ -127,7 +127,7 @@ def test_metadata_of_the_whole_folder(folder: Path, caplog: pytest.LogCaptureFix
     (folder / "metadata.csv").write_text("file_name,text\ncat/0.png,one\ncat/1.png,two\ndog/7.png,three\n")
     (folder / "cat" / "1.txt").write_text("beside")
     assert opened(folder).captions == [("one",), ("beside",), ("dog",), ("dog",)]
-    assert "has no entry for 2 files here, and names 1 that are not here" in caplog.text
+    assert "has no entry for 2 files that exist, and names 1 that do not" in caplog.text
 
 
 def test_metadata_without_captions_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -81,7 +81,7 @@ def test_an_option_without_a_text_is_found() -> None:
     assert list(find_unexplained(Options)) == ["inner.bare", "bare"]
 
 
-@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "info", "analyze"])
+@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "eval", "info", "analyze"])
 def test_help_needs_no_pytorch(command: str) -> None:
     code = (
         "import sys\n"

@@ -105,7 +105,7 @@ def test_blocks_are_taken_from_both_ends() -> None:
     assert outermost_blocks(picture, 4) == [blocks[index] for index in (0, 1, 4, 5)]
     assert outermost_blocks(picture, 3) == [blocks[index] for index in (0, 1, 5)]
     assert outermost_blocks(picture, 6) == blocks
-    with pytest.raises(ValueError, match="the image model has 6 blocks, the video model needs 7"):
+    with pytest.raises(ValueError, match="the image model has 6 blocks, but the video model needs 7"):
         outermost_blocks(picture, 7)
 
 
@@ -119,11 +119,11 @@ def test_blocks_are_taken_from_both_ends() -> None:
         ({"out_channels": 6}, "out_channels must be 3 as in the image model, got 6"),
         ({"mlp_ratio": 2.0}, "mlp_ratio must be 4.0 as in the image model, got 2.0"),
         ({"downscale_freq_shift": 1.0}, "downscale_freq_shift must be 0.0 as in the image model, got 1.0"),
-        ({"long_skip": None}, r"unit 2 has no long skip, its block .* a long skip \(replace, FP32LayerNorm\)"),
+        ({"long_skip": None}, r"unit 2 has no long skip, but its block .* a long skip \(replace, FP32LayerNorm\)"),
         ({"long_skip": LongSkipConfig(fusion="residual")}, r"unit 2 has a long skip \(residual, FP32LayerNorm\)"),
         ({"long_skip": LongSkipConfig(norm="rms_norm")}, r"unit 2 has a long skip \(replace, FP32RMSNorm\)"),
         ({"long_skip": LongSkipConfig(num_pairs=1)}, "unit 2 has no long skip"),
-        ({"num_units": 7}, "has 6 blocks, the video model needs 7"),
+        ({"num_units": 7}, "has 6 blocks, but the video model needs 7"),
     ],
 )
 def test_sizes_that_differ_are_named_and_nothing_is_copied(options: dict[str, Any], message: str) -> None:
@@ -304,9 +304,9 @@ def test_modulation_is_exact_where_a_block_adds_the_same_at_every_timestep(learn
         ({}, {"out_channels": 6}, "out_channels must be 6 as in the image model, got 3"),
         ({}, {"mlp_ratio": 2.0}, "mlp_ratio must be 2.0 as in the image model, got 4.0"),
         ({}, {"downscale_freq_shift": 1.0}, "downscale_freq_shift must be 1.0 as in the image model, got 0.0"),
-        ({"num_units": 8}, {}, "has 6 blocks, the video model needs 8"),
+        ({"num_units": 8}, {}, "has 6 blocks, but the video model needs 8"),
         ({"long_skip": None}, {}, "unit 2 has no long skip"),
-        ({}, {"long_skip": None}, "unit 2 has a long skip .*, its block in the image model no long skip"),
+        ({}, {"long_skip": None}, "unit 2 has a long skip .*, but its block in the image model has no long skip"),
     ],
 )
 def test_text_video_names_sizes_that_differ(video: dict[str, Any], picture: dict[str, Any], message: str) -> None:

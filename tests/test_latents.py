@@ -216,7 +216,7 @@ def test_an_encoding_goes_on_with_the_same_settings_only(encoded: Path, tmp_path
     same: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
     same |= {"flip": True, "shard_size": 4}
     encode_into(out, **same, batch_size=3, num_workers=0)
-    with pytest.raises(ValueError, match=r"holds latents of other settings \(flip\): give another --out"):
+    with pytest.raises(ValueError, match=r"contains latents of other settings \(flip\): give another --out"):
         encode_into(out, **same | {"flip": False})
     other = make_vae(tmp_path / "vae", "tiny")
     with pytest.raises(ValueError, match=r"other settings \(vae\)"):
@@ -237,7 +237,7 @@ def test_other_data_in_the_same_folder_is_refused(encoded: Path, tmp_path: Path)
 def test_one_run_at_a_time_and_files_of_others_stay(encoded: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
     (tmp_path / "shard-00000.safetensors").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"holds shard-00000\.safetensors, which an earlier"):
+    with pytest.raises(FileExistsError, match=r"contains shard-00000\.safetensors, which an earlier"):
         encode_into(tmp_path, **options)
     assert names(tmp_path) == ["shard-00000.safetensors"]
 
@@ -294,7 +294,7 @@ def _edit(change: Callable[[Any], object]) -> Callable[[Path], None]:
 
 SHARD = "shard-00001.safetensors"
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "bit": (SHARD, _flip_bit, r"shard-00001.safetensors is damaged: its SHA-256 is not that of latents.json"),
+    "bit": (SHARD, _flip_bit, r"shard-00001.safetensors is damaged: its SHA-256 is not the one in latents.json"),
     "cut": (SHARD, _cut, r"shard-00001.safetensors is damaged"),
     "gone": (SHARD, Path.unlink, r"shard-00001.safetensors is damaged"),
     "texts": ("shard-00000.json", _edit(lambda each: each["classes"].pop()), "shard-00000.json is damaged"),
@@ -323,8 +323,8 @@ def test_damage_is_told_in_one_line(damage: str, encoded: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "act", "message"),
     [
-        (SHARD, _cut, "shard-00001.safetensors is not a whole safetensors file"),
-        (SHARD, _other_tensors, "shard-00001.safetensors has other tensors than latents.json says"),
+        (SHARD, _cut, "shard-00001.safetensors is not a complete safetensors file"),
+        (SHARD, _other_tensors, "shard-00001.safetensors does not have the tensors that latents.json describes"),
         ("shard-00000.json", _edit(lambda each: each["classes"].pop()), "shard-00000.json does not have 4"),
         ("shard-00000.json", _edit(lambda each: each.update(captions=[[]] * 4)), "shard-00000.json does not have 4"),
         ("shard-00000.json", _edit(lambda each: each.update(classes=["cow"] * 4)), "has no class cow"),
@@ -446,17 +446,17 @@ def test_latents_of_another_autoencoder_are_other_data(encoded: Path, tmp_path: 
     vae = make_vae(tmp_path / "vae", "tiny")
     encode_into(tmp_path / "latents", source=str(encoded / "data"), vae=str(vae), image_size=16)
     other = replace(config, data=LatentConfig(source=str(tmp_path / "latents")), max_steps=3)
-    with pytest.raises(ValueError, match="learned other data"):
+    with pytest.raises(ValueError, match="was trained on other data"):
         train(other, tmp_path / "run", device="cpu")
 
 
 def test_what_latents_cannot_do_is_said(encoded: Path, tmp_path: Path) -> None:
     plain = encode_into(tmp_path / "plain", source=str(encoded / "data"), vae=str(encoded / "vae"), image_size=16)
     assert plain[0][0].shape == (1, 2, 4, 8, 8)
-    with pytest.raises(ValueError, match="has no mirrored ones: encode with --flip"):
+    with pytest.raises(ValueError, match="has no mirrored items: encode with --flip"):
         train(latent_config(tmp_path / "plain"), tmp_path / "run", device="cpu")
     pixels = make_config(encoded / "latents", model=TINY)
-    with pytest.raises(ValueError, match="holds latents: give it to a recipe of latents"):
+    with pytest.raises(ValueError, match="contains latents: give it to a recipe for latents"):
         train(pixels, tmp_path / "other", device="cpu")
     with pytest.raises(ValueError, match="lies in the data"):
         train(latent_config(encoded / "latents"), encoded / "latents" / "run", device="cpu")
@@ -490,4 +490,4 @@ def test_the_command_encodes_and_says_what(encoded: Path, tmp_path: Path, capsys
     assert "encoded: 11 items of 4 x 8 x 8 in 1 shards, 2 classes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--out", str(encoded / "data"), "--device", "cpu"])
-    assert "holds the input" in capsys.readouterr().err
+    assert "contains the input" in capsys.readouterr().err

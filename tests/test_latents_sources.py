@@ -347,8 +347,8 @@ def _empty(path: Path) -> None:
     ("make", "message"),
     [
         (_pax, "cannot read the tar .*: a header is larger than the 1,048,576 bytes"),
-        (_cut_off, "cannot read the tar .*: it ends before a.png does"),
-        (_negative, "cannot read the tar .*: a.png has a size below 0"),
+        (_cut_off, "cannot read the tar .*: it is cut off in a.png"),
+        (_negative, "cannot read the tar .*: a.png has a negative size"),
         (_bad_header, "cannot read the tar .*: the header at byte 1024 is damaged"),
         (_twice, "a has more than one picture or video"),
         (_empty, "no pictures in "),

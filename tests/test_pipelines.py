@@ -80,14 +80,14 @@ def test_a_model_without_classes_makes_as_many_clips_as_asked() -> None:
     assert not torch.equal(clips[0], clips[1])
     assert sample(pipeline).shape == (1, 3, 4, 8, 8)
     assert torch.equal(sample(pipeline, guidance_scale=9.0), sample(pipeline, guidance_scale=1.0))
-    with pytest.raises(ValueError, match="needs num_videos, and no class_labels"):
+    with pytest.raises(ValueError, match="takes no class_labels, but num_videos"):
         sample(pipeline, 1)
 
 
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
-        ((), {}, "this model needs class_labels"),
+        ((), {}, "this model takes class_labels"),
         ((10,), {}, "class labels must be between 0 and 9, got 10"),
         ((1, 2), {"num_videos": 3}, "num_videos must be the number of class labels, 2, got 3"),
         ((1,), {"num_frames": 4}, "a clip must have 1 to 3 frames, got 4"),
@@ -181,7 +181,7 @@ def test_a_cache_counts_the_steps_of_clips() -> None:
     cached = sample(pipeline, 4, 7, steps=7)
     summary = cache_summary(pipeline)
     steps_flops = flops_of(lambda: sample(pipeline, 4, 7, steps=7))
-    assert (summary.model, summary.num_units, summary.reused) == ("Latte", 6, ("what units 1 to 4 output",))
+    assert (summary.model, summary.num_units, summary.reused) == ("Latte", 6, ("output of units 1 to 4",))
     assert (summary.steps_full, summary.steps_reused) == (4, 3)
     full_flops = flops_of(lambda: sample(tiny_videos(num_units=6), 4, 7, steps=7))
     assert summary.compute_ratio == pytest.approx(full_flops / steps_flops)
@@ -235,5 +235,5 @@ def test_names_of_classes_are_found() -> None:
     )
     assert list(pipeline.labels) == ["ant", "cat", "dog"]
     assert pipeline.get_label_ids(["dog", "cat"]) == [2, 0]
-    with pytest.raises(ValueError, match="unknown label 'cta'; of the 3 labels, near are: cat"):
+    with pytest.raises(ValueError, match="unknown label 'cta'; similar ones of 3 labels: cat"):
         pipeline.get_label_ids(["cta"])

@@ -192,7 +192,7 @@ def test_snapshots_of_a_run_that_begins_anew_go(config: TrainConfig, tmp_path: P
     train(dataclasses.replace(config, max_steps=3, seed=1), run, resume=False, device="cpu")
     assert names(run / FOLDER) == ["step-0000002.safetensors", "step-0000003.safetensors", "step-0000099.safetensors"]
     (run / FOLDER / "step-0000002.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match=f"holds {FOLDER}/step-0000002.safetensors"):
+    with pytest.raises(FileExistsError, match=f"contains {FOLDER}/step-0000002.safetensors"):
         train(dataclasses.replace(config, max_steps=3, seed=1), run, resume=False, device="cpu")
 
 
@@ -225,7 +225,7 @@ def test_what_cannot_be_averaged_is_refused_in_one_line(
         tensors | {name: tensors[name] * math.nan},
     ):
         save_file(damaged, path)
-        assert "step-0000002.safetensors is not of this model: " in fails()
+        assert "step-0000002.safetensors does not fit this model: " in fails()
     path.write_bytes(whole[:1000])
     assert "step-0000002.safetensors cannot be read: " in fails()
     with pytest.raises(ValueError, match="an average of capped weights is not capped"):

@@ -223,9 +223,9 @@ def test_what_cannot_be_routed_is_refused() -> None:
     for start, stop in ((0, 3), (3, 3), (4, 3)):
         with pytest.raises(ValueError, match=f"got {start} to {stop}"):
             TokenRoute(start=start, stop=stop)
-    with pytest.raises(ValueError, match="the model has 6 units"):
+    with pytest.raises(ValueError, match="the model has only 6 units"):
         ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=7))
-    with pytest.raises(ValueError, match="either routes tokens or"):
+    with pytest.raises(ValueError, match="either route tokens or"):
         ForwardPlan.of(model.long_skip_links, route=TokenRoute(start=2, stop=4), store=[Units(start=1, stop=5)])
 
 
@@ -330,7 +330,7 @@ def test_by_default_as_many_units_see_all_tokens_as_fit() -> None:
 def test_a_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="num_shallow_units must be at most 2 for 6 units, got 3"):
         make_plans(TokenRoutingConfig(mode="bypass", num_shallow_units=3), tiny_dit(6))
-    with pytest.raises(ValueError, match=r"there are 2: set routing.mode off"):
+    with pytest.raises(ValueError, match=r"and the model has 2: set routing.mode off"):
         make_plans(TokenRoutingConfig(mode="bypass"), tiny_dit(2))
     with pytest.raises(ValueError, match=r"set model\.long_skip"):
         make_plans(TokenRoutingConfig(mode="fill"), tiny_dit(6, None))

@@ -398,7 +398,7 @@ def test_a_process_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     for process in running:
         process.join(60)
         assert process.exitcode == 0
-    assert told.get() == (5, "another process has ended too early: see its messages")
+    assert told.get() == (5, "another process has ended early: see its messages")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

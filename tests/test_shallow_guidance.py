@@ -314,7 +314,7 @@ def test_a_model_that_was_not_trained_so_is_refused(kind: str) -> None:
 
 def test_a_model_without_classes_is_refused() -> None:
     pipeline = ClassToVideoPipeline(tiny_latte(num_classes=None), make_scheduler(VARIANCE, "ddim"))
-    with pytest.raises(ValueError, match="needs a model that knows classes"):
+    with pytest.raises(ValueError, match="needs a class-conditional model"):
         pipeline(guidance="shallow", guidance_shallow_units=1)
 
 

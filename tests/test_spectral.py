@@ -150,7 +150,7 @@ def test_folding_changes_keys_back_and_nothing_else() -> None:
 def test_what_cannot_be_capped_is_refused() -> None:
     model = network()
     cap_spectral_norm(model, 1.0)
-    with pytest.raises(ValueError, match="capped already"):
+    with pytest.raises(ValueError, match="already capped"):
         cap_spectral_norm(model, 1.0)
     with pytest.raises(ValueError, match="no linear layer"):
         cap_spectral_norm(nn.GELU(), 1.0)

@@ -332,7 +332,7 @@ def test_a_converted_latte_links_pairs_of_a_spatial_and_a_temporal_block(num_uni
 
 def test_what_cannot_be_added_or_taken_is_refused() -> None:
     model = build("PixArtTransformer2DModel", True)
-    with pytest.raises(ValueError, match=r"long skips already: call skipdit\.remove_long_skips"):
+    with pytest.raises(ValueError, match=r"already has long skips: call skipdit\.remove_long_skips"):
         add_long_skips(model)
     with pytest.raises(ValueError, match="has long skips of its own"):
         add_long_skips(build("HunyuanDiT2DModel", False))

@@ -83,10 +83,10 @@ def test_a_class_beyond_the_names_is_refused(rows: Any, tmp_path: Path) -> None:
     [
         ((float("nan"), 1.0), "has rows without label"),
         ((None, 1), "has rows without label"),
-        ((["a"], ["a", "b"]), r"label of .* must hold numbers or texts, got \['a'\]"),
-        (({"id": 1}, {"id": 2}), "label must hold numbers or texts, got struct<id: int64>"),
-        (pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())), "label must hold numbers or texts, got map<"),
-        ((b"a", b"b"), "label of .* must hold numbers or texts, got b'a'"),
+        ((["a"], ["a", "b"]), r"label of .* must contain numbers or texts, got \['a'\]"),
+        (({"id": 1}, {"id": 2}), "label must contain numbers or texts, got struct<id: int64>"),
+        (pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())), "label must contain numbers or texts, got map<"),
+        ((b"a", b"b"), "label of .* must contain numbers or texts, got b'a'"),
     ],
 )
 def test_labels_that_are_none_are_named(label: Any, message: str, tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_labels_that_are_none_are_named(label: Any, message: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (("a.png", "b.png"), r"image must hold bytes or \{bytes, path\}, got string"),
-        (([RED], [BLUE]), r"image must hold bytes or \{bytes, path\}, got list<"),
-        (({"path": "a.png"}, {"path": "b.png"}), r"image must hold bytes or \{bytes, path\}, got struct<path"),
+        (("a.png", "b.png"), r"image must contain bytes or \{bytes, path\}, got string"),
+        (([RED], [BLUE]), r"image must contain bytes or \{bytes, path\}, got list<"),
+        (({"path": "a.png"}, {"path": "b.png"}), r"image must contain bytes or \{bytes, path\}, got struct<path"),
         (pa.array([RED, None], pa.binary()), r"row 1 of .* has no bytes in image \(a path alone is not read\)"),
         (
             pa.array([{"bytes": None, "path": "a.png"}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()})),
@@ -180,7 +180,7 @@ def test_what_datasets_saved_is_read(rows: Any, tmp_path: Path) -> None:
 def test_a_saved_set_names_only_its_own_files(name: str, rows: Any, tmp_path: Path) -> None:
     rows.save_to_disk(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
-    with pytest.raises(ValueError, match=r"state\.json names files outside of its folder"):
+    with pytest.raises(ValueError, match=r"state\.json names files outside its folder"):
         opened(tmp_path)
 
 
@@ -303,7 +303,7 @@ def test_rows_and_values_are_counted_first(tmp_path: Path, monkeypatch: pytest.M
 def test_captions_are_not_padded_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "set.parquet", text=[["a"] * 5, ["b"]])
     monkeypatch.setattr(data, "MAX_CAPTIONS", 9)
-    with pytest.raises(ValueError, match="5 captions for each of 2 are too many: at most 9"):
+    with pytest.raises(ValueError, match="5 captions for each of 2 items are too many: at most 9"):
         opened(path, caption_column="text")
 
 
@@ -345,8 +345,8 @@ def test_labels_keep_their_order(tmp_path: Path) -> None:
         ([RED, None], "picture", [0, 1], "cannot read the picture 1 of .*: the row has none"),
         ([RED, b"garbage"], "picture", [0, 1], "cannot read the picture 1 of .*: it is none of"),
         ([RED, hostile.EPS], "picture", [0, 1], "cannot read the picture 1 of .*: it is none of"),
-        (["a.png", "b.png"], "string", [0, 1], "image of .* must hold pictures, got Value"),
-        ([RED, BLUE], "picture", [[0], [1]], r"label of .* must hold numbers or texts, got \[0\]"),
+        (["a.png", "b.png"], "string", [0, 1], "image of .* must contain pictures, got Value"),
+        ([RED, BLUE], "picture", [[0], [1]], r"label of .* must contain numbers or texts, got \[0\]"),
         ([RED, BLUE], "picture", [float("nan"), 1.0], "has rows without label"),
         ([RED, BLUE], "picture", [None, 1], "has rows without label"),
     ],

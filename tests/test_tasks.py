@@ -570,5 +570,5 @@ def test_a_new_task_is_a_file_and_a_row(
     errors = capsys.readouterr().err
     assert "a word-to-image model takes --prompt, not --labels" in errors
     assert "num_samples must be at least the number of --prompt, 4, got 3" in errors
-    with pytest.raises(ValueError, match="no bundled model is of the task word-to-image"):
+    with pytest.raises(ValueError, match="there is no bundled word-to-image model"):
         load_source(task="word-to-image")

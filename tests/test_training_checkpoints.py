@@ -226,13 +226,13 @@ DAMAGES = {
     "empty moments": (empty_the_moments, "optimizer.safetensors is missing or has changed"),
     "files of another": (take_files_of_another, "safetensors is missing or has changed"),
     "no state": (lambda checkpoint: (checkpoint / "state.json").unlink(), "state.json is missing"),
-    "a moment less": (lose_a_moment, "optimizer.safetensors is not of this model"),
-    "no moments": (forget_all_moments, "optimizer.safetensors is not of this model"),
-    "NaN": (spoil_a_weight, "not finite"),
-    "shape": (reshape_a_weight, "model.safetensors is not of this model"),
+    "a moment less": (lose_a_moment, "optimizer.safetensors does not fit this model"),
+    "no moments": (forget_all_moments, "optimizer.safetensors does not fit this model"),
+    "NaN": (spoil_a_weight, "non-finite numbers"),
+    "shape": (reshape_a_weight, "model.safetensors does not fit this model"),
     "step": (state_of(step=3), "is of step 3"),
     "step inf": (text_of('{"step": Infinity}'), "Infinity"),
-    "ema_step": (state_of(ema_step=0), "has averaged 0 of 6 steps"),
+    "ema_step": (state_of(ema_step=0), "says 0 of 6 steps were averaged"),
     "config null": (state_of(config=None), "state.json is not as expected"),
     "list": (text_of("[]"), "state.json is not as expected"),
     "number": (text_of("5"), "state.json is not as expected"),
@@ -253,7 +253,7 @@ def test_of_a_damaged_checkpoint_the_one_before_is_taken(
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.startswith("checkpoint-0000006 cannot be used (")
     assert message in warning
-    assert warning.endswith("the run goes on from checkpoint-0000003")
+    assert warning.endswith("the run resumes from checkpoint-0000003")
     assert "\n" not in warning
     assert_same_run(finished[1], out)
 
@@ -337,7 +337,7 @@ def test_other_data_is_refused(
 ) -> None:
     train(config, tmp_path / "run", device="cpu")
     change(tmp_path / "data")
-    with pytest.raises(ValueError, match=f"learned other data .{message}"):
+    with pytest.raises(ValueError, match=f"was trained on other data .{message}"):
         train(longer(config), tmp_path / "run", device="cpu")
 
 
@@ -346,7 +346,7 @@ def test_data_that_has_moved_is_the_same(config: TrainConfig, tmp_path: Path, ca
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     moved = dataclasses.replace(longer(config), data=DataConfig(source=str(tmp_path / "elsewhere"), image_size=8))
     train(moved, tmp_path / "run", device="cpu")
-    assert any("the data is the same, though it is at" in message for message in caplog.messages)
+    assert any("the data is the same, but is now at" in message for message in caplog.messages)
     larger = dataclasses.replace(moved, data=dataclasses.replace(moved.data, image_size=16))
     with pytest.raises(ValueError, match=r"other settings \(data\.image_size\)"):
         train(larger, tmp_path / "run", device="cpu")
@@ -368,7 +368,7 @@ def test_files_of_others_are_refused_before_the_first_step(
     assert (out / name).read_text() == '{"event": 1}'
     assert checkpoint_names(out) == []
     train(config, out, device="cpu", overwrite=True)
-    assert f"{out / name} is going to be overwritten" in caplog.messages
+    assert f"{out / name} will be overwritten" in caplog.messages
     assert '{"event": 1}' not in (out / name).read_bytes().decode("latin-1")
     train(longer(config), out, device="cpu")  # ours now
 

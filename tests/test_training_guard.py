@@ -116,8 +116,8 @@ def test_a_run_leaves_out_spikes_tells_it_and_resumes_exactly(
     log = read_log(tmp_path / "whole")
     assert log[6]["gradient_norm"] > 50 * log[5]["gradient_norm"]
     assert [entry["steps_left_out"] for entry in log] == [0] * 6 + [1] * 7 + [2] * 7 + [3] * 4
-    told = [message for message in caplog.messages if "left out" in message]
-    assert told[0] == "up to step 7, 1 more left out: the gradient norm was above 5 times its median"
+    told = [message for message in caplog.messages if "skipped" in message]
+    assert told[0] == "up to step 7, 1 more step(s) skipped: the gradient norm was above 5 times its median"
     assert len(told) == 3
     assert int(tensors_of(list_checkpoints(tmp_path / "whole")[-1])["optimizer.patch_embed.proj.bias.step"]) == 21
 
@@ -131,7 +131,7 @@ def test_a_run_leaves_out_spikes_tells_it_and_resumes_exactly(
     assert [entry["steps_left_out"] for entry in read_log(tmp_path / "stopped")] == [
         entry["steps_left_out"] for entry in log
     ]
-    assert [message for message in caplog.messages if "left out" in message] == [told[2]]
+    assert [message for message in caplog.messages if "skipped" in message] == [told[2]]
 
 
 def test_without_spikes_a_guard_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_where_a_loss_is_not_finite_its_step_and_items_are_named(
     with pytest.raises(ValueError, match="at step 5 is no longer finite") as error:
         train(config, tmp_path / "run", device="cpu")
     named = ", ".join(f"{index} ({items.names(index)})" for index in learned[:5])
-    assert str(error.value).endswith(f"; its batch was of items {named} and 2 more")
+    assert str(error.value).endswith(f"; its batch had the items {named} and 2 more")
     assert f"{tmp_path / 'data'}" in items.names(0)

@@ -130,7 +130,7 @@ def test_a_scale_of_others_is_not_taken(config: TrainConfig, tmp_path: Path, cap
         path.write_text(json.dumps(whole | {"loss_scale": whole["loss_scale"] | {name: value}}))
         sign_anew(path.parent)
         train(config, tmp_path / "run", device="cpu")
-        assert f"at `$.loss_scale.{name}`): the run goes on from" in caplog.messages[-1]
+        assert f"at `$.loss_scale.{name}`): the run resumes from" in caplog.messages[-1]
 
 
 def test_the_state_of_a_scale_is_taken_whole() -> None:

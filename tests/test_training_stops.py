@@ -85,7 +85,7 @@ def test_a_signal_leaves_a_checkpoint_of_its_step(
     assert name == f"checkpoint-{done:07d}"
     line = said.read_text().splitlines()[-1]
     assert line.startswith(f"stopped by {signal.Signals(number).name} after step {done} of 100000, which is saved in")
-    assert line.endswith("the same command goes on")
+    assert line.endswith("the same command resumes it")
     assert "Traceback" not in said.read_text()
     assert no_drafts(out)
     assert not (out / LOCK).exists()
@@ -192,7 +192,7 @@ def test_what_is_not_finite_is_never_saved_and_the_advice_can_be_followed(
         num_checkpoints=1, max_steps=max_steps, sample_every=1,
     )  # fmt: skip
     out = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"no longer finite, and nothing of it was saved: .*--learning-rate \(it was"):
+    with pytest.raises(ValueError, match=r"no longer finite, and was not saved: .*--learning-rate \(it was"):
         train(config, out, device="cpu")
     assert not (out / "pipeline").exists()
     for path in list_checkpoints(out):
@@ -211,7 +211,7 @@ def test_a_run_goes_on_after_nan_with_a_lower_rate(
 
     out = tmp_path / "run"
     monkeypatch.setattr(skipdit.training.loop, "prepare_batch", spoil)
-    message = "the loss or its gradient at step 5 is .* go on from .*checkpoint-0000003 with --allow-changes"
+    message = "the loss or its gradient at step 5 is .* resume from .*checkpoint-0000003 with --allow-changes"
     with pytest.raises(ValueError, match=message):
         train(dataclasses.replace(config, log_every=100), out, device="cpu")
     assert checkpoint_names(out) == ["checkpoint-0000003"]

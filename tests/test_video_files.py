@@ -136,7 +136,7 @@ def test_equal_frames_of_a_gif_are_read_by_their_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [hostile.SDP, hostile.HLS, hostile.CONCAT, hostile.DASH, hostile.EPS])
 def test_texts_that_name_other_places_are_no_videos(content: bytes) -> None:
-    with pytest.raises(UnreadableVideo, match="cannot read the video film: it is no GIF, PNG"):
+    with pytest.raises(UnreadableVideo, match="cannot read the video film: it is not a GIF, PNG"):
         read_video(content, 1, name="film")
 
 
@@ -178,7 +178,7 @@ print(seen)
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("\n[]\n")
-    assert "x.mp4: it is no GIF" in result.stdout
+    assert "x.mp4: it is not a GIF" in result.stdout
 
 
 def test_a_fifo_is_refused(tmp_path: Path) -> None:
@@ -213,5 +213,5 @@ def test_the_first_bytes_name_the_demuxer() -> None:
     contents = {name.removeprefix("a."): content for name, content in hostile.valid_videos()}
     assert {suffix: demuxer_of(contents[suffix][:512]) for suffix in expected} == expected
     assert demuxer_of(b"\0\0\0\0" + (b"G" + bytes(191)) * 3) == "mpegts"
-    with pytest.raises(ValueError, match="it is no GIF, PNG"):
+    with pytest.raises(ValueError, match="it is not a GIF, PNG"):
         demuxer_of(b"G" + bytes(511))

@@ -109,11 +109,14 @@ def test_an_averaged_model_of_torch(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"ema": {"shadow_params": [torch.zeros(1)]}}, "its shadow_params have no names"),
-        ({"model": {"a": torch.zeros(2)}, "ema": {"shadow_params": [torch.zeros(1)]}}, "are not, one by one, the 1"),
+        (
+            {"model": {"a": torch.zeros(2)}, "ema": {"shadow_params": [torch.zeros(1)]}},
+            "do not match, one by one, the 1",
+        ),
         ({"model": {"a": torch.zeros(2)}, "state_dict": {"a": torch.zeros(2)}}, "more than one state dict"),
-        ({"module.a": torch.zeros(1), "a": torch.zeros(1)}, "two of its keys are the same"),
+        ({"module.a": torch.zeros(1), "a": torch.zeros(1)}, "two of its keys are equal"),
         ({"net.a": torch.zeros(1), "dit.a": torch.zeros(1)}, "more than one model to choose from: dit, net"),
-        ({"model": {"a": 1}}, "must hold tensors"),
+        ({"model": {"a": 1}}, "must contain tensors"),
     ],
 )
 def test_what_is_not_told_is_not_guessed(content: Any, message: str) -> None:
@@ -136,7 +139,7 @@ def test_the_head_of_a_file_says_what_it_is(name: str, tmp_path: Path) -> None:
 
 def test_an_archive_called_safetensors_is_named(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"is an archive of torch\.save: let its name end in \.pt"):
+    with pytest.raises(ValueError, match=r"is an archive of torch\.save: rename it to end in \.pt"):
         load_model(tmp_path / "model.safetensors")
 
 
@@ -270,7 +273,7 @@ def test_weights_that_are_there_twice_are_refused(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     first, second, *_ = sorted(tmp_path.glob("*-of-*"))
     save_file(load_file(first) | load_file(second), second)
-    with pytest.raises(ValueError, match="which another of the files has too"):
+    with pytest.raises(ValueError, match="which another of the files also has"):
         load_model(tmp_path)
 
 
@@ -523,7 +526,7 @@ def test_autoencoders_are_read(kind: str, tmp_path: Path) -> None:
 def test_autoencoders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_vae(tmp_path, "plain")
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
-    with pytest.raises(ValueError, match=r"must hold one of AutoencoderKL, .*, got AutoencoderDC"):
+    with pytest.raises(ValueError, match=r"must contain one of AutoencoderKL, .*, got AutoencoderDC"):
         read_autoencoder(tmp_path, torch.float32)
     save_vae(tmp_path, "plain")
     save_file({"conv.weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")

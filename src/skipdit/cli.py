@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 
 from skipdit import terminal
 from skipdit.commands.analyze import analyze
+from skipdit.commands.app import app
 from skipdit.commands.bench import bench
 from skipdit.commands.calibrate import calibrate
 from skipdit.commands.convert import convert
 from skipdit.commands.ema import ema
+from skipdit.commands.eval import eval
 from skipdit.commands.info import info
 from skipdit.commands.latents import latents
 from skipdit.commands.sample import sample
@@ -25,8 +27,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "analyze": analyze,
     "calibrate": calibrate,
+    "eval": eval,
     "bench": bench,
     "info": info,
+    "app": app,
 }
 
 

@@ -1,8 +1,8 @@
 """Training objectives of diffusion transformers, and the schedulers that sample with their predictions.
 
-Two processes: `"ddpm"` (1000 discrete steps, linear betas, as in DiT) and `"flow"` (straight paths from data to noise,
-x_t = (1 - sigma) x_0 + sigma noise, with timestep = 1000 sigma). Except for the model call in `training_loss`,
-everything here is a pure function of tensors.
+There are two processes: `"ddpm"` (1000 discrete steps, linear betas, as in DiT) and `"flow"` (straight paths from data
+to noise, x_t = (1 - sigma) x_0 + sigma noise, with timestep = 1000 sigma). Except for the model call in
+`training_loss`, everything here is a pure function of tensors.
 """
 
 import math
@@ -38,28 +38,28 @@ PREDICTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """Objective of training: what the model predicts, for which process, with which weight per noise level."""
+    """Training objective: what the model predicts, for which process, and how noise levels are drawn and weighted."""
 
     process: Process = "ddpm"
-    """the forward process: ddpm with its linear betas, or flow, from data to noise on straight lines"""
+    """forward process: ddpm with linear betas, or flow on straight lines from data to noise"""
     prediction_type: Prediction = "epsilon"
     """what the model predicts, in diffusers' words: sample is x-prediction, flow_prediction the velocity noise - x_0"""
     learned_variance: bool = False
-    """the second half of the channels interpolates the posterior variance (arXiv 2102.09672, eq. 15) and is trained by
-    the variational bound; for epsilon prediction only"""
+    """the second half of the output channels interpolates the posterior variance (arXiv 2102.09672, eq. 15) and is
+    trained with the variational bound; only for epsilon prediction"""
     timestep_sampling: TimestepSampling = "uniform"
-    """how training draws timesteps: uniform; logit_normal in sigma (arXiv 2403.03206), for a flow only; log_normal in
-    the ratio of noise to signal (arXiv 2206.00364, table 1), for ddpm only, rounded to the nearest timestep"""
+    """how training draws timesteps: uniform; logit_normal in sigma (arXiv 2403.03206), only for flow; log_normal in the
+    ratio of noise to signal (arXiv 2206.00364, table 1), only for ddpm, rounded to the nearest timestep"""
     logit_mean: float = 0.0
-    """mean of the logit of sigma, which for a flow is the logarithm of noise to signal, or of that logarithm"""
+    """mean of the logarithm of the ratio of noise to signal, which for flow is the logit of sigma"""
     logit_std: float = 1.0
-    """standard deviation of the same"""
+    """standard deviation of the same logarithm"""
     min_sigma: float = 0.05
     """x-prediction of a flow is trained in velocity space: (x - x_0) / max(sigma, min_sigma), arXiv 2511.13720"""
     min_snr_gamma: float | None = None
-    """weigh the error of x_0 by min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and section 3.4), whatever is
-    predicted; 5 in that paper. SNR is (signal / sigma)^2, of a flow ((1 - sigma) / sigma)^2. Takes the place of
-    min_sigma; the variational bound keeps its weight"""
+    """weight the error of x_0 by min(SNR, min_snr_gamma) (arXiv 2303.09556, eq. 8 and section 3.4), whatever the model
+    predicts; 5 in that paper. SNR is (signal / sigma)^2, which for flow is ((1 - sigma) / sigma)^2. Replaces min_sigma;
+    the variational bound keeps its weight"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -100,11 +100,12 @@ class DDPMTables:
 
 @lru_cache(maxsize=1)
 def ddpm_tables() -> DDPMTables:
+    """Return the tables on the CPU."""
     betas = torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
-    posterior_variance[0] = posterior_variance[1]  # the first is 0 and has no logarithm
+    posterior_variance[0] = posterior_variance[1]  # the first one is 0, which has no logarithm
     return DDPMTables(
         alphas_cumprod=alphas_cumprod,
         posterior_mean_x0=betas * previous.sqrt() / (1 - alphas_cumprod),
@@ -116,12 +117,12 @@ def ddpm_tables() -> DDPMTables:
 
 @lru_cache
 def device_tables(device: torch.device) -> DDPMTables:
-    """Return the tables in float32 on a device, where they stay: a copy per step would make the host wait."""
+    """Return the tables in float32 on a device. They stay there, as a copy per step would make the host wait."""
     return DDPMTables(**{name: table.float().to(device) for name, table in vars(ddpm_tables()).items()})
 
 
 def _at(table: Tensor, timesteps: Timesteps, ndim: int) -> Float[Tensor, "batch *ones"]:
-    """Return one entry per sample, to be broadcast over a tensor of `ndim` dimensions."""
+    """Return one entry per sample, shaped to broadcast over a tensor of `ndim` dimensions."""
     return _per_sample(table[timesteps.long()], ndim)
 
 
@@ -132,7 +133,7 @@ def _per_sample(values: Shaped[Tensor, " batch"], ndim: int) -> Shaped[Tensor, "
 def signal_and_noise_levels(
     objective: Objective, timesteps: Timesteps, ndim: int = 4
 ) -> tuple[Float[Tensor, "batch *ones"], Float[Tensor, "batch *ones"]]:
-    """Return the factors of x_0 and of the noise in x_t, which has `ndim` dimensions."""
+    """Return the factors of x_0 and of the noise in x_t, shaped to broadcast over its `ndim` dimensions."""
     if objective.process == "flow":
         sigma = _per_sample(timesteps.float() / NUM_TRAIN_TIMESTEPS, ndim)
         return 1 - sigma, sigma
@@ -147,7 +148,7 @@ def add_noise(objective: Objective, x_start: Images, noise: Images, timesteps: T
 
 
 def prediction_target(objective: Objective, x_start: Images, noise: Images, timesteps: Timesteps) -> Images:
-    """Return what the model should output for x_t."""
+    """Return the output that the model should have for x_t."""
     signal, sigma = signal_and_noise_levels(objective, timesteps, x_start.ndim)
     if objective.prediction_type == "epsilon":
         return noise
@@ -160,7 +161,7 @@ def prediction_target(objective: Objective, x_start: Images, noise: Images, time
 
 @lru_cache
 def log_noise_to_signal(device: torch.device) -> Tensor:
-    """Return ln(sigma / signal) per timestep of the ddpm process (1000,), increasing, on a device where it stays."""
+    """Return ln(sigma / signal) (1000,) at each timestep of the ddpm process, increasing. It stays on the device."""
     alphas_cumprod = ddpm_tables().alphas_cumprod
     return (0.5 * ((1 - alphas_cumprod) / alphas_cumprod).log()).float().to(device)
 
@@ -169,9 +170,9 @@ def sample_timesteps(objective: Objective, batch_size: int, generator: torch.Gen
     """Draw training timesteps (batch,) on the generator's device: integers for ddpm, reals in (0, 1000) for flow."""
     device = torch.device("cpu") if generator is None else generator.device
     if objective.timestep_sampling == "log_normal":
-        drawn = objective.logit_mean + objective.logit_std * torch.randn(batch_size, generator=generator, device=device)
+        normal = torch.randn(batch_size, generator=generator, device=device)
         levels = log_noise_to_signal(device)
-        return torch.bucketize(drawn, (levels[1:] + levels[:-1]) / 2)
+        return torch.bucketize(objective.logit_mean + objective.logit_std * normal, (levels[1:] + levels[:-1]) / 2)
     if objective.process == "ddpm":
         return torch.randint(NUM_TRAIN_TIMESTEPS, (batch_size,), generator=generator, device=device)
     if objective.timestep_sampling == "uniform":
@@ -205,7 +206,7 @@ def training_loss(
 ) -> LossTerms:
     """Return the loss of `predict(x_t, timesteps)` on one batch; `predict` is the model with its labels bound.
 
-    `ValueError` if the model's channels do not fit the objective.
+    Raises `ValueError` if the model's channels do not fit the objective.
     """
     noisy = add_noise(objective, x_start, noise, timesteps)
     prediction = predict(noisy, timesteps).float()
@@ -231,10 +232,10 @@ def loss_weights(objective: Objective, timesteps: Timesteps) -> PerSample:
     prediction = objective.prediction_type
     if objective.min_snr_gamma is not None:
         snr = (signal / sigma).square()  # infinite at sigma 0
-        if prediction == "epsilon":  # the error of x_0 is sigma / signal times that of the noise
+        if prediction == "epsilon":  # the error of x_0 is sigma / signal times the error of the noise
             return (objective.min_snr_gamma / snr).clamp(max=1)
         x_start_weight = snr.clamp(max=objective.min_snr_gamma)
-        # the error of x_0 is sigma times that of either velocity
+        # the error of x_0 is sigma times the error of either velocity
         return x_start_weight if prediction == "sample" else sigma.square() * x_start_weight
     if objective.process == "flow" and prediction == "sample":
         return sigma.clamp(min=objective.min_sigma).square().reciprocal()
@@ -255,7 +256,7 @@ def posterior_mean(x_start: Images, noisy: Images, timesteps: Timesteps) -> Imag
 
 
 def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Images:
-    """Interpolate the log variance between that of the posterior (-1) and beta (+1) (arXiv 2102.09672, eq. 15)."""
+    """Interpolate the log variance between the posterior's (at -1) and beta's (at +1) (arXiv 2102.09672, eq. 15)."""
     tables, ndim = device_tables(timesteps.device), variance_channels.ndim
     fraction = (variance_channels + 1) / 2
     lowest = _at(tables.posterior_log_variance, timesteps, ndim)
@@ -263,7 +264,7 @@ def learned_log_variance(variance_channels: Images, timesteps: Timesteps) -> Ima
 
 
 def variational_bound(prediction: ModelOutput, x_start: Images, noisy: Images, timesteps: Timesteps) -> PerSample:
-    """Return one term of the bound in bits per dimension; the mean is detached, so only the variance learns from it.
+    """Return one term of the bound in bits per dimension. The mean is detached, so that only the variance learns.
 
     The term is the KL divergence of the model's step from the posterior; at timestep 0 it is the likelihood of 8-bit
     pixels (arXiv 2102.09672, section 3.1).
@@ -311,8 +312,8 @@ def guide(
     """Apply classifier-free guidance (arXiv 2207.12598) to [conditional, unconditional] predictions (2b ... c h w);
     return (b ... c h w).
 
-    num_channels: guide this many first channels, the others stay conditional; None guides all. The official DiT sampler
-        guides the first three of its four latent channels.
+    num_channels: guide only the first `num_channels` channels and leave the others conditional; `None` guides all. The
+        official DiT sampler guides the first three of its four latent channels.
     """
     conditional, unconditional = output.chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
@@ -326,11 +327,12 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddim", "dpm", "ddpm"), "flow
 
 
 def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
-    """Return a diffusers scheduler that samples with this objective's predictions; `ValueError` on an unknown name.
+    """Return a diffusers scheduler that samples with this objective's predictions. Raises `ValueError` on an unknown
+    name.
 
-    ddpm: `"ddpm"` (ancestral, evenly from 999 to 0, with the learned variance if there is one) and `"ddim"` (eta 0,
-    integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095). flow:
-    `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to integers. Euler's method on a straight path is
+    ddpm: `"ddpm"` (ancestral, evenly spaced from 999 to 0, with the learned variance if there is one) and `"ddim"`
+    (eta 0, integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095).
+    flow: `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to integers. Euler's method on a straight path is
     DPM-Solver++ of order 1 in data space.
     """
     choose(f"scheduler of a {objective.process} model", name, SCHEDULERS[objective.process])
@@ -357,10 +359,10 @@ def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
 def objective_of(scheduler: ConfigMixin) -> Objective:
     """Return the objective that a scheduler samples for, from its config (`use_flow_sigmas`, `prediction_type`).
 
-    `ValueError` if the config does not say what is predicted.
+    Raises `ValueError` if the config does not say what the model predicts.
     """
     if "prediction_type" not in scheduler.config:
-        raise ValueError(f"{type(scheduler).__name__} does not say what the model predicts, so it cannot be exchanged")
+        raise ValueError(f"{type(scheduler).__name__} does not say what the model predicts, so it cannot be replaced")
     process = "flow" if scheduler.config.get("use_flow_sigmas", False) else "ddpm"
     learned = scheduler.config.get("variance_type") == "learned_range"
     return Objective(process=process, prediction_type=scheduler.config["prediction_type"], learned_variance=learned)
@@ -369,17 +371,17 @@ def objective_of(scheduler: ConfigMixin) -> Objective:
 def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inverted: bool = False) -> list[float]:
     """Return the noise levels, from 0 to 1000, of a scheduler's timesteps.
 
-    inverted: timesteps increase as noise decreases (Mochi); for timesteps within [0, 1] their order shows it (OmniGen,
-    MiniMax-H3). For sigmas above 1 (Cosmos 2) and their logarithms (c_noise of EDM, arXiv 2206.00364, table 1), a level
-    is the share of noise, sigma / (1 + sigma).
+    inverted: timesteps increase as noise decreases (Mochi); for timesteps within [0, 1] this is told by their order
+    (OmniGen, MiniMax-H3). If timesteps are sigmas above 1 (Cosmos 2) or their logarithms (c_noise of EDM, arXiv
+    2206.00364, table 1), a level is the share of noise, sigma / (1 + sigma).
     """
-    most = max(timesteps)
-    scale = 1 if most <= 1 else num_train_timesteps
+    largest = max(timesteps)
+    scale = 1 if largest <= 1 else num_train_timesteps
     if inverted or (scale == 1 and timesteps[-1] > timesteps[0]):
         shares = [1 - timestep / scale for timestep in timesteps]
-    elif min(timesteps) < 0 and most < 10:
+    elif min(timesteps) < 0 and largest < 10:
         shares = [1 / (1 + math.exp(-4 * timestep)) for timestep in timesteps]
-    elif most > 1.001 * scale:
+    elif largest > 1.001 * scale:
         shares = [timestep / (scale + timestep) for timestep in timesteps]
     elif scale == 1000:
         return timesteps
@@ -390,7 +392,7 @@ def noise_levels(timesteps: list[float], num_train_timesteps: int = 1000, *, inv
 
 def noise_shares(scheduler: Any) -> list[float]:
     """Return the share of noise, b / (a + b), in latents a x_0 + b noise at each timestep that a scheduler's model was
-    trained on; empty if its process is a flow, where the timestep says it, or has no betas."""
+    trained on; empty for a flow, whose timesteps are this share, and for a process without betas."""
     config = scheduler.config
     is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if is_flow or config.get("beta_schedule") is None:

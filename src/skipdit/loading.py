@@ -1,4 +1,4 @@
-"""What can be sampled: the bundled models, pipelines in folders, checkpoints."""
+"""Open models to sample: the bundled ones, pipelines in folders, checkpoints."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,16 @@ from torch import nn
 
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.checkpoints import load_model
-from skipdit.checkpoints.parts import read_autoencoder, read_index
+from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
-from skipdit.command_options import WeightsOptions
+from skipdit.command_options import PipelineOptions, WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
 from skipdit.models.dit import DiT
 from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
+from skipdit.tasks.published import open_published
 from skipdit.tasks.task import Chosen, Sampler, Task
 
 
@@ -29,11 +30,10 @@ class Bundled:
     """A model that comes with the package."""
 
     folder: str
-    """among the assets"""
+    """in the assets"""
     task: TaskName
-    """what it does"""
     showcase: tuple[str, ...]
-    """what it draws well"""
+    """labels or prompts that it draws well"""
 
 
 def _split(names: str) -> tuple[str, ...]:
@@ -71,63 +71,63 @@ BUNDLED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """What a bare file's model predicts, and how it is told the time: it embeds time_scale * timestep + time_shift."""
+    """What the model of a bare weight file predicts. It embeds the time `time_scale * timestep + time_shift`."""
 
     objective: Objective
-    """what it predicts"""
+    """what it predicts, up to the sign"""
     time_scale: float = 1.0
-    """of the timestep"""
+    """factor of the timestep"""
     time_shift: float = 0.0
-    """after that"""
+    """added after scaling"""
     sign: int = 1
-    """of its prediction, over that of the objective"""
+    """sign of its prediction relative to the objective"""
 
 
 FLOW = Objective(process="flow", prediction_type="flow_prediction")
 CONVENTIONS: dict[str, Convention] = {
     "epsilon": Convention(objective=Objective()),
     "v_prediction": Convention(objective=Objective(prediction_type="v_prediction")),
-    "flow": Convention(objective=FLOW),  # ours and diffusers': noise - data, at 1000 times the share of noise
-    # SiT, transport/path.py: data - noise, at the share of data
+    "flow": Convention(objective=FLOW),  # ours and diffusers': noise - data; the time is 1000 times the noise's share
+    # SiT, transport/path.py: data - noise; the time is the data's share
     "sit": Convention(objective=FLOW, time_scale=-1e-3, time_shift=1.0, sign=-1),
-    # REPA, loss.py: noise - data, at the share of noise
+    # REPA, loss.py: noise - data; the time is the noise's share
     "repa": Convention(objective=FLOW, time_scale=1e-3),
 }
 
 
-SCHEDULES = "schedules"  # folder in that of a pipeline
+SCHEDULES = "schedules"  # folder in a pipeline's folder
 DEFAULT_SCHEDULE = "1.8x"
 MAX_SCHEDULES = 100
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model to sample with, and what came with it."""
+    """A model to sample, with its showcase and its calibrated schedules."""
 
     sampler: Sampler
     """its pipeline"""
     showcase: tuple[str, ...] = ()
-    """what is sampled where nothing is asked for"""
+    """labels or prompts to sample by default"""
     schedules: Mapping[str, CacheMethod] = field(default_factory=dict)
-    """calibrated ones, by name"""
+    """calibrated schedules by name"""
 
     def cache(self, spec: str) -> CacheMethod | None:
-        """Return what `parse_method` does; for `calibrated` or `calibrated:{name}` a schedule that came with the model,
-        for `none` no cache. `ValueError` where there is no such schedule."""
+        """Return the cache method of a spec, as `parse_method` does; a schedule of the model for `calibrated` or
+        `calibrated:{name}`; None for `none`. `ValueError` if there is no such schedule."""
         if spec == "none":
             return None
         kind, _, name = spec.partition(":")
         if kind != "calibrated":
             return parse_method(spec)
         if not self.schedules:
-            raise ValueError("no calibrated schedules came with this model: run skipdit calibrate, or use --cache auto")
+            raise ValueError("this model came without calibrated schedules: run skipdit calibrate, or use --cache auto")
         name = name or (DEFAULT_SCHEDULE if DEFAULT_SCHEDULE in self.schedules else next(iter(self.schedules)))
         if name not in self.schedules:
             raise ValueError(f"the calibrated schedules of this model are {', '.join(self.schedules)}, got {name!r}")
         return self.schedules[name]
 
     def choose(self, asked: Mapping[str, Sequence[str]], count: int) -> Chosen:
-        """Return what so many samples show; see `Task.choose`."""
+        """Return the conditions of `count` samples; see `Task.choose`."""
         return self.sampler.task.choose(self.sampler.pipeline, asked, count, self.showcase)
 
 
@@ -140,33 +140,39 @@ def load_source(
     scheduler: str | None = None,
     vae: Path | None = None,
     weights: WeightsOptions = WeightsOptions(),  # noqa: B008
+    published: PipelineOptions = PipelineOptions(),  # noqa: B008
     decodes: bool = True,
 ) -> Source:
-    """Return a bundled model by name, or the folder of a pipeline, or one made around a checkpoint; on its device.
+    """Return a bundled model by name, or the folder of a pipeline, of skipdit or of diffusers, or one made around a
+    checkpoint; on its device.
 
     task: by default that of the model; without a model, the first bundled one of the task is taken. scheduler: see
     `skipdit.diffusion.make_scheduler`; by default the model's own. vae: folder of an AutoencoderKL or of a pipeline
-    with one, for models of latents. weights: what a file of weights does not say; `ValueError` beside another model.
-    decodes: whether pictures are wanted, for which a model of latents needs an autoencoder.
+    with one, for models of latents. weights: options that a weight file does not contain; `ValueError` if given for
+    another model. published: how a pipeline of diffusers is opened and called; `ValueError` if given for another model.
+    decodes: False if samples are not decoded, so that a model of latents needs no autoencoder.
 
-    `FileNotFoundError` where there is no such model; `ValueError` where it is of another task, foreign or broken.
+    `FileNotFoundError` if the model does not exist; `ValueError` if it is of another task, foreign or broken.
     """
     if task is not None:
         choose("task", task, TASKS)
     model = model or bundled_model(task)
     expected = BUNDLED[model].task if model in BUNDLED else task
-    if expected is not None:
+    if expected is not None and not _is_published(Path(model)):
         TASKS[expected].check_installed()
-    source = _open(model, getattr(torch, dtype), weights)
+    source = _open(model, getattr(torch, dtype), weights, published)
     sampler = source.sampler
     if task is not None and sampler.task.name != task:
         raise ValueError(f"{model} is a {sampler.task.name} model, not {task}")
     if vae is not None:
         give_autoencoder(sampler, model, vae, getattr(torch, dtype))
     pipeline = sampler.pipeline
-    num_channels = pipeline.transformer.config.in_channels
-    if decodes and pipeline.vae is None and num_channels != 3:
-        raise ValueError(f"{model} works on latents of {num_channels} channels: give --vae FOLDER")
+    if (
+        decodes
+        and pipeline.components.get("vae") is None
+        and (channels := pipeline.transformer.config.in_channels) != 3
+    ):
+        raise ValueError(f"{model} works on latents of {channels} channels: give --vae FOLDER")
     if scheduler is not None:
         replace_scheduler(sampler, scheduler)
     pipeline.to(resolve_device(device))
@@ -174,26 +180,26 @@ def load_source(
 
 
 def bundled_model(task: TaskName | None) -> str:
-    """Return the first bundled model, of a task where one is given; `ValueError` where there is none."""
+    """Return the first bundled model, or the first of a task. `ValueError` if there is none."""
     for name, bundled in BUNDLED.items():
         if task in (None, bundled.task):
             return name
-    raise ValueError(f"no bundled model is of the task {task}: give a model")
+    raise ValueError(f"there is no bundled {task} model: give a model")
 
 
 def give_autoencoder(sampler: Sampler, model: str, vae: Path, dtype: torch.dtype) -> None:
-    """Give a pipeline the autoencoder in a folder; `ValueError` where it takes none, or one of other latents."""
+    """Give a pipeline the autoencoder in a folder. `ValueError` if it takes none, or needs one of other latents."""
     if not sampler.task.has_own_pipeline:
         raise ValueError(f"--vae is for class-conditional models, got {vae} for a {sampler.task.name} model")
     decoder = read_autoencoder(vae, dtype)
     latents, num_channels = decoder.config["latent_channels"], sampler.pipeline.transformer.config.in_channels
     if latents != num_channels:
-        raise ValueError(f"{vae} decodes latents of {latents} channels, {model} makes {num_channels}")
+        raise ValueError(f"{vae} decodes latents of {latents} channels, but {model} makes {num_channels}")
     sampler.pipeline.register_modules(vae=decoder)
 
 
 def replace_scheduler(sampler: Sampler, name: str) -> None:
-    """Give a pipeline another scheduler for what its model predicts; `ValueError` where there is none of that name."""
+    """Give a pipeline another scheduler for its objective. `ValueError` if there is none of that name."""
     pipeline = sampler.pipeline
     objective = objective_of(pipeline.scheduler)
     is_epsilon = sampler.task.has_own_pipeline and objective.prediction_type == "epsilon"
@@ -205,8 +211,13 @@ def replace_scheduler(sampler: Sampler, name: str) -> None:
 # Opening
 
 
-def _open(model: str, dtype: torch.dtype, bare: WeightsOptions) -> Source:
+def _open(model: str, dtype: torch.dtype, bare: WeightsOptions, published: PipelineOptions) -> Source:
     path = Path(model)
+    if model in BUNDLED or (path.exists() and not _is_published(path)):
+        published.refuse_for(model)
+    elif path.exists():
+        bare.refuse(model)
+        return Source(open_published(path, read_index(path), dtype, published), (), _read_schedules(path))
     if model in BUNDLED:
         bare.refuse(model)
         with as_file(files("skipdit") / "assets" / BUNDLED[model].folder) as folder:
@@ -225,8 +236,17 @@ def _open(model: str, dtype: torch.dtype, bare: WeightsOptions) -> Source:
     return Source(_from_file(path, dtype, bare))
 
 
+def _is_published(folder: Path) -> bool:
+    """Return True if a folder holds a pipeline of diffusers that encodes prompts, or knows classes, by itself."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    index = read_index(folder)
+    of_ours = {task.pipeline_name for task in TASKS.values()}
+    return part_class(index, "text_encoder", folder) is not None or index["_class_name"] not in of_ours
+
+
 def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
-    """Open a saved pipeline; `ValueError` naming the folder where something in it is missing, foreign or broken."""
+    """Open a saved pipeline. `ValueError` names the folder if something in it is missing, foreign or broken."""
     index = read_index(folder)
     name, tasks = index["_class_name"], {task.pipeline_name: task for task in TASKS.values()}
     if name not in tasks:
@@ -234,11 +254,11 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
     try:
         return tasks[name].open(folder, load_model(folder, dtype=dtype), index, dtype)
     except OSError as error:
-        raise ValueError(f"{printable(folder)} is not a whole {name}: {printable(error)}") from error
+        raise ValueError(f"{printable(folder)} is not a complete {name}: {printable(error)}") from error
 
 
 def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:
-    """Open a checkpoint, or a folder of a transformer alone."""
+    """Open a checkpoint, or a folder that contains only a transformer."""
     transformer: Any = load_model(
         path,
         num_attention_heads=bare.num_attention_heads,
@@ -279,10 +299,10 @@ def _sampler_of(transformer: Any, scheduler: Any) -> Sampler:
 
 
 def _read_schedules(folder: Path) -> dict[str, CacheMethod]:
-    """Return them by file name, the gentlest first."""
+    """Return calibrated schedules by file name, the one with the most full steps first."""
     paths = sorted((folder / SCHEDULES).glob("*.json"))
     if len(paths) > MAX_SCHEDULES:
-        raise ValueError(f"{printable(folder / SCHEDULES)} holds more than the {MAX_SCHEDULES} schedules that are read")
+        raise ValueError(f"{printable(folder / SCHEDULES)} has more than the {MAX_SCHEDULES} schedules that are read")
     methods = {path.stem: parse_method(path) for path in paths}
     return dict(sorted(methods.items(), key=lambda item: -len(cast(Any, item[1].schedule).full_steps)))
 
@@ -292,7 +312,7 @@ def _read_schedules(folder: Path) -> dict[str, CacheMethod]:
 
 
 def pipeline_of(transformer: Any, name: ObjectiveName) -> Sampler:
-    """Return a pipeline around a model that predicts this; the model may change as `adopt` says."""
+    """Return a pipeline around a model with this convention, which `adopt` converts to ours in place."""
     convention = CONVENTIONS[name]
     adopt(transformer, convention)
     learned = name == "epsilon" and learns_variance(transformer)
@@ -302,21 +322,21 @@ def pipeline_of(transformer: Any, name: ObjectiveName) -> Sampler:
 
 @torch.no_grad()
 def adopt(model: Any, convention: Convention) -> None:
-    """Make a model that was trained under a convention follow ours, in place; its numbers stay the same, up to their
-    sign. `ValueError` for a Latte, whose releases know only one."""
+    """Convert a model from the convention it was trained with to ours, in place. Its outputs stay the same, up to their
+    sign. `ValueError` for a Latte, whose releases have only one convention of time."""
     if convention.sign < 0:
         model.final_layer.proj.weight.neg_()
         model.final_layer.proj.bias.neg_()
     if (convention.time_scale, convention.time_shift) == (1, 0):
         return
     if not isinstance(model, DiT):
-        raise ValueError(f"no {type(model).__name__} tells the time as SiT and REPA do: use objective flow")
+        raise ValueError(f"no {type(model).__name__} embeds the timestep like SiT and REPA: use objective flow")
     model.time_scale, model.time_shift = convention.time_scale, convention.time_shift
     model.register_to_config(time_scale=model.time_scale, time_shift=model.time_shift)
 
 
 def learns_variance(model: nn.Module) -> bool:
-    """Return whether half of the output is the variance, as in the official models: those predict epsilon on a ddpm
+    """Return True if half of the output is the variance, as in the official models, which predict epsilon on a ddpm
     process."""
     config: Any = model.config
     return config.out_channels == 2 * config.in_channels

@@ -1,4 +1,4 @@
-"""Labeled grids of pictures, drawn with Pillow."""
+"""Draw labeled grids of pictures with Pillow."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN = 6
-MOST_PER_PIXEL = 4  # characters that are measured: a text may have any number of characters without width
+MOST_PER_PIXEL = 4  # characters measured per pixel of width: a text may have any number of characters without width
 
 
 def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
@@ -20,7 +20,7 @@ def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """Return Pillow's own font at a size in pixels."""
+    """Return Pillow's default font at a size in pixels."""
     return cast(ImageFont.FreeTypeFont, ImageFont.load_default(size=size))
 
 
@@ -29,11 +29,11 @@ def labelled_grid(
 ) -> Image.Image:
     """Draw pictures in rows, by default in a square, each enlarged `scale` times with its caption below.
 
-    `ValueError` without pictures, or unless there is one caption per picture.
+    `ValueError` if there are no pictures, or not one caption per picture.
     """
     if not pictures or len(captions) != len(pictures):
         raise ValueError(
-            f"a grid needs one caption per picture and at least one, got {len(pictures)} and {len(captions)}"
+            f"a grid needs at least one picture and one caption per picture, got {len(pictures)} and {len(captions)}"
         )
     num_columns = num_columns or max(1, round(len(pictures) ** 0.5))
     num_rows = -(-len(pictures) // num_columns)
@@ -52,7 +52,7 @@ def labelled_grid(
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Return the text in one line, cut with an ellipsis if it is wider than the cell or has very many characters."""
+    """Return the text in one line, cut with an ellipsis if it is wider than the cell or has too many characters."""
     text = " ".join(text.split())
     if len(text) <= MOST_PER_PIXEL * width and font.getlength(text) <= width:
         return text

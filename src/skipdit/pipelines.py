@@ -38,14 +38,14 @@ _run_numbers = itertools.count()
 
 
 class ShallowGuidance:
-    """Make the unconditional predictions of one run, each beside the conditional one of its step.
+    """Make the unconditional predictions of one run with the model's shallow path.
 
-    Where a cache let the conditional prediction reuse, it is stale, and a fresh one beside it would make their
-    difference wrong, which guidance multiplies. There the difference is held that the last full step had, and nothing
-    runs. (FasterCache, arXiv 2410.19355, holds that of full guidance, by frequencies.)
+    At a reuse step of a cache the conditional prediction is stale. Its difference from a fresh unconditional prediction
+    would be wrong, and guidance multiplies it. So such a step runs nothing, and takes the difference of the last full
+    step. (FasterCache, arXiv 2410.19355, does so with full guidance, by frequencies.)
 
-    plan: of the model's `ShallowPath`. held: under a cache, the stream of the conditional predictions, the number of
-    its full steps so far, and the difference at the last of them.
+    plan: the plan of the model's `ShallowPath`. held: with a cache, the stream of the conditional predictions, the
+    number of its full steps so far, and the difference at the last of them.
     """
 
     def __init__(self, model: nn.Module, plan: ForwardPlan) -> None:
@@ -55,8 +55,8 @@ class ShallowGuidance:
         self.held: tuple[Stream, int, Tensor] | None = None
 
     def __call__(self, conditional: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the conditional prediction, which the model's last call made, and the unconditional one of the same
-        shape. args, kwargs: what the model makes that of."""
+        """Return the conditional prediction, which comes from the model's last call, and the unconditional one of the
+        same shape. args, kwargs: the model's arguments for the latter."""
         stream = last_stream(self.model)
         if stream is not None and self.held is not None and self.held[:2] == (stream, stream.counts.full):
             stream.counts += Counts(held=1)
@@ -72,30 +72,30 @@ class ShallowGuidance:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a pipeline samples, whatever it samples."""
+    """Sampling options that pipelines for pictures and for clips share."""
 
     guidance_scale: float
-    """classifier-free guidance above 1; at 1 or below only the conditional prediction is made"""
+    """strength of classifier-free guidance; at 1 or below only the conditional prediction is made"""
     num_inference_steps: int
     """denoising steps"""
     generator: torch.Generator | list[torch.Generator] | None = None
-    """of the noise; a list has one per sample"""
+    """generator of the noise, or a list of one per sample"""
     guidance_channels: int | None = None
-    """guide only so many first channels; by default all"""
+    """number of channels, from the first, that guidance changes; by default all"""
     guidance: Guidance = "full"
-    """what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the last ones"""
+    """units that make the unconditional prediction: `"full"`, all of them; `"shallow"`, only the first and last ones"""
     guidance_shallow_units: int | None = None
-    """how many first, and as many last, units `"shallow"` runs; by default those that the model was trained with"""
+    """number of units that `"shallow"` runs at each end; by default the number that the model was trained with"""
 
     def generators_of_frames(self, num_frames: int) -> torch.Generator | list[torch.Generator] | None:
-        """Return the generators of a batch whose frames are pictures of their own."""
+        """Return the generators of a batch in which each frame is a picture of its own."""
         if not isinstance(self.generator, list):
             return self.generator
         return [generator for generator in self.generator for _ in range(num_frames)]
 
 
 def unscale_latents(latents: Tensor, config: Any) -> Tensor:
-    """Return latents (b c h w) as an autoencoder of this config makes them, of those that transformers learn."""
+    """Return the latents (b c h w) of an autoencoder with this config, given the scaled ones of a transformer."""
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if std is not None:
         latents = latents * latents.new_tensor(std).view(1, -1, 1, 1)
@@ -106,8 +106,9 @@ def unscale_latents(latents: Tensor, config: Any) -> Tensor:
 
 
 def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
-    """Return pictures (b c h w) in [-1, 1], NaN where they are broken, of latents that a transformer made; those
-    themselves without an autoencoder. num_frames: of each clip, for an autoencoder that decodes whole clips."""
+    """Decode a transformer's latents to pictures (b c h w) in [-1, 1], with NaN for infinite pixels; without an
+    autoencoder the latents are the pictures. num_frames: frames per clip, for an autoencoder that decodes whole clips.
+    """
     if vae is None:
         return keep_broken(latents.float())
     frames: Any = {"num_frames": num_frames} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
@@ -116,11 +117,11 @@ def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
 
 
 class ClassPipeline(DiffusionPipeline):
-    """Share what both pipelines have: names of classes, the denoising loop, decoding. Abstract."""
+    """Base of both pipelines: class names, the denoising loop, decoding. Abstract."""
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     progress_bar: Callable[[Tensor], Iterable[Tensor]]  # its decorator hides the signature
 
     def __init__(
@@ -137,18 +138,19 @@ class ClassPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Return class names and their numbers, in alphabetical order."""
+        """Return the class numbers by name, in alphabetical order."""
         return dict(sorted((name, int(label)) for label, name in (self.config.id2label or {}).items()))
 
     def get_label_ids(self, names: Sequence[str]) -> list[int]:
-        """Return the class numbers of some names; `ValueError` with the nearest names for one that is unknown."""
+        """Return the class numbers of these names. Raises `ValueError`, with the most similar names, if one is
+        unknown."""
         import difflib
 
         labels = self.labels
         for name in names:
             if name not in labels:
-                near = difflib.get_close_matches(name, labels, n=5, cutoff=0.5) or list(labels)[:5]
-                raise ValueError(f"unknown label {name!r}; of the {len(labels)} labels, near are: {', '.join(near)}")
+                similar = difflib.get_close_matches(name, labels, n=5, cutoff=0.5) or list(labels)[:5]
+                raise ValueError(f"unknown label {name!r}; similar ones of {len(labels)} labels: {', '.join(similar)}")
         return [labels[name] for name in names]
 
     def _denoise(
@@ -158,7 +160,7 @@ class ClassPipeline(DiffusionPipeline):
         options: SamplingOptions,
         latents: Tensor | None,
     ) -> Tensor:
-        """Return latents of `shape`, (b c h w) or (b f c h w), as they end."""
+        """Denoise, and return the final latents, which have the given shape: (b c h w) or (b f c h w)."""
         device = self._execution_device
         predict = self._predictor(class_labels, options)
         if latents is None:
@@ -174,7 +176,7 @@ class ClassPipeline(DiffusionPipeline):
                 sample = latents.to(device) * self.scheduler.init_noise_sigma
                 for timestep in self.progress_bar(self.scheduler.timesteps):
                     output = predict(sample, timestep)
-                    # schedulers know pictures (b c h w): each frame is one
+                    # schedulers take pictures (b c h w), so each frame is passed as one
                     pictures = sample.flatten(0, -4)
                     step = self.scheduler.step(output.flatten(0, -4), timestep, pictures, **noise_source)
                     sample = step.prev_sample.view(shape)
@@ -185,9 +187,9 @@ class ClassPipeline(DiffusionPipeline):
     def _predictor(
         self, class_labels: Sequence[int] | None, options: SamplingOptions
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return what makes the guided prediction of a sample at a timestep, as the scheduler takes it.
+        """Return a function that makes the guided prediction for a sample at a timestep, as the scheduler takes it.
 
-        `ValueError` where the model cannot be guided so.
+        Raises `ValueError` if the model cannot be guided as the options say.
         """
         model, scale = self.transformer, options.guidance_scale
         self.guidance_scale = scale
@@ -197,14 +199,14 @@ class ClassPipeline(DiffusionPipeline):
         guided = scale > 1 and class_labels is not None
         plan = guidance_plan(model, options.guidance, options.guidance_shallow_units, scale)
         if plan is not None and not guided:
-            raise ValueError("guidance 'shallow' needs a model that knows classes, by which it could guide")
+            raise ValueError("guidance 'shallow' needs a class-conditional model")
         shallow = None if plan is None else ShallowGuidance(model, plan)
-        labels = nothing = None
+        labels = null_labels = None
         if class_labels is not None:
             labels = self._label_tensor(class_labels).to(self._execution_device)
             if guided:
-                nothing = torch.full_like(labels, model.null_class_label)
-                labels = labels if shallow is not None else torch.cat([labels, nothing])
+                null_labels = torch.full_like(labels, model.null_class_label)
+                labels = labels if shallow is not None else torch.cat([labels, null_labels])
         learned_variance = self.scheduler.config.get("variance_type") in ("learned", "learned_range")
 
         def predict(sample: Tensor, timestep: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ class ClassPipeline(DiffusionPipeline):
             inputs = self.scheduler.scale_model_input(inputs, timestep).to(model.dtype)
             output = model(inputs, timestep, class_labels=labels).sample.float()
             if shallow is not None:
-                output = torch.cat(shallow(output, inputs, timestep, class_labels=nothing))
+                output = torch.cat(shallow(output, inputs, timestep, class_labels=null_labels))
             if guided:
                 output = guide(output, scale, guided_channels or num_channels)
             return output if learned_variance else output.narrow(-3, 0, num_channels)
@@ -234,12 +236,12 @@ class ClassPipeline(DiffusionPipeline):
         return torch.tensor(list(class_labels))
 
     def _decode(self, latents: Tensor) -> Tensor:
-        """Return pictures (b c h w) in [-1, 1] of what the transformer made."""
+        """Decode the transformer's latents to pictures (b c h w) in [-1, 1]."""
         return decode_latents(self.vae, latents)
 
 
 def keep_broken(pixels: Tensor) -> Tensor:
-    """Return NaN for infinite pixels, which clamping to [0, 1] would make look like good ones."""
+    """Replace infinite pixels by NaN, as clamping them to [0, 1] would make them look valid."""
     return torch.where(pixels.isfinite(), pixels, torch.nan)
 
 
@@ -247,11 +249,12 @@ class ClassToImagePipeline(ClassPipeline):
     """Sample images of given classes.
 
     Args:
-        transformer (`DiT`): scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
+        transformer (`DiT`): the model.
+        scheduler (`SchedulerMixin`): its config says what the transformer predicts; see
             `skipdit.diffusion.make_scheduler`.
-        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` where the
+        vae (`AutoencoderKL`, `AutoencoderKLTemporalDecoder` or `AutoencoderTiny`, *optional*): `None` if the
             transformer works on pixels in [-1, 1].
-        id2label (`dict[str, str]`, *optional*): the name of each class number, as JSON keeps it.
+        id2label (`dict[str, str]`, *optional*): the name of each class number; the numbers are strings, as in JSON.
     """
 
     @torch.no_grad()
@@ -271,20 +274,23 @@ class ClassToImagePipeline(ClassPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Sample one image per class label: an `ImagePipelineOutput`, without `return_dict` the tuple `(images,)`.
+        """Sample one image per class label. Return an `ImagePipelineOutput`, or without `return_dict` a tuple
+        `(images,)`. Raises `ValueError` on options that do not fit the model.
 
         Args:
             class_labels: class numbers, one per image.
-            guidance_scale: classifier-free guidance above 1; at 1 or below only the conditional prediction is made.
-            guidance_channels: guide only so many first channels; by default all but the learned variance. 3 is what the
-                official DiT sampler does.
-            guidance: what makes the unconditional prediction: `"full"`, all units; `"shallow"`, only the first and the
-                last ones, as training with `routing.deep_drop` taught them, at little more than half of a step's cost.
-            guidance_shallow_units: how many first, and as many last, units `"shallow"` runs; by default those that the
-                transformer's config names, and a model that was not trained so is refused.
-            latents (`Tensor` of shape `(batch, channels, height, width)`, *optional*): start noise.
-            height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
-            output_type: `"pil"`, `"np"` (b h w c in [0, 1]), `"pt"` (b c h w in [0, 1]) or `"latent"` (as they end).
+            guidance_scale: strength of classifier-free guidance; at 1 or below only the conditional prediction is made.
+            guidance_channels: number of channels, from the first, that guidance changes; by default all but the learned
+                variance. The official DiT sampler uses 3.
+            guidance: units that make the unconditional prediction: `"full"`, all of them; `"shallow"`, only the first
+                and last ones, as trained with `routing.deep_drop`, which takes little more than half of a step's cost.
+            guidance_shallow_units: number of units that `"shallow"` runs at each end; by default the number in the
+                transformer's config, which a model that was not trained this way lacks (`ValueError`).
+            latents (`Tensor` of shape `(batch, channels, height, width)`, *optional*): initial noise.
+            height, width: size of the latents (of the pixels without a `vae`); by default the transformer's
+                `sample_size`.
+            output_type: `"pil"`, `"np"` (b h w c in [0, 1]), `"pt"` (b c h w in [0, 1]) or `"latent"` (the final
+                latents).
         """
         config = self.transformer.config
         shape = (len(class_labels), config.in_channels, *self._size(height, width))
@@ -304,15 +310,15 @@ class ClassToImagePipeline(ClassPipeline):
 
 @dataclass
 class VideoPipelineOutput(BaseOutput):
-    """Hold the clips that a pipeline made."""
+    """The clips that a pipeline made."""
 
     frames: Any
-    """of each clip a list of PIL images, an array (b f h w c) or a tensor (b f c h w) in [0, 1], or latents"""
+    """a list of PIL images per clip, an array (b f h w c) or a tensor (b f c h w) in [0, 1], or latents"""
 
 
 class ClassToVideoPipeline(ClassPipeline):
-    """Sample clips, of given classes or without. An autoencoder decodes the frames of a clip one by one, but for one
-    with a temporal decoder.
+    """Sample clips, with or without given classes. The autoencoder decodes the frames of a clip one by one, unless it
+    has a temporal decoder.
 
     Args: those of `ClassToImagePipeline`, with a `Latte` as its transformer.
     """
@@ -336,20 +342,22 @@ class ClassToVideoPipeline(ClassPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Sample one clip per class label: a `VideoPipelineOutput`, without `return_dict` the tuple `(frames,)`.
+        """Sample one clip per class label. Return a `VideoPipelineOutput`, or without `return_dict` a tuple
+        `(frames,)`. Raises `ValueError` on options that do not fit the model.
 
         Args:
             class_labels: class numbers, one per clip; `None` for an unconditional model, which makes `num_videos`.
-            num_frames: of each clip; by default, and at most, as many as the transformer was trained on.
-            guidance_scale, guidance_channels, guidance, guidance_shallow_units: as of `ClassToImagePipeline`.
-            latents (`Tensor` of shape `(batch, frames, channels, height, width)`, *optional*): start noise.
-            height, width: of the latents (pixels without a `vae`); by default the transformer's `sample_size`.
+            num_frames: frames per clip; by default, and at most, the number that the transformer was trained on.
+            guidance_scale, guidance_channels, guidance, guidance_shallow_units: as in `ClassToImagePipeline`.
+            latents (`Tensor` of shape `(batch, frames, channels, height, width)`, *optional*): initial noise.
+            height, width: size of the latents (of the pixels without a `vae`); by default the transformer's
+                `sample_size`.
             output_type: `"pil"`, `"np"` (b f h w c in [0, 1]), `"pt"` (b f c h w in [0, 1]) or `"latent"`.
         """
         config = self.transformer.config
         if (class_labels is None) != (config.num_classes is None):
-            wanted = "num_videos, and no class_labels" if config.num_classes is None else "class_labels"
-            raise ValueError(f"this model needs {wanted}")
+            needs = "no class_labels, but num_videos" if config.num_classes is None else "class_labels"
+            raise ValueError(f"this model takes {needs}")
         if class_labels is not None and num_videos not in (None, len(class_labels)):
             raise ValueError(f"num_videos must be the number of class labels, {len(class_labels)}, got {num_videos}")
         batch = (1 if num_videos is None else num_videos) if class_labels is None else len(class_labels)

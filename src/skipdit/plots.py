@@ -1,6 +1,6 @@
 """Figures that are declared once and drawn as PNG by matplotlib and as interactive HTML by plotly.
 
-Both libraries are optional (`pip install "skipdit[plots]"`) and imported only where they are used.
+Both libraries are optional (`pip install "skipdit[plots]"`) and imported only when used.
 """
 
 import html
@@ -17,7 +17,7 @@ from skipdit.files.output import OutputFolder
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
-LEGEND_ROWS = 18  # that fit beside the axes
+LEGEND_ROWS = 18  # the number that fits beside the axes
 MARKERS = {"o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down"}  # plotly's names
 GRAY = "#666666"
 
@@ -45,13 +45,13 @@ class Curves(PlotLabels):
     dashed: frozenset[str] = frozenset()
     """labels of dashed curves"""
     emphasized: frozenset[str] = frozenset()
-    """labels of thick ones"""
+    """labels of thick curves"""
     log_y: bool = False
     """scale y logarithmically"""
     reverse_x: bool = False
     """let x decrease to the right"""
     width: ClassVar[float] = 1.6
-    """of a line that is not thick, in points"""
+    """width of a line that is not thick, in points"""
 
     def __post_init__(self) -> None:
         for label, (x, y) in self.series.items():
@@ -59,14 +59,14 @@ class Curves(PlotLabels):
                 raise ValueError(f"x and y of {label!r} must have the same length, got {np.shape(x)} and {np.shape(y)}")
 
     def styles(self) -> dict[str, tuple[str, str | None]]:
-        """Return the color of each label, and the marker of its points, if they have one."""
+        """Return the color of each label, and the marker of its points or `None`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lines(Curves):
-    """Curves of many points. Few have distinct hues, many shade from first to last; a dashed one has the color of the
-    solid one before it."""
+    """Curves of many points. A few curves get distinct hues, many get shades from first to last; a dashed one has the
+    color of the solid one before it."""
 
     def styles(self) -> dict[str, tuple[str, str | None]]:
         solid = [label for label in self.series if label not in self.dashed]
@@ -81,8 +81,8 @@ class Lines(Curves):
 
 @dataclass(frozen=True, kw_only=True)
 class Tradeoffs(Curves):
-    """What one quantity costs in another: a mark per measured setting. Baselines are dashed and gray; the emphasized
-    ones get their color first."""
+    """The cost of one quantity in terms of another, with a mark per measured setting. Baselines are dashed and gray;
+    emphasized curves are the first to get a color."""
 
     width: ClassVar[float] = 1.2
 
@@ -130,7 +130,7 @@ class Heatmaps(Panels):
     """color by logarithm; values without one are gaps, like NaN"""
 
     def values(self) -> dict[str, NDArray]:
-        """Return what the colors show: the panels, or their log10."""
+        """Return the values that the colors show: the panels, or their log10."""
         if not self.log_color:
             return dict(self.panels)
         return {label: np.log10(np.where(panel > 0, panel, np.nan)) for label, panel in self.panels.items()}
@@ -148,21 +148,21 @@ Plot = Lines | Heatmaps | Surfaces | Tradeoffs
 
 
 def value_range(panels: Mapping[str, NDArray]) -> tuple[float, float]:
-    """Return the least and the largest finite value of all panels, slightly apart if they are equal."""
+    """Return the smallest and largest finite value of all panels, moved slightly apart if they are equal."""
     values = np.concatenate([np.ravel(panel)[np.isfinite(np.ravel(panel))] for panel in panels.values()])
-    least, largest = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
-    return (least, largest) if largest - least > 1e-9 * max(abs(largest), 1e-9) else (least - 1e-3, largest + 1e-3)
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    return (low, high) if high - low > 1e-9 * max(abs(high), 1e-9) else (low - 1e-3, high + 1e-3)
 
 
 def check_plots_installed(*libraries: str) -> None:
-    """Raise `ValueError`, with what to install, if a plotting library is missing. Call this before any work is done."""
+    """Raise `ValueError`, with the command to install it, if a plotting library is missing. Call this first."""
     missing = [name for name in libraries or ("matplotlib", "plotly") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'figures need {" and ".join(missing)}: pip install "skipdit[plots]"')
 
 
 def shade(fraction: float) -> str:
-    """Return a color of the sequential scale, short of its pale end."""
+    """Return a color of the sequential scale without its pale end."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -193,9 +193,10 @@ def draw(plot: Any) -> Any:
 def _(plot: Curves) -> Any:
     from matplotlib.figure import Figure
 
-    aside = len(plot.series) > 4
+    is_legend_outside = len(plot.series) > 4
     num_columns = max(1, -(-len(plot.series) // LEGEND_ROWS))
-    figure = Figure(figsize=(6.3 + 1.6 * (num_columns + 1) if aside else 7.5, 4.2), layout="constrained")
+    figure_width = 6.3 + 1.6 * (num_columns + 1) if is_legend_outside else 7.5
+    figure = Figure(figsize=(figure_width, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
     for label, (color, marker) in plot.styles().items():
         width, size, layer = (2.8, 6.0, 3) if label in plot.emphasized else (plot.width, 4.5, 2)
@@ -206,8 +207,9 @@ def _(plot: Curves) -> Any:
     if plot.reverse_x:
         axes.invert_xaxis()
     axes.grid(alpha=0.25)
-    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if aside else {"loc": "best"}
-    axes.legend(fontsize=8, frameon=False, ncols=num_columns, **place)
+    outside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    position: dict[str, Any] = outside if is_legend_outside else {"loc": "best"}
+    axes.legend(fontsize=8, frameon=False, ncols=num_columns, **position)
     return figure
 
 
@@ -265,7 +267,7 @@ PAGE = """<!DOCTYPE html>
 
 def render_html(title: str, sections: Sequence[tuple[str, str, Plot]]) -> str:
     """Return an HTML page that needs no network. sections: (heading, text, plot); consecutive ones with the same
-    heading show it and their first text once."""
+    heading share one heading and the first text."""
     parts, previous = [], None
     for heading, text, plot in sections:
         if heading != previous:

@@ -1,4 +1,4 @@
-"""Groups of processes that share a piece of work, as torchrun starts them, and their communication."""
+"""Groups of processes that share a piece of work, as started by torchrun, and their communication."""
 
 import os
 import time
@@ -17,7 +17,7 @@ POLL_SECONDS = 0.2
 
 
 def count_processes() -> int:
-    """Return the number of processes that were started together."""
+    """Return the number of processes started together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -37,7 +37,8 @@ class ProcessGroup:
         return self.rank == 0
 
     def from_main(self, act: Callable[[], Result]) -> Result:
-        """Call `act` in the main process and return its result in all. Its `OSError` or `ValueError` stops all."""
+        """Call `act` in the main process, and return its result in all. Its `OSError` or `ValueError` is raised in all,
+        in the others as `ValueError`."""
         if self.size == 1:
             return act()
         import torch.distributed as dist
@@ -56,8 +57,30 @@ class ProcessGroup:
             raise ValueError(f"the main process stopped: {message[1]}")
         return message[0]
 
+    def gather(self, make: Callable[[], Result]) -> list[Result] | None:
+        """Call `make` in every process and return all results, by rank, in the main one. The `OSError` or `ValueError`
+        of one process stops all."""
+        if self.size == 1:
+            return [make()]
+        import torch.distributed as dist
+
+        message: list[Any] = [None, None]  # the result, or an error's text
+        try:
+            message[0] = make()
+        except (OSError, ValueError) as error:
+            message[1] = str(error)
+        received: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(message, received, group=self.group, group_dst=0)
+
+        def unpack() -> None:
+            if failure := next((text for _, text in received or () if text is not None), None):
+                raise ValueError(failure)
+
+        self.from_main(unpack)
+        return None if received is None else [result for result, _ in received]
+
     def wait_for_all(self, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Wait for every process, calling `meanwhile` several times per second. `ValueError` if one has ended early."""
+        """Wait for all processes, calling `meanwhile` several times per second. `ValueError` if one has ended early."""
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -69,14 +92,14 @@ class ProcessGroup:
                 meanwhile()
             work.wait()
         except RuntimeError as error:
-            raise ValueError("another process has ended too early: see its messages") from error
+            raise ValueError("another process has ended early: see its messages") from error
 
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Yield the group of processes started together, by torchrun or the like, or a group of this process alone.
+    """Yield the group of the processes started together, by torchrun or the like, or a group of this process alone.
 
-    They communicate over gloo, whatever the device: only a few numbers, for which no accelerator has to wait.
+    They communicate over gloo on any device, since they exchange only a few numbers, and no accelerator has to wait.
     """
     import torch.distributed as dist
 
@@ -96,7 +119,7 @@ def process_group() -> Iterator[ProcessGroup]:
 
 
 def own_device(device: "torch.device") -> "torch.device":
-    """Return the device of this process: unless an index was given, the GPU with its local rank as index.
+    """Return the device of this process: unless `device` has an index, the GPU with the local rank as index.
     `ValueError` if there is no such GPU."""
     import torch
 
@@ -110,7 +133,7 @@ def own_device(device: "torch.device") -> "torch.device":
 
 
 def leave_group() -> None:
-    """Leave the group of all processes, if there is one; threads of a process that ends within it may abort it."""
+    """Leave the group of all processes, if there is one: its threads may abort a process that ends within it."""
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():

@@ -1,4 +1,4 @@
-"""What every measurement leaves behind: one report, written as JSON and as Markdown."""
+"""The report of a measurement, written as JSON and as Markdown."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -11,26 +11,26 @@ from skipdit.metrics.table import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured, where, with which settings, and what it says."""
+    """The settings, environment and results of a measurement."""
 
     config: Any
-    """a dataclass, or its fields"""
+    """settings: a dataclass, or its fields"""
     environment: Mapping[str, Any] | None = None
-    """as of `skipdit.environment.describe_environment`; `None` where the parts tell it"""
+    """result of `skipdit.environment.describe_environment`; `None` if the parts describe it"""
     data: Mapping[str, Any] = field(default_factory=dict)
     """further keys of the JSON"""
     title: str | None = None
     """first line of the Markdown"""
     parts: Sequence[str] = ()
-    """paragraphs and tables of the Markdown, in this order; empty ones are left out"""
+    """paragraphs and tables of the Markdown, in order; empty ones are left out"""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what the JSON holds."""
+        """Return the content of the JSON."""
         environment = {} if self.environment is None else {"environment": self.environment}
         return environment | {"config": self.config} | dict(self.data)
 
     def to_markdown(self) -> str:
-        """Return the page: title, command and machine, then the parts."""
+        """Return the Markdown: title, command and environment, then the parts."""
         about = self.environment or {}
         lines = [f"- {name}: {text}" for name, text in about.items() if name != "command"]
         first = [f"# {self.title}" if self.title else "", f"`{about['command']}`" if about else "", "\n".join(lines)]
@@ -43,35 +43,35 @@ class Report:
 
 
 def record(row: Any, *properties: str) -> dict[str, Any]:
-    """Return a row as the JSON has it: its fields, its scores one by one, and these properties.
+    """Return a row for the JSON: its fields, its scores one by one, and these properties.
 
-    row: a dataclass; its field `scores`, where it has one, is `Scores`.
+    row: a dataclass; its field `scores`, if it has one, is `Scores`.
     """
-    fields = {each.name: getattr(row, each.name) for each in dataclasses.fields(row)}
+    fields = {entry.name: getattr(row, entry.name) for entry in dataclasses.fields(row)}
     scores: Scores = fields.pop("scores", {})
     return fields | dict(scores) | {name: getattr(row, name) for name in properties}
 
 
 def table(records: Sequence[Mapping[str, object]]) -> str:
-    """Return a Markdown table of records with the same keys; nothing where there are none."""
+    """Return a Markdown table of records with the same keys; an empty string if there are none."""
     if not records:
         return ""
-    lines = [list(records[0]), ["---"] * len(records[0]), *(map(str, each.values()) for each in records)]
+    lines = [list(records[0]), ["---"] * len(records[0]), *(map(str, record.values()) for record in records)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def listed(items: Mapping[str, object]) -> str:
-    """Return a Markdown list of names and what is said of each."""
+    """Return a Markdown list of names and their descriptions."""
     return "\n".join(f"- {name}: {text}" for name, text in items.items())
 
 
 def numbers(values: Mapping[str, float], digits: int = 3) -> dict[str, object]:
-    """Return the cells of a table's row, each number with so many digits after the point."""
+    """Return the numbers as cells of a table, with `digits` digits after the decimal point."""
     return {name: f"{value:.{digits}f}" for name, value in values.items()}
 
 
 def judge(what: str, values: Mapping[Any, float], target: float) -> str:
-    """Return a sentence that names what reaches the target and what does not."""
+    """Return a sentence that names the values that reach the target and those that do not."""
     if not values:
         return f"{what}: not measured."
     reached, missed = (

@@ -1,8 +1,8 @@
-"""Spectral norms: of weights, capped or penalized, and of Jacobians.
+"""Spectral norms of weights, which can be capped or penalized, and of Jacobians.
 
-A weight's norm is found by repeatedly squaring its Gram matrix G: k squarings equal 2^k power iterations from every
-start vector at once, and give a lower and an upper bound. No start vector is drawn and none is kept, so every process
-and every call finds the same number.
+A weight's norm is computed by repeatedly squaring its Gram matrix G: k squarings equal 2^k power iterations from every
+start vector at once, and give a lower and an upper bound. As no start vector is drawn or kept, every process and every
+call gets the same number.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ NUM_SQUARINGS = 12  # for a cap: 4096 power iterations
 
 @dataclass(frozen=True)
 class SpectralNorm:
-    """Bounds on the largest singular value, which differ by rounding and too few iterations."""
+    """Bounds on the largest singular value; they differ because of rounding and a finite number of iterations."""
 
     lower: float
     """lower bound"""
@@ -31,9 +31,10 @@ class SpectralNorm:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """Flatten a weight (out, ...) to (out, in), as the layer multiplies it; `ValueError` if it has one axis only."""
+    """Flatten a weight (out, ...) to (out, in), as the layer multiplies it. Raises `ValueError` if it has fewer than
+    two axes."""
     if weight.ndim < 2:
-        raise ValueError(f"a spectral norm needs a weight of two axes or more, got shape {tuple(weight.shape)}")
+        raise ValueError(f"a spectral norm needs a weight with at least two axes, got shape {tuple(weight.shape)}")
     return weight.flatten(1)
 
 
@@ -43,11 +44,12 @@ def gram_matrix(matrix: Tensor) -> Tensor:
 
 
 def spectral_norm(weight: Tensor, *, tolerance: float = 1e-6, max_squarings: int = 40) -> SpectralNorm:
-    """Return the spectral norm of a weight (out, ...), in float64, squaring until both bounds agree to a relative
-    `tolerance`.
+    """Return the spectral norm of a weight (out, ...), computed in float64. Squares until both bounds agree to within
+    the relative `tolerance`.
 
     With G^p scaled to trace 1, trace(G^p G) is a lower bound on the largest eigenvalue, and the p-th root of the trace
-    of the unscaled G^p an upper one; they differ by less than log(rank) / p. `ValueError` if an entry is not finite.
+    of the unscaled G^p is an upper bound; they differ by less than log(rank) / p. Raises `ValueError` if an entry is
+    not finite.
     """
     matrix = as_matrix(weight.detach()).double()
     if not matrix.isfinite().all():
@@ -71,10 +73,10 @@ def spectral_norm(weight: Tensor, *, tolerance: float = 1e-6, max_squarings: int
 
 
 def differentiable_norm(weight: Tensor, num_squarings: int = NUM_SQUARINGS) -> Tensor:
-    """Return a lower bound on the norm, a float32 scalar whose gradient is that of the largest singular value.
+    """Return a lower bound on the spectral norm, a float32 scalar with the gradient of the largest singular value.
 
     Its relative error is at most log(rank) / 2^(k + 1): 0.09% at rank 1152 with k = 12. Nothing waits for the device,
-    so it compiles into one graph.
+    so the function compiles into one graph.
     """
     with torch.autocast(weight.device.type, enabled=False):
         matrix = as_matrix(weight).float()
@@ -84,8 +86,8 @@ def differentiable_norm(weight: Tensor, num_squarings: int = NUM_SQUARINGS) -> T
             for _ in range(num_squarings):
                 power = power @ power
                 power = power / power.trace().clamp(min=torch.finfo(torch.float32).tiny)
-        left = matrix.shape[0] <= matrix.shape[1]
-        squared = (power @ matrix * matrix).sum() if left else (matrix @ power * matrix).sum()
+        is_wide = matrix.shape[0] <= matrix.shape[1]
+        squared = (power @ matrix * matrix).sum() if is_wide else (matrix @ power * matrix).sum()
         return squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
 
@@ -94,10 +96,11 @@ def differentiable_norm(weight: Tensor, num_squarings: int = NUM_SQUARINGS) -> T
 
 
 class SpectralCap(nn.Module):
-    """Parametrization that scales a weight down to a spectral norm of `maximum`; one at or below it is bit-unchanged.
+    """Parametrization that scales a weight down to a spectral norm of `maximum`; one within the cap is bit-unchanged.
 
-    The norm is a lower bound, so the result exceeds the cap by at most its error: 0.1% in float32 for weights of rank
-    up to 1152, plus the rounding of bf16 (0.4%) for weights in bf16. The gradient is that of the scaled weight.
+    The computed norm is a lower bound, so the result may exceed the cap by its error: at most 0.1% in float32 for
+    weights of rank up to 1152, plus the rounding of bf16 (0.4%) for weights in bf16. The gradient is that of the scaled
+    weight.
     """
 
     def __init__(self, maximum: float, num_squarings: int = NUM_SQUARINGS) -> None:
@@ -112,28 +115,29 @@ class SpectralCap(nn.Module):
         return (weight.float() * factor).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Return the weight to store when a capped one is assigned: the same."""
+        """Return the weight to store when a capped one is assigned, which is the weight itself."""
         return weight
 
 
 def weighted(module: nn.Module) -> Iterator[nn.Module]:
-    """Return the linear layers and convolutions in a module, itself included."""
+    """Return the linear layers and convolutions in a module, including itself."""
     return (layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)))
 
 
 def cap_spectral_norm(module: nn.Module, maximum: float) -> int:
-    """Cap the spectral norm of every linear layer and convolution in `module` at `maximum`; return their number.
+    """Cap the spectral norm of every linear layer and convolution in `module` at `maximum`. Return their number.
 
-    The cap is a parametrization: the optimizer updates `parametrizations.weight.original`, every use sees the capped
-    weight. Cap before the optimizer, DDP, FSDP or compile takes the parameters; `fold_spectral_caps` before saving.
+    The cap is a parametrization: the optimizer updates `parametrizations.weight.original`, and every use sees the
+    capped weight. Cap before the parameters go to the optimizer, DDP, FSDP or compile, and call `fold_spectral_caps`
+    before saving.
 
-    `ValueError` if there is no such layer, one is capped already, or the maximum is not above 0.
+    Raises `ValueError` if there is no such layer, one is already capped, or the maximum is not above 0.
     """
     layers = list(weighted(module))
     if not layers:
         raise ValueError(f"{type(module).__name__} has no linear layer or convolution to cap")
     if any(map(is_capped, layers)):
-        raise ValueError("a weight here is capped already: fold_spectral_caps(module) first")
+        raise ValueError("a weight in this module is already capped: call fold_spectral_caps(module) first")
     cap = SpectralCap(maximum)
     for layer in layers:
         parametrize.register_parametrization(layer, "weight", cap)
@@ -148,16 +152,17 @@ def is_capped(layer: nn.Module) -> bool:
 
 
 def fold_spectral_caps(module: nn.Module) -> int:
-    """Turn every capped weight into an ordinary parameter of the capped value, so that outputs stay the same and keys
-    are those of a model without caps. Return their number. `ValueError` if a layer has other parametrizations too."""
+    """Turn every capped weight into an ordinary parameter with the capped value, so that outputs stay the same and keys
+    are those of a model without caps. Return their number. Raises `ValueError` if a layer has other parametrizations.
+    """
     capped = [layer for layer in weighted(module) if is_capped(layer)]
     for layer in capped:
         if len(layer.parametrizations) > 1 or len(layer.parametrizations.weight) > 1:  # pyright: ignore
-            raise ValueError("a layer with a spectral cap has other parametrizations too: remove those first")
+            raise ValueError("a layer with a spectral cap also has other parametrizations: remove those first")
         parameter = layer.get_parameter("parametrizations.weight.original")
         with torch.no_grad():
             parameter.copy_(layer.weight)  # pyright: ignore[reportArgumentType]
-        # not remove_parametrizations: it takes the property from the class, which copies of the layer share
+        # remove_parametrizations would delete the property from the class, which copies of the layer share
         layer.__class__ = type(layer).__bases__[0]
         del layer.parametrizations
         layer.weight = parameter
@@ -167,9 +172,9 @@ def fold_spectral_caps(module: nn.Module) -> int:
 def spectral_penalty(
     module: nn.Module, maximum: float, whole: Callable[[Tensor], Tensor] = lambda weight: weight
 ) -> Tensor:
-    """Return the sum of (norm - maximum)^2 over the linear layers and convolutions whose norm is above: a loss term.
+    """Return a loss term: the sum of (norm - maximum)^2 over the linear layers and convolutions with a larger norm.
 
-    whole: gathers a weight that is sharded.
+    whole: gathers a sharded weight.
     """
     norms = torch.stack([differentiable_norm(whole(layer.get_parameter("weight"))) for layer in weighted(module)])
     return (norms - maximum).clamp(min=0).square().sum()
@@ -186,7 +191,7 @@ class JacobianNorms:
     value: Tensor
     """(batch,): lower bound on the norm"""
     error: Tensor
-    """(batch,): relative residual of the singular pair: the Jacobian has a singular value this near to `value`"""
+    """(batch,): relative residual of the singular pair; the Jacobian has a singular value this close to `value`"""
     num_iterations: int
     """iterations until convergence"""
 
@@ -201,11 +206,12 @@ def jacobian_norms(
 ) -> JacobianNorms:
     """Return the largest singular value of the Jacobian of `function` at each of `inputs` (batch, ...).
 
-    function: maps (batch, ...) to (batch, ...), each sample independently. The method is Lanczos on J^T J: an iteration
-    is a Jacobian-vector and a vector-Jacobian product (`torch.func`), and the norm is the largest in the space of all
-    vectors so far. It stops when every residual is below `tolerance`, or after `max_iterations`. A residual bounds the
-    error from below only: a direction that is weak in the random start may still be found later. Attention is computed
-    unfused, since the fused one has no forward mode.
+    function: maps (batch, ...) to (batch, ...), each sample independently. Raises `ValueError` if it changes the batch.
+
+    The method is Lanczos on J^T J: an iteration is a Jacobian-vector and a vector-Jacobian product (`torch.func`), and
+    the norm is the largest in the space of all vectors so far. It stops when every residual is at most `tolerance`, or
+    after `max_iterations`. A residual bounds the error only from below: a direction that is weak in the random start
+    may still emerge later. Attention runs unfused, as the fused kernels have no forward-mode derivative.
     """
     generator = torch.Generator().manual_seed(seed)
     vector = _unit(torch.randn(inputs.shape, generator=generator, dtype=torch.float64).to(inputs))
@@ -220,14 +226,14 @@ def jacobian_norms(
             (pulled,) = pull_back(pushed.detach())
             pulled = pulled.detach().flatten(1)
             diagonal.append((pulled * basis[:, -1]).sum(dim=1))
-            for _ in range(2):  # a single pass leaves rounding errors
+            for _ in range(2):  # one pass of Gram-Schmidt leaves rounding errors
                 pulled = pulled - torch.einsum("bkn,bk->bn", basis, torch.einsum("bkn,bn->bk", basis, pulled))
             off_diagonal.append(pulled.norm(dim=1))
 
             tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1))
             if iteration > 1:
-                beside = torch.stack(off_diagonal[:-1], dim=1)
-                tridiagonal = tridiagonal + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+                sides = torch.stack(off_diagonal[:-1], dim=1)
+                tridiagonal = tridiagonal + torch.diag_embed(sides, 1) + torch.diag_embed(sides, -1)
             squared, vectors = torch.linalg.eigh(tridiagonal)
             largest = squared[:, -1].clamp(min=0)
             error = off_diagonal[-1] * vectors[:, -1, -1].abs() / (2 * largest).clamp(min=tiny)

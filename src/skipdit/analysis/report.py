@@ -1,4 +1,4 @@
-"""The stability report: figures, and a page that says in plain words what they show."""
+"""The stability report: figures, and a page that explains them in plain words."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,14 @@ FILES = ("report.md", "report.html", "report.json", "arrays.npz")
 
 
 def claim(out: OutputFolder, config: AnalyzeConfig, num_models: int) -> None:
-    """Raise, before a model is loaded, where a plots' library is missing or a file of somebody else is in the way."""
+    """Raise, before a model is loaded, if a plotting library is missing (`ValueError`) or a file that skipdit did not
+    write is in the way (`FileExistsError`)."""
     check_plots_installed()
     out.claim((*FILES, *(f"{name}.png" for name in figure_names(config, num_models))))
 
 
 def check_weights(name: str, pipeline: ClassToImagePipeline) -> None:
-    """Raise `ValueError` where a weight is not finite: of such a model nothing can be measured."""
+    """Raise `ValueError` if a weight is not finite, as nothing can be measured on such a model."""
     for key, weight in pipeline.transformer.state_dict().items():
         if not weight.isfinite().all():
             raise ValueError(f"the weights of {printable(name)} are not finite: {printable(key)}")
@@ -39,11 +40,11 @@ def analyze(
     out: OutputFolder,
     logs: Mapping[str, TrainingLog] | None = None,
 ) -> Models:
-    """Measure one model or several and write `report.md`, `report.html`, `report.json`, `arrays.npz` and a PNG a
-    figure into `out`. pipelines: by the name that the report calls them. Figures of an earlier report go.
+    """Measure one or more models and write `report.md`, `report.html`, `report.json`, `arrays.npz` and one PNG per
+    figure into `out`. pipelines: by the names that the report uses. Figures of an earlier report are removed.
 
-    `ValueError` where a label is none of a model's, its weights or what it makes of them are not finite, or the
-    plotting libraries are missing; `FileExistsError` where files of somebody else are in the way.
+    Raises `ValueError` if a model lacks one of the labels, if its weights or samples are not finite, or if the plotting
+    libraries are missing; `FileExistsError` if files that skipdit did not write are in the way.
     """
     claim(out, config, len(pipelines))
     for name, pipeline in pipelines.items():
@@ -62,7 +63,7 @@ def analyze(
 
 
 def write_report(models: Models, config: AnalyzeConfig, out: OutputFolder) -> None:
-    """Write everything that `analyze` writes, from what was measured."""
+    """Write all files of `analyze`, given its measurements."""
     sections = [section for make in SECTIONS if (section := make(models, config)) is not None]
     for section in sections:
         for figure in section.figures:
@@ -72,18 +73,18 @@ def write_report(models: Models, config: AnalyzeConfig, out: OutputFolder) -> No
     }
     with out.file("arrays.npz") as draft, draft.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    told = [
+    html_sections = [
         (section.heading, f"{section.about} {section.seen}", figure)
         for section in sections
         for figure in section.figures
     ]
-    out.write_text("report.html", render_html(f"Stability of {' and '.join(models)}", told))
+    out.write_text("report.html", render_html(f"Stability of {' and '.join(models)}", html_sections))
     report_of(models, config, sections).write(out, "report")
     out.remove_earlier()
 
 
 def summarise(measured: Measured) -> dict[str, Any]:
-    """Return the figures that the page states, as JSON."""
+    """Return the numbers that the page states, for the JSON."""
     return {
         "num_parameters": measured.num_parameters,
         "num_units": measured.num_units,
@@ -125,10 +126,10 @@ def summarise(measured: Measured) -> dict[str, Any]:
 
 
 def cells(name: str, measured: Measured, methods: Sequence[str]) -> dict[str, object]:
-    """Return a model's row of the table, with what the sections tell at length."""
+    """Return a model's row of the table, which sums up the sections."""
     norms = [geometric_mean(norms_of(measured, part)) for part in ("model", "first_half", "second_half")]
     units = geometric_mean([norm for profile in measured.jacobians.values() for norm in profile.units])
-    pushed = min(grid.min() for (moved, _), grid in measured.surfaces.items() if moved == "weights")
+    lowest = min(grid.min() for (moved, _), grid in measured.surfaces.items() if moved == "weights")
     jacobians = ("Jacobian of model", "first half", "second half", "unit")
     return {
         "model": name,
@@ -137,13 +138,13 @@ def cells(name: str, measured: Measured, methods: Sequence[str]) -> dict[str, ob
         "parameters": f"{measured.num_parameters / 1e6:.2f} M",
         "loss": "-" if measured.log is None else f"{measured.log.last_loss:.4f}",
         **{title: f"{norm:.3g}" for title, norm in zip(jacobians, (*norms, units), strict=True)},
-        "weights pushed": f"{pushed:.4f}",
+        "weights perturbed": f"{lowest:.4f}",
         **{f"cached `{method}`": cached_cell(measured, method) for method in methods},
     }
 
 
 def cached_cell(measured: Measured, method: str) -> str:
-    """Return `"40.1 dB (1.71x)"`, or a dash where the model cannot have the method."""
+    """Return the error and compute ratio as `"40.1 dB (1.71x)"`, or a dash if the model cannot use the method."""
     growth = measured.growth.get(method)
     if growth is None:
         return "-"
@@ -158,17 +159,17 @@ def report_of(models: Models, config: AnalyzeConfig, sections: Sequence[Section]
     methods = list(dict.fromkeys(method for measured in models.values() for method in measured.growth))
     parts = [
         table([cells(name, measured, methods) for name, measured in models.items()]),
-        "Loss: mean over the last tenth of the run's log. Jacobian norms: geometric mean over timesteps, and over all "
-        "units of a model. Weights pushed: lowest similarity of the last unit's output. Cached: how far the end "
-        "of the cached run is from the full run, signal over error; in brackets the speed that its FLOPs promise.",
+        "Loss: mean over the last tenth of the training log. Jacobian norms: geometric mean over timesteps, and over "
+        "all units of a model. Weights perturbed: lowest similarity of the last unit's output. Cached: "
+        "signal-to-error ratio of the cached run's result against the full run's; in brackets, the speedup by FLOPs.",
         f"{len(config.labels) or config.num_pictures} pictures, {config.num_inference_steps} deterministic first-order "
         f"steps, guidance {config.guidance_scale:g}, seed {config.seed}. A *unit* is a block; unit 0 comes first. "
-        "*Timesteps* fall from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in `arrays.npz` "
-        "and `report.json`; `report.html` holds the same figures to turn and zoom.",
+        "*Timesteps* decrease from 1000 (noise) to 0 (picture), so time runs to the right. The numbers are in "
+        "`arrays.npz` and `report.json`; `report.html` has the same figures, interactive.",
     ]
     for section in sections:
         images = "\n\n".join(f"![{figure.title}]({figure.name}.png)" for figure in section.figures)
-        parts += [f"## {section.heading}", section.about, f"**Seen here.** {section.seen}", images]
+        parts += [f"## {section.heading}", section.about, f"**Result.** {section.seen}", images]
     return Report(
         title=f"Stability of {' and '.join(models)}",
         config=config,

@@ -1,4 +1,4 @@
-"""What the stability report says and draws: a section per measurement, in plain words with this model's numbers."""
+"""Sections of the stability report, one per measurement: an explanation, the models' numbers in words, and figures."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ SHARED = (
 
 
 def figure_names(config: AnalyzeConfig, num_models: int) -> list[str]:
-    """Return the names of all figures that a report on so many models can have."""
+    """Return the names of all figures that a report on this number of models can have."""
     surfaces = [f"surface_{moved}_{at}" for moved in ("weights", "inputs") for at in config.surface_timesteps]
     return [*SHARED, *surfaces, *(f"{name}_{index + 1}" for name in NUMBERED for index in range(num_models))]
 
@@ -40,28 +40,30 @@ class Section:
 
     heading: str
     about: str
-    """what is drawn and how it was measured"""
+    """what the figures show and how it was measured"""
     seen: str
-    """what these models show"""
+    """the results of these models"""
     figures: tuple[Plot, ...]
 
 
 def holds(measured: Any, predicted: Any) -> bool:
+    """Return true if no measured error exceeds its bound by more than rounding."""
     return bool((measured <= predicted * (1 + 1e-4) + 1e-7).all())
 
 
 def listed(models: Models, say: Callable[[Measured], str]) -> str:
+    """Return a sentence with the results of every model, in the words of `say`."""
     return "; ".join(f"{name}: {say(measured)}" for name, measured in models.items()) + "."
 
 
 def numbered(models: Models) -> Iterator[tuple[int, str, Measured]]:
-    """Yield each model with its number, from 1, and its name."""
+    """Yield the number of each model, from 1, its name and its results."""
     for index, (name, measured) in enumerate(models.items(), start=1):
         yield index, name, measured
 
 
 def curves(name: str, title: str, x_label: str, y_label: str, series: Series, *, log_y: bool = True) -> Lines:
-    """Return curves, over timesteps to the right as they fall; those of a bound are dashed."""
+    """Return a plot of curves. Timesteps decrease to the right; curves of a bound are dashed."""
     dashed = frozenset(label for label in series if label.endswith("bound"))
     return Lines(
         name=name,
@@ -76,19 +78,19 @@ def curves(name: str, title: str, x_label: str, y_label: str, series: Series, *,
 
 
 def unit_map(name: str, title: str, color_label: str, timesteps: NDArray, values: Mapping[str, NDArray]) -> Heatmaps:
-    """Return a panel per model of its values (num_units, steps), with gaps up to the deepest model's depth."""
+    """Return a panel per model of its values (num_units, steps); shallower models have gaps at the end."""
     depth = max(map(len, values.values()))
     panels = {
         model: np.concatenate([rows, np.full((depth - len(rows), rows.shape[1]), np.nan)])
         for model, rows in values.items()
     }
     axes: dict[str, Any] = {"x_label": "timestep", "y_label": "unit", "x": timesteps, "y": np.arange(depth)}
-    shown: dict[str, Any] = {"color_label": color_label, "panels": panels, "reverse_x": True, "log_color": True}
-    return Heatmaps(name=name, title=title, **axes, **shown)
+    colors: dict[str, Any] = {"color_label": color_label, "panels": panels, "reverse_x": True, "log_color": True}
+    return Heatmaps(name=name, title=title, **axes, **colors)
 
 
 def blank_zeros(values: NDArray, least: float = 1e-12) -> NDArray:
-    """Return the values with gaps where there is nothing to see on a logarithmic scale."""
+    """Return the values with gaps where they are too small for a logarithmic scale."""
     return np.where(values > least, values, np.nan)
 
 
@@ -103,18 +105,18 @@ def similarity_section(models: Models, config: AnalyzeConfig) -> Section:
     title = "Similarity of the last unit's output to the step before"
 
     def say(m: Measured) -> str:
-        worst = m.timesteps[1:][m.similarity[-1].argmin()]
+        worst_timestep = m.timesteps[1:][m.similarity[-1].argmin()]
         return (
             f"the last unit's similarity is {m.similarity[-1].mean():.4f} on average and "
-            f"{m.similarity[-1].min():.4f} at worst (timestep {worst:.0f}); over all units the mean is "
+            f"{m.similarity[-1].min():.4f} at worst (timestep {worst_timestep:.0f}); over all units the mean is "
             f"{m.similarity.mean():.4f}"
         )
 
     return Section(
         "How much features change from step to step",
         "Each unit's output is compared with its own output one denoising step before: cosine similarity over the "
-        "channels of a token, mean over tokens and pictures. A cache that holds a feature for a step is wrong by "
-        "what is missing to 1.",
+        "channels of a token, averaged over tokens and pictures. 1 minus the similarity is the error of a cache that "
+        "holds a feature for one step.",
         listed(models, say),
         (
             curves("similarity_last_unit", title, "timestep", "cosine similarity", last, log_y=False),
@@ -138,34 +140,34 @@ def caching_section(models: Models, config: AnalyzeConfig) -> Section | None:
     if not series:
         return None
     left_out = [
-        f" {name} cannot have {method}: {why}." for name, m in models.items() for method, why in m.left_out.items()
+        f" {name} cannot use {method}: {why}." for name, m in models.items() for method, why in m.left_out.items()
     ]
 
     def say(m: Measured) -> str:
-        above = (f"{method} stays above {each.feature_similarity.min():.4f}" for method, each in m.growth.items())
-        return ", ".join(above) or "no cache"
+        minima = (f"{method} stays above {growth.feature_similarity.min():.4f}" for method, growth in m.growth.items())
+        return ", ".join(minima) or "no cache"
 
     title = "Difference of the last unit's output, cached against full"
     return Section(
-        "Features under a cache",
-        "The last unit's output in a cached run beside the full run from the same noise: what its cosine similarity "
-        "lacks to 1. The lower, the less harm; the cached run goes its own way, so errors add up." + "".join(left_out),
+        "Features with a cache",
+        "The last unit's output in a cached run is compared with that in the full run from the same noise: 1 minus "
+        "their cosine similarity. Lower is better. The two runs drift apart, so errors add up." + "".join(left_out),
         listed(models, say),
         (curves("cached_similarity", title, "timestep", "1 - cosine similarity", series),),
     )
 
 
 def growth_section(models: Models, config: AnalyzeConfig) -> Section | None:
-    figures, said = [], []
+    figures, sentences = [], []
     for number, name, measured in numbered(models):
         series = {}
         for method, growth in measured.growth.items():
-            # the run's first steps are full: there is no error yet
+            # there is no error yet in the first steps, which are full
             series[f"{method}: measured"] = (measured.timesteps, blank_zeros(growth.measured.numpy()))
             series[f"{method}: bound"] = (measured.timesteps, blank_zeros(growth.predicted.numpy()))
-            held = "holds" if holds(growth.measured, growth.predicted) else "is exceeded"
-            said.append(
-                f"{name} with {method} ends at {growth.measured[-1]:.4f}, the bound {held} and ends at "
+            verdict = "holds" if holds(growth.measured, growth.predicted) else "is exceeded"
+            sentences.append(
+                f"{name} with {method} ends at {growth.measured[-1]:.4f}, the bound {verdict} and ends at "
                 f"{growth.predicted[-1]:.3g}, the geometric form at {growth.geometric[-1]:.3g}"
             )
         if series:
@@ -174,15 +176,16 @@ def growth_section(models: Models, config: AnalyzeConfig) -> Section | None:
     if not figures:
         return None
     norms = listed(
-        models, lambda m: f"L is {np.median(m.step_norms):.3f} in the median and {m.step_norms.max():.3f} at most"
+        models, lambda m: f"the median of L is {np.median(m.step_norms):.3f}, its maximum {m.step_norms.max():.3f}"
     )
     return Section(
         "How errors grow",
-        "Measured: the distance of the cached run's latents to those of the full run, relative. Bound: each step "
-        "multiplies the error so far by at most L, the norm of that step's Jacobian (measured along the full run, the "
-        "larger of two neighbours in between), and adds what its own reuse changes (measured on the cached run). It "
-        "is a bound for small errors; where it lies far above, errors of different steps point different ways.",
-        f"{'; '.join(said)}. {norms}",
+        "Measured: the relative distance of the cached run's latents from those of the full run. Bound: each step "
+        "multiplies the error so far by at most L, the norm of that step's Jacobian (measured at some steps of the "
+        "full run; steps in between take the larger of the two neighbors), and adds the error of its own reuse "
+        "(measured on the cached run). It is a bound for small errors; where it is far too high, the errors of "
+        "different steps point in different directions.",
+        f"{'; '.join(sentences)}. {norms}",
         tuple(figures),
     )
 
@@ -201,27 +204,29 @@ def jacobian_section(models: Models, config: AnalyzeConfig) -> Section:
     worst = max(max(profile.errors.values()) for profile in profiles_of(models))
 
     def say(m: Measured) -> str:
-        whole, unit_norms = norms_of(m, "model"), [norm for each in m.jacobians.values() for norm in each.units]
+        whole = norms_of(m, "model")
+        unit_norms = [norm for profile in m.jacobians.values() for norm in profile.units]
         halves = [geometric_mean(norms_of(m, part)) for part in ("first_half", "second_half")]
         return (
-            f"the model's norm goes from {min(whole):.3g} to {max(whole):.3g}, the first half's geometric mean is "
-            f"{halves[0]:.3g}, the second half's {halves[1]:.3g}, a unit's {geometric_mean(unit_norms):.3g}"
+            f"the model's norm is between {min(whole):.3g} and {max(whole):.3g}; geometric means are {halves[0]:.3g} "
+            f"for the first half, {halves[1]:.3g} for the second half and {geometric_mean(unit_norms):.3g} for a unit"
         )
 
     return Section(
-        "How strongly a change is stretched",
-        "The largest singular value of the Jacobian, found by products with it alone: of the whole model (latents to "
-        "prediction), of each half and of each unit (hidden states to hidden states, the skips held). Above 1 a small "
-        "change may grow, below 1 it shrinks. With long skips the second half also gets what the first hands over, "
-        "which its own number does not count. The closed-form bound of a unit is a product of spectral norms of its "
-        f"weights and slopes at this point. Relative residual of the worst pair found: {worst:.1e}.",
+        "How strongly a small change is amplified",
+        "The largest singular value of the Jacobian, computed from Jacobian-vector products, of the whole model "
+        "(latents to prediction), of each half and of each unit (hidden states to hidden states, with the skips held "
+        "constant). Above 1 a small change may grow, below 1 it shrinks. With long skips, the second half also "
+        "receives the skips of the first, which its own norm does not include. The closed-form bound of a unit is a "
+        "product of spectral norms of its weights and slopes at this point. Largest relative residual of a singular "
+        f"pair: {worst:.1e}.",
         f"{listed(models, say)} The closed-form bound is violated {violated} times.",
         jacobian_figures(models, list(first.jacobians)),
     )
 
 
 def jacobian_figures(models: Models, timesteps: list[float]) -> tuple[Plot, ...]:
-    """timesteps: of the first model."""
+    """Return the figures of the Jacobian norms. timesteps: those of the first model."""
     whole = {
         f"{name}: {part}": (np.array(list(measured.jacobians)), np.array(norms_of(measured, part.replace(" ", "_"))))
         for name, measured in models.items()
@@ -242,7 +247,7 @@ def jacobian_figures(models: Models, timesteps: list[float]) -> tuple[Plot, ...]
             "Jacobian norm of each unit",
             value,
             np.array(timesteps),
-            {name: np.array([each.units for each in m.jacobians.values()]).T for name, m in models.items()},
+            {name: np.array([profile.units for profile in m.jacobians.values()]).T for name, m in models.items()},
         ),
         curves(
             "jacobian_bounds",
@@ -272,7 +277,7 @@ def surface_section(models: Models, config: AnalyzeConfig) -> Section:
     figures = [
         Surfaces(
             name=f"surface_{moved}_{timestep}",
-            title=f"{moved.capitalize()} moved along two random directions, timestep {timestep}",
+            title=f"{moved.capitalize()} perturbed along two random directions, timestep {timestep}",
             x_label="first direction",
             y_label="second direction",
             z_label="cosine similarity",
@@ -288,10 +293,11 @@ def surface_section(models: Models, config: AnalyzeConfig) -> Section:
         return ", ".join(f"{moved} at {at}: lowest {grid.min():.4f}" for (moved, at), grid in m.surfaces.items())
 
     return Section(
-        "What a random push does",
-        "The last unit's output after a push, beside the same without one: cosine similarity, 1 at the centre. Weights "
-        "are pushed along two random directions whose every row has the norm of the weight's row (filter-normalised; "
-        "biases and norms stay), latents along two whose norm is that of the latents. The flatter, the more stable.",
+        "Random perturbations",
+        "Cosine similarity of the last unit's output with and without a perturbation, 1 at the center. Weights move "
+        "along two random directions in which every row has the norm of the weight's row (filter-normalized; biases "
+        "and norms stay), latents along two that have the norm of the latents. A flatter surface means a more stable "
+        "model.",
         listed(models, say),
         tuple(figures),
     )
@@ -316,7 +322,7 @@ def spectra_section(models: Models, config: AnalyzeConfig) -> Section:
         title = f"{name}: spectral norm of each long skip's projection"
         figures.append(curves(f"long_skip_norms_{number}", title, "target unit", "spectral norm", norms, log_y=False))
         title = f"{name}: singular values of the long skips' projections"
-        x_label = "number, largest first"
+        x_label = "index, largest first"
         figures.append(curves(f"long_skip_spectra_{number}", title, x_label, "singular value", spectra))
     for number, name, measured in numbered(models):
         layers = {layer: (np.arange(len(norms)), norms.numpy()) for layer, norms in measured.layer_norms.items()}
@@ -328,14 +334,14 @@ def spectra_section(models: Models, config: AnalyzeConfig) -> Section:
             return "no long skips"
         whole, skip, hidden = (projection_norms(m, part) for part in ("whole", "skip", "hidden"))
         return (
-            f"long-skip projections have norms {min(whole):.2f} to {max(whole):.2f}; the half on the skip "
-            f"{np.mean(skip):.2f} on average, that on the hidden states {np.mean(hidden):.2f}"
+            f"long-skip projections have norms from {min(whole):.2f} to {max(whole):.2f}; on average, the half on the "
+            f"skip has {np.mean(skip):.2f} and that on the hidden states {np.mean(hidden):.2f}"
         )
 
     return Section(
         "Weights",
         "Spectral norms and singular values. A long skip's projection has two halves: one acts on the hidden states "
-        "that came through the depth, one on the skip.",
+        "from the unit before, one on the skip.",
         listed(models, say),
         tuple(figures),
     )
@@ -360,14 +366,14 @@ def training_section(models: Models, config: AnalyzeConfig) -> Section | None:
         units = {f"unit {unit}": smoothed(log.steps.numpy(), norm.numpy()) for unit, norm in enumerate(norms.T)}
         title = f"{name}: gradient norm of each unit over training"
         figures.append(curves(f"gradient_norms_{number}", title, "step", "gradient norm", units))
-    said = (
+    sentences = (
         f"{name}: loss {log.last_loss:.4f} over the last tenth of {log.steps[-1].item()} steps"
         for name, log in logs.items()
     )
     return Section(
         "Training",
-        "From the run's log: the loss of single batches, and the norm of each unit's gradient before clipping.",
-        "; ".join(said) + ".",
+        "From the training log: a running mean of the loss, and of the norm of each unit's gradient before clipping.",
+        "; ".join(sentences) + ".",
         tuple(figures),
     )
 

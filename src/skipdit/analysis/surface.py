@@ -1,4 +1,6 @@
-"""How features turn when weights or inputs are moved along two random directions (Li et al., arXiv 1712.09913)."""
+"""Perturbation surfaces: how much features change when weights or inputs move along two random directions (Li et al.,
+arXiv 1712.09913).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -14,8 +16,8 @@ Moved = Literal["weights", "inputs"]
 
 
 def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random direction whose every row (all that feeds one output) has the norm of the weight's row; zero for
-    biases and norms, as in the paper."""
+    """Return a random direction of which every row (the weights of one output) has the norm of the weight's row; zero
+    for biases and norms, as in the paper."""
     if weight.ndim < 2:
         return torch.zeros_like(weight)
     direction = torch.randn(weight.shape, generator=generator).to(weight)
@@ -25,7 +27,7 @@ def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def sample_normalised(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random direction (batch, ...) that has each sample's norm."""
+    """Return a random direction (batch, ...) with the norm of each sample."""
     direction = torch.randn(inputs.shape, generator=generator).to(inputs)
     factor = inputs.flatten(1).norm(dim=1) / direction.flatten(1).norm(dim=1)
     return direction * factor.view(-1, *[1] * (inputs.ndim - 1))
@@ -43,30 +45,35 @@ def perturbation_surface(
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Return the cosine similarity (n, n) of the last unit's output to the unmoved one, for each pair of coefficients
-    of the two directions: rows are the second's. Mean over tokens and samples; the model's own weights are not touched.
+    """Return the cosine similarity (n, n) of the last unit's output to that without a perturbation, for each pair of
+    coefficients of the two directions; rows belong to the second direction. The similarity is a mean over tokens and
+    samples. The model's own weights are not touched. Calls `advance` after each row.
     """
     generator = torch.Generator().manual_seed(seed)
     last = f"blocks.{len(model.blocks) - 1}"
     weights = dict(model.named_parameters())
-    in_weights = [{name: filter_normalised(each, generator) for name, each in weights.items()} for _ in range(2)]
-    in_inputs = [sample_normalised(latents, generator) for _ in range(2)]
+    weight_directions = [
+        {name: filter_normalised(weight, generator) for name, weight in weights.items()} for _ in range(2)
+    ]
+    input_directions = [sample_normalised(latents, generator) for _ in range(2)]
 
     def features(alpha: float, beta: float) -> Tensor:
         with record_outputs(model, [last]) as recorded:
             if moved == "weights":
-                first, second = in_weights
-                shifted = {name: each + alpha * first[name] + beta * second[name] for name, each in weights.items()}
-                torch.func.functional_call(model, shifted, (latents, timestep, class_labels))
+                first, second = weight_directions
+                new_weights = {
+                    name: weight + alpha * first[name] + beta * second[name] for name, weight in weights.items()
+                }
+                torch.func.functional_call(model, new_weights, (latents, timestep, class_labels))
             else:
-                first, second = in_inputs
+                first, second = input_directions
                 model(latents + alpha * first + beta * second, timestep, class_labels)
         return recorded[last][0]
 
-    unmoved = features(0.0, 0.0)
+    reference = features(0.0, 0.0)
     surface = torch.empty(len(coefficients), len(coefficients))
     for row, beta in enumerate(coefficients):
         for column, alpha in enumerate(coefficients):
-            surface[row, column] = cosine_similarity(features(alpha, beta), unmoved).mean()
+            surface[row, column] = cosine_similarity(features(alpha, beta), reference).mean()
         advance()
     return surface

@@ -1,4 +1,4 @@
-"""Features and errors along a denoising run: how they change over its steps, and what a cache adds."""
+"""Features and errors along a denoising run: how features change between steps, and how a cache's errors grow."""
 
 import copy
 from collections.abc import Callable
@@ -31,20 +31,20 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run made, step by step."""
+    """The intermediate results of a run."""
 
     timesteps: Tensor
     """(steps,)"""
     latents: Tensor
     """(steps + 1, batch, ...): before each step and at the end, in float32"""
     features: Tensor
-    """of each step the output (batch tokens dim) of the last unit, or what a cache gives in its place"""
+    """(steps, batch, tokens, dim): the output of the last unit, or what a cache used in its place"""
     compute_ratio: float = 1.0
-    """FLOPs of as many full steps over those of the run"""
+    """FLOPs of as many full steps divided by those of the run"""
 
 
 def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Return the similarity over the channels of each token (... tokens dim), mean over the tokens: (...). In
+    """Return the cosine similarity (...) over the channels of each token (... tokens dim), averaged over tokens, in
     float32."""
     return F.cosine_similarity(first.float(), second.float(), dim=-1).mean(dim=-1)
 
@@ -60,28 +60,29 @@ def runner_of(pipeline: ClassToImagePipeline, settings: RunSettings) -> Runner:
 
 
 def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: CacheMethod | None = None) -> Run:
-    """Sample once, with a cache or without, and keep what the analysis reads."""
+    """Sample once, with or without a cache, and keep the intermediate results."""
     model, head = pipeline.transformer, "final_layer"
     before: list[Tensor] = []
     features: list[Tensor] = []
 
-    def see(output: Tensor, sample: Tensor) -> None:
+    def observe(output: Tensor, sample: Tensor) -> None:
         before.append(sample)
-        features.append(seen[head][-1])  # within a step a cache may leave units out, or call the model twice
+        features.append(head_inputs[head][-1])  # within a step a cache may leave units out, or call the model twice
 
     with (
-        record_inputs(model, [head], lambda given: given[0].detach().float()) as seen,
-        before_steps(pipeline.scheduler, see),
+        record_inputs(model, [head], lambda inputs: inputs[0].detach().float()) as head_inputs,
+        before_steps(pipeline.scheduler, observe),
     ):
-        made = runner_of(pipeline, settings)(method and OwnCache(method))
-    latents = torch.stack([*before, made.samples.to(before[0].device).float()])
+        result = runner_of(pipeline, settings)(method and OwnCache(method))
+    latents = torch.stack([*before, result.samples.to(before[0].device).float()])
     timesteps = pipeline.scheduler.timesteps.float().cpu()
-    return Run(timesteps, latents, torch.stack(features), made.compute_ratio)
+    return Run(timesteps, latents, torch.stack(features), result.compute_ratio)
 
 
 def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """Return timesteps (steps - 1,); cosine similarity (num_units, steps - 1) of each unit's output to that of the step
-    before; and (steps, steps) of the last unit's outputs of all pairs of steps. Mean over tokens and pictures.
+    """Return the timesteps (steps - 1,), the cosine similarity (num_units, steps - 1) of each unit's output to its
+    output one step before, and that of the last unit's outputs for all pairs of steps (steps, steps). Similarities are
+    means over tokens and pictures.
     """
     model, names = pipeline.transformer, [f"blocks.{unit}" for unit in range(len(pipeline.transformer.blocks))]
     previous: dict[str, Tensor] = {}
@@ -113,16 +114,17 @@ def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings)
 
 @dataclass(frozen=True)
 class SolverSteps:
-    """A first-order solver's steps x' = a x + b F(x)."""
+    """The steps of a first-order solver, x' = a x + b F(x)."""
 
     a: list[float]
-    """of each step"""
+    """a of each step"""
     b: list[float]
-    """of each step"""
+    """b of each step"""
 
     @classmethod
     def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "SolverSteps":
-        """Probe a scheduler with ones and zeros; `ValueError` where a step depends on earlier ones or draws noise."""
+        """Probe a scheduler with ones and zeros. Raises `ValueError` if a step depends on earlier ones or draws
+        noise."""
         if getattr(pipeline.scheduler.config, "solver_order", 1) != 1 or "DDPM" in type(pipeline.scheduler).__name__:
             raise ValueError("error growth needs a deterministic first-order sampler: --scheduler euler or ddim")
         factors = []
@@ -130,36 +132,36 @@ class SolverSteps:
             scheduler = copy.deepcopy(pipeline.scheduler)
             scheduler.set_timesteps(num_inference_steps)
             shape = (1, pipeline.transformer.config.in_channels, 1, 1)
-            given = torch.full(shape, output), torch.full(shape, sample)
-            steps = [scheduler.step(given[0], timestep, given[1]).prev_sample for timestep in scheduler.timesteps]
+            outputs, samples = torch.full(shape, output), torch.full(shape, sample)
+            steps = [scheduler.step(outputs, timestep, samples).prev_sample for timestep in scheduler.timesteps]
             factors.append([step.flatten()[0].item() for step in steps])
         return cls(*factors)
 
 
 @dataclass(frozen=True)
 class ErrorGrowth:
-    """Errors after each step (steps,): the root mean square over pictures, relative to the norm of the full run's
+    """Errors after each step (steps,): root mean squares over pictures, relative to the norm of the full run's
     latents."""
 
     measured: Tensor
-    """distance of the cached run to the full run"""
+    """distance of the cached run from the full run"""
     injected: Tensor
-    """what that step's own reuse added"""
+    """error added by the reuse in this step"""
     predicted: Tensor
     """e' = L e + injected, with L the measured norm of the step's Jacobian"""
     geometric: Tensor
-    """(L^t - 1) / (L - 1) x the largest injected error with the largest L, the paper's form"""
+    """(L^t - 1) / (L - 1) x the largest injected error, with the largest L: the form in the paper"""
     feature_similarity: Tensor
-    """of the last unit's output to that of the full run, at the step"""
+    """cosine similarity of the last unit's output to that in the full run"""
     compute_ratio: float
-    """FLOPs of as many full steps over those of the cached run"""
+    """FLOPs of as many full steps divided by those of the cached run"""
 
     def arrays(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def guided_prediction(model: DiT, settings: RunSettings, timestep: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return F(x) of a step: the guided prediction, without a learned variance."""
+    """Return F of a step: the guided prediction, without a learned variance, as a function of the latents."""
     channels = model.config.in_channels
 
     def function(latents: Tensor) -> Tensor:
@@ -182,13 +184,14 @@ def step_jacobian_norms(
     num_pictures: int = 2,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Return the norm L (steps,) of the Jacobian of each solver step along the full run: the largest over a few
-    pictures, measured at `num_timesteps` steps spread evenly and, between two of them, the larger."""
+    """Return the norm L (steps,) of the Jacobian of each solver step along the full run, the largest over
+    `num_pictures` pictures. It is measured at `num_timesteps` evenly spread steps; a step between two of them gets the
+    larger norm. Calls `advance` after each measurement."""
     num_steps = len(full.timesteps)
     solver = SolverSteps.of(pipeline, num_steps)
-    measured_at = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique().tolist()
-    found = {}
-    for step in measured_at:
+    measured_steps = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique().tolist()
+    measured_norms = {}
+    for step in measured_steps:
         predict = guided_prediction(pipeline.transformer, settings, full.timesteps[step])
         a, b = solver.a[step], solver.b[step]
         norms = jacobian_norms(
@@ -197,14 +200,14 @@ def step_jacobian_norms(
             tolerance=1e-2,
             max_iterations=30,
         )
-        found[step] = norms.value.max().item()
+        measured_norms[step] = norms.value.max().item()
         advance()
-    lengths = []
+    step_norms = []
     for step in range(num_steps):
-        before = max(each for each in measured_at if each <= step)
-        after = min(each for each in measured_at if each >= step)
-        lengths.append(max(found[before], found[after]))
-    return torch.tensor(lengths, dtype=torch.float64)
+        before = max(measured_step for measured_step in measured_steps if measured_step <= step)
+        after = min(measured_step for measured_step in measured_steps if measured_step >= step)
+        step_norms.append(max(measured_norms[before], measured_norms[after]))
+    return torch.tensor(step_norms, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -215,7 +218,7 @@ def error_growth(
     step_norms: Tensor,
     method: CacheMethod,
 ) -> ErrorGrowth:
-    """Run with the cache, then the full model on the cached run's latents, to see what each step adds."""
+    """Run with the cache, then run the full model on the latents of that run to see what each step adds."""
     cached = sample_run(pipeline, settings, method)
     solver = SolverSteps.of(pipeline, len(full.timesteps))
 
@@ -226,18 +229,20 @@ def error_growth(
     bound = 0.0
     for step, timestep in enumerate(full.timesteps):
         predict = guided_prediction(pipeline.transformer, settings, timestep)
-        right = solver.a[step] * cached.latents[step] + solver.b[step] * predict(cached.latents[step])
-        injected.append(size(cached.latents[step + 1] - right))
+        full_step = solver.a[step] * cached.latents[step] + solver.b[step] * predict(cached.latents[step])
+        injected.append(size(cached.latents[step + 1] - full_step))
         measured.append(size(cached.latents[step + 1] - full.latents[step + 1]))
         bound = step_norms[step].item() * bound + injected[-1]
         predicted.append(bound)
-    worst, largest = step_norms.max().item(), max(injected)
-    first = next((step for step, error in enumerate(injected) if error > 1e-6 * (1 + largest)), len(injected))
+    largest_norm, largest_error = step_norms.max().item(), max(injected)
+    first = next((step for step, error in enumerate(injected) if error > 1e-6 * (1 + largest_error)), len(injected))
     geometric, total = [], 0.0
     for step in range(len(injected)):
-        total = worst * total + largest if step >= first else 0.0
+        total = largest_norm * total + largest_error if step >= first else 0.0
         geometric.append(total)
     scale = torch.tensor([size(latents) for latents in full.latents[1:]], dtype=torch.float64)
-    relative = [torch.tensor(each, dtype=torch.float64) / scale for each in (measured, injected, predicted, geometric)]
+    relative_errors = [
+        torch.tensor(errors, dtype=torch.float64) / scale for errors in (measured, injected, predicted, geometric)
+    ]
     similarity = cosine_similarity(full.features, cached.features).mean(dim=-1)
-    return ErrorGrowth(*relative, feature_similarity=similarity.cpu(), compute_ratio=cached.compute_ratio)
+    return ErrorGrowth(*relative_errors, feature_similarity=similarity.cpu(), compute_ratio=cached.compute_ratio)

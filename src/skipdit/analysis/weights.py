@@ -1,4 +1,4 @@
-"""Singular values of a model's projections, and gradient norms read from a training log."""
+"""Singular values of a model's projections, and losses and gradient norms from a training log."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "modulation")
 
 @dataclass(frozen=True)
 class LongSkipSpectrum:
-    """Singular values of one projection, largest first."""
+    """Singular values of one long skip's projection, largest first."""
 
     whole: Tensor
+    """of the whole projection"""
     hidden: Tensor
     """of the half that acts on the hidden states"""
     skip: Tensor
@@ -26,7 +27,7 @@ class LongSkipSpectrum:
 
 
 def long_skip_spectra(model: DiT) -> dict[int, LongSkipSpectrum]:
-    """Return singular values by target unit; empty for a plain model. In float64."""
+    """Return the singular values of all long skips in float64, by target unit; empty for a plain model."""
     spectra = {}
     for target in sorted(model.long_skip_links.sources):
         weight = model.blocks[target].get_submodule("long_skip.proj").get_parameter("weight").detach().double().cpu()
@@ -37,7 +38,7 @@ def long_skip_spectra(model: DiT) -> dict[int, LongSkipSpectrum]:
 
 
 def layer_norms(model: DiT) -> dict[str, Tensor]:
-    """Return the spectral norm (num_units,) of each kind of layer in each unit, in float64."""
+    """Return the spectral norms (num_units,) of each kind of layer in float64."""
 
     def weight(block: nn.Module, name: str) -> Tensor:
         return block.get_submodule(name).get_parameter("weight").detach().double().cpu()
@@ -50,25 +51,25 @@ def layer_norms(model: DiT) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """What a run logged."""
+    """Values that a training run logged."""
 
     steps: Tensor
     """(n,)"""
     loss: Tensor
     """(n,)"""
     unit_gradient_norms: Tensor
-    """(n, num_units); empty where the run did not write them"""
+    """(n, num_units); empty if the run did not log them"""
 
     @property
     def last_loss(self) -> float:
-        """Mean over the last tenth."""
+        """Return the mean loss over the last tenth of the log."""
         return self.loss[-max(len(self.loss) // 10, 1) :].mean().item()
 
     @classmethod
     def read(cls, path: Path) -> "TrainingLog":
-        """Read a file that `skipdit train` writes, or was writing: a cut last line is left out.
+        """Read a log that `skipdit train` has written or is still writing; a truncated last line is ignored.
 
-        `ValueError` where it is something else, or holds no step.
+        Raises `ValueError` if the file is something else, or holds no step.
         """
         try:
             *lines, last = read_bytes(path, MAX_LOG_BYTES).split(b"\n")
@@ -96,7 +97,7 @@ class LoggedStep(TypedDict):
 
 
 def find_training_log(model: str) -> Path | None:
-    """Return `log.jsonl` of a run, of which the folder or that of its pipeline is given."""
+    """Return the path of `log.jsonl`, given the folder of a run or of its pipeline; `None` if there is no such run."""
     folder = Path(model).resolve()
     folder = folder.parent if folder.name == "pipeline" else folder
     path = folder / "log.jsonl"

@@ -146,8 +146,7 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
         else:
             measured = measure(run, config.site, config.trials, advance=advance)
             check_finite(measured.reference)
-            estimate = replace(run, seed=config.estimate_seed)
-            found = find_schedules(measured, config, run, estimate, clock) + find_by_kin(measured, config, run)
+            found = find_schedules(measured, config, run, clock) + find_by_kin(measured, config, run)
     for each in found:
         fields = to_fields(each, config, made_for)
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]

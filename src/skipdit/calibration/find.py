@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import cast
 
@@ -118,14 +118,12 @@ class Clock:
         return max(self.num_steps / left, 1.0)
 
 
-def find_schedules(
-    measured: Measured, config: CalibrateConfig, run: Runner, estimate: Runner, clock: Clock | None = None
-) -> list[Found]:
+def find_schedules(measured: Measured, config: CalibrateConfig, run: Runner, clock: Clock | None = None) -> list[Found]:
     """Return a schedule for each target: the best, by what the calibration seed gives, of those that the searches find
     for each order and both ways in which errors may add up.
 
-    estimate: runs the model on one more seed, for targets of quality. clock: for targets of time. Of a target out of
-    reach there is none; `ValueError` if all are.
+    Targets of quality are checked on one more seed. clock: for targets of time. A target out of reach has no schedule.
+    Raises `ValueError` if all are out of reach.
     """
     searches = [
         Search(measured, order, coherence, fits=config.fits)
@@ -141,7 +139,7 @@ def find_schedules(
 
     for name, speedup, seconds, decibel in config.targets:
         if decibel is not None:
-            found.append(of_quality(name, decibel, at_speedup, fronts, estimate))
+            found.append(of_quality(name, decibel, at_speedup, fronts, replace(run, seed=config.estimate_seed)))
             continue
         try:
             if config.needs_clock and (seconds is not None or config.by_clock):

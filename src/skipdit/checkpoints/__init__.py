@@ -1,16 +1,17 @@
 """Load and save checkpoints: official releases, diffusers' transformers, our own files and folders.
 
-A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file) holds a
-state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the official ones,
-with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image (facebookresearch's
-`DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video (`Latte-skip.pt`, and
-diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys).
+A file (`.pt`, `.pth`, `.bin`, `.ckpt`, `.safetensors`, or any name if its first bytes are those of such a file)
+contains a state dict, or a training checkpoint with `model` and `ema` or their usual synonyms. Keys are ours or the
+official ones, with or without the prefixes of torch.compile, DistributedDataParallel and FSDP: class-to-image
+(facebookresearch's `DiT-XL-2-256x256.pt`, the authors' `DiT-XL-2-skip.pt`), class-to-video (Latte), text-to-video
+(`Latte-skip.pt`, and diffusers' keys), text-to-image (Tencent's `pytorch_model_ema.pt`, and diffusers' keys).
 
-A folder comes from `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit knows, or
-it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our `DiT`.
+A folder was written by `save_pretrained` of a model or pipeline, ours or of a diffusers class whose units skipdit
+knows, or it is a run of `skipdit train` or one of its checkpoints. diffusers' `DiTTransformer2DModel` becomes our
+`DiT`.
 
-The sizes that a file or config asks for are compared with those of its weights before memory is allocated. Each family
-has a module with its key tables and both directions; this one finds the family of a path.
+The sizes in a file or config are compared with those of its weights before memory is allocated. Each family has a
+module with its key tables and both conversions; this module finds the family of a path.
 """
 
 import inspect
@@ -54,15 +55,23 @@ __all__ = [
 
 
 class Format(Protocol):
-    """The official format of one family of models: a module with these functions."""
+    """The official format of one model family: a module with these functions."""
 
-    # True if a file is of this family
-    def is_format(self, state_dict: StateDict, hints: LoadHints) -> bool: ...
-    # the model of a file, and its tensors under the model's keys
-    def read(self, state_dict: StateDict, hints: LoadHints) -> UnloadedModel: ...
-    # official keys renamed to those of the model, and back
-    def from_official(self, state_dict: StateDict) -> dict[str, Tensor]: ...
-    def to_official(self, model: Any) -> dict[str, Tensor]: ...
+    def is_format(self, state_dict: StateDict, hints: LoadHints) -> bool:
+        """Return True if a file belongs to this family."""
+        ...
+
+    def read(self, state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
+        """Return the model of a file, with its tensors under the model's keys."""
+        ...
+
+    def from_official(self, state_dict: StateDict) -> dict[str, Tensor]:
+        """Return the tensors under the model's keys."""
+        ...
+
+    def to_official(self, model: Any) -> dict[str, Tensor]:
+        """Return the tensors under the official keys."""
+        ...
 
 
 # the format of each model class; the first that recognizes a file reads it
@@ -72,13 +81,13 @@ FORMATS: dict[str, Format] = {
     "Latte": latte,
     "DiT": dit,
 }
-# class name in a folder's config.json: its reader
+# reader by the class name in a folder's config.json
 OWN_FOLDERS = {
     "DiT": dit.read_folder,
     **dict.fromkeys(dit.DIFFUSERS_CLASSES, dit.read_diffusers),
     "Latte": latte.read_folder,
 }
-ALIASES = {"LatteT2V": "LatteTransformer3DModel"}  # the authors' class: the same options and keys
+ALIASES = {"LatteT2V": "LatteTransformer3DModel"}  # the authors' class, with the same options and keys
 UNUSED_KEYS = {"LatteTransformer3DModel": latte_t2v.UNUSED_KEY}
 
 
@@ -96,28 +105,28 @@ def load_model(
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Load a model from a file or folder, on the CPU in eval mode: our `DiT` or `Latte`, or a diffusers transformer,
-    plain or with long skips. What can be read: see `skipdit.checkpoints`.
+    plain or with long skips. `skipdit.checkpoints` lists the formats.
 
-    A file shows the sizes, not every option: with our keys the last class is assumed to be the null class, and
+    A file shows the sizes but not every option: with our keys, the last class is assumed to be the null class, and
     `downscale_freq_shift` to be 0. If that is wrong, load a folder, or build the model and call `load_state_dict`.
 
     Args:
-        path: the file or folder. Pickles may contain tensors, plain containers and `argparse.Namespace` only.
-        prefer: which weights to load from a training checkpoint that has both; if it has one of them, that one.
+        path: the file or folder. Pickles may only contain tensors, plain containers and `argparse.Namespace`.
+        prefer: which weights to load from a training checkpoint that has both.
         num_attention_heads: required for a file whose depth and width are not those of a published size.
-        sample_size: required for a file with our keys; an official one has it in `pos_embed`.
-        num_frames: required for a Latte file with our keys, and marks it as one; an official one has it in
+        sample_size: required for a file with our keys; official files have it in `pos_embed`.
+        num_frames: required for a Latte file with our keys, and marks it as one; official files have it in
             `temp_embed`. For text-to-video files of an unpublished size, this and `sample_size` are required.
         num_classes: required if the class table has as many rows as a common data set has classes: the same number if
             no row means "no class", one less if the last row does. The `args` of a training checkpoint have it.
-        fusion: required for a file with our keys and long skips; the official ones are `"replace"`.
+        fusion: required for a file with our keys and long skips; official files use `"replace"`.
         drop: roots of keys to ignore, such as `"projectors"` of REPA, or what a Lightning checkpoint has beside the
             model. The file must have such keys.
         variant: variant of the weights in a folder, such as `"fp16"`; by default the only one in the folder.
         dtype: data type of the returned model.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
+        FileNotFoundError: `path` does not exist.
         ValueError: the file is damaged or unknown; keys are unknown, missing or misshapen; an argument is missing, or
             contradicts the file. The message begins with the path.
     """
@@ -144,7 +153,7 @@ def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torc
     config = reading.read_config(folder)
     if config.get("long_skip") is None:
         raise ValueError(
-            f"{printable(folder)} holds a {model_class.__name__} without long skips: load it with "
+            f"{printable(folder)} contains a {model_class.__name__} without long skips: load it with "
             f"{model_class.__name__}.from_pretrained, then call skipdit.add_long_skips(model)"
         )
     with reading.named(folder):
@@ -153,7 +162,8 @@ def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torc
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """Return the same numbers under our model's or diffusers' keys, without those that it computes or does not use.
+    """Return the same weights under the keys of our model or of diffusers', without tensors that the model computes
+    itself or does not use.
 
     `ValueError` names unknown and missing keys, or a position table that is not the fixed one; see each family's
     module.
@@ -162,7 +172,7 @@ def from_official(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def to_official(model: nn.Module) -> dict[str, Tensor]:
-    """Return the weights under the official keys of the family; `ValueError` names what has no place there."""
+    """Return the weights under the official keys of the family; `ValueError` names what it does not support."""
     name = next((base.__name__ for base in type(model).__mro__ if base.__name__ in FORMATS), None)
     if name is None:
         raise ValueError(f"only {', '.join(FORMATS)} have an official format, got a {type(model).__name__}")
@@ -170,7 +180,7 @@ def to_official(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write `to_official(model)` to a `.safetensors` file; an existing file is replaced only once that is complete."""
+    """Write `to_official(model)` to a `.safetensors` file, which replaces an existing file only once it is complete."""
     target = Path(path)
     if target.suffix != reading.SAFETENSORS_SUFFIX:
         raise ValueError(f"path must end in {reading.SAFETENSORS_SUFFIX}, got {target}")
@@ -183,8 +193,8 @@ def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def to_diffusers(model: Any) -> Any:
-    """Convert our `DiT` to diffusers' (`checkpoints.dit.to_diffusers`), and return a diffusers transformer unchanged.
-    `ValueError` for a `Latte`, since diffusers has the text-to-video model only."""
+    """Convert our `DiT` to diffusers' (`checkpoints.dit.to_diffusers`); return a diffusers transformer unchanged.
+    `ValueError` for a `Latte`: diffusers has only the text-to-video model."""
     names = {base.__name__ for base in type(model).__mro__}
     if "DiT" in names:
         return dit.to_diffusers(model)
@@ -194,7 +204,7 @@ def to_diffusers(model: Any) -> Any:
 
 
 def _find_format(state_dict: StateDict, hints: LoadHints) -> Format:
-    return next(found for found in FORMATS.values() if found.is_format(state_dict, hints))
+    return next(family for family in FORMATS.values() if family.is_format(state_dict, hints))
 
 
 def _read_file(
@@ -206,7 +216,7 @@ def _read_file(
     kept = {key: tensor for key, tensor in whole.items() if key.partition(".")[0] not in dropped}
     if dropped and len(kept) == len(whole):
         raise ValueError(f"has no key of {', '.join(dropped)} to drop, but {reading.list_first(whole)}")
-    state_dict = strip_prefixes(kept, prefer)  # only now does the name of a wrapper's attribute begin every key
+    state_dict = strip_prefixes(kept, prefer)  # only now do all keys begin with the name of a wrapper's attribute
     if hints.num_classes is None:
         hints = replace(hints, num_classes=keys.find_num_classes(args.get("num_classes"), state_dict))
     return _find_format(state_dict, hints).read(state_dict, hints)
@@ -227,7 +237,7 @@ def _read_folder(
             model: Any = unloaded.model
             model.register_to_config(shallow_path=path.to_dict())
         return unloaded
-    if (folder / "pipeline" / "model_index.json").exists():  # a finished run
+    if (folder / "pipeline" / "model_index.json").exists():  # of a finished run
         folder = folder / "pipeline"
     if (folder / "model_index.json").exists() or not (folder / CONFIG_NAME).exists():
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
@@ -253,7 +263,7 @@ def _read_family(
     model_class: type[nn.Module], config: Mapping[str, Any], tensors: StateDict, long_skip: Any
 ) -> UnloadedModel:
     """Build a diffusers transformer with the long skips of its config. Like diffusers, ignore options that its class
-    does not (or no longer) know."""
+    does not know, or no longer knows."""
     options = {name: config[name] for name in inspect.signature(model_class).parameters if name in config}
     keys.check_options(options, tensors)
     unused = UNUSED_KEYS.get(model_class.__name__)

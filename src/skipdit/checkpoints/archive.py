@@ -1,4 +1,4 @@
-"""Read what `torch.save` wrote without unpickling untrusted objects: check sizes and checksums, then load tensors only.
+"""Read files of `torch.save` without unpickling untrusted objects: check sizes and checksums, then load tensors only.
 
 The limits are far above what trainers write: a checkpoint of HunyuanDiT with its average and two moments has 6,500
 tensors and a pickle of 1.5 MB.
@@ -24,7 +24,7 @@ MAX_NESTING = 16  # of containers around a tensor
 MAX_SHARING = 2  # bytes of all tensors per byte of their storages, above SHARING_SLACK
 SHARING_SLACK = 64 * 2**20  # bytes
 
-# globals that a pickle may name. torch allows more: `bytearray(10**12)` and sparse, meta and nested tensors.
+# globals that a pickle may name. torch also allows `bytearray(10**12)`, and sparse, meta and nested tensors.
 ALLOWED_GLOBALS = {
     "collections OrderedDict",
     "argparse Namespace",
@@ -85,15 +85,15 @@ def _check_records(path: Path) -> Counter[int]:
 
 
 def _check_pickle(content: bytes) -> None:
-    found: set[str] = set()
+    references: set[str] = set()
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if number >= MAX_PICKLE_OPERATIONS:
             raise ValueError(f"its data.pkl has more than {MAX_PICKLE_OPERATIONS:,} operations")
         if opcode.name == "GLOBAL":
-            found.add(str(argument))
+            references.add(str(argument))
         elif opcode.name in OPAQUE_OPCODES:
-            found.add(opcode.name)
-    unsafe = sorted(name.replace(" ", ".") for name in found if not _is_allowed(name))
+            references.add(opcode.name)
+    unsafe = sorted(name.replace(" ", ".") for name in references if not _is_allowed(name))
     if unsafe:
         raise ValueError(f"refused, because loading it would call {printable(', '.join(unsafe))}")
 
@@ -121,16 +121,16 @@ def _tensors(content: Any) -> Iterator[Tensor]:
                 children += fields.values() if isinstance(fields, Mapping) else fields
         level = children
     if level:
-        raise ValueError(f"it is nested deeper than {MAX_NESTING}")
+        raise ValueError(f"it is nested deeper than {MAX_NESTING} levels")
 
 
 def _check_storages(tensors: list[Tensor], file_size: int, records: Counter[int]) -> None:
-    """Raise `ValueError` on tensors larger than their data in the file: of stride 0, many views of one storage, or a
-    storage that ends after its record, which torch does not check when it maps a file."""
+    """Raise `ValueError` on tensors larger than their data in the file: with stride 0, many views of one storage, or a
+    storage that extends past its record, which torch does not check when it maps a file."""
     storages, total = {}, 0
     for tensor in tensors:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(f"it contains a tensor that is {tensor.layout} on {tensor.device}, not a plain one")
+            raise ValueError(f"it contains a {tensor.layout} tensor on {tensor.device}, not a plain one on the CPU")
         storage = tensor.untyped_storage()
         size = tensor.numel() * tensor.element_size()
         if size > storage.nbytes():
@@ -141,7 +141,7 @@ def _check_storages(tensors: list[Tensor], file_size: int, records: Counter[int]
         total += size
     for size, count in Counter(storages.values()).items():
         if count > records[size]:
-            raise ValueError(f"{count} of its storages, but {records[size]} of its records, have {size:,} bytes")
+            raise ValueError(f"{count} of its storages have {size:,} bytes, but only {records[size]} of its records do")
     stored = sum(storages.values())
     if stored > file_size:
         raise ValueError(f"its tensors have {stored:,} bytes, the file {file_size:,}")

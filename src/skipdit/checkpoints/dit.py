@@ -1,7 +1,7 @@
 """Checkpoints of the class-to-image DiT: official releases (facebookresearch/DiT, Skip-DiT), diffusers' DiT, our files.
 
-The names of our keys elsewhere are tables (`OFFICIAL_KEYS`, `DIFFUSERS_KEYS`), read in both directions. Options are
-inferred from keys and shapes; those that cannot be inferred must be given, and any key left over is an error.
+Tables give the foreign names of our keys (`OFFICIAL_KEYS`, `DIFFUSERS_KEYS`) and are read in both directions. Options
+are inferred from keys and shapes; those that cannot be inferred must be given, and any key left over is an error.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ OFFICIAL_KEYS = (
 )
 POSITION_KEY = "pos_embed"
 
-# each of diffusers' blocks has a copy of the timestep and class embedders: many of its keys map to one of ours. q, k
-# and v are the three parts of our attn.qkv.
+# each block of diffusers has its own copy of the timestep and class embedders, so many of its keys map to one of ours.
+# q, k and v are the three parts of our attn.qkv.
 DIFFUSERS_KEYS = (
     ("pos_embed.proj.*", "patch_embed.proj.*"),
     ("transformer_blocks.{unit}.norm1.emb.timestep_embedder.linear_1.*", "timestep_embedder.linear_1.*"),
@@ -77,7 +77,7 @@ DIFFUSERS_LIMITS = (
     ("dropout", (0.0,)),
     ("norm_eps", (1e-5, 1e-6)),
 )
-# the class was called Transformer2DModel when facebook/DiT-XL-2-256 was released
+# diffusers called the class Transformer2DModel when facebook/DiT-XL-2-256 was released
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 DIFFUSERS_SPACING = 1.0
 PUBLISHED_HEADS = {(num_layers, width): heads for num_layers, width, heads in PRESET_SIZES.values()}
@@ -91,19 +91,21 @@ def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     """Read a file with the official keys or with ours."""
     official_roots, our_roots = (keys.roots(column) for column in zip(*OFFICIAL_KEYS, strict=True))
-    found = keys.roots(state_dict)
-    if found & (official_roots - our_roots):
+    file_roots = keys.roots(state_dict)
+    if file_roots & (official_roots - our_roots):
         tensors = from_official(state_dict)
         names = {ours: official for official, ours in _official_table(state_dict).items()}
         sizes = _read_sizes(tensors, names, hints)
         grid_size = math.isqrt(state_dict[POSITION_KEY].shape[1])
         hints = dataclasses.replace(hints, sample_size=grid_size * sizes["patch_size"], fusion="replace")
         return _make(options_of_file(sizes, hints), tensors, names=names)
-    if found & (our_roots - official_roots):
+    if file_roots & (our_roots - official_roots):
         return _make(options_of_file(_read_sizes(state_dict, {}, hints), hints), state_dict)
-    extra = f"; drop can remove what is not the model, among {list_first(sorted(found), 9)}" if len(found) > 1 else ""
+    extra = ""
+    if len(file_roots) > 1:
+        extra = f"; drop can remove what is not the model, among {list_first(sorted(file_roots), 9)}"
     raise ValueError(
-        f"has neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also hold Latte, "
+        f"has neither the official DiT's keys nor ours, but {list_first(state_dict)} (a file may also contain Latte, "
         f"LatteT2V or HunyuanDiT; for other models give the folder{extra})"
     )
 
@@ -116,8 +118,8 @@ def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     """Return the same tensors under our keys, without `pos_embed` (1, tokens, dim), which our model computes.
 
-    `ValueError` names unknown and missing keys, or an odd depth with long skips, which the official model cannot have,
-    or a `pos_embed` that is not the fixed sine-cosine table.
+    `ValueError` names unknown or missing keys, an odd depth with long skips, which the official model cannot have, or a
+    `pos_embed` that is not the fixed sine-cosine table.
     """
     table = _official_table(state_dict)
     keys.raise_on_other_keys({*table, POSITION_KEY}, state_dict)
@@ -147,12 +149,12 @@ def to_official(model: DiT) -> dict[str, Tensor]:
 
 
 def from_diffusers(model: DiTTransformer2DModel) -> DiT:
-    """Convert to our DiT without long skips, which computes the same, in eval mode with a copy of the weights.
+    """Convert to our DiT without long skips, which computes the same function, in eval mode with a copy of the weights.
 
-    A `norm_eps` of 1e-5 (diffusers' default) is set on the returned instance. Our config does not store it: a copy
-    saved and loaded again uses the official 1e-6, a relative difference of 2e-6 in the output with random weights.
+    A `norm_eps` of 1e-5 (diffusers' default) is set on the returned instance. Our config does not store it: a copy that
+    is saved and loaded again uses the official 1e-6, a relative difference of 2e-6 in the output with random weights.
 
-    `ValueError` names the option that our DiT does not have, or the block whose embedders are not those of block 0.
+    `ValueError` names an option that our DiT does not have, or the block whose embedders differ from those of block 0.
     """
     spacings = {frequencies.downscale_freq_shift for frequencies in _timestep_frequencies(model)}
     if len(spacings) != 1:
@@ -163,15 +165,15 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiT:
 
 
 def to_diffusers(model: DiT) -> DiTTransformer2DModel:
-    """Convert our DiT without long skips to diffusers', which computes the same, in eval mode with a copy of the
-    weights.
+    """Convert our DiT without long skips to diffusers', which computes the same function, in eval mode with a copy of
+    the weights.
 
-    diffusers' config cannot store `downscale_freq_shift`. Where it is not 1 (the official models have 0) it is set on
-    the returned instance, which computes the same in this process. A copy saved and loaded again uses 1: with the
-    random weights of the parity case `dit_skip`, less their long skips, the relative L2 difference of its output is
-    0.002 at timestep 15, 0.06 at 450 and 0.15 at 750.
+    diffusers' config cannot store `downscale_freq_shift`. If it is not 1 (it is 0 in the official models), it is set on
+    the returned instance, which then computes the same. A copy that is saved and loaded again uses 1: with the random
+    weights of the parity case `dit_skip`, without its long skips, the relative L2 difference of the output is 0.002 at
+    timestep 15, 0.06 at 450 and 0.15 at 750.
 
-    `ValueError` names the option that diffusers' model does not have.
+    `ValueError` names an option that diffusers' model does not have.
     """
     config = model.config
     needs = [
@@ -209,7 +211,7 @@ def read_diffusers(
     tensors: dict[str, Tensor] = {}
     for key, ours in keys.expand(DIFFUSERS_KEYS, options["num_layers"]).items():
         if not torch.equal(tensors.setdefault(ours, state_dict[key]), state_dict[key]):
-            raise ValueError(f"all blocks must have the same embedders, {key} is not that of block 0")
+            raise ValueError(f"all blocks must have the same embedders, but {key} differs from that of block 0")
     our_options = {ours: options[name] for name, ours in DIFFUSERS_OPTIONS} | {"downscale_freq_shift": spacing}
     return _make(our_options, keys.fuse(tensors, QKV_PARTS), norm_eps=options["norm_eps"])
 
@@ -227,7 +229,7 @@ def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def official_needs(config: Mapping[str, Any]) -> list[Need]:
-    """Return the option values that the official format supports, those of long skips excluded."""
+    """Return the option values that the official format supports, except those of long skips."""
     return [
         ("null_class", config["null_class"], (True,)),
         ("downscale_freq_shift", config["downscale_freq_shift"], (0.0,)),
@@ -238,7 +240,7 @@ def official_needs(config: Mapping[str, Any]) -> list[Need]:
 
 
 def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the hidden size and the arguments shared by DiT and Latte that keys and shapes show."""
+    """Return the hidden size, and the arguments of DiT and Latte that can be read from keys and shapes."""
     hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "patch_embed.proj.weight", 4, names)
     mlp_size, _ = keys.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, names)
     out_features, _ = keys.shape_of(tensors, "final_layer.proj.weight", 2, names)
@@ -265,7 +267,7 @@ def options_of_file(sizes: Mapping[str, Any], hints: LoadHints) -> dict[str, Any
 
 
 def raise_on_other_positions(position_embedding: Tensor, hidden_size: int) -> None:
-    """Raise `ValueError` unless (1, tokens, dim) is the fixed table of a square grid, within its precision."""
+    """Raise `ValueError` unless (1, tokens, dim) is the fixed table of a square grid, up to rounding."""
     shape = tuple(position_embedding.shape)
     grid_size = math.isqrt(shape[1]) if len(shape) == 3 else 0
     if shape != (1, grid_size**2, hidden_size) or hidden_size % 4 or not grid_size:
@@ -282,7 +284,8 @@ def _make(
     names: Mapping[str, str] | None = None,
     norm_eps: float = 1e-6,
 ) -> UnloadedModel:
-    """Build the model. norm_eps: epsilon of the norm before the MLP, officially 1e-6, by default 1e-5 in diffusers."""
+    """Build the model. norm_eps: epsilon of the norm before the MLP, 1e-6 in official models, 1e-5 by diffusers'
+    default."""
     keys.check_options(options, tensors)
     unloaded = keys.make_unloaded(lambda: DiT(**options), tensors, names)
     for block in _blocks(unloaded.model):
@@ -297,9 +300,9 @@ def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) 
     return sizes | keys.class_options(num_rows, hints.num_classes) | {"long_skip": long_skip}
 
 
-def _official_table(found: Collection[str]) -> dict[str, str]:
-    num_units = keys.count_layers(found, "blocks")
-    has_skips = bool(keys.roots(found) & set(keys.SKIP_ROOTS))
+def _official_table(official_keys: Collection[str]) -> dict[str, str]:
+    num_units = keys.count_layers(official_keys, "blocks")
+    has_skips = bool(keys.roots(official_keys) & set(keys.SKIP_ROOTS))
     if has_skips and num_units % 2:
         raise ValueError(f"an official model with long skips has an even number of blocks, got {num_units}")
     return keys.expand(OFFICIAL_KEYS, num_units, range(num_units // 2, num_units) if has_skips else ())

@@ -52,14 +52,14 @@ HUNYUAN_KEYS = (
     ("final_layer.linear.*", "proj_out.*"),
 )
 STYLE_KEY = ("style_embedder.weight", "time_extra_emb.style_embedder.weight")  # up to version 1.1
-# fused weight: its parts in diffusers, concatenated along the first axis
+# parts of each fused weight in diffusers, concatenated along the first axis
 FUSED_PARTS = {
     "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn2.to_kv": ("attn2.to_k", "attn2.to_v"),
 }
 # Tencent's rows are (shift, scale), diffusers' (scale, shift)
 SWAPPED_PREFIX = "norm_out.linear."
-# sample size of the published models; no result depends on it
+# sample size of the published models; it affects no result
 SAMPLE_SIZE = 128
 
 
@@ -68,7 +68,7 @@ def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
 
 
 def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
-    """Read a file with Tencent's or diffusers' keys; shapes show all sizes, those of the heads included."""
+    """Read a file with Tencent's or diffusers' keys, whose shapes show all sizes, including the head dimension."""
     if "time_extra_emb" in keys.roots(state_dict):
         state_dict = _official(state_dict)
     options = _options_of_file(state_dict, hints)
@@ -80,7 +80,7 @@ def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
-    """Return the same numbers under diffusers' keys. `ValueError` names unknown and missing keys."""
+    """Return the same weights under diffusers' keys. `ValueError` names unknown and missing keys."""
     table = _table(keys.count_layers(state_dict, "blocks"), state_dict)
     keys.raise_on_other_keys(table, state_dict)
     renamed = {key: state_dict[official] for official, key in table.items()}
@@ -88,7 +88,7 @@ def from_official(state_dict: StateDict) -> dict[str, Tensor]:
 
 
 def to_official(model: HunyuanDiT2DModel) -> dict[str, Tensor]:
-    """Return the same numbers under Tencent's keys, 1,304 tensors for g/2 of version 1.2. `ValueError` for another
+    """Return the same weights under Tencent's keys: 1,304 tensors for g/2 of version 1.2. `ValueError` for another
     activation function."""
     keys.require("the official format", [("activation_fn", model.config["activation_fn"], ("gelu-approximate",))])
     return _official(model.state_dict())
@@ -101,8 +101,8 @@ def _official(state_dict: StateDict) -> dict[str, Tensor]:
     return {official: tensors[key] for official, key in table.items()}
 
 
-def _table(num_layers: int, found: Collection[str]) -> dict[str, str]:
-    rows = (*HUNYUAN_KEYS, STYLE_KEY) if set(STYLE_KEY) & set(found) else HUNYUAN_KEYS
+def _table(num_layers: int, present: Collection[str]) -> dict[str, str]:
+    rows = (*HUNYUAN_KEYS, STYLE_KEY) if set(STYLE_KEY) & set(present) else HUNYUAN_KEYS
     return keys.expand(rows, num_layers, range(num_layers // 2 + 1, num_layers))
 
 
@@ -110,7 +110,7 @@ def _swap_halves(state_dict: StateDict) -> dict[str, Tensor]:
     swapped = dict(state_dict)
     for key in [key for key in swapped if key.startswith(SWAPPED_PREFIX)]:
         if not swapped[key].dim():
-            keys.raise_on_problems(misshapen=[f"{key} () instead of 1 dimension or more"])
+            keys.raise_on_problems(misshapen=[f"{key} () instead of at least 1 dimension"])
         swapped[key] = torch.cat(swapped[key].chunk(2)[::-1])
     return swapped
 

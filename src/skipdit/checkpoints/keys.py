@@ -1,7 +1,7 @@
 """Build a model from tensors: expand key tables, infer sizes from shapes, report problems, assemble.
 
-A row of a table is (foreign key, our key). `{unit}` counts blocks, `{skip}` the long skips in their order, `{target}`
-is the block that takes that skip, `*` stands for weight and bias. Tables are read in both directions.
+A row of a table is (foreign key, our key). `{unit}` is the index of a block, `{skip}` that of a long skip, `{target}`
+the block that takes that skip, and `*` stands for weight and bias. Tables are read in both directions.
 """
 
 import logging
@@ -23,18 +23,18 @@ LOGGER = logging.getLogger(__name__)
 Table = tuple[tuple[str, str], ...]
 Need = tuple[str, Any, Collection[Any]]
 Model = TypeVar("Model", bound=nn.Module)
-SKIP_ROOTS = ("skip_norms", "skip_linears")  # of Skip-DiT's models; the released ones hold all pairs, innermost first
+SKIP_ROOTS = ("skip_norms", "skip_linears")  # in Skip-DiT's models; the released ones have all pairs, innermost first
 DROPPABLE = {"projectors"}  # of REPA (arXiv 2410.06940): heads that align features in training
 TABLE_TOLERANCE = 1e-4
 MAX_REASON = 1000  # characters of a constructor's error
-MAX_LAYERS = 256  # and entries of a list in a config
+MAX_LAYERS = 256  # also the longest list in a config
 MAX_BUFFER_BYTES = 96 * 2**20  # of computed tables; those of 2048 x 2048 pixels at width 1152 take 72 MiB
 COUNTED_LAYERS = {"num_layers", "num_single_layers"}  # options that count blocks whose weights have keys
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadHints:
-    """Options given by the caller that keys and shapes may not show; see `load_model`. None: not given."""
+    """Options from the caller that keys and shapes may not show (see `load_model`), None where not given."""
 
     num_attention_heads: int | None = None
     """attention heads per block"""
@@ -43,26 +43,26 @@ class LoadHints:
     num_frames: int | None = None
     """frames per clip"""
     num_classes: int | None = None
-    """classes, the null class excluded"""
+    """number of classes without the null class"""
     fusion: Fusion | None = None
     """how long skips join the hidden states"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnloadedModel:
-    """A model without memory and the tensors to load into it."""
+    """A model without memory for its parameters, and the tensors to load into it."""
 
     model: nn.Module
-    """as built by `make_model`"""
+    """from `make_model`"""
     tensors: StateDict
     """weights under the model's keys"""
     names: Mapping[str, str] = field(default_factory=dict)
-    """by the model's key, the key in the file where that differs"""
+    """key in the file by the model's key, where they differ"""
 
 
 @contextmanager
 def config_errors() -> Iterator[None]:
-    """Turn whatever a constructor raises on its options into `ValueError`."""
+    """Turn whatever a constructor raises into `ValueError`."""
     try:
         yield
     except Exception as error:  # untrusted options may raise any type
@@ -71,8 +71,8 @@ def config_errors() -> Iterator[None]:
 
 
 def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> None:
-    """Raise `ValueError` if a config asks for more than `MAX_LAYERS` layers, or more than the weights with these keys
-    have, or has a longer list. All other sizes cost nothing until weights are allocated.
+    """Raise `ValueError` if a config has a list longer than `MAX_LAYERS`, or asks for more layers than that or than the
+    weights with these keys have. All other sizes cost nothing until weights are allocated.
     """
     present = max((len(indices(keys, root)) for root in roots(keys)), default=MAX_LAYERS)
     for name, value in options.items():
@@ -87,9 +87,9 @@ def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> Non
 def make_model(
     make: Callable[[], Model], tensors: StateDict | None = None, names: Mapping[str, str] | None = None
 ) -> Model:
-    """Build a model whose buffers have memory and whose parameters do not yet. Errors as for `config_errors`.
+    """Build a model whose buffers have memory and whose parameters do not. Errors as for `config_errors`.
 
-    It is first built without any memory, to check that `tensors`, if given, are its weights and that its buffers take
+    It is first built without any memory, to check that `tensors`, if given, are its weights, and that its buffers take
     at most `MAX_BUFFER_BYTES`.
     """
     with config_errors(), torch.device("meta"):
@@ -109,14 +109,14 @@ def make_model(
 def make_unloaded(
     make: Callable[[], nn.Module], tensors: StateDict, names: Mapping[str, str] | None = None
 ) -> UnloadedModel:
-    """Build the model of these tensors, as `make_model` does. names: see `UnloadedModel`."""
+    """Build the model of these tensors with `make_model`. names: see `UnloadedModel`."""
     return UnloadedModel(model=make_model(make, tensors, names), tensors=tensors, names=names or {})
 
 
 def assemble(unloaded: UnloadedModel, dtype: torch.dtype) -> Any:
     """Return the model in eval mode with a copy of the weights, so that a mapped file may change or disappear.
 
-    As in diffusers, half precision keeps in float32 the modules that the class lists for that.
+    As in diffusers, half precision keeps the modules that the class lists for it in float32.
     """
     model = unloaded.model
     raise_on_other_tensors(model.state_dict(), unloaded.tensors, unloaded.names)
@@ -138,7 +138,7 @@ def assemble(unloaded: UnloadedModel, dtype: torch.dtype) -> Any:
 
 
 def expand(table: Iterable[tuple[str, str]], num_units: int, targets: Sequence[int] = ()) -> dict[str, str]:
-    """Return our key for each foreign one, for a model of this depth whose skip j goes to block `targets[j]`."""
+    """Return our key by foreign key, for a model of this depth whose skip j goes to block `targets[j]`."""
     keys: dict[str, str] = {}
     skips = [{"skip": skip, "target": target} for skip, target in enumerate(targets)]
     units = [{"unit": unit} for unit in range(num_units)]
@@ -155,13 +155,13 @@ def roots(keys: Iterable[str]) -> set[str]:
 
 
 def indices(keys: Iterable[str], *prefixes: str) -> set[str]:
-    """Return the numbers that follow one of the prefixes and a dot."""
+    """Return the numbers, as text, that follow one of the prefixes and a dot."""
     parts = (key.split(".", 2) for key in keys)
     return {part[1] for part in parts if part[0] in prefixes and len(part) == 3 and part[1].isdecimal()}
 
 
 def fuse(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
-    """Concatenate the parts of each weight in `parts_of` along the first axis, under the name of the whole."""
+    """Concatenate the parts of each weight in `parts_of` along the first axis, under the name of the fused weight."""
     fused = dict(state_dict)
     for whole, parts in parts_of.items():
         for key in [key for key in state_dict if f".{parts[0]}." in key]:
@@ -191,7 +191,7 @@ def split(state_dict: StateDict, parts_of: Mapping[str, tuple[str, ...]]) -> dic
 
 
 def count_layers(keys: Collection[str], *prefixes: str) -> int:
-    """Return how many layers the keys number; `ValueError` if there are too many, or they do not count from 0."""
+    """Return how many layers the keys number; `ValueError` if there are too many, or the numbers from 0 have gaps."""
     numbers = indices(keys, *prefixes)
     if len(numbers) > MAX_LAYERS:
         raise ValueError(f"its keys have {len(numbers):,} layers, at most {MAX_LAYERS} are read")
@@ -213,13 +213,13 @@ def shape_of(tensors: StateDict, key: str, num_dimensions: int, names: Mapping[s
 
 
 def mlp_ratio(mlp_size: int, hidden_size: int) -> float:
-    """Return the ratio for which `int(ratio * hidden_size) == mlp_size`, even if the plain quotient rounds below it."""
+    """Return the ratio for which `int(ratio * hidden_size) == mlp_size`, even if the quotient is rounded down."""
     ratio = mlp_size / hidden_size
     return ratio if int(ratio * hidden_size) == mlp_size else math.nextafter(ratio, math.inf)
 
 
 def split_heads(num_layers: int, hidden_size: int, hint: int | None, published: Mapping[tuple[int, int], int]) -> dict:
-    """Return the two options of attention. hint: heads given by the caller. published: heads by depth and width."""
+    """Return the two options of attention. hint: heads from the caller. published: heads by depth and width."""
     heads = published.get((num_layers, hidden_size)) if hint is None else hint
     if heads is None:
         raise ValueError(
@@ -230,22 +230,21 @@ def split_heads(num_layers: int, hidden_size: int, hint: int | None, published: 
     return {"num_attention_heads": heads, "attention_head_dim": hidden_size // heads}
 
 
-# class counts of common data sets: a class table trained without dropping classes (class_dropout_prob=0) has as many
-# rows
+# class counts of common data sets: a class table trained with class_dropout_prob=0 has as many rows
 PLAIN_CLASS_COUNTS = (1, 10, 100, 101, 200, 365, 1000)
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "class_embedder.weight")  # official, ours
 
 
 def find_num_classes(value: Any, tensors: StateDict) -> int | None:
-    """Return the value saved beside weights if it is a number of classes that fits their class table, else None."""
+    """Return a value saved with the weights if it is a number of classes that fits their class table, else None."""
     tables = [tensors[name] for name in CLASS_TABLES if name in tensors]
     fitting = {len(table) - null for table in tables if table.ndim == 2 for null in (0, 1)}
     return value if type(value) is int and value > 0 and value in fitting else None
 
 
 def class_options(num_rows: int, hint: int | None) -> dict[str, Any]:
-    """Return the two options of a class table. hint: classes given by the caller. `ValueError` if it does not fit, or
-    if only the caller can know whether the last row is the null class."""
+    """Return the two options of a class table. hint: classes from the caller. `ValueError` if it does not fit, or if
+    only the caller can know whether the last row is the null class."""
     if hint is None and num_rows in PLAIN_CLASS_COUNTS:
         null = f", or {num_rows - 1} if its last row means no class" if num_rows > 1 else ""
         raise ValueError(
@@ -254,7 +253,7 @@ def class_options(num_rows: int, hint: int | None) -> dict[str, Any]:
         )
     if hint is None and num_rows - 1 not in PLAIN_CLASS_COUNTS:
         LOGGER.warning(
-            "the last of the %d rows of the class table is assumed to mean no class: give num_classes=%d if it is one",
+            "the last of the %d rows of the class table is assumed to mean no class: if not, give num_classes=%d",
             *(num_rows, num_rows),
         )
     if hint not in (None, num_rows, num_rows - 1):
@@ -317,8 +316,8 @@ def raise_on_contradictions(model: Any, hints: LoadHints) -> None:
             raise ValueError(f"{name} is {printable(repr(actual[name]))} in this checkpoint, got {value!r}")
 
 
-def raise_on_other_keys(expected: Collection[str], found: Collection[str]) -> None:
-    missing, unknown = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def raise_on_other_keys(expected: Collection[str], actual: Collection[str]) -> None:
+    missing, unknown = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
     try:
         raise_on_problems(missing=missing, unknown=unknown)
     except ValueError as error:
@@ -327,12 +326,12 @@ def raise_on_other_keys(expected: Collection[str], found: Collection[str]) -> No
         raise
 
 
-def raise_on_other_tensors(expected: StateDict, found: StateDict, names: Mapping[str, str] | None = None) -> None:
-    """Raise `ValueError` on missing, unknown, misshapen or integer tensors, under their keys in the file."""
+def raise_on_other_tensors(expected: StateDict, actual: StateDict, names: Mapping[str, str] | None = None) -> None:
+    """Raise `ValueError` on missing, unknown, misshapen or integer tensors; it names their keys in the file."""
     names = names or {}
-    raise_on_other_keys({names.get(key, key) for key in expected}, {names.get(key, key) for key in found})
+    raise_on_other_keys({names.get(key, key) for key in expected}, {names.get(key, key) for key in actual})
     misshapen, integer = [], []
-    for key, tensor in found.items():
+    for key, tensor in actual.items():
         name, shape, expected_shape = names.get(key, key), tuple(tensor.shape), tuple(expected[key].shape)
         if shape != expected_shape:
             misshapen.append(f"{name} {shape} instead of {expected_shape}")
@@ -342,18 +341,18 @@ def raise_on_other_tensors(expected: StateDict, found: StateDict, names: Mapping
 
 
 def raise_on_problems(**problems: list[str]) -> None:
-    found = [f"{len(keys)} {problem} key(s): {list_first(keys)}" for problem, keys in problems.items() if keys]
-    if found:
-        raise ValueError("; ".join(found))
+    texts = [f"{len(keys)} {problem} key(s): {list_first(keys)}" for problem, keys in problems.items() if keys]
+    if texts:
+        raise ValueError("; ".join(texts))
 
 
-def raise_on_other_table(key: str, found: Tensor, table: Tensor) -> None:
-    """Raise `ValueError` unless a tensor is this sine-cosine table, within its precision."""
-    if not found.is_floating_point():
-        raise_on_problems(integer=[f"{key} {found.dtype}"])
-    if found.shape != table.shape or not found.numel():
-        raise_on_problems(misshapen=[f"{key} {tuple(found.shape)} instead of {tuple(table.shape)}, above 0"])
-    tolerance = max(TABLE_TOLERANCE, torch.finfo(found.dtype).eps)
-    difference = (found.float() - table.to(found.device)).abs().max().item()
+def raise_on_other_table(key: str, tensor: Tensor, table: Tensor) -> None:
+    """Raise `ValueError` unless a tensor is this sine-cosine table, up to rounding."""
+    if not tensor.is_floating_point():
+        raise_on_problems(integer=[f"{key} {tensor.dtype}"])
+    if tensor.shape != table.shape or not tensor.numel():
+        raise_on_problems(misshapen=[f"{key} {tuple(tensor.shape)} instead of {tuple(table.shape)}, above 0"])
+    tolerance = max(TABLE_TOLERANCE, torch.finfo(tensor.dtype).eps)
+    difference = (tensor.float() - table.to(tensor.device)).abs().max().item()
     if not difference <= tolerance:
         raise ValueError(f"{key} must be the sine-cosine table within {tolerance}, but differs by {difference}")

@@ -1,7 +1,7 @@
 """Checkpoints of the class-to-video Latte: official releases (Vchitect/Latte, Skip-DiT's class-to-video), our files.
 
-The keys are those of DiT (`dit.OFFICIAL_KEYS`), with or without a class embedder, and two fixed tables that our model
-computes: they are checked on loading and written on saving.
+The keys are those of DiT (`dit.OFFICIAL_KEYS`), with or without a class embedder, plus two fixed tables that our model
+computes: loading checks them, saving writes them.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ CLASS_KEY = ("y_embedder.embedding_table.weight", "class_embedder.weight")
 def skip_targets(num_blocks: int, num_skips: int) -> list[int]:
     """Return the block that takes each official skip: the spatial block of a pair in the second half.
 
-    With all pairs linked (Latte_skip), skip 0 is the innermost, `(i - 14) // 2` for block i of 28. With only the
-    outermost linked (Latte_skip_partial: 2 of 7), skip 0 is the outermost, `(28 - i) // 2 - 1` (Skip-DiT,
-    class-to-video, models/latte_img.py). Both orders are those of depth 28, the only one that the authors' classes
+    With all pairs linked (Latte_skip), skip 0 is the innermost: `(i - 14) // 2` for block i of 28. With only the
+    outermost pairs linked (Latte_skip_partial: 2 of 7), skip 0 is the outermost: `(28 - i) // 2 - 1` (Skip-DiT,
+    class-to-video, models/latte_img.py). Both orders are those of depth 28, the only depth that the authors' classes
     pair correctly.
     """
     num_units = num_blocks // 2
@@ -38,7 +38,7 @@ def skip_targets(num_blocks: int, num_skips: int) -> list[int]:
 
 def is_format(state_dict: StateDict, hints: LoadHints) -> bool:
     """Return True if a file is a Latte. Our keys are those of DiT: a file with them is a Latte if it has no classes, if
-    its last block takes no skip (only skips of pairs leave it out), or if the caller gives `num_frames`."""
+    only blocks before the last take skips (its skips link pairs of blocks), or if the caller gives `num_frames`."""
     if FRAME_KEY in state_dict:
         return state_dict[FRAME_KEY].dim() == 3
     if "patch_embed.proj.weight" not in state_dict:
@@ -74,8 +74,8 @@ def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     """Return the same tensors under our keys, without `pos_embed` (1, tokens, dim) and `temp_embed` (1, frames, dim).
 
-    `ValueError` names unknown and missing keys; a depth not divisible by 2, or by 4 with long skips; or a table that
-    is not the fixed sine-cosine table.
+    `ValueError` names unknown or missing keys, a depth not divisible by 2, or by 4 with long skips, or a table that is
+    not the fixed sine-cosine table.
     """
     table = _official_table(state_dict)
     keys.raise_on_other_keys({*table, POSITION_KEY, FRAME_KEY}, state_dict)
@@ -93,7 +93,7 @@ def to_official(model: Latte) -> dict[str, Tensor]:
     """Return the model's tensors, not copied, under the official keys, with `pos_embed` (1, tokens, dim) and
     `temp_embed` (1, frames, dim).
 
-    Latte-XL/2 with 101 classes has 321 tensors with long skips, 293 without; one less without classes. `ValueError`
+    Latte-XL/2 with 101 classes has 321 tensors with long skips, 293 without; one fewer without classes. `ValueError`
     names the option that the official format does not support.
     """
     config, num_pairs = model.config, len(model.long_skip_links.sources)
@@ -112,15 +112,15 @@ def _rows(has_classes: bool) -> list[tuple[str, str]]:
     return [row for row in OFFICIAL_KEYS if has_classes or row != CLASS_KEY]
 
 
-def _official_table(found: Collection[str]) -> dict[str, str]:
-    num_blocks, num_skips = keys.count_layers(found, "blocks"), keys.count_layers(found, *keys.SKIP_ROOTS)
+def _official_table(official_keys: Collection[str]) -> dict[str, str]:
+    num_blocks = keys.count_layers(official_keys, "blocks")
+    num_skips = keys.count_layers(official_keys, *keys.SKIP_ROOTS)
     divisor = 4 if num_skips else 2
     if num_blocks % divisor or not num_blocks:
         kind = "an official Latte with long skips" if num_skips else "a Latte"
         raise ValueError(f"{kind} must have a number of blocks divisible by {divisor}, got {num_blocks}")
-    return keys.expand(
-        _rows(CLASS_KEY[0] in found), num_blocks, skip_targets(num_blocks, min(num_skips, num_blocks // 4))
-    )
+    targets = skip_targets(num_blocks, min(num_skips, num_blocks // 4))
+    return keys.expand(_rows(CLASS_KEY[0] in official_keys), num_blocks, targets)
 
 
 def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from skipdit.checkpoints.reading import StateDict
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 
-# models/latte_t2v_skip.py: skip 0 is the innermost; all other keys are the same
+# models/latte_t2v_skip.py: skip 0 is the innermost; all other keys are equal
 SKIP_KEYS = (
     ("skip_norms.{skip}.*", "transformer_blocks.{target}.long_skip.norm.*"),
     ("skip_linears.{skip}.linear.*", "transformer_blocks.{target}.long_skip.proj.*"),
 )
-# (120 tokens, caption channels): replaces a dropped caption in PixArt. In Latte it is an unused buffer, ignored on
-# loading, and zeros are written on saving.
+# (120 tokens, caption channels): replaces a dropped caption in PixArt. In Latte it is an unused buffer: loading ignores
+# it, saving writes zeros.
 UNUSED_KEY = "caption_projection.y_embedding"
 UNUSED_ROWS = 120
 # options that shapes do not show; the official format supports these values only
@@ -33,7 +33,7 @@ FIXED_OPTIONS = {
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
 }
-# by (pairs, width): what the files of the published size do not show
+# by (pairs, width): options that files of the published size do not show
 PUBLISHED_HEADS = {(28, 1152): 16}
 PUBLISHED_SIZES = {(28, 1152): {"sample_size": 64, "video_length": 16}}
 
@@ -53,7 +53,7 @@ def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
     """Return the same tensors under the keys of a LatteTransformer3DModel with long skips, without `y_embedding`. Only
-    keys of long skips change. `ValueError` for an odd number of pairs with long skips."""
+    the keys of long skips change. `ValueError` for an odd number of pairs with long skips."""
     table = _skip_table(state_dict)
     return {table.get(key, key): tensor for key, tensor in state_dict.items() if key != UNUSED_KEY}
 
@@ -98,9 +98,9 @@ def make(
     return keys.make_unloaded(build, tensors, names)
 
 
-def _skip_table(found: Collection[str]) -> dict[str, str]:
-    num_units = keys.count_layers(found, "transformer_blocks")
-    if not keys.roots(found) & set(keys.SKIP_ROOTS):
+def _skip_table(official_keys: Collection[str]) -> dict[str, str]:
+    num_units = keys.count_layers(official_keys, "transformer_blocks")
+    if not keys.roots(official_keys) & set(keys.SKIP_ROOTS):
         return {}
     if num_units % 2:
         raise ValueError(f"an official model with long skips has an even number of pairs, got {num_units}")

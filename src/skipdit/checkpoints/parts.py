@@ -21,8 +21,8 @@ from skipdit.files.untrusted import as_type, printable, read_json
 INDEX_NAME = "model_index.json"
 MAX_TRAIN_TIMESTEPS = 10_000
 TRIED_STEPS = 10
-INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes that of DPMSolverMultistepScheduler as -Infinity
-# attention weights of autoencoders: names before diffusers 0.17, as in sd-vae-ft-mse, and today
+INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes -Infinity for DPMSolverMultistepScheduler
+# names of attention weights in autoencoders before diffusers 0.17 (as in sd-vae-ft-mse): names today
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MAX_LABELS = 100_000
 Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder | AutoencoderTiny
@@ -30,14 +30,14 @@ AUTOENCODERS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Autoenc
 
 
 class PipelineIndex(TypedDict):
-    """What is checked of `model_index.json`. Its parts are pairs of a library and a class, or of nulls."""
+    """The checked fields of `model_index.json`. Its parts are pairs of a library and a class, or of nulls."""
 
     _class_name: str
     id2label: NotRequired[dict[str, str] | None]
 
 
 class SchedulerConfig(TypedDict, total=False):
-    """What is checked of the config of a scheduler."""
+    """The checked fields of a scheduler's config."""
 
     num_train_timesteps: Annotated[int, Meta(ge=1, le=MAX_TRAIN_TIMESTEPS)]
     trained_betas: list[float] | None
@@ -46,7 +46,7 @@ class SchedulerConfig(TypedDict, total=False):
 
 
 class AutoencoderConfig(TypedDict):
-    """What is checked of the config of an autoencoder, of which no weight shape checks how it scales latents."""
+    """The checked fields of an autoencoder's config: how it scales latents shows in no weight shape."""
 
     _class_name: str
     latent_channels: NotRequired[int]
@@ -72,13 +72,13 @@ def part_class(index: Mapping[str, Any], name: str, folder: Path) -> str | None:
 
 
 def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path) -> dict[str, str] | None:
-    """Return the class names by number, each below `num_classes`; None if there are none."""
+    """Return the class names by class number, each below `num_classes`; None if there are none."""
     labels = index.get("id2label")
     if labels is None:
         return None
     path = printable(folder / INDEX_NAME)
     if len(labels) > MAX_LABELS or len(set(labels.values())) < len(labels):
-        raise ValueError(f"the id2label of {path} has a name twice, or more than {MAX_LABELS:,}")
+        raise ValueError(f"the id2label of {path} has duplicate names, or more than {MAX_LABELS:,}")
     numbers = {str(number) for number in range(num_classes or 0)}
     for number in labels:
         if number not in numbers:
@@ -87,8 +87,8 @@ def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path)
 
 
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
-    """Return the scheduler of a pipeline's folder after a few trial steps on a small tensor, which show most of what
-    can be wrong with a config. `ValueError` names the file."""
+    """Return the scheduler of a pipeline's folder, after a few trial steps on a small tensor, which reveal most bad
+    configs. `ValueError` names the file."""
     path = folder / "scheduler" / SCHEDULER_CONFIG_NAME
     scheduler_class: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
     if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
@@ -115,19 +115,19 @@ def _try_out(scheduler: Any, num_steps: int) -> None:
     with torch.random.fork_rng(devices=[]):
         scheduler.set_timesteps(num_steps)
         if len(scheduler.timesteps) > 4 * num_steps:
-            raise ValueError(f"{num_steps} steps turn into {len(scheduler.timesteps)}")
+            raise ValueError(f"{num_steps} steps become {len(scheduler.timesteps)}")
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(sample, timestep)
             if not 0 <= float(timestep) <= scheduler.config.num_train_timesteps or not inputs.isfinite().all():
-                raise ValueError(f"timestep {float(timestep):g} is outside of those in training")
+                raise ValueError(f"timestep {float(timestep):g} is outside the training range")
             sample = scheduler.step(output, timestep, sample).prev_sample
     if not sample.isfinite().all():
-        raise ValueError("it produces numbers that are not finite")
+        raise ValueError("it produces non-finite numbers")
 
 
 def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
     """Load the autoencoder in a folder, or in `vae` of a pipeline's folder: safetensors or pickled, whole or in shards,
-    also if there is only a variant. `ValueError` names the folder if it is foreign or broken."""
+    or the only variant. `ValueError` names the folder if it is foreign or broken."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no autoencoder folder at {printable(folder)}")
     if (folder / INDEX_NAME).exists():
@@ -137,7 +137,7 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         checked = as_type(config, AutoencoderConfig, CONFIG_NAME)
         name = checked["_class_name"]
         if name not in AUTOENCODERS:
-            raise ValueError(f"must hold one of {', '.join(AUTOENCODERS)}, got {printable(name)}")
+            raise ValueError(f"must contain one of {', '.join(AUTOENCODERS)}, got {printable(name)}")
         kind = AUTOENCODERS[name]
         options = {name: value for name, value in config.items() if not name.startswith("_")}
         check_options(options)
@@ -145,14 +145,14 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
             raise ValueError("scaling_factor must not be 0")
         for scale in (checked.get("latents_mean"), checked.get("latents_std")):
             if scale is not None and len(scale) != checked.get("latent_channels"):
-                raise ValueError("latents_mean and latents_std must be one number per latent channel")
+                raise ValueError("latents_mean and latents_std must have one number per latent channel")
         tensors = _with_new_names(read_folder_tensors(folder))
         options = {name: options[name] for name in inspect.signature(kind).parameters if name in options}
         return assemble(make_unloaded(lambda: kind(**options), tensors), dtype)
 
 
 def downsampling(vae: Any) -> int:
-    """Return how many pixels per side a latent of an autoencoder stands for."""
+    """Return the downsampling factor of an autoencoder: pixels per latent along each side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -162,6 +162,6 @@ def _with_new_names(tensors: StateDict) -> dict[str, Tensor]:
         parts = key.split(".")
         if "attentions" in parts[:-2] and parts[-2] in ATTENTION_NAMES:
             key = ".".join((*parts[:-2], ATTENTION_NAMES[parts[-2]], parts[-1]))
-            tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor  # a convolution of one pixel
+            tensor = tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor  # was a 1x1 convolution
         renamed[key] = tensor
     return renamed

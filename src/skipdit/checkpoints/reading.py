@@ -22,14 +22,14 @@ __all__ = ["Preference", "StateDict", "list_first"]
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-STEM, SUFFIXES = "diffusion_pytorch_model", ("safetensors", "bin")  # of diffusers' names of weights
+STEM, SUFFIXES = "diffusion_pytorch_model", ("safetensors", "bin")  # of diffusers' weight files
 ZIP_HEAD = b"PK\3\4"
 MAX_SHARDS = 1000
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Let the message of a `ValueError` begin with the path, once."""
+    """Make the message of a `ValueError` begin with the path, once."""
     try:
         yield
     except ValueError as error:
@@ -40,19 +40,19 @@ def named(path: Path) -> Iterator[None]:
 
 
 class ShardIndex(TypedDict):
-    """What is read of the index of weights in several files."""
+    """The fields read from the index of sharded weights."""
 
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
-    """file by key"""
+    """name of the file by key"""
 
 
 def read_state_dict(path: Path, prefer: Preference) -> StateDict:
-    """Return the tensors of a file; from a training checkpoint with both `model` and `ema`, the preferred ones."""
+    """Return the tensors of a file; the preferred ones of a training checkpoint that has both `model` and `ema`."""
     return pick_weights(_read_tensors(path), prefer)
 
 
 def read_training(path: Path, prefer: Preference) -> tuple[StateDict, dict[str, Any]]:
-    """Return the tensors as `read_state_dict` does, and the `args` that facebookresearch's train.py saves."""
+    """Return the tensors like `read_state_dict`, and the `args` that facebookresearch's train.py saves."""
     content = _read_tensors(path)
     args = content.get("args") if isinstance(content, Mapping) else None
     options = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -80,8 +80,8 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
             shard = pick_weights(content, "ema")
         except ValueError as error:
             raise ValueError(f"{printable(name)} {error}") from error
-        if twice := [key for key in shard if key in tensors]:
-            raise ValueError(f"{printable(name)} has {list_first(twice)}, which another of the files has too")
+        if duplicates := [key for key in shard if key in tensors]:
+            raise ValueError(f"{printable(name)} has {list_first(duplicates)}, which another of the files also has")
         tensors |= shard
     return tensors
 
@@ -89,26 +89,26 @@ def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
 def _find_weights(folder: Path, variant: str | None) -> Path:
     if variant is None:
         for names in ((SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME), (WEIGHTS_INDEX_NAME, WEIGHTS_NAME)):
-            found = [name for name in names if (folder / name).exists()]
-            if len(found) > 1:
-                raise ValueError(f"has weights twice, {' and '.join(found)}: remove the older")
-            if found:
-                return folder / found[0]
-        middles = _variants(path.name for path in folder.iterdir())
-        if len(middles) != 1:
-            what = f"; give variant, one of {list_first(sorted(middles))}" if middles else ""
-            raise ValueError(f"has none of {SAFETENSORS_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}{what}")
-        (variant,) = middles
+            present = [name for name in names if (folder / name).exists()]
+            if len(present) > 1:
+                raise ValueError(f"has weights twice, {' and '.join(present)}: remove the older")
+            if present:
+                return folder / present[0]
+        variants = _variants(path.name for path in folder.iterdir())
+        if len(variants) != 1:
+            hint = f"; give variant, one of {list_first(sorted(variants))}" if variants else ""
+            raise ValueError(f"has none of {SAFETENSORS_WEIGHTS_NAME}, {SAFE_WEIGHTS_INDEX_NAME}, {WEIGHTS_NAME}{hint}")
+        (variant,) = variants
     names = [f"{STEM}.{variant}.{suffix}" for suffix in SUFFIXES]
     names += [f"{STEM}.{suffix}.index.{variant}.json" for suffix in SUFFIXES]
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
+    path = next((folder / name for name in names if (folder / name).exists()), None)
+    if path is None:
         raise FileNotFoundError(f"{printable(folder)} has neither {' nor '.join(map(printable, names[:3:2]))}")
-    return found
+    return path
 
 
 def _variants(names: Iterable[str]) -> set[str]:
-    """Return the variants in names such as `{stem}.{variant}.safetensors`, or in those of their indices."""
+    """Return the variants in names such as `{stem}.{variant}.safetensors`, or in the names of their indices."""
     patterns = [
         re.compile(rf"{re.escape(STEM)}\.{middle}")
         for suffix in SUFFIXES
@@ -125,12 +125,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(path: Path) -> Any:
-    """Read a file by its first bytes, whatever its name; if these are cut off, by its suffix."""
+    """Read a file in the format that its first bytes show, or its suffix if they are cut off."""
     with open_regular(path) as file:
         head = file.read(9)
     suffix = path.suffix.lower()
     if suffix == SAFETENSORS_SUFFIX and head[:4] == ZIP_HEAD:
-        raise ValueError(f"{printable(path.name)} is an archive of torch.save: let its name end in .pt")
+        raise ValueError(f"{printable(path.name)} is an archive of torch.save: rename it to end in .pt")
     if head[8:] == b"{" or suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
     if head[:4] == ZIP_HEAD or suffix in PICKLE_SUFFIXES:
@@ -144,4 +144,4 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{printable(path.name)} is not a whole safetensors file: {printable(error)}") from error
+        raise ValueError(f"{printable(path.name)} is not a complete safetensors file: {printable(error)}") from error

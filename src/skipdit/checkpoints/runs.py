@@ -1,4 +1,4 @@
-"""Checkpoints of `skipdit train` (`run/checkpoint-NNNNNNN`): find the newest and read its weights and config."""
+"""Find the newest checkpoint of `skipdit train` (`run/checkpoint-NNNNNNN`), and read its weights and config."""
 
 import re
 from dataclasses import replace
@@ -16,14 +16,14 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,12})", re.ASCII)
 
 
 class RunModel(TypedDict):
-    """What is read of the config of a run's model."""
+    """The fields read from a run's model config."""
 
     num_attention_heads: int | None
     long_skip: NotRequired[dict[str, Any] | None]
 
 
 class RunData(TypedDict, total=False):
-    """What is read of the config of a run's data."""
+    """The fields read from a run's data config."""
 
     image_size: int
     sample_size: int | None
@@ -31,7 +31,7 @@ class RunData(TypedDict, total=False):
 
 
 class RunRouting(TypedDict, total=False):
-    """What is read of the config of a run's token routing."""
+    """The fields read from a run's routing config."""
 
     mode: str
     deep_drop: float
@@ -39,7 +39,7 @@ class RunRouting(TypedDict, total=False):
 
 
 class RunConfig(TypedDict):
-    """What is read of the settings of a run."""
+    """The fields read from a run's config."""
 
     model: RunModel
     data: RunData
@@ -48,20 +48,20 @@ class RunConfig(TypedDict):
 
 
 class RunClasses(TypedDict, total=False):
-    """What is read of a run's data."""
+    """The fields read from a run's data fingerprint."""
 
     class_names: list[str]
 
 
 class RunState(TypedDict):
-    """What is read of `state.json`."""
+    """The fields read from `state.json`."""
 
     config: RunConfig
     data: NotRequired[RunClasses]
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the folder itself if it is a checkpoint, the newest one of a run without a finished pipeline, or None."""
+    """Return `folder` if it is a checkpoint, the newest checkpoint of a run without a finished pipeline, or None."""
     if (folder / STATE_NAME).exists():
         return folder
     if any((place / "model_index.json").exists() for place in (folder, folder / "pipeline")):
@@ -75,7 +75,7 @@ def find_checkpoint(folder: Path) -> Path | None:
 
 
 def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple[StateDict, LoadHints]:
-    """Return the weights, averaged or not, under the model's keys, with the hints completed from the run's config.
+    """Return the preferred weights under the model's keys, and the hints completed from the run's config.
 
     `ValueError` if a hint contradicts the config, or the weights have changed since the run wrote them.
     """
@@ -87,27 +87,27 @@ def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple
         raise ValueError(f"{printable(weights)} has changed since its run wrote it: give another checkpoint")
     state_dict = read_state_dict(weights, prefer)
     names = state.get("data", {}).get("class_names")
-    found = {
+    recorded = {
         "num_attention_heads": model["num_attention_heads"],
         "sample_size": data.get("sample_size", data.get("image_size")),
         "num_frames": data.get("num_frames"),
         "num_classes": None if names is None else find_num_classes(len(names), state_dict),
         "fusion": (model.get("long_skip") or {}).get("fusion"),
     }
-    for name, value in found.items():
+    for name, value in recorded.items():
         hint = getattr(hints, name)
         if hint is not None and value is not None and hint != value:
             raise ValueError(f"{name} is {printable(repr(value))} in this checkpoint, got {hint!r}")
-    return state_dict, replace(hints, **{name: value for name, value in found.items() if value is not None})
+    return state_dict, replace(hints, **{name: value for name, value in recorded.items() if value is not None})
 
 
 def read_run_config(folder: Path) -> RunConfig:
-    """Return the settings of the run that wrote a checkpoint."""
+    """Return the config of the run that wrote a checkpoint."""
     return read_json(folder / STATE_NAME, RunState)["config"]
 
 
 def read_shallow_path(folder: Path, num_units: int) -> ShallowPath | None:
-    """Return the shallow path that a run trains in its model of `num_units` units; None if it trains none."""
+    """Return the shallow path that a run trains in its model of `num_units` units; None if there is none."""
     routing = read_run_config(folder).get("routing", RunRouting())
     if routing.get("mode") not in ("bypass", "fill") or not routing.get("deep_drop"):
         return None

@@ -1,8 +1,8 @@
-"""Find the state dict in what a trainer saved, and strip the prefixes of wrapped modules.
+"""Find the state dict in a trainer's checkpoint, and strip the prefixes of wrapped modules.
 
-Names are those of published trainers: facebookresearch/DiT, SiT and Latte (`model`, `ema`), Lightning (`state_dict`),
-timm and MMEngine (`state_dict_ema`, `ema_state_dict`), DeepSpeed (`module`), diffusers' `EMAModel` (`shadow_params`),
-torch's `AveragedModel` (`n_averaged`).
+The names are those of published trainers: facebookresearch/DiT, SiT and Latte (`model`, `ema`), Lightning
+(`state_dict`), timm and MMEngine (`state_dict_ema`, `ema_state_dict`), DeepSpeed (`module`), diffusers' `EMAModel`
+(`shadow_params`), torch's `AveragedModel` (`n_averaged`).
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ NAMES: dict[Preference, tuple[str, ...]] = {
 }
 # key segments that wrappers add: torch.compile, DistributedDataParallel, FSDP and checkpoint_wrapper
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# trainers' names for the attribute that holds the transformer
+# names of the attribute in which trainers keep the transformer
 HOLDERS: dict[Preference, tuple[str, ...]] = {
     "ema": ("ema", "ema_model", "ema_net", "model_ema", "ema_denoiser"),
     "model": ("model", "net", "transformer", "dit", "denoiser", "diffusion_model"),
@@ -31,7 +31,7 @@ MAX_DEPTH = 4  # of nested wrappings
 
 
 def list_first(keys: Iterable[object], num_shown: int = 3) -> str:
-    """Return the first few keys for a message, each printable and cut."""
+    """Return the first few keys for a message, each cut and made printable."""
     texts = list(keys)
     return ", ".join(printable(key, 80) for key in texts[:num_shown]) + (", ..." if len(texts) > num_shown else "")
 
@@ -48,19 +48,21 @@ def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequenc
     """Return the state dict unchanged, and the `shadow_params` that replace its tensors if those are preferred."""
     if not isinstance(checkpoint, Mapping) or depth == 0:
         return checkpoint, None
-    found = {kind: _present(checkpoint, names) for kind, names in NAMES.items()}
-    if not any(found.values()):
+    entries = {kind: _present(checkpoint, names) for kind, names in NAMES.items()}
+    if not any(entries.values()):
         return checkpoint, None
     other: Preference = "model" if prefer == "ema" else "ema"
-    chosen = found[prefer] or found[other]
-    if len(chosen) > 1:
-        raise ValueError(f"has more than one state dict to choose from: {list_first(chosen)}")
-    (content,) = chosen.values()
+    candidates = entries[prefer] or entries[other]
+    if len(candidates) > 1:
+        raise ValueError(f"has more than one state dict to choose from: {list_first(candidates)}")
+    (content,) = candidates.values()
     shadow = content.get("shadow_params") if isinstance(content, Mapping) else None
     if isinstance(shadow, (list, tuple)):
-        model = found["model"]
+        model = entries["model"]
         if not model:
-            raise ValueError("its shadow_params have no names: save the model beside them, or EMAModel's folder")
+            raise ValueError(
+                "its shadow_params have no names: save the model beside them, or save EMAModel as a folder"
+            )
         return _find(next(iter(model.values())), "model", depth - 1)[0], shadow
     return _find(content, prefer, depth - 1)
 
@@ -78,19 +80,19 @@ def _name_averages(averages: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
     shapes = [getattr(average, "shape", None) for average in averages]
     if shapes != [tensor.shape for tensor in names.values()]:
         raise ValueError(
-            f"its {len(averages)} shadow_params are not, one by one, the {len(names)} tensors of the model beside them"
+            f"its {len(averages)} shadow_params do not match, one by one, the {len(names)} tensors of the model"
         )
     return dict(zip(names, averages, strict=True))
 
 
 def as_state_dict(checkpoint: Any) -> StateDict:
-    """Return the checkpoint, which must be a mapping of names to tensors."""
+    """Return the checkpoint itself; `ValueError` unless it maps names to tensors."""
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"must hold a state dict, got {type(checkpoint).__name__}")
+        raise ValueError(f"must contain a state dict, got {type(checkpoint).__name__}")
     foreign = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if foreign or not checkpoint:
         raise ValueError(
-            f"must hold tensors, or a state dict called model or ema, got {list_first(foreign) or 'nothing'}"
+            f"must contain tensors, or a state dict called model or ema, got {list_first(foreign) or 'nothing'}"
         )
     return checkpoint
 
@@ -98,8 +100,8 @@ def as_state_dict(checkpoint: Any) -> StateDict:
 def strip_prefixes(tensors: Mapping[str, Value], prefer: Preference = "ema") -> dict[str, Value]:
     """Return the tensors under the keys of the bare model.
 
-    Drop the segments of wrappers, wherever they are, then the name of the attribute that held the model. If both the
-    model and its average are there, return the preferred one.
+    Drop the segments of wrappers, wherever they are, then the name of the attribute that held the model. If there are
+    both the model and its average, return the preferred one.
     """
     pairs = [(".".join(part for part in key.split(".") if part not in WRAPPERS), key) for key in tensors]
     if any(key == "n_averaged" for key, _ in pairs):  # AveragedModel counts its updates
@@ -110,12 +112,12 @@ def strip_prefixes(tensors: Mapping[str, Value], prefer: Preference = "ema") -> 
         if not roots or roots - holders["ema"] - holders["model"]:
             break
         other: Preference = "model" if prefer == "ema" else "ema"
-        chosen = holders[prefer] or holders[other]
-        if len(chosen) > 1:
-            raise ValueError(f"has more than one model to choose from: {list_first(sorted(chosen))}")
-        prefix = f"{next(iter(chosen))}."
+        candidates = holders[prefer] or holders[other]
+        if len(candidates) > 1:
+            raise ValueError(f"has more than one model to choose from: {list_first(sorted(candidates))}")
+        prefix = f"{next(iter(candidates))}."
         pairs = [(key.removeprefix(prefix), name) for key, name in pairs if key.startswith(prefix)]
-    found = {key: tensors[name] for key, name in pairs}
-    if len(found) < len(pairs):
-        raise ValueError("two of its keys are the same without the prefixes of wrapped modules")
-    return found
+    stripped = {key: tensors[name] for key, name in pairs}
+    if len(stripped) < len(pairs):
+        raise ValueError("two of its keys are equal without the prefixes of wrapped modules")
+    return stripped

@@ -1,6 +1,6 @@
-"""Pictures, clips and latents to learn from: what is read, from which files, and how it is cut.
+"""Data sets of pictures, clips and latents for training.
 
-`skipdit.data.DataConfig`, `open_pictures` and `from_datasets` are those of `skipdit.data.pictures`.
+`DataConfig`, `open_pictures` and `from_datasets` are those of `skipdit.data.pictures`, imported on first use.
 """
 
 from typing import TYPE_CHECKING, Any

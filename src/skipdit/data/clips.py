@@ -88,9 +88,9 @@ class ClipFiles:
     """Clips that are not decoded yet."""
 
     read: Callable[[int, int], Frames]
-    """yield the frames of clip `index` from frame `start` on, or raise `UnreadableVideo`"""
+    """(index, start): yields the frames of clip `index` from frame `start` on, or raises `UnreadableVideo`"""
     count: Callable[[int], int]
-    """return the number of frames of a clip's source"""
+    """returns the number of frames in the source of a clip"""
     labels: Sequence[int]
     """class of each clip"""
     label_names: Sequence[str]
@@ -98,19 +98,19 @@ class ClipFiles:
     captions: Sequence[Sequence[str]]
     """one or more texts per clip"""
     names: Callable[[int], str]
-    """return a clip's name in errors"""
+    """returns what errors call a clip"""
 
 
 class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
     """Clips (num_frames + num_pictures, 3, size, size) in [-1, 1] with their class; with pictures, an int64 tensor
     (1 + num_pictures,) of the classes of the clip and of each picture. The pictures of a clip depend only on its index,
-    so that a resumed run sees the same.
+    so that a resumed run sees the same ones.
 
     Every clip is decoded once at the start, so that `ValueError` names a broken one before training. Clips are cached
-    if they fit into 1 GiB, and decoded again at each use otherwise. A class without a readable clip is removed.
+    if they fit into 1 GiB; otherwise they are decoded at each use. Classes without a readable clip are removed.
 
     read: yields the frames of an index, or raises `UnreadableVideo`. captions: one or more per clip, padded by
-    `pad_captions`. names: returns a clip's name in errors.
+    `pad_captions`. names: returns what errors call a clip.
     """
 
     num_channels = 3
@@ -144,11 +144,11 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         if not self._kept:
             raise ValueError(f"there are no readable clips in {printable_path(config.source)}")
         kept_labels = [labels[index] for index in self._kept]
-        lost = sorted(set(labels) - set(kept_labels))
-        if lost:
-            names_of_lost = printable(", ".join(label_names[label] for label in lost))
-            LOGGER.warning("left out: %d classes without a readable clip: %s", len(lost), names_of_lost)
-        classes = [label for label in range(len(label_names)) if label not in set(lost)]
+        removed = sorted(set(labels) - set(kept_labels))
+        if removed:
+            removed_names = printable(", ".join(label_names[label] for label in removed))
+            LOGGER.warning("left out: %d classes without a readable clip: %s", len(removed), removed_names)
+        classes = [label for label in range(len(label_names)) if label not in set(removed)]
         self.label_names = [label_names[label] for label in classes]
         self.labels = [classes.index(label) for label in kept_labels]
         self.names = [names(index) for index in self._kept].__getitem__
@@ -162,7 +162,7 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         return as_floats(frames), labels
 
     def stored(self, index: int) -> tuple[UInt8[Tensor, "all_frames 3 size size"], int | Tensor]:
-        """Return a clip as it is kept, in bytes, with its class or classes."""
+        """Return a clip as uint8, with its class or classes."""
         index = range(len(self))[index]
         others = pictures_beside(index, len(self), self.num_frames, self.num_pictures) if self.num_pictures else []
         frames = [self._clip(index), *(self._clip(other)[frame : frame + 1] for other, frame in others)]
@@ -170,7 +170,7 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
     def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
-        """Return what a training step sees of a batch of items."""
+        """Return a batch of stored items as a training step sees them."""
         return flip_half(stored, draws) if flip else stored
 
     def _clip(self, index: int) -> UInt8[Tensor, "num_frames 3 size size"]:
@@ -182,10 +182,10 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
 
 
 def open_clips(config: ClipConfig) -> LabelledClips:
-    """Open the data set of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
-    found = find_clips(config)
+    """Open the data set of a config. `FileNotFoundError` / `ValueError` with a one-line message if that fails."""
+    clips = find_clips(config)
     return LabelledClips(
-        lambda index: found.read(index, 0), found.labels, found.label_names, found.captions, config, found.names
+        lambda index: clips.read(index, 0), clips.labels, clips.label_names, clips.captions, config, clips.names
     )
 
 
@@ -214,33 +214,33 @@ def clips_of_emoji(config: ClipConfig) -> ClipFiles:
 
 def clips_from_folder(folder: Path, config: ClipConfig) -> ClipFiles:
     """Read one subfolder per class, in alphabetical order; clips directly in `folder` form one class of that name. A
-    folder of pictures is a clip. A clip's caption is the first line of the text file beside it, that of a metadata
-    file, or the class name.
+    folder of pictures is a clip. A clip's caption is the first line of the text file beside it, the caption in a
+    metadata file, or the class name.
     """
-    found = scan_classes(folder, VIDEO_SUFFIXES, "videos", frame_folders=True)
-    if config.fps is not None and (num_timeless := sum(path.is_dir() for path in found.items)):
+    scan = scan_classes(folder, VIDEO_SUFFIXES, "videos", frame_folders=True)
+    if config.fps is not None and (num_timeless := sum(path.is_dir() for path in scan.items)):
         LOGGER.warning(
-            "fps has no effect on %d clips of %s that are folders of frames without times: frame_interval alone counts",
+            "fps has no effect on %d clips of %s that are folders of frames without times: only frame_interval counts",
             *(num_timeless, printable_path(folder)),
         )
 
     def name(index: int) -> str:
-        return printable_path(found.items[index])
+        return printable_path(scan.items[index])
 
     def read(index: int, start: int) -> Frames:
-        path = found.items[index]
+        path = scan.items[index]
         if path.is_dir():
             return frames_of_folder(frames_in(path), name(index), config.frames, start)
         return frames_of_file(path, config.frames, start)
 
     def count(index: int) -> int:
-        path = found.items[index]
+        path = scan.items[index]
         if path.is_dir():
             return len(frames_in(path))
         with open_regular(path) as stream:
             return count_frames(stream, name(index), config.fps)
 
-    return ClipFiles(read, count, found.labels, found.label_names, found.captions, name)
+    return ClipFiles(read, count, scan.labels, scan.label_names, scan.captions, name)
 
 
 def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> ClipFiles:

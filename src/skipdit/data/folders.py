@@ -1,4 +1,4 @@
-"""Data sets in folders: find the files, their classes and captions."""
+"""Find the files of a data set in a folder, with their classes and captions."""
 
 import csv
 import io
@@ -18,12 +18,12 @@ from skipdit.files.untrusted import open_regular, parse_json, printable, printab
 LOGGER = logging.getLogger(__name__)
 FRAME_SUFFIXES = PICTURE_SUFFIXES - VIDEO_SUFFIXES
 TEXT_SUFFIXES = frozenset({".caption", ".txt"})
-METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # of the imagefolder of `datasets`
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")  # as in `datasets`' imagefolder
 CAPTION_COLUMNS = ("text", "caption")
-IGNORED_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # copies and thumbnails that macOS and Synology write
+IGNORED_FOLDERS = frozenset({"__MACOSX", "@eaDir"})  # copies and thumbnails written by macOS and Synology
 IGNORED_FILES = frozenset({"desktop.ini", "thumbs.db"})
-MAX_CAPTION_CHARACTERS = 2**16  # of a first line
-MAX_METADATA_BYTES = 2**26  # of a metadata file
+MAX_CAPTION_CHARACTERS = 2**16  # in the first line of a text file
+MAX_METADATA_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Contents:
     items: list[Path] = field(default_factory=list)
     """files, or folders of frames"""
     texts: dict[Path, Path] = field(default_factory=dict)
-    """text files beside items, by the path of the item without suffix"""
+    """text files beside items, by the path of the item without its suffix"""
     described: dict[Path, list[str]] = field(default_factory=dict)
-    """captions of metadata files, by the path of the item"""
+    """captions in metadata files, by the path of the item"""
     left_out: Counter[str] = field(default_factory=Counter)
     """number of ignored files, by suffix"""
 
 
 def visible(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders and the files in a folder, sorted and without hidden ones."""
+    """Return the folders and the files in a folder, sorted, without hidden ones."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -72,8 +72,8 @@ def visible(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
-    """Yield a folder and all below it, each with its folders and files. Links to folders are followed; a folder with
-    several paths is entered once."""
+    """Yield a folder and all folders below it, each with its folders and files. Links to folders are followed; a folder
+    with several paths is entered once."""
     pending, visited = deque([folder]), set()
     while pending:
         current = pending.popleft()
@@ -102,7 +102,7 @@ def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_fo
         stray += [child for child in folders if frames_in(child)]
     classes = [child for child in folders if child not in set(stray)]
     if classes and stray:
-        raise ValueError(f"{printable_path(stray[0])} belongs to no class: put it into a subfolder")
+        raise ValueError(f"{printable_path(stray[0])} belongs to no class: move it into a subfolder")
     items, labels, captions = [], [], []
     root = Contents()
     if classes:
@@ -125,25 +125,25 @@ def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_fo
 
 
 def is_frames(folders: Sequence[Path], files: Sequence[Path]) -> bool:
-    """Return True if a folder with these folders and files in it is one clip."""
+    """Return True if a folder that contains these folders and files is a clip."""
     suffixes = {path.suffix.lower() for path in files}
     return not folders and not suffixes & VIDEO_SUFFIXES and bool(suffixes & FRAME_SUFFIXES)
 
 
 def frames_in(folder: Path) -> list[Path]:
-    """Return the pictures of a clip, ordered by the numbers in their names; an empty list if the folder is no clip."""
+    """Return the pictures of a clip, ordered by the numbers in their names; an empty list if it is not a clip."""
     folders, files = visible(folder)
     frames = [path for path in files if path.suffix.lower() in FRAME_SUFFIXES] if is_frames(folders, files) else []
     return sorted(frames, key=_by_number)
 
 
 def _by_number(path: Path) -> list[int | str]:
-    parts = re.split(r"([0-9]+)", path.name)  # texts have even indices, numbers odd ones
+    parts = re.split(r"([0-9]+)", path.name)  # text at even indices, numbers at odd ones
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
 def sort_files(contents: Contents, files: Sequence[Path], suffixes: Collection[str]) -> None:
-    """Add the files of one folder to the items, texts or metadata, or count them as left out."""
+    """Add the files of a folder to the items, texts or metadata, or count them as left out."""
     for path in files:
         suffix = path.suffix.lower()
         if suffix in suffixes:
@@ -173,7 +173,7 @@ def captions_of(contents: Contents, default: str) -> list[list[str]]:
 
 
 def report(folder: Path, contents: Contents, items: Sequence[Path]) -> None:
-    """Warn of files that are left out, and of mismatches between metadata files and items."""
+    """Warn about files that are left out, and about mismatches between metadata files and items."""
     if contents.left_out:
         counts = ", ".join(f"{count} {printable(suffix, 20)}" for suffix, count in contents.left_out.most_common(10))
         LOGGER.warning("left out of %s, because such files are not read here: %s", printable_path(folder), counts)
@@ -181,7 +181,7 @@ def report(folder: Path, contents: Contents, items: Sequence[Path]) -> None:
         missing, unknown = len(set(items) - set(contents.described)), len(set(contents.described) - set(items))
         if missing or unknown:
             LOGGER.warning(
-                "the metadata of %s has no entry for %d files here, and names %d that are not here",
+                "the metadata of %s has no entry for %d files that exist, and names %d that do not",
                 *(printable_path(folder), missing, unknown),
             )
 
@@ -238,8 +238,9 @@ def as_captions(values: Iterable[Any], source: str, column: str) -> list[list[st
     captions = [value if isinstance(value, list) else [value] for value in values]
     for row, texts in enumerate(captions):
         if not texts or not all(isinstance(caption, str) and caption.strip() for caption in texts):
-            problem = f"must be a text or a list of texts, got {printable(texts)} in row {row}"
-            raise ValueError(f"{column} of {source} {problem}")
+            raise ValueError(
+                f"{column} of {source} must be a text or a list of texts, got {printable(texts)} in row {row}"
+            )
         if max(map(len, texts)) > MAX_CAPTION_CHARACTERS:
             raise ValueError(f"{column} of {source} has more than {MAX_CAPTION_CHARACTERS:,} characters in row {row}")
     return captions

@@ -1,8 +1,8 @@
 """Read the folders of latents that `skipdit latents` writes, memory-mapped in training.
 
-`latents.json` describes the folder. `shard-00000.safetensors` has `mean` and, if the autoencoder gives one, `std`, each
-(items, mirrored, *shape) before scaling; `shard-00000.json` has classes and captions, and `vae` a copy of the
-autoencoder. If captions were encoded too, shards have their states, concatenated, and `nothing.safetensors` those of
+`latents.json` describes the folder. `shard-00000.safetensors` has `mean` and, if the autoencoder returns one, `std`,
+each (items, mirrored, *shape) before scaling. `shard-00000.json` has classes and captions, and `vae` is a copy of the
+autoencoder. If captions were encoded too, shards have their concatenated states, and `nothing.safetensors` has those of
 the empty prompt.
 """
 
@@ -30,32 +30,32 @@ from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 INFO, VERSION = "latents.json", 1
 VAE, NOTHING = "vae", "nothing.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-STORED = {"float32": "F32", "float16": "F16"}  # as safetensors calls them
+STORED = {"float32": "F32", "float16": "F16"}  # safetensors' names
 MAX_SHARDS, MAX_CLASSES, MAX_FRAMES, MAX_CHANNELS, MAX_SIDE = 2**17, 100_000, 2**10, 2**10, 2**12
 MAX_INFO_BYTES = 2**26
 VERIFYING_THREADS = 4
 
 
 class Shard(TypedDict):
-    """Entry of a shard in `latents.json`."""
+    """The entry of a shard in `latents.json`."""
 
     name: str
     num_items: int
     latents: str
-    """SHA-256 of its .safetensors"""
+    """SHA-256 of its .safetensors file"""
     texts: str
-    """SHA-256 of its .json"""
+    """SHA-256 of its .json file"""
 
 
 class Text(TypedDict):
-    """Sizes of the states of one caption."""
+    """The sizes of a caption's states."""
 
     num_tokens: int
     width: int
 
 
 class Scale(TypedDict):
-    """Scaling of the autoencoder's latents for transformers, from its config; `scale_latents` applies it."""
+    """How latents are scaled for transformers, from the autoencoder's config; `scale_latents` applies it."""
 
     scaling_factor: float
     shift_factor: float
@@ -64,7 +64,7 @@ class Scale(TypedDict):
 
 
 class Info(TypedDict):
-    """Content of `latents.json`."""
+    """Contents of `latents.json`."""
 
     version: int
     settings: dict[str, Any]
@@ -73,23 +73,24 @@ class Info(TypedDict):
     """(c h w) of a picture, (f c h w) of a clip"""
     dtype: str
     has_std: bool
-    """true if the autoencoder gives a standard deviation"""
+    """true if the autoencoder returns a standard deviation"""
     flipped: bool
-    """true if mirrored ones are encoded too"""
+    """true if mirrored items are encoded too"""
     scale: Scale
     text: Text | None
     class_names: list[str]
     shards: list[Shard]
     others: dict[str, str]
-    """SHA-256 of the other files"""
+    """SHA-256 of the other files, by name"""
 
 
 class Texts(TypedDict):
-    """Content of `shard-00000.json`."""
+    """Contents of `shard-00000.json`."""
 
     end: int
     """position in the source after the shard"""
     classes: list[str]
+    """class name of each item"""
     captions: list[list[str]] | None
     """texts of each item; null if they are the class names"""
 
@@ -121,12 +122,12 @@ class LatentConfig:
 class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
     """Encoded pictures or clips with their class.
 
-    An item is (mirrored, parts, c, h, w), or (mirrored, parts, frames + num_pictures, c, h, w) for a clip: the picture
-    as it is and, if encoded, mirrored; parts are the mean and, if the autoencoder gives one, the standard deviation.
-    `draw` turns items into what a training step sees. Labels, and pictures beside a clip: see `LabelledClips`.
+    An item is (mirrored, parts, c, h, w), or (mirrored, parts, frames + num_pictures, c, h, w) for a clip: the original
+    and, if encoded, the mirrored one; parts are the mean and, if the autoencoder returns one, the standard deviation.
+    `draw` turns items into latents for a training step. Labels, and pictures beside a clip: see `LabelledClips`.
 
     size: side of the latents. num_frames: None for pictures. content: SHA-256 of the data.
-    `ValueError` / `OSError` with one line if a file is missing, damaged, or not as `latents.json` says.
+    `ValueError` / `OSError` with a one-line message if a file is missing, damaged, or does not match `latents.json`.
     """
 
     def __init__(self, folder: Path, info: Info, num_pictures: int = 0) -> None:
@@ -150,7 +151,7 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         self.content = hashlib.sha256(json.dumps([info["shards"], info["others"]], sort_keys=True).encode()).hexdigest()
 
     def names(self, index: int) -> str:
-        """Return the name of an item in errors."""
+        """Return what errors call an item."""
         return f"{index} of {printable_path(self.folder)}"
 
     def __len__(self) -> int:
@@ -175,12 +176,14 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         return torch.stack([self._shards[number].get_slice(name)[row] for name in _moments(self.info)], dim=1)
 
     def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
-        """Return latents (b c h w) or (b f c h w), as transformers are trained on them, from the items of a batch.
+        """Return scaled latents (b c h w) or (b f c h w) from the items of a batch, drawn from their distribution.
 
-        `ValueError` if `flip` is set and no mirrored ones were encoded.
+        `ValueError` if `flip` is set and no mirrored items were encoded.
         """
         if flip and not self.info["flipped"]:
-            raise ValueError(f"{printable_path(self.folder)} has no mirrored ones: encode with --flip, or set no flip")
+            raise ValueError(
+                f"{printable_path(self.folder)} has no mirrored items: encode with --flip, or train without flip"
+            )
         rows = torch.arange(len(stored), device=stored.device)
         is_flipped = draws.rand() < (0.5 if flip else 0)
         moments = stored[rows, is_flipped.to(stored.device, torch.long)].float()
@@ -196,8 +199,8 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
 
     @cached_property
     def states(self) -> PromptStates | None:
-        """The states of every caption in `captions`, item by item, and of the empty prompt; None if no captions were
-        encoded."""
+        """The states of every caption in `captions`, item by item, and then of the empty prompt; None if no captions
+        were encoded."""
         if self.info["text"] is None:
             return None
         num_variants, parts = len(self.captions[0]), []
@@ -213,7 +216,7 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
 
 
 class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
-    """One item of zeros with the sizes of a config, for a dry run. `ValueError` if the config leaves a size open."""
+    """One item of zeros with the sizes of a config, for a dry run. `ValueError` if the config lacks a size."""
 
     vae = None
 
@@ -254,7 +257,7 @@ def _moments(info: Info) -> tuple[str, ...]:
 
 
 def _shapes(info: Info, num_items: int, captions: list[list[str]]) -> Shapes:
-    """Return the tensors that a shard must have."""
+    """Return the shape and dtype of each tensor that a shard must have."""
     shape = [num_items, 2 if info["flipped"] else 1, *info["shape"]]
     shapes: Shapes = dict.fromkeys(_moments(info), (shape, STORED[info["dtype"]]))
     if info["text"] is not None:
@@ -284,39 +287,40 @@ def scale_latents(latents: Tensor, scale: Scale) -> Tensor:
 
 
 def is_latents(folder: Path) -> bool:
-    """Return True if `skipdit latents` has finished a folder."""
+    """Return True if a folder was written completely by `skipdit latents`."""
     return (folder / INFO).is_file()
 
 
 def open_latents(config: LatentConfig) -> LabelledLatents:
-    """Open the latents of a config. `FileNotFoundError` / `ValueError` with one line if that fails, or they are not as
-    the config requires."""
+    """Open the latents of a config. `FileNotFoundError` / `ValueError` with a one-line message if that fails, or their
+    sizes are not those that the config requires."""
     folder = Path(config.source)
     if not is_latents(folder):
-        begun = any(folder.glob("shard-*.safetensors"))
-        what = "are not finished: run the same skipdit latents again" if begun else "are missing: see skipdit latents"
-        raise FileNotFoundError(f"the latents in {printable_path(folder)} {what}")
+        has_shards = any(folder.glob("shard-*.safetensors"))
+        problem = (
+            "are not finished: run the same skipdit latents again" if has_shards else "are missing: see skipdit latents"
+        )
+        raise FileNotFoundError(f"the latents in {printable_path(folder)} {problem}")
     info = read_info(folder)
     shape = info["shape"]
     if config.num_pictures and len(shape) != 4:
-        raise ValueError(f"num_pictures needs latents of clips, {printable_path(folder)} has those of pictures")
-    found = {
+        raise ValueError(f"num_pictures needs latents of clips, but {printable_path(folder)} has those of pictures")
+    sizes = {
         "num_channels": shape[-3],
         "sample_size": shape[-1],
         "num_frames": shape[0] if len(shape) == 4 else None,
         "num_classes": len(info["class_names"]),
     }
-    for name, value in found.items():
+    for name, value in sizes.items():
         if (required := getattr(config, name)) is not None and required != value:
-            problem = f"{printable_path(folder)} has {name} {value}, not {required}"
-            raise ValueError(f"{problem}: set data.{name} to {value}")
+            raise ValueError(f"{printable_path(folder)} has {name} {value}, not {required}: set data.{name} to {value}")
     if config.verify:
         _verify(folder, info)
     return LabelledLatents(folder, info, config.num_pictures)
 
 
 def read_info(folder: Path) -> Info:
-    """Read `latents.json`; `ValueError` if it contradicts itself or exceeds a limit."""
+    """Return the contents of `latents.json`; `ValueError` if it contradicts itself or exceeds a limit."""
     path = folder / INFO
     info = read_json(path, Info, max_bytes=MAX_INFO_BYTES)
     shape, names = info["shape"], info["class_names"]
@@ -342,7 +346,7 @@ def read_info(folder: Path) -> Info:
         ),
     }
     if problems := [problem for problem, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(f"{printable_path(path)} is not as skipdit latents writes it: it has {problems[0]}")
+        raise ValueError(f"{printable_path(path)} is invalid: it has {problems[0]}")
     return info
 
 
@@ -351,14 +355,14 @@ def shard_name(number: int) -> str:
 
 
 def _verify(folder: Path, info: Info) -> None:
-    """Raise `ValueError` on a file that has changed since it was written."""
+    """Raise `ValueError` if a file has changed since it was written."""
     expected = dict(info["others"])
     for shard in info["shards"]:
         expected |= {f"{shard['name']}.safetensors": shard["latents"], f"{shard['name']}.json": shard["texts"]}
     with ThreadPoolExecutor(VERIFYING_THREADS) as threads:
         for name, digest in zip(expected, threads.map(lambda name: _digest(folder / name), expected), strict=True):
             if digest != expected[name]:
-                raise ValueError(f"{printable_path(folder / name)} is damaged: its SHA-256 is not that of {INFO}")
+                raise ValueError(f"{printable_path(folder / name)} is damaged: its SHA-256 is not the one in {INFO}")
 
 
 def _digest(path: Path) -> str | None:
@@ -380,13 +384,13 @@ def _read_texts(folder: Path, shard: Shard) -> Texts:
 
 
 def _open_tensors(path: Path, shapes: Shapes) -> Any:
-    """Memory-map a safetensors file; `ValueError` if its tensors are not these."""
+    """Memory-map a safetensors file; `ValueError` unless it has exactly these tensors."""
     check_regular(path)
     try:
         file = safe_open(path, "pt")  # keeps no handle
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{printable_path(path)} is not a whole safetensors file: {printable(error)}") from error
+        raise ValueError(f"{printable_path(path)} is not a complete safetensors file: {printable(error)}") from error
     if {name: (list(part.get_shape()), part.get_dtype()) for name, part in slices.items()} != shapes:
-        raise ValueError(f"{printable_path(path)} has other tensors than {INFO} says")
+        raise ValueError(f"{printable_path(path)} does not have the tensors that {INFO} describes")
     return file

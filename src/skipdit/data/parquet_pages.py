@@ -1,7 +1,7 @@
-"""Read the sizes in a parquet file before Arrow does, which trusts the footer and aborts the process on some unexpected
+"""Read the sizes in a parquet file before Arrow does: Arrow trusts the footer, and aborts the process on some malformed
 content (`RowGroupMetaData.column` of pyarrow 26 on a wrong size histogram).
 
-Thrift's compact protocol (thrift-compact-protocol.md of Apache Thrift); the numbers of fields are those of
+Parquet uses Thrift's compact protocol (thrift-compact-protocol.md of Apache Thrift). Field numbers are those of
 parquet.thrift (Apache Parquet): FileMetaData, RowGroup, ColumnChunk, ColumnMetaData, PageHeader.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 MAX_FOOTER_BYTES = 2**22
-HEADER_BYTES = (2**10, 2**16, 2**20)  # to read of a page: the next if its header is longer
+HEADER_BYTES = (2**10, 2**16, 2**20)  # bytes read for a page header: the next size if it is longer
 
 
 class Sizes(NamedTuple):
@@ -25,8 +25,8 @@ class Sizes(NamedTuple):
 
 
 def measure_columns(file: BinaryIO, columns: Collection[int], num_columns: int) -> Sizes:
-    """Return the sizes in the pages of these columns. columns: indices of leaves of the schema. `ValueError` if they
-    cannot be read."""
+    """Return the sizes in the pages of these columns. columns: indices of leaves of the schema. `ValueError` if the
+    file is malformed."""
     num_bytes = largest = num_values = num_packed = 0
     for group in _rows_of(_read_footer(file).get(4)):  # row_groups
         chunks = _rows_of(group.get(1))  # columns
@@ -61,7 +61,7 @@ def _read_footer(file: BinaryIO) -> dict[int, Any]:
 
 
 def _find_chunk(metadata: Any) -> tuple[int, int]:
-    """Return where one chunk of a column begins, and its length."""
+    """Return the position and the length of one chunk of a column, in bytes."""
     # total_compressed_size, data_page_offset, dictionary_page_offset
     length, data, dictionary = (metadata.get(n) for n in (7, 9, 11)) if isinstance(metadata, dict) else (None,) * 3
     if not (_is_size(length) and _is_size(data)):
@@ -70,12 +70,12 @@ def _find_chunk(metadata: Any) -> tuple[int, int]:
 
 
 def _measure_chunk(file: BinaryIO, position: int, end: int) -> tuple[int, int]:
-    """Return the decoded bytes and the values of one chunk of a column."""
+    """Return the number of decoded bytes and of values in one chunk of a column."""
     num_bytes = num_values = 0
     while position < end:
         header, header_length = _read_header(file, position)
         unpacked, packed = header.get(2), header.get(3)  # uncompressed_page_size, compressed_page_size
-        # num_values of a data page, of one of version 2
+        # num_values of a data page of version 1 or 2
         count = next((header[field].get(1) for field in (5, 8) if isinstance(header.get(field), dict)), 0)
         if not (_is_size(unpacked) and _is_size(packed) and _is_size(count)):
             raise ValueError(f"the page at byte {position} has no size")
@@ -88,7 +88,7 @@ def _is_size(number: Any) -> TypeGuard[int]:
 
 
 def _read_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
-    """Return the fields of the page header at `position`, and its length."""
+    """Return the fields of the page header at `position`, and its length in bytes."""
     for num_bytes in HEADER_BYTES:
         file.seek(position)
         reader = _Compact(file.read(num_bytes))
@@ -100,7 +100,7 @@ def _read_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
 
 
 class _Compact:
-    """Reader of a struct in Thrift's compact protocol that skips texts and maps. `IndexError` at the end of the
+    """Reader of a struct in Thrift's compact protocol; it skips strings and maps. `IndexError` at the end of the
     content."""
 
     def __init__(self, content: bytes) -> None:

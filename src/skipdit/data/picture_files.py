@@ -1,6 +1,6 @@
-"""Read untrusted picture files: the only place where Pillow opens a file, the limits, and conversion to RGB on white.
+"""Read untrusted picture files: the only place where Pillow opens files, the limits, and conversion to RGB on white.
 
-Pillow may try a list of formats only: others run programs (EPS starts Ghostscript) or are rarely maintained.
+Pillow may only try the listed formats: others run programs (EPS starts Ghostscript) or are hardly maintained.
 """
 
 import io
@@ -24,14 +24,14 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 PICTURE_SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp"}) | frozenset(
     {".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".pnm", ".ppm"}
 )
-MAX_PICTURE_BYTES = 2**28  # of a file
-MAX_AVIF_PIXELS = 2**25  # the decoder keeps several copies in memory
+MAX_PICTURE_BYTES = 2**28  # per file
+MAX_AVIF_PIXELS = 2**25  # lower, because the decoder keeps several copies in memory
 MAX_PNG_CHUNKS = 2**18
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
-PNG_NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # PNG 11.3.2.3 and 11.3.3: a color profile, and texts
-PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may have the orientation
+PNG_NOTES = (b"iCCP", b"iTXt", b"tEXt", b"zTXt")  # PNG 11.3.2.3 and 11.3.3: color profile and texts
+PNG_ORIENTATIONS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may contain the orientation
 MAX_SCANS = 32  # of a progressive JPEG, each over the whole picture; cameras and editors write about 10
-STRIP_PIXELS = 2**20  # that are composited on white at once
+STRIP_PIXELS = 2**20  # composited on white at a time
 DEEP_MODES = ("I", "F")
 FULL_SCALES = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1), "F": (1, 255, 65535, 2**31 - 1)}
 TRANSPOSES = {  # EXIF 2.32, 4.6.4 A, Orientation
@@ -55,7 +55,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def open_picture(source: Path | bytes, name: str) -> Image.Image:
-    """Return a decoded picture, rotated by its EXIF orientation. name: its name in errors.
+    """Return a decoded picture, rotated by its EXIF orientation. name: what errors call it.
 
     `ValueError` if it cannot be read, has none of `FORMATS`, or has more than `MAX_PIXELS`.
     """
@@ -96,8 +96,8 @@ def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
 
 
 def _without_notes(file: BinaryIO) -> BinaryIO:
-    """Return the file, or a copy of a PNG without its texts and color profile: Pillow rejects pictures with more than
-    1 MiB of one, and they are not used here."""
+    """Return the file, or a copy of a PNG without its texts and color profile: they are not used here, and Pillow
+    rejects pictures in which one of them exceeds 1 MiB."""
     file.seek(0)
     edges = [0, *_notes_of(file)] if file.read(len(PNG_HEAD)) == PNG_HEAD else [0]
     file.seek(0)
@@ -108,7 +108,7 @@ def _without_notes(file: BinaryIO) -> BinaryIO:
 
 
 def _notes_of(file: BinaryIO) -> Iterator[int]:
-    """Yield the begin and end, in bytes, of each text or color profile of a PNG."""
+    """Yield the start and the end, in bytes, of each text or color profile in a PNG."""
     start = len(PNG_HEAD)
     for _ in range(MAX_PNG_CHUNKS):
         file.seek(start)
@@ -124,8 +124,8 @@ def _notes_of(file: BinaryIO) -> Iterator[int]:
 
 
 def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
-    """Have a large JPEG decoded at a half, a quarter or an eighth, unless it is progressive: that needs memory for all
-    its coefficients, and the time of a picture for each scan. `ValueError` if there are too many scans."""
+    """Have a large JPEG decoded at a half, a quarter or an eighth of its size, unless it is progressive: that needs
+    memory for all coefficients, and the time of a whole picture per scan. `ValueError` if there are too many scans."""
     if picture.format not in ("JPEG", "MPO"):
         return
     if picture.info.get("progressive"):
@@ -153,8 +153,8 @@ def _orientation(picture: Image.Image) -> Any:
 def on_white(picture: Image.Image) -> Image.Image:
     """Convert a picture of any mode to RGB on white.
 
-    16-bit gray is divided by 257. The white of 32-bit gray is the first of 255, 65535 and 2^31 - 1 that no value
-    exceeds, that of a float picture the first of 1 and those. `ValueError` on values outside of that range.
+    16-bit gray is divided by 257. White is, in 32-bit gray, the first of 255, 65535 and 2^31 - 1 that no value exceeds,
+    and in a float picture the first of 1 and these. `ValueError` if a value is outside that range.
     """
     if picture.mode.startswith(DEEP_MODES):
         picture = _eight_bits(picture)
@@ -171,7 +171,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Convert gray of more than 8 bits to L, or to LA if one of its values is transparent."""
     values = np.asarray(picture)
-    lowest, highest = values.min(), values.max()  # NaN where there is one
+    lowest, highest = values.min(), values.max()  # NaN if any value is
     scales = [scale for scale in FULL_SCALES[picture.mode[:4]] if lowest >= 0 and highest <= scale]
     if not scales:
         raise ValueError(f"its values, from {lowest} to {highest}, are below 0, too large or not finite")
@@ -182,17 +182,17 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 
 def adm_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Crop a picture to its center as RGB on white, as ADM (arXiv 2105.05233) does with ImageNet: halve it by means of
+    """Crop the center of a picture as RGB on white, as ADM (arXiv 2105.05233) does with ImageNet: halve it by averaging
     2x2 pixels while the shorter side is at least twice `size`, resize that side to `size`, then crop.
 
-    `ValueError` if the picture is too long a strip for that.
+    `ValueError` if the resized picture would be too large, because it is a long strip.
     """
     picture = on_white(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
     resized = round(picture.width * scale), round(picture.height * scale)
-    check_size(resized, MAX_PIXELS)  # a long strip may grow
+    check_size(resized, MAX_PIXELS)
     picture = picture.resize(resized, Image.Resampling.BICUBIC)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return picture.crop((left, top, left + size, top + size))

@@ -50,9 +50,9 @@ class DataConfig:
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):
     """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are cached if they fit into 1 GiB; up to
-    10,000 are decoded at once, so that `ValueError` names a broken one before training starts.
+    10,000 are decoded immediately, so that `ValueError` names a broken one before training starts.
 
-    read: returns the picture of an index; `ValueError` names a broken one. names: returns a picture's name in errors.
+    read: returns the picture of an index; `ValueError` names a broken one. names: returns what errors call a picture.
     captions: one or more per picture, by default its class name, padded by `pad_captions`.
     """
 
@@ -86,7 +86,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         return as_floats(pixels), label
 
     def stored(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], int]:
-        """Return a picture as it is kept, in bytes, with its class."""
+        """Return a picture as uint8, with its class."""
         if self._decoded is None:
             pixels = self._decode(index)
         else:
@@ -96,7 +96,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         return pixels, self.labels[index]
 
     def draw(self, stored: Tensor, flip: bool, draws: "Draws") -> Tensor:
-        """Return what a training step sees of a batch of items."""
+        """Return a batch of stored items as a training step sees them."""
         return flip_half(stored, draws) if flip else stored
 
     def _decode(self, index: int) -> Tensor:
@@ -110,8 +110,8 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers for `rows` of a batch of `size`, drawn for the whole batch on the generator's device: a row gets
-    the same ones whoever draws for the others."""
+    """Random numbers for `rows` of a batch of `size`. They are drawn for the whole batch, on the generator's device, so
+    that a row gets the same numbers however the batch is divided."""
 
     generator: torch.Generator
     size: int
@@ -137,8 +137,8 @@ def flip_half(pixels: Float[Tensor, "batch *frames 3 height width"], draws: Draw
 
 
 def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: int) -> list[tuple[int, int]]:
-    """Return the (clip, frame) of each picture that accompanies clip `index`: from other clips, each used once if there
-    are enough. They depend only on the index, so that a resumed run sees the same."""
+    """Return (clip, frame) of each picture beside clip `index`: from other clips, each used once if there are enough.
+    They depend only on the index, so that a resumed run sees the same ones."""
     generator = np.random.default_rng(index)
     num_others = max(1, num_clips - 1)
     steps = generator.choice(num_others, num_pictures, replace=num_others < num_pictures)
@@ -147,21 +147,23 @@ def pictures_beside(index: int, num_clips: int, num_frames: int, num_pictures: i
 
 
 def as_floats(stored: Tensor) -> Tensor:
-    """Return stored numbers as a model sees them: bytes as pixels in [-1, 1], others in float32."""
+    """Return stored values as a model sees them: uint8 as pixels in [-1, 1], others in float32."""
     return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
 
 
 def pad_captions(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Repeat the last caption of each item until all have the same number. `ValueError` if that makes more than
-    `MAX_CAPTIONS`."""
-    most = max(map(len, captions))
-    if most * len(captions) > MAX_CAPTIONS:
-        raise ValueError(f"{most} captions for each of {len(captions)} are too many: at most {MAX_CAPTIONS:,}")
-    return [(*texts, *[texts[-1]] * (most - len(texts))) for texts in captions]
+    """Repeat the last caption of each item until all items have the same number of captions. `ValueError` if that makes
+    more than `MAX_CAPTIONS`."""
+    num_variants = max(map(len, captions))
+    if num_variants * len(captions) > MAX_CAPTIONS:
+        raise ValueError(
+            f"{num_variants} captions for each of {len(captions)} items are too many: at most {MAX_CAPTIONS:,}"
+        )
+    return [(*texts, *[texts[-1]] * (num_variants - len(texts))) for texts in captions]
 
 
 def open_pictures(config: DataConfig) -> LabelledPictures:
-    """Open the data set of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
+    """Open the data set of a config. `FileNotFoundError` / `ValueError` with a one-line message if that fails."""
     path = Path(config.source)
     if config.source == "emoji":
         check_no_caption_column(config.source, config.caption_column)
@@ -181,8 +183,9 @@ def open_pictures(config: DataConfig) -> LabelledPictures:
 def check_no_caption_column(source: str, caption_column: str | None) -> None:
     """Raise `ValueError` if a caption column is given for a source without columns."""
     if caption_column is not None:
-        what = f"caption_column must be None, got {caption_column!r}"
-        raise ValueError(f"{printable_path(source)} has its own captions: {what}")
+        raise ValueError(
+            f"{printable_path(source)} has its own captions: caption_column must be None, got {caption_column!r}"
+        )
 
 
 def from_emoji(size: int) -> LabelledPictures:
@@ -194,7 +197,7 @@ def from_emoji(size: int) -> LabelledPictures:
 
 
 def emoji_captions(name: str, tags: Sequence[str]) -> tuple[str, str]:
-    """Return the name in lower case, and the name followed by the first tags that are not words of it."""
+    """Return the name in lower case, and the name followed by the first tags that are not words of the name."""
     name = name.lower()
     new_tags = [tag.lower() for tag in tags if tag.lower() not in re.split(r"[\s“”:,()]+", name)]
     return name, ", ".join([name, *new_tags[:MAX_CAPTION_TAGS]])
@@ -202,21 +205,21 @@ def emoji_captions(name: str, tags: Sequence[str]) -> tuple[str, str]:
 
 def from_folder(folder: Path, size: int) -> LabelledPictures:
     """Read one subfolder per class, in alphabetical order; pictures directly in `folder` form one class of that name.
-    A picture's caption is the first line of the text file beside it, that of a metadata file, or the class name.
+    A picture's caption is the first line of the text file beside it, the caption in a metadata file, or the class name.
 
-    Every header is read at once, so that a file that is not a picture is named before training starts.
+    Every header is read immediately, so that `ValueError` names a file that is not a picture before training starts.
     """
-    found = scan_classes(folder, PICTURE_SUFFIXES, "pictures")
-    for path in found.items:
+    scan = scan_classes(folder, PICTURE_SUFFIXES, "pictures")
+    for path in scan.items:
         check_picture(path, printable_path(path))
 
     def name(index: int) -> str:
-        return printable_path(found.items[index])
+        return printable_path(scan.items[index])
 
     def read(index: int) -> Image.Image:
-        return open_picture(found.items[index], name(index))
+        return open_picture(scan.items[index], name(index))
 
-    return LabelledPictures(read, name, found.labels, found.label_names, size, found.captions)
+    return LabelledPictures(read, name, scan.labels, scan.label_names, size, scan.captions)
 
 
 def from_table(
@@ -246,8 +249,8 @@ def from_table(
 
 
 def from_datasets(config: DataConfig) -> LabelledPictures:
-    """Open a data set of the `datasets` library, local or from the hub. Its pictures are decoded here, because the
-    library tries every format of Pillow."""
+    """Open a data set of the `datasets` library, local or from the hub. Pictures are decoded here, because the library
+    would try every format of Pillow."""
     import datasets
 
     source = printable_path(config.source)
@@ -266,7 +269,7 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
     if isinstance(kind, datasets.Image):
         rows = rows.cast_column(image, datasets.Image(decode=False))
     elif kind not in (datasets.Value("binary"), datasets.Value("large_binary")):
-        raise ValueError(f"{image} of {source} must hold pictures, got {printable(kind, 60)}")
+        raise ValueError(f"{image} of {source} must contain pictures, got {printable(kind, 60)}")
     names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     labels, label_names = to_classes(list(rows[label]), label, source, names)
     captions = as_captions(rows[caption], source, caption) if caption is not None else None
@@ -287,8 +290,8 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
 
 
 class ShuffledForever(Sampler[int]):
-    """An endless stream of indices, each epoch in an order that depends only on (seed, epoch), so that a run resumed at
-    `start` sees what an uninterrupted one would have seen. Process `rank` takes every `world_size`-th."""
+    """An endless stream of indices. The order of an epoch depends only on (seed, epoch), so that a run resumed at
+    `start` sees what an uninterrupted one would see. Process `rank` takes every `world_size`-th index."""
 
     def __init__(self, length: int, seed: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.length, self.seed, self.start, self.rank, self.world_size = length, seed, start, rank, world_size
@@ -298,7 +301,7 @@ class ShuffledForever(Sampler[int]):
             yield from indices.tolist()
 
     def by_epoch(self) -> Iterator[Int[np.ndarray, " part"]]:
-        """Yield the same indices, one array per epoch."""
+        """Yield the same indices as one array per epoch."""
         position = self.start + self.rank
         while True:
             epoch, offset = divmod(position, self.length)

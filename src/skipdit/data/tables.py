@@ -1,5 +1,5 @@
-"""Data sets in tables: parquet files and what `datasets` saves. Sizes are checked before anything is decoded, and only
-the requested columns are read, in batches whose size is bounded whatever a file says.
+"""Read data sets in tables: parquet files, and what `datasets` saves. Sizes are checked before anything is decoded, and
+only the requested columns are read, in batches whose size is bounded regardless of the file.
 """
 
 import re
@@ -17,20 +17,20 @@ from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_json
 
 MAX_ROWS = 2**21  # of a data set
-MAX_VALUES = 2**23  # of a column, which may hold lists
-FREE_BYTES, MAX_EXPANSION = 2**27, 8  # the columns of a file may decode to the former plus the latter times its size
-BATCH_BYTES = 2**26  # of the rows decoded at once, in case each of them has a dictionary's largest value
-SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # as `datasets` finds them in file names
+MAX_VALUES = 2**23  # of a column, which may have lists
+FREE_BYTES, MAX_EXPANSION = 2**27, 8  # columns may decode to the former plus the latter times the size of their file
+BATCH_BYTES = 2**26  # of rows decoded at a time, even if all of them have a dictionary's largest value
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")  # names that `datasets` finds in file names
 
 
 class SavedState(TypedDict):
-    """The part of `state.json`, written by `datasets.Dataset.save_to_disk`, that is read."""
+    """The fields read from `state.json`, which `datasets.Dataset.save_to_disk` writes."""
 
     _data_files: list[dict[str, str]]
 
 
 class SavedSplits(TypedDict):
-    """Content of `dataset_dict.json`."""
+    """Contents of `dataset_dict.json`."""
 
     splits: list[str]
 
@@ -40,11 +40,11 @@ class Table:
     """Some columns of one or more files."""
 
     name: str
-    """its name in errors"""
+    """what errors call it"""
     columns: Mapping[str, Any]
     """pyarrow arrays by column"""
     class_names: Mapping[str, list[str]]
-    """class names by column, where the schema has them (`ClassLabel` of `datasets`)"""
+    """class names by column, if the schema has them (`ClassLabel` of `datasets`)"""
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -93,17 +93,17 @@ def to_classes(
             raise ValueError(f"{column} of {source} must be 0 to {len(names) - 1}, got {printable(wrong)}")
         return list(values), list(names)
     if isinstance(next(iter(values), None), (bytes, dict, list, tuple)):
-        raise ValueError(f"{column} of {source} must hold numbers or texts, got {printable(values[0], 40)}")
-    found = sorted(set(values))
-    classes = {name: label for label, name in enumerate(found)}
-    return [classes[value] for value in values], [str(name) for name in found]
+        raise ValueError(f"{column} of {source} must contain numbers or texts, got {printable(values[0], 40)}")
+    unique = sorted(set(values))
+    classes = {name: label for label, name in enumerate(unique)}
+    return [classes[value] for value in values], [str(name) for name in unique]
 
 
 def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), plain: Sequence[str] = ()) -> Table:
-    """Read and concatenate columns of parquet files or Arrow streams. name: their name in errors.
+    """Read and concatenate columns of parquet files or Arrow streams. name: what errors call them.
 
     encoded: columns of pictures or videos, plain bytes or `{bytes, path}` structs. plain: other columns. `OSError` /
-    `ValueError` if there is no such file or column, it has another type, or it is too large.
+    `ValueError` if a file or column does not exist, has another type, or is too large.
     """
     import pyarrow as pa
 
@@ -117,20 +117,20 @@ def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), pl
             source = _Parquet(file) if path.suffix.lower() == ".parquet" else _Stream(path)
             check_columns(source.schema, encoded, plain)
             by_column = class_names_of(source.schema, file_name)
-            found = {column: names for column, names in by_column.items() if column in plain}
-            if path != paths[0] and found != class_names:
+            file_class_names = {column: names for column, names in by_column.items() if column in plain}
+            if path != paths[0] and file_class_names != class_names:
                 raise ValueError(f"its classes are not those of {printable_path(paths[0])}, or not in the same order")
-            class_names = found
-            num_bytes, most = 0, FREE_BYTES + MAX_EXPANSION * path.stat().st_size
-            for batch in source.batches(encoded, selected, most):
+            class_names = file_class_names
+            num_bytes, max_bytes = 0, FREE_BYTES + MAX_EXPANSION * path.stat().st_size
+            for batch in source.batches(encoded, selected, max_bytes):
                 num_rows += batch.num_rows
                 for column in selected:
                     part = batch.column(column)
                     part = part.dictionary_decode() if pa.types.is_dictionary(part.type) else part
                     num_bytes += part.nbytes
                     chunks[column].append(part)
-                if num_bytes > most:
-                    raise ValueError(f"its columns {', '.join(selected)} decode to more than {most:,} bytes")
+                if num_bytes > max_bytes:
+                    raise ValueError(f"its columns {', '.join(selected)} decode to more than {max_bytes:,} bytes")
                 if num_rows > MAX_ROWS:
                     raise ValueError(f"it has more than {MAX_ROWS:,} rows")
     if not num_rows:
@@ -149,11 +149,11 @@ def check_columns(schema: Any, encoded: Sequence[str], plain: Sequence[str]) -> 
             raise ValueError(f"it has {count} column {column!r}, only {printable(', '.join(schema.names))}")
     for column in encoded:
         if not _holds_bytes(schema.field(column).type):
-            found = printable(schema.field(column).type, 60)
-            raise ValueError(f"{column} must hold bytes or {{bytes, path}}, got {found}")
+            kind = printable(schema.field(column).type, 60)
+            raise ValueError(f"{column} must contain bytes or {{bytes, path}}, got {kind}")
     for column in plain:
         if types.is_struct(kind := schema.field(column).type) or types.is_map(kind) or types.is_union(kind):
-            raise ValueError(f"{column} must hold numbers or texts, got {printable(kind, 60)}")
+            raise ValueError(f"{column} must contain numbers or texts, got {printable(kind, 60)}")
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -167,7 +167,7 @@ def _holds_bytes(kind: Any) -> bool:
 
 
 def class_names_of(schema: Any, name: str) -> dict[str, list[str]]:
-    """Return the names that `datasets` writes into a schema for its columns of classes."""
+    """Return the class names, by column, that `datasets` writes into a schema."""
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return {}
@@ -185,7 +185,7 @@ def _are_texts(names: Any) -> bool:
 
 
 class _Parquet:
-    """A parquet file whose sizes are checked against those of its pages."""
+    """A parquet file whose sizes are read from its pages and checked."""
 
     def __init__(self, file: BinaryIO) -> None:
         from pyarrow.parquet import ParquetFile
@@ -194,7 +194,7 @@ class _Parquet:
         self.file = ParquetFile(file, pre_buffer=False)
         self.schema = self.file.schema_arrow
 
-    def batches(self, encoded: Sequence[str], columns: Sequence[str], most: int) -> Iterable[Any]:
+    def batches(self, encoded: Sequence[str], columns: Sequence[str], max_bytes: int) -> Iterable[Any]:
         from pyarrow import types
 
         metadata = self.file.metadata
@@ -205,22 +205,22 @@ class _Parquet:
             for column in columns
         ]
         paths = [self.file.schema.column(index).path for index in range(len(self.file.schema))]
-        asked = [
+        indices = [
             i for i, path in enumerate(paths) if any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves)
         ]
-        sizes = measure_columns(self.raw, asked, len(paths))
-        if sizes.num_bytes > most:
-            problem = f"have {sizes.num_bytes:,} bytes, at most {most:,} are read"
-            raise ValueError(f"its columns {', '.join(columns)} {problem}")
+        sizes = measure_columns(self.raw, indices, len(paths))
+        if sizes.num_bytes > max_bytes:
+            raise ValueError(
+                f"its columns {', '.join(columns)} have {sizes.num_bytes:,} bytes, at most {max_bytes:,} are read"
+            )
         if sizes.num_values > MAX_VALUES:
             raise ValueError(f"a column has {sizes.num_values:,} values, at most {MAX_VALUES:,} are read")
-        # every row of a batch may have a dictionary's largest value
         size = max(1, min(1024, BATCH_BYTES // max(1, sizes.largest)))
         return self.file.iter_batches(size, columns=leaves, use_threads=False)
 
 
 class _Stream:
-    """A stream of Arrow batches, as `datasets` saves its sets. Its offsets are untrusted, so they are checked."""
+    """A stream of Arrow batches, as `datasets` saves it. Its offsets are untrusted and checked."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -228,7 +228,7 @@ class _Stream:
         self.file = pa.memory_map(str(path))
         self.schema = pa.ipc.open_stream(self.file).schema
 
-    def batches(self, encoded: Sequence[str], columns: Sequence[str], most: int) -> Iterable[Any]:
+    def batches(self, encoded: Sequence[str], columns: Sequence[str], max_bytes: int) -> Iterable[Any]:
         import pyarrow as pa
 
         self.file.seek(0)
@@ -242,15 +242,15 @@ class _Stream:
 
 
 def _is_compressed(message: Any) -> bool:
-    """Return True if the buffers of an Arrow message are compressed: their size is only known when unpacked.
-    Arrow's Message.fbs: Message.header, DictionaryBatch.data, RecordBatch.compression."""
+    """Return True if the buffers of an Arrow message are compressed, so that their size is unknown until they are
+    unpacked. Arrow's Message.fbs: Message.header, DictionaryBatch.data, RecordBatch.compression."""
     content = message.metadata.to_pybytes()
 
     def number(position: int, kind: str) -> int:
         return struct.unpack_from(kind, content, position)[0]
 
     def field(table: int, index: int) -> int:
-        """Return the position of a field of a flatbuffer table, 0 if the table lacks it."""
+        """Return the position of a field in a flatbuffer table, 0 if the table lacks it."""
         fields = table - number(table, "<i")
         offset = number(fields + 4 + 2 * index, "<H") if 4 + 2 * index < number(fields, "<H") else 0
         return table + offset if offset else 0
@@ -265,8 +265,8 @@ def _is_compressed(message: Any) -> bool:
 
 
 def find_tables(folder: Path, split: str) -> list[Path]:
-    """Return the parquet files or Arrow streams of a data set in a folder: what `save_to_disk` wrote, or parquet files
-    without pictures or videos beside them; only those of the split if their names show it. Otherwise return none."""
+    """Return the parquet files or Arrow streams of a data set in a folder: those that `save_to_disk` wrote, or parquet
+    files, unless there are pictures or videos too; if their names show the split, only those of this split."""
     if (folder / "dataset_dict.json").is_file():
         splits = read_json(folder / "dataset_dict.json", SavedSplits)["splits"]
         if split not in splits:
@@ -275,7 +275,7 @@ def find_tables(folder: Path, split: str) -> list[Path]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         names = [part.get("filename", "") for part in read_json(folder / "state.json", SavedState)["_data_files"]]
         if not all(name.endswith(".arrow") and Path(name).name == name for name in names):
-            raise ValueError(f"{printable_path(folder / 'state.json')} names files outside of its folder")
+            raise ValueError(f"{printable_path(folder / 'state.json')} names files outside its folder")
         return [folder / name for name in names]
     shards = []
     for _, _, files in walk(folder):
@@ -285,10 +285,10 @@ def find_tables(folder: Path, split: str) -> list[Path]:
         shards += [path for path in files if path.suffix.lower() == ".parquet"]
     shards.sort()
     has_splits = any(_is_of_split(path.relative_to(folder), name) for path in shards for name in SPLITS)
-    found = [path for path in shards if _is_of_split(path.relative_to(folder), split)]
-    if has_splits and not found:
+    split_shards = [path for path in shards if _is_of_split(path.relative_to(folder), split)]
+    if has_splits and not split_shards:
         raise ValueError(f"{printable_path(folder)} has no split {split!r} in the names of its parquet files")
-    return found or shards
+    return split_shards or shards
 
 
 def _is_of_split(path: Path, split: str) -> bool:

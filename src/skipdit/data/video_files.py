@@ -1,7 +1,7 @@
-"""Read untrusted video files: the only place where PyAV opens a file, the limits, and frames with their times.
+"""Read untrusted video files: the only place where PyAV opens files, with its limits, and frames with their times.
 
-The first bytes decide which demuxer PyAV uses: by itself, FFmpeg accepts SDP or HLS text as a video and opens sockets
-and other files.
+The first bytes decide which demuxer PyAV uses: left to itself, FFmpeg accepts SDP or HLS text as a video, and opens
+sockets and other files.
 """
 
 import errno
@@ -26,7 +26,7 @@ VIDEO_SUFFIXES = (
     | {".m2ts", ".mpeg", ".mpg", ".mts", ".ts"}
 )
 SIGNATURES = (  # offset, bytes, demuxer
-    (4, b"ftyp", "mov"),  # ISO/IEC 14496-12; the next six begin QuickTime files
+    (4, b"ftyp", "mov"),  # ISO/IEC 14496-12; QuickTime files begin with one of the next six
     *((4, atom, "mov") for atom in (b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")),
     (0, b"\x1aE\xdf\xa3", "matroska"),  # RFC 8794, also WebM
     (8, b"AVI", "avi"),
@@ -37,25 +37,25 @@ SIGNATURES = (  # offset, bytes, demuxer
     (0, b"\x00\x00\x01\xb3", "mpegvideo"),
 )
 TS_PACKETS = ((0, 188), (4, 192))  # ISO/IEC 13818-1 and .m2ts: offset of the first 0x47, distance to the next
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's native decoders ignore the alpha of WebM
-MAX_FRAME_PIXELS = 2**25  # of a video: 8K is 7680 x 4320
-MAX_ANIMATION_PIXELS = 2**23  # of a frame of .apng, .gif or .webp, which are drawn over one another
-MIN_DURATION, USUAL_DURATION = 20, 100  # ms: browsers show a frame shorter than the former for the latter
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's native decoders ignore the alpha channel of WebM
+MAX_FRAME_PIXELS = 2**25  # of a video; 8K is 7680 x 4320
+MAX_ANIMATION_PIXELS = 2**23  # of an .apng, .gif or .webp, whose frames are drawn over one another
+MIN_DURATION, USUAL_DURATION = 20, 100  # ms: browsers show frames shorter than the former for the latter
 
 
 class TimedFrame(NamedTuple):
-    """A frame with its times."""
+    """A frame of a video with its times."""
 
     begin: Fraction
     """time from which it is displayed, in seconds"""
     end: Fraction
     """time until which it is displayed, in seconds"""
     pixels: Callable[[], UInt8[np.ndarray, "height width 3"]]
-    """decode it"""
+    """decodes it"""
 
 
 def timed_frames(stream: BinaryIO, *, by_index: bool) -> Generator[TimedFrame, None, None]:
-    """Yield the frames of an open file on white, rotated as it says; its content shows the format.
+    """Yield the frames of an open file, on white and rotated as the file says, whatever its name.
 
     by_index: frame i is displayed from i to i + 1. A broken file raises errors of any type.
     """
@@ -70,14 +70,14 @@ def timed_frames(stream: BinaryIO, *, by_index: bool) -> Generator[TimedFrame, N
 
 
 def demuxer_of(head: bytes) -> str:
-    """Return FFmpeg's demuxer for a file that begins with `head`. `ValueError` if the format is not supported."""
+    """Return FFmpeg's demuxer for a file that begins with `head`. `ValueError` if its format is not supported."""
     for offset, signature, demuxer in SIGNATURES:
         if head[offset : offset + len(signature)] == signature:
             return demuxer
     for first, distance in TS_PACKETS:
         if head[first::distance][:2] == b"GG":
             return "mpegts"
-    raise ValueError("it is no GIF, PNG, WebP, MP4, MOV, MKV, WebM, AVI, FLV, MPEG, Ogg or WMV")
+    raise ValueError("it is not a GIF, PNG, WebP, MP4, MOV, MKV, WebM, AVI, FLV, MPEG, Ogg or WMV")
 
 
 def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
@@ -88,14 +88,14 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
         picture = Image.open(stream, formats=FORMATS)
     with picture:
         begin = Fraction(0)
-        # the default image of an APNG is for viewers without animation, and not one of its frames
+        # the default image of an APNG, for viewers that do not animate, is not one of its frames
         for index in count(1 if picture.info.get("default_image") else 0):
             with warnings.catch_warnings(action="ignore"):
                 try:
                     picture.seek(index)
                 except EOFError:
                     return
-                check_size(picture.size, MAX_ANIMATION_PIXELS)  # a frame of a GIF may enlarge it
+                check_size(picture.size, MAX_ANIMATION_PIXELS)  # a frame of a GIF may enlarge the picture
                 picture.load()
             duration = Fraction(picture.info.get("duration", 0))
             end = begin + Fraction(duration if duration >= MIN_DURATION else USUAL_DURATION, 1000)
@@ -104,7 +104,7 @@ def _animation(stream: BinaryIO) -> Iterator[TimedFrame]:
 
 
 class _Seekable:
-    """A file whose failing seeks return an error as FFmpeg expects: PyAV would print a traceback."""
+    """A file whose failing seeks return an error code, as FFmpeg expects; PyAV would print a traceback."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.read, self.tell, self._seek = stream.read, stream.tell, stream.seek
@@ -117,14 +117,14 @@ class _Seekable:
 
 
 def _container(stream: BinaryIO, demuxer: str) -> Iterator[TimedFrame]:
-    """Yield the frames of the best video stream by FFmpeg's choice, which prefers others to a cover picture."""
+    """Yield the frames of the video stream that FFmpeg considers best: a cover picture only if there is no other."""
     av: Any = importlib.import_module("av")
     options = {"protocol_whitelist": "none", "max_pixels": str(MAX_FRAME_PIXELS)}
     try:
         with av.open(_Seekable(stream), format=demuxer, options=options) as container:
             video = container.streams.best("video")
             if video is None:
-                raise ValueError("it holds no video stream")
+                raise ValueError("it has no video stream")
             check_size((video.width, video.height), MAX_FRAME_PIXELS)
             video.codec_context.options = {"max_pixels": options["max_pixels"]}
             first = None
@@ -159,7 +159,7 @@ def _pixels(frame: Any) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def _until_the_next(frames: Iterator[TimedFrame]) -> Iterator[TimedFrame]:
-    """Yield frames that last until the next begins: the durations in a file are often missing or wrong."""
+    """Yield frames that last until the next one begins: durations in files are often missing or wrong."""
     current = next(frames, None)
     while current is not None:
         following = next(frames, None)

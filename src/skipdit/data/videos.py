@@ -1,4 +1,4 @@
-"""Read and write clips as video, GIF and WebP; draw frame grids and runs side by side."""
+"""Read clips from video, GIF and WebP files, write them as MP4 and GIF, and draw them in grids and side by side."""
 
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +24,9 @@ from skipdit.pictures import MARGIN, labelled_grid, load_font
 
 ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50
-BT601 = (6, 1)  # ITU-T H.273: MatrixCoefficients, and limited range as AVCOL_RANGE_MPEG
+BT601 = (6, 1)  # MatrixCoefficients of ITU-T H.273, and AVCOL_RANGE_MPEG for the limited range
 LABEL_SIZE = 14
-MAX_COUNTED_FRAMES = 2**16  # of a video of which any part may be taken
+MAX_COUNTED_FRAMES = 2**16  # per video, if clips begin at random frames
 
 
 class UnreadableVideo(ValueError):
@@ -59,8 +59,8 @@ Frames = Iterator[UInt8[np.ndarray, "height width 3"]]
 
 
 def frames_of_file(path: Path, choice: FrameChoice, start: int = 0) -> Frames:
-    """Yield frames of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...), from frame `start` on; its content shows the
-    format. `UnreadableVideo` (a `ValueError`) if it is broken or too short."""
+    """Yield frames of a file (.mp4 .webm .mkv .mov .avi .gif .webp ...) from frame `start` on. Its first bytes
+    determine the format. `UnreadableVideo` (a `ValueError`) if it is broken or too short."""
     try:
         stream = open_regular(path)
     except (OSError, ValueError) as error:
@@ -72,35 +72,35 @@ def frames_of_file(path: Path, choice: FrameChoice, start: int = 0) -> Frames:
 def read_video(
     path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
 ) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """Return frames of a file, as `FrameChoice` says. `ValueError` if it is no video, broken, too short, or its frames
-    are of several sizes."""
+    """Return the frames of a file that a `FrameChoice` of these arguments takes. `ValueError` if it is not a video, is
+    broken or too short, or its frames differ in size."""
     path = Path(path)
     if path.suffix.lower() not in VIDEO_SUFFIXES:
         raise ValueError(f"{printable_path(path)} is not a video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
     choice = FrameChoice(num_frames=num_frames, interval=frame_interval, fps=fps)
     frames = list(frames_of_file(path, choice, start))
     if len({frame.shape for frame in frames}) > 1:
-        raise UnreadableVideo(f"the frames of {printable_path(path)} are of several sizes")
+        raise UnreadableVideo(f"the frames of {printable_path(path)} differ in size")
     return np.stack(frames)
 
 
 def frames_of(stream: BinaryIO, name: str, choice: FrameChoice, start: int = 0) -> Frames:
-    """Yield frames of an open file as `frames_of_file` does. name: its name in errors."""
+    """Yield frames of an open file like `frames_of_file`. name: what errors call it."""
     indices, fps = choice.indices(start), choice.fps
-    # a quarter of a frame late, as many files round their times to 1 or 10 ms
+    # a quarter of a frame late, because many files round their times to 1 or 10 ms
     times = [Fraction(index) if fps is None else (index + Fraction(1, 4)) / Fraction(fps) for index in indices]
-    found = 0
+    position = 0
     try:
         with closing(timed_frames(stream, by_index=fps is None)) as frames:
             for frame in frames:
-                while found < len(times) and times[found] < frame.end:
+                while position < len(times) and times[position] < frame.end:
                     yield frame.pixels()
-                    found += 1
-                if found == len(times):
+                    position += 1
+                if position == len(times):
                     return
-    except Exception as error:  # decoders of damaged files raise of every kind
+    except Exception as error:  # decoders raise any type on damaged files
         raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
-    raise _too_short(name, indices, found)
+    raise _too_short(name, indices, position)
 
 
 def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
@@ -113,18 +113,18 @@ def count_frames(stream: BinaryIO, name: str, fps: float | None = None) -> int:
                 end = max(end, frame.end)
                 if number > MAX_COUNTED_FRAMES:
                     raise ValueError(f"it has more than {MAX_COUNTED_FRAMES:,} frames: cut it into clips")
-    except Exception as error:  # decoders of damaged files raise of every kind
+    except Exception as error:  # decoders raise any type on damaged files
         raise UnreadableVideo(f"cannot read the video {name}: {reason_of(error)}") from error
     return number if fps is None else max(0, ceil(end * Fraction(fps) - Fraction(1, 4)))
 
 
 def frames_of_folder(paths: Sequence[Path], name: str, choice: FrameChoice, start: int = 0) -> Frames:
-    """Yield pictures of a clip as `frames_of_file` does; they have no times. `UnreadableVideo` if one is broken or
+    """Yield pictures of a clip like `frames_of_file`; they have no times. `UnreadableVideo` if one is broken or
     missing."""
     indices = choice.indices(start)
-    for found, index in enumerate(indices):
+    for position, index in enumerate(indices):
         if index >= len(paths):
-            raise _too_short(name, indices, found)
+            raise _too_short(name, indices, position)
         try:
             picture = on_white(open_picture(paths[index], printable_path(paths[index])))
         except ValueError as error:
@@ -132,9 +132,9 @@ def frames_of_folder(paths: Sequence[Path], name: str, choice: FrameChoice, star
         yield np.asarray(picture)
 
 
-def _too_short(name: str, indices: range, found: int) -> UnreadableVideo:
+def _too_short(name: str, indices: range, position: int) -> UnreadableVideo:
     return UnreadableVideo(
-        f"the video {name} is too short: frame {indices[found]} is needed "
+        f"the video {name} is too short: frame {indices[position]} is needed "
         f"({len(indices)} frames, interval {indices.step}, start {indices.start})"
     )
 
@@ -142,7 +142,7 @@ def _too_short(name: str, indices: range, found: int) -> UnreadableVideo:
 def to_frames(
     clip: Float[Tensor, "*batch 3 height width"],
 ) -> UInt8[Tensor, "*batch height width 3"]:
-    """Convert pixels in [0, 1] to bytes, channels last."""
+    """Convert pixels in [0, 1] to uint8, channels last."""
     return (clip.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous()
 
 
@@ -153,22 +153,23 @@ def write_mp4(
     scale: int = 1,
     encoders: Sequence[str] = ENCODERS,
 ) -> None:
-    """Write an .mp4 (yuv420p), enlarged `scale` times; an odd side repeats its last row or column.
+    """Write an .mp4 (yuv420p), enlarged `scale` times; the last row or column of an odd side is repeated.
 
-    encoders: names in FFmpeg; the first that PyAV has is used. `ValueError` if frames, fps or scale are invalid.
+    encoders: names in FFmpeg; the first that PyAV has is used. `ValueError` if frames, fps or scale are invalid, or
+    PyAV has none of the encoders.
     """
     path, pixels = _checked(path, ".mp4", frames, fps, scale)
-    av: Any = importlib.import_module("av")  # its stubs know no kind of stream by its index
+    av: Any = importlib.import_module("av")  # its stubs cannot tell that add_stream returns a video stream
     pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
-    found = [name for name in encoders if name in av.codecs_available]
-    if not found:
+    encoder = next((name for name in encoders if name in av.codecs_available), None)
+    if encoder is None:
         raise ValueError(f"this PyAV has none of the encoders {', '.join(encoders)}")
     # https://trac.ffmpeg.org/wiki/Encode/H.264 and /MPEG-4: quality by -crf and -qscale
     # x264's macroblock tree reads uninitialized memory: with it the same frames may give different files
     x264 = {"crf": "16", "x264-params": "mbtree=0"}
-    quality = x264 if found[0] == "libx264" else {"flags": "+qscale", "global_quality": str(2 * 118)}
+    quality = x264 if encoder == "libx264" else {"flags": "+qscale", "global_quality": str(2 * 118)}
     with atomic_file(path) as draft, av.open(str(draft), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream(found[0], rate=Fraction(fps).limit_denominator(1001), options=quality)
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=quality)
         stream.height, stream.width, stream.pix_fmt = *pixels.shape[1:3], "yuv420p"
         stream.codec_context.colorspace, stream.codec_context.color_range = BT601
         for frame in pixels:
@@ -180,7 +181,8 @@ def write_gif(
     path: Path | str, frames: UInt8[Tensor | np.ndarray, "frames height width 3"], fps: float, scale: int = 1
 ) -> None:
     """Write a .gif that loops forever, enlarged `scale` times, with 256 colors per frame. Its unit of time is 10 ms:
-    frames vary by that much so that the whole keeps `fps`, at most 50. Equal neighbors become one longer frame."""
+    durations of frames vary by that much, so that the clip keeps `fps`, at most 50. Equal neighbors become one longer
+    frame."""
     path, pixels = _checked(path, ".gif", frames, fps, scale)
     if fps > MAX_GIF_FPS:
         raise ValueError(f"fps of a GIF must be at most {MAX_GIF_FPS}, got {fps}")
@@ -214,7 +216,7 @@ def frame_grid(
     *,
     scale: int = 2,
 ) -> Image.Image:
-    """Draw one row per clip (pixels in [0, 1]) with its caption below: evenly spaced frames, left to right."""
+    """Draw one row per clip (pixels in [0, 1]), evenly spaced frames from left to right, with its caption below."""
     if num_frames_shown < 1:
         raise ValueError(f"num_frames_shown must be at least 1, got {num_frames_shown}")
     indices = np.linspace(0, clips.shape[1] - 1, min(num_frames_shown, clips.shape[1])).round().astype(int)
@@ -226,7 +228,7 @@ def frame_grid(
 def side_by_side(
     rows: Mapping[str, Float[Tensor, "clips frames 3 height width"]], captions: Sequence[str], *, scale: int = 2
 ) -> UInt8[np.ndarray, "frames height_of_all width_of_all 3"]:
-    """Draw the frames of one video that plays all runs at once: one labeled row per run, one captioned column per clip
+    """Draw the frames of a video that plays all runs at once: one labeled row per run, one captioned column per clip
     (pixels in [0, 1]). `ValueError` if the runs differ in shape."""
     shapes = {name: tuple(clips.shape) for name, clips in rows.items()}
     if len(set(shapes.values())) != 1:

@@ -1,2 +1,2 @@
-"""`skipdit latents`: where pictures, clips and captions come from (`sources`, `tars`), and how they become the folder
-that `skipdit.data.latents` reads (`encode`)."""
+"""`skipdit latents`: read pictures, clips and captions (`sources`, `tars`), and write the folder that
+`skipdit.data.latents` reads (`encode`)."""

@@ -9,13 +9,13 @@ Crop = Literal["adm", "center"]
 StoredDType = Literal["float32", "float16"]
 
 MAX_WORKERS = 256
-# options that may change when an encoding is resumed; batches start anew in every shard
+# options that may change when an encoding is resumed, because every shard begins with a new batch
 FREE_TO_CHANGE = {"batch_size", "num_workers"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """Which pictures or clips to encode, and how they are cropped."""
+    """Which pictures or clips to encode, and how."""
 
     source: str
     """a folder with one subfolder per class, a .parquet file or a folder of them, a .tar file of webdataset or a folder
@@ -52,13 +52,13 @@ class EncodeConfig:
     caption_column: str | None = None
     """column of the captions in a table; None takes the class name"""
     on_broken: OnBroken = "refuse"
-    """treat what cannot be read as an error (refuse), or leave it out with a warning (skip)"""
+    """treat a sample that cannot be read as an error (refuse), or leave it out with a warning (skip)"""
     dtype: StoredDType = "float32"
     """data type of the stored latents and states"""
     shard_size: int = 1024
     """pictures or clips per shard, which is written whole or not at all"""
     batch_size: int = 16
-    """pictures or frames encoded at once"""
+    """pictures or frames encoded at a time"""
     num_workers: int = 4
     """threads that read and crop ahead"""
     seed: int = 0

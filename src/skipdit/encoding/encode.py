@@ -27,11 +27,11 @@ from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_i
 
 LOGGER = logging.getLogger(__name__)
 SETTINGS = "settings.json"
-AHEAD = 4  # samples per thread that wait to be encoded
+AHEAD = 4  # samples read ahead per thread
 
 
 class Fingerprint(TypedDict):
-    """Content of `settings.json`: only an encoding with the same may go on with the shards of a folder."""
+    """Contents of `settings.json`: only an encoding with the same settings may resume in a folder."""
 
     settings: dict[str, Any]
     source: str
@@ -47,22 +47,22 @@ class Moments:
     mean: Tensor
     """(b c h w)"""
     std: Tensor | None
-    """(b c h w); None if the autoencoder gives none"""
+    """(b c h w); None if the autoencoder returns none"""
 
 
 def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> latents.Info:
-    """Encode the source of a config and return the content of `latents.json`.
+    """Encode the source of a config, and return the contents of `latents.json`.
 
-    An interrupted encoding resumes after its last whole shard, with the same result. `ValueError` if the folder has one
-    with other settings, or something cannot be read; `FileExistsError` if foreign files are in the way.
+    An interrupted encoding resumes after its last complete shard, with the same result. `ValueError` if the folder has
+    latents of other settings, or something cannot be read; `FileExistsError` if files that are not ours are in the way.
     """
     data = Path(config.source)
     if data.is_dir() and data.resolve() in out.path.resolve().parents:
-        raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read: give another --out")
+        raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read as data: give another --out")
     vae: Any = read_autoencoder(Path(config.vae), torch.float32)
     scale = downsampling(vae)
     if config.image_size % scale:
-        raise ValueError(f"image_size must be divisible by {scale}, as the autoencoder asks, got {config.image_size}")
+        raise ValueError(f"image_size must be divisible by {scale} for this autoencoder, got {config.image_size}")
     if config.text:
         check_text_installed()
     source = open_source(config)
@@ -91,7 +91,7 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
 
 def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     """Write the fingerprint into a folder, or compare it with the one there. `ValueError` if they differ,
-    `FileExistsError` if foreign files are in the way."""
+    `FileExistsError` if files that are not ours are in the way."""
     names = [path.name for path in sorted(out.path.glob("shard-*"))]
     out.claim([SETTINGS, latents.INFO, latents.NOTHING, *names])
     if not out.holds(SETTINGS):
@@ -104,7 +104,7 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     changed += ["source"] * (old["source"] != new["source"]) + ["vae"] * (old["vae"] != new["vae"])
     if changed:
         text = ", ".join(dict.fromkeys(changed))
-        raise ValueError(f"{printable_path(out.path)} holds latents of other settings ({text}): give another --out")
+        raise ValueError(f"{printable_path(out.path)} contains latents of other settings ({text}): give another --out")
 
 
 def _digest_of(vae: Any) -> str:
@@ -117,7 +117,7 @@ def _digest_of(vae: Any) -> str:
 
 @torch.no_grad()
 def _write_others(out: OutputFolder, config: EncodeConfig, vae: Any) -> dict[str, str]:
-    """Write the autoencoder and the states of the empty prompt unless they exist; return their SHA-256 by name."""
+    """Write the autoencoder and the states of the empty prompt, unless they exist; return SHA-256 by file name."""
     names = {f"{latents.VAE}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     names |= {latents.NOTHING} if config.text else set()
     for name in sorted(name for name in names if not out.holds(name)):
@@ -139,10 +139,10 @@ def _finish(
     others: dict[str, str],
     class_names: Sequence[str] | None,
 ) -> latents.Info:
-    found = writer.class_names
-    order = class_names if class_names is not None else sorted(found, key=_by_number)
-    if lost := [name for name in order if name not in found]:
-        LOGGER.warning("left out: %d classes without a readable item: %s", len(lost), printable(", ".join(lost)))
+    used = writer.class_names
+    order = class_names if class_names is not None else sorted(used, key=_by_number)
+    if unused := [name for name in order if name not in used]:
+        LOGGER.warning("left out: %d classes without a readable item: %s", len(unused), printable(", ".join(unused)))
     vae = writer.vae
     mean, std = vae.config.get("latents_mean"), vae.config.get("latents_std")
     info = latents.Info(
@@ -159,7 +159,7 @@ def _finish(
             latents_std=None if std is None else list(map(float, std)),
         ),
         text=latents.Text(num_tokens=MAX_PROMPT_TOKENS, width=WIDTH) if config.text else None,
-        class_names=[name for name in order if name in found],
+        class_names=[name for name in order if name in used],
         shards=writer.shards,
         others=others,
     )
@@ -172,9 +172,9 @@ def _by_number(name: str) -> tuple[int, int, str]:
 
 
 class _Writer:
-    """Writer that encodes samples, and writes a shard whenever there are enough. end: position in the source.
+    """Encode samples, and write a shard whenever there are enough. end: position in the source.
 
-    Batches start anew in every shard, so that a shard does not depend on where an encoding was interrupted.
+    Every shard begins with a new batch, so that it does not depend on where an encoding was interrupted.
     """
 
     def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Any) -> None:
@@ -182,7 +182,7 @@ class _Writer:
         self.shards: list[latents.Shard] = []
         self.class_names: set[str] = set()
         self.waiting: list[Sample] = []
-        self.moments: list[dict[str, Tensor]] = []  # of the current shard, like the next two
+        self.moments: list[dict[str, Tensor]] = []  # this and the next two: of the current shard
         self.classes: list[str] = []
         self.captions: list[list[str]] = []
         self.end = 0
@@ -191,7 +191,7 @@ class _Writer:
         self.shape = [*frames, vae.config.latent_channels, side, side]
 
     def resume(self) -> int:
-        """List the existing shards and return the position in the source after them."""
+        """Take over the existing shards, and return the position in the source after them."""
         while self.out.holds(f"{(name := latents.shard_name(len(self.shards)))}.json"):
             if not self.out.holds(f"{name}.safetensors"):
                 break
@@ -212,7 +212,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write the samples so far, if any, as a shard."""
+        """Write the samples collected so far, if any, as a shard."""
         if not self.classes:
             return
         if self.waiting:
@@ -243,7 +243,7 @@ class _Writer:
         self.end = texts["end"]
 
     def _encode_waiting(self) -> None:
-        """Encode the waiting samples to `mean` and `std`, (items, mirrored, *shape)."""
+        """Encode the waiting samples as `mean` and `std`, (items, mirrored, *shape)."""
         pixels = torch.stack([sample.pixels for sample in self.waiting])
         versions = [pixels, pixels.flip(-1)] if self.config.flip else [pixels]
         encoded = [encode_pixels(self.vae, version.flatten(0, -4), self.config.batch_size) for version in versions]
@@ -264,7 +264,7 @@ class _Writer:
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor, batch_size: int) -> Moments:
-    """Encode uint8 pixels (b 3 h w) in batches on the autoencoder's device; the result is on the CPU."""
+    """Return the latents of uint8 pixels (b 3 h w), encoded in batches on the autoencoder's device, on the CPU."""
     means, stds = [], []
     for batch in pixels.split(batch_size):
         encoded: Any = vae.encode(batch.to(vae.device).float() / 127.5 - 1)
@@ -277,14 +277,14 @@ def encode_pixels(vae: Any, pixels: Tensor, batch_size: int) -> Moments:
 
 
 def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the states of captions as a shard stores them. `ValueError` if one is too long."""
+    """Return the states of captions as stored in a shard. `ValueError` if one is too long."""
     states = encoder.encode(captions, MAX_PROMPT_TOKENS)
     tensors = (states.tokens.to(dtype), states.mask.to(torch.uint8), states.pooled.to(dtype))
     return dict(zip(latents.TEXT, (tensor.contiguous() for tensor in tensors), strict=True))
 
 
 def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterator[tuple[int, Sample | None]]:
-    """Yield (end, sample) in order while threads read ahead; None in place of a broken sample that is left out."""
+    """Yield (end, sample) in order while threads read ahead; the sample is None if it is broken and left out."""
     threads = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
     waiting: deque[tuple[int, Future[Sample] | Job]] = deque()
 

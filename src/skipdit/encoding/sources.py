@@ -1,4 +1,4 @@
-"""Sources of an encoding: pictures or clips in a fixed order, read and cropped by threads."""
+"""The sources of an encoding: pictures or clips in a fixed order, read and cropped in threads."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.tars import MAX_VIDEO_BYTES, Member, find_tars, scan_tars
 from skipdit.files.untrusted import printable, printable_path, read_bytes
 
-COUNTS = 2**12  # videos whose number of frames is cached, since several clips of each are read in a row
+COUNTS = 2**12  # videos whose number of frames is cached: several clips of a video are read one after the other
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class Sample:
     pixels: Tensor
     """uint8, (3 h w) of a picture or (f 3 h w) of a clip"""
     class_name: str
-    """name of its class"""
     captions: list[str] | None = None
-    """its texts; None if that is the class name"""
+    """None if the caption is the class name"""
 
 
 Job = Callable[[], Sample]  # raises `ValueError` if the sample cannot be read
@@ -46,17 +45,17 @@ class Source:
     """Samples in a fixed order."""
 
     jobs: Callable[[int], Iterator[tuple[int, Job]]]
-    """yield the samples from a position on, each with the position after it"""
+    """yields the samples from a position on, each with the position after it"""
     num_jobs: int | None
     """number of samples; None for a stream"""
     class_names: Sequence[str] | None
-    """classes in order; None sorts those of the samples"""
+    """classes in order; None sorts the classes of the samples"""
     digest: str
     """SHA-256 that identifies the samples when an encoding is resumed"""
 
 
 def open_source(config: EncodeConfig) -> Source:
-    """Open the source of a config. `FileNotFoundError` / `ValueError` with one line if that fails."""
+    """Open the source of a config. `FileNotFoundError` / `ValueError` with a one-line message if that fails."""
     path = Path(config.source)
     if config.streaming:
         return stream_source(config)
@@ -66,7 +65,7 @@ def open_source(config: EncodeConfig) -> Source:
 
 
 def numbered(num_jobs: int, job_of: Callable[[int], Job]) -> Callable[[int], Iterator[tuple[int, Job]]]:
-    """Return the `jobs` of a source with numbered samples."""
+    """Return the `jobs` of a source whose samples are numbered."""
     return lambda start: ((number + 1, job_of(number)) for number in range(start, num_jobs))
 
 
@@ -91,9 +90,9 @@ def picture_source(config: EncodeConfig) -> Source:
 
 
 def clip_source(config: EncodeConfig) -> Source:
-    """Open clips as `skipdit train` reads them; `num_crops` of each video if that is set."""
+    """Open clips as `skipdit train` reads them, or `num_crops` clips per video."""
     assert config.num_frames is not None
-    found = find_clips(
+    clips = find_clips(
         ClipConfig(
             source=config.source,
             image_size=config.image_size,
@@ -106,25 +105,25 @@ def clip_source(config: EncodeConfig) -> Source:
         )
     )
     num_crops = max(1, config.num_crops)
-    count = lru_cache(COUNTS)(found.count)
+    count = lru_cache(COUNTS)(clips.count)
 
     def job_of(number: int) -> Job:
         index = number // num_crops
 
         def job() -> Sample:
-            start = draw_start(lambda: count(index), found.names(index), number, config)
-            frames = found.read(index, start)
-            name = found.label_names[found.labels[index]]
-            return Sample(cut_frames(frames, found.names(index), config), name, list(found.captions[index]))
+            start = draw_start(lambda: count(index), clips.names(index), number, config)
+            frames = clips.read(index, start)
+            name = clips.label_names[clips.labels[index]]
+            return Sample(cut_frames(frames, clips.names(index), config), name, list(clips.captions[index]))
 
         return job
 
-    num_jobs = len(found.labels) * num_crops
-    return Source(numbered(num_jobs, job_of), num_jobs, found.label_names, _digest_of(found))
+    num_jobs = len(clips.labels) * num_crops
+    return Source(numbered(num_jobs, job_of), num_jobs, clips.label_names, _digest_of(clips))
 
 
 def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
-    """Open webdataset tars: a sample is a picture or video, and its texts in .cls, .txt or .json."""
+    """Open webdataset tars: a sample is a picture or video with its texts in .cls, .txt or .json."""
     members = scan_tars(paths, clips=config.num_frames is not None)
     num_crops = max(1, config.num_crops)
 
@@ -199,7 +198,7 @@ def _read_row(
     if not content and not (file and Path(file).is_file()):
         raise ValueError(f"cannot read {row_name}: the row has no bytes in {column}")
     if not isinstance(content or b"", bytes):
-        raise ValueError(f"cannot read {row_name}: {column} must hold bytes, got {printable(content, 60)}")
+        raise ValueError(f"cannot read {row_name}: {column} must contain bytes, got {printable(content, 60)}")
     class_name = "all" if config.label_column is None else _class_of(row[config.label_column], names, row_name)
     caption = config.caption_column
     captions = None if caption is None else as_captions([row[caption]], row_name, caption)[0]
@@ -218,7 +217,7 @@ def _class_of(label: Any, names: list[str] | None, row_name: str) -> str:
 
 
 def cut(picture: Image.Image, name: str, config: EncodeConfig) -> Tensor:
-    """Crop a picture to (3 h w); `ValueError` names one for which that fails."""
+    """Return a picture cropped to (3 h w). `ValueError` names it if that fails."""
     try:
         cropped = (adm_crop if config.crop == "adm" else to_rgb)(picture, config.image_size)
     except ValueError as error:
@@ -227,13 +226,13 @@ def cut(picture: Image.Image, name: str, config: EncodeConfig) -> Tensor:
 
 
 def cut_frames(frames: Iterator[np.ndarray], name: str, config: EncodeConfig) -> Tensor:
-    """Crop the frames of a clip to (f 3 h w)."""
+    """Return the frames of a clip cropped to (f 3 h w)."""
     return torch.stack([cut(Image.fromarray(frame), name, config) for frame in frames])
 
 
 def cut_content(content: bytes, name: str, count: Callable[[], int], number: int, config: EncodeConfig) -> Tensor:
-    """Return an encoded picture, or clip `number` of the source from an encoded video. count: returns the number of
-    frames of the video."""
+    """Return the pixels of an encoded picture, or of clip `number` of the source from an encoded video. count: returns
+    the number of frames in the video."""
     if config.num_frames is None:
         return cut(open_picture(content, name), name, config)
     start = draw_start(count, name, number, config)
@@ -242,7 +241,7 @@ def cut_content(content: bytes, name: str, count: Callable[[], int], number: int
 
 
 def draw_start(count: Callable[[], int], name: str, number: int, config: EncodeConfig) -> int:
-    """Return the first frame of a clip: 0, or drawn from (seed, number) if `num_crops` is set."""
+    """Return the index of the first frame of a clip: 0, or drawn from (seed, number) if `num_crops` is set."""
     if not config.num_crops:
         return 0
     assert config.num_frames is not None
@@ -254,7 +253,7 @@ def draw_start(count: Callable[[], int], name: str, number: int, config: EncodeC
 
 def _label_column(config: EncodeConfig) -> str:
     if config.label_column is None:
-        raise ValueError("label_column must be the name of a column, got None: only --streaming allows that")
+        raise ValueError("label_column must be the name of a column, got None: only --streaming allows None")
     return config.label_column
 
 

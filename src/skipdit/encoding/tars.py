@@ -1,4 +1,4 @@
-"""Read webdataset tars: files of the same name form a sample. Only headers are read first, and nothing is unpacked."""
+"""Read webdataset tars, in which files of one name form a sample. A scan reads only headers; nothing is unpacked."""
 
 import logging
 import re
@@ -15,9 +15,9 @@ from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path
 
 LOGGER = logging.getLogger(__name__)
-MAX_MEMBERS = 2**24  # of all tars together
-MAX_HEADER_BYTES = 2**20  # of one header: long names, and the texts of pax
-MAX_TEXT_BYTES = 2**20  # of a class, a caption or a .json
+MAX_MEMBERS = 2**24  # in all tars together
+MAX_HEADER_BYTES = 2**20  # per header; long names and pax records make it large
+MAX_TEXT_BYTES = 2**20  # per class, caption or .json
 MAX_VIDEO_BYTES = 2**30
 CLASS_KEYS, CAPTION_KEYS = ("cls", "class", "label"), ("caption", "text", "txt")
 
@@ -27,9 +27,9 @@ class Part:
     """A file in a tar."""
 
     path: Path
-    """path of the tar"""
+    """of the tar"""
     offset: int
-    """position of its first byte"""
+    """position of the first byte in the tar"""
     size: int
     """number of bytes"""
 
@@ -41,7 +41,7 @@ class Part:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) != self.size:
-            raise ValueError(f"cannot read {name}: its tar ends before it does")
+            raise ValueError(f"cannot read {name}: its tar is cut off")
         return content
 
 
@@ -50,17 +50,16 @@ class Member:
     """A sample: a picture or video with texts."""
 
     name: str
-    """its name in errors"""
+    """what errors call it"""
     media: Part | None = None
     """the picture or video"""
     is_video: bool = False
-    """true for a video"""
     others: dict[str, Part] = field(default_factory=dict)
-    """texts by suffix, without the dot"""
+    """text files by suffix, without the dot"""
 
     @property
     def identity(self) -> list[Any]:
-        """Its name and the sizes of its parts, which identify it when an encoding is resumed."""
+        """The name and the sizes of the parts, which identify a sample when an encoding is resumed."""
         assert self.media is not None
         sizes = {suffix: part.size for suffix, part in self.others.items()}
         return [Path(self.name).name, self.media.size, sizes]
@@ -71,7 +70,7 @@ class Member:
         return self.media.read(self.name, MAX_VIDEO_BYTES if self.is_video else MAX_PICTURE_BYTES)
 
     def texts(self) -> tuple[str, list[str] | None]:
-        """Return the class, by default `all`, and the captions, if any; `ValueError` if one has the wrong type."""
+        """Return the class, by default `all`, and the captions, if any. `ValueError` if one has the wrong type."""
         texts = {suffix: self._text(suffix) for suffix in self.others if suffix != "json"}
         if "json" in self.others:
             content = self.others["json"].read(self.name, MAX_TEXT_BYTES)
@@ -92,7 +91,7 @@ class Member:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """Return a tar, or those of a folder without pictures, videos or tables; an empty list if `path` is neither."""
+    """Return a tar, or the tars in a folder without pictures, videos or tables; an empty list if `path` is neither."""
     if path.suffix.lower() == ".tar" and path.is_file():
         return [path]
     if not path.is_dir():
@@ -109,8 +108,8 @@ def find_tars(path: Path) -> list[Path]:
 
 
 def scan_tars(paths: Sequence[Path], *, clips: bool) -> list[Member]:
-    """Return the samples of tars in order. `ValueError` names a tar that cannot be read, or a sample with two pictures;
-    files of other kinds are counted in one warning."""
+    """Return the samples of tars in order. `ValueError` names a tar that cannot be read, or a sample with two pictures
+    or videos; one warning counts files of other kinds."""
     members: list[Member] = []
     left_out: Counter[str] = Counter()
     num_files = 0
@@ -119,24 +118,24 @@ def scan_tars(paths: Sequence[Path], *, clips: bool) -> list[Member]:
         for name, part in _files(path, left_out):
             num_files += 1
             if num_files > MAX_MEMBERS:
-                raise ValueError(f"the tars hold more than the {MAX_MEMBERS:,} files that are read")
+                raise ValueError(f"the tars contain more than the {MAX_MEMBERS:,} files that are read")
             folder, _, base = name.rpartition("/")
             stem, _, suffix = base.partition(".")
             key = f"{printable_path(path)}/{printable_path(f'{folder}/{stem}' if folder else stem)}"
-            if not stem:  # hidden
+            if not stem:  # a hidden file
                 continue
             if current is None or current.name != key:
                 current = Member(key)
                 members.append(current)
             _take(current, suffix.lower(), part, left_out, clips=clips)
-    found = [member for member in members if member.media is not None]
+    samples = [member for member in members if member.media is not None]
     kind = "videos" if clips else "pictures"
     if left_out:
         counts = ", ".join(f"{count} {printable(suffix, 60)}" for suffix, count in left_out.most_common(5))
-        LOGGER.warning("left out of the tars, being neither %s nor their texts: %s", kind, counts)
-    if not found:
+        LOGGER.warning("left out of the tars, because they are neither %s nor their texts: %s", kind, counts)
+    if not samples:
         raise ValueError(f"no {kind} in {printable_path(paths[0])}" + (" and others" if paths[1:] else ""))
-    return found
+    return samples
 
 
 def _take(member: Member, suffix: str, part: Part, left_out: Counter[str], *, clips: bool) -> None:
@@ -151,7 +150,7 @@ def _take(member: Member, suffix: str, part: Part, left_out: Counter[str], *, cl
 
 
 class _Headers:
-    """File object that reads headers of a tar only, none of them large."""
+    """A file object for reading the headers of a tar, none of them large."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.tell, self.seek = file, file.tell, file.seek
@@ -169,18 +168,18 @@ def _files(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, Part]]:
         with open_regular(path) as file, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as archive:
             end = path.stat().st_size
             while (member := archive.next()) is not None:
-                cast(Any, archive).members = []  # else it keeps all of them
+                cast(Any, archive).members = []  # otherwise it keeps all of them
                 if member.size < 0:  # would seek backward
-                    raise ValueError(f"{printable(member.name, 60)} has a size below 0")
+                    raise ValueError(f"{printable(member.name, 60)} has a negative size")
                 if not member.isreg() or member.issparse():
                     if not member.isdir():
                         left_out["links and the like"] += 1
                     continue
                 if member.size < 0 or member.offset_data + member.size > end:
-                    raise ValueError(f"it ends before {printable(member.name, 60)} does")
+                    raise ValueError(f"it is cut off in {printable(member.name, 60)}")
                 yield member.name, Part(path, member.offset_data, member.size)
             file.seek(archive.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats it as the end
+            if any(file.read(tarfile.BLOCKSIZE)):  # tarfile treats a damaged header as the end
                 raise ValueError(f"the header at byte {archive.offset} is damaged")
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
         raise ValueError(f"cannot read the tar {name}: {printable(error)}") from error

@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, and files of strangers that are read with care."""
+"""Write files whole or not at all, and read untrusted files safely."""

@@ -1,7 +1,7 @@
 """Write files and folders whole or not at all, and replace only those that a marker lists as ours.
 
 The marker, a file `skipdit.json`, lists the files that each kind of run wrote into a folder, with their SHA-256. Files
-that it does not list belong to somebody else and stay where they are.
+that it does not list are not ours and are left alone.
 """
 
 import errno
@@ -28,17 +28,17 @@ LOGGER = logging.getLogger(__name__)
 MARKER = "skipdit.json"
 GROWING = "appended to"  # in a marker, in place of the digest of a file that is still being written
 DRAFT = ".skipdit-draft-"  # followed by the process, a dot and a token: see `_draft`
-MAX_NAMED = 5  # files in a message
-SILENT_SECONDS = 24 * 3600.0  # after so long without a change, another host's draft is taken to be abandoned
+MAX_NAMED = 5  # files named in one message
+SILENT_SECONDS = 24 * 3600.0  # a draft of another host is considered abandoned after this long without a change
 
 _live_drafts: set[str] = set()
 
 
 class Marker(TypedDict):
-    """Content of `skipdit.json`."""
+    """Contents of `skipdit.json`."""
 
     skipdit: str
-    """version that wrote it"""
+    """version of skipdit that wrote it"""
     files: dict[str, dict[str, str]]
     """SHA-256 by relative path, by the kind of run that wrote the files"""
 
@@ -49,9 +49,9 @@ class Marker(TypedDict):
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a draft path with the same suffix; it replaces `path` when the block ends without an error.
+    """Yield a draft path with the same suffix; the draft replaces `path` when the block ends without an error.
 
-    The draft is synced to disk first, and has the permissions that the umask asks for.
+    It is synced to disk first, and gets the permissions that the umask implies.
     """
     path = absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = draft.stat().st_mode & 0o666
         yield draft
-        draft.chmod(mode)  # safetensors makes its own, private file
+        draft.chmod(mode)  # safetensors replaces the draft by a file that only its owner can read
         _sync(draft)
         draft.replace(path)
         _sync(path.parent)
@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Return valid JSON: numbers that are not finite become null, paths text, dataclasses objects."""
+    """Return valid JSON: non-finite numbers become null, paths become strings, dataclasses become objects."""
     return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
 
 
@@ -96,8 +96,8 @@ def _plain(value: Any) -> Any:
 
 
 def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), *, even_damaged: bool = False) -> None:
-    """Raise `FileExistsError` unless there is nothing at `path`, an empty folder, or one that a run of this kind wrote
-    and nobody has changed since; also if it is a link or contains the working directory.
+    """Raise `FileExistsError` unless `path` is free, an empty folder, or one that a run of this kind wrote and that has
+    not changed since. A link, or a folder that contains the working directory, is an error too.
 
     overwritten: patterns of files that may be deleted whoever wrote them. even_damaged: accept changed files of ours.
     """
@@ -108,10 +108,12 @@ def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), 
     if path.is_symlink() or not path.is_dir():
         raise FileExistsError(f"{name} is not a folder that skipdit wrote: give a new name")
     if path in (Path.cwd(), *Path.cwd().parents):
-        raise FileExistsError(f"{name} is the folder in which this runs: give a new one")
+        raise FileExistsError(f"{name} contains the working directory: give a new folder")
     if kind not in read_marker(path)["files"] and not overwritten:
         children = _list_names(child.name for child in path.iterdir())
-        raise FileExistsError(f"{name} was not written by skipdit as a {kind} (it holds {children}): give a new folder")
+        raise FileExistsError(
+            f"{name} was not written by skipdit as a {kind} (it contains {children}): give a new folder"
+        )
     check_marker(path)
     if not even_damaged:
         _check_unchanged(path, overwritten)
@@ -119,16 +121,18 @@ def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), 
 
 def _check_unchanged(path: Path, overwritten: Collection[str]) -> None:
     if changed := [name for name in _changed(path) if not _is_any(name, overwritten)]:
-        what = f"{_list_names(changed)}, changed since skipdit wrote it"
-        raise FileExistsError(f"{printable(path)} holds {what}: give a new folder, or --overwrite")
+        names = _list_names(changed)
+        raise FileExistsError(
+            f"{printable(path)} contains {names}, changed since skipdit wrote it: give a new folder, or --overwrite"
+        )
 
 
 def check_apart(target: Path, inputs: Iterable[Path]) -> None:
-    """Raise `ValueError` if an input is `target` or lies inside it: replacing that would destroy it."""
+    """Raise `ValueError` if an input is `target` or lies inside it: replacing `target` would destroy the input."""
     target = target.resolve()
     for source in inputs:
         if target in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"{printable(target)} holds the input {printable(source)}: give another output")
+            raise ValueError(f"{printable(target)} contains the input {printable(source)}: give another output")
 
 
 @contextmanager
@@ -137,9 +141,11 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a draft folder that replaces `path`, with a marker in it, when the block ends without an error.
 
-    A user's files in the previous folder move to the new one. If anything fails, the previous folder is restored; after
-    a kill, the next run does that (`clean_up`). kind: the marker's name for the folder. overwritten: patterns of files
-    to delete, with a warning, whoever wrote them. even_damaged and `FileExistsError`: see `check_replaceable`.
+    Files of the user in the previous folder are moved to the new one. If anything fails, the previous folder is
+    restored; if the process is killed, the next run restores it (`clean_up`).
+
+    kind: what the marker calls the folder. overwritten: patterns of files to delete, with a warning, whoever wrote
+    them. even_damaged and `FileExistsError`: see `check_replaceable`.
     """
     path = absolute(path)
     clean_up(path.parent)
@@ -166,7 +172,7 @@ def atomic_folder(
 
 
 def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
-    """Move `path` to `work/old` and `work/new` to `path`, then a user's files from the former to the latter.
+    """Move `path` to `work/old` and `work/new` to `path`, then the user's files from the former to the latter.
 
     If that fails, `_remove_draft` moves `work/old` back.
     """
@@ -174,8 +180,10 @@ def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
     if path.is_dir():
         strays = _strays(path)
         doomed = [name for name in (*strays, *(_changed(path) if overwritten else ())) if _is_any(name, overwritten)]
-        if taken := [name for name in strays if os.path.lexists(new / name) and name not in doomed]:
-            raise FileExistsError(f"{printable(path)} holds files that skipdit did not write: {_list_names(taken)}")
+        if conflicts := [name for name in strays if os.path.lexists(new / name) and name not in doomed]:
+            raise FileExistsError(
+                f"{printable(path)} contains files that skipdit did not write: {_list_names(conflicts)}"
+            )
         if doomed:
             LOGGER.warning("overwritten in %s: %s", printable(path), ", ".join(printable(name, 60) for name in doomed))
         path.rename(old)
@@ -196,26 +204,26 @@ def _is_any(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _changed(folder: Path) -> list[str]:
-    """Return the files listed in a folder's marker that have changed since."""
+    """Return the files listed in a folder's marker that have changed since they were listed."""
     listed = {name: digest for names in read_marker(folder)["files"].values() for name, digest in names.items()}
     return [name for name, entry in listed.items() if (folder / name).is_file() and not _is_same(folder / name, entry)]
 
 
 def _is_same(path: Path, entry: str) -> bool:
-    """Return True if a file is as its entry in a marker says."""
+    """Return True if a file matches its entry in a marker."""
     return entry == GROWING or file_digest(path) in entry.split()
 
 
 def _strays(folder: Path) -> list[str]:
-    """Return the paths in a folder that its marker does not list; of folders, the empty ones only."""
+    """Return the files and empty folders that a folder's marker does not list."""
     ours = {name for names in read_marker(folder)["files"].values() for name in names} | {MARKER}
-    found = []
+    strays = []
     for child in sorted(folder.rglob("*")):
         name = child.relative_to(folder).as_posix()
         is_folder = child.is_dir() and not child.is_symlink()
         if name not in ours and (not is_folder or not any(child.iterdir())):
-            found.append(name)
-    return found
+            strays.append(name)
+    return strays
 
 
 def _keep_strays(old: Path, path: Path) -> None:
@@ -229,15 +237,15 @@ def _keep_strays(old: Path, path: Path) -> None:
 
 
 def remove_ours(folder: Path) -> None:
-    """Delete the files listed in a folder's marker, and the folder itself unless it holds something else."""
+    """Delete the files listed in a folder's marker, and the folder itself unless it contains anything else."""
     names = [name for names in read_marker(folder)["files"].values() for name in names]
     _remove_files(folder, [*names, MARKER])
     if folder.is_dir():
-        LOGGER.warning("%s stays, because it holds %s", printable(folder), _list_names(_strays(folder)))
+        LOGGER.warning("%s was kept because it contains %s", printable(folder), _list_names(_strays(folder)))
 
 
 def _remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files, and the folders that become empty."""
+    """Remove files, and the folders that are empty afterwards."""
     folders = {folder}
     for name in names:
         (folder / name).unlink(missing_ok=True)
@@ -256,7 +264,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def read_marker(folder: Path) -> Marker:
-    """Return a folder's marker; one without files if there is none, or it is not one of ours."""
+    """Return a folder's marker, or a marker without files if there is none of ours."""
     try:
         marker = read_json(folder / MARKER, Marker, max_bytes=2**26)
     except (OSError, ValueError):
@@ -266,23 +274,23 @@ def read_marker(folder: Path) -> Marker:
 
 
 def check_marker(folder: Path) -> None:
-    """Raise `FileExistsError` if a folder has a file that is not ours in the place of a marker."""
+    """Raise `FileExistsError` if a folder has a `skipdit.json` that is not ours."""
     if os.path.lexists(folder / MARKER) and not read_marker(folder)["skipdit"]:
         raise FileExistsError(f"{printable(folder / MARKER)} was not written by skipdit: give another folder")
 
 
 def check_whole(folder: Path, kind: str) -> None:
-    """Raise `ValueError` if a listed file is missing or has changed, or no run of this kind is in the marker."""
+    """Raise `ValueError` if a listed file is missing or has changed, or the marker lists no run of this kind."""
     listed = read_marker(folder)["files"].get(kind)
     if listed is None:
-        raise ValueError(f"{printable(folder)} has no marker of a {kind}")
+        raise ValueError(f"{printable(folder)} has no marker for a {kind}")
     for name, digest in listed.items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise ValueError(f"{printable(folder / name)} is missing or has changed")
 
 
 def write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
-    """Write a folder's marker. files: SHA-256 by relative path, by the kind of run that wrote them."""
+    """Write a folder's marker. files: see `Marker`."""
     write_text(folder / MARKER, to_json({"skipdit": version("skipdit"), "files": files}))
 
 
@@ -292,14 +300,15 @@ def _is_inside(name: str) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A folder that a command writes named files into
+# A folder that a command writes files into
 
 
 class OutputFolder:
     """A folder for the files of one kind of run.
 
-    It replaces and removes only unchanged files that an earlier run of that kind wrote; with `overwrite`, also other
-    files of those names, with a warning each. `OSError` if it cannot be written, or has a foreign `skipdit.json`.
+    Only unchanged files that an earlier run of that kind wrote are replaced or removed; with `overwrite`, other files
+    of the same names too, with a warning for each. `OSError` if the folder cannot be written, or has a `skipdit.json`
+    that is not ours.
     """
 
     def __init__(self, path: Path, kind: str, *, overwrite: bool = False) -> None:
@@ -313,19 +322,19 @@ class OutputFolder:
             clean_up(folder)
 
     def claim(self, names: Iterable[str]) -> None:
-        """Raise `FileExistsError` if one of these files is not ours. Call this before any work is done."""
+        """Raise `FileExistsError` if one of these files exists and is not ours. Call this before any work is done."""
         foreign = [name for name in names if self._is_foreign(name)]
         if foreign and not self.overwrite:
             raise FileExistsError(
-                f"{printable(self.path)} holds {_list_names(foreign)}, which an earlier {self.kind} did not write: "
+                f"{printable(self.path)} contains {_list_names(foreign)}, which an earlier {self.kind} did not write: "
                 "give another --out, or --overwrite"
             )
         for name in foreign:
-            LOGGER.warning("%s is going to be overwritten", printable(self.path / name))
+            LOGGER.warning("%s will be overwritten", printable(self.path / name))
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
-        """Yield a draft as `atomic_file` does, and list the file in the marker. `FileExistsError` as for `claim`."""
+        """Yield a draft like `atomic_file`, and list the file in the marker. `FileExistsError` as for `claim`."""
         if self._is_foreign(name) and not self.overwrite:
             self.claim([name])
         with atomic_file(self.path / name) as draft:
@@ -338,11 +347,11 @@ class OutputFolder:
             draft.write_text(text, encoding="utf-8")
 
     def adopt(self, name: str) -> None:
-        """List a file that was written by other means, as it is now."""
+        """List a file that something else wrote, as it is now."""
         self._list(name, file_digest(self.path / name))
 
     def grow(self, name: str) -> bool:
-        """List a file that will be appended to, and stays ours as it grows; return True if it was ours before."""
+        """List a file that will be appended to: it stays ours as it grows. Return True if it was ours before."""
         was_ours = not self._is_foreign(name)
         self._new.add(name)
         self._write(self._listed() | {name: GROWING})
@@ -356,18 +365,18 @@ class OutputFolder:
         self._write({name: digest for name, digest in self._listed().items() if (self.path / name).is_file()})
 
     def remove(self, name: str) -> None:
-        """Delete a file that a run of this kind wrote, unless somebody has changed it."""
+        """Delete a file that a run of this kind wrote, unless it has changed since."""
         if not self._is_foreign(name):
             (self.path / name).unlink(missing_ok=True)
             self._new.discard(name)
             self._write({other: digest for other, digest in self._listed().items() if other != name})
 
     def kept(self) -> str:
-        """Return a message with the files that this run has written."""
+        """Return a message that names the files written by this run."""
         return f"{printable(self.path)} keeps {_list_names(sorted(self._new))}" if self._new else "nothing was written"
 
     def holds(self, name: str) -> bool:
-        """Return True if a file exists as a run of this kind wrote it."""
+        """Return True if a file exists and is unchanged since a run of this kind wrote it."""
         return os.path.lexists(self.path / name) and not self._is_foreign(name)
 
     def _listed(self) -> dict[str, str]:
@@ -380,7 +389,7 @@ class OutputFolder:
         return not path.is_file() or not _is_same(path, self._listed().get(name, ""))
 
     def _list(self, name: str, digest: str) -> None:
-        """List a draft before it replaces the previous file, and that file too: a killed run leaves one of them."""
+        """List a draft before it replaces the previous file, and that file as well: a killed run leaves one of them."""
         path, listed = self.path / name, self._listed()
         previous = {file_digest(path)} if path.is_file() and not self._is_foreign(name) else set()
         self._new.add(name)
@@ -394,14 +403,14 @@ class OutputFolder:
 def output_folder(path: Path, kind: str, *, overwrite: bool = False) -> Iterator[OutputFolder]:
     """Yield the `OutputFolder` of a command while holding its lock.
 
-    If the run is interrupted, a note on the exception names what was written: see `skipdit.terminal.say_stopped`.
+    If the run is interrupted, a note on the exception names the files written: see `skipdit.terminal.say_stopped`.
     """
     with locked(absolute(path)):
         out = OutputFolder(path, kind, overwrite=overwrite)
         try:
             yield out
-        except KeyboardInterrupt as stopped:
-            stopped.add_note(out.kept())
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(out.kept())
             raise
 
 
@@ -410,7 +419,7 @@ def output_folder(path: Path, kind: str, *, overwrite: bool = False) -> Iterator
 
 
 def clean_up(folder: Path) -> None:
-    """Remove the drafts of processes that have ended, and restore a folder that one of them had moved aside."""
+    """Remove the drafts of processes that have ended, and restore any folder that they had moved aside."""
     if not folder.is_dir():
         return
     for draft in sorted(folder.glob(f"{DRAFT}*")):
@@ -420,7 +429,7 @@ def clean_up(folder: Path) -> None:
 
 
 def _is_over(draft: Path, process: Process) -> bool:
-    """Return True if nobody works on a draft; for a process of another host, that is inferred from a long silence."""
+    """Return True if no process is working on a draft any more; on another host, after `SILENT_SECONDS` of silence."""
     if process.host == this_process().host:
         return process == this_process() or process.has_ended()
     try:
@@ -432,7 +441,7 @@ def _is_over(draft: Path, process: Process) -> bool:
 
 @contextmanager
 def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a unique draft path, and remove what is there at the end."""
+    """Yield a unique draft path, and remove whatever is there at the end."""
     draft = folder / f"{DRAFT}{this_process()}.{secrets.token_hex(4)}{suffix}"
     _live_drafts.add(draft.name)
     try:
@@ -443,8 +452,8 @@ def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
 
 
 def _remove_draft(draft: Path) -> None:
-    """Remove a draft. A folder that it moved aside is moved back, or, if it has been replaced, only a user's files;
-    what cannot be moved stays in the draft."""
+    """Remove a draft. A folder that it had moved aside is moved back, or only the user's files in it if a new folder is
+    already there; whatever cannot be moved stays in the draft."""
     old, target = draft / "old", draft / "target"
     if not draft.is_dir():
         draft.unlink(missing_ok=True)
@@ -458,10 +467,10 @@ def _remove_draft(draft: Path) -> None:
                 old.rename(path)
                 LOGGER.warning("%s has been restored: a failed run had moved it aside", printable(path))
         except (OSError, ValueError) as error:
-            LOGGER.warning("%s stays, because it could not be moved back: %s", printable(old), error)
+            LOGGER.warning("%s was kept because it could not be moved back: %s", printable(old), error)
             return
         if old.is_dir() and _strays(old):
-            LOGGER.warning("%s stays, because it holds files that skipdit did not write", printable(draft))
+            LOGGER.warning("%s was kept because it contains files that skipdit did not write", printable(draft))
             return
     shutil.rmtree(draft, ignore_errors=True)
 
@@ -472,7 +481,7 @@ def absolute(path: Path) -> Path:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file is on disk, or a folder if the file system supports that."""
+    """Wait until a file, or a folder where the file system supports it, is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,30 +18,30 @@ LOGGER = logging.getLogger(__name__)
 
 LOCK = ".skipdit.lock"
 HEARTBEAT_SECONDS = 20.0
-STALE_SECONDS = 120.0  # without a heartbeat, after which a lock of another host is stale: its processes are invisible
+STALE_SECONDS = 120.0  # after its last heartbeat, a lock of another host (whose processes are invisible) is stale
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A process of a host."""
+    """A process on a host."""
 
     host: str
-    """name of its host"""
+    """name of the host"""
     pid: int
-    """its number, which the system may reuse"""
+    """process number, which the system may reuse"""
     started: int
-    """its start in clock ticks after boot; 0 if unknown"""
+    """start time in clock ticks after boot; 0 if unknown"""
 
     def __str__(self) -> str:
         return f"{self.host}-{self.pid}-{self.started}"
 
     @classmethod
     def parse(cls, text: str) -> "Process | None":
-        found = re.fullmatch(r"([\w-]+)-(\d{1,10})-(\d{1,20})", text)
-        return found and cls(host=found[1], pid=int(found[2]), started=int(found[3]))
+        match = re.fullmatch(r"([\w-]+)-(\d{1,10})-(\d{1,20})", text)
+        return match and cls(host=match[1], pid=int(match[2]), started=int(match[3]))
 
     def has_ended(self) -> bool:
-        """Return True if this host no longer runs it; False for a process of another host, which is unknown."""
+        """Return True if this host no longer runs it; always False for a process on another host."""
         if self.host != this_process().host:
             return False
         try:
@@ -55,7 +55,7 @@ class Process:
 
 
 def started_at(pid: int) -> int:
-    """Return when a process began, in clock ticks after boot (proc(5), field 22); 0 if that is unknown."""
+    """Return when a process started, in clock ticks after boot (proc(5), field 22); 0 if unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return int(fields[19])
@@ -70,10 +70,10 @@ def this_process() -> Process:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, so that one run at a time writes into it; create the folder if needed.
+    """Hold the lock of a folder, so that only one run at a time writes into it; create the folder if needed.
 
-    `BlockingIOError` names the run that holds it already. The lock of a process that has ended is taken over, with a
-    warning, as is one of another host without a heartbeat for two minutes.
+    `BlockingIOError` names the run that already holds it. The lock of a process that has ended is taken over, with a
+    warning; so is one of another host after `STALE_SECONDS` without a heartbeat.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
@@ -87,17 +87,17 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         stop.set()
         heart.join()
-        if _is_current(handle, path):  # else the folder was deleted, and another run may have created it again
-            path.unlink(missing_ok=True)  # while the lock is held: see `_take`
+        if _is_current(handle, path):  # otherwise the folder was deleted, and another run may have created it again
+            path.unlink(missing_ok=True)  # while the lock is still held: see `_take`
         _held.discard(handle)
         os.close(handle)
 
 
-_held: set[int] = set()  # handles of locks of this process
+_held: set[int] = set()  # handles of the locks of this process
 
 
 def _let_go() -> None:
-    """Close a forked child's copies of the handles: a data worker would otherwise hold the lock of a dead parent."""
+    """Close the handles in a forked child: otherwise a data worker would hold the lock after its parent has died."""
     while _held:
         os.close(_held.pop())
 
@@ -106,7 +106,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def _take(path: Path) -> int:
-    """Return a handle that holds the lock. The kernel releases it when the process ends, however that happens."""
+    """Return a handle that holds the lock. The kernel releases it when the process ends, however it ends."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
@@ -125,7 +125,7 @@ def _lock(handle: int, path: Path) -> None:
     holder = Process.parse(os.pread(handle, 200, 0).decode("utf-8", "replace"))
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # held, or a file system without locks: then rely on what the file says
+    except OSError as error:  # the lock is held, or the file system has no locks: then rely on the file's contents
         is_here = holder and holder != this_process() and holder.host == this_process().host
         if isinstance(error, BlockingIOError) or (holder and is_here and not holder.has_ended()):
             raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
@@ -135,10 +135,10 @@ def _lock(handle: int, path: Path) -> None:
         silent = time.time() - os.fstat(handle).st_mtime
         if silent < STALE_SECONDS:
             raise BlockingIOError(
-                f"{printable(path.parent)} is in use {_by(holder)}: give another --out; if that run is over, wait "
+                f"{printable(path.parent)} is in use {_by(holder)}: give another --out; if that run has ended, wait "
                 f"{STALE_SECONDS - silent:.0f} s or delete {printable(path)}"
             )
-    LOGGER.warning("the lock of %s is taken over: the run %s is over", printable(path.parent), _by(holder))
+    LOGGER.warning("taking over the lock of %s: the run %s has ended", printable(path.parent), _by(holder))
 
 
 def _by(holder: Process | None) -> str:

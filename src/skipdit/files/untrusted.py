@@ -1,6 +1,6 @@
-"""Read untrusted files: sizes are checked before anything is allocated, and JSON before it is used.
+"""Read untrusted files: check sizes before anything is allocated, and JSON before it is used.
 
-Everything here raises `ValueError` or `OSError` with one line that names the file.
+All functions raise `ValueError` or `OSError` with a one-line message that names the file.
 """
 
 import errno
@@ -19,14 +19,14 @@ Content = TypeVar("Content")
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_DEPTH = 64
-MAX_INTEGER = 2**63 - 1  # of an int64
+MAX_INTEGER = 2**63 - 1  # largest int64
 MAX_SHOWN = 200  # characters of untrusted text in a message
 
 
 def printable(text: object, limit: int = MAX_SHOWN) -> str:
-    """Return untrusted text for a message: cut to `limit` characters, control characters escaped.
+    """Return untrusted text for a message, cut to `limit` characters, with control characters escaped.
 
-    A terminal would otherwise obey escape sequences in a file name or a key.
+    Otherwise a terminal would obey escape sequences in a file name or a key.
     """
     whole = str(text)
     escaped = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in whole[:limit])
@@ -34,7 +34,7 @@ def printable(text: object, limit: int = MAX_SHOWN) -> str:
 
 
 def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
-    """Return a path as `printable` does, but cut at its beginning, so that the file name remains."""
+    """Return a path like `printable`, but cut at the beginning, so that the file name remains."""
     whole = str(path)
     return printable(whole, limit) if len(whole) <= limit else "…" + printable(whole[-limit:], limit)
 
@@ -42,7 +42,7 @@ def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading.
 
-    `OSError` if there is none; `ValueError` for a FIFO (opening one would wait forever), a device, a socket, a folder,
+    `OSError` if it does not exist; `ValueError` for a FIFO (which would block forever), a device, a socket, a folder,
     or a name that is too long.
     """
     try:
@@ -60,12 +60,12 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def check_regular(path: Path) -> None:
-    """Raise the errors of `open_regular`, for a file that a library opens by its path."""
+    """Raise the errors of `open_regular` for a file that a library will open by its path."""
     open_regular(path).close()
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Return the content of a regular file; `ValueError` if it has more than `max_bytes`."""
+    """Return the contents of a regular file; `ValueError` if it is larger than `max_bytes`."""
     with open_regular(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
@@ -81,27 +81,27 @@ def file_digest(path: Path) -> str:
 
 def check_hash(path: Path, sha256: str) -> None:
     """Raise `ValueError` unless a regular file has this SHA-256."""
-    if (found := file_digest(path)) != sha256:
+    if (digest := file_digest(path)) != sha256:
         raise ValueError(
-            f"{printable(path)} is not the file that skipdit was tested with: its SHA-256 is {found}, not {sha256}; "
-            "install its package again"
+            f"{printable(path)} is not the file that skipdit was tested with: its SHA-256 is {digest}, not {sha256}; "
+            "reinstall its package"
         )
 
 
 def read_json(
     path: Path, kind: type[Content], *, max_bytes: int = MAX_JSON_BYTES, infinite: Collection[str] = ()
 ) -> Content:
-    """Return a JSON file's content, checked against a type: a TypedDict, a dataclass, `dict[str, Any]`, ...
+    """Return the contents of a JSON file, checked against a type: a TypedDict, a dataclass, `dict[str, Any]`, ...
 
-    `OSError` if the file cannot be read. `ValueError` if it is too large, not JSON, of another type, nested deeper than
-    64, or has a duplicate key, a number that is not finite or an integer beyond 64 bits. infinite: keys of objects
-    whose values may be infinite.
+    infinite: keys of objects whose values may be infinite. `OSError` if the file cannot be read. `ValueError` if it is
+    too large, not JSON, of another type, nested deeper than 64, or has a duplicate key, a non-finite number or an
+    integer beyond 64 bits.
     """
     return parse_json(read_bytes(path, max_bytes), kind, printable(path), infinite=infinite)
 
 
 def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite: Collection[str] = ()) -> Content:
-    """Return the content of JSON text, with the checks of `read_json`. name: its name in errors."""
+    """Return the contents of JSON text, with the checks of `read_json`. name: what errors call it."""
 
     def pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         return _check_infinite(_to_unique(pairs), infinite)
@@ -125,7 +125,10 @@ def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite
 
 
 def as_type(value: Any, kind: type[Content], name: str) -> Content:
-    """Return parsed JSON, checked against a type; of a TypedDict, the keys that it knows. name: its name in errors."""
+    """Return parsed JSON, checked against a type; keys that a TypedDict does not declare are dropped.
+
+    name: what errors call it.
+    """
     try:
         return msgspec.convert(value, type=kind, strict=True)
     except msgspec.ValidationError as error:
@@ -133,11 +136,11 @@ def as_type(value: Any, kind: type[Content], name: str) -> Content:
 
 
 def _to_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in found if keys.count(key) > 1)!r} appears twice")
-    return found
+        raise ValueError(f"the key {next(key for key in unique if keys.count(key) > 1)!r} appears twice")
+    return unique
 
 
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}

@@ -1,6 +1,6 @@
-"""Opens the attentions and MLPs of a model, ours or diffusers', so that their outputs can be stored and reused.
+"""Opens the attention and MLP branches of a model, ours or diffusers', so that their outputs can be stored and reused.
 
-By *class swap*: an open branch is an instance of a final subclass made from (mixin, its class). Weight keys stay the
+This is a *class swap*: an open branch is an instance of a final subclass of (mixin, its class). Weight keys stay the
 same, a copy of the model is independent, and `torch.compile` sees one plain forward.
 """
 
@@ -14,7 +14,7 @@ from skipdit.models.long_skip import LongSkipModel, OpenCall
 
 
 class UnitBranch(SwapMixin, nn.Module):
-    """Mixin before the class of an attention or MLP of a block: its output can be stored and reused."""
+    """Mixin for the class of an attention or MLP, whose output can then be stored and reused."""
 
     _branch: tuple[str, int, str]  # kind, unit, name
     _open: OpenCall
@@ -24,8 +24,8 @@ class UnitBranch(SwapMixin, nn.Module):
         if state is None or not state.plan.has_branches:
             return super().forward(*args, **kwargs)
         run = super().forward
-        entering = args[0] if args else next(iter(kwargs.values()), None)
-        return state.branch(*self._branch, entering, lambda: run(*args, **kwargs))
+        first_input = args[0] if args else next(iter(kwargs.values()), None)
+        return state.branch(*self._branch, first_input, lambda: run(*args, **kwargs))
 
 
 @lru_cache
@@ -34,9 +34,9 @@ def _branch_class(base: type[nn.Module]) -> type[UnitBranch]:
 
 
 def open_branches(model: LongSkipModel) -> None:
-    """Make the outputs of a model's branches ones that can be stored and reused; the model's output stays the same.
+    """Open a model's branches, so that their outputs can be stored and reused; the model's output does not change.
 
-    Raises `ValueError` if hooks are on the forward of a branch (offloading: set it up afterwards).
+    Raises `ValueError` if the forward of a branch is hooked: set up offloading afterwards.
     """
     branches = model.branches()
     refuse_hooked(branch.module for branch in branches if not isinstance(branch.module, UnitBranch))
@@ -49,8 +49,8 @@ def open_branches(model: LongSkipModel) -> None:
 
 
 def close_branches(model: LongSkipModel) -> None:
-    """Undo `open_branches`. A branch stays open, which changes no output, if hooks were set on it since, or another
-    class is on top of it (`fully_shard`)."""
+    """Undo `open_branches`. A branch that has since been hooked or given another class (`fully_shard`) stays open,
+    which does not change its output."""
     still_open = False
     for branch in model.branches():
         module = cast(Any, branch.module)

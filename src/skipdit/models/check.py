@@ -1,4 +1,4 @@
-"""Checks that a declared family fits its class, by running plain, storing and reusing steps."""
+"""Checks that a declared family fits its class by running plain, storing and reusing steps."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Units
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 from skipdit.models.surgery import close_units, open_units
 
-TOLERANCE = 1e-3  # error of a reuse step on the same inputs, over the largest output
+TOLERANCE = 1e-3  # error of a reuse step on the same inputs, relative to the largest output
 
 
 @dataclass(frozen=True, kw_only=True)
 class FamilyCheck:
-    """The result of `check_family` for a model that fits."""
+    """Result of `check_family` for a model that fits."""
 
     num_units: int
     """Number of units in all segments."""
     branches: tuple[str, ...]
     """Kinds of branches whose outputs can be reused."""
     writes_in_place: bool
-    """True if blocks write their input or a buffer in place, so that stored values must be copies."""
+    """True if blocks write to their input or to a buffer in place, so that stored values must be copies."""
 
     def __str__(self) -> str:
         kinds = ", ".join(self.branches) or "none"
@@ -34,14 +34,14 @@ class FamilyCheck:
 
 
 def check_family(model: nn.Module, example_inputs: Mapping[str, Any]) -> FamilyCheck:
-    """Run plain, storing and reusing steps of a transformer on these arguments, and check that its family fits.
+    """Check that a transformer's family fits, by running plain, storing and reusing steps.
 
     example_inputs: the arguments that a pipeline passes to the model's forward, by name. The model is unchanged
     afterwards. Raises `ValueError` with one line on what does not fit.
     """
     name, family = type(model).__name__, get_family(type(model))
     if isinstance(model, LongSkipModel):
-        raise ValueError(f"this {name} is open already: pass a plain model, before add_long_skips and enable_cache")
+        raise ValueError(f"this {name} is already open: pass a plain model, before add_long_skips and enable_cache")
     _check_arguments(name, family, example_inputs)
     was_training = model.training
     model.eval()
@@ -55,13 +55,13 @@ def check_family(model: nn.Module, example_inputs: Mapping[str, Any]) -> FamilyC
 def _check_arguments(name: str, family: Family, inputs: Mapping[str, Any]) -> None:
     for role in ("latents", "timestep"):
         if (argument := getattr(family, role)) not in inputs:
-            raise ValueError(f"{role} of the family is {argument!r}, which is none of {', '.join(inputs)} for {name}")
+            raise ValueError(f"the family's {role} is {argument!r}, but the inputs of {name} are {', '.join(inputs)}")
     level = float(torch.as_tensor(inputs[family.timestep]).float().max())
     scaled = level * family.timestep_scale + (1000 if family.timestep_scale < 0 else 0)
     if not 1.5 < scaled <= 1001:
         raise ValueError(
-            f"a {family.timestep} of {level:g} at timestep_scale {family.timestep_scale:g} is {scaled:g} of 1000: "
-            "the scale does not fit, or the example is not from the middle of a run"
+            f"a {family.timestep} of {level:g} with timestep_scale {family.timestep_scale:g} is timestep {scaled:g} of "
+            "1000: the scale is wrong, or the example is not from the middle of a run"
         )
 
 
@@ -70,35 +70,36 @@ def _check(model: nn.Module, name: str, inputs: dict[str, Any]) -> FamilyCheck:
     try:
         open_units(model)
     except AttributeError as error:
-        raise ValueError(f"{name} has no such lists as its family: {error}") from error
-    linked = cast(LongSkipModel, model)
+        raise ValueError(f"{name} lacks the block lists of its family: {error}") from error
+    open_model = cast(LongSkipModel, model)
     try:
-        num_units = linked.long_skip_links.num_units
-        with _counted(linked) as counts:
-            opened = first_tensor(model(**inputs))
-        if not torch.equal(opened, expected):
-            raise ValueError(f"the output of {name} changes with its units open: it is not a chain of these blocks")
-        if odd := [unit for unit, count in enumerate(counts) if count != 1]:
-            raise ValueError(f"unit {odd[0]} of {name} runs {counts[odd[0]]} times per forward, not once")
+        num_units = open_model.long_skip_links.num_units
+        with _counted(open_model) as counts:
+            open_output = first_tensor(model(**inputs))
+        if not torch.equal(open_output, expected):
+            raise ValueError(f"opening its units changes the output of {name}: it is not a chain of these blocks")
+        if irregular_units := [unit for unit, count in enumerate(counts) if count != 1]:
+            unit = irregular_units[0]
+            raise ValueError(f"unit {unit} of {name} runs {counts[unit]} times per forward, not once")
         if num_units < 3:
-            raise ValueError(f"{name} has {num_units} units: at least 3 are needed to leave one out")
+            raise ValueError(f"{name} has {num_units} units, but at least 3 are needed to leave one out")
         for stop, delta in ((num_units - 1, False), (num_units - 1, True), (num_units, True)):
             region = Units(start=1, stop=stop, delta=delta)
             _check_reuse(model, name, inputs, expected, region, "streams, their order or joins do not fit")
-        found = {branch.kind for branch in linked.branches()}
-        kinds: tuple[BranchKind, ...] = tuple(kind for kind in get_args(BranchKind) if kind in found)
-        open_branches(linked)
+        model_kinds = {branch.kind for branch in open_model.branches()}
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in get_args(BranchKind) if kind in model_kinds)
+        open_branches(open_model)
         for kind in kinds:
             region = Branches(kinds=(kind,), units=tuple(range(num_units)))
             _check_reuse(model, name, inputs, expected, region, f"branches of kind {kind} do not fit")
-        writes = linked.open_call.writes if linked.open_call else None
+        writes = open_model.open_call.writes if open_model.open_call else None
         return FamilyCheck(
             num_units=num_units,
             branches=kinds,
             writes_in_place=writes is not None and (writes.always or True in writes.known.values()),
         )
     finally:
-        close_branches(linked)
+        close_branches(open_model)
         close_units(model)
 
 
@@ -112,23 +113,23 @@ def first_tensor(output: Any) -> Tensor:
 def _check_reuse(
     model: nn.Module, name: str, inputs: dict[str, Any], expected: Tensor, region: Region, fault: str
 ) -> None:
-    """Raise `ValueError` if a step that reuses the values stored on the same inputs has another output."""
+    """Raise `ValueError` if a step that reuses values stored for the same inputs has a different output."""
     links = cast(LongSkipModel, model).long_skip_links
     try:
         output, stored = model(**inputs, plan=ForwardPlan.of(links, store=(region,)))
-        reused, _ = model(**inputs, plan=ForwardPlan.of(links, reuse=(region,)), stored=stored)
+        reuse_output, _ = model(**inputs, plan=ForwardPlan.of(links, reuse=(region,)), stored=stored)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
         raise ValueError(f"{name}: {fault}: {str(error).splitlines()[0]}") from error
     if not torch.equal(first_tensor(output), expected):
         raise ValueError(f"{name}: {fault}: a step that stores changes the output")
-    distance = float((first_tensor(reused) - expected).abs().max())
+    distance = float((first_tensor(reuse_output) - expected).abs().max())
     if not distance <= TOLERANCE * float(expected.abs().max()):
         raise ValueError(f"{name}: {fault}: a step that reuses {region} on the same inputs is off by {distance:.2g}")
 
 
 @contextmanager
 def _counted(model: LongSkipModel) -> Iterator[list[int]]:
-    """Count the runs of each unit's first block inside the block."""
+    """Count how often the first block of each unit runs inside the `with` block."""
     counts = [0] * len(model.unit_entries())
 
     def count(unit: int) -> Any:

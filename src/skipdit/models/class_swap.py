@@ -1,6 +1,6 @@
-"""Gives a module another class and undoes it, also if offloading has hooks on its forward.
+"""Changes the class of a module and changes it back, even if offloading has hooked its forward.
 
-The private parts of accelerate (`_hf_hook`, `_old_forward`) and diffusers (`_diffusers_hook`) that this needs are here.
+All use of accelerate's private `_hf_hook` and `_old_forward` is here.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,13 +11,13 @@ from torch import nn
 
 
 def swapped_class(mixin: type, base: type, **namespace: Any) -> type:
-    """Return a final subclass of the same name, so that a saved config names the model."""
+    """Return a final subclass with the name of `base`, which a saved config then names."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (mixin, base), names | namespace)
 
 
 def swap(module: nn.Module, new_class: type) -> None:
-    """Give a module another class; hooks of accelerate on it then run the forward of that class."""
+    """Give a module another class; accelerate's hooks on it then run the forward of that class."""
     cast(Any, module).__class__ = new_class
     attributes = vars(module)
     if _is_own_method(module, attributes.get("forward")):  # left by a hook that was removed
@@ -32,16 +32,16 @@ def _is_own_method(module: nn.Module, value: Any) -> bool:
 
 def refuse_hooked(modules: Iterable[nn.Module]) -> None:
     """Raise `ValueError` if hooks that skipdit cannot keep have replaced the forward of a module."""
-    found = hooked(modules)
-    if found is not None:
+    hooked_module = hooked(modules)
+    if hooked_module is not None:
         raise ValueError(
-            f"hooks of diffusers are on the forward of this {type(found).__name__} (group offloading, layerwise "
-            "casting, context parallelism or a cache): remove them, call skipdit, then set them up again"
+            f"diffusers has hooked the forward of this {type(hooked_module).__name__} (group offloading, layerwise "
+            "casting, context parallelism or a cache): remove the hooks, call skipdit, then set them up again"
         )
 
 
 def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
-    """Return the first module whose forward was replaced by hooks other than accelerate's (CPU offloading)."""
+    """Return the first module whose forward was replaced by hooks other than accelerate's CPU offloading."""
     for module in modules:
         fields = vars(module)
         if "forward" in fields and "_hf_hook" not in fields and not _is_own_method(module, fields["forward"]):
@@ -50,7 +50,8 @@ def hooked(modules: Iterable[nn.Module]) -> nn.Module | None:
 
 
 class SwapMixin:
-    """Mixin that pickles and copies instances of a swapped class, which no module names, by how the class is made."""
+    """Mixin that lets instances of a swapped class, which no module exports, be pickled and copied: it stores how the
+    class was made."""
 
     _made_by: tuple[Callable[[Any], type], type]
 
@@ -60,7 +61,7 @@ class SwapMixin:
 
 
 def _recipe(cls: type) -> Any:
-    """Return a class that a module names, or (function, recipe of the class that it is applied to)."""
+    """Return an importable class itself, or for a swapped class (function that makes it, recipe of its base)."""
     made_by = vars(cls).get("_made_by")
     return cls if made_by is None else (made_by[0], _recipe(made_by[1]))
 

@@ -1,5 +1,5 @@
-"""Costs of units and branches in FLOPs of the whole model, which includes blocks that always run and all layers outside
-the blocks.
+"""Costs of units and branches as shares of the FLOPs of the whole model, including blocks that always run and all
+layers outside the blocks.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,9 +21,9 @@ class Costs:
     units: tuple[float, ...]
     """Share of each unit."""
     branches: Mapping[tuple[str, int], float]
-    """Share of the branches of each kind in each unit, which is part of the unit's."""
+    """Share of the branches of each kind in each unit, included in the unit's share."""
     known: dict[tuple[Region, ...], float] = field(init=False, repr=False, default_factory=dict)
-    """Costs of steps that have been asked for, by the regions they reuse."""
+    """Results of `of_step` so far, by the regions reused."""
 
     def of_step(self, reuse: tuple[Region, ...]) -> float:
         """Return the cost of a step that reuses these regions, as a share of a full step."""
@@ -45,18 +45,18 @@ class Costs:
 
     @classmethod
     def _from(cls, model: nn.Module, total: float, cost_of: Callable[[nn.Module], float]) -> "Costs":
-        linked = cast(LongSkipModel, model)
-        units = tuple(sum(map(cost_of, blocks)) / total for blocks in linked.units())
+        open_model = cast(LongSkipModel, model)
+        units = tuple(sum(map(cost_of, blocks)) / total for blocks in open_model.units())
         branches: dict[tuple[str, int], float] = {}
-        for branch in linked.branches():
+        for branch in open_model.branches():
             key = branch.kind, branch.unit
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / total
         return cls(units, branches)
 
     @classmethod
     def at_best(cls, model: nn.Module) -> "Costs":
-        """Estimate the costs before a step has run, as if all layers were in units of the same cost. FLOPs are taken
-        as proportional to the number of weights. A model without known units has no parts, only the cost of the whole.
+        """Estimate the costs before any step has run, as if all layers were in units of equal cost and FLOPs were
+        proportional to the number of weights. For a model without known units the result has no units or branches.
         """
 
         def cost_of(module: nn.Module) -> float:
@@ -64,17 +64,17 @@ class Costs:
 
         if not isinstance(model, LongSkipModel):
             return cls((), {})
-        linked = cast(LongSkipModel, model)
-        units = linked.units()
+        open_model = cast(LongSkipModel, model)
+        units = open_model.units()
         branches: dict[tuple[str, int], float] = {}
-        for branch in linked.branches():
+        for branch in open_model.branches():
             key, whole = (branch.kind, branch.unit), sum(map(cost_of, units[branch.unit])) or 1.0
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / whole / len(units)
         return cls((1 / len(units),) * len(units), branches)
 
     @classmethod
     def by_weights(cls, model: nn.Module) -> "Costs":
-        """Estimate the costs of a step whose FLOPs cannot be counted, as proportional to the number of weights."""
+        """Estimate the costs as proportional to the number of weights, for a step whose FLOPs cannot be counted."""
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
         def cost_of(module: nn.Module) -> float:
@@ -86,23 +86,23 @@ class Costs:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return a counter of FLOPs that includes the attention of CPUs, which torch's counter lacks."""
+    """Return a FLOP counter that also counts attention on a CPU, which torch's own does not."""
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
     )
 
 
 def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
-    """Return the FLOPs of a model's forwards within a call, such as that of its pipeline. Graphs count as 0."""
-    counter, within = flop_counter(), 0
+    """Return the FLOPs of a model's forwards during a call, such as one of its pipeline. Compiled graphs count as 0."""
+    counter, flops = flop_counter(), 0
 
     def enter(*_: Any) -> None:
-        nonlocal within
-        within -= counter.get_total_flops()
+        nonlocal flops
+        flops -= counter.get_total_flops()
 
     def leave(*_: Any) -> None:
-        nonlocal within
-        within += counter.get_total_flops()
+        nonlocal flops
+        flops += counter.get_total_flops()
 
     hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
     try:
@@ -111,7 +111,7 @@ def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    return within
+    return flops
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -121,12 +121,12 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
 def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
     """Return the output of `call`, a full forward of a model, and the costs of its units and branches.
 
-    Returns `None` and an estimate if torch cannot count: flex attention on a CPU, sharded weights. Costs are read by
-    hooks on the modules themselves, as those of torch's counter are global and see the work of other threads.
+    Returns `None` and an estimate if torch cannot count: flex attention on a CPU, sharded weights. The counter
+    is read by hooks on these modules, because its own module hooks are global and would see the work of other threads.
     """
-    linked = cast(LongSkipModel, model)
-    blocks = {block for blocks in linked.units() for block in blocks}
-    flops = dict.fromkeys((*blocks, *(branch.module for branch in linked.branches())), 0)
+    open_model = cast(LongSkipModel, model)
+    blocks = {block for blocks in open_model.units() for block in blocks}
+    flops = dict.fromkeys((*blocks, *(branch.module for branch in open_model.branches())), 0)
     counter = flop_counter()
 
     def enter(module: nn.Module, *_: Any) -> None:
@@ -140,7 +140,7 @@ def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
     try:
         with counter:
             result = call()
-    except Exception:  # an error of the call itself is raised again without the counter
+    except Exception:  # the caller runs an uncounted call again, and an error of the call itself is raised there
         return None, Costs.by_weights(model)
     finally:
         for hook in hooks:

@@ -32,7 +32,7 @@ PRESETS = {
 
 
 def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
-    """Return the arguments of a model that a published size decides; `ValueError` on an unknown one."""
+    """Return the constructor arguments of a published size. Raises `ValueError` if it is unknown."""
     num_layers, hidden_size, num_attention_heads, patch_size = presets[choose("preset", name, presets)]
     return {
         "patch_size": patch_size,
@@ -90,7 +90,7 @@ class MLP(nn.Module):
 
 
 def repeat_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """Repeat each row equally often, to `num_rows` in total: all frames of a clip share its conditioning."""
+    """Repeat each row equally often, to `num_rows` in total, as all frames of a clip share its conditioning."""
     return rows if rows.shape[0] == num_rows else rows.repeat_interleave(num_rows // rows.shape[0], dim=0)
 
 
@@ -102,8 +102,8 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class DiTBlock(LinkedBlock):
     """One unit: attention and MLP, each modulated and gated by the conditioning (adaLN-Zero, DiT paper, section 3.2).
 
-    The model sets `long_skip` on the units that take a skip. Each row of the conditioning is used for batch / groups
-    rows of the batch.
+    The model sets `long_skip` on the units that take a skip. Each row of the conditioning applies to batch / groups
+    consecutive rows of the batch.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool = False) -> None:
@@ -169,19 +169,19 @@ def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Floa
 
 
 class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
-    """What DiT and Latte share: `DiTBlock`s on patches of pictures, one token each, and their conditioning."""
+    """Base of DiT and Latte: `DiTBlock`s on patches of pictures, one token per patch, and their conditioning."""
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
     _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     blocks_per_unit: ClassVar[int] = 1
     position_embedding: Tensor
     patch_size: int
 
     def build(self) -> None:
-        """Make the layers that the config asks for. `ValueError` on sizes that do not fit one another."""
+        """Create the layers that the config describes. Raises `ValueError` if its sizes do not fit together."""
         config = self.config
         hidden_size = config.num_attention_heads * config.attention_head_dim
         if hidden_size % 4 or hidden_size < 4:
@@ -201,7 +201,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
             out_channels=config.out_channels or config.in_channels,
             long_skip=None if long_skip is None else long_skip.to_dict(),
             shallow_path=None if shallow_path is None else shallow_path.to_dict(),
-            _use_default_values=[],  # else `from_config` resets them, and add_long_skips changes one
+            _use_default_values=[],  # `from_config` would reset the entries in it, and add_long_skips changes one
         )
         self.gradient_checkpointing = False
         self._make_layers(hidden_size)
@@ -228,7 +228,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
 
     @property
     def dit_blocks(self) -> list[DiTBlock]:
-        """The blocks, which a `ModuleList` does not type."""
+        """Return the blocks with their type, which a `ModuleList` does not know."""
         return cast(list[DiTBlock], list(self.blocks))
 
     def units(self) -> list[tuple[LinkedBlock, ...]]:
@@ -247,7 +247,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
 
     @property
     def null_class_label(self) -> int:
-        """The label that means "no class"; raises `ValueError` if the model was built without one."""
+        """Return the label that means "no class". Raises `ValueError` if the model was built without one."""
         if self.config.num_classes is None or not self.config.null_class:
             raise ValueError("this model has no null class: classifier-free guidance needs num_classes and null_class")
         return self.config.num_classes
@@ -255,7 +255,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
     def embed_patches(
         self, latents: Float[Tensor, "pictures channels height width"]
     ) -> tuple[Float[Tensor, "pictures tokens dim"], tuple[int, int]]:
-        """Return a token per patch, each with its position, and how many patches a picture has downward and across."""
+        """Return one token per patch, with its position embedding added, and the number of patch rows and columns."""
         sizes = tuple(latents.shape[-2:])
         if any(size % self.patch_size for size in sizes):
             raise ValueError(f"height and width must be divisible by patch_size {self.patch_size}, got {sizes}")
@@ -266,19 +266,19 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
         return self.patch_embed(latents) + positions.to(latents.dtype), (height, width)
 
     def embed_timestep(self, timestep: Tensor, batch: int, dtype: torch.dtype) -> Float[Tensor, "batch dim"]:
-        """Return the embedding of a timestep, one for the batch, or one per sample."""
+        """Return the embedding of one timestep for the whole batch, or of one per sample."""
         return self.timestep_embedder(self.timestep_frequencies(timestep.reshape(-1).expand(batch)).to(dtype))
 
     def predict_patches(
         self, hidden_states: Tensor, conditioning: Tensor, grid: tuple[int, int]
     ) -> Float[Tensor, "pictures channels height width"]:
-        """Return what the last layer makes of all tokens, as pictures."""
+        """Return the output of the final layer, put back together from patches to pictures."""
         patches, p = self.final_layer(hidden_states, conditioning), self.patch_size
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=p, q=p)
 
 
 def run_block(model: PatchTransformer, block: nn.Module, *args: Tensor | None) -> Tensor:
-    """Run a block; under gradient checkpointing it runs again in the backward pass."""
+    """Run a block, with gradient checkpointing if it is enabled."""
     if model.gradient_checkpointing and torch.is_grad_enabled():
         return model._gradient_checkpointing_func(block, *args)
     return block(*args)
@@ -295,9 +295,9 @@ def init_adaln_zero(model: PatchTransformer) -> None:
     for embedding in (model.timestep_embedder.linear_1, model.timestep_embedder.linear_2):
         nn.init.normal_(embedding.weight, std=0.02)
     modulations = [module.modulation for module in model.modules() if isinstance(module, (DiTBlock, FinalLayer))]
-    for zeroed in (*modulations, model.final_layer.proj):
-        nn.init.zeros_(zeroed.weight)
-        nn.init.zeros_(zeroed.bias)
+    for layer in (*modulations, model.final_layer.proj):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 class DiT(PatchTransformer):
@@ -306,12 +306,12 @@ class DiT(PatchTransformer):
     Args:
         sample_size (`int`): height and width of the latents (or pixels) it is trained on; other sizes work too.
         patch_size (`int`): side of the square patch that becomes one token.
-        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` where
-            the model also predicts a variance.
+        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` if the
+            model also predicts a variance.
         num_layers (`int`): number of blocks; each is one unit.
         num_attention_heads (`int`), attention_head_dim (`int`): their product is the hidden size, which must be
             divisible by 4.
-        mlp_ratio (`float`): hidden size of the MLP over that of the block.
+        mlp_ratio (`float`): ratio of the MLP's hidden size to that of the block.
         num_classes (`int`): number of classes. null_class (`bool`): adds class `num_classes`, which means "no class"
             and which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies, 1 that of diffusers.
@@ -319,8 +319,8 @@ class DiT(PatchTransformer):
             official SiT embeds the share of data, 1 - timestep / 1000: -0.001 and 1.
         qk_norm (`bool`): RMSNorm of the queries and keys of each head.
         long_skip (`LongSkipConfig`, *optional*): `None` for the plain DiT.
-        shallow_path (`ShallowPath`, *optional*): first and last units that training taught to predict alone, which
-            guidance may use; no effect otherwise.
+        shallow_path (`ShallowPath`, *optional*): the first and last units, if they were trained to predict without the
+            others; only guidance uses this.
     """
 
     class_embedder: nn.Embedding
@@ -361,7 +361,7 @@ class DiT(PatchTransformer):
         num_classes: int = 1000,
         long_skip: LongSkipConfig | None = None,
     ) -> "DiT":
-        """Build a published size with fresh weights: `"DiT-S/2"` ... `"DiT-XL/8"`; `ValueError` on others."""
+        """Build a published size, `"DiT-S/2"` to `"DiT-XL/8"`, with fresh weights. Raises `ValueError` on others."""
         return cls(
             **preset_sizes(name, PRESETS),
             sample_size=sample_size,
@@ -383,8 +383,8 @@ class DiT(PatchTransformer):
     ) -> LongSkipOutput | tuple[Tensor, ...] | PlannedOutput:
         """Predict from noisy latents `hidden_states` at `timestep` (0 to 1000; one for the batch, or one per sample).
 
-        Under a `plan` this returns a `PlannedOutput` with the values that the plan stores; the values that it reuses
-        come from `stored`, those of an earlier call. Each tensor has the shape (batch, tokens, dim).
+        With a `plan`, returns a `PlannedOutput` with the values that the plan stores. The values that it reuses come
+        from `stored`, which an earlier call returned. Each tensor has the shape (batch, tokens, dim).
         """
         hidden_states, grid = self.embed_patches(hidden_states)
         if (self.time_scale, self.time_shift) != (1, 0):

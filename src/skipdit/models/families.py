@@ -1,4 +1,4 @@
-"""The units of diffusers' transformers: one row per class. Data only; `surgery` acts on it."""
+"""The units of diffusers' transformers, one row per class. Data only; `surgery` uses it."""
 
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, replace
@@ -23,7 +23,7 @@ BRANCHES: Named = {
         *("img_mlp", "txt_mlp", "txt_ff", "audio_ff", "mlp_moe_gen"),
     ),
 }
-"""The names of branches in blocks of diffusers."""
+"""Names of branches in diffusers' blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +33,18 @@ class Segment:
     lists: tuple[str, ...] = ("transformer_blocks",)
     """Attributes of the model, each a `ModuleList`. The i-th blocks of all lists, in this order, are one unit."""
     streams: tuple[str, ...] = ("hidden_states",)
-    """Token streams: the names under which a block takes them, in the order in which it returns them."""
+    """Token streams: a block's argument names for them, in the order in which it returns them."""
     fused: str | None = None
-    """The stream that long skips fuse; by default the only one, or else `hidden_states`."""
+    """The stream into which long skips are fused; by default the only one, or else `hidden_states`."""
     joins: tuple[str, ...] = ()
-    """For a segment of one stream after one of several: the streams that the model concatenates along their tokens, in
-    this order."""
+    """For a segment with one stream that follows one with several: the streams that the model concatenates along their
+    tokens, in this order."""
     branches: Named = field(default_factory=lambda: BRANCHES)
     """Attributes of a block by kind of branch, with dots for nested ones; those that a block lacks are ignored. The
-    attention of a unit's second block is over time. Their outputs, tensors or tuples, can be reused."""
+    attention of a unit's second block counts as temporal. The outputs, tensors or tuples, can be reused."""
     by_token: Mapping[str, ByToken] | None = None
-    """Arguments of a block, other than its streams, that have an entry per token of the fused stream, so that tokens
-    can be routed; `None` if they are unknown, or if routing would be wrong."""
+    """Arguments of a block, other than its streams, that have an entry per token of the fused stream, as needed to
+    route tokens; `None` if they are unknown, or if routing would be wrong."""
 
     def __post_init__(self) -> None:
         _check_names(lists=self.lists, streams=self.streams, joins=self.joins, **self.branches)
@@ -61,10 +61,10 @@ class Segment:
 
 
 def _check_names(**names: tuple[str, ...]) -> None:
-    """Raise `ValueError` on a string in place of a tuple of names: its letters would be taken for names."""
+    """Raise `ValueError` on a string in place of a tuple: each of its letters would be taken for a name."""
     for role, value in names.items():
         if isinstance(value, str):
-            raise ValueError(f"{role} must be a tuple of names, as ({value!r},), got {value!r}")
+            raise ValueError(f"{role} must be a tuple of names such as ({value!r},), got {value!r}")
 
 
 ONE_SEGMENT = (Segment(),)
@@ -89,24 +89,24 @@ class Family:
     hidden_size: tuple[str, ...] = ("num_attention_heads", "attention_head_dim")
     """Entries of the config whose product is the hidden size."""
     native_pairs: bool = False
-    """True if the model passes skips to its blocks, which fuse them: all pairs but the two middle units (HunyuanDiT,
-    arXiv 2405.08748)."""
+    """True if the model itself passes skips to its blocks, which fuse them, for all pairs except the two middle units
+    (HunyuanDiT, arXiv 2405.08748)."""
     latents: str = "hidden_states"
     """The argument of the model that holds the noisy latents."""
     timestep: str = "timestep"
     """The argument of the model that holds the timestep."""
     timestep_scale: float = 1.0
-    """Factor from that argument to the scale from 0 to 1000; negative if the argument is 1 minus the noise level, and
-    so rises (Lumina)."""
+    """Factor from that argument to the scale from 0 to 1000; negative if the argument is 1 minus the noise level, which
+    increases during sampling (Lumina)."""
     counted: bool = True
-    """True if torch can count its FLOPs, as it cannot for flex attention: costs are then estimated from weights."""
+    """False if torch cannot count its FLOPs (flex attention); costs are then estimated from the weights."""
     timestep_by_token: bool = False
     """True if a flat timestep lists levels of tokens, not of samples (MiniMax-H3): the noisiest one counts."""
     writes_in_place: bool | None = None
-    """True if blocks write their input or a buffer in place. `None`: skipdit finds out while the model runs, and copies
-    stored values until then, or always under `torch.compile`."""
+    """True if blocks write to their input or to a buffer in place. `None`: skipdit finds out while the model runs, and
+    until then, or always under `torch.compile`, copies stored values."""
     changing: tuple[str, ...] = ()
-    """Arguments that change at every step and are no conditioning: a second timestep, a control signal, audio
+    """Arguments that change at every step but are not conditioning: a second timestep, a control signal, audio
     latents."""
 
     def __post_init__(
@@ -128,12 +128,12 @@ class Family:
         for before, segment in zip(self.segments, self.segments[1:], strict=False):
             if segment.joins and (len(segment.streams) != 1 or not set(segment.joins) <= set(before.streams)):
                 raise ValueError(
-                    f"joins must be streams of the segment before, {', '.join(before.streams)}, for one stream, "
-                    f"got {', '.join(segment.joins)} for {', '.join(segment.streams)}"
+                    f"joins must be streams of the segment before ({', '.join(before.streams)}) that become one "
+                    f"stream, got {', '.join(segment.joins)} for {', '.join(segment.streams)}"
                 )
 
     def check_route(self, name: str, segment_starts: tuple[int, ...], route: TokenRoute) -> None:
-        """Raise `ValueError` if the tokens of such a model cannot be routed past these units."""
+        """Raise `ValueError` if the tokens of a model of this class, `name`, cannot be routed past these units."""
         if any(segment.by_token is None for segment in self.segments):
             raise ValueError(
                 f"the tokens of {name} cannot be routed: its blocks need all of them, or skipdit cannot know which of "
@@ -147,7 +147,8 @@ class Family:
 
     @property
     def shares_tokens(self) -> bool:
-        """True if the samples of a batch share inputs by token, such as positions, and so must keep the same tokens."""
+        """Return true if the samples of a batch share per-token inputs, such as positions, so that they must keep the
+        same tokens."""
         inputs = [by_token for segment in self.segments for by_token in (segment.by_token or {}).values()]
         return any(by_token.dim == 0 and not by_token.of_rows for by_token in inputs)
 
@@ -163,7 +164,8 @@ def _units(*lists: str, **options: Any) -> tuple[Segment, ...]:
 
 
 def _two(first: str, second: str, streams: tuple[str, ...], *, joined: bool = False) -> tuple[Segment, ...]:
-    """Return double-stream, then single-stream blocks; joined: the model concatenates the streams for the latter."""
+    """Return a segment of double-stream blocks and one of single-stream blocks. joined: the model concatenates the
+    streams for the latter."""
     single = Segment(lists=(second,), joins=streams) if joined else Segment(lists=(second,), streams=streams)
     return Segment(lists=(first,), streams=streams), single
 
@@ -328,7 +330,7 @@ ROTARY, ROTARY_WITH_TEXT = {"image_rotary_emb": ByToken()}, {"image_rotary_emb":
 ROTARY_WAN = {"rotary_emb": ByToken(dim=1), "temb": ByToken(dim=1, ndim=4)}
 MASK_WITH_TEXT = {"attention_mask": ByToken(dim=-1, text="after")}
 
-# the classes whose tokens can be routed, and the inputs of their blocks by token: of all segments, or one per segment
+# classes whose tokens can be routed, with the per-token inputs of their blocks: for all segments, or one per segment
 BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] = {
     "AllegroTransformer3DModel": {"image_rotary_emb": ByToken(dim=1, index=1)},
     "AuraFlowTransformer2DModel": {},
@@ -372,7 +374,7 @@ def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping
 
 FAMILIES |= {name: _with_tokens(FAMILIES[name], by_token) for name, by_token in BY_TOKEN.items()}
 
-# transformers of diffusers 0.42 that have no row, and why
+# transformers of diffusers 0.42 without a row, and why
 OUT_OF_SCOPE: dict[str, str] = {
     "DreamLiteTransformer2DModel": "part of a U-Net",
     "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder: it does not denoise",
@@ -384,8 +386,7 @@ OUT_OF_SCOPE: dict[str, str] = {
 
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:
-    """Declare the units of a class that skipdit does not list, for `add_long_skips` and `enable_cache`; holds for its
-    subclasses too.
+    """Declare the units of a class, and of its subclasses, so that `add_long_skips` and `enable_cache` accept it.
 
     Its forward must run the units in order. `skipdit.check_family(model, example_inputs)` checks that the family fits.
     """
@@ -398,7 +399,7 @@ def find_family(model_class: type[nn.Module]) -> Family | None:
 
 
 def get_family(model_class: type[nn.Module]) -> Family:
-    """Return the family of a class as `find_family` does; raises `ValueError` if there is none."""
+    """Return the family of a class as `find_family` does, but raise `ValueError` if there is none."""
     family = find_family(model_class)
     if family is None:
         raise ValueError(

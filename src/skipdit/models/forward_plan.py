@@ -1,9 +1,9 @@
-"""Plans what one forward call runs, stores and reuses, as data that is made outside the graph.
+"""Plans of what one forward call runs, stores and reuses: data that is made outside the compiled graph.
 
 A call that reuses leaves out a *region* of the units' work and takes its result from an earlier call that stored it:
-whole units, as the streams after them or as their sum added to the streams, or outputs of branches inside the units. In
-training a call may *route* tokens: deep units see only some of them. A `ForwardPlan` lists the actions at each unit, in
-booleans and names; a `ForwardState` carries them out.
+whole units (the streams after them, or the difference that they make to the streams), or the outputs of branches inside
+units. In training a call may *route* tokens, so that deep units see only some of them. A `ForwardPlan` lists the
+actions at each unit as booleans and names; a `ForwardState` carries them out.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,20 +30,20 @@ class End:
     name: str
     """Name of the region."""
     delta: bool
-    """The stored values are added to the streams instead of replacing them."""
+    """Stored values are added to the streams instead of replacing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPlan:
     """The actions at one unit.
 
-    A caller may leave out units by itself (skip-layer guidance), so the actions of a unit are also listed at all later
-    units, and are taken once.
+    A caller may leave out units itself (skip-layer guidance), so each action is listed at all later units too, and is
+    carried out once.
     """
 
     runs: bool = True
     begins: tuple[str, ...] = ()
-    """Regions that need the streams before their first unit, kept here."""
+    """Regions for which the streams before their first unit are kept here."""
     takes: tuple[End, ...] = ()
     """Reused regions that end before this unit."""
     stores: tuple[End, ...] = ()
@@ -51,17 +51,17 @@ class UnitPlan:
     keeps_skip: tuple[str, ...] = ()
     """Stored regions that include the output of this unit, as the source of a skip."""
     stored_skip: str | None = None
-    """The reused region that has the output of this unit, which is left out."""
+    """The reused region that holds the output of this unit, which is left out."""
     reuses: Mapping[str, str] = field(default_factory=dict)
-    """By kind of branch, the reused region that has its output."""
+    """By kind of branch, the reused region that holds its output."""
     keeps: Mapping[str, str] = field(default_factory=dict)
-    """By kind of branch, the stored region for its output."""
+    """By kind of branch, the stored region that takes its output."""
     probes: Mapping[str, str] = field(default_factory=dict)
-    """By kind of branch, the stored region for its input."""
+    """By kind of branch, the stored region that takes its input."""
     asks: bool = False
     """The plan's question is asked before this unit."""
     is_idle: bool = False
-    """The streams pass unchanged, and there is no action here."""
+    """The streams pass unchanged, without any action."""
     sheds: bool = False
     """Tokens leave the stream before this unit."""
     restores: bool = False
@@ -69,9 +69,9 @@ class UnitPlan:
     sees_kept: bool = False
     """The unit sees only the kept tokens."""
     skip_sheds: bool = False
-    """The skip that it takes loses tokens on its way."""
+    """The skip into this unit loses tokens on its way."""
     skip_restores: bool = False
-    """The skip that it takes gets tokens back on its way."""
+    """The skip into this unit gets tokens back on its way."""
 
     @property
     def is_boundary(self) -> bool:
@@ -80,10 +80,10 @@ class UnitPlan:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """A question asked within an eager forward: follow another plan for the rest of it?"""
+    """A question asked during an eager forward: whether to follow another plan from there on."""
 
     ask: Callable[[Stored], bool]
-    """Returns the answer, from the values stored so far."""
+    """Returns the answer, given the values stored so far."""
     plan: "ForwardPlan"
     """The other plan."""
     reused: Stored
@@ -94,8 +94,8 @@ class Question:
 class ForwardPlan:
     """The regions that one forward call stores, and those that it takes from an earlier call; see `of`.
 
-    A number that changes from call to call would be a symbol to `torch.compile`, so a forward reads only booleans and
-    names of it, at fixed places.
+    `torch.compile` would make a symbol of a number that changes between calls, so a forward reads only booleans and
+    names from the plan, at constant indices.
     """
 
     store: tuple[Region, ...] = ()
@@ -104,7 +104,7 @@ class ForwardPlan:
     units: tuple[UnitPlan, ...] = ()
     """The actions at each unit, and after the last; empty for the plain forward."""
     idle: frozenset[int] = frozenset()
-    """Units that are passed as if they did not exist."""
+    """Units that are passed over as if they did not exist."""
     untouched: frozenset[int] = frozenset()
     """Units that run as if there were no plan."""
     has_branches: bool = False
@@ -121,16 +121,16 @@ class ForwardPlan:
         asks_at: int | None = None,
         route: TokenRoute | None = None,
     ) -> "ForwardPlan":
-        """Return the plan of a model with these links. asks_at: the unit before which a question may be asked. Raises
+        """Return the plan for a model with these links. asks_at: the unit before which a question may be asked. Raises
         `ValueError` if the model has too few units, or if tokens are routed while regions are stored or reused."""
         store, reuse = tuple(store), tuple(reuse)
         if route is not None and (store or reuse):
-            raise ValueError("a forward either routes tokens or stores and reuses regions")
+            raise ValueError("a forward call can either route tokens or store and reuse regions, not both")
         if route is not None and route.stop > links.num_units:
-            raise ValueError(f"the model has {links.num_units} units, got {route}")
+            raise ValueError(f"the model has only {links.num_units} units, got {route}")
         for region in (*store, *reuse):
             if region.bounds is not None and region.bounds[1] > links.num_units:
-                raise ValueError(f"the model has {links.num_units} units, got {region}")
+                raise ValueError(f"the model has only {links.num_units} units, got {region}")
         units = tuple(
             _routed_unit_plan(links, unit, route)
             if route is not None
@@ -158,7 +158,7 @@ def _unit_plan(
     target = links.targets.get(unit)
 
     def passes(region: Region) -> bool:
-        """Return true if the skip of this unit is part of a region, which leaves out the unit but not the target."""
+        """Return true if the region includes this unit's skip: it leaves out the unit but not the target."""
         return (
             isinstance(region, Units)
             and region.skips
@@ -171,8 +171,8 @@ def _unit_plan(
         return tuple(End(name=units.name, delta=units.delta) for units in ranges if units.stop <= unit)
 
     def by_kind(regions: tuple[Region, ...], *, inputs: bool = False) -> dict[str, str]:
-        found = [(kind, region) for kind in get_args(BranchKind) for region in regions]
-        return {kind: region.name for kind, region in found if region.has_branch(kind, unit, inputs=inputs)}
+        pairs = [(kind, region) for kind in get_args(BranchKind) for region in regions]
+        return {kind: region.name for kind, region in pairs if region.has_branch(kind, unit, inputs=inputs)}
 
     runs = not any(region.leaves_out(unit) for region in reuse)
     stored_skip = next((region.name for region in reuse if passes(region)), None)
@@ -214,18 +214,18 @@ def _routed_unit_plan(links: LongSkipLinks, unit: int, route: TokenRoute) -> Uni
 
 @dataclass(eq=False)
 class Writes:
-    """Detects which tensors that a call keeps are later written by blocks: in place, or as a buffer that is refilled.
+    """Detects whether blocks later write to the tensors that a call keeps, in place or by refilling a buffer.
 
-    A place is an entry to a unit or a branch. Tensors are kept, and taken from a store, as copies until the place has
-    been checked in two calls, and also if it is written.
+    A place is the input of a unit or of a branch. Its tensors are copied when they are kept and when they are reused,
+    until two calls have shown that nothing writes to them.
     """
 
     always: bool = False
     """Always copy, without checks."""
     known: dict[str, bool] = field(default_factory=dict)
-    """True for a place that is written, false for one that is not."""
+    """True for a place that is written to, false for one that is not."""
     previous: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
-    """Tensors of each place at the last call, and their versions."""
+    """Tensors of each place in the last call, and their versions."""
     now: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
     """Tensors of each place in this call, and their versions."""
 
@@ -233,14 +233,15 @@ class Writes:
         return {"always": self.always, "known": self.known, "previous": {}, "now": {}}
 
     def apart(self, place: str, tensor: Tensor, *, look: bool) -> Tensor:
-        """Return a copy, or the tensor itself if it is known that nobody writes it. look: check it at later calls."""
+        """Return a copy, or the tensor itself if this place is known not to be written to. look: check the tensor."""
         if self.known.get(place) is False:
             return tensor
         if look and not (self.always or torch.compiler.is_compiling() or tensor.is_inference()):
-            self.now.setdefault(place, []).append((tensor.detach(), tensor._version))  # private to torch
+            self.now.setdefault(place, []).append((tensor.detach(), tensor._version))  # `_version` is private to torch
         return tensor.clone()
 
     def end_call(self) -> None:
+        """Compare the versions of the tensors of this call and the last one, to learn which places are written to."""
         now, self.now = self.now, {}
         for place, tensors in now.items():
             if any(tensor._version != version for tensor, version in (*tensors, *self.previous.get(place, ()))):
@@ -255,10 +256,10 @@ class Writes:
 
 @dataclass
 class ForwardState:
-    """The state of one forward call, besides its streams."""
+    """The state of one forward call, except its streams."""
 
     links: LongSkipLinks
-    # no defaults: up to torch 2.11 the compiler breaks its graph at one that is an object (a test pins it)
+    # no defaults: up to torch 2.11 a default that is an object breaks the compiler's graph (a test pins it)
     plan: ForwardPlan
     reused: Stored | None
     """Values of each region that the plan reuses, stored by earlier calls."""
@@ -269,7 +270,7 @@ class ForwardState:
     entered: dict[str, tuple[Any, ...]] = field(init=False, default_factory=dict)
     """By region, the streams before its first unit."""
     done: set[str] = field(init=False, default_factory=set)
-    """Regions that have been taken or stored."""
+    """Regions that have already been taken or stored."""
     num_branch_calls: dict[str, int] = field(init=False, default_factory=dict)
     num_arrived: int = field(init=False, default=0)
     """Number of source units whose output has been kept."""
@@ -278,13 +279,13 @@ class ForwardState:
 
     def __post_init__(self) -> None:
         if self.plan.reuse and self.reused is None:
-            raise ValueError("a plan that reuses needs the values that an earlier call stored: pass stored=")
+            raise ValueError("a plan that reuses regions needs the values that an earlier call stored: pass stored=")
         if self.reused is not None and not self.plan.reuse and self.plan.route is None:
-            raise ValueError("stored was passed, but the plan reuses nothing of it")
+            raise ValueError("stored was passed, but the plan reuses nothing")
 
     @classmethod
     def begin(cls, model: LongSkipModel, plan: ForwardPlan, stored: Stored | None) -> "ForwardState":
-        """Return the state of a new forward of a model, and show it to the model's open branches."""
+        """Return the state of a new forward call, and hand it to the model's open branches."""
         state = cls(model.long_skip_links, plan, stored)
         if plan.route is not None:
             state.tokens = RoutedTokens.begin(plan.route, stored, model.fill_token)
@@ -293,7 +294,7 @@ class ForwardState:
         return state
 
     def finish(self, output: Any) -> Any:
-        """End the forward; return `output`, or under a plan a `PlannedOutput`."""
+        """End the forward call. Return `output`, or with a plan a `PlannedOutput`."""
         if self.open_call is not None:
             self.open_call.state = None
             if self.open_call.writes is not None and not torch.compiler.is_compiling():
@@ -312,53 +313,53 @@ class ForwardState:
 
     def is_boundary(self, unit: int) -> bool:
         """Return true if `enter` has values to store or to replace at this unit."""
-        at = self._at(unit)
-        return at.is_boundary and (
-            at.asks
-            or at.sheds
-            or at.restores
-            or any(name not in self.entered for name in at.begins)
-            or any(end.name not in self.done for end in (*at.takes, *at.stores))
+        actions = self._at(unit)
+        return actions.is_boundary and (
+            actions.asks
+            or actions.sheds
+            or actions.restores
+            or any(name not in self.entered for name in actions.begins)
+            or any(end.name not in self.done for end in (*actions.takes, *actions.stores))
         )
 
     def enter(self, unit: int, *streams: Any, routed: int = 0) -> tuple[Any, ...]:
-        """Return the streams that enter `unit`, before its fusion; for the number of units, those after the last one.
-        routed: index of the stream whose tokens may be routed."""
+        """Return the streams that enter `unit`, before its skip is fused; if `unit` is the number of units, the streams
+        after the last one. routed: index of the stream whose tokens may be routed."""
         if unit in self.plan.idle or not self.is_boundary(unit):
             return streams
-        at = self._at(unit)
-        if self.tokens is not None and (at.sheds or at.restores):
+        actions = self._at(unit)
+        if self.tokens is not None and (actions.sheds or actions.restores):
             stream = streams[routed]
-            if at.sheds:
+            if actions.sheds:
                 stream = self.tokens.leave(stream, self._keep(str(unit), stream))
             else:
                 stream = self.tokens.come_back(stream)
             streams = (*streams[:routed], stream, *streams[routed + 1 :])
-        for end in at.takes:
+        for end in actions.takes:
             if end.name not in self.done:
                 self.done.add(end.name)
                 streams = self._take(end, unit, streams)
-        for name in at.begins:
+        for name in actions.begins:
             if name not in self.entered:
                 self.entered[name] = tuple(self._keep(str(unit), stream) for stream in streams)
-        for end in at.stores:
+        for end in actions.stores:
             if end.name not in self.done:
                 self.done.add(end.name)
                 self._store(end, unit, streams)
         question = self.plan.question
-        if at.asks and question is not None and question.ask(self.stored):
+        if actions.asks and question is not None and question.ask(self.stored):
             self.plan, self.reused = question.plan, question.reused
         return streams
 
     def join(self, joins: tuple[int, ...], routed: int) -> None:
-        """Join streams at the start of a segment, in what has been kept so far: those of these indices are concatenated
-        along their tokens. routed: index of the stream whose tokens may be routed."""
+        """Concatenate the streams with these indices along their tokens in all streams kept so far, as the model does
+        at the start of a segment. routed: index of the stream whose tokens may be routed."""
         if self.tokens is not None:
             self.tokens.texts_first = joins[0] != routed
         for name, streams in self.entered.items():
             if len(streams) > 1:
-                joined = [streams[index] for index in joins]
-                self.entered[name] = (joined[0] if len(joined) == 1 else torch.cat(joined, dim=1),)
+                parts = [streams[index] for index in joins]
+                self.entered[name] = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1),)
 
     def _store(self, end: End, unit: int, streams: tuple[Any, ...]) -> None:
         values = self.stored.setdefault(end.name, {})
@@ -371,13 +372,13 @@ class ForwardState:
         assert self.reused is not None
         values = self.reused.get(end.name, {})
         before = self.entered.get(end.name, streams)
-        taken = []
+        new_streams = []
         for index, stream in enumerate(streams):
             value = values.get(str(index))
             if value is not None:
                 stream = before[index] + value if end.delta else self._lend(str(unit), value)
-            taken.append(stream)
-        return tuple(taken)
+            new_streams.append(stream)
+        return tuple(new_streams)
 
     def _keep(self, place: str, tensor: Any) -> Any:
         writes = None if self.open_call is None else self.open_call.writes
@@ -391,8 +392,8 @@ class ForwardState:
     # Long skips
 
     def leave(self, unit: int, hidden_states: Tensor) -> Tensor:
-        """Keep the output of a source unit for its target and, if a later call may leave out the unit but not the
-        target, for that call. Return the output."""
+        """Keep the output of a source unit for its target, and store it for later calls that leave out the unit but not
+        the target. Return the output."""
         if unit in self.links.targets and unit not in self.skips:
             self.skips[unit] = hidden_states = self._keep(str(unit + 1), hidden_states)
             for name in self._at(unit).keeps_skip:
@@ -400,8 +401,9 @@ class ForwardState:
         return hidden_states
 
     def arrive(self, unit: int, hidden_states: Tensor) -> None:
-        """Keep these hidden states, which enter `unit`, as the output of every earlier source unit that has run. A unit
-        that the caller has left out (skip-layer guidance), or past which all tokens are routed, outputs its input."""
+        """Keep these hidden states, which enter `unit`, as the output of every earlier source unit that has run. The
+        output of a unit that the caller left out (skip-layer guidance), or past which all tokens are routed, is its
+        input."""
         sources = self.links.ordered_sources
         while self.num_arrived < len(sources) and sources[self.num_arrived] < unit:
             if self.runs(sources[self.num_arrived]) or self.tokens is not None:
@@ -414,17 +416,18 @@ class ForwardState:
         return None if name is None or self.reused is None else self.reused[name].get(f"skip {unit}")
 
     def skip(self, unit: int) -> Tensor | None:
-        """Return the skip that `unit` takes; `None` if it takes none."""
+        """Return the skip into `unit`, or `None` if it takes none. Raises `ValueError` if its source was left out and
+        is not stored."""
         source = self.links.sources.get(unit)
         if source is None:
             return None
-        at = self._at(unit)
+        actions = self._at(unit)
         skip = self.skips[source] if source in self.skips else self.stored_skip(source)
         if skip is None:
             raise ValueError(f"unit {unit} needs the skip of unit {source}, which was left out and is not stored")
-        if self.tokens is not None and at.skip_sheds:
+        if self.tokens is not None and actions.skip_sheds:
             return self.tokens.shed(skip)
-        if self.tokens is not None and at.skip_restores:
+        if self.tokens is not None and actions.skip_restores:
             return self.tokens.restore(skip)
         return skip
 
@@ -432,23 +435,25 @@ class ForwardState:
     # Branches
 
     def branch(self, kind: str, unit: int, place: str, entering: Any, run: Callable[[], Any]) -> Any:
-        """Return the output of one branch, a tensor or a tuple, and store it; or reuse it without running the branch.
+        """Return the output of one branch, a tensor or a tuple: run the branch and store the output, or reuse it.
 
         place: name of the branch within its unit. entering: its first input. A module that runs more than once per unit
-        (text and images through one MLP, chunks) is a new branch each time.
+        (text and images through one MLP, chunks) counts as a new branch each time.
         """
-        at = self._at(unit)
+        actions = self._at(unit)
         number = self.num_branch_calls.get(f"{unit} {place}", 0)
         self.num_branch_calls[f"{unit} {place}"] = number + 1
         name = f"{unit} {place} {number}"
-        if kind in at.reuses:
+        if kind in actions.reuses:
             assert self.reused is not None
-            return _unpack(self.reused[at.reuses[kind]], name, lambda tensor: self._lend(name, tensor))
-        if kind in at.probes:
-            self.stored.setdefault(at.probes[kind], {})[name] = self._keep(f"input of {name}", entering)
+            return _unpack(self.reused[actions.reuses[kind]], name, lambda tensor: self._lend(name, tensor))
+        if kind in actions.probes:
+            self.stored.setdefault(actions.probes[kind], {})[name] = self._keep(f"input of {name}", entering)
         output = run()
-        if kind in at.keeps:
-            _pack(self.stored.setdefault(at.keeps[kind], {}), name, output, lambda tensor: self._keep(name, tensor))
+        if kind in actions.keeps:
+            _pack(
+                self.stored.setdefault(actions.keeps[kind], {}), name, output, lambda tensor: self._keep(name, tensor)
+            )
         return output
 
 

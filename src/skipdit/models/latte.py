@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - pipelines of diffusers look here
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers' pipelines look for it here
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -29,19 +29,19 @@ class Latte(PatchTransformer):
         sample_size (`int`): height and width of the latents (or pixels) it is trained on; other sizes work too.
         num_frames (`int`): frames of the clips it is trained on; shorter ones work too.
         patch_size (`int`): side of the square patch that becomes one token.
-        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` where
-            the model also predicts a variance.
-        num_layers (`int`): number of blocks, even; two are one unit.
+        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` if the
+            model also predicts a variance.
+        num_layers (`int`): number of blocks, even; two blocks are one unit.
         num_attention_heads (`int`), attention_head_dim (`int`): their product is the hidden size, which must be
             divisible by 4.
-        mlp_ratio (`float`): hidden size of the MLP over that of the block.
+        mlp_ratio (`float`): ratio of the MLP's hidden size to that of the block.
         num_classes (`int`, *optional*): number of classes; `None` for the unconditional model. null_class (`bool`):
             adds class `num_classes`, which means "no class" and which guidance needs.
         downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies.
         qk_norm (`bool`): RMSNorm of the queries and keys of each head.
         long_skip (`LongSkipConfig`, *optional*): `None` for the plain Latte.
-        shallow_path (`ShallowPath`, *optional*): first and last units that training taught to predict alone, which
-            guidance may use; no effect otherwise.
+        shallow_path (`ShallowPath`, *optional*): the first and last units, if they were trained to predict without the
+            others; only guidance uses this.
     """
 
     blocks_per_unit = 2  # spatial, temporal
@@ -69,7 +69,7 @@ class Latte(PatchTransformer):
     ) -> None:
         super().__init__()
         if num_layers % 2 or num_layers < 2:
-            raise ValueError(f"num_layers must be even, a spatial and a temporal block per unit, got {num_layers}")
+            raise ValueError(f"num_layers must be even (a spatial and a temporal block per unit), got {num_layers}")
         self.build()
         frames = torch.arange(num_frames, dtype=torch.float64)
         table = sincos(self.position_embedding.shape[1], frames).float()
@@ -87,7 +87,8 @@ class Latte(PatchTransformer):
         num_classes: int | None = None,
         long_skip: LongSkipConfig | None = None,
     ) -> "Latte":
-        """Build a published size with fresh weights: `"Latte-S/2"` ... `"Latte-XL/8"`; `ValueError` on others."""
+        """Build a published size, `"Latte-S/2"` to `"Latte-XL/8"`, with fresh weights. Raises `ValueError` on
+        others."""
         return cls(
             **preset_sizes(name, LATTE_PRESETS),
             sample_size=sample_size,
@@ -115,8 +116,8 @@ class Latte(PatchTransformer):
         The last `num_images` frames are single images: they bypass the temporal blocks, and in a class-conditional
         model each has its own class, `image_class_labels` (joint training, Latte, section 3.3).
 
-        Under a `plan` this returns a `PlannedOutput` with the values that the plan stores; the values that it reuses
-        come from `stored`, those of an earlier call. Tensors of units have the shape (batch x frames, tokens, dim).
+        With a `plan`, returns a `PlannedOutput` with the values that the plan stores. The values that it reuses come
+        from `stored`, which an earlier call returned. Streams have the shape (batch x frames, tokens, dim).
         """
         batch, num_all_frames = hidden_states.shape[:2]
         num_frames, dtype = num_all_frames - num_images, hidden_states.dtype
@@ -159,7 +160,7 @@ class Latte(PatchTransformer):
         if num_images < 0:
             raise ValueError(f"num_images must be at least 0, got {num_images}")
         if image_class_labels is not None and not num_images:
-            raise ValueError("class labels: image_class_labels need num_images")
+            raise ValueError("class labels: image_class_labels were passed without num_images")
 
     def _add_class(self, conditioning: Tensor, class_labels: Tensor | None) -> Tensor:
         if (class_labels is None) != (self.class_embedder is None):

@@ -32,13 +32,13 @@ Init = Literal["default", "xavier", "zero"]
 
 @dataclass(frozen=True, kw_only=True)
 class LongSkipConfig:
-    """The pairs of units that are linked, and the fusion of a link."""
+    """Which pairs of units are linked, and how a skip is fused."""
 
     num_pairs: int | None = None
-    """number of pairs to link, the outermost first; None links all of them"""
+    """number of pairs to link, outermost first; None links all of them"""
     middle_pair: bool = True
-    """link the two adjacent middle units of an even depth, where the skip is the hidden state itself (the released
-    Skip-DiT does this; HunyuanDiT leaves it out); an odd depth has no such pair"""
+    """also link the two adjacent middle units of an even depth, where the skip is the hidden state itself (the released
+    Skip-DiT does this, HunyuanDiT does not); an odd depth has no such pair"""
     norm: Norm = "layer_norm"
     """norm over the 2D concatenated channels, computed in float32"""
     init: Init | None = None
@@ -48,8 +48,8 @@ class LongSkipConfig:
     """replace: proj(norm([hidden, skip])) replaces the hidden states (arXiv 2411.17616); residual: it is added to them,
     so that with a zero projection a converted model starts with unchanged outputs"""
     fill_token: bool = False
-    """learn one vector that replaces, before the last units, each token that the deep units did not see in training;
-    its skip stays (SPRINT, arXiv 2510.21986)"""
+    """learn one vector that, before the last units, replaces each token that the deep units did not see in training;
+    the token's skip stays (SPRINT, arXiv 2510.21986)"""
 
     def __post_init__(self) -> None:
         check_range(self, "num_pairs", least=0)
@@ -70,7 +70,7 @@ class LongSkipConfig:
 def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:
     """Return the source unit of every linked target unit: `{L-1-i: i}`, outermost pair first.
 
-    Raises `ValueError` if `num_pairs` is more than the depth has.
+    Raises `ValueError` if `num_pairs` is too large for the depth.
     """
     if config is None:
         return {}
@@ -86,16 +86,16 @@ def _num_available(num_units: int, config: LongSkipConfig) -> int:
 
 
 def pair_segments(sizes: Sequence[int], config: LongSkipConfig | None) -> dict[int, int]:
-    """Pair units as `pair_units` does, within each of several successive segments of these sizes; a segment that is too
-    short has as many pairs as it can."""
+    """Return the pairs of `pair_units` within each of several consecutive segments of these sizes. A segment that is
+    too short for `num_pairs` gets as many as it can have."""
     if config is None:
         return {}
-    pair_units(max(sizes), config)  # raises
+    pair_units(max(sizes), config)  # raises if even the largest segment is too short
     sources, start = {}, 0
     for size in sizes:
-        most = _num_available(size, config)
-        limited = replace(config, num_pairs=most if config.num_pairs is None else min(config.num_pairs, most))
-        sources |= {target + start: source + start for target, source in pair_units(size, limited).items()}
+        limit = _num_available(size, config)
+        segment_config = replace(config, num_pairs=limit if config.num_pairs is None else min(config.num_pairs, limit))
+        sources |= {target + start: source + start for target, source in pair_units(size, segment_config).items()}
         start += size
     return sources
 
@@ -108,10 +108,10 @@ class FP32RMSNorm(nn.RMSNorm):
 
 
 class LongSkip(nn.Module):
-    """Fuses a target unit's hidden states with its skip: norm over 2D, projection 2D -> D.
+    """Fuses a target unit's hidden states with its skip: norm over 2D channels, projection 2D -> D.
 
-    Keys: `norm.weight`, `norm.bias` (layer norm only), `proj.weight` (D, 2D), `proj.bias`. The first D input columns
-    of the projection act on the hidden states, the last D on the skip.
+    Weight keys: `norm.weight`, `norm.bias` (layer norm only), `proj.weight` (D, 2D), `proj.bias`. The first D input
+    columns of the projection act on the hidden states, the last D on the skip.
     """
 
     def __init__(self, hidden_size: int, config: LongSkipConfig) -> None:
@@ -153,7 +153,7 @@ class LongSkipLinks:
     targets: Mapping[int, int] = field(init=False, repr=False)
     """The target of each source unit."""
     ordered_sources: tuple[int, ...] = field(init=False, repr=False)
-    """All source units, rising."""
+    """All source units in ascending order."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ordered_sources", tuple(sorted(self.sources.values())))
@@ -161,7 +161,7 @@ class LongSkipLinks:
 
     @property
     def max_num_shallow_units(self) -> int:
-        """The largest k for which a reuse step leaves out a unit and every deep unit that runs has its skip."""
+        """Return the largest k for which a reuse step leaves out a unit and every deep unit that runs has its skip."""
         return min(len(self.sources), (self.num_units - 1) // 2)
 
     def check_num_shallow_units(self, num_shallow_units: int) -> None:
@@ -169,8 +169,8 @@ class LongSkipLinks:
         if not self.sources:
             raise ValueError(
                 "this model has no long skips, so there are no deep features to reuse: "
-                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse the sum that "
-                "the units in the middle add, with delta:"
+                "build it with long_skip=LongSkipConfig(), call skipdit.add_long_skips(model), or reuse the sum added "
+                "by the middle units with a delta: cache"
             )
         if not 1 <= num_shallow_units <= self.max_num_shallow_units:
             raise ValueError(
@@ -188,12 +188,12 @@ class LongSkipOutput(BaseOutput):
 
 
 class PlannedOutput(NamedTuple):
-    """The return value of a forward under a plan."""
+    """The return value of a forward with a plan."""
 
     output: Any
     """The return value without a plan."""
     stored: dict[str, dict[str, Tensor]]
-    """The values that the plan stores, by the name of the region."""
+    """The values that the plan stores, by the name of their region."""
 
 
 @dataclass(frozen=True)
@@ -203,13 +203,13 @@ class BranchInfo:
     kind: BranchKind
     unit: int
     name: str
-    """Number of the block in its unit, a dot, and the name in the block."""
+    """Number of the block in its unit, a dot, and the branch's name in the block."""
     module: nn.Module
 
 
 @dataclass
 class OpenCall:
-    """The current forward call of a model: one object that the model shares with its blocks and branches."""
+    """The current forward call of a model, in one object that it shares with its blocks and branches."""
 
     state: "ForwardState | None" = None
     """`None` outside a call."""
@@ -218,7 +218,7 @@ class OpenCall:
     for_branches: bool = False
     """True if only branches are open."""
     writes: "Writes | None" = None
-    """`None` if its blocks write nothing in place."""
+    """`None` if the blocks write nothing in place."""
     aside: bool = False
     """True if the forward returns its plain output under a plan too, as hooks on it want, and what it stores is left
     in `stored`."""
@@ -226,22 +226,22 @@ class OpenCall:
 
 
 class LinkedBlock(nn.Module):
-    """A block that can be the first of its unit, which fuses the unit's skip."""
+    """A block that fuses its unit's skip if it is the first of the unit."""
 
     long_skip: LongSkip | None
     """`None` if the unit takes no skip."""
 
 
 class LongSkipModel(nn.Module):
-    """A model of units. Its forward takes `plan` and `stored` as in `skipdit.models.forward_plan`, and under a plan
-    returns a `PlannedOutput`."""
+    """A model made of units. Its forward takes a `plan` and `stored` values (see `skipdit.models.forward_plan`), and
+    with a plan returns a `PlannedOutput`."""
 
-    config: Any  # its keys are attributes too, which diffusers does not declare
+    config: Any  # its entries are also attributes, which diffusers does not declare
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     """(dim); `None` if `LongSkipConfig.fill_token` is off."""
     timestep_scale: float = 1.0
-    """Factor from the `timestep` argument to the scale from 0 to 1000; negative if it rises as noise falls."""
+    """Factor from the `timestep` argument to the scale from 0 to 1000; negative if it increases as noise decreases."""
     shares_tokens: bool = False
     """True if the samples of a batch must keep the same tokens."""
     open_call: OpenCall | None = None
@@ -249,7 +249,7 @@ class LongSkipModel(nn.Module):
     is_cache_enabled: bool = False
 
     def units(self) -> list[tuple[LinkedBlock, ...]]:
-        """Return the blocks of each unit in the order in which they run; the first fuses the unit's skip."""
+        """Return the blocks of each unit in the order in which they run; the first one fuses the unit's skip."""
         raise NotImplementedError
 
     def unit_entries(self) -> list[LinkedBlock]:
@@ -260,13 +260,13 @@ class LongSkipModel(nn.Module):
         return [len(self.units())]
 
     def branches(self) -> list[BranchInfo]:
-        """Return every branch: attention (over time in the second block of a unit), cross-attention and MLP; several of
+        """Return every branch: attention (temporal in the second block of a unit), cross-attention and MLP; several of
         a kind if each stream has its own."""
         raise NotImplementedError
 
     def set_long_skips(self, hidden_size: int, config: LongSkipConfig | None) -> None:
-        """Give the target units fresh `LongSkip`s and remove those of all others; `None` removes all. Sets the fill
-        token too, which starts at zero."""
+        """Give the target units fresh `LongSkip`s and remove those of all other units; `None` removes all. Also sets or
+        removes the fill token, which starts at zero."""
         self.set_links(pair_segments(self.segment_sizes(), config))
         for unit, block in enumerate(self.unit_entries()):
             is_target = unit in self.long_skip_links.sources
@@ -274,11 +274,11 @@ class LongSkipModel(nn.Module):
         self.fill_token = nn.Parameter(torch.zeros(hidden_size)) if config is not None and config.fill_token else None
 
     def update_config(self, **options: Any) -> None:
-        """Set entries of the config, which diffusers' ConfigMixin keeps."""
+        """Set entries of the config that diffusers' ConfigMixin keeps."""
         cast(Any, self).register_to_config(**options)
 
     def set_links(self, sources: Mapping[int, int]) -> None:
-        """Link units, by the source of each target."""
+        """Link units. sources: the source of each target unit."""
         *starts, num_units = accumulate(self.segment_sizes())
         self.long_skip_links = LongSkipLinks(num_units, sources, tuple(starts))
 
@@ -294,7 +294,7 @@ class LongSkipModel(nn.Module):
         carry_out("disable_cache", self)
 
     def cache_context(self, name: str, **position: Any) -> AbstractContextManager[None]:
-        """Keep the calls of a guidance branch apart in a cache that is on. position: fields of the
-        loop, such as `step_index`, which pipelines of diffusers may pass."""
+        """Keep the calls of a guidance stream apart in an enabled cache. position: the state of the loop, such as
+        `step_index`, which diffusers' pipelines may pass."""
         context = getattr(super(), "cache_context", None)
         return nullcontext() if context is None else context(name, **position)

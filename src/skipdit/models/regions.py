@@ -1,4 +1,4 @@
-"""Regions: the parts of the units' work that a call stores, and that a later call takes instead of running them."""
+"""Regions: parts of the units' work that one call stores and a later call reuses instead of running them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,28 +17,28 @@ class Region:
     """A part of the units' work that a call stores or reuses: `Units` or `Branches`. Abstract."""
 
     is_whole = False
-    """True if it is the work of the whole model, which then is not called at all."""
+    """True if the region is the whole model, which is then not called at all."""
 
     @property
     def name(self) -> str:
-        """A name that identifies it among all regions of a model."""
+        """Return a name that identifies the region among all regions of a model."""
         raise NotImplementedError
 
     @property
     def bounds(self) -> tuple[int, int] | None:
-        """The first unit that is left out and the first after those; `None` if all units run."""
+        """Return the first unit that is left out and the first that runs again; `None` if all units run."""
         return None
 
     @property
     def covered(self) -> tuple[int, ...]:
-        """The units that must run to store it."""
+        """Return the units that must run to store the region."""
         raise NotImplementedError
 
     def leaves_out(self, unit: int) -> bool:
         return self.bounds is not None and unit in range(*self.bounds)
 
     def has_branch(self, kind: str, unit: int, *, inputs: bool = False) -> bool:
-        """Return true if the output of this branch, or its input, is part of it."""
+        """Return true if the output of this branch (or with `inputs` its input) is part of the region."""
         return False
 
 
@@ -53,7 +53,7 @@ class Units(Region):
     delta: bool = False
     """Store the difference from the input of unit `start` instead."""
     skips: bool = True
-    """Store the skips from these units to others that still run; a probe, which is not reused, needs none."""
+    """Also store the skips from these units to units that still run; a probe, which is not reused, needs none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop:
@@ -72,12 +72,12 @@ class Units(Region):
         return tuple(range(self.start, self.stop))
 
     def __str__(self) -> str:
-        return f"what units {self.start} to {self.stop - 1} {'add' if self.delta else 'output'}"
+        return f"{'sum added by' if self.delta else 'output of'} units {self.start} to {self.stop - 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Branches(Region):
-    """Outputs of the branches of some kinds in some units."""
+    """The outputs of all branches of these kinds in these units."""
 
     kinds: tuple[BranchKind, ...]
     units: tuple[int, ...]
@@ -86,7 +86,7 @@ class Branches(Region):
 
     def __post_init__(self) -> None:
         if not self.kinds or not set(self.kinds) <= set(get_args(BranchKind)):
-            raise ValueError(f"kinds must be among {', '.join(get_args(BranchKind))}, got {self.kinds}")
+            raise ValueError(f"kinds must be some of {', '.join(get_args(BranchKind))}, got {self.kinds}")
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Routes tokens past deep units: the range of units, and how tokens leave a stream and return to it."""
+"""Routes tokens past deep units: which units, and how tokens leave a stream and return to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ KEPT_TOKENS = "kept tokens"  # a key of `stored`
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRoute:
-    """Units `start` to `stop - 1` see only the kept tokens, which the call takes in `stored`, see `kept_tokens`."""
+    """The route of tokens past units `start` to `stop - 1`, which see only the kept tokens (see `kept_tokens`)."""
 
     start: int
     """The first unit that sees only the kept tokens."""
     stop: int
     """The unit before which the other tokens return."""
     fill: bool = False
-    """They return as the model's `fill_token` (arXiv 2510.21986), else as they were before unit `start` (arXiv
+    """Tokens return as the model's `fill_token` (arXiv 2510.21986), or else as they were before unit `start` (arXiv
     2501.04765)."""
     leaves_out: bool = False
-    """No token is kept, and the units do not run."""
+    """Keep no token, and do not run the units."""
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.stop:
@@ -36,7 +36,7 @@ class TokenRoute:
 
 
 def kept_tokens(kept: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
-    """Return the `stored` argument of a call whose plan routes tokens. kept: rising indices of the tokens that deep
+    """Return the `stored` argument of a call whose plan routes tokens. kept: ascending indices of the tokens that deep
     units see, (batch, kept), or (1, kept) for all samples."""
     return {KEPT_TOKENS: {"kept": kept}}
 
@@ -44,7 +44,7 @@ def kept_tokens(kept: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
 def gather_tokens(
     stream: Float[Tensor, "rows tokens dim"], kept: Int[Tensor, "batch kept"]
 ) -> Float[Tensor, "rows kept dim"]:
-    """Return the kept tokens. The indices of a sample apply to rows / batch rows: the frames of a clip."""
+    """Return the kept tokens. The indices of a sample apply to rows / batch rows, which are the frames of a clip."""
     return stream.gather(1, _index(stream, kept))
 
 
@@ -62,26 +62,26 @@ def _index(stream: Tensor, kept: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class RoutedTokens:
-    """The tokens of one forward call that routes some past deep units."""
+    """The tokens of one forward call that routes some of them past deep units."""
 
     route: TokenRoute
     kept: Tensor | None
     """Indices of the kept tokens, (batch, kept)."""
     fill: Tensor | None
-    """The value, (dim), with which the others return; `None` for their old values."""
+    """The value, (dim), as which the other tokens return; `None` for their old values."""
     passed: Tensor | None = None
-    """All tokens as they were when some left, (rows, tokens, dim)."""
+    """All tokens as they were before some left, (rows, tokens, dim)."""
     texts_first: bool = False
-    """True if text tokens have been joined before the image tokens."""
+    """True if text tokens were concatenated before the image tokens."""
 
     @classmethod
     def begin(cls, route: TokenRoute, stored: Mapping[str, Mapping[str, Tensor]] | None, fill: Tensor | None) -> Self:
-        """Begin a call. Raises `ValueError` if `stored` has no kept tokens, or the model no fill token it needs."""
+        """Begin a call. Raises `ValueError` if `stored` lacks the kept tokens, or the model the fill token."""
         kept = (stored or {}).get(KEPT_TOKENS, {}).get("kept")
         if kept is None and not route.leaves_out:
-            raise ValueError("a plan that routes tokens needs the kept ones: pass stored=kept_tokens(kept)")
+            raise ValueError("a plan that routes tokens needs to know which to keep: pass stored=kept_tokens(kept)")
         if kept is not None and route.leaves_out:
-            raise ValueError("a plan that leaves out deep units keeps no tokens: pass no stored")
+            raise ValueError("a plan that leaves out deep units keeps no tokens: do not pass stored")
         if route.fill and fill is None:
             raise ValueError("this model has no fill token: build it with LongSkipConfig(fill_token=True)")
         return cls(route, kept, fill if route.fill else None)
@@ -91,15 +91,15 @@ class RoutedTokens:
         return stream if self.kept is None else gather_tokens(stream, self.kept)
 
     def leave(self, stream: Tensor, copy: Tensor) -> Tensor:
-        """Return the kept tokens where the others leave a stream. copy: the stream, which nobody will write to."""
+        """Return the kept tokens of a stream, and remember all of them. copy: the stream, safe from later writes."""
         if self.passed is None:  # else a gradient-checkpointed unit is running again
             self.passed = copy
         return self.shed(stream)
 
     def restore(self, stream: Tensor, fill: Tensor | None = None) -> Tensor:
-        """Return all tokens, from a stream of the kept ones (if any) and perhaps of text tokens.
+        """Return all tokens, given a stream of the kept ones (if any) and any text tokens.
 
-        fill: the value of the others, (dim); by default their old values.
+        fill: the value of the other tokens, (dim); by default their old values.
         """
         assert self.passed is not None
         others = self.passed if fill is None else fill.to(stream.dtype).expand_as(self.passed)
@@ -114,33 +114,33 @@ class RoutedTokens:
         return torch.cat([texts, images] if self.texts_first else [images, texts], dim=1)
 
     def come_back(self, stream: Tensor) -> Tensor:
-        """Return all tokens where those that left a stream return."""
+        """Return all tokens at the unit where those that left the stream return."""
         return self.restore(stream, self.fill)
 
     def keep(self, value: Any, by_token: "ByToken") -> Any:
-        """Return the entries of the kept tokens in an input of a block."""
+        """Return the entries of a block's input that belong to the kept tokens."""
         assert self.passed is not None
         return value if self.kept is None else by_token.keep(value, self.kept, self.passed.shape[1])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByToken:
-    """The layout of an input of a block, a tensor or a tuple of them, that has an entry per token."""
+    """The layout of a per-token input of a block, a tensor or a tuple of tensors."""
 
     dim: int = 0
-    """The dimension of the tokens; one of size 1 serves all of them."""
+    """The dimension of the tokens; if its size is 1, the entry is for all of them."""
     text: Literal["before", "after"] | None = None
     """Position of the entries of text tokens, which are all kept; `None` if there are none."""
     index: int | None = None
-    """The only element of a tuple that is by token; `None` for all."""
+    """The only element of a tuple that is per token; `None` for all."""
     ndim: int | None = None
-    """Only tensors of this number of dimensions are by token; `None` for all."""
+    """The number of dimensions that a tensor must have to be per token; `None` for any."""
     of_rows: bool = False
-    """True for an input of blocks over time, with (batch x tokens) rows; their other inputs are not by token."""
+    """True for an input of temporal blocks with (batch x tokens) rows; their other inputs are not per token."""
 
     def keep(self, value: Any, kept: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
-        """Return the entries of the kept tokens. Raises `ValueError` if all samples share the entries but do not keep
-        the same tokens."""
+        """Return the entries of the kept tokens. Raises `ValueError` if samples that share entries keep different
+        tokens."""
         if isinstance(value, tuple | list):
             return type(value)(
                 self._keep_all(entry, kept, num_tokens) if self.index in (None, index) else entry
@@ -166,11 +166,11 @@ class ByToken:
             texts = torch.arange(num_texts, device=kept.device).expand(len(kept), -1)
             index = torch.cat([texts, kept + num_texts] if self.text == "before" else [kept, texts + num_tokens], dim=1)
         elif num_texts:
-            raise ValueError(f"an input must have an entry for each of {num_tokens} tokens, got {size}")
+            raise ValueError(f"a per-token input must have {num_tokens} entries, one per token, got {size}")
         if dim == 0 and len(kept) > 1:
             raise ValueError(
-                "the samples of a batch share the positions of their tokens in this model: keep the same tokens in all "
-                f"of them, (1, kept), got {tuple(kept.shape)}"
+                "in this model the samples of a batch share their token positions: keep the same tokens in all of them "
+                f"by indices of shape (1, kept), got {tuple(kept.shape)}"
             )
         return value.index_select(dim, index[0]) if len(kept) == 1 else _take(value, index, dim)
 

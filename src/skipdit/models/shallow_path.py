@@ -1,7 +1,7 @@
-"""The shallow path of a model: its first and last units alone.
+"""The shallow path of a model: its first and last units, without those in between.
 
 Training that leaves out the deep units in some of its steps (`routing.deep_drop`) teaches the shallow path to predict.
-It can then make the unconditional prediction of guidance, at a fraction of the cost (arXiv 2510.21986).
+It can then make the unconditional prediction of guidance at a fraction of the cost (arXiv 2510.21986).
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from skipdit.options import Guidance
 
 @dataclass(frozen=True, kw_only=True)
 class ShallowPath:
-    """The units that a model was trained to predict with alone; in its config as `shallow_path`."""
+    """The units of the shallow path that a model was trained with, kept in its config as `shallow_path`."""
 
     num_shallow_units: int
-    """Number of first units, and of last units, that run."""
+    """Number of units that run at the start, and also at the end."""
     fill: bool = False
-    """The model's `fill_token` enters the last units, rather than the output of the first ones."""
+    """Feed the model's `fill_token` to the last units instead of the output of the first ones."""
 
     def __post_init__(self) -> None:
         number: Any = self.num_shallow_units
@@ -39,17 +39,17 @@ class ShallowPath:
         return cls(**fields)
 
     def plan(self, links: LongSkipLinks) -> ForwardPlan:
-        """Return the plan of a model with these links; the same object each time, so that a compiled model has one
-        graph of it. Raises `ValueError` if no unit would be left out."""
-        number, most = self.num_shallow_units, (links.num_units - 1) // 2
-        if number > most:
-            raise ValueError(f"num_shallow_units must be at most {most} for {links.num_units} units, got {number}")
+        """Return the plan for a model with these links; always the same object, so that a compiled model has one graph
+        for it. Raises `ValueError` if no unit would be left out."""
+        number, maximum = self.num_shallow_units, (links.num_units - 1) // 2
+        if number > maximum:
+            raise ValueError(f"num_shallow_units must be at most {maximum} for {links.num_units} units, got {number}")
         route = TokenRoute(start=number, stop=links.num_units - number, fill=self.fill, leaves_out=True)
         return _plan(links.num_units, tuple(links.sources.items()), links.segment_starts, route)
 
 
 def default_shallow_units(num_units: int) -> int:
-    """Return the default number of shallow units in training, at the start and at the end of a model each."""
+    """Return the default number of shallow units in training, at each end of the model."""
     return min(2, (num_units - 1) // 2)
 
 
@@ -63,11 +63,12 @@ def _plan(
 def guidance_plan(
     model: LongSkipModel, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
 ) -> ForwardPlan | None:
-    """Return the plan of guidance's unconditional prediction: for `"shallow"` guidance that of the shallow path, for
-    `"full"` guidance `None`, which means all units.
+    """Return the plan for guidance's unconditional prediction: the shallow path for `"shallow"` guidance; `None`, which
+    means all units, for `"full"` guidance.
 
-    num_shallow_units: number of first units, and of last units, in the shallow path; by default that of the model's
-    training. Raises `ValueError` if the model was not trained so, or if `guidance_scale` is at most 1.
+    num_shallow_units: number of units at each end in the shallow path; by default the number it was trained with.
+    Raises `ValueError` if the model was not trained with a shallow path and no number is given, or if `guidance_scale`
+    is at most 1.
     """
     if guidance not in get_args(Guidance):
         raise ValueError(f"guidance must be one of {', '.join(get_args(Guidance))}, got {guidance!r}")
@@ -83,8 +84,8 @@ def guidance_plan(
         if trained is None:
             raise ValueError(
                 f"this {type(model).__name__} was not trained with its deep units left out (routing.deep_drop), so its "
-                "first and last units alone cannot predict: use guidance 'full', or set guidance_shallow_units to the "
-                "number of units to try"
+                "first and last units cannot predict without them: use guidance 'full', or set guidance_shallow_units "
+                "to the number of units to try"
             )
         return trained.plan(model.long_skip_links)
     fill = model.fill_token is not None if trained is None else trained.fill

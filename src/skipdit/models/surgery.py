@@ -1,9 +1,9 @@
-"""Adds long skips to a transformer, and removes them.
+"""Adds long skips to a transformer and removes them.
 
-Our own models fuse skips in their forward. A transformer of diffusers gets them by *class swap*: each of its blocks,
-and the model itself, becomes an instance of a final subclass made from (mixin, its class). Weight keys stay the
-same, a copy of the model is independent, and `torch.compile` sees one plain forward. All models drive the same
-`ForwardState`, so a cache treats them alike.
+Our own models fuse skips in their forward. A transformer of diffusers gets them by a *class swap*: each of its blocks,
+and the model itself, becomes an instance of a final subclass of (mixin, its class). Weight keys stay the same, a copy
+of the model is independent, and `torch.compile` sees one plain forward. All models drive the same `ForwardState`, so a
+cache treats them alike.
 """
 
 import inspect
@@ -35,21 +35,21 @@ from skipdit.models.long_skip import (
 from skipdit.models.unit_block import UnitBlock, UnitBlockInfo
 from skipdit.verbs import carry_out
 
-# weights with long skips go into files of another name, so that the plain class of diffusers rejects the folder instead
-# of dropping them with a warning
+# weights with long skips are saved under another file name, so that the plain class of diffusers rejects the folder
+# instead of dropping the skips with a warning
 LONG_SKIP_VARIANT = "long_skip"
 
 
 class RunsUnits(SwapMixin, LongSkipModel):
-    """Mixin before a transformer's class: begins a `ForwardState` for each forward call."""
+    """Mixin for a transformer's class that begins a `ForwardState` for each forward call."""
 
     open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
     _family: Family
-    _below: Any  # the class of diffusers; named, as super() cannot be compiled after a graph break up to torch 2.11
+    _below: Any  # the class of diffusers: up to torch 2.11, super() cannot be compiled after a graph break
 
     def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
         if self.open_call.state is not None:
-            raise RuntimeError("this model is in a forward call already: use a copy.deepcopy of it per thread")
+            raise RuntimeError("this model is already in a forward call: give each thread its own copy.deepcopy of it")
         if plan.route is not None:
             self._family.check_route(type(self).__name__, self.long_skip_links.segment_starts, plan.route)
         state = ForwardState.begin(self, plan, stored)
@@ -87,7 +87,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
         ]
 
     def enable_cache(self, spec: Any) -> None:
-        """Call `skipdit.enable_cache(model, spec)`; a config of diffusers enables a cache of diffusers."""
+        """Call `skipdit.enable_cache(model, spec)`, or enable a cache of diffusers if `spec` is one of its configs."""
         enable = getattr(super(LongSkipModel, self), "enable_cache", None)
         if enable is None or not type(spec).__module__.startswith("diffusers."):
             super().enable_cache(spec)
@@ -98,18 +98,18 @@ class RunsUnits(SwapMixin, LongSkipModel):
 
     @property
     def is_cache_enabled(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True if a cache of diffusers is enabled; the class of our cache overrides this."""
+        """Return true if a cache of diffusers is enabled; the class of our cache overrides this."""
         return bool(getattr(super(LongSkipModel, self), "is_cache_enabled", False))
 
     def disable_cache(self) -> None:
-        """Call `skipdit.disable_cache(model)`, and disable a cache of diffusers too."""
+        """Call `skipdit.disable_cache(model)`, and also disable a cache of diffusers."""
         mixin: Any = super(LongSkipModel, self)
         if getattr(mixin, "is_cache_enabled", False):
             mixin.disable_cache()
         super().disable_cache()
 
-    # diffusers passes a block and its arguments to this function; a block that runs again in the backward pass must
-    # find the state of its own forward call, of which several may be open by then
+    # diffusers calls this function with a block and its arguments; a block that runs again in the backward pass must
+    # find the state of its own forward call, and by then several calls may be open
     @property
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
         checkpoint, open_call = self.__dict__["_gradient_checkpointing_func"], self.open_call
@@ -131,7 +131,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
         max_shard_size: int | str = "10GB",
         **options: Any,
     ) -> None:
-        """Save as diffusers does. With long skips of ours the name of the weights' file contains `long_skip`;
+        """Save as diffusers does. If skipdit added long skips, the name of the weight file contains `long_skip`;
         `skipdit.load_model` and `long_skip_class(...).from_pretrained` read it."""
         if self.config.get("long_skip") is not None:
             if options.get("variant") is not None or not safe_serialization:
@@ -145,8 +145,8 @@ class RunsUnits(SwapMixin, LongSkipModel):
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, subfolder: str = "", dtype: torch.dtype = torch.float32
     ) -> Any:
-        """Load the model that `save_pretrained` wrote, on the CPU, in eval mode. Raises `ValueError` if the folder
-        holds no long skips, or keys are missing, unknown or misshapen."""
+        """Load a model that `save_pretrained` wrote, on the CPU, in eval mode. Raises `ValueError` if the folder holds
+        no long skips, or if keys are missing, unknown or misshapen."""
         return carry_out("load_with_long_skips", _plain_class(cls), Path(folder) / subfolder, dtype)
 
     @classmethod
@@ -165,7 +165,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
 
 @dataclass(frozen=True)
 class _InCall:
-    """Calls a block inside a forward call."""
+    """Calls a block with the state of a given forward call."""
 
     open_call: OpenCall
     state: ForwardState | None
@@ -194,8 +194,8 @@ def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
 
 
 def long_skip_class(base: type[nn.Module]) -> Any:
-    """Return the class that a transformer of this class has with long skips; its `from_pretrained` reads what such a
-    model saved. Raises `ValueError` if skipdit does not know the class's units."""
+    """Return the class that a transformer of this class has once it has long skips; its `from_pretrained` reads what
+    such a model saved. Raises `ValueError` if skipdit does not know the units of `base`."""
     get_family(base)
     return _running_class(base)
 
@@ -203,14 +203,14 @@ def long_skip_class(base: type[nn.Module]) -> Any:
 @lru_cache
 def _running_class(base: type[nn.Module]) -> Any:
     signature = inspect.signature(base.forward)
-    added = [
+    plan_parameters = [
         parameter
         for name, parameter in inspect.signature(RunsUnits.forward).parameters.items()
         if name in ("plan", "stored")
     ]
     *first, last = signature.parameters.values()
     positional = [*first, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else first
-    parameters = [*positional, *added] if positional[-1] is last else [*positional, *added, last]
+    parameters = [*positional, *plan_parameters] if positional[-1] is last else [*positional, *plan_parameters, last]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return RunsUnits.forward(self, *args, **kwargs)
@@ -220,17 +220,17 @@ def _running_class(base: type[nn.Module]) -> Any:
 
 
 def _plain_class(model_class: type) -> type[nn.Module]:
-    """Return the class of diffusers below the mixin, also if a cache's class is on top of it."""
+    """Return the class of diffusers below the mixin, even if a cache's class is on top of it."""
     return next(base.__bases__[1] for base in model_class.__mro__ if base.__bases__[:1] == (RunsUnits,))
 
 
 def _segments(model: nn.Module, family: Family) -> list[list[tuple[nn.Module, ...]]]:
     """Return the units of each segment."""
-    found = []
+    segments = []
     for segment in family.segments:
         lists = [cast(Iterable[nn.Module], model.get_submodule(name)) for name in segment.lists]
-        found.append(list(zip(*lists, strict=True)))
-    return found
+        segments.append(list(zip(*lists, strict=True)))
+    return segments
 
 
 def num_units_of(model: nn.Module) -> int:
@@ -245,10 +245,10 @@ def _segment_sizes(model: nn.Module) -> list[int]:
 
 
 def open_units(model: nn.Module) -> None:
-    """Make a transformer of diffusers run its units under a `ForwardState`, with no new weights and the same output.
+    """Make a transformer of diffusers run its units under a `ForwardState`; its weights and output stay the same.
 
-    Raises `ValueError` if its family is unknown or does not fit, hooks are on its forward (offloading: set it up
-    afterwards), or its blocks are compiled. The model is then unchanged.
+    Raises `ValueError` if its family is unknown or does not fit, its forward is hooked (set up offloading afterwards),
+    or its blocks are compiled. The model is then unchanged.
     """
     if isinstance(model, LongSkipModel):
         return
@@ -261,20 +261,20 @@ def open_units(model: nn.Module) -> None:
     open_call = OpenCall(writes=writes)
     for block, info in blocks:
         swap(block, _block_class(type(block)))
-        opened = cast(UnitBlock, block)
-        opened._info, opened._open, opened.long_skip = info, open_call, None
+        unit_block = cast(UnitBlock, block)
+        unit_block._info, unit_block._open, unit_block.long_skip = info, open_call, None
     swap(model, model_class)
-    running = cast(RunsUnits, model)
-    running.open_call, running._family, running.timestep_scale = open_call, family, family.timestep_scale
-    running.fill_token = None
+    open_model = cast(RunsUnits, model)
+    open_model.open_call, open_model._family, open_model.timestep_scale = open_call, family, family.timestep_scale
+    open_model.fill_token = None
     native = LongSkipConfig(middle_pair=False) if family.native_pairs else None
-    running.set_links(pair_segments(running.segment_sizes(), native))
+    open_model.set_links(pair_segments(open_model.segment_sizes(), native))
 
 
 def _block_infos(
     family: Family, segments: list[list[tuple[nn.Module, ...]]]
 ) -> Iterator[tuple[nn.Module, UnitBlockInfo]]:
-    """Yield each block, with its position. Raises `ValueError` if the family does not fit."""
+    """Yield each block with its position. Raises `ValueError` if the family does not fit."""
     num_units, unit = sum(map(len, segments)), 0
     for number, (segment, units) in enumerate(zip(family.segments, segments, strict=True)):
         joins = None
@@ -302,22 +302,22 @@ def _block_infos(
 
 
 def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
-    """Return the positions of a block's streams and inputs by token among its arguments. Raises `ValueError` if it has
+    """Return the positions of a block's streams and per-token inputs among its arguments. Raises `ValueError` if it has
     no argument of such a name."""
-    names, found = list(inspect.signature(type(block).forward).parameters)[1:], {}
+    names, positions = list(inspect.signature(type(block).forward).parameters)[1:], {}
     for role, arguments in (("streams", segment.streams), ("by_token", segment.by_token or ())):
         for name in arguments:
             if name not in names:
                 raise ValueError(
                     f"{role} must be arguments of {type(block).__name__}.forward ({', '.join(names)}), got {name!r}"
                 )
-            found[name] = names.index(name)
-    return found
+            positions[name] = names.index(name)
+    return positions
 
 
 def close_units(model: nn.Module) -> None:
-    """Undo `open_units`; raises `ValueError` if the model has long skips of ours. Units stay open, which changes no
-    output, if hooks were set on them since, or `fully_shard` has put its classes on top."""
+    """Undo `open_units`. Units that have since been hooked or given another class (`fully_shard`) stay open, which does
+    not change outputs. Raises `ValueError` if the model has long skips that skipdit added."""
     if not isinstance(model, RunsUnits):
         return
     blocks = [cast(UnitBlock, block) for blocks in model.units() for block in blocks]
@@ -346,11 +346,11 @@ def close_units(model: nn.Module) -> None:
 def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> None:
     """Add fresh long skips to a model, in place, and keep its weights.
 
-    With `fusion="residual"` (a zero projection added to the hidden states) the output stays bit-equal until it is
-    trained; with the paper's `"replace"` the projections must be trained first, alone (`skipdit train --stage
+    With `fusion="residual"` (a zero projection added to the hidden states) the output stays bit-equal until the skips
+    are trained. With the paper's `"replace"`, train the projections alone first (`skipdit train --stage
     long-skips-only`). The new weights have the dtype and device of the blocks; `model.config.long_skip` holds `config`.
 
-    Raises `ValueError` if the model has long skips already, as every HunyuanDiT has, if its units are unknown, or if
+    Raises `ValueError` if the model already has long skips, as every HunyuanDiT does, if its units are unknown, or if
     `config` links no pair or more than there are; the model is then unchanged.
     """
     _refuse_cached(model)
@@ -361,31 +361,31 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         )
     if isinstance(model, LongSkipModel):
         if model.long_skip_links.sources:
-            raise ValueError("this model has long skips already: call skipdit.remove_long_skips(model) first")
+            raise ValueError("this model already has long skips: call skipdit.remove_long_skips(model) first")
     elif family is not None and "long_skip" in cast(Any, model).config:
         raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
     sizes = _segment_sizes(model)
     if not pair_segments(sizes, config):
         raise ValueError(
-            f"there must be at least one pair, got num_pairs {config.num_pairs} for segments of {sizes} units"
+            f"there must be at least one pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
         )
     open_units(model)
-    linked = cast(LongSkipModel, model)
+    open_model = cast(LongSkipModel, model)
     names = family.hidden_size if family else ("num_attention_heads", "attention_head_dim")
-    linked.set_long_skips(math.prod(linked.config[name] for name in names), config)
-    dtype: Any = linked.dtype  # a block's first parameter may be one that stays in float32 (Wan)
-    for block in linked.unit_entries():
+    open_model.set_long_skips(math.prod(open_model.config[name] for name in names), config)
+    dtype: Any = open_model.dtype  # a block's first parameter may be one that stays in float32 (Wan)
+    for block in open_model.unit_entries():
         if block.long_skip is not None:
             block.long_skip.to(next(block.parameters()).device, dtype).train(model.training)
-    if linked.fill_token is not None:
-        linked.fill_token.data = linked.fill_token.data.to(next(model.parameters()).device, dtype)
-    linked.update_config(long_skip=config.to_dict())
+    if open_model.fill_token is not None:
+        open_model.fill_token.data = open_model.fill_token.data.to(next(model.parameters()).device, dtype)
+    open_model.update_config(long_skip=config.to_dict())
 
 
 def add_fill_token(model: nn.Module) -> None:
-    """Add the fill token of `LongSkipConfig(fill_token=True)` to a model with long skips of ours, if it has none.
+    """Add the fill token of `LongSkipConfig(fill_token=True)` to a model that lacks it.
 
-    Raises `ValueError` if it has no long skips of ours.
+    Raises `ValueError` if the model has no long skips that skipdit added.
     """
     if not isinstance(model, LongSkipModel) or model.config.get("long_skip") is None:
         raise ValueError(f"a fill token needs long skips that skipdit added: this {type(model).__name__} has none")
@@ -396,17 +396,17 @@ def add_fill_token(model: nn.Module) -> None:
 
 
 def remove_long_skips(model: nn.Module) -> None:
-    """Remove a model's long skips, in place; a transformer of diffusers is again as before `add_long_skips`. Raises
-    `ValueError` if it has none of ours."""
+    """Remove a model's long skips, in place; a transformer of diffusers is then as it was before `add_long_skips`.
+    Raises `ValueError` if it has no long skips that skipdit added."""
     if not isinstance(model, LongSkipModel) or not model.long_skip_links.sources:
         raise ValueError(f"this {type(model).__name__} has no long skips that skipdit added")
     _refuse_cached(model)
     if isinstance(model, RunsUnits):
         if model._family.native_pairs:
             raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
-        found = hooked((model, *(block for blocks in model.units() for block in blocks)))
-        if found is not None:
-            raise ValueError(f"hooks are on the forward of this {type(found).__name__}: remove them first")
+        hooked_module = hooked((model, *(block for blocks in model.units() for block in blocks)))
+        if hooked_module is not None:
+            raise ValueError(f"the forward of this {type(hooked_module).__name__} is hooked: remove the hooks first")
         for block in model.unit_entries():
             block.long_skip = None
         model.fill_token = None
@@ -418,6 +418,6 @@ def remove_long_skips(model: nn.Module) -> None:
 
 
 def _refuse_cached(model: nn.Module) -> None:
-    """Raise `ValueError` if a cache is enabled: its class is on top of the class that would be swapped."""
+    """Raise `ValueError` if a cache is enabled, whose class is on top of the one to swap."""
     if "_skipdit_cache" in vars(model):
         raise ValueError("a cache is enabled on this model: call skipdit.disable_cache(model) first")

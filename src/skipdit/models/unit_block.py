@@ -1,4 +1,4 @@
-"""A block of a transformer of diffusers whose units are open: what it stores, reuses and fuses before it runs."""
+"""A block of a transformer of diffusers whose units are open: it carries out a plan around its own forward."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,30 +20,30 @@ class UnitBlockInfo:
 
     unit: int
     is_entry: bool
-    """True for the first block of its unit; the second sees one patch over time, (b n) f d, not (b f) n d."""
+    """True for the first block of its unit; a second one sees each patch over time, (b n) f d, not (b f) n d."""
     is_exit: bool
     """True for the last block of the model."""
     streams: tuple[str, ...]
     """Arguments that hold the streams, in the order of the outputs."""
     fused: str
-    """The stream that long skips fuse."""
+    """The stream into which long skips are fused."""
     positions: dict[str, int]
     """Positions of the arguments by name."""
     joins: tuple[tuple[int, ...], int] | None
-    """For the first block of a segment whose streams are joined: their indices, and the index of the stream whose
-    tokens may be routed."""
+    """For the first block of a segment before which streams are joined: their indices, and the index of the stream
+    whose tokens may be routed."""
     by_token: Mapping[str, ByToken]
     """Other arguments that have an entry per token."""
 
     def input_streams(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Return the streams among the arguments, in the form of a block's output."""
+        """Return the streams among the arguments, in the form of the block's output."""
         streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
 
 
 class UnitBlock(SwapMixin, LinkedBlock):
-    """Mixin before a block's class. Before the block it stores or reuses the streams and fuses the skip; at a reuse
-    step a block of a unit that does not run returns its input streams."""
+    """Mixin for a block's class. Before the block runs, it stores or replaces the streams and fuses the skip; in a unit
+    that does not run, the block returns its input streams."""
 
     _info: UnitBlockInfo
     _open: OpenCall
@@ -55,8 +55,8 @@ class UnitBlock(SwapMixin, LinkedBlock):
         return info.input_streams(args, kwargs)
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compile the forward of the block's own class without the actions of a plan: blocks of one class share their
-        graphs, and so do all steps. Under a plan that stores or reuses branches a block runs without its graph."""
+        """Compile the forward of the block's own class, without the actions of a plan, so that all blocks of the class
+        and all steps share its graphs. With a plan that stores or reuses branches, a block runs uncompiled."""
         compiled: Any = torch.compile(super().forward, *args, **options)
         compiled.options = args, options
         self._compiled_call_impl = compiled
@@ -73,16 +73,16 @@ class UnitBlock(SwapMixin, LinkedBlock):
         compiled = None if state.plan.has_branches else self._compiled_call_impl
         if info.unit in state.plan.untouched and info.joins is None:
             return (compiled or super().forward)(*args, **kwargs)
-        call = list(args)
+        arguments = list(args)
 
         def get(name: str) -> Tensor:
-            return kwargs[name] if name in kwargs else call[info.positions[name]]
+            return kwargs[name] if name in kwargs else arguments[info.positions[name]]
 
         def put(name: str, value: Tensor) -> None:
             if name in kwargs:
                 kwargs[name] = value
             else:
-                call[info.positions[name]] = value
+                arguments[info.positions[name]] = value
 
         if info.is_entry:
             if info.joins:
@@ -97,25 +97,25 @@ class UnitBlock(SwapMixin, LinkedBlock):
         if state.runs(info.unit):
             if state.tokens is not None and state.sees_kept(info.unit):
                 for name, by_token in info.by_token.items():
-                    if name in kwargs or info.positions[name] < len(call):
+                    if name in kwargs or info.positions[name] < len(arguments):
                         put(name, state.tokens.keep(get(name), by_token))
             if self.long_skip is not None:
                 put(info.fused, self.long_skip(get(info.fused), state.skip(info.unit)))
-            output = (compiled or super().forward)(*call, **kwargs)
+            output = (compiled or super().forward)(*arguments, **kwargs)
         else:
             if info.is_entry:
-                # a model that passes skips on by itself takes the output of this unit for one (HunyuanDiT)
+                # HunyuanDiT passes skips on itself, and will take the output of this unit as one
                 skip = state.stored_skip(info.unit)
                 if skip is not None:
                     put(info.fused, skip)
-            output = info.input_streams(call, kwargs)
+            output = info.input_streams(arguments, kwargs)
         if info.is_exit and state.is_boundary(info.unit + 1):
             return _exit(state, info, output, self._open.num_tokens)
         return output
 
 
 def _exit(state: ForwardState, info: UnitBlockInfo, output: Any, num_tokens: int) -> Any:
-    """Return the output of the last unit, after it was stored or replaced."""
+    """Store or replace the output of the last unit, and return it."""
     if not info.is_entry:
         num_frames = output.shape[1]
         output = rearrange(output, "(b n) f d -> (b f) n d", n=num_tokens)

@@ -9,8 +9,7 @@ import json
 import logging
 import shutil
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from rich.progress import track
 from torch import nn
 
 from skipdit.cache.enable import enable_cache
+from skipdit.data.arrays import write_npz
 from skipdit.environment import machine, peak_memory_bytes, resolve_device
 from skipdit.environment import versions as versions_here
 from skipdit.files import output
@@ -330,22 +330,6 @@ class _Shown:
             for path in [path for path in self.waiting if path.is_dir()]:
                 self.done += self.waiting.pop(path)
             self.bar.update(self.task, completed=self.done)
-
-
-def write_npz(
-    path: Path, blocks: Iterator[np.ndarray], shape: tuple[int, ...], labels: Sequence[int | None] = ()
-) -> None:
-    """Write `arr_0`, uint8 of this shape, block by block, and `arr_1`, the labels, where none is `None`; as
-    `numpy.savez`, but with no more than a block in memory, and with the same bytes at each call."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for block in blocks:
-                file.write(np.ascontiguousarray(block).data)
-        if labels and None not in labels:
-            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
-                np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
-"""The tasks. Each has a file here, which says what it is called, how it is asked for, sampled, trained and opened.
+"""The tasks: one module each, with its name, its option on the command line, and how it is sampled, trained and opened.
 
-`TASKS` is the table: a new task is a file and a row. What tasks share is in `task` (sampling, opening) and `training`,
-and, by what they are asked for, in `labels` and `prompts`.
+`TASKS` is the table: a new task is a module and a row. Shared code is in `task` (sampling, opening) and `training`;
+that of class-conditional tasks is in `labels`, that of text-conditional ones in `prompts`.
 """
 
 import importlib
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class TaskTable(UserDict[str, Any]):
-    """Hold tasks by name. One that is given as a module, which defines it as `TASK`, is imported when first used."""
+    """Tasks by name. A value may be the name of a module that defines `TASK`, which is imported on first use."""
 
     def __getitem__(self, name: str) -> "Task":
-        found = super().__getitem__(name)
-        if isinstance(found, str):
-            found = self.data[name] = importlib.import_module(found).TASK
-        return found
+        task = super().__getitem__(name)
+        if isinstance(task, str):
+            task = self.data[name] = importlib.import_module(task).TASK
+        return task
 
 
 TASKS = TaskTable(

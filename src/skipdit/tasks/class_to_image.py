@@ -55,7 +55,7 @@ TASK = ClassToImage()
 
 
 def load_pictures_pipeline(name: str) -> ClassToImagePipeline:
-    """Return the bundled pipeline (`emoji`) or that of a folder."""
+    """Return the bundled pipeline (`emoji`), or the one in a folder."""
     asset = files("skipdit") / "assets" / "class_to_image"
     disable_progress_bar()
     try:

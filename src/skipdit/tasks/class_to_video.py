@@ -1,4 +1,4 @@
-"""Class-to-video: our Latte on clips with classes, or without."""
+"""Class-to-video: our Latte on clips with or without classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from skipdit.tasks.training import Items
 
 @dataclass(frozen=True)
 class ClassToVideoTraining(LabelTraining):
-    """A Latte that learns clips, and single pictures beside them (joint training, arXiv 2401.03048, 3.3). A sample of
-    both has the class of the clip and that of each picture."""
+    """A Latte that learns clips, and single pictures beside them (joint training, arXiv 2401.03048, 3.3). A sample with
+    pictures has the class of the clip and that of each picture."""
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Tensor, **plan: Any) -> Any:
-        own: dict[str, Any] = {} if conditions.ndim == 1 else {"num_images": conditions.shape[1] - 1}
+        arguments: dict[str, Any] = {} if conditions.ndim == 1 else {"num_images": conditions.shape[1] - 1}
         if self.knows_classes and conditions.ndim == 1:
-            own = {"class_labels": conditions}
+            arguments = {"class_labels": conditions}
         elif self.knows_classes:
-            own |= {"class_labels": conditions[:, 0], "image_class_labels": conditions[:, 1:]}
-        return model(noisy, timesteps, **own, **plan)
+            arguments |= {"class_labels": conditions[:, 0], "image_class_labels": conditions[:, 1:]}
+        return model(noisy, timesteps, **arguments, **plan)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the tasks that are asked for by class labels share."""
+"""Shared code of the class-conditional tasks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropp
 
 
 class LabelTask(Task):
-    """A task that is asked for by class labels, with a pipeline of skipdit. Abstract."""
+    """A class-conditional task, with a pipeline of skipdit. Abstract."""
 
     option = "labels"
     has_own_pipeline = True
@@ -29,8 +29,8 @@ class LabelTask(Task):
     def choose_from(
         self, pipeline: ClassPipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
     ) -> Chosen:
-        """Choose class numbers; `None` for each sample of a model without classes. The labels are names or numbers;
-        `ValueError` on one that is unknown."""
+        """Return class numbers, or `None` per sample for a model without classes. values: names or numbers of classes;
+        `ValueError` if one is unknown."""
         num_classes: int | None = pipeline.transformer.config.num_classes
         values = values if count is None else values or showcase
         count = count or len(values) or num_classes or 1
@@ -39,9 +39,9 @@ class LabelTask(Task):
                 raise ValueError(f"this model has no classes, got label {values[0]!r}")
             return Chosen([None] * count, [f"clip {number + 1}" for number in range(count)])
         numbers = [label_number(pipeline, value) for value in values] or spread(min(count, num_classes), num_classes)
-        chosen = list(islice(cycle(numbers), count))
+        conditions = list(islice(cycle(numbers), count))
         names = {number: name for name, number in pipeline.labels.items()}
-        return Chosen(chosen, [names.get(number, str(number)) for number in chosen])
+        return Chosen(conditions, [names.get(number, str(number)) for number in conditions])
 
     def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
         names = None if transformer.config.num_classes is None else names
@@ -52,7 +52,7 @@ class LabelTask(Task):
 
 
 def label_number(pipeline: ClassPipeline, label: str) -> int:
-    """Return the number of a class that is given by its name or number; `ValueError` where there is none."""
+    """Return the number of a class, given its name or number. `ValueError` if there is no such class."""
     if label.isdecimal() and label not in pipeline.labels:
         num_classes = pipeline.transformer.config.num_classes
         if int(label) >= num_classes:
@@ -63,14 +63,14 @@ def label_number(pipeline: ClassPipeline, label: str) -> int:
 
 @dataclass(frozen=True)
 class LabelTraining(TrainingTask[Tensor]):
-    """A model that learns classes. Its conditions are class numbers (b), or (b n) of a sample of several pictures; a
-    condition that is left out is the model's null class. Abstract."""
+    """A class-conditional model in training. Conditions are class numbers (b), or (b n) if samples have several
+    pictures; a dropped condition becomes the model's null class. Abstract."""
 
     model: PatchTransformer
 
     @property
     def knows_classes(self) -> bool:
-        """Return whether the model looks at the classes."""
+        """Whether the model takes classes."""
         return self.model.config.num_classes is not None
 
     def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Tensor:

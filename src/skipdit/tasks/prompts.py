@@ -1,5 +1,5 @@
-"""What the tasks that are asked for by prompts share: pipelines of diffusers, whose transformers hear a prompt through
-the sentence encoder of `skipdit.text` and see pixels or latents.
+"""Shared code of the text-conditional tasks: pipelines of diffusers for pixels or latents, whose transformers take the
+states of prompts from the sentence encoder of `skipdit.text`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from skipdit.checkpoints.parts import part_class
 from skipdit.data.pictures import Draws
 from skipdit.files.untrusted import printable
 from skipdit.pipelines import SamplingOptions
@@ -23,22 +22,22 @@ from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
 from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder, quiet
 
-# diffusers' text pipelines count sizes in pixels of an autoencoder that is eight times finer than its latents
+# diffusers' text pipelines take sizes in pixels, for an autoencoder that downsamples by eight
 LATENT_SCALE = 8
 
 
 class PromptTask(Task):
-    """A task that is asked for by prompts. Abstract."""
+    """A text-conditional task. Abstract."""
 
     option = "prompt"
     has_own_pipeline = False
     absent_parts: ClassVar[dict[str, Any]]
-    """what its pipeline's class is given in the place of what it does without"""
+    """arguments of the pipeline's class in place of parts that it does without"""
     width_option: ClassVar[str]
-    """what its transformers' configs call the width of an encoder's states"""
+    """name of the text encoder's width in the configs of its transformers"""
 
     def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
-        """Choose prompts; `ValueError` where there are none."""
+        """Return prompts. `ValueError` if there are none."""
         prompts = list(values or showcase)
         if not prompts:
             raise ValueError(f"a {self.name} model needs prompts, got none")
@@ -53,16 +52,14 @@ class PromptTask(Task):
         with quiet():
             pipeline_class = getattr(diffusers, self.pipeline_name)
         pipeline = pipeline_class(vae=None, transformer=transformer, scheduler=scheduler, **self.absent_parts)
-        pipeline.register_modules(vae=vae)  # not before: its scale would be counted in, see `LATENT_SCALE`
+        pipeline.register_modules(vae=vae)  # only now, so that its downsampling does not count: see `LATENT_SCALE`
         return Sampler(self, pipeline)
 
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> None:
-        """Refuse a pipeline that hears prompts through an encoder of its own."""
-        has_encoder = part_class(index, "text_encoder", folder) is not None
-        if has_encoder or transformer.config.get(self.width_option) != WIDTH:
+        """Refuse a pipeline whose transformer was trained with another text encoder."""
+        if transformer.config.get(self.width_option) != WIDTH:
             raise ValueError(
-                f"{printable(folder)} has a text encoder of its own: load it with diffusers' {self.pipeline_name}, "
-                "then call skipdit.enable_cache(pipeline, 'N2')"
+                f"{printable(folder)} hears prompts through another text encoder than skipdit's, which its folder lacks"
             )
 
     def sample(self, pipeline: Any, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
@@ -73,8 +70,8 @@ class PromptTask(Task):
         states = load_encoder().encode([*conditions, ""], length).to(model.device, model.dtype)
         prompts, nothing = states[torch.arange(count)], states[torch.full((count,), count)]
         size = model.config.sample_size * LATENT_SCALE
-        how = options.guidance, options.guidance_shallow_units, options.guidance_scale
-        with split_guidance(pipeline, *how) as guided:
+        guidance = options.guidance, options.guidance_shallow_units, options.guidance_scale
+        with split_guidance(pipeline, *guidance) as guided:
             output = guided(
                 **self.arguments(model, prompts, nothing),
                 height=size,
@@ -87,11 +84,12 @@ class PromptTask(Task):
         return (self.decode(pipeline.vae, output) / 2 + 0.5).clamp(0, 1)
 
     def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
-        """Return what the pipeline's call takes of prompts and, for each, of the empty one; and what it alone takes."""
+        """Return the arguments of the pipeline's call for the states of prompts and, per prompt, of the empty prompt,
+        with any that only this pipeline takes."""
         raise NotImplementedError
 
     def decode(self, vae: Any, output: Any) -> Tensor:
-        """Return pictures (b c h w) or clips (b f c h w) in [-1, 1] of what the pipeline returns."""
+        """Return pictures (b c h w) or clips (b f c h w) in [-1, 1] from the output of the pipeline."""
         raise NotImplementedError
 
 
@@ -101,25 +99,25 @@ class PromptTask(Task):
 
 @dataclass(frozen=True)
 class CaptionStates:
-    """The states of every caption of a data set, which may have several per item, and of the empty prompt."""
+    """The states of all captions of a data set, which may have several per item, and of the empty prompt."""
 
     states: PromptStates
-    """those of all captions, item by item, and of the empty prompt last"""
+    """of all captions, item by item, and then of the empty prompt"""
     num_variants: int
     """captions per item"""
 
     def select(
         self, items: Int[Tensor, " batch"], variants: Int[Tensor, " batch"], dropped: Bool[Tensor, " batch"]
     ) -> PromptStates:
-        """Return the states of one caption per item, and of the empty prompt where it is dropped."""
+        """Return the states of one caption per item, or of the empty prompt if it is dropped."""
         captions = items * self.num_variants + variants
         return self.states[torch.where(dropped, len(self.states) - 1, captions)]
 
 
 @dataclass(frozen=True)
 class PromptTraining(TrainingTask[PromptStates]):
-    """A model that learns captions. Its conditions are the states of a caption per sample; a condition that is left out
-    is the empty prompt. Abstract."""
+    """A text-conditional model in training. Conditions are the states of one caption per sample; a dropped condition
+    becomes the empty prompt. Abstract."""
 
     @property
     def data(self) -> StoredItems:
@@ -129,7 +127,7 @@ class PromptTraining(TrainingTask[PromptStates]):
         self.captions_on(device)
 
     def captions_on(self, device: torch.device) -> CaptionStates:
-        """Return the states of all captions on a device, where they stay."""
+        """Return the states of all captions on a device; they are copied there once."""
         if device not in self._captions_on:
             states = self.captions.states.to(device, torch.float32)
             self._captions_on[device] = replace(self.captions, states=states)
@@ -141,16 +139,16 @@ class PromptTraining(TrainingTask[PromptStates]):
 
     @cached_property
     def captions(self) -> CaptionStates:
-        """The states that the data comes with, or that are computed here, once.
+        """The states of all captions: those stored with the data, or else encoded once.
 
-        `ValueError` where a caption is too long, or the states of the data are of another encoder.
+        `ValueError` if a caption is too long, or the stored states are of another encoder.
         """
         num_variants = len(self.items.captions[0])
         stored = self.items.states
         if stored is None:
             return CaptionStates(encode_captions(self.items.captions, self.items.names), num_variants)
         if stored.tokens.shape[1:] != (MAX_PROMPT_TOKENS, WIDTH):
-            raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them anew")
+            raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them again")
         return CaptionStates(stored, num_variants)
 
     def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> PromptStates:
@@ -160,14 +158,14 @@ class PromptTraining(TrainingTask[PromptStates]):
         return captions.select(given, variants, draw_dropped(given, dropout, draws))
 
     def showcase(self, count: int) -> tuple[list[str], list[str]]:
-        chosen = [self.items.captions[index][0] for index in spread(count, len(self.items))]
-        return chosen, chosen
+        captions = [self.items.captions[index][0] for index in spread(count, len(self.items))]
+        return captions, captions
 
 
 def encode_captions(captions: Sequence[Sequence[str]], names: Any) -> PromptStates:
-    """Return the states of every caption of every item, and of the empty prompt last.
+    """Return the states of all captions, item by item, and then of the empty prompt.
 
-    names: what an error calls an item. `ValueError` where a caption is too long.
+    names: returns what errors call an item. `ValueError` if a caption is too long.
     """
     encoder, all_captions = load_encoder(), [caption for variants in captions for caption in variants]
     try:
@@ -178,5 +176,6 @@ def encode_captions(captions: Sequence[Sequence[str]], names: Any) -> PromptStat
         if not too_long:
             raise
         first = names(too_long[0] // len(captions[0]))
-        what = f"{len(too_long)} of {len(all_captions)} captions are too long, the first is that of {first}"
-        raise ValueError(f"{error}: {what}") from error
+        raise ValueError(
+            f"{error}: {len(too_long)} of {len(all_captions)} captions are too long, the first is that of {first}"
+        ) from error

@@ -1,4 +1,4 @@
-"""Shallow guidance in a pipeline of diffusers, whose transformer makes both predictions in one batch."""
+"""Shallow guidance in pipelines of diffusers that make both predictions in one batch."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -17,8 +17,9 @@ from skipdit.pipelines import ShallowGuidance
 
 
 class SplitGuidance(nn.Module):
-    """Stand in a pipeline of diffusers for its transformer, each batch of which is an unconditional and a conditional
-    half: call it for one and the other, and under a plan for the first. In all else it is the transformer."""
+    """A stand-in for the transformer of a diffusers pipeline whose batches have an unconditional and a conditional
+    half: it calls the transformer once per half, under a plan for the unconditional one. All other attributes are those
+    of the transformer."""
 
     def __init__(self, model: nn.Module, plan: ForwardPlan) -> None:
         super().__init__()
@@ -32,39 +33,39 @@ class SplitGuidance(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Return what the transformer does with `return_dict=False`."""
+        """Return the output of the transformer with `return_dict=False`."""
         num_rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
-        given = {name: self._halves(name, value, num_rows) for name, value in (*enumerate(args), *kwargs.items())}
-        first, second = ({name: halves[index] for name, halves in given.items()} for index in range(2))
+        arguments = {name: self._halves(name, value, num_rows) for name, value in (*enumerate(args), *kwargs.items())}
+        first, second = ({name: halves[index] for name, halves in arguments.items()} for index in range(2))
         (conditional,) = _call(self.model, second)
         conditional, unconditional = _call(partial(self.shallow, conditional), first)
         return (torch.cat([unconditional, conditional]),)
 
     def _halves(self, name: int | str, value: Any, num_rows: int) -> tuple[Any, Any]:
-        """Return what each call is given of an argument: of one that stays the same object at every step, the very same
-        halves, by which a cache knows its stream."""
+        """Return the value of an argument for each of the two calls. While the argument is the same object, so are its
+        halves, by which a cache recognizes its streams."""
         if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != num_rows:
             return value, value
         if name not in self.known or self.known[name][0] is not value:
             first, second = value.chunk(2)
-            # half of a batch of timesteps is copied, for a cache would take it for an entry of a scheduler's list; one
-            # timestep that is expanded over the rows is such an entry
-            owned = (first.clone(), second.clone()) if value.stride(0) else (first, second)
-            self.known[name] = value, owned
+            # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's list; a
+            # single timestep expanded over the rows is one
+            halves = (first.clone(), second.clone()) if value.stride(0) else (first, second)
+            self.known[name] = value, halves
         return self.known[name][1]
 
 
-def _call(function: Callable[..., Any], given: dict[int | str, Any]) -> Any:
-    args = [value for name, value in given.items() if isinstance(name, int)]
-    return function(*args, **{name: value for name, value in given.items() if isinstance(name, str)})
+def _call(function: Callable[..., Any], arguments: dict[int | str, Any]) -> Any:
+    args = [value for name, value in arguments.items() if isinstance(name, int)]
+    return function(*args, **{name: value for name, value in arguments.items() if isinstance(name, str)})
 
 
 @contextmanager
 def split_guidance(
     pipeline: Any, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
 ) -> Iterator[Any]:
-    """Yield a pipeline of diffusers as it is for `"full"` guidance, else a copy that shares all of its parts and makes
-    its unconditional predictions with few units. `ValueError` where its transformer cannot."""
+    """Yield a diffusers pipeline: itself for `"full"` guidance, otherwise a copy that shares all parts and makes its
+    unconditional predictions with few units. `ValueError` if its transformer cannot."""
     model: nn.Module = pipeline.transformer
     is_opened_here = guidance != "full" and not isinstance(model, LongSkipModel)
     if is_opened_here:

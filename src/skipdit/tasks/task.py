@@ -1,4 +1,4 @@
-"""What a task is to the rest of skipdit, and how its pipelines are sampled, saved and opened."""
+"""The interface of a task, and how its pipelines are sampled, saved and opened."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,48 +19,48 @@ LabelNames = dict[str, str] | None  # by class number, `None` for a task or data
 
 
 class Chosen(NamedTuple):
-    """What is sampled: one condition (a class number, `None` or a prompt) and one caption per sample."""
+    """The conditions to sample (class numbers, `None` or prompts), and one caption for each."""
 
     conditions: list[Any]
     captions: list[str]
 
 
 def spread(count: int, total: int) -> list[int]:
-    """Return so many of the numbers from 0 to `total - 1`, at even distances."""
+    """Return `count` evenly spaced numbers from 0 to `total - 1`."""
     return [index * total // count for index in range(count)]
 
 
 class Task:
-    """All that tells one task from the others. Abstract; a file of this folder has one, `TASK`."""
+    """Everything specific to one task. Abstract; each module of a task in this folder defines one, `TASK`."""
 
     name: ClassVar[str]
-    """as users write it"""
+    """as on the command line"""
     option: ClassVar[str]
-    """the option of `skipdit sample` that asks for it"""
+    """the option of `skipdit sample` for its conditions"""
     num_samples: ClassVar[int]
-    """how many are sampled by default"""
+    """default number of samples"""
     batch_size: ClassVar[int]
-    """how many of a set are sampled together by default"""
+    """default batch size for a set of samples"""
     is_video: ClassVar[bool]
     """whether samples are clips"""
     pipeline_name: ClassVar[str]
-    """the class of its pipelines, as in their `model_index.json`"""
+    """class name of its pipelines, as in `model_index.json`"""
     model_class: ClassVar[type[nn.Module]]
-    """the class of its transformers"""
+    """class of its transformers"""
     model_config: ClassVar[type["TransformerConfig"]]
     """what `skipdit train` builds one from"""
     has_own_pipeline: ClassVar[bool]
-    """whether its pipeline is of skipdit: that takes any autoencoder, guides some channels alone, hands a learned
-    variance on to the scheduler, and needs no more than a transformer and what that predicts"""
+    """whether its pipeline is one of skipdit's: these take any autoencoder, can guide only some channels, pass a
+    learned variance to the scheduler, and need only a transformer and its objective"""
 
     def choose(
         self, pipeline: Any, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
     ) -> Chosen:
-        """Return what `count` samples show: in turn what was asked for, or else of `showcase`, or else of all that
-        there is. Without a count, everything that was asked for, or all that there is.
+        """Return the conditions of `count` samples: the requested ones in turn, or else those of `showcase`, or else
+        some of all that the model knows. Without a count, return all requested ones, or all that it knows.
 
-        asked: the values of each option of `skipdit sample` that asks for something. `ValueError` where that is another
-        option than this task's, or more values than samples.
+        asked: the values of each option of `skipdit sample` for conditions. `ValueError` if another option than this
+        task's has values, or there are more values than samples.
         """
         for option, values in asked.items():
             if values and option != self.option:
@@ -71,63 +71,65 @@ class Task:
         return self.choose_from(pipeline, values, count, showcase)
 
     def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
-        """Do what `choose` does, given the values of this task's option."""
+        """Return the conditions for the values of this task's option; see `choose`."""
         raise NotImplementedError
 
     def check_installed(self) -> None:
-        """Raise `ValueError`, with what to install, where something optional is missing that the task needs."""
+        """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
 
     def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition."""
         raise NotImplementedError
 
+    def picture_size(self, pipeline: Any) -> int:
+        """Return the side, or the shorter side, of what a pipeline makes in pixels."""
+        scale = 1 if pipeline.vae is None else downsampling(pipeline.vae)
+        return pipeline.transformer.config.sample_size * scale
+
     def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> "Sampler":
-        """Return a pipeline around a transformer, ready to be sampled. names: of its classes."""
+        """Return the sampler of a pipeline around a transformer. names: of its classes."""
         raise NotImplementedError
 
     def open(self, folder: Path, transformer: Any, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
-        """Return the pipeline that a folder holds, around its transformer. index: its `model_index.json`.
+        """Return the sampler of the pipeline in a folder, around its transformer. index: its `model_index.json`.
 
-        `ValueError` naming the folder where something in it is missing, foreign or broken.
+        `ValueError` names the folder if something in it is missing, foreign or broken.
         """
         if not isinstance(transformer, self.model_class):
             raise ValueError(
-                f"{printable(folder)} is not a whole {self.pipeline_name}: its transformer is of another class"
+                f"{printable(folder)} is not a complete {self.pipeline_name}: its transformer is of another class"
             )
         label_names = self.read_label_names(folder, transformer, index)
         vae = None if part_class(index, "vae", folder) is None else read_autoencoder(folder / "vae", dtype)
         scheduler_class = part_class(index, "scheduler", folder)
         if scheduler_class is None:
-            raise ValueError(f"{printable(folder)} is not a whole {self.pipeline_name}: it has no scheduler")
+            raise ValueError(f"{printable(folder)} is not a complete {self.pipeline_name}: it has no scheduler")
         return self.sampler(transformer, read_scheduler(folder, scheduler_class), vae, label_names)
 
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
-        """Return the names of its classes. `ValueError` where it is a pipeline that this task is not about."""
+        """Return the class names of a pipeline. `ValueError` if this task does not support the pipeline."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sample a pipeline as its task does."""
+    """A pipeline, of diffusers or of skipdit, that is sampled by its task."""
 
     task: Task
-    """what the pipeline does"""
     pipeline: Any
-    """a pipeline of diffusers or of skipdit"""
 
     @property
     def picture_size(self) -> int:
         """Return the side of what it makes in pixels."""
-        scale = 1 if self.pipeline.vae is None else downsampling(self.pipeline.vae)
-        return self.pipeline.transformer.config.sample_size * scale
+        return self.task.picture_size(self.pipeline)
 
     def sample(self, conditions: Sequence[Any], **options: Any) -> Tensor:
-        """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition: a class number, `None` of a
+        """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition: a class number, `None` for a
         model without classes, or a prompt. options: the fields of `SamplingOptions`."""
         return self.task.sample(self.pipeline, conditions, SamplingOptions(**options))
 
     def save(self, folder: Path, max_shard_size: str) -> None:
-        """Write the parts that there are; of those that a text pipeline of diffusers lacks its own saving complains."""
+        """Write the parts that exist; diffusers' text pipelines themselves would complain about absent ones."""
         self.pipeline.save_config(folder)
         self.pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
         self.pipeline.scheduler.save_pretrained(folder / "scheduler")

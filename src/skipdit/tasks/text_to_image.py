@@ -1,6 +1,6 @@
 """Text-to-image: diffusers' HunyuanDiT on pictures with captions.
 
-The pooled sentence takes the place of its CLIP tokens, the token states that of its T5 tokens.
+The pooled state of a caption takes the place of the CLIP tokens, and its token states that of the T5 tokens.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class TextToImageTraining(PromptTraining):
         self.rotary_on(device)
 
     def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines of the rotary embedding on a device, where they stay."""
+        """Return the cosines and sines of the rotary embedding on a device; they are computed there once."""
         if device not in self._rotary_on:
             model: Any = self.model
             config = model.config
@@ -96,7 +96,7 @@ class TextToImageModelConfig(TransformerConfig):
 
 
 class TextToImage(PromptTask):
-    """Pictures of prompts."""
+    """Pictures from prompts."""
 
     name = "text-to-image"
     num_samples, batch_size, is_video = 16, 50, False

@@ -33,22 +33,22 @@ Conditions = TypeVar("Conditions")
 
 
 def open_items(config: DataConfig | ClipConfig | LatentConfig) -> Items:
-    """Return the pictures, clips or latents that a config names."""
+    """Open the pictures, clips or latents of a config."""
     if isinstance(config, LatentConfig):
         return open_latents(config)
     if is_latents(Path(config.source)):
-        raise ValueError(f"{printable_path(config.source)} holds latents: give it to a recipe of latents")
+        raise ValueError(f"{printable_path(config.source)} contains latents: give it to a recipe for latents")
     return open_clips(config) if isinstance(config, ClipConfig) else open_pictures(config)
 
 
 @dataclass(frozen=True)
 class StoredItems(Dataset[tuple[Tensor, Any]]):
-    """Items as they are stored, in bytes where they are pixels, each with its class or its number."""
+    """Items as stored (pixels as uint8), each with its class or its index."""
 
     items: Items
     """pictures, clips or latents"""
     numbered: bool
-    """whether an item comes with its number, not with its class"""
+    """whether items come with their index instead of their class"""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -64,41 +64,40 @@ class StoredItems(Dataset[tuple[Tensor, Any]]):
 
 @dataclass(frozen=True)
 class TrainingTask(Generic[Conditions]):
-    """A model in training, and how a batch reaches it. Abstract.
+    """A model in training, and how it is called with a batch. Abstract.
 
-    `Conditions` are those of a batch, some of them left out, as guidance needs it.
+    `Conditions` is the type of a batch's conditions; some of them are dropped, which guidance needs.
     """
 
     task: Task
-    """what the model learns"""
     model: LongSkipModel
     """a transformer with units"""
     items: Items
-    """what it learns from"""
+    """the data it learns from"""
 
     @property
     def data(self) -> StoredItems:
-        """Return what a step draws from: items as they are stored, and what `draw_conditions` takes of each."""
+        """The stored items from which steps draw, each with the argument of `draw_conditions`."""
         return StoredItems(self.items, numbered=False)
 
     @property
     def vae(self) -> Any:
-        """Return what decodes latents, on the device of the model; `None` for pixels."""
+        """The autoencoder of latents, on the device of the model; `None` for pixels."""
         vae: Any = self.items.vae
         return None if vae is None else vae.to(next(self.model.parameters()).device)
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens of a picture, or of each frame."""
+        """The number of tokens per picture or frame."""
         return (self.items.size // self.model.config.patch_size) ** 2
 
     def prepare(self, device: torch.device) -> None:
-        """Compute on a device what all steps need there, which the first step would else compute."""
+        """Compute what all steps need on a device in advance; otherwise the first step would."""
 
     def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Conditions:
-        """Return what a batch is learned with, of which a share is left out as chance has it.
+        """Return the conditions of a batch, each dropped with probability `dropout`.
 
-        given (b) or (b n): what `data` has of each item, on the device of the batch.
+        given: (b) or (b n), the class or index of each item in `data`, on the device of the batch.
         """
         raise NotImplementedError
 
@@ -112,19 +111,18 @@ class TrainingTask(Generic[Conditions]):
         plan: ForwardPlan = PLAIN,
         stored: Stored | None = None,
     ) -> Tensor:
-        """Return the prediction for pixels (b c h w) or (b f c h w) by `model`, which is `self.model` or wraps it.
-
-        plan, stored: of the model's forward.
+        """Return the prediction for noisy inputs (b c h w) or (b f c h w), in their shape. model: `self.model`, or a
+        wrapper of it. plan, stored: arguments of its forward.
         """
         output = self.call(model, noisy, timesteps, conditions, plan=plan, stored=stored)
         return self.prediction(output.output.sample if isinstance(output, PlannedOutput) else output.sample)
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, **plan: Any) -> Any:
-        """Call the model; plan: handed on to its forward."""
+        """Return the output of the model. plan: arguments passed on to its forward."""
         raise NotImplementedError
 
     def prediction(self, sample: Tensor) -> Tensor:
-        """Return the part of a model's output that the loss looks at."""
+        """Return the part of a model's output that enters the loss."""
         return sample
 
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:
@@ -132,13 +130,13 @@ class TrainingTask(Generic[Conditions]):
         raise NotImplementedError
 
     def sampler(self, model: nn.Module, scheduler: SchedulerMixin) -> Sampler:
-        """Return what samples a trained model."""
+        """Return the sampler of a trained model."""
         names = {str(label): name for label, name in enumerate(self.items.label_names)}
         return self.task.sampler(model, scheduler, self.vae, names)
 
 
 def draw_dropped(given: Tensor, share: float, draws: Draws) -> Bool[Tensor, " batch"]:
-    """Draw for each item of a batch whether its condition is left out, on the device of what is given."""
+    """Return, per item of a batch, whether its condition is dropped, on the device of `given`."""
     return (draws.rand() < share).to(given.device, non_blocking=True)
 
 

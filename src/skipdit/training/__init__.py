@@ -1,7 +1,7 @@
-"""Training: a run's settings (`config`), its steps (`loop`, `batches`, `routing`), what it leaves on disk
-(`checkpointing`, `reporter`), how it ends before its time (`stopping`), and the processes it runs in (`devices`).
+"""Training: the config of a run (`config`), its steps (`loop`, `batches`, `routing`), the files it writes
+(`checkpointing`, `reporter`), early stops (`stopping`), and its processes (`devices`).
 
-The names below are imported when first used.
+The names below are imported on first use.
 """
 
 import importlib
@@ -40,7 +40,7 @@ _MODULES = {
 __all__ = list(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-if not TYPE_CHECKING:  # so that a type checker reports an unknown name
+if not TYPE_CHECKING:  # so that a type checker reports unknown names
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

@@ -1,4 +1,4 @@
-"""What a step is fed with: pictures or clips with labels, noise and timesteps, each drawn from (seed, step)."""
+"""Prepare the input of a step: pictures or clips with conditions, noise and timesteps, each drawn from (seed, step)."""
 
 from dataclasses import dataclass
 
@@ -18,19 +18,21 @@ from skipdit.text import PromptStates
 from skipdit.training.config import TrainConfig
 from skipdit.training.routing import StepKind, StepKinds, draw_kept_tokens, make_plans
 
-BATCH, KIND = 0, 4098  # what a step draws: all that its batch needs; which kind of step it is
+BATCH, KIND = 0, 4098  # purposes of a step's generators: everything its batch needs; its kind of step
 
 
 def step_generator(config: TrainConfig, what: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return the source, on a device, of what is random in one step, the same in all processes. what: `BATCH` or
-    `KIND`. Devices of one kind draw the same numbers, a CPU others than a GPU."""
+    """Return the random generator of one step, on a device; it is the same in all processes. what: `BATCH` or `KIND`.
+
+    Devices of one type draw the same numbers; a CPU draws other numbers than a GPU.
+    """
     return torch.Generator(device).manual_seed((config.seed * 1_000_003 + step) * 4099 + what)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShare:
-    """The items of a batch that a process takes at a time, as `load_batches` hands them out: every `num_processes`-th,
-    in `num_parts` parts one after the other."""
+    """The items of a batch that a process gets at a time from `load_batches`: every `num_processes`-th item, in
+    `num_parts` consecutive parts."""
 
     rank: int = 0
     num_processes: int = 1
@@ -38,7 +40,7 @@ class BatchShare:
     num_parts: int = 1
 
     def draws(self, generator: torch.Generator, num_items: int) -> Draws:
-        """Return what draws for this share, of so many items. generator: new, that of the whole batch."""
+        """Return the draws of this share of `num_items` items. generator: a new one for the whole batch."""
         begin, end = (part * num_items * self.num_processes for part in (self.part, self.part + 1))
         rows = slice(self.rank + begin, end, self.num_processes)
         return Draws(generator, num_items * self.num_processes * self.num_parts, rows)
@@ -49,14 +51,18 @@ WHOLE_BATCH = BatchShare()
 
 @dataclass(frozen=True)
 class Batch:
-    """x_start (b c h w) or (b f c h w) in [-1, 1], noise of its shape, timesteps (b), conditions: as the task draws
-    them, some left out. kept (b k) or (1 k): the tokens that deep units see; `None` where they see all, or none."""
+    """The input of one forward pass in training."""
 
     x_start: Tensor
+    """(b c h w) or (b f c h w) in [-1, 1]"""
     noise: Tensor
+    """standard normal, in the shape of `x_start`"""
     timesteps: Tensor
+    """(b)"""
     conditions: Tensor | PromptStates
+    """as the task draws them, some of them dropped"""
     kept: Tensor | None = None
+    """(b k) or (1 k), indices of the tokens that deep units see; `None` if these see all tokens, or none"""
 
 
 def prepare_batch(
@@ -69,9 +75,10 @@ def prepare_batch(
     kept_share: float | None = None,
     share: BatchShare = WHOLE_BATCH,
 ) -> Batch:
-    """Draw what one step adds to its pictures or clips, as they are stored, on the generator's device.
+    """Prepare stored pictures or clips for a step, and draw everything random on the generator's device.
 
-    kept_share: of the tokens that deep units see, where they do not see all. share: which items of the batch these are.
+    kept_share: share of the tokens that deep units see; `None` if they see all. share: which items of the batch these
+    are.
     """
     draws = share.draws(generator, len(pixels))
     pixels, labels = as_floats(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
@@ -101,9 +108,9 @@ def batch_loss(
 
 
 def find_step_kinds(task: TrainingTask, config: TrainConfig, device: torch.device) -> StepKinds:
-    """Return what the steps of a run do with their tokens, and count what one sample costs in each."""
+    """Return the kinds of steps in a run, with the FLOPs of one sample in each."""
     task.prepare(device)
-    device_tables(device)  # else made below, of tensors without memory
+    device_tables(device)  # otherwise they would be made below, as tensors without memory
     plans = make_plans(config.routing, task.model)
     flops: dict[StepKind, int] = {kind: _sample_flops(task, config, kind, plans[kind], device) for kind in plans}
     return StepKinds(config.routing, plans, flops)
@@ -112,16 +119,16 @@ def find_step_kinds(task: TrainingTask, config: TrainConfig, device: torch.devic
 def _sample_flops(
     task: TrainingTask, config: TrainConfig, kind: StepKind, plan: ForwardPlan, device: torch.device
 ) -> int:
-    """Forward and backward, on tensors that have shapes and no memory, so that nothing is computed.
+    """Return the FLOPs of one sample, forward and backward, counted on tensors without memory, so that nothing runs.
 
-    Attention counts as two products forward and four backward, whichever kernel computes it; what gradient
-    checkpointing computes again and what does not grow with the batch (spectral constraints) do not count.
+    Attention counts as two products forward and four backward, whichever kernel computes it. Recomputation by gradient
+    checkpointing, and work that does not grow with the batch (spectral constraints), are not counted.
     """
     pixels, labels = default_collate([task.data[0]])
     share = config.routing.share if kind == "routed" else None
     batch = prepare_batch(pixels, labels, config, task, step_generator(config, BATCH, 0), device, share)
-    trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
-    fake = FakeTensorMode(allow_non_fake_inputs=True)  # private to torch; a test holds the count to that of real steps
+    parameters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # private to torch; a test compares the count with real steps
     with fake, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(batch_loss(task, task.model, config.objective, batch, plan), trained, allow_unused=True)
+        torch.autograd.grad(batch_loss(task, task.model, config.objective, batch, plan), parameters, allow_unused=True)
     return counter.get_total_flops()

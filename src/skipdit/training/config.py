@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     AnyModelConfig = Union[tuple(task.model_config for task in TASKS.values())]  # noqa: UP007
 
-MAX_WORKERS = 256  # each is a process
+MAX_WORKERS = 256  # processes
 MAX_SEED = 2**31 - 1  # so that (seed, step, rank) fits into the 64 bits of a generator's seed
 
 
@@ -41,13 +41,13 @@ class SpectralConfig:
     """A constraint on spectral norms."""
 
     maximum: float = 1.0
-    """the largest norm that is allowed"""
+    """the largest norm allowed"""
     form: Constraint = "cap"
     """cap: no norm ever exceeds the maximum; penalty: the loss grows with the squared excess"""
     penalty_weight: float = 0.1
-    """factor of the squared excess in the loss"""
+    """weight of the squared excess in the loss"""
     on: Constrained = "long_skips"
-    """what is constrained: the projections of the long skips, or all layers of all blocks"""
+    """what to constrain: the projections of the long skips, or all layers of all blocks"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -83,16 +83,16 @@ class TrainConfig:
     routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
     """which tokens skip the deep units in training"""
     start_from: str | None = None
-    """model to start from, a folder or a checkpoint; it gets the long skips that `model` asks for if it has none, and
-    the size of the data if its own differs"""
+    """model to start from, a folder or a checkpoint; it gets the long skips of `model` if it has none, and is resized
+    to the data if its size differs"""
     stage: Stage = "full"
-    """train everything, or the long skips alone, as the first stage of a conversion"""
+    """train everything, or only the long skips, as the first stage of a conversion"""
     max_steps: int = 10_000
     """training steps of the whole run"""
     batch_size: int = 32
     """pictures or clips per step, over all processes"""
     num_accumulation_steps: int = 1
-    """forward passes into which each process splits its part of a batch"""
+    """forward passes into which each process splits its share of a batch"""
     learning_rate: float = 1e-4
     """peak learning rate"""
     rate_schedule: RateSchedule = "cosine"
@@ -104,23 +104,23 @@ class TrainConfig:
     adam_betas: tuple[float, float] = (0.9, 0.95)
     """decay rates of the two moments of AdamW"""
     gradient_clip: float = 1.0
-    """clip the gradient to this norm; 0 does not clip"""
+    """clip the gradient to this norm; 0 disables clipping"""
     gradient_guard: float = 0.0
-    """skip each step whose gradient norm exceeds this many times the median of the last 100; 0 skips none"""
+    """skip each step whose gradient norm exceeds this many times the median of the last 100; 0 disables the guard"""
     ema_decay: float = 0.9995
-    """decay of the averaged weights, which are sampled and released; it warms up"""
+    """decay, after a warm-up, of the averaged weights, which are sampled and released"""
     ema_snapshots_every: int = 0
     """steps between snapshots of two more averages, from which `skipdit ema` makes an average of any length after
     training; 0 takes none"""
     label_dropout: float = 0.1
-    """share of labels or captions to drop, which guidance needs"""
+    """share of labels or captions to drop, needed for guidance"""
     flip: bool = False
     """mirror each picture or clip with probability 1/2"""
     precision: Precision = "auto"
-    """auto is bf16 where the hardware supports it; fp16 scales the loss, and adapts the scale"""
+    """auto is bf16 if the hardware supports it; fp16 scales the loss and adapts the scale"""
     parallel: Parallel = "ddp"
-    """how several processes share the model: each holds all of it (ddp), or its shard of every weight, gradient, moment
-    and average (fsdp: torch's FSDP2, unit by unit)"""
+    """how several processes share the model: each has all of it (ddp), or a shard of every weight, gradient, moment and
+    average (fsdp: torch's FSDP2, unit by unit)"""
     gradient_checkpointing: bool = False
     """recompute blocks in the backward pass instead of storing their activations"""
     compile: bool = False
@@ -128,8 +128,7 @@ class TrainConfig:
     data_on_device: OnDevice = "auto"
     """keep all data on the device; auto does if it fits into a quarter of the free memory and num_workers is not set"""
     num_workers: int | None = None
-    """processes that load data ahead, where it is not kept on the device; by default one per core on a GPU, none on a
-    CPU"""
+    """processes that load data ahead if it is not on the device; by default one per core on a GPU, none on a CPU"""
     seed: int = 0
     """seed of everything that is random"""
     log_every: int = 10
@@ -137,17 +136,17 @@ class TrainConfig:
     tensorboard: bool = False
     """also write the log and the grids for TensorBoard"""
     sample_every: int = 500
-    """training steps between grids of samples; 0 makes none"""
+    """training steps between grids of samples; 0 disables them"""
     num_samples: int = 16
     """pictures or clips per grid"""
     sample_steps: int = 25
     """denoising steps of the samples in a grid"""
     sample_guidance_scale: float = 2.0
-    """guidance scale of the samples in a grid; none at 1"""
+    """guidance scale of the samples in a grid; 1 disables guidance"""
     checkpoint_every: int = 500
     """training steps between checkpoints"""
     num_checkpoints: int = 2
-    """how many of the last checkpoints are kept"""
+    """how many of the latest checkpoints to keep"""
     release_dtype: ReleaseDType = "float32"
     """dtype of the weights in the finished pipeline"""
 
@@ -169,19 +168,21 @@ class TrainConfig:
                 "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
             )
         if self.compile and self.parallel == "fsdp":
-            raise ValueError("compile makes whole graphs, which parallel fsdp breaks at each unit: set one of them")
+            raise ValueError(
+                "compile makes whole graphs, which parallel fsdp breaks at each unit: set only one of them"
+            )
         if self.gradient_guard and self.gradient_guard <= 1:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
         for name in ("label_dropout", "ema_decay", "adam_betas"):
             value = getattr(self, name)
-            if not all(0 <= each < 1 for each in (value if isinstance(value, tuple) else (value,))):
+            if not all(0 <= number < 1 for number in (value if isinstance(value, tuple) else (value,))):
                 raise ValueError(f"{name} must be in [0, 1), got {value}")
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:
-    """Return the rate of a step: linear warm-up from 0, then constant or a cosine down to a hundredth."""
+    """Return the learning rate of a step: a linear warm-up from 0, then constant or a cosine down to a hundredth."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.rate_schedule == "constant":

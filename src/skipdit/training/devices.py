@@ -1,4 +1,4 @@
-"""The device and the processes that a training runs on."""
+"""The device and the processes of a training run."""
 
 import os
 from collections.abc import Callable
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def start_processes(target: torch.device) -> "Accelerator":
-    """Join the process group on this device; `ValueError` where accelerate ends up on another, in fewer processes, or
-    was told to shard by itself."""
+    """Join the process group on this device; `ValueError` if accelerate would use another device or fewer processes, or
+    is configured to shard the model itself."""
     from accelerate import Accelerator
 
     for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
@@ -25,13 +25,16 @@ def start_processes(target: torch.device) -> "Accelerator":
 
     accelerator = Accelerator(cpu=target.type == "cpu", mixed_precision="no", gradient_accumulation_steps=1)
     if accelerator.device.type != target.type or target.index not in (None, accelerator.device.index):
-        raise ValueError(f"device {target} was asked for, but training would run on {accelerator.device}")
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
-        raise ValueError(f"{started} processes were started, but only {accelerator.num_processes} can work together")
+        raise ValueError(f"device {target} was requested, but training would run on {accelerator.device}")
+    num_started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != num_started:
+        raise ValueError(
+            f"{num_started} processes were started, but only {accelerator.num_processes} can work together"
+        )
     return accelerator
 
 
 def in_main(accelerator: "Accelerator", act: Callable[[], object]) -> None:
-    """Act in the main process while the others wait. What stops it stops them too, instead of leaving them waiting."""
+    """Call `act` in the main process while the others wait. An error there is raised in all of them, so that none waits
+    forever."""
     ProcessGroup(accelerator.process_index, accelerator.num_processes).from_main(act)

@@ -1,4 +1,4 @@
-"""What a run would be and cost, without its data and without memory for its model."""
+"""Plan a run: its model and its cost, without its data and without memory for its model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,29 +18,33 @@ from skipdit.training.routing import StepKind
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """num_tokens: of a picture or frame. flops: of one sample in a step of each kind, forward and backward.
-    run_flops: of all steps. state_bytes: of weights, gradients, both moments and the average, in float32."""
+    """The model and the cost of a run."""
 
     model: str
     num_parameters: int
     num_trained: int
+    """number of trained parameters"""
     num_units: int
     num_long_skips: int
     num_tokens: int
+    """per picture or frame"""
     batch_size: int
     max_steps: int
     flops: dict[StepKind, int]
+    """of one sample, forward and backward, by kind of step"""
     run_flops: float
+    """of all steps"""
     state_bytes: int
+    """of weights, gradients, both moments and the average, in float32"""
 
     def text(self) -> str:
-        """Say it in a few lines."""
+        """Return a summary in a few lines."""
         trained = "" if self.num_trained == self.num_parameters else f", of which {self.num_trained:,} are trained"
-        steps = [f"{kind} {self.batch_size * each / 1e12:.4g}" for kind, each in self.flops.items()]
+        steps = [f"{kind} {self.batch_size * flops / 1e12:.4g}" for kind, flops in self.flops.items()]
         return "\n".join(
             (
                 f"{self.model}: {self.num_parameters:,} parameters{trained}, {self.num_units} units, "
-                f"{self.num_long_skips} long skips, {self.num_tokens} tokens of a picture or frame",
+                f"{self.num_long_skips} long skips, {self.num_tokens} tokens per picture or frame",
                 f"one step of {self.batch_size}, forward and backward, in TFLOP: {', '.join(steps)}",
                 f"{self.max_steps:,} steps: {self.run_flops / 1e18:.4g} EFLOP",
                 f"weights, gradients, moments and average: {self.state_bytes / 2**30:.4g} GiB in float32",
@@ -49,23 +53,25 @@ class RunPlan:
 
 
 def plan_run(config: TrainConfig) -> RunPlan:
-    """Build a run's model without memory, and count what its steps cost.
+    """Build a run's model without memory, and count the FLOPs of its steps.
 
-    Latents are those that the config expects, other data is opened. Where `start_from` is not there, the sizes of the
-    model must be given; `ValueError` where they are not.
+    Latents are not opened: the config must have their sizes. Other data is opened. `ValueError` if a size is missing:
+    of the latents, or of the model if `start_from` does not exist.
     """
     data = config.data
     items = PlannedLatents(data) if isinstance(data, LatentConfig) else open_items(data)
     model_config = config.model
     if getattr(model_config, "inflate", None) is not None:
-        model_config = replace(model_config, inflate=None)  # its weights change no size
+        model_config = replace(model_config, inflate=None)  # it changes weights, but no sizes
     start = None
     if config.start_from is not None:
         if Path(config.start_from).exists():
             start = load_model(config.start_from)
         elif missing := [name for name in FRESH if getattr(model_config, name) is None]:
-            what = f"the model to start from, {printable_path(config.start_from)}, is missing"
-            raise ValueError(f"{what}: a dry run needs it, or model.{missing[0]}")
+            raise ValueError(
+                f"the model to start from, {printable_path(config.start_from)}, is missing: a dry run needs it, or "
+                f"model.{missing[0]}"
+            )
     with torch.device("meta"):
         task = model_config.build(items, config.objective, start)
         if config.routing.mode == "fill":

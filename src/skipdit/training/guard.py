@@ -1,4 +1,4 @@
-"""A guard on the gradient's norm: which steps are left out is decided on the device, and nobody waits for it."""
+"""Guard the gradient norm: the device decides which steps to skip, and nothing waits for it."""
 
 from typing import Annotated, Any, TypedDict, cast
 
@@ -10,24 +10,26 @@ WINDOW = 100  # norms
 
 
 def leave_out(optimizer: torch.optim.Optimizer, flags: list[Tensor]) -> None:
-    """Make the next call of a fused optimizer's `step` do nothing where one of the flags, if any, is 1, the moments and
-    their count included. That is what torch's GradScaler does through the same attribute; a test pins it."""
+    """Make the next `step` of a fused optimizer change nothing, not even moments and their count, if a flag is 1.
+    torch's GradScaler uses the same attribute for this; a test pins it."""
     if flags:
         cast(Any, optimizer).found_inf = torch.stack(flags).amax()
 
 
 class GuardState(TypedDict):
-    """norms: the last ones, oldest first. left_out: steps so far."""
+    """The state of a `GradientGuard` in a checkpoint."""
 
     norms: Annotated[list[float], Meta(max_length=WINDOW)]
+    """the latest, oldest first"""
     left_out: Annotated[int, Meta(ge=0)]
+    """number of skipped steps so far"""
 
 
 class GradientGuard:
-    """Leaves out each step whose gradient norm is above `factor` times the median of the last `WINDOW`.
+    """Skip each step whose gradient norm exceeds `factor` times the median of the last `WINDOW`.
 
-    Norms of steps that were left out count for the median, so that it follows where gradients have grown for good.
-    While fewer than half of the window is filled, no step is left out.
+    The norms of skipped steps count for the median, so that it follows gradients that stay larger. No step is skipped
+    until half of the window is filled.
     """
 
     def __init__(self, factor: float, device: torch.device) -> None:
@@ -36,12 +38,14 @@ class GradientGuard:
         self.left_out = torch.zeros((), device=device)
 
     def update(self, norm: Tensor) -> Tensor:
-        """Take in the norm of a step; return 1 where it is too large, else 0. One that is not finite is not taken in,
-        and 0: that is for others to say."""
+        """Add the norm of a step to the window; return 1 if it is too large, else 0.
+
+        A non-finite norm returns 0 and is not added: the loop reports it.
+        """
         finite = norm.isfinite()
         too_large = (finite & (norm > self.factor * self.norms.sort().values[WINDOW // 2])).float()
-        taken = torch.cat([self.norms[1:], norm.float().reshape(1)])
-        self.norms = torch.where(finite, taken, self.norms)
+        window = torch.cat([self.norms[1:], norm.float().reshape(1)])
+        self.norms = torch.where(finite, window, self.norms)
         self.left_out += too_large
         return too_large
 
@@ -50,7 +54,7 @@ class GradientGuard:
         return GuardState(norms=norms, left_out=int(self.left_out.item()))
 
     def take(self, state: GuardState) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         norms = [torch.inf] * (WINDOW - len(state["norms"])) + state["norms"]
         self.norms = torch.tensor(norms, device=self.norms.device)
         self.left_out.fill_(state["left_out"])

@@ -1,4 +1,4 @@
-"""What learns: a model with its averages and its optimizer, whole in each process or in shards."""
+"""A model in training with its averages and its optimizer, whole in each process or in shards."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from skipdit.training.precision import LossScale
 from skipdit.training.sharding import as_shard, gather, gradient_norms, local, local_parameters, shard_like
 
 FILES = ("model", "ema", "optimizer")
-POWERS = "power_averages"  # one more where there are snapshots
+POWERS = "power_averages"  # one more file if the run takes snapshots
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 Tensors = dict[str, dict[str, Tensor]]  # by file and name
@@ -23,15 +23,16 @@ Tensors = dict[str, dict[str, Tensor]]  # by file and name
 
 @dataclass(frozen=True)
 class Learner:
-    """All that a step changes: the weights, their averages, the optimizer's moments, and what the guard has seen.
-    powers: the averages that snapshots are made of. loss_scale: in fp16."""
+    """All that a step changes: the weights, their averages, the optimizer's moments, and the guard's window."""
 
     model: LongSkipModel
     ema: EMAModel
     optimizer: torch.optim.Optimizer
     guard: GradientGuard | None = None
     powers: PowerAverages | None = None
+    """the averages of which snapshots are taken"""
     loss_scale: LossScale | None = None
+    """in fp16"""
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -39,16 +40,16 @@ class Learner:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The names of what is saved, without suffix."""
+        """The names of the saved files, without suffix."""
         return FILES if self.powers is None else (*FILES, POWERS)
 
     # ------------------------------------------------------------------------------------------------------------------
     # A step
 
     def update(self, norm: Tensor, done: int) -> None:
-        """Change all of it by the gradients, of this norm, of the step of this number, of which the first is 1."""
-        seeing = [each for each in (self.guard, self.loss_scale) if each is not None]
-        leave_out(self.optimizer, [each.update(norm) for each in seeing])
+        """Apply the gradients of a step. norm: of the gradients. done: number of the step; the first is 1."""
+        checks = [check for check in (self.guard, self.loss_scale) if check is not None]
+        leave_out(self.optimizer, [check.update(norm) for check in checks])
         self.optimizer.step()
         self.optimizer.zero_grad()
         weights = local_parameters(self.model)
@@ -57,24 +58,22 @@ class Learner:
             self.powers.step(weights, done)
 
     def can_go_on(self, norm: Tensor) -> Tensor:
-        """Return whether a step's gradient is finite, or would be at a smaller scale of the loss, to be asked before
-        `update`."""
+        """Return whether a step's gradient is finite, or may be at a smaller loss scale. Call this before `update`."""
         finite = norm.isfinite()
         return finite if self.loss_scale is None else finite | (self.loss_scale.value > 1)
 
     def counts(self) -> Tensor:
-        """Return how many steps the guard has left out, how many have overflowed, and the scale of the loss, on the
-        device."""
-        none = torch.zeros((), device=next(self.model.parameters()).device)
-        left_out = none if self.guard is None else self.guard.left_out
+        """Return (3,) on the device: the steps skipped by the guard, the steps that overflowed, and the loss scale."""
+        zero = torch.zeros((), device=next(self.model.parameters()).device)
+        left_out = zero if self.guard is None else self.guard.left_out
         scale = self.loss_scale
-        return torch.stack([left_out, *((none, none + 1) if scale is None else (scale.overflows, scale.value))])
+        return torch.stack([left_out, *((zero, zero + 1) if scale is None else (scale.overflows, scale.value))])
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What is saved
+    # Saving
 
     def parts(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield the file, the name and the value of all that is saved, as it lies in this process."""
+        """Yield (file, name, value) of all that is saved; the value is the part that lies in this process."""
         parameters, trained = dict(self.model.named_parameters()), list(self.trained)
         for (name, parameter), average in zip(parameters.items(), self.ema.shadow_params, strict=True):
             yield "model", name, parameter.detach()
@@ -88,23 +87,23 @@ class Learner:
                     yield POWERS, f"{length}.{name}", as_shard(average, parameter)
 
     def tensors(self, *, keeps: bool, file: str | None = None) -> Tensors:
-        """Return what is saved, or one file of it, whole; all processes must ask, and those get it that `keeps` says:
-        of a model in shards in memory of the CPU."""
+        """Return the whole tensors of all saved files, or of one, in the processes in which `keeps` is true; those of a
+        sharded model are on the CPU. All processes must call this."""
         tensors: Tensors = {name: {} for name in self.files if file in (None, name)}
-        for each, name, part in self.parts():
-            if each in tensors and (tensor := gather(part, keeps=keeps)) is not None:
-                tensors[each][name] = tensor
+        for part_file, name, part in self.parts():
+            if part_file in tensors and (tensor := gather(part, keeps=keeps)) is not None:
+                tensors[part_file][name] = tensor
         return tensors
 
     def is_finite(self) -> Tensor:
-        """Return whether every number of this process is finite, on the device."""
+        """Return, on the device, whether every number in this process is finite."""
         parts: Tensors = {name: {} for name in self.files}
         for file, name, part in self.parts():
             parts[file][name] = local(part)
         return all_finite(parts)
 
     def take(self, tensors: Tensors, ema_step: int) -> None:
-        """Go on with whole tensors as `tensors` gives them."""
+        """Restore whole tensors from `tensors`."""
         parameters = dict(self.model.named_parameters())
 
         def part(value: Tensor, name: str) -> Tensor:
@@ -116,8 +115,8 @@ class Learner:
         self.ema.shadow_params = [part(tensors["ema"][name], name) for name in parameters]
         self.ema.optimization_step = ema_step
         if self.powers is not None:
-            of = {f"{length}.{name}": name for length in self.powers.averages for name in parameters}
-            self.powers.take(parameters, {key: part(tensors[POWERS][key], name) for key, name in of.items()})
+            names = {f"{length}.{name}": name for length in self.powers.averages for name in parameters}
+            self.powers.take(parameters, {key: part(tensors[POWERS][key], name) for key, name in names.items()})
         moments = tensors["optimizer"]
         entries = {
             index: {
@@ -131,14 +130,14 @@ class Learner:
 
 
 def all_finite(tensors: Tensors) -> Tensor:
-    """Return whether no number is NaN or infinite, on the device of the model."""
-    each = [tensor.isfinite().all() for group in tensors.values() for tensor in group.values()]
+    """Return, on the device of the model, whether no number is NaN or infinite."""
+    flags = [tensor.isfinite().all() for group in tensors.values() for tensor in group.values()]
     device = next(iter(tensors["model"].values())).device
-    return torch.stack([flag.to(device) for flag in each]).all()
+    return torch.stack([flag.to(device) for flag in flags]).all()
 
 
 def make_learner(config: TrainConfig, model: LongSkipModel, device: torch.device) -> Learner:
-    """Return a model with its average and an optimizer, which both change all weights in a few calls."""
+    """Return a model with its averages and a fused optimizer, which update all weights in a few calls."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
@@ -154,7 +153,7 @@ def make_learner(config: TrainConfig, model: LongSkipModel, device: torch.device
 
 
 def freeze_all_but_long_skips(model: LongSkipModel) -> None:
-    """Leave only the long skips to train; `ValueError` where the model has none of ours."""
+    """Freeze everything but the long skips; `ValueError` if the model has none of ours."""
     long_skips = long_skips_of(model)
     if not long_skips:
         raise ValueError(
@@ -166,7 +165,7 @@ def freeze_all_but_long_skips(model: LongSkipModel) -> None:
 
 
 def unit_gradient_norms(model: LongSkipModel, device: torch.device) -> Tensor:
-    """Return the norm of the gradient of each unit's parameters, those of its long skip included, on the device: 0
-    where it has none."""
+    """Return (num_units,) on the device: the gradient norm of each unit, including its long skip; 0 if it has no
+    gradient."""
     groups = ([parameter for block in blocks for parameter in block.parameters()] for blocks in model.units())
     return gradient_norms(groups, device)

@@ -1,4 +1,4 @@
-"""Where batches come from: data that fits stays on the device; other data is loaded ahead, by other processes."""
+"""Load batches: data that fits stays on the device, other data is loaded ahead by worker processes."""
 
 import itertools
 import os
@@ -19,28 +19,28 @@ from skipdit.tasks.training import StoredItems
 from skipdit.training.config import TrainConfig
 from skipdit.training.stopping import ignore_signals
 
-FREE_SHARE = 0.25  # of the free memory of a device, which data may fill
-CHUNK = 64  # items that are read at once
+FREE_SHARE = 0.25  # of a device's free memory that data may fill
+CHUNK = 64  # items read at a time
 MANY_WORKERS = 16
 
-Stored = tuple[Tensor, Tensor]  # items as they are stored, and their classes or numbers
+Stored = tuple[Tensor, Tensor]  # stored items, and their classes or indices
 
 
 @contextmanager
 def load_batches(
     data: StoredItems, config: TrainConfig, accelerator: Accelerator, first_step: int
 ) -> Iterator[Iterator[Stored]]:
-    """Yield endless batches of one process on its device, from where `first_step` begins. They are the same wherever
-    they come from; in the end no data worker is left.
+    """Yield an endless iterator of this process's batches on its device, from `first_step` on. They do not depend on
+    how they are loaded; at the end no worker is left.
 
-    `ChildProcessError` where one died.
+    `ChildProcessError` if a worker died.
     """
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     order = ShuffledForever(len(data), config.seed, first_step * config.batch_size, rank, num_processes)
     size = config.batch_size // num_processes // config.num_accumulation_steps
     num_workers = find_num_workers(config, device, num_processes)
     if stays_on_device(config, data, device, num_processes):
-        # few items were decoded when the data was opened
+        # a data set this small was decoded when it was opened
         num_readers = num_workers if len(data) > MAX_DECODED_AT_ONCE else 0
         yield DeviceBatches(*read_all(data, device, num_readers, shows=accelerator.is_main_process), order, size)
     else:
@@ -49,39 +49,41 @@ def load_batches(
 
 
 def items_of_step(config: TrainConfig, length: int, step: int) -> list[int]:
-    """Return the indices of what step `step` (the first is 0) learns, of all processes, in a data set of so many items:
-    those of `load_batches`."""
+    """Return the indices of the items in the batch of a step, over all processes, as `load_batches` yields them.
+
+    length: items in the data set. step: the first is 0.
+    """
     order = ShuffledForever(length, config.seed, step * config.batch_size)
     return list(itertools.islice(order, config.batch_size))
 
 
 def find_num_workers(config: TrainConfig, device: torch.device, num_processes: int) -> int:
-    """Return how many processes load data ahead: what the config says; by default on a GPU the cores that are there for
-    this process, and on a CPU none, for they would take its cores."""
+    """Return how many processes load data ahead: as in the config; by default this process's share of the cores on a
+    GPU, and none on a CPU, where they would take cores from training."""
     if config.num_workers is not None:
         return config.num_workers
     return 0 if device.type == "cpu" else max(1, min(MANY_WORKERS, (os.cpu_count() or 1) // num_processes - 1))
 
 
 def stays_on_device(config: TrainConfig, data: StoredItems, device: torch.device, num_processes: int = 1) -> bool:
-    """Whether a run keeps its data on the device: as the config says, or where it fits and no workers are asked for."""
+    """Return True if a run keeps its data on the device: as in the config; by default if it fits and `num_workers` is
+    not set."""
     if config.data_on_device != "auto":
         return config.data_on_device == "yes"
     if config.num_workers:
         return False
     num_bytes = data[0][0].nbytes * len(data)
-    shared = num_processes if device.type == "cpu" else 1
-    return num_bytes * shared <= FREE_SHARE * free_bytes(device)
+    num_copies = num_processes if device.type == "cpu" else 1
+    return num_bytes * num_copies <= FREE_SHARE * free_bytes(device)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU; for other devices, that of the machine."""
+    """Return the free memory of a GPU in bytes; for other devices, that of the machine."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 class DeviceBatches:
-    """Endless batches of data that lies on a device, as (stored, labels) with an entry per item, in an order of which
-    each epoch is copied there at once."""
+    """Endless batches (stored, labels) of data on a device. The order of each epoch is copied there at once."""
 
     def __init__(self, stored: Tensor, labels: Tensor, order: ShuffledForever, size: int) -> None:
         self.stored, self.labels, self.size = stored, labels, size
@@ -95,14 +97,14 @@ class DeviceBatches:
         while len(self.rest) < self.size:
             indices = torch.from_numpy(next(self.epochs).copy())
             if device.type == "cuda":
-                indices = indices.pin_memory()  # else its copy would be waited for
+                indices = indices.pin_memory()  # otherwise the copy would block
             self.rest = torch.cat([self.rest, indices.to(device, non_blocking=True)])
         index, self.rest = self.rest[: self.size], self.rest[self.size :]
         return self.stored[index], self.labels[index]
 
 
 def read_all(data: StoredItems, device: torch.device, num_workers: int, *, shows: bool) -> Stored:
-    """Return all of a data set on a device. shows: a progress bar, where it takes long."""
+    """Return all of a data set on a device. shows: show a progress bar if it is large."""
     length = len(data)
     stored, labels = (
         torch.empty((length, *first.shape[1:]), dtype=first.dtype, device=device)
@@ -125,8 +127,8 @@ def move(batch: Sequence[Tensor], device: torch.device) -> Stored:
 
 @contextmanager
 def reading(data: StoredItems, device: torch.device, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
-    """Yield what a `DataLoader` with these options loads, for a GPU in memory that it copies from by itself; in the end
-    no worker is left. `ChildProcessError` where one died."""
+    """Yield the batches of a `DataLoader` with these options, in pinned memory for a GPU; at the end no worker is left.
+    `ChildProcessError` if a worker died."""
     pinned = device.type == "cuda"
     loader = DataLoader(data, num_workers=num_workers, worker_init_fn=ignore_signals, pin_memory=pinned, **options)
     batches: Any = iter(loader)
@@ -134,20 +136,20 @@ def reading(data: StoredItems, device: torch.device, num_workers: int, **options
     try:
         yield batches
     except Exception as error:
-        # PyTorch raises where the loop happens to be, or the pipe breaks, or somebody makes another error of either
+        # PyTorch raises wherever the loop happens to be, or the pipe breaks, or either is turned into another error
         if not has_failed(workers):
             raise
         raise ChildProcessError(
-            "a process that loads data died, perhaps for lack of memory: the same command goes on from the last "
+            "a process that loads data died, perhaps for lack of memory: the same command resumes from the last "
             f"checkpoint, also with another --num-workers (it was {num_workers})"
         ) from error
     finally:
         if workers:
-            batches._shutdown_workers()  # else they end with the last reference, which a traceback may hold
+            batches._shutdown_workers()  # otherwise they end with the last reference, which a traceback may hold
 
 
 def has_failed(workers: Sequence[BaseProcess]) -> bool:
-    """Whether a process has ended with an error. PyTorch's handler of SIGCHLD raises wherever Python is, also here."""
+    """Return True if a process has ended with an error. PyTorch's SIGCHLD handler may raise anywhere, also here."""
     for _ in range(len(workers) + 1):
         with suppress(RuntimeError):
             for worker in workers:

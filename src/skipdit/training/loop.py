@@ -1,8 +1,8 @@
-"""The training loop: one readable pass over accelerate, with exact resume.
+"""The training loop, with exact resume.
 
 Step s draws everything random (which pictures, flips, dropped labels, timesteps, noise) from (seed, s) alone, for the
-whole batch, so a run that is resumed from a checkpoint goes on exactly as if it had never stopped, by any number of
-processes.
+whole batch. So a run that resumes from a checkpoint, with any number of processes, continues exactly as if it had never
+stopped.
 """
 
 import logging
@@ -39,7 +39,7 @@ from skipdit.training.devices import in_main, start_processes
 from skipdit.training.learner import POWERS, freeze_all_but_long_skips, make_learner, unit_gradient_norms
 from skipdit.training.loader import Stored, items_of_step, load_batches
 from skipdit.training.precision import autocast_dtype
-from skipdit.training.reporter import Reporter, RunFolder, Told, check_tensorboard_installed, run_folder
+from skipdit.training.reporter import Reporter, RunFolder, StepSummary, check_tensorboard_installed, run_folder
 from skipdit.training.routing import StepKind
 from skipdit.training.sharding import clip_gradients, shard, whole
 from skipdit.training.showing import draw_samples, release, with_weights, without_weights
@@ -47,8 +47,8 @@ from skipdit.training.stopping import Stopped, stoppable
 
 LOGGER = logging.getLogger(__name__)
 
-MAX_SHARD_SIZE = "14MB"  # per file
-MAX_NAMED = 5  # items in a message
+MAX_SHARD_SIZE = "14MB"  # per file of weights
+MAX_NAMED = 5  # items named in one message
 
 
 def train(
@@ -60,18 +60,24 @@ def train(
     overwrite: bool = False,
     allow_changes: bool = False,
 ) -> Path:
-    """Train, and return the folder of the finished pipeline with the averaged weights, `out/pipeline`.
+    """Train a model, and return the folder of the finished pipeline with the averaged weights, `out/pipeline`.
 
-    Also in `out`: `config.json`, `log.jsonl`, `samples/step-*.png`, `checkpoint-*`. With `resume`, goes on from the
-    last checkpoint there that is whole; `allow_changes` says that the rate and other settings may be others than its.
-    Without, the checkpoints there stay until a new one stands. device: `"cpu"`, `"cuda"` or `"auto"`. overwrite: files
-    of others in `out` may go, each of which is told.
+    The run also writes `config.json`, `log.jsonl`, `samples/step-*.png` and `checkpoint-*` in `out`, and with
+    `config.tensorboard` events for TensorBoard in `tensorboard/`.
 
-    With `config.tensorboard` also events for TensorBoard in `tensorboard/`.
+    Args:
+        config: the run.
+        out: folder of the run.
+        resume: resume from the last complete checkpoint in `out`. Otherwise start anew; the earlier checkpoints are
+            kept until the first new one is written.
+        device: `"cpu"`, `"cuda"` or `"auto"`.
+        overwrite: allow overwriting files in `out` that skipdit did not write, with a warning for each.
+        allow_changes: resume although the learning rate, or another setting that may change, differs.
 
-    `Stopped` after a checkpoint where Ctrl-C, SIGTERM or SIGHUP asked for the end; `ValueError` where the loss is no
-    longer finite; `OSError` where something of others is in the way, another run writes into `out`, or nothing can be
-    written.
+    Raises:
+        Stopped: Ctrl-C, SIGTERM or SIGHUP stopped the run, after a checkpoint.
+        ValueError: the loss is no longer finite, or the config does not fit its data, model or checkpoint.
+        OSError: a file that is not ours is in the way, another run writes into `out`, or writing failed.
     """
     if config.tensorboard:
         check_tensorboard_installed()
@@ -90,7 +96,7 @@ def train(
 
 
 def build_task(config: TrainConfig) -> TrainingTask:
-    """Return what a run trains, as it is before the first step."""
+    """Return the task of a run, with its model and data, as it is before the first step."""
     items = open_items(config.data)
     torch.manual_seed(config.seed)
     start = None if config.start_from is None else load_model(config.start_from)
@@ -99,7 +105,7 @@ def build_task(config: TrainConfig) -> TrainingTask:
 
 @dataclass(frozen=True)
 class Due:
-    """What is written after a step."""
+    """Which files to write after a step."""
 
     line: bool
     snapshot: bool
@@ -108,7 +114,7 @@ class Due:
 
     @classmethod
     def after(cls, done: int, config: TrainConfig) -> "Due":
-        """Return what is due after so many steps."""
+        """Return what is due after `done` steps."""
 
         def is_due(every: int) -> bool:
             return every > 0 and (done % every == 0 or done == config.max_steps)
@@ -119,18 +125,21 @@ class Due:
 
 
 @dataclass(frozen=True)
-class StepMade:
-    """What a step made, on the device: the loss of this process, whether the run can go on after it, the gradient's
-    norm, and that of each unit, none where they were not asked for."""
+class StepResult:
+    """The results of a step in this process, on the device."""
 
     loss: Tensor
+    """of this process"""
     finite: Tensor
+    """whether the run can continue after this step"""
     norm: Tensor
+    """of the whole gradient"""
     unit_norms: Tensor
+    """gradient norms (num_units,); empty if not requested"""
 
 
 class Run:
-    """A run in one process: its model, what a step does to it, what is written. folder: in the main process only."""
+    """A run in one process: its model, its steps, and the files it writes. folder: in the main process only."""
 
     def __init__(
         self,
@@ -148,7 +157,7 @@ class Run:
         self.sharded = config.parallel == "fsdp" and accelerator.num_processes > 1
         self.task, self.data = task, checkpointing.fingerprint(task.items)
         model = task.model.train()
-        if not self.sharded:  # else unit by unit
+        if not self.sharded:  # otherwise each unit is moved when it is sharded
             model.to(self.device)
         if config.routing.mode == "fill":
             add_fill_token(model)
@@ -171,7 +180,7 @@ class Run:
         self.learner = make_learner(config, model, self.device)
 
     def begin(self, *, allow_changes: bool) -> int:
-        """Return the step to begin with: after the last checkpoint, or 0."""
+        """Return the first step to run: that after the last checkpoint, or 0."""
         first_step = 0
         if self.resume:
             first_step, self.flops, notes = checkpointing.go_on(
@@ -188,10 +197,10 @@ class Run:
         return first_step
 
     def steps(self, first_step: int) -> None:
-        """Train up to max_steps, or until somebody stops it."""
-        config, alone = self.config, self.accelerator.num_processes == 1
-        # the first step after which it cannot go on: known to the device alone between the lines of the log
-        spoiled = torch.full((), math.inf, device=self.device)
+        """Train up to `max_steps`, or until a signal."""
+        config, is_alone = self.config, self.accelerator.num_processes == 1
+        # the first step with a non-finite loss or gradient; read from the device only for a line of the log or a file
+        first_bad = torch.full((), math.inf, device=self.device)
         with (
             stoppable() as stop,
             load_batches(self.task.data, config, self.accelerator, first_step) as batches,
@@ -200,15 +209,15 @@ class Run:
             for step in range(first_step, config.max_steps):
                 done, rate = step + 1, learning_rate_at(config, step)
                 due = Due.after(done, config)
-                made = self.step(batches, step, rate, norms_of_units=due.line)
-                spoiled = torch.minimum(spoiled, torch.where(made.finite, math.inf, float(done)))
-                # alone at once; several processes agree on it when they exchange numbers
-                stopped = stop.signal if alone else 0
+                result = self.step(batches, step, rate, norms_of_units=due.line)
+                first_bad = torch.minimum(first_bad, torch.where(result.finite, math.inf, float(done)))
+                # a single process stops at once; several agree on it when they next exchange numbers
+                stopped = stop.signal if is_alone else 0
                 if due.line or due.grid or stopped:
-                    told, stopped = self.agree(made, spoiled, stop.signal)
+                    summary, stopped = self.agree(result, first_bad, stop.signal)
                     self.check_weights(due, stopped, done)
                     if due.line:
-                        report(done, self.flops, rate, told)
+                        report(done, self.flops, rate, summary)
                 self.write(due, stopped, done, report)
                 if stopped:
                     raise Stopped(stopped, self.how_to_go_on(stopped, done))
@@ -216,8 +225,8 @@ class Run:
     # ------------------------------------------------------------------------------------------------------------------
     # A step; nothing here waits for the device
 
-    def step(self, batches: Iterator[Stored], step: int, rate: float, *, norms_of_units: bool = False) -> StepMade:
-        """Make one step: gradients, what limits them, what they change."""
+    def step(self, batches: Iterator[Stored], step: int, rate: float, *, norms_of_units: bool = False) -> StepResult:
+        """Run one step: compute, limit and apply the gradients."""
         config, learner = self.config, self.learner
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
@@ -233,10 +242,10 @@ class Run:
         norm = clip_gradients(learner.model.parameters(), limit, self.device)
         finite = loss.isfinite() & learner.can_go_on(norm)
         learner.update(norm, step + 1)
-        return StepMade(loss, finite, norm, unit_norms)
+        return StepResult(loss, finite, norm, unit_norms)
 
     def backward(self, batches: Iterator[Stored], step: int, kind: StepKind) -> Tensor:
-        """Fill the gradients of one step, in fp16 times the scale; return the loss of this process."""
+        """Compute the gradients of one step, multiplied by the loss scale in fp16; return the loss of this process."""
         config, accelerator, scale = self.config, self.accelerator, self.learner.loss_scale
         kept_share = config.routing.share if kind == "routed" else None
         num_parts = config.num_accumulation_steps
@@ -261,18 +270,19 @@ class Run:
 
     @property
     def kinds_with_all_weights(self) -> tuple[StepKind, ...]:
-        """The kinds of steps in which every weight has a gradient, as DDP expects."""
+        """The kinds of steps in which every weight gets a gradient, as DDP expects."""
         return ("routed",) if self.config.routing.mode == "fill" else ("dense", "routed")
 
     def average_gradients(self) -> None:
-        """Average over processes what gradients there are: the same in all of them, for they all leave out the same."""
+        """Average the gradients over processes. All processes have gradients of the same parameters, since a step is of
+        one kind in all of them."""
         if self.accelerator.num_processes > 1:
             for parameter in self.learner.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad = cast(Tensor, self.accelerator.reduce(parameter.grad, "mean"))
 
     def add_penalty(self, spectral: SpectralConfig) -> None:
-        """Add the gradients of a spectral penalty, which all processes compute alike."""
+        """Add the gradients of the spectral penalty, which are equal in all processes."""
         constrained = self.constrained
         assert constrained is not None
         weights = [layer.get_parameter("weight") for layer in weighted(constrained)]
@@ -281,54 +291,54 @@ class Run:
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What processes tell one another
+    # Communication between processes
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all processes, stacked."""
+        """Return the tensors of all processes, stacked along a new first axis."""
         return cast(Tensor, self.accelerator.gather(tensor[None]))
 
-    def agree(self, made: StepMade, spoiled: Tensor, signal: int) -> tuple[Told, int]:
-        """Return what all processes know of a step, and the signal that any of them has got; `ValueError` where one of
-        them has met numbers that are not finite."""
-        norms = torch.cat([made.norm[None], made.unit_norms])
+    def agree(self, result: StepResult, first_bad: Tensor, signal: int) -> tuple[StepSummary, int]:
+        """Return the summary of a step over all processes, and a signal that any of them received; `ValueError` if any
+        of them had a non-finite loss or gradient."""
+        norms = torch.cat([result.norm[None], result.unit_norms])
         if self.learner.loss_scale is not None:
             norms = norms.nan_to_num(0.0, 0.0)
         numbers = torch.cat(
             [
-                torch.stack([made.loss, spoiled, torch.full_like(made.loss, signal)]),
+                torch.stack([result.loss, first_bad, torch.full_like(result.loss, signal)]),
                 self.learner.counts(),
                 norms,
             ]
         )
         gathered = self.gathered(numbers).tolist()
-        losses, bad, signals = zip(*(each[:3] for each in gathered), strict=True)
-        if min(bad) < math.inf:
-            first = int(min(bad))
+        losses, bad_steps, signals = zip(*(row[:3] for row in gathered), strict=True)
+        if min(bad_steps) < math.inf:
+            first = int(min(bad_steps))
             what = f"the loss or its gradient at step {first}"
             raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
         left_out, overflows, scale, norm, *unit_norms = gathered[0][3:]
-        told = Told(sum(losses) / len(losses), norm, int(left_out), int(overflows), scale, unit_norms)
-        return told, int(max(signals))
+        summary = StepSummary(sum(losses) / len(losses), norm, int(left_out), int(overflows), scale, unit_norms)
+        return summary, int(max(signals))
 
     def check_weights(self, due: Due, stopped: int, done: int) -> None:
-        """Raise `ValueError` where something is going to be written of weights that are not finite in some process."""
+        """Raise `ValueError` if files are due and the weights are not finite in some process."""
         is_due = due.checkpoint or due.snapshot or due.grid or stopped
         if is_due and not self.gathered(self.learner.is_finite()).all():
             raise ValueError(self.not_finite(f"the weights after step {done}"))
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What is written, by the main process, of what all processes gather
+    # Files: the main process writes what all processes gather
 
     @property
     def files(self) -> RunFolder:
-        """The folder of the run, which the main process alone has."""
+        """The folder of the run; only the main process has it."""
         assert self.folder is not None
         return self.folder
 
     def write(self, due: Due, stopped: int, done: int, report: Reporter) -> None:
-        """Write what is due after a step."""
+        """Write the files that are due after a step."""
         accelerator, learner, keeps = self.accelerator, self.learner, self.accelerator.is_main_process
-        if due.snapshot:  # before the checkpoint, so that none is missing where a run goes on
+        if due.snapshot:  # before the checkpoint, so that no snapshot is missing when a run resumes from it
             snapshot = learner.tensors(keeps=keeps, file=POWERS)[POWERS]
             in_main(accelerator, lambda: self.files.write_snapshot(done, snapshot))
         if due.checkpoint or stopped:
@@ -342,7 +352,7 @@ class Run:
             )
 
     def averaged(self, averages: dict[str, Tensor]) -> nn.Module:
-        """Return the model of averaged weights."""
+        """Return the model with these averaged weights."""
         return with_weights(self.shown, averages, self.device)
 
     def release(self) -> None:
@@ -356,30 +366,30 @@ class Run:
         in_main(self.accelerator, write)
 
     def not_finite(self, what: str) -> str:
-        """Say that training cannot go on, and how it can."""
+        """Return a message that training has failed, with the remedies."""
         checkpoints, config = checkpointing.list_checkpoints(self.out), self.config
-        way, instead = "start again with", ""
+        remedy, alternative = "start again with", ""
         if checkpoints:
-            way = f"go on from {printable(checkpoints[-1])} with --allow-changes and"
-            instead = "; if that is too late already, begin anew with --no-resume"
+            remedy = f"resume from {printable(checkpoints[-1])} with --allow-changes and"
+            alternative = "; if that checkpoint is too late, start again with --no-resume"
         return (
-            f"{what} is no longer finite, and nothing of it was saved: {way} a lower --learning-rate (it was "
+            f"{what} is no longer finite, and was not saved: {remedy} a lower --learning-rate (it was "
             f"{config.learning_rate:g}), another --gradient-clip (it was {config.gradient_clip:g}) or --precision no"
-            f"{instead}"
+            f"{alternative}"
         )
 
     def learned_at(self, step: int) -> str:
-        """Say what the step of this number, of which the first is 1, learned."""
+        """Return a message that names the items in the batch of a step. step: the first is 1."""
         items = self.task.items
-        learned = items_of_step(self.config, len(items), step - 1)
-        named = ", ".join(f"{index} ({items.names(index)})" for index in learned[:MAX_NAMED])
-        more = f" and {len(learned) - MAX_NAMED} more" if len(learned) > MAX_NAMED else ""
-        return f"its batch was of items {named}{more}"
+        indices = items_of_step(self.config, len(items), step - 1)
+        names = ", ".join(f"{index} ({items.names(index)})" for index in indices[:MAX_NAMED])
+        more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
+        return f"its batch had the items {names}{more}"
 
     def how_to_go_on(self, number: int, done: int) -> str:
-        """Say where a run stopped."""
-        way = "the same command goes on" if self.resume else "the same command without --no-resume goes on"
+        """Return a message on where a run stopped, and how to resume it."""
+        command = "the same command" if self.resume else "the same command without --no-resume"
         return (
             f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
-            f"{printable(checkpointing.checkpoint_path(self.out, done))}: {way}"
+            f"{printable(checkpointing.checkpoint_path(self.out, done))}: {command} resumes it"
         )

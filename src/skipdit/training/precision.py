@@ -1,4 +1,4 @@
-"""The precision of products, and what fp16 needs beside it."""
+"""The precision of matrix products, and the loss scale that fp16 needs."""
 
 from typing import Annotated, TypedDict
 
@@ -11,30 +11,32 @@ from skipdit.training.config import Precision
 
 
 def computes_in_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether products are computed in bf16: `"auto"` says yes where the device has instructions for it."""
+    """Return True if products are computed in bf16; with `"auto"`, if the device has instructions for it."""
     return has_bf16(device) if precision == "auto" else precision == "bf16"
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """Return what products are computed in; `None` where that is float32."""
+    """Return the dtype in which products are computed; `None` for float32."""
     if precision == "fp16":
         return torch.float16
     return torch.bfloat16 if computes_in_bf16(precision, device) else None
 
 
 class ScaleState(TypedDict):
-    """good_steps: in a row, since the scale was changed. overflows: steps so far."""
+    """The state of a `LossScale` in a checkpoint."""
 
     scale: Annotated[float, Meta(gt=0, lt=2.0**64)]
     good_steps: Annotated[int, Meta(ge=0, lt=2**31)]
+    """consecutive steps without overflow since the scale last changed"""
     overflows: Annotated[int, Meta(ge=0)]
+    """number of steps that overflowed so far"""
 
 
 class LossScale:
-    """What a loss is multiplied by in fp16, so that small gradients do not vanish (arXiv 1710.03740).
+    """The factor of the loss in fp16, which keeps small gradients from vanishing (arXiv 1710.03740).
 
-    A step whose gradient overflows changes no weight, and halves the scale; 2000 steps in a row that do not double it.
-    Nothing here waits for the device.
+    A step whose gradient overflows changes no weights and halves the scale; 2000 consecutive steps without overflow
+    double it. Nothing here waits for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -50,11 +52,11 @@ class LossScale:
         return self.scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients, which all processes have the same of or shards of, by the scale."""
+        """Divide the gradients, averaged or in shards, by the scale."""
         self.scaler.unscale_(optimizer)
 
     def update(self, norm: Tensor) -> Tensor:
-        """Go to the next step's scale; return 1 where the gradient, of this norm, has overflowed, else 0."""
+        """Update the scale after a step; return 1 if its gradient norm shows an overflow, else 0."""
         overflowed = (~norm.isfinite()).float()
         self.overflows += overflowed
         self.scaler.update()
@@ -67,7 +69,7 @@ class LossScale:
         )
 
     def take(self, state: ScaleState) -> None:
-        """Go on from a state."""
-        own = {"scale": state["scale"], "_growth_tracker": state["good_steps"]}
-        self.scaler.load_state_dict(self.scaler.state_dict() | own)
+        """Restore a state."""
+        scaler_state = {"scale": state["scale"], "_growth_tracker": state["good_steps"]}
+        self.scaler.load_state_dict(self.scaler.state_dict() | scaler_state)
         self.overflows.fill_(state["overflows"])

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, snapshots of
+"""Write the files of a run other than checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, snapshots of
 averages, and events for TensorBoard in `tensorboard/`."""
 
 import importlib.util
@@ -37,7 +37,7 @@ PIPELINE_FILES = ("model_index.json", "transformer/*", "scheduler/*")
 
 
 class RunFolder:
-    """The folder of one run: what is in the way there is refused, or with `overwrite` told, before anything is done."""
+    """The folder of one run. Files in the way raise an error, or with `overwrite` a warning, before any work starts."""
 
     def __init__(self, path: Path, config: TrainConfig, *, overwrite: bool) -> None:
         self.path, self.config = output.absolute(path), config
@@ -50,28 +50,28 @@ class RunFolder:
         pipeline = self.path / PIPELINE
         output.check_replaceable(pipeline, PIPELINE, self.overwritten)
         if overwrite and pipeline.is_dir() and PIPELINE not in output.read_marker(pipeline)["files"]:
-            LOGGER.warning("in %s, %s are going to be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
+            LOGGER.warning("in %s, %s will be overwritten", printable(pipeline), ", ".join(PIPELINE_FILES))
 
     def _in_the_way(self) -> Iterator[str]:
-        """Yield the grids and snapshots that are there of the steps in which some will be written."""
+        """Yield the existing grids and snapshots of steps at which this run will write some."""
         config, last = self.config, self.config.max_steps
         for folder, suffix, every in (
             (SAMPLES, ".png", config.sample_every),
             (SNAPSHOTS, ".safetensors", config.ema_snapshots_every),
         ):
             for path in sorted((self.path / folder).glob(f"step-*{suffix}")):
-                found = re.fullmatch(r"step-([0-9]{7,18})", path.stem)
-                if every and found and (step := int(found[1])) <= last and (step % every == 0 or step == last):
+                match = re.fullmatch(r"step-([0-9]{7,18})", path.stem)
+                if every and match and (step := int(match[1])) <= last and (step % every == 0 or step == last):
                     yield f"{folder}/{path.name}"
 
     def open_log(self, first_step: int) -> TextIO:
-        """Open `log.jsonl`, without the lines of steps after `first_step`, which are going to be run again.
+        """Open `log.jsonl` for appending, without the lines of steps after `first_step`, which will run again.
 
-        The last line of a run that was killed may be cut off and goes, too. Lines of others stay.
+        A last line that was cut off by a kill is dropped too. Lines that are not ours are kept.
         """
-        path, goes_on = self.path / LOG, self.files.grow(LOG)
+        path, was_ours = self.path / LOG, self.files.grow(LOG)
         with output.atomic_file(path) as draft, draft.open("wb") as new:
-            if path.exists() and goes_on:
+            if path.exists() and was_ours:
                 with open_regular(path) as old:
                     new.writelines(line for line in whole_lines(old) if not is_of_later_step(line, first_step))
         return path.open("a", encoding="utf-8")
@@ -87,7 +87,7 @@ class RunFolder:
             save_file(tensors, draft)
 
     def drop_snapshots(self, first_step: int) -> None:
-        """Delete our snapshots of steps that are going to be made again."""
+        """Delete our snapshots of steps that will run again."""
         for step in list_snapshots(self.path):
             if step > first_step:
                 self.files.remove(snapshot_name(step))
@@ -101,16 +101,18 @@ class RunFolder:
 
 
 def refuse_inputs(out: Path, config: TrainConfig) -> None:
-    """`ValueError` where a run would replace one of its inputs, or write into its data."""
+    """Raise `ValueError` if a run would replace one of its inputs, or write into its data."""
     source, inflated = config.data.source, getattr(config.model, "inflate", None)
-    # by default the data is the bundled one
+    # the default source is the bundled data
     data = None if source == getattr(type(config.data), "source", None) or not Path(source).exists() else Path(source)
     names = (config.start_from, None if inflated == "emoji" else inflated)
     inputs = [Path(name) for name in names if name is not None and Path(name).exists()] + ([data] if data else [])
     if out.resolve() in [path.resolve() for path in inputs]:
         raise ValueError(f"{printable(out)} is an input of this run: give another --out")
     if data is not None and data.resolve() in out.resolve().parents:
-        raise ValueError(f"{printable(out)} lies in the data, {printable(data)}, and would be read: give another --out")
+        raise ValueError(
+            f"{printable(out)} lies in the data, {printable(data)}, and would be read as data: give another --out"
+        )
     replaced = (PIPELINE, SAMPLES, SNAPSHOTS, PREVIOUS)
     for target in (*(out / name for name in replaced), *list_checkpoints(out)):
         output.check_apart(target, inputs)
@@ -120,22 +122,22 @@ def refuse_inputs(out: Path, config: TrainConfig) -> None:
 def run_folder(
     accelerator: Accelerator, path: Path, config: TrainConfig, *, overwrite: bool
 ) -> Iterator[RunFolder | None]:
-    """Hold the folder of a run, in the main process; `OSError` in all of them where another run does, or where things
-    of others are in the way. Yields `None` in the others."""
-    with ExitStack() as held:
+    """Lock the folder of a run, and yield it in the main process, `None` in the others. An `OSError`, if another run
+    holds it or files that are not ours are in the way, is raised in all processes."""
+    with ExitStack() as stack:
         folders: list[RunFolder] = []
 
-        def hold() -> None:
+        def open_folder() -> None:
             refuse_inputs(output.absolute(path), config)
-            held.enter_context(locked(output.absolute(path)))
+            stack.enter_context(locked(output.absolute(path)))
             folders.append(RunFolder(path, config, overwrite=overwrite))
 
-        in_main(accelerator, hold)
+        in_main(accelerator, open_folder)
         yield folders[0] if folders else None
 
 
 def whole_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Yield the lines of a log, without a last one that was cut off."""
+    """Yield the lines of a log, without a last line that was cut off."""
     for line in file:
         if line.endswith(b"\n"):
             yield line
@@ -144,7 +146,7 @@ def whole_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parse(line: bytes) -> Any:
-    """Return what a line says; `None` where it is no JSON."""
+    """Return the contents of a line of JSON; `None` if it is not valid."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):
@@ -152,20 +154,20 @@ def parse(line: bytes) -> Any:
 
 
 def is_of_later_step(line: bytes, step: int) -> bool:
-    """Whether a line is one of ours and tells of a step after this one."""
+    """Return True if a line is one of ours and of a later step than this."""
     entry = parse(line)
     return isinstance(entry, dict) and "loss" in entry and isinstance(entry.get("step"), int) and entry["step"] > step
 
 
 def check_tensorboard_installed() -> None:
-    """`ValueError` with what to install where TensorBoard is missing."""
+    """Raise `ValueError`, with the command to install it, if TensorBoard is missing."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError('events for TensorBoard need tensorboard: pip install "skipdit[tensorboard]"')
 
 
 class Board:
-    """Events for TensorBoard: the numbers of the log's lines, and the grids. Those of steps after `first_step`, which
-    are going to be made again, count no more."""
+    """Events for TensorBoard: the numbers in the log, and the grids. Earlier events of steps after `first_step`, which
+    will run again, are purged."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -178,7 +180,7 @@ class Board:
         with written(self.folder):
             for name, value in entry.items():
                 values = (
-                    {f"{name}/{i}": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+                    {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
                 )
                 for tag, number in values.items():
                     if name != "step":
@@ -195,16 +197,18 @@ class Board:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What all processes know of a step. left_out: steps so far that the guard has left out. overflows: steps so far
-    that fp16 has. Norms are 0 where the gradient overflowed, which changed nothing."""
+class StepSummary:
+    """The numbers of a step over all processes. Norms are 0 in a step whose gradient overflowed in fp16."""
 
     loss: float
     gradient_norm: float
     left_out: int
+    """steps skipped by the guard so far"""
     overflows: int
+    """steps that overflowed in fp16 so far"""
     loss_scale: float
     unit_norms: list[float]
+    """gradient norm per unit"""
 
 
 class Reporter:
@@ -212,7 +216,7 @@ class Reporter:
 
     def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int, left_out: int = 0) -> None:
         self.folder, self.config, self.first_step = folder, config, first_step
-        self.left_out = left_out  # as the last line said
+        self.left_out = left_out  # as in the last line of the log
         self.board: Board | None = None
 
     def __enter__(self) -> "Reporter":
@@ -231,14 +235,14 @@ class Reporter:
     def __exit__(self, *exception: object) -> None:
         if self.folder is not None:
             self.progress.stop()
-            with suppress(OSError):  # of a line that could not be written, which has been told
+            with suppress(OSError):  # the failure to write a line has been raised already
                 self.log.close()
             if self.board is not None:
                 with suppress(OSError):
                     self.board.close()
 
-    def __call__(self, step: int, flops: float, learning_rate: float, told: Told) -> None:
-        """Write one line of the log. flops: of all steps so far and all processes."""
+    def __call__(self, step: int, flops: float, learning_rate: float, summary: StepSummary) -> None:
+        """Write one line of the log. flops: of all steps so far, over all processes."""
         if self.folder is None:
             return
         elapsed, images = time.perf_counter() - self.started, (step - self.first_step) * self.config.batch_size
@@ -246,30 +250,30 @@ class Reporter:
             "step": step,
             "images": step * self.config.batch_size,
             "flops": flops,
-            "loss": told.loss,
-            "gradient_norm": told.gradient_norm,
+            "loss": summary.loss,
+            "gradient_norm": summary.gradient_norm,
             "learning_rate": learning_rate,
             "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
-            "unit_gradient_norms": [float(f"{norm:.4g}") for norm in told.unit_norms],
+            "unit_gradient_norms": [float(f"{norm:.4g}") for norm in summary.unit_norms],
         }
         if self.config.gradient_guard:
-            entry["steps_left_out"] = told.left_out
-            if told.left_out > self.left_out:
+            entry["steps_left_out"] = summary.left_out
+            if summary.left_out > self.left_out:
                 LOGGER.warning(
-                    "up to step %d, %d more left out: the gradient norm was above %g times its median",
+                    "up to step %d, %d more step(s) skipped: the gradient norm was above %g times its median",
                     step,
-                    told.left_out - self.left_out,
+                    summary.left_out - self.left_out,
                     self.config.gradient_guard,
                 )
-            self.left_out = told.left_out
+            self.left_out = summary.left_out
         if self.config.precision == "fp16":
-            entry |= {"loss_scale": told.loss_scale, "steps_overflowed": told.overflows}
+            entry |= {"loss_scale": summary.loss_scale, "steps_overflowed": summary.overflows}
         with written(self.folder.path / LOG):
             self.log.write(json.dumps(entry) + "\n")
             self.log.flush()
         if self.board is not None:
             self.board.line(entry)
-        self.progress.update(self.task, completed=step, description=f"loss {told.loss:.4f}")
+        self.progress.update(self.task, completed=step, description=f"loss {summary.loss:.4f}")
 
     def grid(self, step: int, grid: Image) -> None:
         """Write a grid of samples."""

@@ -1,7 +1,8 @@
-"""Token routing: in training, deep units see a random share of the tokens, which costs less per step.
+"""Token routing: in training, deep units see only a random share of the tokens, which makes steps cheaper.
 
-The first and the last few units see all tokens. The others come back past the deep units as they were (TREAD, arXiv
-2501.04765), or as one learned vector beside a long skip (SPRINT, arXiv 2510.21986); the end of a run is dense.
+The first and the last few units see all tokens. Tokens that the deep units do not see return after them unchanged
+(TREAD, arXiv 2501.04765), or as one learned vector that joins a long skip (SPRINT, arXiv 2510.21986). The end of a run
+is dense.
 """
 
 from collections.abc import Mapping
@@ -68,8 +69,8 @@ class TokenRoutingConfig:
 def draw_kept_tokens(
     num_samples: int, num_tokens: int, share: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw which tokens of each sample are kept, on the generator's device: (num_samples, kept) indices, rising; at
-    least one."""
+    """Return (num_samples, kept), on the generator's device: the ascending indices of the tokens kept in each sample,
+    at least one."""
     num_kept = max(round(share * num_tokens), 1)
     device = "cpu" if generator is None else generator.device
     order = torch.rand(num_samples, num_tokens, generator=generator, device=device).argsort(dim=1)
@@ -78,19 +79,17 @@ def draw_kept_tokens(
 
 @dataclass(frozen=True)
 class StepKinds:
-    """What the steps of one run do with their tokens.
-
-    plans: of dense steps, and where tokens are routed also of routed ones and of shallow ones, without deep units.
-    flops: of one sample in a step of each kind, forward and backward.
-    """
+    """The kinds of steps of one run: dense ones; with routing also routed ones, and shallow ones without deep units."""
 
     config: TokenRoutingConfig
     plans: Mapping[StepKind, ForwardPlan]
+    """forward plan of each kind"""
     flops: Mapping[StepKind, int]
+    """of one sample, forward and backward, by kind"""
 
     @property
     def dense_share(self) -> float:
-        """The share of the steps that make up the dense end."""
+        """The share of steps in the dense end."""
         if self.config.mode == "off":
             return 1.0
         end, before, dense = self.config.dense_end, self._flops_before, self.flops["dense"]
@@ -98,31 +97,31 @@ class StepKinds:
 
     @property
     def mean_flops(self) -> float:
-        """Of one sample, in the mean over the steps of a run."""
+        """FLOPs of one sample, averaged over the steps of a run."""
         return (1 - self.dense_share) * self._flops_before + self.dense_share * self.flops["dense"]
 
     @property
     def _flops_before(self) -> float:
-        """In the mean over the steps before the dense end."""
+        """FLOPs of one sample, averaged over the steps before the dense end."""
         drop = self.config.deep_drop
         if self.config.mode == "off":
             return 0.0
         return (1 - drop) * self.flops["routed"] + (drop * self.flops["shallow"] if drop else 0.0)
 
     def first_dense_step(self, max_steps: int) -> int:
-        """Return the step with which the dense end of a run begins."""
+        """Return the first step of the dense end of a run."""
         return max_steps - round(max_steps * self.dense_share)
 
     def at(self, step: int, max_steps: int, generator: torch.Generator) -> StepKind:
-        """Return the kind of a step. generator: that of the step which all processes share."""
+        """Return the kind of a step. generator: of that step, the same in all processes."""
         if step >= self.first_dense_step(max_steps):
             return "dense"
         return "shallow" if torch.rand((), generator=generator) < self.config.deep_drop else "routed"
 
 
 def make_plans(config: TokenRoutingConfig, model: LongSkipModel) -> dict[StepKind, ForwardPlan]:
-    """Return the plan of each kind of step; `ValueError` where the model has too few units, or no long skips that would
-    bring back what a fill token hides."""
+    """Return the plan of each kind of step; `ValueError` if the model has too few units, or, in mode fill, no long skip
+    around the deep units."""
     plans: dict[StepKind, ForwardPlan] = {"dense": PLAIN}
     if config.mode == "off":
         return plans

@@ -1,6 +1,6 @@
-"""Models in shards over processes: FSDP2, torch's `fully_shard`, a unit at a time.
+"""Shard a model over processes unit by unit: FSDP2, torch's `fully_shard`.
 
-What is not sharded passes these functions as it is, so that a loop is the same with shards and without.
+These functions return whatever is not sharded unchanged, so that the training loop is the same with and without shards.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from skipdit.models.long_skip import LongSkipModel
 
 
 def shard(model: LongSkipModel, device: torch.device) -> None:
-    """Leave each process its part of every parameter, on its device. A unit's are whole while it runs."""
+    """Leave each process its part of every parameter, on its device. A unit's parameters are whole while it runs."""
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for blocks in model.units():
         for block in blocks:
@@ -25,18 +25,18 @@ def shard(model: LongSkipModel, device: torch.device) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part, which shares its memory."""
+    """Return this process's part of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return this process's part of each parameter; one that is trained says so, as `EMAModel` asks."""
+    """Return this process's part of each parameter, with the `requires_grad` that `EMAModel` reads."""
     with torch.enable_grad():
         return [cast(nn.Parameter, local(parameter)) for parameter in model.parameters()]
 
 
 def as_shard(part: Tensor, parameter: Tensor) -> Tensor:
-    """Return a part that lies in this process as what it is a part of, of which the parameter has the shape."""
+    """Return this process's part of a tensor as a DTensor that is sharded like the parameter."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -44,22 +44,22 @@ def as_shard(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of a tensor that lies where that of the parameter does."""
+    """Return a whole tensor on the device of the parameter, sharded like it."""
     whole = whole.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return whole
-    # every process has the whole one; a copy, else the part would keep all of it in memory
+    # every process has the whole tensor; without the copy, the part would keep all of it in memory
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a whole tensor, from its parts, through which gradients flow; all processes must ask for it."""
+    """Return the whole tensor, differentiably; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(tensor: Tensor, *, keeps: bool) -> Tensor | None:
-    """Return a whole tensor to a process that keeps it, one that was in shards in memory of the CPU; all processes must
-    ask for that."""
+    """Return the whole tensor if `keeps` is true, on the CPU if it was sharded; otherwise `None`. All processes must
+    call this."""
     if not isinstance(tensor, DTensor):
         return tensor.contiguous() if keeps else None
     complete = tensor.full_tensor()
@@ -67,13 +67,13 @@ def gather(tensor: Tensor, *, keeps: bool) -> Tensor | None:
 
 
 def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], device: torch.device) -> Tensor:
-    """Return the norm of the gradient of each group of parameters, on the device: 0 where it has none. Where they are
-    in shards all processes must ask."""
+    """Return (num_groups,) on the device: the gradient norm of each group of parameters; 0 if it has no gradient. If
+    they are sharded, all processes must call this."""
     norms, sharded = [], False
     for parameters in groups:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         sharded = sharded or any(isinstance(gradient, DTensor) for gradient in gradients)
-        # torch's norm of no gradients is on the CPU
+        # torch returns the norm of an empty list on the CPU
         parts = [local(gradient) for gradient in gradients]
         norms.append(nn.utils.get_total_norm(parts) if parts else torch.zeros((), device=device))
     if not sharded:
@@ -84,7 +84,7 @@ def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], device: torch.devic
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, device: torch.device) -> Tensor:
-    """Scale gradients down to a norm of at most `limit`; return what their norm was."""
+    """Scale gradients down to a norm of at most `limit`; return their norm before that."""
     parameters = list(parameters)
     norm = gradient_norms([parameters], device)[0]
     nn.utils.clip_grads_with_norm_(parameters, limit, norm)

@@ -1,4 +1,4 @@
-"""What a run shows and releases: a model of its averaged weights, whole, beside the one that learns."""
+"""Sample and release the averaged weights of a run: a whole copy of the model beside the one in training."""
 
 import copy
 from collections.abc import Mapping
@@ -18,8 +18,7 @@ RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def without_weights(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode with parameters that have no memory, to be made before a model is compiled or put in
-    shards."""
+    """Return a copy in eval mode whose parameters have no memory. Call this before a model is compiled or sharded."""
     empty = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         for parameter in model.parameters()
@@ -28,30 +27,30 @@ def without_weights(model: nn.Module) -> nn.Module:
 
 
 def with_weights(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-    """Return a copy on a device whose parameters are these tensors, by name, without copies of them where they are
-    there."""
-    given = {
+    """Return a copy on a device whose parameters are these tensors, by name, not copied if they are already there."""
+    replacements = {
         id(parameter): nn.Parameter(weights[name], requires_grad=False) for name, parameter in model.named_parameters()
     }
-    return nn.Module.to(copy.deepcopy(model, given), device)
+    return nn.Module.to(copy.deepcopy(model, replacements), device)
 
 
 def release(model: nn.Module, config: TrainConfig, task: TrainingTask) -> Sampler:
-    """Return what samples a finished model, of ordinary weights."""
+    """Return the sampler of a finished model, with its spectral caps folded into the weights."""
     released = copy.deepcopy(model)
     fold_spectral_caps(released)
-    # not model.to: ModelMixin.to warns of every cast
+    # not model.to: ModelMixin.to warns about every cast
     nn.Module.to(released, RELEASE_DTYPES[config.release_dtype])
     return task.sampler(released, make_task_scheduler(config.objective))
 
 
 def draw_samples(model: nn.Module, config: TrainConfig, task: TrainingTask) -> Image:
-    """Return a labelled grid, of things spread over the data, from the run's seed; of clips some frames each."""
+    """Return a labelled grid of samples, whose conditions are spread over the data, from the run's seed. Of clips, it
+    shows some frames."""
     sampler: Sampler = task.sampler(model, make_task_scheduler(config.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
-    wanted, captions = task.showcase(config.num_samples)
+    conditions, captions = task.showcase(config.num_samples)
     samples = sampler.sample(
-        wanted,
+        conditions,
         guidance_scale=config.sample_guidance_scale,
         num_inference_steps=config.sample_steps,
         generator=torch.Generator().manual_seed(config.seed),

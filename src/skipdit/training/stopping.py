@@ -1,4 +1,4 @@
-"""A run that is asked to end finishes its step, so that its checkpoint is exact."""
+"""Stop a run on a signal, but only after its current step, so that its checkpoint is exact."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended a training; its checkpoint is written. status: as shells tell it, 128 and the signal's number."""
+    """A signal ended a run, and its checkpoint is written. status: exit status, 128 plus the signal's number."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -21,24 +21,25 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class Stop:
-    """What has been asked for. signal: the number of the first signal, 0 before."""
+    """A request to stop."""
 
     signal: int = 0
+    """number of the first signal; 0 without one"""
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Inside, Ctrl-C, SIGTERM and SIGHUP only leave a note, to be read after each step.
+    """Yield a `Stop` that Ctrl-C, SIGTERM and SIGHUP only set, so that it can be checked after each step.
 
-    A second Ctrl-C raises `KeyboardInterrupt` at once. Signals that the process was told to ignore, as nohup does, stay
-    ignored. Under torchrun, which passes a Ctrl-C on that every process has seen already, only the first counts.
+    A second Ctrl-C raises `KeyboardInterrupt` at once. Signals that were already ignored, as under nohup, stay ignored.
+    Under torchrun only the first Ctrl-C counts, since it forwards a Ctrl-C that every process has already received.
     """
     stop, alone = Stop(), os.environ.get("WORLD_SIZE", "1") == "1"
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    terminals = [handle for handle in (1, 2) if os.isatty(handle)]  # one that is gone does not say so any more
+    terminals = [handle for handle in (1, 2) if os.isatty(handle)]  # isatty is False once a terminal is gone
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.signal and alone:
@@ -59,7 +60,7 @@ def stoppable() -> Iterator[Stop]:
 
 
 def let_go_of(terminals: list[int]) -> None:
-    """Write nowhere instead of to a terminal that is gone, where every write fails."""
+    """Redirect the handles of a closed terminal, on which every write fails, to /dev/null."""
     null = os.open(os.devnull, os.O_WRONLY)
     for handle in terminals:
         os.dup2(null, handle)
@@ -67,6 +68,6 @@ def let_go_of(terminals: list[int]) -> None:
 
 
 def ignore_signals(worker: int) -> None:
-    """Leave signals to the main process, in a data worker: a terminal's Ctrl-C reaches all of them."""
+    """Ignore signals in a data worker, since a terminal's Ctrl-C reaches all processes: the main process handles it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

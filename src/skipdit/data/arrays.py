@@ -1,0 +1,125 @@
+"""Sets of pictures or clips in one .npz file, as ADM's evaluation reads them: `arr_0`, uint8 (n h w 3), or (n f h w 3)
+of clips. Reading maps the file: no more than a batch is ever in memory, and nothing is unpickled.
+"""
+
+import io
+import struct
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from jaxtyping import UInt8
+
+from skipdit.files.untrusted import open_regular, printable
+
+MAX_HEADER = 10_000  # bytes of an array's header
+MAX_STATISTICS_BYTES = 2**28  # of an array that is read whole: a covariance of 4,096 features has 128 MiB
+LOCAL_HEADER = 30  # bytes before the name: APPNOTE.TXT 4.3.7
+
+
+def write_npz(
+    path: Path, blocks: Iterator[np.ndarray], shape: tuple[int, ...], labels: Sequence[int | None] = ()
+) -> None:
+    """Write `arr_0`, uint8 of this shape, block by block, and `arr_1`, the labels, where none is `None`; as
+    `numpy.savez`, but with no more than a block in memory, and with the same bytes at each call."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in blocks:
+                file.write(np.ascontiguousarray(block).data)
+        if labels and None not in labels:
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as file:
+                np.lib.format.write_array(file, np.array(labels, dtype=np.int64))
+
+
+def map_npz(path: Path) -> UInt8[np.ndarray, "items *frames height width 3"]:
+    """Return `arr_0` of a file, mapped. `OSError` if it cannot be read; `ValueError` if it is damaged, compressed, or
+    holds anything else than pictures or clips in bytes."""
+    name = printable(path)
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            info = _member(archive, "arr_0")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("its arrays are compressed: write it with numpy.savez")
+            start = info.header_offset
+            file.seek(start)
+            head = file.read(LOCAL_HEADER)
+            start += LOCAL_HEADER + sum(struct.unpack_from("<HH", head, 26))
+            file.seek(start)
+            shape, dtype, is_fortran = _read_header(file)
+            start = file.tell()
+            size = file.seek(0, io.SEEK_END)
+    except OSError:
+        raise
+    except Exception as error:  # zipfile, struct and numpy raise of every kind on a damaged file
+        raise _unreadable(name, error) from error
+    if dtype != np.uint8 or is_fortran or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
+        found = f"{printable(dtype)} {shape}{', in Fortran order' if is_fortran else ''}"
+        raise ValueError(f"arr_0 of {name} must be uint8 (n, h, w, 3), or (n, f, h, w, 3) of clips, got {found}")
+    num_bytes = int(np.prod(shape, dtype=object))
+    if start + num_bytes > size:
+        raise ValueError(f"{name} is truncated: {num_bytes:,} bytes of arr_0 are missing {start + num_bytes - size:,}")
+    return np.memmap(path, np.uint8, "r", start, shape)
+
+
+def read_statistics(path: Path) -> dict[str, np.ndarray]:
+    """Return `mu`, `sigma`, `mu_s` and `sigma_s` of a reference of ADM in float64, those that it has. `OSError`,
+    `ValueError` as `map_npz`."""
+    name, found = printable(path), {}
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            for key in ("mu", "sigma", "mu_s", "sigma_s"):
+                if f"{key}.npy" not in archive.namelist():
+                    continue
+                info = _member(archive, key)
+                if info.file_size > MAX_STATISTICS_BYTES:
+                    raise ValueError(f"{key} has {info.file_size:,} bytes, at most {MAX_STATISTICS_BYTES:,} are read")
+                with archive.open(info) as member:
+                    content = io.BytesIO(member.read(MAX_STATISTICS_BYTES))
+                array = np.lib.format.read_array(content, allow_pickle=False, max_header_size=MAX_HEADER)
+                found[key] = array.astype(np.float64)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _unreadable(name, error) from error
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        length = found[mean].size if mean in found else 0
+        if (mean in found) != (covariance in found) or (mean in found and found[covariance].shape != (length, length)):
+            raise ValueError(f"{mean} and {covariance} of {name} are no mean and covariance of the same features")
+        if not all(np.isfinite(found[key]).all() for key in (mean, covariance) if key in found):
+            raise ValueError(f"{mean} or {covariance} of {name} is not finite")
+    return found
+
+
+def has_array(path: Path, name: str) -> bool:
+    """Return whether a file has an array of this name. `OSError`, `ValueError` as `map_npz`."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            return f"{name}.npy" in archive.namelist()
+    except OSError:
+        raise
+    except Exception as error:
+        raise _unreadable(printable(path), error) from error
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    if f"{name}.npy" not in archive.namelist():
+        names = ", ".join(archive.namelist()[:5]) or "nothing"
+        raise ValueError(f"it has no {name}, only {printable(names)}")
+    return archive.getinfo(f"{name}.npy")
+
+
+def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read(file, max_header_size=MAX_HEADER)
+    return shape, dtype, is_fortran
+
+
+def _unreadable(name: str, error: Exception) -> ValueError:
+    lines = str(error).splitlines() or [type(error).__name__]
+    reason = "it is truncated, or no .npz" if isinstance(error, zipfile.BadZipFile) else printable(lines[0])
+    return ValueError(f"cannot read {name}: {reason}")
