@@ -193,6 +193,7 @@ class ClassPipeline(DiffusionPipeline):
         Raises `ValueError` if the model cannot be guided as the options say.
         """
         model, scale = self.transformer, options.guidance_scale
+        self.guidance_scale = scale
         num_channels, guided_channels = model.config.in_channels, options.guidance_channels
         if guided_channels is not None and not 1 <= guided_channels <= num_channels:
             raise ValueError(f"guidance_channels must be between 1 and {num_channels}, got {guided_channels}")

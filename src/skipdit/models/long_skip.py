@@ -112,6 +112,10 @@ class OpenCall:
     """True if only branches are open."""
     writes: "Writes | None" = None
     """`None` if the blocks write nothing in place."""
+    aside: bool = False
+    """True if the forward returns its plain output under a plan too, as hooks on it want, and what it stores is left
+    in `stored`."""
+    stored: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class LinkedBlock(nn.Module):

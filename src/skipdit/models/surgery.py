@@ -29,6 +29,7 @@ from skipdit.models.long_skip import (
     LongSkipConfig,
     LongSkipModel,
     OpenCall,
+    PlannedOutput,
     pair_segments,
 )
 from skipdit.models.unit_block import UnitBlock, UnitBlockInfo
@@ -56,7 +57,11 @@ class RunsUnits(SwapMixin, LongSkipModel):
             output = self._below.forward(self, *args, **kwargs)
         finally:
             self.open_call.state = None
-        return state.finish(output)
+        planned = state.finish(output)
+        if not self.open_call.aside or not isinstance(planned, PlannedOutput):
+            return planned
+        self.open_call.stored = planned.stored
+        return planned.output
 
     @property
     def shares_tokens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -180,7 +185,12 @@ class _InCall:
 
 @lru_cache
 def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
-    return swapped_class(UnitBlock, base, _made_by=(_block_class, base))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return UnitBlock.forward(self, *args, **kwargs)
+
+    # context parallelism of diffusers splits arguments by their names
+    forward.__signature__ = inspect.signature(base.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    return swapped_class(UnitBlock, base, forward=forward, _made_by=(_block_class, base))
 
 
 def long_skip_class(base: type[nn.Module]) -> Any:
