@@ -18,17 +18,18 @@ from skipdit.models.forward_plan import Units
 from skipdit.models.surgery import open_units
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
-HEAD = """# Transformers that skipdit knows
+HEAD = """# Transformers of diffusers
 
-Made by `python benchmarks/list_models.py` (diffusers {version}). Every row is built at tiny size in
+Written by `python benchmarks/list_models.py` (diffusers {version}). Every row is built at tiny size in
 `tests/test_families.py`: first and full steps are bit-equal to the plain model, reuse steps equal a reference made of
 plain hooks, `compute_ratio` is within 2% of counted FLOPs, and long skips with `fusion="residual"` change no bit.
 
-- *units*: at the class's default sizes, by segment. A cache spans all segments, long skips pair within each.
-- *reusable*: the share of the matrix weights that `delta:N2` leaves out on a reuse step (the first and the last unit
-  run). It stands for the share of compute; what a run has saved is counted and said by `cache_summary`.
-- *streams*: what a block hands on; + means that the model joins them for that segment.
-- *pipelines*: those of diffusers whose source names the class. They are not all run in our tests: these are
+- *units*: their number at the class's default sizes, by segment. A cache spans all segments; long skips pair within
+  each.
+- *reusable*: the share of the matrix weights that `delta:N2` leaves out on a reuse step, when the first and the last
+  unit run. It approximates the share of compute; `cache_summary` reports what a run really saved.
+- *streams*: the tensors that a block passes on; + means that the model joins them for that segment.
+- *pipelines*: the pipelines of diffusers whose source names the class. Our tests do not run all of them; they run
   `FluxPipeline`, `StableDiffusion3Pipeline`, `WanPipeline`, `PixArtSigmaPipeline`, `DiTPipeline`, `LattePipeline` and
   `HunyuanDiTPipeline`.
 
@@ -36,17 +37,18 @@ plain hooks, `compute_ratio` is within 2% of counted FLOPs, and long skips with 
 |---|---|---|---|---|
 """
 TAIL = """
-No long skips of ours: `HunyuanDiT2DModel` (it has its own, and is cached behind them) and `LongCatAudioDiTTransformer`
-(its config has an entry `long_skip` of another meaning). FLOPs that torch cannot count are estimated by weights:
-{uncounted} (flex attention). "-": the class has no defaults that build.
+`add_long_skips` refuses `HunyuanDiT2DModel`, which has long skips of its own and is cached with them, and
+`LongCatAudioDiTTransformer`, whose config has an entry `long_skip` with another meaning. FLOPs that torch cannot count
+(flex attention) are estimated from the weights: {uncounted}. "-" means that the class cannot be built from its
+defaults.
 
-Transformers of diffusers without a row, and why:
+Transformers without a row, and why:
 
 {reasons}
 
 What does not work: passes that write keys and values for later calls (Flux2 klein-kv, QwenImage-2.1 and GLM-Image with
-condition images, AnyFlow-FAR, WanAnimate2's extract pass) must run without a cache; MotifVideo's decoder layers are not
-units.
+condition images, AnyFlow-FAR, the extract pass of WanAnimate2) must run without a cache. The decoder layers of
+MotifVideo are not units.
 """
 
 

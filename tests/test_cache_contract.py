@@ -354,9 +354,39 @@ def test_the_contract_of_one_guidance_branch_beside_another(name: str, long_skip
         assert summary.compute_ratio == pytest.approx(8 / (4 + full))
         model._reset_stateful_cache()
         assert cache_summary(model).bytes_held == 0
-        if spec == "guidance:N2":
-            call(model, name, *steps[0])
-            with pytest.raises(ValueError, match="is called once per step: guidance is off, or both branches share"):
-                call(model, name, *steps[1])
         disable_cache(model)
         assert (type(model), set(vars(model))) == before
+
+
+def test_guidance_may_begin_in_the_middle_of_a_run() -> None:
+    """A step whose only call was not the second of two raised."""
+    model = build("DiT", long_skips=True)
+    latents = [TINY_FAMILIES["DiT"].arguments(batch=1, seed=seed)["hidden_states"] for seed in range(5)]
+    steps = list(zip(latents, TIMESTEPS[:5], strict=True))
+    first = [call(model, "DiT", *step) for step in steps]
+    second = [call(model, "DiT", *step, unconditional=True) for step in steps]
+    enable_cache(model, "guidance:N2")
+    for _ in range(2):
+        for number, step in enumerate(steps):
+            assert torch.equal(call(model, "DiT", *step), first[number])
+            if number >= 2:
+                since = 2 if number == 3 else number
+                expected = first[number] + (second[since] - first[since])
+                torch.testing.assert_close(
+                    call(model, "DiT", *step, unconditional=True), expected, atol=1e-5, rtol=1e-5
+                )
+        summary = cache_summary(model)
+        assert (summary.steps_full, summary.steps_reused) == (7, 1)
+        model._reset_stateful_cache()
+
+
+def test_a_run_without_guidance_says_so_at_its_end() -> None:
+    model = build("DiT", long_skips=True)
+    latents = TINY_FAMILIES["DiT"].arguments(batch=1, seed=0)["hidden_states"]
+    expected = [call(model, "DiT", latents, timestep) for timestep in TIMESTEPS]
+    enable_cache(model, "guidance:N2")
+    assert all(map(torch.equal, [call(model, "DiT", latents, timestep) for timestep in TIMESTEPS], expected))
+    with pytest.warns(
+        UserWarning, match="not reused once in .* once per step: guidance is off, or both branches share"
+    ):
+        model._reset_stateful_cache()

@@ -18,7 +18,7 @@ from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange
 from skipdit.cache.steppers import CacheRule
 from skipdit.calibration.calibrate import Row, at_compute, calibrate
 from skipdit.calibration.config import CalibrateConfig
-from skipdit.calibration.find import search_for
+from skipdit.calibration.find import Clock, find_schedules, score, search_for
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import (
@@ -36,7 +36,7 @@ from skipdit.files.output import OutputFolder
 from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.metrics.paired import PairedScore
 from skipdit.pipelines import ClassToImagePipeline
-from skipdit.runs import Runner
+from skipdit.runs import OwnCache, Runner
 from skipdit.tasks import TASKS
 from skipdit.tasks.class_to_image import TASK as CLASS_TO_IMAGE
 from skipdit.tasks.task import Sampler
@@ -261,14 +261,15 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
         trials=Trials(orders=(1,), max_age=3, num_probed=2),
         rivals=("N2", "auto:1.3", "tgate:N2-900-500"),
         refine=2,
-        kin=("dpcache", "l2p"),
+        kin=("dpcache", "l2p", "budcache"),
+        kin_trials=3,
     )
     rows = calibrate(Source(Sampler(CLASS_TO_IMAGE, pipeline)), config, OutputFolder(tmp_path, "calibrate"))
-    schedules = ["1.3x.json", "1.6x.json", "dpcache-1.3x.json", "dpcache-1.6x.json", "l2p-1.3x.json", "l2p-1.6x.json"]
+    schedules = [f"{kin}{speedup}x.json" for kin in ("", "budcache-", "dpcache-", "l2p-") for speedup in (1.3, 1.6)]
     assert listing(tmp_path) == [*schedules, "pareto.png", "report.json", "report.md"]
-    groups = ["calibrated skip-taylor", "rule of dpcache", "rule of l2p", "fixed interval"]
-    assert [row.group for row in rows[:7]] == [group for group in groups for _ in range(2)][:7]
-    assert all(row.compute_ratio >= 1.3 for row in rows[:6])
+    groups = ["calibrated skip-taylor", "rule of dpcache", "rule of l2p", "rule of budcache", "fixed interval"]
+    assert [row.group for row in rows[:9]] == [group for group in groups for _ in range(2)][:9]
+    assert all(row.compute_ratio >= 1.3 for row in rows[:8])
     assert rows[0].compute_ratio >= 1.3
     fields = json.loads((tmp_path / "1.3x.json").read_text())
     assert (fields["made_for"]["model"], fields["made_for"]["num_units"]) == ("DiT", 6)
@@ -292,7 +293,7 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
     assert not other.is_cache_enabled
 
 
-@pytest.mark.parametrize("method", ["smoothcache", "delta", "taylorseer"])
+@pytest.mark.parametrize("method", ["smoothcache", "magcache", "delta", "taylorseer"])
 def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
     config = CalibrateConfig(
         method=method,
@@ -310,11 +311,53 @@ def test_other_sites_calibrate_too(method: str, pipeline: ClassToImagePipeline, 
     assert cache_summary(pipeline).compute_ratio == pytest.approx(rows[0].compute_ratio, rel=1e-3)
 
 
+def test_a_clock_tells_what_compute_takes_so_long() -> None:
+    clock = Clock(10.0, 0.1, 50)
+    assert clock.speedup(8.0) == pytest.approx(50 / 30)
+    assert clock.speedup(12.0) == 1.0
+    with pytest.raises(ValueError, match=r"4 s are out of reach: a run in full takes 10 s, .* save 0\.1 s per step"):
+        clock.speedup(4.0)
+    with pytest.raises(ValueError, match="save 0 s per step"):
+        Clock(10.0, -0.1, 50).speedup(8.0)
+
+
+def test_a_clock_measures_a_full_run_and_a_cached_one(pipeline: ClassToImagePipeline) -> None:
+    clock = Clock.of(runner(pipeline), DeepFeatures())
+    assert clock.num_steps == NUM_STEPS
+    assert clock.seconds > 0
+    assert clock.seconds_per_step < clock.seconds
+
+
+def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> None:
+    trials = Trials(max_age=3, num_probed=2)
+    measured = measure(runner(pipeline), DeepFeatures(), trials)
+    config = CalibrateConfig(
+        num_inference_steps=NUM_STEPS, by_clock=True, speedups=(1.3,), target_seconds=(8.0, 1.0), trials=trials
+    )
+    run, estimate = runner(pipeline), replace(runner(pipeline), seed=config.estimate_seed)
+    found = {each.name: each for each in find_schedules(measured, config, run, Clock(10.0, 1.0, NUM_STEPS))}
+    assert [*found] == ["1.3x-clock", "8s"]  # in 1 s it cannot be
+    assert found["1.3x-clock"].compute_ratio >= 7 / (7 - (10 - 10 / 1.3)) - 1e-6
+    assert found["8s"].compute_ratio >= 7 / 5 - 1e-6
+
+    reference = estimate().samples
+    ratios = []
+    for decibel in (30.0, 45.0):
+        config = CalibrateConfig(num_inference_steps=NUM_STEPS, speedups=(), target_psnr=(decibel,), trials=trials)
+        (each,) = find_schedules(measured, config, run)
+        assert score(estimate(OwnCache(each.method)).samples, reference)["psnr"].mean >= decibel
+        ratios.append(each.compute_ratio)
+    assert ratios[0] >= ratios[1] > 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "fbcache"}, "method must be one of skip, .*, smoothcache, got 'fbcache'"),
-        ({"speedups": ()}, "at least one of speedups and psnr_db"),
+        ({"speedups": ()}, "at least one of speedups, target_psnr and target_seconds"),
+        ({"target_seconds": (0.0,)}, "target_seconds must be above 0"),
+        ({"method": "magcache", "target_psnr": (40.0,)}, "magcache has a rule of its own, which takes speedups"),
+        ({"kin_trials": -1}, "kin_trials must be at least 0"),
         ({"speedups": (1.0,)}, "above 1"),
         ({"seed": 3, "held_out_seed": 3}, "held_out_seed must differ"),
         ({"refine": -1}, "refine must be at least 0"),

@@ -152,22 +152,6 @@ def test_package_ships_its_assets() -> None:
     assert {"emoji", "label", "group", "image"} <= set(table.column_names)
 
 
-def test_the_readme_runs(repo_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its first Python block as it stands, and every option of `skipdit sample` that it shows."""
-    from skipdit.cache.methods import parse_method
-
-    text = (repo_root / "README.md").read_text(encoding="utf-8")
-    block = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
-    names: dict = {}
-    exec(compile(block, "README.md", "exec"), names)
-    assert len(names["images"]) == 2
-    assert "25 full, 25 reused" in capsys.readouterr().out
-    for spec in re.findall(r"--cache (\S+)", text):
-        spec = spec.rstrip("`,")
-        if not spec.startswith("calibrated"):
-            parse_method(spec)
-
-
 def lines_that_spell_a_task(code: str) -> list[int]:
     """The lines that compare something with a task's name, or take the name of a task to pieces."""
     from skipdit.tasks import TASKS

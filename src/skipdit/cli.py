@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from skipdit import terminal
 from skipdit.commands.analyze import analyze
+from skipdit.commands.app import app
 from skipdit.commands.bench import bench
 from skipdit.commands.calibrate import calibrate
 from skipdit.commands.convert import convert
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": eval,
     "bench": bench,
     "info": info,
+    "app": app,
 }
 
 

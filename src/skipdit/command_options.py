@@ -44,6 +44,27 @@ class WeightsOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """What the folder of a pipeline of diffusers may be opened and called with."""
+
+    transformer: str | None = None
+    """a checkpoint whose model takes the place of the pipeline's, such as Latte-skip.pt or Tencent's
+    pytorch_model_ema.pt; any that skipdit reads"""
+    height: int | None = None
+    """of pictures or frames, in pixels; by default the pipeline's own"""
+    width: int | None = None
+    """of pictures or frames, in pixels; by default the pipeline's own"""
+    num_frames: int | None = None
+    """of clips; by default the pipeline's own"""
+
+    def refuse_for(self, model: str) -> None:
+        """Raise `ValueError` naming what has no effect on a model that is no pipeline of diffusers."""
+        for option in fields(PipelineOptions):
+            if getattr(self, option.name) is not None:
+                raise ValueError(f"{option.name} is for a pipeline of diffusers, which {printable(model)} is not")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputOptions:
     """Where results go."""
 

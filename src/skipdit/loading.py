@@ -12,15 +12,16 @@ from torch import nn
 
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.checkpoints import load_model
-from skipdit.checkpoints.parts import read_autoencoder, read_index
+from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
-from skipdit.command_options import WeightsOptions
+from skipdit.command_options import PipelineOptions, WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
 from skipdit.models.dit import DiT
 from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
+from skipdit.tasks.published import open_published
 from skipdit.tasks.task import Chosen, Sampler, Task
 
 
@@ -139,14 +140,17 @@ def load_source(
     scheduler: str | None = None,
     vae: Path | None = None,
     weights: WeightsOptions = WeightsOptions(),  # noqa: B008
+    published: PipelineOptions = PipelineOptions(),  # noqa: B008
     decodes: bool = True,
 ) -> Source:
-    """Return a bundled model by name, or the folder of a pipeline, or one made around a checkpoint; on its device.
+    """Return a bundled model by name, or the folder of a pipeline, of skipdit or of diffusers, or one made around a
+    checkpoint; on its device.
 
     task: by default that of the model; without a model, the first bundled one of the task is taken. scheduler: see
     `skipdit.diffusion.make_scheduler`; by default the model's own. vae: folder of an AutoencoderKL or of a pipeline
     with one, for models of latents. weights: options that a weight file does not contain; `ValueError` if given for
-    another model. decodes: False if samples are not decoded, so that a model of latents needs no autoencoder.
+    another model. published: how a pipeline of diffusers is opened and called; `ValueError` if given for another model.
+    decodes: False if samples are not decoded, so that a model of latents needs no autoencoder.
 
     `FileNotFoundError` if the model does not exist; `ValueError` if it is of another task, foreign or broken.
     """
@@ -154,18 +158,21 @@ def load_source(
         choose("task", task, TASKS)
     model = model or bundled_model(task)
     expected = BUNDLED[model].task if model in BUNDLED else task
-    if expected is not None:
+    if expected is not None and not _is_published(Path(model)):
         TASKS[expected].check_installed()
-    source = _open(model, getattr(torch, dtype), weights)
+    source = _open(model, getattr(torch, dtype), weights, published)
     sampler = source.sampler
     if task is not None and sampler.task.name != task:
         raise ValueError(f"{model} is a {sampler.task.name} model, not {task}")
     if vae is not None:
         give_autoencoder(sampler, model, vae, getattr(torch, dtype))
     pipeline = sampler.pipeline
-    num_channels = pipeline.transformer.config.in_channels
-    if decodes and pipeline.vae is None and num_channels != 3:
-        raise ValueError(f"{model} works on latents of {num_channels} channels: give --vae FOLDER")
+    if (
+        decodes
+        and pipeline.components.get("vae") is None
+        and (channels := pipeline.transformer.config.in_channels) != 3
+    ):
+        raise ValueError(f"{model} works on latents of {channels} channels: give --vae FOLDER")
     if scheduler is not None:
         replace_scheduler(sampler, scheduler)
     pipeline.to(resolve_device(device))
@@ -204,8 +211,13 @@ def replace_scheduler(sampler: Sampler, name: str) -> None:
 # Opening
 
 
-def _open(model: str, dtype: torch.dtype, bare: WeightsOptions) -> Source:
+def _open(model: str, dtype: torch.dtype, bare: WeightsOptions, published: PipelineOptions) -> Source:
     path = Path(model)
+    if model in BUNDLED or (path.exists() and not _is_published(path)):
+        published.refuse_for(model)
+    elif path.exists():
+        bare.refuse(model)
+        return Source(open_published(path, read_index(path), dtype, published), (), _read_schedules(path))
     if model in BUNDLED:
         bare.refuse(model)
         with as_file(files("skipdit") / "assets" / BUNDLED[model].folder) as folder:
@@ -222,6 +234,15 @@ def _open(model: str, dtype: torch.dtype, bare: WeightsOptions) -> Source:
         bare.refuse(model)
         return Source(_from_run(checkpoint, dtype))
     return Source(_from_file(path, dtype, bare))
+
+
+def _is_published(folder: Path) -> bool:
+    """Return True if a folder holds a pipeline of diffusers that encodes prompts, or knows classes, by itself."""
+    if not (folder / "model_index.json").is_file():
+        return False
+    index = read_index(folder)
+    of_ours = {task.pipeline_name for task in TASKS.values()}
+    return part_class(index, "text_encoder", folder) is not None or index["_class_name"] not in of_ours
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:

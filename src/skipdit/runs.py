@@ -98,6 +98,8 @@ def check_method(pipeline: Any, method: CacheMethod, num_inference_steps: int) -
         pass
     if any(rule.schedule.is_adaptive for rule in method.rules):
         return
+    if pipeline.scheduler.config.get("use_dynamic_shifting"):
+        return  # the timesteps depend on the size of the sample: the cache looks at the first of them
     pipeline.scheduler.set_timesteps(num_inference_steps)
     timesteps = pipeline.scheduler.timesteps.tolist()
     if all(all(resolve(rule.schedule, timesteps)) for rule in method.rules):

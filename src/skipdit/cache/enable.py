@@ -14,6 +14,7 @@ from torch import nn
 
 from skipdit.cache.fingerprint import check_made_for
 from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.noise import suited_to
 from skipdit.cache.runtime import CacheRuntime
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import Site
@@ -155,9 +156,10 @@ def _prepare(
         if opened:
             open_units(model)
     try:
+        scheduler = None if pipeline is None else pipeline.scheduler
         if method.made_for is not None:
-            check_made_for(method.made_for, model, None if pipeline is None else type(pipeline.scheduler).__name__)
-        return CacheRuntime(model, method, opened=opened, make=make)
+            check_made_for(method.made_for, model, None if scheduler is None else type(scheduler).__name__)
+        return CacheRuntime(model, suited_to(method, model, scheduler), opened=opened, make=make)
     except BaseException:
         if not isinstance(model, CachedModel):
             _close(model, opened=opened)

@@ -131,6 +131,12 @@ class MeasuringSteps:
         self.before[stream] = values
         return output, ()
 
+    def magnitudes(self) -> Magnitudes:
+        """Return what was measured: the mean over guidance streams."""
+        ratios = {level: torch.stack(found).mean().item() for level, found in self.ratios.items()}
+        levels = sorted(ratios, reverse=True)
+        return Magnitudes(ratios=tuple(ratios[level] for level in levels), timesteps=tuple(levels))
+
 
 def magnitude_ratio(values: Values, before: Values) -> Tensor:
     """Return the mean over tokens of the norm of what is added to one, over that norm at the step before."""
@@ -148,6 +154,4 @@ def measure_magnitudes(target: nn.Module | DiffusionPipeline, sample: Callable[[
         sample()
     if not steps.ratios:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")
-    ratios = {level: torch.stack(found).mean().item() for level, found in steps.ratios.items()}
-    levels = sorted(ratios, reverse=True)
-    return Magnitudes(ratios=tuple(ratios[level] for level in levels), timesteps=tuple(levels))
+    return steps.magnitudes()

@@ -14,8 +14,8 @@ from skipdit.cache.predictor import (
     Predictor,
     TaylorPredictor,
 )
-from skipdit.cache.schedule import AUTO_TIMESTEPS, AutoSchedule, IntervalSchedule, Schedule
-from skipdit.cache.schedule_file import MadeFor, ScheduleFields, explicit_of, predictor_of
+from skipdit.cache.schedule import AUTO_TIMESTEPS, COARSE, AutoSchedule, IntervalSchedule, Schedule
+from skipdit.cache.schedule_file import MadeFor, ScheduleFields, explicit_of, single_of
 from skipdit.cache.site import (
     AllButFirst,
     AllUnits,
@@ -444,7 +444,7 @@ def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
     factors = tuple((factor,) for factor in reversed(AUTO_FACTORS))
-    learned = FittedPredictor(1, AUTO_TIMESTEPS[::-1], factors)
+    learned = FittedPredictor(1, AUTO_TIMESTEPS[::-1], factors, coarse=COARSE)
     predictor = learned if order is None else TaylorPredictor(int(order))
     return CacheMethod(schedule=schedule, site=MiddleUnits(int(k or 1)), predictor=predictor, spec=spec)
 
@@ -478,23 +478,20 @@ def load_schedule(path: Path) -> CacheMethod:
 def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
     if fields.parts is not None:
         kinds = [kind for part in fields.parts for kind in part.kinds]
-        if fields.full_steps is not None or fields.variants or fields.factors or len(set(kinds)) < len(kinds):
-            raise ValueError("parts replace full_steps, variants and factors, and name each kind once")
+        replaced = (fields.variants, fields.factors, fields.errors, len(set(kinds)) < len(kinds))
+        if fields.full_steps is not None or any(replaced):
+            raise ValueError("parts replace full_steps, variants, factors and errors, and name each kind once")
         for part in fields.parts:
             schedule = explicit_of(fields, part.full_steps, part.variants)
             yield CacheMethod(
                 schedule=schedule, site=BranchOutputs(tuple(part.kinds)), predictor=TaylorPredictor(fields.order)
             )
         return
-    if fields.full_steps is None:
-        raise ValueError("it needs full_steps, or parts")
     row = METHODS.get(fields.method)
     if row is None or (make := row.site) is None or (fields.factors and row.predictor is not TaylorPredictor):
         with_site = ", ".join(name for name, row in METHODS.items() if row.site is not None)
         raise ValueError(f"method must be one of {with_site}, got {printable(fields.method)!r}")
     numbers = fields.num_shallow_units
-    yield CacheMethod(
-        schedule=explicit_of(fields, fields.full_steps, fields.variants),
-        site=make(tuple(numbers) if isinstance(numbers, list) else (numbers,)),
-        predictor=predictor_of(fields, row.predictor),
-    )
+    schedule, predictor = single_of(fields, row.predictor)
+    site = make(tuple(numbers) if isinstance(numbers, list) else (numbers,))
+    yield CacheMethod(schedule=schedule, site=site, predictor=predictor)

@@ -8,10 +8,12 @@ give back a series that is linear in the step.
 import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
+
+from skipdit.cache.error_table import ErrorTable, factor_at
 
 Values = Mapping[str, Tensor]
 Derivatives = tuple[Values, ...]
@@ -27,6 +29,10 @@ class Ahead(NamedTuple):
     """Steps between the last full one and the full one before."""
     timestep: float = 0.0
     """Noise level, from 1000 down to 0."""
+    stride: float = 0.0
+    """Noise levels from the step before to this one."""
+    full: tuple[float, ...] = ()
+    """Noise levels of the last full steps, the last one first."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,9 @@ class AdamsBashforthPredictor(Predictor):
     spaced full steps (after PrediT, arXiv 2602.18093)."""
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        distance, spacing, _ = ahead
-        found = [float(distance)]
+        found = [float(ahead.distance)]
         for power in range(2, order + 1):
-            found.append(found[-1] * (distance + (power - 1) * spacing) / power)
+            found.append(found[-1] * (ahead.distance + (power - 1) * ahead.spacing) / power)
         return found
 
 
@@ -113,6 +118,10 @@ class FittedPredictor(Predictor):
     """Noise levels of the factors, falling; between them factors are interpolated."""
     factors: tuple[tuple[float, ...], ...] = ()
     """At each of them, one per order; all 1 is Taylor's expansion."""
+    coarse: float = math.inf
+    """Strides beyond this are too long to extrapolate over: the stored values are held."""
+    table: ErrorTable | None = field(default=None, compare=False)
+    """Tells the factors at any timestep and after any full steps, in place of the listed ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,5 +143,9 @@ class FittedPredictor(Predictor):
         return tuple(before + share * (then - before) for before, then in pairs)
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        if ahead.stride > self.coarse:
+            return [0.0] * order
+        if self.table is not None and len(ahead.full) > 1:
+            return [ahead.distance * factor_at(self.table, ahead.timestep, *ahead.full[:2])]
         pairs = zip(expand(order, ahead.distance), self.factors_at(ahead.timestep), strict=False)
         return [coefficient * factor for coefficient, factor in pairs]

@@ -5,6 +5,7 @@ to a run, never to the model; `streams` defines what a run is.
 """
 
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from skipdit.models.forward_plan import Branches
 from skipdit.models.long_skip import LongSkipModel
 
 LONG_RUN = 20  # steps, from which on it is said that too few of them are full
+FAR_APART = 150  # timesteps per step, from which on steps have little in common: `benchmarks/where_caching_fails.md`
 MOST_PER_FULL = 2.5  # full steps' cost of a run per full step: `benchmarks/calibration.md`, where `auto` ends
 
 
@@ -66,7 +68,7 @@ class CacheRuntime:
         by_token = self.family.timestep_by_token
         self.streams = Streams(self._start, self._check_reuses, self._review, self.timestep_scale, by_token=by_token)
         self.costs: dict[tuple[Any, ...], Costs] = {}
-        self.peak_bytes_held, self.told = 0, False
+        self.peak_bytes_held, self.told, self.has_branches = 0, False, False
 
     @property
     def rules(self) -> list[CacheRule]:
@@ -136,16 +138,11 @@ class CacheRuntime:
         return output
 
     def _first_output(self, run: Run, stream: Stream) -> list[Tensor] | None:
-        """Return the output of the guidance branch that was called first at this step; `None` if that is this stream.
-        Raises `ValueError` if the schedule wants a reuse, but there are no branches."""
+        """Return the output of the guidance branch that was called first at this step; `None` if that is this stream,
+        which then runs in full."""
         branches, stream.output = self.streams.branches(run, stream), []
-        schedule = self.method.schedule
-        if not (branches or schedule.is_adaptive) and schedule.decisions(stream.levels, whole=False)[-1] is not None:
-            raise ValueError(
-                f"cache {self.method} reuses one guidance branch beside another, but {self.model_name} is called once "
-                "per step: guidance is off, or both branches share a call"
-            )
         called = [branch for branch in branches if branch.places[0] == stream.places[0] and branch.output]
+        self.has_branches |= bool(called)
         return min(called, key=lambda branch: branch.last_call).output if called else None
 
     def _step(self, call: Call, stream: Stream) -> Any:
@@ -180,7 +177,7 @@ class CacheRuntime:
         if longest is None or any(run.warned for run in runs):
             return
         counts, reused = longest.counts, any(run.counts.reused for run in runs)
-        fault = self._too_few(counts) if reused else None
+        fault = self._what_is_better(counts, longest.levels) if reused else None
         if not reused and counts.full > 1 and (cause := self._why_never(longest.levels)) is not None:
             fault = f"cache {self.method} has not reused once in {counts.full} steps: {cause}"
         if fault is not None:
@@ -188,12 +185,19 @@ class CacheRuntime:
                 run.warned = True
             warnings.warn(fault, stacklevel=3)
 
-    def _too_few(self, counts: Counts) -> str | None:
-        """Return what is wrong if a run had so few full steps that fewer steps would have been better at its cost."""
+    def _what_is_better(self, counts: Counts, levels: list[float]) -> str | None:
+        """Return what would have been better at the cost of a run of these noise levels, if fewer steps would."""
         num_steps = counts.full + counts.reused
-        if num_steps < LONG_RUN or counts.cost < MOST_PER_FULL * counts.full or self.told:
+        too_few = num_steps >= LONG_RUN and counts.cost >= MOST_PER_FULL * counts.full
+        far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= FAR_APART * (len(levels) - 1)
+        if self.told or not (too_few or far_apart):
             return None
         self.told = True
+        if far_apart:
+            return (
+                f"cache {self.method} in a run of {num_steps} steps: steps so far apart have little in common, and "
+                f"{math.ceil(counts.cost)} steps without a cache are about as good"
+            )
         share = (counts.cost - counts.full) / counts.reused
         return (
             f"cache {self.method} made {counts.full} of {num_steps} steps in full, and the run cost as much "
@@ -203,6 +207,9 @@ class CacheRuntime:
 
     def _why_never(self, levels: list[float]) -> str | None:
         """Return why a run of these noise levels has never reused; `None` if that is intended."""
+        if self.by_guidance:
+            alone = "it was called once per step: guidance is off, or both branches share a call"
+            return None if self.has_branches or self.method.may_stay_full else alone
         schedules, most, least = [rule.schedule for rule in self.rules], max(levels), min(levels)
         if self.method.schedule.is_adaptive:
             limits = cast(AdaptiveSchedule, self.method.schedule)

@@ -6,9 +6,11 @@ Timesteps are falling noise levels on a scale from 0 to 1000. Schedules that dec
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
+
+from skipdit.cache.error_table import ErrorTable
 
 # None: a full step; a number: a reuse step, of this variant of the site (counted from 0)
 Decision = int | None
@@ -103,6 +105,8 @@ class ExplicitSchedule(Schedule):
     of steps is full, so that the saving is about the same; where the timesteps to come are not known, as many steps."""
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
+    table: ErrorTable | None = field(default=None, compare=False)
+    """What was measured: with it a run of other timesteps has a schedule of its own, of the same compute."""
 
     def __post_init__(self) -> None:
         steps, count = self.full_steps, self.num_inference_steps
@@ -128,12 +132,21 @@ class ExplicitSchedule(Schedule):
                 raise ValueError(f"this schedule was made for {self.num_inference_steps} steps, got {len(timesteps)}")
             return [None if step in self.full_steps else self.variant_at(step) for step in range(len(timesteps))]
         places, last = [self.place(timestep) for timestep in timesteps], self.num_inference_steps - 1
+        if whole and self.table is not None and places != list(range(self.num_inference_steps)):
+            planned = self.table.plan(timesteps, self.num_inference_steps / self.cost(self.table.reuse_cost))
+            if planned is not None:
+                return [None if step in planned else 0 for step in range(len(timesteps))]
         passed = self.num_due(places) if whole else [math.floor(self.num_passed(place) + 1e-6) for place in places]
         full = [not index or passed[index] > passed[index - 1] for index in range(len(places))]
         return [
             None if is_full else self.variant_at(min(round(place), last))
             for is_full, place in zip(full, places, strict=True)
         ]
+
+    def cost(self, reuse_cost: float) -> float:
+        """Return the cost of its own run in full steps. reuse_cost: of a reuse step."""
+        num_full = len(self.full_steps)
+        return num_full + reuse_cost * (self.num_inference_steps - num_full)
 
     def num_due(self, places: list[float]) -> list[int]:
         """Return how many full steps after the first are due at each step of a run: as many as its length has by the
@@ -201,7 +214,8 @@ AUTO_SPARSE = (11.27, 0.44, 0.99, 0.12, 0.35, 0.07, 0.68, 0.12, 0.53, 0.39, 1.03
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
 NOMINAL_STEPS = 50  # steps of the run that a speedup refers to where a run's own timesteps are not known
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
-MANY_STEPS = 20  # from which on a speedup refers to the run itself
+MANY_STEPS = 20  # from which on a speedup refers to the run itself, as a lower bound
+COARSE = 55.0  # a mean stride of timesteps, beyond which a run has few steps, and is no part of a longer one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +224,9 @@ class AutoSchedule(Schedule):
     the steps since the last full one add up to 1."""
 
     speedup: float = 1.8
-    """Compute of all steps in full over that with the cache: at least this for a run of 20 steps and more whose
-    timesteps are known, to which the densities are scaled, and about this for other runs."""
+    """Compute of all steps in full over that with the cache: where the timesteps are known, to which the densities are
+    scaled, at least this for a run of 20 steps and more, and as near as can be for one of fewer; about this for other
+    runs."""
     reuse_cost: float = 0.0
     """Cost of a reuse step, as a share of a full one."""
     may_stay_full = True  # a short run, as of image-to-image, may have nothing to spare
@@ -232,17 +247,25 @@ class AutoSchedule(Schedule):
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         if self.reuse_cost >= 1:
             return [None] * len(timesteps)
-        solved_for = tuple(timesteps) if whole and len(timesteps) >= MANY_STEPS else NOMINAL_RUN
+        is_known = whole and (len(timesteps) >= MANY_STEPS or is_coarse(timesteps))
+        solved_for = tuple(timesteps) if is_known else NOMINAL_RUN
         return _by_density(timesteps, auto_densities(self.speedup, self.reuse_cost, solved_for))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
 
 
+def is_coarse(timesteps: Sequence[float]) -> bool:
+    """Return true for a run of few steps, far apart."""
+    return len(timesteps) > 1 and timesteps[0] - timesteps[-1] > COARSE * (len(timesteps) - 1)
+
+
 @lru_cache
 def auto_densities(speedup: float, reuse_cost: float, timesteps: tuple[float, ...] = NOMINAL_RUN) -> tuple[float, ...]:
     """Return the densities at `AUTO_TIMESTEPS` with which a run of these timesteps reaches this speedup."""
     target = max((len(timesteps) / speedup - reuse_cost * len(timesteps)) / (1 - reuse_cost), 1)
+    if len(timesteps) < MANY_STEPS:
+        target = max(round(target), 1)
     sparse = min(max((MANY - target / len(timesteps)) / (MANY - FEW), 0.0), 1.0)
     shape = [many ** (1 - sparse) * few**sparse for many, few in zip(AUTO_DENSE, AUTO_SPARSE, strict=True)]
     low, high = 0.0, 100.0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -97,6 +98,8 @@ class RuleState:
     """The rate at which the stored values have changed with the probe, between the last two full steps."""
     spacing: int = 1
     """Distance between the last two full steps."""
+    full_levels: tuple[float, ...] = ()
+    """Noise levels of the last full steps, the last one first."""
 
     @classmethod
     def of(cls, rule: CacheRule) -> "RuleState":
@@ -148,11 +151,15 @@ class RuleState:
         }
         self.spacing = max(self.steps_since_full, 1)
 
-    def predict(self, rule: CacheRule, region: Region, level: float, distance: float | None = None) -> Values:
-        """Return the values of a region at the next step, which is at this noise level. distance: steps from the last
+    def predict(
+        self, rule: CacheRule, region: Region, levels: Sequence[float], distance: float | None = None
+    ) -> Values:
+        """Return the values of a region at the next step, the last of these noise levels. distance: steps from the last
         full one, by default their number."""
         steps = self.steps_since_full if distance is None else distance
-        return rule.method.predictor.predict(self.stored[region.name], Ahead(steps, self.spacing, level))
+        stride = levels[-2] - levels[-1] if len(levels) > 1 else 0.0
+        ahead = Ahead(steps, self.spacing, levels[-1], stride, self.full_levels)
+        return rule.method.predictor.predict(self.stored[region.name], ahead)
 
     def look(self, rule: CacheRule, probe: Stored, *, full: bool) -> None:
         """Keep the probe of a step that has run for comparisons."""
@@ -161,8 +168,10 @@ class RuleState:
 
     def count(self, rule: CacheRule, level: float, *, full: bool) -> None:
         self.steps_since_full = 1 if full else self.steps_since_full + 1
+        if full:
+            self.full_levels = (level, *self.full_levels)[: rule.method.predictor.order + 1]
         if not rule.schedule.stores(level):
-            self.stored = {}
+            self.stored, self.full_levels = {}, ()
         if self.gate is not None:
             self.gate.advance(full=full)
 
@@ -211,7 +220,7 @@ class ScheduledSteps:
             for rule, state, decision in zip(self.rules, states, decisions, strict=True):
                 if decision is not None:
                     region = rule.regions[decision]
-                    reused[region.name] = state.predict(rule, region, stream.levels[-1])
+                    reused[region.name] = state.predict(rule, region, stream.levels)
         output, stored = call(plan, reused)
         for rule, state, probe, decision in zip(self.rules, states, probes, decisions, strict=True):
             full = decision is None
@@ -321,7 +330,7 @@ class ProbedSteps:
         if not state.may_reuse(rule, stream):
             output, stored = call(self.full)
         elif call.is_compiled:
-            full, output, stored = self._compiled(call, rule, state, stream.levels[-1])
+            full, output, stored = self._compiled(call, rule, state, stream.levels)
         else:
             answers: list[bool] = []
             reused: dict[str, Values] = {}
@@ -329,7 +338,7 @@ class ProbedSteps:
             def ask(stored: Stored) -> bool:
                 accepted, distance = state.accepts(rule, call, rule.seen(call, stored), rule.passed(stored))
                 if accepted:
-                    reused[self.region.name] = state.predict(rule, self.region, stream.levels[-1], distance)
+                    reused[self.region.name] = state.predict(rule, self.region, stream.levels, distance)
                 answers.append(accepted)
                 return accepted
 
@@ -343,10 +352,12 @@ class ProbedSteps:
         state.count(rule, stream.levels[-1], full=full)
         return output, () if full else (self.region,)
 
-    def _compiled(self, call: Call, rule: CacheRule, state: RuleState, level: float) -> tuple[bool, Any, Stored]:
-        """Run a step of a compiled model at this noise level; return whether it is full, its output, and what it
-        stores."""
-        held = state.predict(rule, self.region, level, 0.0 if rule.trail else None)
+    def _compiled(
+        self, call: Call, rule: CacheRule, state: RuleState, levels: Sequence[float]
+    ) -> tuple[bool, Any, Stored]:
+        """Run a step of a compiled model at the last of these noise levels; return whether it is full, its output, and
+        what it stores."""
+        held = state.predict(rule, self.region, levels, 0.0 if rule.trail else None)
         output, stored = call(self.reuse, {self.region.name: held})
         accepted, distance = state.accepts(rule, call, rule.seen(call, stored), rule.passed(stored))
         head = {self.head.name: stored[self.head.name]}
@@ -354,7 +365,7 @@ class ProbedSteps:
             output, rest = call(self.rest, head)
             return True, output, {**stored, **rest}
         if rule.trail and distance:  # how far to extrapolate is known only now
-            predicted = state.predict(rule, self.region, level, distance)
+            predicted = state.predict(rule, self.region, levels, distance)
             output, _ = call(self.end, {**head, self.region.name: predicted})
         return False, output, stored
 

@@ -16,9 +16,20 @@ from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import CacheMethod, MadeFor, parse_method
 from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import IntervalSchedule
+from skipdit.cache.schedule_file import fields_of
 from skipdit.cache.site import BranchOutputs
-from skipdit.calibration.config import CalibrateConfig
-from skipdit.calibration.find import Found, check_finite, explicit, find_by_kin, find_schedules, find_smooth, score
+from skipdit.calibration.config import BY_THRESHOLD, CalibrateConfig
+from skipdit.calibration.find import (
+    Clock,
+    Found,
+    check_finite,
+    explicit,
+    find_by_kin,
+    find_magnitudes,
+    find_schedules,
+    find_smooth,
+    score,
+)
 from skipdit.calibration.trials import measure
 from skipdit.environment import versions
 from skipdit.files.output import OutputFolder
@@ -103,6 +114,7 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
         "full_steps": schedule.full_steps,
         "variants": schedule.variants,
         "factors": factors_of(found.method),
+        "errors": None if schedule.table is None else fields_of(schedule.table),
     } | common
 
 
@@ -113,7 +125,7 @@ def to_fields(found: Found, config: CalibrateConfig, made_for: MadeFor) -> dict[
 def claim(out: OutputFolder, config: CalibrateConfig) -> None:
     """Raise, before a model is loaded, where the plots' library is missing or a file of somebody else is in the way."""
     check_plots_installed("matplotlib")
-    out.claim(("report.md", "report.json", "pareto.png", *(f"{name}.json" for name in config.targets)))
+    out.claim(("report.md", "report.json", "pareto.png", *(f"{target.name}.json" for target in config.targets)))
 
 
 def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> list[Row]:
@@ -125,15 +137,16 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
     claim(out, config)
     run, held_out_run = make_runner(source, config), make_runner(source, config, held_out=True)
     made_for = made_for_of(source.sampler.pipeline, config)
-    smooth, num_runs = config.method == "smoothcache", 1 + config.trials.num_probed
-    with progress("measuring", None if smooth else config.num_inference_steps + num_runs) as advance:
+    own_rule, num_runs = config.method in BY_THRESHOLD, 1 + config.trials.num_probed
+    clock = Clock.of(run, config.site) if config.needs_clock else None
+    with progress("measuring", None if own_rule else config.num_inference_steps + num_runs) as advance:
         run = replace(run, advance=advance)
-        if smooth:
-            found = find_smooth(config, run)
+        if own_rule:
+            found = find_smooth(config, run) if config.method == "smoothcache" else find_magnitudes(config, run)
         else:
             measured = measure(run, config.site, config.trials, advance=advance)
             check_finite(measured.reference)
-            found = find_schedules(measured, config, run) + find_by_kin(measured, config, run)
+            found = find_schedules(measured, config, run, clock) + find_by_kin(measured, config, run)
     for each in found:
         fields = to_fields(each, config, made_for)
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]
@@ -235,7 +248,7 @@ def gains(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def report_of(rows: Sequence[Row], found: Sequence[Found], config: CalibrateConfig, made_for: MadeFor) -> Report:
-    missed = [name for name in config.targets if name not in {each.name for each in found}]
+    missed = [name for name, *_ in config.targets if name not in {each.name for each in found}]
     return Report(
         config=config,
         data={"rows": [record(row) for row in rows], "made_for": made_for},

@@ -1,6 +1,7 @@
 """What `skipdit calibrate` does."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from skipdit.cache.methods import EVERY, METHODS, parse_method
 from skipdit.cache.predictor import TaylorPredictor
@@ -10,7 +11,21 @@ from skipdit.options import NumInferenceSteps, check_numbers, check_option, chec
 
 # what a calibrated prediction is of is a row with a site; its basis is Taylor's
 WITH_SITE = tuple(name for name, row in METHODS.items() if row.site and row.predictor is TaylorPredictor)
-KIN = ("dpcache", "l2p")
+BY_THRESHOLD = ("smoothcache", "magcache")  # whose rule is a threshold
+KIN = ("dpcache", "l2p", "budcache")
+
+
+class Target(NamedTuple):
+    """What one schedule is asked for."""
+
+    name: str
+    """of its file"""
+    speedup: float = 1.0
+    """by compute, or by the clock"""
+    seconds: float | None = None
+    """of a run, at most"""
+    psnr_db: float | None = None
+    """at least"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +38,12 @@ class CalibrateConfig:
     """numbers of fresh units at each end among which a schedule may choose"""
     speedups: tuple[float, ...] = (1.5, 1.8, 2.0, 2.5, 3.0)
     """by compute; a schedule is written for each"""
-    psnr_db: tuple[float, ...] = ()
-    """least predicted PSNR; a schedule is written for each"""
+    by_clock: bool = False
+    """speedups are by the clock of this machine, whose saving per reuse step is measured first"""
+    target_psnr: tuple[float, ...] = ()
+    """least PSNR in dB on seeds not calibrated on, as estimated on one more seed; a schedule is written for each"""
+    target_seconds: tuple[float, ...] = ()
+    """most seconds of a run of num_samples on this machine; a schedule is written for each"""
     labels: tuple[str, ...] = ()
     """class names or numbers, repeated in turn; by default as of skipdit sample"""
     prompt: tuple[str, ...] = ()
@@ -46,7 +65,9 @@ class CalibrateConfig:
     fits: bool = True
     """give each reuse step's prediction factors that fit what was measured; otherwise they are Taylor's"""
     kin: tuple[str, ...] = ()
-    """rules of kin by which schedules are found too, from the same measurement: dpcache, l2p"""
+    """rules of kin by which schedules are found too, from the same measurement: dpcache, l2p, budcache"""
+    kin_trials: int = 60
+    """cached runs in which budcache tries its schedules"""
     refine: int = 0
     """exchanges of single steps that are tried on each schedule afterwards, each a cached run"""
     rivals: tuple[str, ...] = (
@@ -59,11 +80,15 @@ class CalibrateConfig:
         check_numbers(self)
         check_option(self, "method", (*WITH_SITE, "smoothcache"))
         check_range(self, "num_samples", "num_held_out", "num_inference_steps")
-        check_range(self, "refine", least=0)
+        check_range(self, "refine", "kin_trials", least=0)
         for name in self.kin:
             choose("kin", name, KIN)
-        if not self.speedups and not self.psnr_db:
-            raise ValueError("give at least one of speedups and psnr_db")
+        if not self.targets:
+            raise ValueError("give at least one of speedups, target_psnr and target_seconds")
+        if any(not seconds > 0 for seconds in self.target_seconds):
+            raise ValueError(f"target_seconds must be above 0, got {self.target_seconds}")
+        if self.method in BY_THRESHOLD and (self.by_clock or self.target_psnr or self.target_seconds or self.kin):
+            raise ValueError(f"{self.method} has a rule of its own, which takes speedups by compute alone")
         if any(not speedup > 1 for speedup in self.speedups):
             raise ValueError(f"speedups must be above 1, got {self.speedups}")
         if self.seed == self.held_out_seed:
@@ -83,7 +108,20 @@ class CalibrateConfig:
         return BranchOutputs(EVERY) if make is None else make(self.shallow_units)
 
     @property
-    def targets(self) -> dict[str, dict[str, float]]:
-        """What `choose` is asked for, by the name of the schedule."""
-        speedups = {f"{speedup:g}x": {"speedup": speedup} for speedup in self.speedups}
-        return speedups | {f"{decibel:g}dB": {"psnr_db": decibel} for decibel in self.psnr_db}
+    def targets(self) -> list["Target"]:
+        """What a schedule is asked for."""
+        clock = "-clock" if self.by_clock else ""
+        return [
+            *(Target(f"{speedup:g}x{clock}", speedup=speedup) for speedup in self.speedups),
+            *(Target(f"{decibel:g}dB", psnr_db=decibel) for decibel in self.target_psnr),
+            *(Target(f"{seconds:g}s", seconds=seconds) for seconds in self.target_seconds),
+        ]
+
+    @property
+    def estimate_seed(self) -> int:
+        """Neither that of the search nor that of the report."""
+        return next(seed for seed in range(self.seed + 1, self.seed + 3) if seed != self.held_out_seed)
+
+    @property
+    def needs_clock(self) -> bool:
+        return self.by_clock or bool(self.target_seconds)

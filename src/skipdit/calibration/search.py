@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from skipdit.cache.error_table import fit_factors
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Ahead, Derivatives, Predictor, TaylorPredictor
 from skipdit.calibration.plan import ReuseErrors
 from skipdit.calibration.trials import Measured
 
-RIDGE = 1e-2  # of the mean square of the terms: draws factors to 1, those of Taylor's expansion
 MAX_TRIED = 1500  # schedules per search
 
 Variants = tuple[int | None, ...]
@@ -79,10 +79,7 @@ class Search:
         parts = self.terms(step, full) @ self.measured.changes[variant, step]
         factors = np.ones(len(parts) - 1)
         if self.fits and len(factors):
-            terms, taylor = parts[1:], parts.sum(axis=0)
-            products = terms @ terms.T
-            ridge = RIDGE * max(np.trace(products) / len(terms), 1e-30) * np.eye(len(terms))
-            factors = factors - np.linalg.solve(products + ridge, terms @ taylor)
+            factors = fit_factors((parts @ parts.T)[None])[0]
         change = (parts[0] + factors @ parts[1:]) * math.sqrt(self.measured.sensitivity[step])
         return ReuseStep(change.astype(np.float32), tuple(float(factor) for factor in factors))
 

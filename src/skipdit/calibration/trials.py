@@ -8,6 +8,7 @@ How much an error at a step shows in the end is measured by reusing at single st
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call
 from skipdit.cache.enable import recorded
+from skipdit.cache.error_table import NODES, ErrorTable
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.predictor import FittedPredictor, Predictor, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule
@@ -79,13 +81,29 @@ class Measured:
     reference: Tensor
     """what the run samples in full, in [0, 1]"""
 
+    @cached_property
+    def table(self) -> ErrorTable | None:
+        """What schedules of order 1 are planned by for runs of other timesteps; `None` where there is more than one
+        variant."""
+        num_variants, num_steps, lookback, size = self.changes.shape
+        if num_variants > 1 or num_steps < 3:
+            return None
+        nodes = tuple(node for node in NODES if node <= lookback)
+        grams = np.zeros((num_steps, len(nodes), len(nodes)))
+        for step in range(1, num_steps):
+            changes = np.stack([self.changes[0, step, min(node, step) - 1] for node in nodes]).astype(np.float64)
+            grams[step] = changes @ changes.T / size * self.sensitivity[step]
+        return ErrorTable(timesteps=self.timesteps, nodes=nodes, grams=grams, reuse_cost=self.reuse_costs[0])
+
     def method(self, variants: tuple[int | None, ...], predictor: Predictor) -> CacheMethod:
         """Return what `enable_cache` takes. variants: one per step, `None` where it is full."""
+        table = self.table if isinstance(predictor, FittedPredictor) and predictor.order == 1 else None
         schedule = ExplicitSchedule(
             full_steps=tuple(step for step, variant in enumerate(variants) if variant is None),
             num_inference_steps=len(self.timesteps),
             timesteps=self.timesteps,
             variants=variants,
+            table=table,
         )
         return CacheMethod(schedule=schedule, site=self.site, predictor=predictor)
 
@@ -94,7 +112,8 @@ class Measured:
         if order == 0:
             return TaylorPredictor(0)
         rows = {self.timesteps[step]: (*row, *(1.0,) * (order - len(row))) for step, row in sorted(factors.items())}
-        return FittedPredictor(order, tuple(rows), tuple(rows.values()))
+        table = self.table if order == 1 else None
+        return FittedPredictor(order, tuple(rows), tuple(rows.values()), table=table)
 
 
 class SolverSteps:

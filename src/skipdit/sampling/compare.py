@@ -35,6 +35,7 @@ from skipdit.tasks.task import Chosen
 
 NUM_COMPARED = 6  # pictures per row of comparison.png
 CLIP_FPS, CLIP_SCALE = 8, 3  # of the written videos: frames per second, and pixels per side of a pixel
+LARGE = 256  # pixels per side of clips that are written as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +137,16 @@ class Comparison:
 def load(config: SampleConfig) -> Source:
     """Return the model that a config names; see `skipdit.loading.load_source`."""
     names = ("task", "device", "dtype", "scheduler", "vae")
-    return load_source(config.model, weights=config, **{name: getattr(config, name) for name in names})
+    return load_source(
+        config.model, weights=config, published=config, **{name: getattr(config, name) for name in names}
+    )
 
 
 def choose_samples(source: Source, config: SampleConfig) -> Chosen:
     """Return what is sampled, class numbers or prompts, and captions, one of each per sample."""
     asked = {"labels": config.labels, "prompt": config.prompt}
-    return source.choose(asked, config.num_samples or source.sampler.task.num_samples)
+    count = max(source.sampler.task.num_samples, len(config.labels), len(config.prompt))
+    return source.choose(asked, config.num_samples or count)
 
 
 def runner_of(source: Source, config: SampleConfig, conditions: Sequence[Any], **settings: Any) -> Runner:
@@ -257,17 +261,18 @@ def save_samples(out: OutputFolder, runs: Mapping[str, Tensor], captions: Sequen
     the videos."""
     shown, names = captions[:NUM_COMPARED], [name.replace("_", " ") for name in runs]
     first = {name: samples[:NUM_COMPARED] for name, samples in zip(names, runs.values(), strict=True)}
-    is_video = next(iter(runs.values())).ndim == 5
+    samples = next(iter(runs.values()))
+    is_video, scale = samples.ndim == 5, 1 if samples.shape[-1] >= LARGE else CLIP_SCALE
     for name, samples in runs.items():
         grid = frame_grid(samples, captions) if is_video else labelled_grid(to_pictures(samples), captions)
         save_picture(out, name, grid)
         if is_video:
-            save_clips(out, name, side_by_side({name.replace("_", " "): samples}, captions, scale=CLIP_SCALE))
+            save_clips(out, name, side_by_side({name.replace("_", " "): samples}, captions, scale=scale))
     if len(runs) > 1:
         headings = [f"{name}: {caption}" for name in names for caption in shown]
         if is_video:
             save_picture(out, "comparison", frame_grid(torch.cat(list(first.values())), headings))
-            save_clips(out, "comparison", side_by_side(first, shown, scale=CLIP_SCALE))
+            save_clips(out, "comparison", side_by_side(first, shown, scale=scale))
         else:
             pictures = to_pictures(torch.cat(list(first.values())))
             save_picture(out, "comparison", labelled_grid(pictures, headings, num_columns=len(shown)))

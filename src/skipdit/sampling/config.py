@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from skipdit.command_options import OutputOptions, WeightsOptions
+from skipdit.command_options import OutputOptions, PipelineOptions, WeightsOptions
 from skipdit.options import DTypeName, Guidance, NumInferenceSteps, check_range
 from skipdit.tasks import TaskName
 
@@ -12,21 +12,22 @@ MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists the
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(WeightsOptions, OutputOptions):
+class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
     """What `skipdit sample` does."""
 
     task: TaskName | None = None
     """what to make of what; by default the task of the model"""
     model: str | None = None
-    """emoji, emoji-clips, emoji-text or emoji-text-clips (bundled, one per task), the folder of a pipeline, or a
-    checkpoint, official or our own (one of latents needs --vae); by default the bundled model of the task"""
+    """emoji, emoji-clips, emoji-text or emoji-text-clips (bundled, one per task), the folder of a pipeline, of skipdit
+    or of diffusers (FLUX, Wan, ...), or a checkpoint, official or our own (one of latents needs --vae); by default the
+    bundled model of the task"""
     labels: tuple[str, ...] = ()
     """class names or numbers, repeated in turn; by default classes that the bundled model draws well, else spread over
     all classes"""
     prompt: tuple[str, ...] = ()
     """texts, repeated in turn, for the text tasks"""
     num_samples: int | None = None
-    """pictures or clips; by default 16 pictures or 4 clips"""
+    """pictures or clips; by default 16 pictures or 4 clips, one of a pipeline of diffusers"""
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of the full and of the cached run"""
     guidance_scale: float = 2.0
@@ -70,7 +71,8 @@ class SampleConfig(WeightsOptions, OutputOptions):
 
     GROUPS: ClassVar = {
         "samples": ("task", "labels", "prompt", "num_samples", "seed"),
-        "model": ("model", "vae", "num_attention_heads", "num_classes", "objective", "drop"),
+        "model": ("model", "transformer", "vae", "num_attention_heads", "num_classes", "objective", "drop"),
+        "size": ("height", "width", "num_frames"),
         "sampler": (
             "num_inference_steps", "guidance_scale", "guidance_channels", "guidance", "guidance_shallow_units",
             "scheduler",

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from skipdit.checkpoints.parts import part_class
 from skipdit.data.pictures import Draws
 from skipdit.files.untrusted import printable
 from skipdit.pipelines import SamplingOptions
@@ -57,12 +56,10 @@ class PromptTask(Task):
         return Sampler(self, pipeline)
 
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> None:
-        """Refuse a pipeline that hears prompts through an encoder of its own."""
-        has_encoder = part_class(index, "text_encoder", folder) is not None
-        if has_encoder or transformer.config.get(self.width_option) != WIDTH:
+        """Refuse a pipeline whose transformer was trained with another text encoder."""
+        if transformer.config.get(self.width_option) != WIDTH:
             raise ValueError(
-                f"{printable(folder)} has a text encoder of its own: load it with diffusers' {self.pipeline_name}, "
-                "then call skipdit.enable_cache(pipeline, 'N2')"
+                f"{printable(folder)} hears prompts through another text encoder than skipdit's, which its folder lacks"
             )
 
     def sample(self, pipeline: Any, conditions: Sequence[str], options: SamplingOptions) -> Tensor:

@@ -81,6 +81,11 @@ class Task:
         """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition."""
         raise NotImplementedError
 
+    def picture_size(self, pipeline: Any) -> int:
+        """Return the side, or the shorter side, of what a pipeline makes in pixels."""
+        scale = 1 if pipeline.vae is None else downsampling(pipeline.vae)
+        return pipeline.transformer.config.sample_size * scale
+
     def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> "Sampler":
         """Return the sampler of a pipeline around a transformer. names: of its classes."""
         raise NotImplementedError
@@ -116,8 +121,7 @@ class Sampler:
     @property
     def picture_size(self) -> int:
         """Return the side of what it makes in pixels."""
-        scale = 1 if self.pipeline.vae is None else downsampling(self.pipeline.vae)
-        return self.pipeline.transformer.config.sample_size * scale
+        return self.task.picture_size(self.pipeline)
 
     def sample(self, conditions: Sequence[Any], **options: Any) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition: a class number, `None` for a

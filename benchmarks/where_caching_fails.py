@@ -1,0 +1,142 @@
+"""Measures where a cache stops paying: few steps, a stochastic solver, strong guidance.
+
+    python benchmarks/where_caching_fails.py --out benchmarks
+
+Each row is one setting of the bundled class-to-image model: the PSNR of `auto:2` to the run in full, beside that of an
+uncached run of fewer steps that costs as much. All start from the same noise. The stochastic solver draws noise in each
+step; a cached run draws what the run in full draws, one of fewer steps cannot. `other draws` is what a run in full gets
+that starts from the same noise and draws other noise on the way: nothing below it is alike.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import wraps
+from itertools import product
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from skipdit.environment import machine, versions
+from skipdit.loading import Source, load_source
+from skipdit.metrics.paired import psnr_db
+from skipdit.runs import OwnCache, Runner
+
+SOLVERS = {"deterministic": "dpmsolver++", "stochastic": "sde-dpmsolver++"}
+MODEL = "emoji"
+
+
+@dataclass(frozen=True)
+class Row:
+    """psnr_db: of the cached run to the run in full. fewer: an uncached run that costs as much. other_draws_db: of a
+    run in full that draws other noise in its steps; `None` where it draws none."""
+
+    solver: str
+    guidance_scale: float
+    num_steps: int
+    full_steps: int
+    compute_ratio: float
+    psnr_db: float
+    fewer_steps: int
+    fewer_psnr_db: float
+    other_draws_db: float | None
+
+
+def mean_psnr(samples: Tensor, reference: Tensor) -> float:
+    return min(psnr_db(samples, reference).mean().item(), 99.9)
+
+
+def other_draws(run: Runner) -> Tensor:
+    """Sample in full from the same start noise, with other noise in the solver's steps."""
+    scheduler, generator = run.pipeline.scheduler, torch.Generator().manual_seed(12345)
+    step = scheduler.step
+
+    @wraps(step)  # the pipeline reads the signature
+    def with_other_noise(*args: Any, **options: Any) -> Any:
+        return step(*args, **options | {"generator": generator})
+
+    scheduler.step = with_other_noise
+    try:
+        return run().samples
+    finally:
+        del scheduler.step
+
+
+def measure(source: Source, options: argparse.Namespace) -> Iterator[Row]:
+    pipeline = source.sampler.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    own, cache = pipeline.scheduler.config, OwnCache.of(options.cache)
+    conditions, _ = source.choose({}, options.num_samples)
+    for solver, scale, num_steps in product(SOLVERS, options.scales, options.steps):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own, algorithm_type=SOLVERS[solver])
+        run = Runner.of(
+            source.sampler, conditions, num_inference_steps=num_steps, guidance_scale=scale, seed=options.seed
+        )
+        full, made = run().samples, run(cache)
+        fewer = ceil(num_steps / made.compute_ratio - 1e-6)
+        other = None
+        if solver == "stochastic":
+            other = mean_psnr(other_draws(run), full)
+        row = Row(
+            solver, scale, num_steps, int(made.steps[0]), made.compute_ratio, mean_psnr(made.samples, full),
+            fewer, mean_psnr(run(num_inference_steps=fewer).samples, full), other,
+        )  # fmt: skip
+        print(row, flush=True)
+        yield row
+
+
+def to_markdown(rows: list[Row], options: argparse.Namespace, about: str) -> str:
+    lines = [
+        "# Where caching does not pay",
+        "",
+        f"`python benchmarks/where_caching_fails.py --num-samples {options.num_samples}`: `{options.cache}` on the "
+        f"bundled class-to-image model, {options.num_samples} pictures, seed {options.seed}, PSNR to the run in full "
+        f"of the same number of steps, solver and guidance. {about}.",
+        "",
+        "*Fewer steps*: as many uncached steps as the cached run cost. *Other draws*: a run in full from the same "
+        "start noise, with other noise in its steps, which shows what PSNR gives two pictures that start alike and are "
+        "not the same. Fewer steps of a stochastic solver draw other noise too, so that no gain is told there.",
+        "",
+        "| solver | guidance | steps | full | compute | cached dB | fewer steps | dB | gain dB | other draws dB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        gain = "" if row.other_draws_db is not None else f"{row.psnr_db - row.fewer_psnr_db:+.1f}"
+        other = "" if row.other_draws_db is None else f"{row.other_draws_db:.1f}"
+        cached = "equal" if row.full_steps == row.num_steps else f"{row.psnr_db:.1f}"
+        if row.fewer_steps == row.num_steps:
+            fewer, gain = "equal", ""
+        else:
+            fewer = f"{row.fewer_psnr_db:.1f}"
+        lines.append(
+            f"| {row.solver} | {row.guidance_scale:g} | {row.num_steps} | {row.full_steps} | {row.compute_ratio:.2f} | "
+            f"{cached} | {row.fewer_steps} | {fewer} | {gain} | {other} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", default="auto:2", help="its spec")
+    parser.add_argument("--num-samples", type=int, default=8, help="pictures a run")
+    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the runs")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="of guidance")
+    parser.add_argument("--seed", type=int, default=0, help="of the start noise")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the .json and .md")
+    options = parser.parse_args()
+    rows = list(measure(load_source(MODEL), options))
+    place = machine(torch.device("cpu"))
+    about = f"{place['name']}, {place['threads']} threads, " + ", ".join(f"{n} {v}" for n, v in versions().items())
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = {"rows": [asdict(row) for row in rows], "machine": place, "versions": versions()}
+    (options.out / "where_caching_fails.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (options.out / "where_caching_fails.md").write_text(to_markdown(rows, options, about), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What `skipdit app` is asked for; nothing heavy is imported, so that its help is there at once."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from skipdit.options import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppOptions:
+    """What the page offers, and where it is served."""
+
+    models: tuple[str, ...] = ()
+    """folders of pipelines, or checkpoints, to be offered beside the bundled models; the page reads no others"""
+    results: tuple[Path, ...] = (Path("out"), Path("benchmarks"), Path("docs"))
+    """folders in which it looks for what skipdit bench cache and skipdit analyze wrote"""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one"""
+    host: str = "127.0.0.1"
+    """address to serve at: by default this machine alone reaches it; 0.0.0.0 lets in everyone, without a password"""
+    port: int = 7860
+    """port to serve at; 0 for any that is free"""
+
+    def __post_init__(self) -> None:
+        check_range(self, "port", least=0, most=65535)
+
+
+def check_app_installed() -> None:
+    """Raise `ValueError`, with what to install, if a library of the page is missing."""
+    missing = [name for name in ("gradio", "markdown_it") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f'the page needs {" and ".join(missing)}: pip install "skipdit[app]"')

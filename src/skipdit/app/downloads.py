@@ -1,0 +1,34 @@
+"""What a page offers for download: bytes in memory, found by a name that nobody can guess; no file is read."""
+
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass
+
+NUM_KEPT = 16
+PREFIX = "/download/"
+
+
+@dataclass(frozen=True)
+class Download:
+    name: str
+    content: bytes
+    kind: str
+    """its media type"""
+
+
+class Downloads:
+    """The last files that were made for download."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[str, Download] = OrderedDict()
+
+    def add(self, name: str, content: bytes, kind: str) -> str:
+        """Keep a file, and return where it is found."""
+        token = secrets.token_urlsafe(16)
+        self.kept[token] = Download(name, content, kind)
+        while len(self.kept) > NUM_KEPT:
+            self.kept.popitem(last=False)
+        return f"{PREFIX}{token}/{name}"
+
+    def get(self, token: str) -> Download | None:
+        return self.kept.get(token)

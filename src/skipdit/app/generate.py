@@ -1,0 +1,244 @@
+"""The first tab: what was asked for, sampled in full and then cached, step by step."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from skipdit.app.forms import number, whole
+from skipdit.app.jobs import Job
+from skipdit.benchmark.cache_methods import METHODS
+from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.files.untrusted import printable
+from skipdit.loading import Source
+from skipdit.metrics.table import score_pictures
+from skipdit.runs import OwnCache, Runner, Sampled, before_steps, check_method, counts_of
+from skipdit.tasks.task import Sampler
+
+BUDGETS = ("1.5x", "2x", "2.5x")
+OTHER = "Other"
+MAX_SAMPLES, MAX_STEPS, MAX_GUIDANCE = 16, 250, 30
+MAX_SEED = 2**32 - 1  # what the field of a browser holds to the digit, and every kind of generator takes
+MAX_PROMPT = 1000  # characters
+SPEEDUP = re.compile(r"(\d{1,3}(?:\.\d{1,3})?)\s*x?")
+MAX_SPEC = 100  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to sample."""
+
+    labels: tuple[str, ...] = ()
+    """class names or numbers, in turn"""
+    prompts: tuple[str, ...] = ()
+    """texts, in turn"""
+    num_samples: int = 4
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0
+    seed: int = 0
+    cache: str = "2x"
+    """a speedup, a spec, `calibrated:{name}`, or the name of a schedule that this page has made"""
+
+    @classmethod
+    def of(
+        cls, *, labels: Sequence[str] | None, prompt: str | None, num_samples: object, num_inference_steps: object,
+        guidance_scale: object, seed: object, cache: str,
+    ) -> "Asked":  # fmt: skip
+        """Return what the fields of a form ask for, of labels and prompts as many as there are samples. prompt: one per
+        line. `ValueError` where one is out of range."""
+        prompts = tuple(line.strip() for line in (prompt or "").splitlines() if line.strip())
+        if any(len(line) > MAX_PROMPT for line in prompts):
+            raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
+        count = whole("how many", num_samples, 1, MAX_SAMPLES)
+        return cls(
+            labels=tuple(labels or ())[:count],
+            prompts=prompts[:count],
+            num_samples=count,
+            num_inference_steps=whole("steps", num_inference_steps, 2, MAX_STEPS),
+            guidance_scale=number("guidance", guidance_scale, 1, MAX_GUIDANCE),
+            seed=whole("seed", seed, 0, MAX_SEED),
+            cache=cache,
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two runs, so far."""
+
+    name: str
+    num_steps: int
+    is_full: tuple[bool, ...] = ()
+    """of each step that was made, whether it ran every unit"""
+    samples: Tensor | None = None
+    """pictures (b c h w) or clips (b f c h w) in [0, 1]: on the way what they begin to be, where that can be seen"""
+    seconds: float | None = None
+    """once it is over"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both runs, so far, and once both are over what they say of the cache."""
+
+    full: Side
+    cached: Side
+    captions: list[str]
+    cache: str
+    """which it is"""
+    psnr: str = ""
+    ssim: str = ""
+    compute_ratio: float | None = None
+    bytes_held: int | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """In wall-clock time."""
+        if self.full.seconds is None or self.cached.seconds is None:
+            return None
+        return self.full.seconds / self.cached.seconds
+
+    @property
+    def is_whole(self) -> bool:
+        return self.speedup is not None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which cache
+
+
+def cache_names(source: Source, own: Iterable[str] = ()) -> list[str]:
+    """Return caches to choose from: schedules of this page, those that came with the model, and what
+    `skipdit bench cache` compares."""
+    calibrated = [f"calibrated:{name}" for name in source.schedules]
+    specs = [spec for method in METHODS.values() for spec in method.specs if not spec.startswith("calibrated")]
+    return [*own, *calibrated, *sorted(specs, key=lambda spec: not spec.startswith("auto"))]
+
+
+def find_cache(
+    source: Source, text: str, num_inference_steps: int, own: Mapping[str, CacheMethod]
+) -> tuple[str, CacheMethod]:
+    """Return what a text means, and what that is called.
+
+    A speedup is that of a schedule that came with the model, where that suits the run, else of `auto`. `ValueError`
+    where there is no such cache, or it would never reuse. Files are not read.
+    """
+    text = text.strip()
+    if len(text) > MAX_SPEC:
+        raise ValueError(f"the name of a cache has at most {MAX_SPEC} characters")
+    pipeline = source.sampler.pipeline
+    if match := SPEEDUP.fullmatch(text):
+        speedup = float(match[1])
+        if not speedup > 1:
+            raise ValueError(f"a speedup must be above 1, got {printable(text)}")
+        name = f"{speedup:g}x"
+        if name in source.schedules:
+            try:
+                check_method(pipeline, source.schedules[name], num_inference_steps)
+            except ValueError:
+                pass  # made for a longer run, or another sampler
+            else:
+                return f"calibrated:{name}", source.schedules[name]
+        text = f"auto:{speedup:g}"
+    method = own.get(text) or _parse(source, text)
+    check_method(pipeline, method, num_inference_steps)
+    return text, method
+
+
+def _parse(source: Source, text: str) -> CacheMethod:
+    if text in ("", "none"):
+        raise ValueError("choose a cache: a speedup such as 2x, or a name such as auto, N2 or skip-taylor:N3-o1")
+    if text.partition(":")[0] == "calibrated":
+        method = source.cache(text)
+        assert method is not None
+        return method
+    if text.endswith(".json") or "/" in text or "\\" in text:
+        raise ValueError(f"a cache is a speedup or a name here, not a file, got {printable(text)!r}")
+    return parse_method(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two runs
+
+
+@dataclass
+class Watch:
+    """Follows the steps of one run: tells the job, and keeps which were full."""
+
+    job: Job
+    sampler: Sampler
+    comparison: Comparison
+    side: str
+    num_samples: int
+    steps_full: float = 0
+    is_full: list[bool] = field(default_factory=list)
+
+    def see(self, output: Tensor, latents: Tensor) -> None:
+        """Take note of a step: what the scheduler is given for it."""
+        if self.side == "cached":
+            now = counts_of(self.sampler.pipeline).steps_full
+            self.is_full.append(now > self.steps_full)
+            self.steps_full = now
+        else:
+            self.is_full.append(True)
+        run = replace(
+            getattr(self.comparison, self.side),
+            is_full=tuple(self.is_full),
+            samples=begun(self.sampler, latents, self.num_samples),
+        )
+        self.job.tell(done=len(self.is_full), shown=replace(self.comparison, **{self.side: run}))
+
+    def end(self, made: Sampled) -> Comparison:
+        run = replace(getattr(self.comparison, self.side), samples=made.samples, seconds=made.seconds)
+        return replace(self.comparison, **{self.side: replace(run, is_full=tuple(self.is_full))})
+
+
+def begun(sampler: Sampler, latents: Tensor, num_samples: int) -> Tensor | None:
+    """Return pictures (b c h w) of latents that are pixels, of clips the first frames; `None` of other latents."""
+    if sampler.pipeline.vae is not None or latents.ndim != 4 or latents.shape[1] != 3 or len(latents) % num_samples:
+        return None
+    return (latents.unflatten(0, (num_samples, -1))[:, 0].detach() / 2 + 0.5).clamp(0, 1)
+
+
+def generate(job: Job, source: Source, asked: Asked, own: Mapping[str, CacheMethod]) -> Comparison:
+    """Sample in full and cached, telling the job of every step. `ValueError` on a label, prompt or cache that cannot
+    be."""
+    sampler, steps = source.sampler, asked.num_inference_steps
+    conditions, captions = source.choose({"labels": asked.labels, "prompt": asked.prompts}, asked.num_samples)
+    name, method = find_cache(source, asked.cache, steps, own)
+    run = Runner.of(
+        sampler,
+        conditions,
+        num_inference_steps=steps,
+        guidance_scale=asked.guidance_scale,
+        seed=asked.seed,
+    )
+    shown = Comparison(Side("full", steps), Side("cached", steps), captions, name)
+    job.tell(doing="warming up", shown=shown)
+    run(num_inference_steps=1)  # first calls allocate: no part of any time
+    for side, doing, cache in (("full", "sampling in full", None), ("cached", "sampling cached", OwnCache(method))):
+        job.tell(doing=doing, done=0, total=steps)
+        watch = Watch(job, sampler, shown, side, len(conditions))
+        with before_steps(sampler.pipeline.scheduler, watch.see):
+            made = run(cache)
+        shown = watch.end(made)
+        if cache is not None and made.counts is not None:
+            shown = replace(shown, compute_ratio=made.compute_ratio, bytes_held=made.counts.bytes_held)
+        job.tell(shown=shown)
+    return with_scores(shown)
+
+
+def with_scores(shown: Comparison) -> Comparison:
+    """Return a comparison with the distances of its cached run to the full one."""
+    assert shown.full.samples is not None
+    assert shown.cached.samples is not None
+    scores = score_pictures(shown.cached.samples.flatten(0, -4), shown.full.samples.flatten(0, -4))
+    ssim = scores["ssim"].text(4) if "ssim" in scores else ""
+    return replace(shown, psnr=scores["psnr"].text(1), ssim=ssim)
+
+
+def difference(shown: Comparison, amplification: float) -> Tensor | None:
+    """Return how far the cached samples are from the full ones, per channel, times `amplification`, in [0, 1]; `None`
+    before both are there. Broken pixels are white."""
+    if not shown.is_whole or shown.full.samples is None or shown.cached.samples is None:
+        return None
+    return ((shown.cached.samples - shown.full.samples).abs() * amplification).nan_to_num(1.0).clamp(0, 1)

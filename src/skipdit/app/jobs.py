@@ -1,0 +1,156 @@
+"""One job at a time: each has a place in line, tells how far it is, and can be cancelled at any step."""
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from skipdit.terminal import describe, is_out_of_memory
+
+LOGGER = logging.getLogger(__name__)
+MAX_WAITING = 16
+
+State = Literal["waiting", "running", "done", "failed", "cancelled"]
+
+
+class Cancelled(Exception):
+    """Nobody wants the job's result any more."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Work that waits, runs or is over. Its fields are written by the thread that runs it, and read by all."""
+
+    owner: str
+    """the open page that asked for it"""
+    kind: str
+    """what it makes; a page may have one of each at a time"""
+    work: Callable[["Job"], Any]
+    """makes the result, and calls `check`, `tell` or `advance` at each step"""
+    state: State = "waiting"
+    doing: str = ""
+    """what it does now, in a few words"""
+    done: int = 0
+    """steps of that"""
+    total: int = 0
+    """steps that there will be; 0 where that is not known"""
+    shown: Any = None
+    """what there is so far"""
+    result: Any = None
+    message: str = ""
+    """why it failed"""
+    version: int = 0
+    """goes up at every change"""
+    is_cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in ("done", "failed", "cancelled")
+
+    def check(self) -> None:
+        """Raise `Cancelled` if the job was cancelled."""
+        if self.is_cancelled.is_set():
+            raise Cancelled
+
+    def tell(self, **fields: Any) -> None:
+        """Set `doing`, `done`, `total` or `shown`. Raises `Cancelled` if the job was cancelled."""
+        self.check()
+        vars(self).update(fields)
+        self.version += 1
+
+    def advance(self) -> None:
+        """Count a step. Raises `Cancelled` if the job was cancelled."""
+        self.tell(done=self.done + 1)
+
+
+class Jobs:
+    """Runs jobs one after another, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Job] = []
+        self.running: Job | None = None
+        self.changed = threading.Condition()
+        self.is_closed = False
+        self.thread = threading.Thread(target=self._run_all, name="skipdit jobs", daemon=True)
+        self.thread.start()
+
+    def submit(self, owner: str, kind: str, work: Callable[[Job], Any]) -> Job:
+        """Put a job at the end of the line. `ValueError` where its owner has one of this kind already, or too many
+        wait."""
+        with self.changed:
+            if any((job.owner, job.kind) == (owner, kind) for job in self._open_jobs()):
+                raise ValueError("this page is at it already: cancel that first")
+            if len(self.waiting) >= MAX_WAITING:
+                raise ValueError(f"{MAX_WAITING} jobs are waiting already: try again later")
+            job = Job(owner, kind, work)
+            self.waiting.append(job)
+            self.changed.notify_all()
+        return job
+
+    def place(self, job: Job) -> int:
+        """Return how many jobs are before this one, the one that runs included."""
+        with self.changed:
+            before = self.waiting.index(job) if job in self.waiting else 0
+            return before + (self.running is not None and self.running is not job)
+
+    def cancel(self, owner: str, kind: str | None = None) -> None:
+        """Cancel the jobs of an owner, all or those of one kind: one that waits at once, one that runs at its next
+        step."""
+        with self.changed:
+            for job in self._open_jobs():
+                if job.owner == owner and kind in (None, job.kind):
+                    job.is_cancelled.set()
+                    if job in self.waiting:
+                        self.waiting.remove(job)
+                        self._end(job, "cancelled")
+
+    def close(self) -> None:
+        """Cancel all jobs, and wait a moment for the one that runs."""
+        with self.changed:
+            self.is_closed = True
+            for job in self._open_jobs():
+                job.is_cancelled.set()
+            self.changed.notify_all()
+        self.thread.join(timeout=10)
+
+    def _open_jobs(self) -> list[Job]:
+        return [*([] if self.running is None else [self.running]), *self.waiting]
+
+    def _end(self, job: Job, state: State, message: str = "") -> None:
+        job.message, job.state = message, state
+        job.version += 1
+
+    def _run_all(self) -> None:
+        while True:
+            with self.changed:
+                self.running = None
+                self.changed.wait_for(lambda: self.is_closed or self.waiting)
+                if self.is_closed:
+                    return
+                job = self.running = self.waiting.pop(0)
+                job.state = "running"
+                job.version += 1
+            self._run(job)
+
+    def _run(self, job: Job) -> None:
+        try:
+            job.check()
+            job.result = job.work(job)
+        except Cancelled:
+            self._end(job, "cancelled")
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            known = not isinstance(error, RuntimeError) or is_out_of_memory(error)
+            self._fail(job, error, known=known)
+        except Exception as error:
+            self._fail(job, error, known=False)
+        else:
+            self._end(job, "done")
+
+    def _fail(self, job: Job, error: Exception, *, known: bool) -> None:
+        """End a job with a message; the traceback of what nobody expected goes to the terminal."""
+        if known:
+            self._end(job, "failed", describe(error))
+            return
+        LOGGER.error("a job of the page failed", exc_info=error)
+        self._end(job, "failed", f"something unexpected went wrong ({type(error).__name__}); the terminal tells more")

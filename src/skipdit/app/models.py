@@ -1,0 +1,96 @@
+"""What the page offers: the bundled models, and those that were named when it was started."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from skipdit.app.jobs import Job
+from skipdit.files.untrusted import printable
+from skipdit.loading import BUNDLED, Source, load_source
+from skipdit.options import choose
+from skipdit.tasks import TASKS
+
+NUM_KEPT = 2  # models in memory
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model that may be chosen."""
+
+    name: str
+    """as the page calls it"""
+    path: str
+    """what `load_source` takes"""
+    task: str
+
+
+class Models:
+    """The models on offer, of which the last ones used stay in memory."""
+
+    def __init__(self, paths: Sequence[str] = (), device: str = "auto") -> None:
+        """Open each model that is named by a path. `ValueError` or `OSError` where one cannot be had."""
+        self.device = device
+        self.lock = threading.Lock()
+        self.kept: OrderedDict[str, Source] = OrderedDict()
+        self.offers = {name: Offer(name, name, bundled.task) for name, bundled in BUNDLED.items()}
+        for path in paths:
+            name = self._free_name(path)
+            source = load_source(path, device=device)
+            self.offers[name] = Offer(name, path, source.sampler.task.name)
+            self._keep(name, source)
+
+    def _free_name(self, path: str) -> str:
+        resolved = Path(path).resolve()
+        name = printable(resolved.parent.name if resolved.name == "pipeline" else resolved.name)
+        taken = [name, *(f"{name} ({number})" for number in range(2, len(self.offers) + 2))]
+        return next(each for each in taken if each not in self.offers)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task for task in TASKS if self.of_task(task)]
+
+    def of_task(self, task: str) -> list[str]:
+        """Return the names of a task's models, those that were named at the start first."""
+        names = [name for name, offer in self.offers.items() if offer.task == task]
+        return sorted(names, key=lambda name: name in BUNDLED)
+
+    def path_of(self, name: str) -> str:
+        """Return what the model is called outside of the page."""
+        return self.offers[choose("model", name, self.offers)].path
+
+    def open(self, name: str) -> Source:
+        """Return a model. `ValueError` where there is none of this name, or it cannot be used here."""
+        path = self.path_of(name)
+        with self.lock:
+            source = self.kept.get(name) or load_source(path, device=self.device)
+            self._keep(name, source)
+        return source
+
+    def _keep(self, name: str, source: Source) -> None:
+        source.sampler.pipeline.set_progress_bar_config(disable=True)
+        self.kept[name] = source
+        self.kept.move_to_end(name)
+        while len(self.kept) > NUM_KEPT:
+            self.kept.popitem(last=False)
+
+
+def labels_of(source: Source) -> list[str]:
+    """Return the classes of a model, by name where they have names; none of a model without classes."""
+    pipeline = source.sampler.pipeline
+    if source.sampler.task.option != "labels" or pipeline.transformer.config.num_classes is None:
+        return []
+    return list(pipeline.labels) or [str(number) for number in range(pipeline.transformer.config.num_classes)]
+
+
+@contextmanager
+def cancellable(pipeline: Any, job: Job) -> Iterator[None]:
+    """Let every call of a pipeline's transformer inside the block raise `Cancelled` once the job is cancelled."""
+    hook = pipeline.transformer.register_forward_pre_hook(lambda *_: job.check())
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,352 @@
+"""The page: its components, and what they call."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+import gradio as gr
+
+from skipdit.app import chart, drawing
+from skipdit.app.downloads import Downloads
+from skipdit.app.generate import BUDGETS, OTHER, Asked, Comparison, cache_names, generate
+from skipdit.app.jobs import Job, Jobs
+from skipdit.app.models import Models, labels_of
+from skipdit.app.quality import Made, Wanted, calibrate, find_measurements
+from skipdit.app.stability import TASK, Effort, find_report, make_report
+from skipdit.loading import Source
+from skipdit.terminal import describe
+
+POLL_SECONDS = 0.25
+TITLE = "skipdit"
+HEADER = """<header class="sd-header"><h1>skipdit</h1>
+<p>Diffusion transformers in full and cached, side by side.</p></header>"""
+FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
+
+Schedules = dict[str, dict[str, Any]]  # made on this page, by model and name
+Changes = dict[Any, Any]  # by component, its value or its update
+Updates = AsyncIterator[Changes]
+
+
+def make_theme() -> gr.themes.Base:
+    """Return a calm theme of fonts that are on the reader's machine."""
+    return gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=FONT, font_mono=MONO).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_border_width="0px",
+        block_shadow="none",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+    )
+
+
+def css() -> str:
+    return (files("skipdit.app") / "page.css").read_text(encoding="utf-8")
+
+
+async def follow(jobs: Jobs, job: Job) -> AsyncIterator[None]:
+    """Yield at each change of a job until it is over. A job that nobody follows any more is cancelled."""
+    seen = None
+    try:
+        while True:
+            is_over, now = job.is_over, (job.version, jobs.place(job))
+            if now != seen:
+                seen = now
+                yield
+            if is_over:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+    finally:
+        if not job.is_over:
+            jobs.cancel(job.owner, job.kind)
+
+
+@dataclass
+class Part:
+    """What every tab with a job has."""
+
+    run: gr.Button
+    cancel: gr.Button
+    status: gr.HTML
+    results: gr.HTML
+
+
+@dataclass
+class Page:
+    """The page, and what it works with."""
+
+    models: Models
+    jobs: Jobs
+    downloads: Downloads
+    folders: Sequence[Path]
+    """where reports are looked for"""
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What is on it
+
+    def build(self) -> gr.Blocks:
+        """Return the page, for `gradio.mount_gradio_app`."""
+        task = self.models.tasks[0]
+        with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
+            gr.HTML(HEADER)
+            with gr.Row(elem_classes="sd-pick"):
+                self.task = gr.Radio(self.models.tasks, value=task, label="Task", scale=3, min_width=260)
+                names = self.models.of_task(task)
+                self.model = gr.Dropdown(names, value=names[0], label="Model", filterable=False, scale=2, min_width=220)
+            self.own, self.shown, self.is_reported = gr.State({}), gr.State(None), gr.State(False)
+            with gr.Tabs():
+                with gr.Tab("Generate"):
+                    self.add_generate()
+                with gr.Tab("Quality and speed") as quality:
+                    self.add_quality()
+                with gr.Tab("Stability") as stability:
+                    self.add_stability()
+            self.connect_choices()
+            quality.select(self.show_measurements, self.model, self.chart, **QUIET)
+            outputs = [self.found, self.is_reported]
+            stability.select(self.show_report, self.is_reported, outputs, **QUIET)
+            blocks.load(self.choose_model, [self.model, self.own], self.depends_on_model, **QUIET)
+            blocks.unload(self.leave)
+        return blocks
+
+    def add_generate(self) -> None:
+        with gr.Row():
+            with gr.Column(scale=2, min_width=330, elem_classes="sd-form"):
+                self.labels = gr.Dropdown([], multiselect=True, label="Labels", info="one or several, taken in turn")
+                self.prompt = gr.Textbox(label="Prompts", info="one per line", lines=3, visible=False)
+                self.budget = gr.Radio([*BUDGETS, OTHER], value="2x", label="Cache for a speedup of")
+                self.other = gr.Dropdown(
+                    [],
+                    label="Other cache",
+                    info="a speedup such as 1.8, or a name such as N3",
+                    allow_custom_value=True,
+                    visible=False,
+                )
+                with gr.Row():
+                    self.count = gr.Number(4, label="How many", precision=0, min_width=110)
+                    self.seed = gr.Number(0, label="Seed", precision=0, min_width=110)
+                with gr.Row():
+                    self.steps = gr.Number(30, label="Steps", precision=0, min_width=110)
+                    self.guidance = gr.Number(2, label="Guidance", step=0.5, min_width=110)
+                part = self.add_part("generate", "Generate")
+            with gr.Column(scale=5, min_width=320):
+                part.results = gr.HTML(drawing.comparison(None))
+                with gr.Column(visible=False, elem_classes="sd-difference") as self.difference_box:
+                    self.difference = gr.HTML("")
+                    self.amplification = gr.Slider(1, 50, value=8, step=1, label="Amplify the difference", buttons=[])
+        form = [self.labels, self.prompt, self.count, self.steps, self.guidance, self.seed, self.budget, self.other]
+        outputs = [*vars(part).values(), self.shown, self.difference, self.difference_box]
+        part.run.click(self.generate, [self.model, *form, self.own, self.amplification], outputs, **JOB)
+        change = [self.shown, self.amplification]
+        self.amplification.change(drawing.differences, change, self.difference, trigger_mode="always_last", **QUIET)
+        self.budget.change(lambda budget: gr.update(visible=budget == OTHER), self.budget, self.other, **QUIET)
+
+    def add_quality(self) -> None:
+        self.chart = gr.HTML(min_height=120)
+        gr.HTML('<h2 class="sd-title">A schedule for this model</h2><p>Measures what reuse costs at every step, and '
+                "finds the steps to keep full for a speedup.</p>")  # fmt: skip
+        with gr.Row(elem_classes="sd-form sd-short"):
+            self.speedup = gr.Number(2.0, label="Target speedup", step=0.1, min_width=120)
+            self.wanted_steps = gr.Number(30, label="Steps", precision=0, min_width=120)
+            self.wanted_count = gr.Number(2, label="Samples to measure on", precision=0, min_width=120)
+        part = self.add_part("calibrate", "Calibrate")
+        part.results = gr.HTML("")
+        outputs = [*vars(part).values(), self.own, self.other, self.budget]
+        form = [self.speedup, self.wanted_steps, self.wanted_count]
+        part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+
+    def add_stability(self) -> None:
+        with gr.Row(elem_classes="sd-form sd-short"):
+            self.effort = gr.Radio(
+                list(get_args(Effort)),
+                value="quick",
+                label="How carefully",
+                info="of a small model on a CPU: some minutes, or an hour",
+            )
+        part = self.add_part("stability", "Measure stability")
+        self.found = part.results = gr.HTML("")
+        outputs = [*vars(part).values(), self.is_reported]
+        part.run.click(self.measure_stability, [self.model, self.effort], outputs, **JOB)
+
+    def add_part(self, kind: str, name: str) -> Part:
+        """Add the buttons and the status of a job."""
+        with gr.Row(elem_classes="sd-buttons"):
+            run = gr.Button(name, variant="primary", min_width=140, elem_id=f"{kind}-run")
+            cancel = gr.Button("Cancel", interactive=False, min_width=100, elem_id=f"{kind}-cancel")
+        status = gr.HTML("", elem_classes="sd-status")
+        part = self.parts[kind] = Part(run, cancel, status, status)
+
+        def stop(request: gr.Request) -> None:
+            self.jobs.cancel(owner_of(request), kind)
+
+        cancel.click(stop, None, None, **QUIET)
+        return part
+
+    def connect_choices(self) -> None:
+        self.depends_on_model = [self.labels, self.prompt, self.other, self.count, self.chart,
+                                 self.parts["generate"].status]  # fmt: skip
+        self.task.change(self.choose_task, self.task, self.model, **QUIET)
+        self.model.change(
+            self.choose_model, [self.model, self.own], self.depends_on_model, trigger_mode="always_last", **QUIET
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # What a choice changes
+
+    def choose_task(self, task: str) -> Any:
+        names = self.models.of_task(task)
+        return gr.update(choices=names, value=names[0])
+
+    def choose_model(self, name: str, own: Schedules) -> Changes:
+        """Open a model, and offer what it can be asked for."""
+        status = self.parts["generate"].status
+        try:
+            source = self.models.open(name)
+        except (ValueError, OSError) as error:
+            return {status: drawing.note("failed", describe(error))}
+        is_prompt, is_video = source.sampler.task.option == "prompt", source.sampler.task.is_video
+        labels = labels_of(source)
+        shown = list(source.showcase or labels)[: 1 if is_video else 4]
+        return {
+            self.labels: gr.update(choices=labels, value=[] if is_prompt else shown, visible=bool(labels)),
+            self.prompt: gr.update(value="\n".join(shown) if is_prompt else "", visible=is_prompt),
+            self.other: self.offer_caches(source, own.get(name, {})),
+            self.count: gr.update(value=1 if is_video else 4),
+            self.chart: self.show_measurements(name),
+            status: "",
+        }
+
+    def offer_caches(self, source: Source, own: Mapping[str, Any]) -> Any:
+        names = cache_names(source, own)
+        return gr.update(choices=names, value=names[0])
+
+    def show_measurements(self, name: str) -> str:
+        try:
+            return chart.measurements(find_measurements(self.models.path_of(name), self.folders), name)
+        except (ValueError, OSError) as error:
+            return drawing.note("failed", describe(error))
+
+    def show_report(self, is_reported: bool) -> Changes:
+        """Show the report that is there already, once; one that was made on this page stays."""
+        if is_reported:
+            return {}
+        try:
+            report = find_report(self.folders)
+        except (ValueError, OSError) as error:
+            return {self.found: drawing.note("failed", describe(error))}
+        hint = f'<div class="sd-hint">No report yet: measure one, or run <code>skipdit analyze</code> ({TASK}).</div>'
+        return {self.found: hint if report is None else drawing.report(report), self.is_reported: report is not None}
+
+    def leave(self, request: gr.Request) -> None:
+        """Cancel what a page that was closed has asked for."""
+        self.jobs.cancel(owner_of(request))
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Jobs
+
+    async def begin(self, part: Part, model: str, work: Any, request: gr.Request) -> tuple[Job | None, Changes]:
+        """Put a job in line and return it, and what changes on the page; `None` with the reason where that cannot be.
+        work: makes its function from the model."""
+        kind = next(kind for kind, each in self.parts.items() if each is part)
+        try:
+            source = await asyncio.to_thread(self.models.open, model)
+            job = self.jobs.submit(owner_of(request), kind, work(source))
+        except (ValueError, OSError) as error:
+            return None, {part.status: drawing.note("failed", describe(error))}
+        return job, {part.cancel: gr.update(interactive=True)}
+
+    async def generate(
+        self, model: str, labels: Any, prompt: Any, count: Any, steps: Any, guidance: Any, seed: Any, budget: str,
+        other: str | None, own: Schedules, amplification: float, request: gr.Request,
+    ) -> Updates:  # fmt: skip
+        part = self.parts["generate"]
+
+        def work(source: Source) -> Any:
+            asked = Asked.of(
+                labels=labels,
+                prompt=prompt,
+                num_samples=count,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                seed=seed,
+                cache=(other or "") if budget == OTHER else budget,
+            )
+            return lambda job: generate(job, source, asked, own.get(model, {}))
+
+        updates: Changes
+        job, updates = await self.begin(part, model, work, request)
+        yield updates
+        if job is None:
+            return
+        drawn: Comparison | None = None
+        async for _ in follow(self.jobs, job):
+            updates = {part.status: drawing.status(job, self.jobs.place(job))}
+            if job.shown is not drawn:
+                drawn = job.shown
+                updates[part.results] = drawing.comparison(drawn)
+                updates[self.difference_box] = gr.update(visible=False)
+            yield updates
+        updates = {part.cancel: gr.update(interactive=False)}
+        if job.result is not None:
+            updates[part.results], updates[self.shown] = drawing.comparison(job.result), job.result
+            updates[self.difference] = drawing.differences(job.result, amplification)
+            updates[self.difference_box] = gr.update(visible=True)
+        yield updates
+
+    async def calibrate(
+        self, model: str, speedup: Any, steps: Any, count: Any, own: Schedules, request: gr.Request
+    ) -> Updates:
+        part = self.parts["calibrate"]
+
+        def work(source: Source) -> Any:
+            wanted = Wanted.of(speedup, steps, count)
+            return lambda job: calibrate(job, source, wanted)
+
+        updates: Changes
+        job, updates = await self.begin(part, model, work, request)
+        yield updates
+        if job is None:
+            return
+        async for _ in follow(self.jobs, job):
+            yield {part.status: drawing.status(job, self.jobs.place(job))}
+        updates = {part.cancel: gr.update(interactive=False)}
+        if job.result is not None:
+            made: Made = job.result
+            url = self.downloads.add("schedule.json", made.content.encode("utf-8"), "application/json")
+            of_model = {made.name: made.method} | own.get(model, {})
+            names = cache_names(await asyncio.to_thread(self.models.open, model), of_model)
+            updates[part.results], updates[self.own] = drawing.schedule(made, url), {**own, model: of_model}
+            updates[self.other], updates[self.budget] = gr.update(choices=names, value=made.name), OTHER
+        yield updates
+
+    async def measure_stability(self, model: str, effort: Effort, request: gr.Request) -> Updates:
+        part = self.parts["stability"]
+        updates: Changes
+        job, updates = await self.begin(
+            part, model, lambda source: lambda job: make_report(job, source, model, effort), request
+        )
+        yield updates
+        if job is None:
+            return
+        async for _ in follow(self.jobs, job):
+            yield {part.status: drawing.status(job, self.jobs.place(job))}
+        updates = {part.cancel: gr.update(interactive=False)}
+        if job.result is not None:
+            url = self.downloads.add("stability.zip", job.result.archive, "application/zip")
+            updates[part.results], updates[self.is_reported] = drawing.report(job.result, url), True
+        yield updates
+
+
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+JOB: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+
+
+def owner_of(request: gr.Request) -> str:
+    return request.session_hash or ""

@@ -1,0 +1,185 @@
+"""The second tab: what a speedup costs, as `skipdit bench cache` measured it, and schedules made for a model."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypedDict
+
+from skipdit.app.forms import number, whole
+from skipdit.app.jobs import Job
+from skipdit.app.models import cancellable
+from skipdit.benchmark.cache import report_name
+from skipdit.benchmark.cache_report import Group, front
+from skipdit.cache.methods import CacheMethod, load_schedule
+from skipdit.calibration.calibrate import made_for_of, make_runner, to_fields
+from skipdit.calibration.config import CalibrateConfig
+from skipdit.calibration.find import check_finite, explicit, find_schedules
+from skipdit.calibration.trials import Trials, measure
+from skipdit.files.untrusted import read_json
+from skipdit.loading import Source
+
+MAX_STEPS, MAX_SAMPLES, MAX_SPEEDUP = 250, 8, 10
+MAX_REPORT_BYTES = 2**26
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What was measured
+
+
+class ScoreFields(TypedDict, total=False):
+    mean: float | None
+
+
+class RowFields(TypedDict, total=False):
+    method: str
+    setting: str
+    group: Group
+    speedup: float | None
+    psnr: ScoreFields | None
+    psnr_db: ScoreFields | None
+
+
+class ReportFields(TypedDict):
+    """What is read of a `cache_quality.json`."""
+
+    rows: list[RowFields]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting of a method."""
+
+    setting: str
+    speedup: float
+    psnr_db: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """The settings of a method that no other of it beats in both, slow ones first."""
+
+    method: str
+    group: Group
+    points: list[Point]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What a benchmark measured of a model."""
+
+    source: str
+    """the file"""
+    series: list[Series]
+
+
+def find_measurements(model: str, folders: Sequence[Path]) -> Measurements | None:
+    """Return what `skipdit bench cache` wrote of a model into the first of these folders that has it. model: its name
+    or path. `ValueError` where the file is broken."""
+    name = f"{report_name(model)}.json"
+    for folder in folders:
+        if (folder / name).is_file():
+            return Measurements(
+                str(folder / name), _series(read_json(folder / name, ReportFields, max_bytes=MAX_REPORT_BYTES))
+            )
+    return None
+
+
+def _series(report: ReportFields) -> list[Series]:
+    found: dict[str, Series] = {}
+    for row in report["rows"]:
+        score = row.get("psnr") or row.get("psnr_db") or {}
+        speedup, psnr, group = row.get("speedup"), score.get("mean"), row.get("group", "others")
+        if speedup is None or psnr is None or group == "control":
+            continue
+        method = row.get("method", "")
+        series = found.setdefault(method, Series(method, group, []))
+        series.points.append(Point(row.get("setting", ""), speedup, psnr))
+    return [_front(each) for each in found.values()]
+
+
+def _front(series: Series) -> Series:
+    kept = front([(point.speedup, point.psnr_db) for point in series.points])
+    by_place = {(point.speedup, point.psnr_db): point for point in series.points}
+    return replace(series, points=[by_place[place] for place in kept])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A schedule for a speedup
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to calibrate for."""
+
+    speedup: float = 2.0
+    num_inference_steps: int = 30
+    num_samples: int = 2
+    guidance_scale: float = 2.0
+
+    @classmethod
+    def of(cls, speedup: object, num_inference_steps: object, num_samples: object) -> "Wanted":
+        """Return what the fields of a form ask for. `ValueError` where one is out of range."""
+        return cls(
+            speedup=number("the target speedup", speedup, 1.05, MAX_SPEEDUP),
+            num_inference_steps=whole("steps", num_inference_steps, 4, MAX_STEPS),
+            num_samples=whole("samples", num_samples, 1, MAX_SAMPLES),
+        )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A schedule, and what is known of it."""
+
+    name: str
+    method: CacheMethod
+    is_full: tuple[bool, ...]
+    compute_ratio: float
+    predicted_psnr_db: float
+    measured_psnr: str
+    """on the samples that it was found with"""
+    content: str
+    """of its schedule.json"""
+
+
+def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
+    """Find the schedule that costs a model least at a speedup, telling the job of every step. `ValueError` where the
+    speedup is out of reach, or the model has no long skips."""
+    config = CalibrateConfig(
+        speedups=(wanted.speedup,),
+        num_samples=wanted.num_samples,
+        num_inference_steps=wanted.num_inference_steps,
+        guidance_scale=wanted.guidance_scale,
+        trials=Trials(num_probed=min(8, wanted.num_inference_steps - 1)),
+        rivals=(),
+    )
+    pipeline = source.sampler.pipeline
+    made_for = made_for_of(pipeline, config)
+    total = config.num_inference_steps + 1 + config.trials.num_probed
+    with cancellable(pipeline, job):
+        job.tell(doing="measuring what reuse does at each step", done=0, total=total)
+        run = replace(make_runner(source, config), advance=job.advance)
+        measured = measure(run, config.site, config.trials, advance=job.advance)
+        check_finite(measured.reference)
+        job.tell(doing="trying schedules", done=0, total=0)
+        (found,) = find_schedules(measured, config, replace(run, advance=None))
+    content = json.dumps(to_fields(found, config, made_for), indent=1, allow_nan=False)
+    schedule = explicit(found.method)
+    name = f"made here: {wanted.speedup:g}x, {wanted.num_inference_steps} steps"
+    return Made(
+        name=name,
+        method=replace(_loaded(content), spec=name),
+        is_full=tuple(step in schedule.full_steps for step in range(schedule.num_inference_steps)),
+        compute_ratio=found.compute_ratio,
+        predicted_psnr_db=found.predicted_psnr_db,
+        measured_psnr=found.measured.text(1),
+        content=content,
+    )
+
+
+def _loaded(content: str) -> CacheMethod:
+    """Return the schedule as whoever downloads it will have it."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "schedule.json"
+        path.write_text(content, encoding="utf-8")
+        return load_schedule(path)

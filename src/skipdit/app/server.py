@@ -1,0 +1,174 @@
+"""The only way into the page: a server on loopback that answers what the page needs, and nothing else."""
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from skipdit.app.config import AppOptions
+from skipdit.app.downloads import PREFIX, Downloads
+from skipdit.app.jobs import Jobs
+from skipdit.app.models import Models
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+API = "/gradio_api"
+# what the page asks for; Gradio has many more routes, for files, uploads, proxies and editing, which it does not need
+READ = re.compile(
+    r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:static|assets|svelte)/.*|/download/[\w-]+/[\w.-]+"
+    rf"|{API}/(?:info|app_id|startup-events|theme\.css|queue/data|heartbeat/\w+)"
+)
+WRITTEN = re.compile(rf"{API}/(?:queue/join|cancel|reset)/?")
+HEADERS = {
+    # the page's own scripts and styles, and pictures that are in the page itself
+    "Content-Security-Policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+        "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
+        "frame-ancestors 'none'; form-action 'self'; base-uri 'self'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def is_loopback(host: str) -> bool:
+    return host in LOOPBACK
+
+
+def refusal(method: str, path: str, host: str, origin: str | None, *, loopback: bool) -> int | None:
+    """Return the status with which a request is refused; `None` for one that is answered.
+
+    host, origin: of the request's headers. Another site's script cannot reach a page on loopback by a name that it
+    makes point there, nor send it anything.
+    """
+    name = urlsplit(f"//{host}").hostname or ""
+    if loopback and not is_loopback(name):
+        return 403
+    if method in ("GET", "HEAD"):
+        return None if READ.fullmatch(path) else 404
+    if method != "POST" or not WRITTEN.fullmatch(path):
+        return 404
+    return None if origin is None or urlsplit(origin).netloc == host else 403
+
+
+class Guard:
+    """Lets through what `refusal` does not refuse, and adds `HEADERS` to every answer."""
+
+    def __init__(self, app: ASGIApp, *, loopback: bool) -> None:
+        self.app, self.loopback = app, loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # the page has no web sockets
+            return
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        status = refusal(scope["method"], scope["path"], host, origin, loopback=self.loopback)
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        answer = self.app if status is None else Response(status_code=status)
+        await answer(scope, receive, send_with_headers)
+
+
+def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = None, css: str = "") -> FastAPI:
+    """Return the page as a web application."""
+    import gradio
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, loopback=loopback)
+
+    @app.get(f"{PREFIX}{{token}}/{{name}}")
+    def download(token: str, name: str) -> Response:
+        found = downloads.get(token)
+        if found is None or found.name != name:
+            return Response(status_code=404)
+        return Response(found.content, headers={"Content-Disposition": f'attachment; filename="{found.name}"'})
+
+    blocks.queue(default_concurrency_limit=4, api_open=False)
+    return gradio.mount_gradio_app(
+        app,
+        blocks,
+        path="/",
+        allowed_paths=[],
+        footer_links=[],
+        run_history=False,
+        max_file_size=1,
+        ssr_mode=False,
+        show_error=False,
+        enable_monitoring=False,
+        pwa=False,
+        theme=theme,
+        css=css,
+    )
+
+
+@contextmanager
+def private_gradio() -> Iterator[None]:
+    """Keep Gradio from the network, and its files in a folder of their own, inside the block. To be entered before
+    Gradio is imported."""
+    with TemporaryDirectory(prefix="skipdit-app-") as folder:
+        settings = {
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "GRADIO_TEMP_DIR": folder,
+            "GRADIO_SSR_MODE": "False",
+        }
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound. `ValueError` where that cannot be."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {host}, port {port} ({error}): give another --port or --host") from error
+
+
+def serve(options: AppOptions) -> None:
+    """Serve the page until it is stopped. `ValueError` or `OSError` where a model or the port cannot be had."""
+    loopback = is_loopback(options.host)
+    with listen(options.host, options.port) as bound, private_gradio():
+        port = bound.getsockname()[1]
+        if not loopback:
+            print(
+                f"skipdit: warning: everyone who can reach port {port} of this machine can use the page: it has no "
+                "password",
+                file=sys.stderr,
+            )
+        from skipdit.app.page import Page, css, make_theme
+
+        jobs, downloads = Jobs(), Downloads()
+        try:
+            page = Page(Models(options.models, options.device), jobs, downloads, options.results)
+            app = make_app(page.build(), downloads, loopback=loopback, theme=make_theme(), css=css())
+            settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+            name = f"[{options.host}]" if ":" in options.host else options.host
+            print(f"the page is at http://{name}:{port} (Ctrl-C stops it)", flush=True)
+            uvicorn.Server(settings).run(sockets=[bound])
+        finally:
+            jobs.close()

@@ -1,0 +1,204 @@
+"""What reuse was measured to do to a model at each timestep, and the schedule that follows for a run of any timesteps.
+
+A calibrated schedule.json keeps this table, so that it serves runs of other numbers of steps than its own: the schedule
+is planned anew, at the same compute, when such a run begins.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+from jaxtyping import Float
+
+RIDGE = 1e-2  # of the mean square of the terms: draws factors to 1, those of Taylor's expansion
+NODES = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    8,
+    10,
+    13,
+    17,
+    21,
+)  # steps back at which changes are kept; between them they are interpolated
+COHERENCE = 0.5  # how the errors of the steps between two full ones add up: between power (0) and amplitude (1)
+MAX_LOOKBACK = 48  # steps of a run, between a reuse step and a full one
+
+
+def fit_factors(
+    products: Float[np.ndarray, "*many terms terms"], ridge: float = RIDGE
+) -> Float[np.ndarray, "*many terms_but_first"]:
+    """Return the factors of the terms of an expansion, but the first, for which its error is least.
+
+    products: inner products of the errors that each term makes; their sum is the error of Taylor's expansion.
+    """
+    inner = products[..., 1:, 1:]
+    size = inner.shape[-1]
+    scale = np.maximum(np.trace(inner, axis1=-2, axis2=-1) / size, 1e-30)
+    towards = products[..., 1:, :].sum(axis=-1)
+    return 1 - np.linalg.solve(inner + ridge * scale[..., None, None] * np.eye(size), towards[..., None])[..., 0]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ErrorTable:
+    """What the values of earlier steps in place of those of a step do to the final sample, for predictions of order 1.
+
+    grams: of each step of the calibrated run, the inner products of the changes of the final sample that the values of
+        `nodes` steps before make, of shape (steps, nodes, nodes); where that is before the first step, those of the
+        first. Changes of several steps back add up as the values of a linear prediction do.
+    """
+
+    timesteps: tuple[float, ...]
+    """Of the calibrated run, falling."""
+    nodes: tuple[int, ...]
+    """Rising from 1."""
+    grams: Float[np.ndarray, "steps nodes nodes"]
+    reuse_cost: float
+    """Of a reuse step, in full steps."""
+
+    def __post_init__(self) -> None:
+        count = len(self.timesteps)
+        if count < 3 or list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
+            raise ValueError(f"timesteps of an error table must be 3 or more falling numbers, got {self.timesteps}")
+        if self.nodes[:1] != (1,) or list(self.nodes) != sorted(set(self.nodes)) or len(self.nodes) < 3:
+            raise ValueError(f"nodes of an error table must be 3 or more, rising from 1, got {self.nodes}")
+        if self.grams.shape != (count, len(self.nodes), len(self.nodes)) or not np.isfinite(self.grams).all():
+            raise ValueError(
+                f"grams of an error table must be finite, of {count} steps and {len(self.nodes)} nodes, got shape "
+                f"{self.grams.shape}"
+            )
+        if not 0 <= self.reuse_cost < 1:
+            raise ValueError(f"reuse_cost must be at least 0 and below 1, got {self.reuse_cost:g}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Errors of single reuse steps
+
+    def place(self, timestep: float) -> float:
+        """Return how many steps of the calibrated run are before a timestep, with fractions; outside it, its ends."""
+        levels, after = self.timesteps, bisect_left(self.timesteps, -timestep, key=lambda level: -level)
+        if after in (0, len(levels)):
+            return float(min(after, len(levels) - 1))
+        return after - (timestep - levels[after]) / (levels[after - 1] - levels[after])
+
+    def weights(self, back: Float[np.ndarray, " many"]) -> Float[np.ndarray, "many nodes"]:
+        """Return the weights of the nodes in the change that values from so many steps back make: cubic between the
+        four nearest, of which one is the step itself, where there is no change."""
+        nodes = np.array((0, *self.nodes), dtype=float)
+        back = np.clip(back, 0, nodes[-1])
+        first = np.clip(np.searchsorted(nodes, back, side="right") - 2, 0, len(nodes) - 4)
+        found = np.zeros((len(back), len(nodes)))
+        for one in range(4):
+            at = nodes[first + one]
+            factor = np.ones(len(back))
+            for other in range(4):
+                if other != one:
+                    factor *= (back - nodes[first + other]) / (at - nodes[first + other])
+            found[np.arange(len(back)), first + one] = factor
+        return found[:, 1:]
+
+    def products(
+        self, place: float, last: Float[np.ndarray, " many"], before: Float[np.ndarray, " many"]
+    ) -> Float[np.ndarray, "many 2 2"]:
+        """Return the inner products of what both terms of a linear prediction do: the last values, and what the change
+        since the values before them adds. All arguments are places; `last` and `before` may be equal, for no change."""
+        found = np.zeros((len(last), 2, 2))
+        distance, spacing = place - last, last - before
+        ahead = np.where(spacing > 0, distance / np.where(spacing > 0, spacing, 1), 0)[:, None]
+        low = int(min(math.floor(place), len(self.grams) - 1))
+        for row, share in ((low, 1 - (place - low)), (low + 1, place - low)):
+            if share > 0:
+                held = self.weights(np.minimum(distance, row))
+                change = ahead * (held - self.weights(np.minimum(place - before, row)))
+                terms = np.stack([held, change], axis=1)
+                found += share * (terms @ self.grams[min(row, len(self.grams) - 1)] @ terms.swapaxes(1, 2))
+        return found
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Runs
+
+    @cached_property
+    def strides(self) -> Float[np.ndarray, " steps"]:
+        return -np.gradient(np.array(self.timesteps))
+
+    def reuse_errors(self, timesteps: Sequence[float]) -> Float[np.ndarray, "steps lookback lookback"]:
+        """Return the error of the final sample by reuse at each step of a run, where the last full step is `age` and
+        the one before it `age + spacing` steps back, at [step, age - 1, spacing - 1]; infinite where that is not known.
+        Only the first step has none before it: its own spacing counts as 1."""
+        places = np.array([self.place(timestep) for timestep in timesteps])
+        strides = -np.gradient(np.array(timesteps)) / np.interp(places, np.arange(len(self.strides)), self.strides)
+        size = min(MAX_LOOKBACK, len(timesteps) - 1)
+        found = np.full((len(timesteps), size, size), np.inf)
+        for step in range(1, len(timesteps)):
+            ages, spacings = np.meshgrid(np.arange(1, size + 1), np.arange(1, size + 1), indexing="ij")
+            last, before = step - ages, step - ages - spacings
+            alone = (last == 0) & (spacings == 1)
+            known = (last >= 0) & ((before >= 0) | alone)
+            before = np.where(alone, last, before)
+            known &= places[step] - places[np.where(known, before, 0)] <= self.nodes[-1] + 1e-6
+            if known.any():
+                products = self.products(places[step], places[last[known]], places[before[known]])
+                factors = np.concatenate([np.ones((len(products), 1)), fit_factors(products)], axis=1)
+                error = np.einsum("ni,nij,nj->n", factors, products, factors)
+                found[step][known] = np.maximum(error, 0) * strides[step] ** 2
+        return found
+
+    def plan(self, timesteps: Sequence[float], speedup: float) -> tuple[int, ...] | None:
+        """Return the full steps of least error for a run of these timesteps, so many of them that it is as near as can
+        be to `speedup` times as fast as without a cache; `None` where none are known."""
+        count = len(timesteps)
+        num_full = round((count / speedup - self.reuse_cost * count) / (1 - self.reuse_cost))
+        if not 1 <= num_full < count:
+            return None
+        return _plan(self, tuple(timesteps), num_full)
+
+
+@lru_cache(maxsize=1024)
+def factor_at(table: ErrorTable, timestep: float, last: float, before: float) -> float:
+    """Return the factor of the linear term at a timestep, given those of the last two full steps."""
+    places = np.array([table.place(last)]), np.array([table.place(before)])
+    return float(fit_factors(table.products(table.place(timestep), *places))[0, 0])
+
+
+@lru_cache(maxsize=32)
+def _plan(table: ErrorTable, timesteps: tuple[float, ...], num_full: int) -> tuple[int, ...] | None:
+    """Return the full steps of least error, so many of them, by dynamic programming on the last two of them."""
+    errors = table.reuse_errors(timesteps)
+    count, size = errors.shape[:2]
+    # rest[last, spacing - 1, length]: the error of so many reuse steps after a full one
+    rest = np.full((count, size, size + 1), np.inf)
+    for last in range(count):
+        longest = min(size, count - 1 - last)
+        ages = np.arange(longest)
+        parts = errors[last + 1 + ages, ages].T  # spacing, age
+        power, amplitude = parts.cumsum(axis=1), np.sqrt(parts).cumsum(axis=1) ** 2
+        rest[last, :, 0] = 0
+        rest[last, :, 1 : longest + 1] = (1 - COHERENCE) * power + COHERENCE * amplitude
+    # least[last, spacing - 1]: the error up to the full step `last`, after so many full steps
+    least = np.full((count, size), np.inf)
+    least[0, 0] = 0
+    came_from = []
+    for _ in range(num_full - 1):
+        following = np.full((count, size), np.inf)
+        origin = np.zeros((count, size), dtype=int)
+        for gap in range(1, size + 1):
+            reached = least[:-gap] + rest[:-gap, :, gap - 1]
+            origin[gap:, gap - 1] = reached.argmin(axis=1)
+            following[gap:, gap - 1] = reached.min(axis=1)
+        came_from.append(origin)
+        least = following
+    lengths = count - 1 - np.arange(count)
+    ends = np.where((lengths <= size)[:, None], least + rest[np.arange(count), :, np.minimum(lengths, size)], np.inf)
+    last, spacing = np.unravel_index(int(ends.argmin()), ends.shape)
+    if not np.isfinite(ends[last, spacing]):
+        return None
+    found = [int(last)]
+    for origin in reversed(came_from):
+        last, spacing = last - spacing - 1, origin[last, spacing]
+        found.append(int(last))
+    return tuple(reversed(found))

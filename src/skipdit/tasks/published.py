@@ -1,0 +1,225 @@
+"""Pipelines of diffusers as they are published, with text encoders of their own: opened by diffusers, sampled as they
+come.
+
+These tasks are no rows of `TASKS`: nothing of ours trains or builds such a pipeline. They know it by its call alone.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, TypedDict
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from skipdit.checkpoints import load_model
+from skipdit.checkpoints.parts import INDEX_NAME
+from skipdit.checkpoints.reading import read_config
+from skipdit.command_options import PipelineOptions
+from skipdit.files.untrusted import as_type, printable
+from skipdit.pipelines import SamplingOptions, keep_broken
+from skipdit.tasks.task import Chosen, Sampler, Task, spread
+
+LIBRARIES = ("diffusers", "transformers")  # of the parts; a part may also be of a module of `diffusers.pipelines`
+GIVEN = ("image", "video")  # arguments of pipelines that change something that is given
+ANY_SIZE = 2**16  # of pictures whose size is known to the pipeline alone
+
+
+class Sizes(TypedDict, total=False):
+    """What is read of the config of a pipeline's transformer: sizes that a file of weights does not always show."""
+
+    num_attention_heads: int
+    sample_size: int
+    video_length: int
+
+
+class PublishedTask(Task):
+    """A pipeline of diffusers as its call describes it. Abstract."""
+
+    num_samples = batch_size = 1  # one picture of a large model may fill a GPU
+    is_video = False
+    has_own_pipeline = False
+    model_class = nn.Module
+
+    def __init__(self, size: Mapping[str, int]) -> None:
+        self.size = size
+
+    def picture_size(self, pipeline: Any) -> int:
+        return min((self.size[name] for name in ("height", "width") if name in self.size), default=ANY_SIZE)
+
+    def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
+        if options.guidance != "full":
+            raise ValueError(f"guidance {options.guidance!r} is for models that skipdit train has made")
+        if options.guidance_channels is not None:
+            raise ValueError(f"guidance_channels is for models of skipdit, got {options.guidance_channels}")
+        made = pipeline(
+            **{self.argument: list(conditions)},
+            **self.guidance(pipeline, options.guidance_scale, len(conditions)),
+            **self.size,
+            num_inference_steps=options.num_inference_steps,
+            generator=options.generator,
+            output_type="pt",
+        )
+        samples = made.frames if self.is_video else made.images
+        if isinstance(samples, np.ndarray):  # (b h w c)
+            samples = torch.from_numpy(samples).movedim(-1, 1)
+        return keep_broken(samples.float())
+
+    @property
+    def argument(self) -> str:
+        """The argument of the pipeline's call that says what to make."""
+        return "prompt"
+
+    def guidance(self, pipeline: Any, scale: float, count: int) -> dict[str, Any]:
+        """Return what the call takes in place of a guidance scale: Qwen-Image guides where it has a negative prompt."""
+        parameters = inspect.signature(type(pipeline).__call__).parameters
+        if "guidance_scale" in parameters and parameters["guidance_scale"].default is not None:
+            return {"guidance_scale": scale}
+        if "true_cfg_scale" in parameters:
+            return {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
+        return {}
+
+
+class PublishedPictures(PublishedTask):
+    """Pictures of prompts."""
+
+    name, option = "text-to-image", "prompt"
+
+    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+        """Choose prompts; `ValueError` where there are none."""
+        if not values:
+            raise ValueError(f"a {type(pipeline).__name__} needs --prompt, got none")
+        prompts = list(values if count is None else islice(cycle(values), count))
+        return Chosen(prompts, prompts)
+
+
+class PublishedClips(PublishedPictures):
+    """Clips of prompts."""
+
+    name, is_video = "text-to-video", True
+
+
+class PublishedClasses(PublishedTask):
+    """Pictures of classes, of which the pipeline knows the names."""
+
+    name, option = "class-to-image", "labels"
+
+    @property
+    def argument(self) -> str:
+        return "class_labels"
+
+    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+        """Choose classes, by number or name, or else spread over all; `ValueError` on one that is unknown."""
+        num_classes = pipeline.transformer.config.num_embeds_ada_norm
+        labels = [_find_class(value, pipeline.labels, num_classes) for value in values]
+        labels = labels or spread(count or num_classes, num_classes)
+        labels = labels if count is None else list(islice(cycle(labels), count))
+        names = {number: name for name, number in pipeline.labels.items()}
+        return Chosen(labels, [names.get(label, str(label)) for label in labels])
+
+
+def _find_class(value: str, labels: Mapping[str, int], num_classes: int) -> int:
+    """Return the number of a class; labels: numbers by name."""
+    if value in labels:
+        return labels[value]
+    if not value.isdecimal():
+        near = difflib.get_close_matches(value, labels, n=1)
+        raise ValueError(f"no class is called {value}" + "".join(f"; did you mean {name}" for name in near))
+    if int(value) >= num_classes:
+        raise ValueError(f"label numbers go from 0 to {num_classes - 1}, got {value}")
+    return int(value)
+
+
+def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, options: PipelineOptions) -> Sampler:
+    """Return the pipeline in a folder, opened by diffusers, from files of this machine alone.
+
+    index: its `model_index.json`. options: another transformer for it, and what its call is given.
+
+    `ValueError` naming the folder where it is no pipeline of diffusers, makes its samples of more than a prompt or a
+    class, has no transformer, or is not whole.
+    """
+    kind = _pipeline_class(folder, index)
+    parameters = inspect.signature(kind.__call__).parameters
+    task_class = _task_class(parameters)
+    if task_class is None or any(name in parameters for name in GIVEN):
+        raise ValueError(
+            f"{printable(folder)} is a {kind.__name__}, which needs more than a prompt or a class: load it with "
+            "diffusers, then call skipdit.enable_cache(pipeline, 'auto')"
+        )
+    size = _size(kind, parameters, options)
+    replaced = {} if options.transformer is None else {"transformer": _load_instead(options.transformer, folder, dtype)}
+    try:
+        pipeline: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **replaced)
+    except Exception as error:  # untrusted configs may raise any type
+        raise ValueError(f"{printable(folder)} is not a whole {kind.__name__}: {printable(str(error))}") from error
+    if pipeline.components.get("transformer") is None:
+        raise ValueError(f"{printable(folder)} is a {kind.__name__}, which has no transformer to cache")
+    return Sampler(task_class(size), pipeline)
+
+
+def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
+    name = index["_class_name"]
+    kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        raise ValueError(
+            f"{printable(folder)} is a {printable(name)}, a pipeline neither of skipdit nor of diffusers "
+            f"{diffusers.__version__}"
+        )
+    for part, value in index.items():
+        if part.startswith("_") or not isinstance(value, list) or value == [None, None]:
+            continue
+        library = value[0] if len(value) == 2 else None
+        if library not in LIBRARIES and not (isinstance(library, str) and hasattr(diffusers.pipelines, library)):
+            raise ValueError(f"the {printable(part)} in {printable(folder / INDEX_NAME)} is of an unknown library")
+        if library == "transformers" and find_spec("transformers") is None:
+            raise ValueError(f'the {printable(part)} of a {name} needs transformers: pip install "skipdit[pipelines]"')
+    return kind
+
+
+def _load_instead(path: str, folder: Path, dtype: torch.dtype) -> Any:
+    """Return the transformer in a checkpoint, with the sizes in the config of the folder's; `ValueError` where it is of
+    another class."""
+    config = read_config(folder / "transformer")
+    sizes = as_type(config, Sizes, printable(folder / "transformer"))
+    transformer = load_model(
+        path,
+        num_attention_heads=sizes.get("num_attention_heads"),
+        sample_size=sizes.get("sample_size"),
+        num_frames=sizes.get("video_length"),
+        dtype=dtype,
+    )
+    name = config.get("_class_name")
+    if name not in {kind.__name__ for kind in type(transformer).__mro__}:
+        raise ValueError(
+            f"{printable(path)} holds a {type(transformer).__name__}, {printable(folder)} needs a {printable(name)}"
+        )
+    return transformer
+
+
+def _task_class(parameters: Mapping[str, Any]) -> type[PublishedTask] | None:
+    if "class_labels" in parameters:
+        return PublishedClasses
+    if "prompt" in parameters:
+        return PublishedClips if {"num_frames", "video_length"} & set(parameters) else PublishedPictures
+    return None
+
+
+def _size(kind: type[DiffusionPipeline], parameters: Mapping[str, Any], options: PipelineOptions) -> dict[str, int]:
+    """Return the options of size under the names of the pipeline's call."""
+    size: dict[str, int] = {}
+    for name, value in (("height", options.height), ("width", options.width), ("num_frames", options.num_frames)):
+        argument = "video_length" if name == "num_frames" and "video_length" in parameters else name
+        if value is None:
+            continue
+        if argument not in parameters:
+            raise ValueError(f"a {kind.__name__} takes no {name}, got {value}")
+        size[argument] = value
+    if size and "use_resolution_binning" in parameters:
+        return {**size, "use_resolution_binning": False}  # else the nearest size of a list
+    return size

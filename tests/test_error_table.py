@@ -1,0 +1,165 @@
+"""Errors per timestep: what they say of single steps, and the schedules planned from them, beside plain loops."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_pipeline
+
+from skipdit.cache.enable import cache_summary, enable_cache
+from skipdit.cache.error_table import COHERENCE, NODES, ErrorTable, factor_at, fit_factors
+from skipdit.cache.methods import load_schedule
+from skipdit.cache.predictor import Ahead, FittedPredictor
+from skipdit.cache.schedule_file import fields_of
+from skipdit.pipelines import ClassToImagePipeline
+
+TIMESTEPS = tuple(1000 * (1 - step / 25) for step in range(25))
+
+
+def table_of(curve: Any, *, cost: float = 0.1) -> ErrorTable:
+    """The table of values that follow a curve over timesteps, (steps, dim), and change the sample as they are."""
+    values = np.stack([curve(timestep) for timestep in TIMESTEPS])
+    grams = np.zeros((len(TIMESTEPS), len(NODES), len(NODES)))
+    for step in range(len(TIMESTEPS)):
+        changes = np.stack([values[max(step - node, 0)] - values[step] for node in NODES])
+        grams[step] = changes @ changes.T
+    return ErrorTable(timesteps=TIMESTEPS, nodes=NODES, grams=grams, reuse_cost=cost)
+
+
+def waves(timestep: float) -> np.ndarray:
+    """Fast at low noise."""
+    return np.array([np.sin(timestep / 200), np.cos(timestep / 150), np.exp(-timestep / 100)])
+
+
+@pytest.mark.parametrize("timesteps", [TIMESTEPS, tuple(1000 * (1 - step / 60) for step in range(60))])
+def test_errors_are_those_of_fitted_linear_predictions(timesteps: tuple[float, ...]) -> None:
+    """On the measured timesteps exactly, on others as near as the curve can be interpolated."""
+    table = table_of(waves)
+    errors = table.reuse_errors(timesteps)
+    stride = (timesteps[0] - timesteps[1]) / (TIMESTEPS[0] - TIMESTEPS[1])
+    found, expected, off = [], [], []
+    for step, age, spacing in itertools.product(range(8, len(timesteps) - 1), (1, 2, 4), (1, 2, 4)):
+        if step - age - spacing < 4:
+            continue
+        now, last, before = (waves(timesteps[at]) for at in (step, step - age, step - age - spacing))
+        terms = np.stack([last - now, age / spacing * (last - before)])
+        factor = fit_factors(terms @ terms.T)[0]
+        expected.append(np.square(terms[0] + factor * terms[1]).sum() * stride**2)
+        found.append(errors[step, age - 1, spacing - 1])
+        levels = timesteps[step], timesteps[step - age], timesteps[step - age - spacing]
+        off.append(abs(factor_at(table, *levels) - factor))
+    off.extend(np.abs(np.log(np.array(found) / np.array(expected))) / 4)
+    assert np.median(off) < (1e-6 if timesteps is TIMESTEPS else 0.05)
+
+
+@pytest.mark.parametrize("num_full", [3, 5, 7])
+@pytest.mark.parametrize("num_steps", [9, 11])
+def test_a_plan_has_the_least_error_of_all_schedules(num_full: int, num_steps: int) -> None:
+    table = table_of(waves)
+    timesteps = [1000 * (1 - step / num_steps) for step in range(num_steps)]
+    errors = table.reuse_errors(timesteps)
+
+    def error(full: tuple[int, ...]) -> float:
+        total, before = 0.0, None
+        for last, following in zip(full, [*full[1:], num_steps], strict=True):
+            spacing = 1 if before is None else last - before
+            parts = [errors[step, step - last - 1, spacing - 1] for step in range(last + 1, following)]
+            total += (1 - COHERENCE) * sum(parts) + COHERENCE * sum(np.sqrt(part) for part in parts) ** 2
+            before = last
+        return total
+
+    speedup = num_steps / (num_full + table.reuse_cost * (num_steps - num_full))
+    plan = table.plan(timesteps, speedup)
+    assert plan is not None
+    assert len(plan) == num_full
+    every = itertools.combinations(range(1, num_steps), num_full - 1)
+    assert error(plan) == pytest.approx(min(error((0, *rest)) for rest in every))
+
+
+def test_a_plan_of_more_steps_is_dense_at_the_same_timesteps() -> None:
+    table = table_of(waves)
+    for num_steps in (50, 100):
+        timesteps = [1000 * (1 - step / num_steps) for step in range(num_steps)]
+        plan = table.plan(timesteps, 2.0)
+        assert plan is not None
+        full = [timesteps[step] for step in plan]
+        assert sum(level < 300 for level in full) > sum(300 <= level < 600 for level in full)
+        cost = len(plan) + table.reuse_cost * (num_steps - len(plan))
+        assert num_steps / cost == pytest.approx(2, rel=1.5 / num_steps * 2)
+
+
+def test_a_plan_for_a_run_that_can_only_be_full_is_none() -> None:
+    table = table_of(waves)
+    assert table.plan([1000.0], 2.0) is None
+    assert table.plan([1000.0, 500.0], 1.0) is None
+    assert table.plan(list(TIMESTEPS), 10.5) is None  # a run of reuse steps alone costs more
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In a schedule.json
+
+
+def schedule_fields(**changes: Any) -> dict[str, Any]:
+    full = [0, 1, 2, 4, 8, 12, 16, 18, 20, 22, 23, 24]
+    factors = [None if step in full else [0.5] for step in range(25)]
+    return {
+        "method": "skip-taylor", "order": 1, "num_inference_steps": 25, "timesteps": TIMESTEPS, "full_steps": full,
+        "factors": factors, "errors": fields_of(table_of(waves)),
+    } | changes  # fmt: skip
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "2x.json"
+    path.write_text(json.dumps(schedule_fields(**changes)))
+    return path
+
+
+def full_steps_of(pipeline: ClassToImagePipeline, num_steps: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    pipeline([1, 2], num_inference_steps=num_steps, generator=generator, output_type="latent")
+    return cache_summary(pipeline).steps_full
+
+
+def test_its_own_run_has_the_listed_steps_and_others_are_planned(tmp_path: Path) -> None:
+    method, table = load_schedule(write(tmp_path)), table_of(waves)
+    schedule = method.schedule
+    listed = [None if step in schedule_fields()["full_steps"] else 0 for step in range(25)]
+    assert schedule.decisions(TIMESTEPS) == listed
+    timesteps = [1000 * (1 - step / 40) for step in range(40)]
+    planned = table.plan(timesteps, 25 / (12 + 1.3))
+    assert planned is not None
+    assert [step for step, decision in enumerate(schedule.decisions(timesteps)) if decision is None] == list(planned)
+    # a bare model, whose timesteps are not known
+    assert schedule.decisions(timesteps, whole=False).count(None) == 12
+    predictor = method.predictor
+    assert isinstance(predictor, FittedPredictor)
+    expected = factor_at(table, 500.0, 550.0, 640.0)
+    assert predictor.coefficients(1, Ahead(2, 3, 500.0, 25.0, (550.0, 640.0)))[0] == pytest.approx(
+        2 * expected, rel=1e-3
+    )
+    assert predictor.coefficients(1, Ahead(2, 3, 500.0)) == [2 * 0.5]
+
+
+def test_a_pipeline_runs_what_was_planned(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline()
+    enable_cache(pipeline, write(tmp_path))
+    for num_steps in (20, 50):
+        full = full_steps_of(pipeline, num_steps)
+        assert full / num_steps == pytest.approx(12 / 25, abs=1 / num_steps)
+
+
+@pytest.mark.parametrize(("changes", "fault"), [
+    ({"order": 0, "factors": []}, "errors need an order of 1"),
+    ({"errors": fields_of(table_of(waves)) | {"nodes": [1, 2]}}, "triangle of a matrix of 2 rows"),
+    ({"errors": fields_of(table_of(waves)) | {"nodes": [2, *NODES[1:]]}}, "rising from 1"),
+    ({"errors": fields_of(table_of(waves)) | {"grams": fields_of(table_of(waves))["grams"][1:]}}, "of 25 steps"),
+    ({"errors": fields_of(table_of(waves)) | {"reuse_cost": 1.0}}, "below 1"),
+    ({"errors": fields_of(table_of(waves)) | {"more": 1}}, "more"),
+])  # fmt: skip
+def test_wrong_errors_are_told(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValueError, match=fault):
+        load_schedule(write(tmp_path, **changes))

@@ -1,0 +1,201 @@
+"""From published files to cached samples by the commands of docs/how-to/official-weights.md, on tiny files of the same
+layouts."""
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("sentencepiece")
+
+from published import PIPELINES, hunyuan_transformer, latte_transformer, randomize, sd_vae, write
+from tiny import listing
+
+import skipdit
+from skipdit.checkpoints import to_official
+from skipdit.cli import main
+from skipdit.models.dit import DiT
+from skipdit.models.latte import Latte
+
+SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "in_channels": 4}
+SMALL |= {"out_channels": 8, "patch_size": 2}
+TINY = ["--num-inference-steps", "6", "--device", "cpu", "--fewer-steps", "3"]
+SIZE = ["--height", "64", "--width", "64"]
+
+
+def dit(path: Path, long_skip: bool) -> None:
+    links = skipdit.LongSkipConfig() if long_skip else None
+    model = to_official(randomize(DiT(**SMALL, num_layers=8, num_classes=1000, long_skip=links)))
+    content: Any = model
+    if long_skip:  # a checkpoint of training: weights, their average, moments, and a namespace of arguments
+        moments = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 1e-4}]}
+        arguments = argparse.Namespace(model="DiT-skip", num_classes=1000, image_size=256, vae="ema")
+        content = {"model": model, "ema": model, "opt": moments, "args": arguments}
+    torch.save(content, path)
+
+
+def latte(path: Path, num_classes: int | None) -> None:
+    sizes = {**SMALL, "num_layers": 8, "num_frames": 16, "num_classes": num_classes}
+    torch.save({"ema": to_official(randomize(Latte(**sizes, long_skip=skipdit.LongSkipConfig())))}, path)
+
+
+def latte_text(path: Path) -> None:
+    model: Any = latte_transformer()
+    skipdit.add_long_skips(model, skipdit.LongSkipConfig())
+    state_dict = to_official(randomize(model))
+    torch.save({"model": state_dict, "ema": state_dict}, path)
+
+
+def hunyuan(path: Path) -> None:
+    state_dict = to_official(randomize(hunyuan_transformer()))
+    torch.save({key: tensor.half() for key, tensor in state_dict.items()}, path)
+
+
+FILES: dict[str, Callable[[Path], object]] = {
+    **PIPELINES,
+    "sd-vae-ft-ema": sd_vae,
+    "DiT-XL-2-256x256.pt": lambda path: dit(path, long_skip=False),
+    "DiT-XL-2-skip.pt": lambda path: dit(path, long_skip=True),
+    "ucf101-skip.pt": lambda path: latte(path, 101),
+    "ffs-skip.pt": lambda path: latte(path, None),
+    "skylapse-skip.pt": lambda path: latte(path, None),
+    "taichi-skip.pt": lambda path: latte(path, None),
+    "Latte-skip.pt": latte_text,
+    "pytorch_model_ema.pt": hunyuan,
+}
+
+
+def documented() -> list[str]:
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "official-weights.md"
+    return re.findall(r"^skipdit sample .*$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], None]:
+    """Makes a file or folder once, and a link to it in a test's folder."""
+    store = tmp_path_factory.mktemp("published")
+
+    def make(name: str, folder: Path) -> None:
+        if not (store / name).exists():
+            if not name.endswith(".pt"):
+                (store / name).mkdir()
+            FILES[name](store / name)
+        (folder / name).symlink_to(store / name)
+
+    return make
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    main(arguments)
+    return json.loads(Path("out", "report.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers and diffusers, about files as they were published
+@pytest.mark.parametrize("command", documented())
+def test_the_documented_command_samples_with_a_cache(
+    command: str, made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = shlex.split(command)[1:]
+    names = [word for word in words if word in FILES]
+    assert names, command
+    for name in names:
+        made(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    model = words[words.index("--model") + 1]
+    is_clip = "-skip.pt" in model and "DiT" not in model
+    tiny = [*TINY, "--num-attention-heads", "2"] if model.endswith(".pt") else [*TINY]
+    tiny += [] if model.startswith("DiT") or model.endswith(".pt") else SIZE
+    tiny += ["--num-frames", "5"] if model.startswith("Wan") else []
+    tiny += ["--num-samples", "1"] if is_clip and "--labels" not in words else []
+    report = run([*words, *tiny, "--out", "out"])
+    full, cached, fewer = report["rows"]
+    assert full["steps_full"] == 6
+    assert fewer["steps"] == 3
+    assert cached["steps_reused"] > 0
+    assert cached["compute_ratio"] > 1
+    assert report["broken_samples"] == {}
+    assert {"full.png", "cached.png", "comparison.png"} < set(listing(tmp_path / "out"))
+    is_clip = is_clip or model.startswith(("Wan", "Latte"))
+    assert (tmp_path / "out" / "cached.mp4").is_file() is is_clip
+
+
+def test_every_release_has_a_documented_command() -> None:
+    words = {word for command in documented() for word in shlex.split(command)}
+    assert set(FILES) <= words
+
+
+def test_a_schedule_of_the_authors_is_the_documented_one() -> None:
+    """Their own settings, by release."""
+    commands = {name: command for command in documented() for name in shlex.split(command) if name in FILES}
+    for name in ("ucf101-skip.pt", "ffs-skip.pt", "skylapse-skip.pt", "taichi-skip.pt"):
+        assert "--cache N2-900-49" in commands[name]
+    for name in ("Latte-skip.pt", "pytorch_model_ema.pt"):
+        assert "--cache N2-700-50" in commands[name]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_weights_of_tencent_and_the_weights_of_the_folder_sample_alike(
+    made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in the folder and, under Tencent's names and in {"ema": ...}, in a file."""
+    made("HunyuanDiT-v1.2-Diffusers", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": to_official(randomize(hunyuan_transformer()))}, "model.pt")
+    common = ["sample", "--model", "HunyuanDiT-v1.2-Diffusers", "--prompt", "a cat", *TINY, *SIZE, "--cache", "N2"]
+    main([*common, "--out", "folder"])
+    main([*common, "--transformer", "model.pt", "--out", "file"])
+    assert Path("folder", "cached.png").read_bytes() == Path("file", "cached.png").read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_sampled_is_said_in_one_line(
+    made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    for name in ("DiT-XL-2-256", "FLUX.1-dev", "DiT-XL-2-skip.pt"):
+        made(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    index = json.loads(Path("FLUX.1-dev", "model_index.json").read_text())
+    for name, changes in (
+        ("unknown", {"_class_name": "Flux9Pipeline"}),
+        ("foreign", {"tokenizer": ["os", "path"]}),
+        ("edit", {"_class_name": "FluxKontextPipeline"}),
+        ("half", {}),
+    ):
+        write(Path(name, "model_index.json"), index | changes)
+    for arguments, message in (
+        (["--model", "unknown"], "unknown is a Flux9Pipeline, a pipeline neither of skipdit nor of diffusers"),
+        (["--model", "foreign"], "the tokenizer in foreign/model_index.json is of an unknown library"),
+        (["--model", "edit"], "edit is a FluxKontextPipeline, which needs more than a prompt or a class"),
+        (["--model", "half"], "half is not a whole FluxPipeline: "),
+        (["--model", "FLUX.1-dev"], "a FluxPipeline needs --prompt, got none"),
+        (["--model", "FLUX.1-dev", "--labels", "3"], "a text-to-image model takes --prompt, not --labels"),
+        (["--model", "FLUX.1-dev", "--prompt", "a", "--guidance", "shallow"], "guidance 'shallow' is for models"),
+        (["--model", "FLUX.1-dev", "--prompt", "a", "--num-frames", "9"], "a FluxPipeline takes no num_frames, got 9"),
+        (["--model", "FLUX.1-dev", "--prompt", "a", "--num-classes", "9"], "num_classes is for a file of weights"),
+        (["--model", "FLUX.1-dev", "--prompt", "a", "--task", "text-to-video"], "is a text-to-image model, not"),
+        (["--model", "DiT-XL-2-256", "--labels", "1000"], "label numbers go from 0 to 999, got 1000"),
+        (
+            ["--model", "DiT-XL-2-256", "--labels", "clss 7"],
+            "no class is called clss 7; did you mean class 7",
+        ),
+        (["--model", "DiT-XL-2-256", "--transformer", "DiT-XL-2-skip.pt"], "holds a DiT, DiT-XL-2-256 needs"),
+        (
+            ["--model", "DiT-XL-2-skip.pt", "--height", "64"],
+            "height is for a pipeline of diffusers, which DiT-XL-2-skip",
+        ),
+        (["--model", "nowhere", "--height", "64"], "no model at nowhere: give "),
+        (["--height", "64"], "height is for a pipeline of diffusers, which emoji is not"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(["sample", *arguments, "--cache", "none", "--steps", "2", "--device", "cpu", "--out", "out"])
+        assert exit.value.code == 2
+        *_, line = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("skipdit: error: ")
+        assert message in line
