@@ -101,6 +101,7 @@ def test_an_option_without_a_text_is_found() -> None:
         "bench cache",
         "bench models",
         "calibrate",
+        "app",
     ],
 )
 def test_help_needs_no_pytorch(command: str) -> None:
@@ -109,7 +110,7 @@ def test_help_needs_no_pytorch(command: str) -> None:
         "from skipdit.cli import main\n"
         f"try: main([*'{command}'.split(), '--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'diffusers', 'numpy', 'gradio'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"usage: skipdit {command}" in printed
