@@ -564,7 +564,7 @@ def test_a_new_task_is_a_file_and_a_row(
     with np.load(tmp_path / "out" / "samples.npz") as found:
         assert (found["arr_0"].shape, found["arr_1"].tolist()) == ((3, 8, 8, 3), [0, 1, 0])
     capsys.readouterr()
-    for refused in (["--labels", "red"], ["--prompt", "a", "b", "c", "d"]):
+    for refused in (["--labels", "red"], ["--prompt", "a", "b", "c", "d", "--num-samples", "3"]):
         with pytest.raises(SystemExit):
             main(["sample", *options, *refused])
     errors = capsys.readouterr().err
