@@ -6,6 +6,7 @@ Each row is one setting of the bundled class-to-image model: the PSNR of `auto:2
 uncached run of fewer steps that costs as much. All start from the same noise. The stochastic solver draws noise in each
 step; a cached run draws what the run in full draws, one of fewer steps cannot. `other draws` is what a run in full gets
 that starts from the same noise and draws other noise on the way: nothing below it is alike.
+Settings that the .json in `--out` already has are not measured again: interrupted, it goes on where it was.
 """
 
 import argparse
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import wraps
 from itertools import product
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +67,22 @@ def other_draws(run: Runner) -> Tensor:
         del scheduler.step
 
 
-def measure(source: Source, options: argparse.Namespace) -> Iterator[Row]:
+def measure(source: Source, options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
+    """Yield a row per setting; `known` ones are not measured again."""
+    by_setting = {(row.solver, row.guidance_scale, row.num_steps): row for row in known}
     pipeline = source.sampler.pipeline
     pipeline.set_progress_bar_config(disable=True)
     own, cache = pipeline.scheduler.config, OwnCache.of(options.cache)
     conditions, _ = source.choose({}, options.num_samples)
     for solver, scale, num_steps in product(SOLVERS, options.scales, options.steps):
+        if (solver, scale, num_steps) in by_setting:
+            continue
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own, algorithm_type=SOLVERS[solver])
         run = Runner.of(
             source.sampler, conditions, num_inference_steps=num_steps, guidance_scale=scale, seed=options.seed
         )
         full, made = run().samples, run(cache)
-        fewer = ceil(num_steps / made.compute_ratio - 1e-6)
+        fewer = max(round(num_steps / made.compute_ratio), 1)
         other = None
         if solver == "stochastic":
             other = mean_psnr(other_draws(run), full)
@@ -98,9 +102,9 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: str) -> str
         f"bundled class-to-image model, {options.num_samples} pictures, seed {options.seed}, PSNR to the run in full "
         f"of the same number of steps, solver and guidance. {about}.",
         "",
-        "*Fewer steps*: as many uncached steps as the cached run cost. *Other draws*: a run in full from the same "
-        "start noise, with other noise in its steps, which shows what PSNR gives two pictures that start alike and are "
-        "not the same. Fewer steps of a stochastic solver draw other noise too, so that no gain is told there.",
+        "*Fewer steps*: as many uncached steps as the cached run cost, rounded. *Other draws*: a run in full from the "
+        "same start noise, with other noise in its steps, which shows what PSNR gives two pictures that only start "
+        "alike. Fewer steps of a stochastic solver draw other noise too, so that no gain is told there.",
         "",
         "| solver | guidance | steps | full | compute | cached dB | fewer steps | dB | gain dB | other draws dB |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -129,13 +133,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the start noise")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the .json and .md")
     options = parser.parse_args()
-    rows = list(measure(load_source(MODEL), options))
-    place = machine(torch.device("cpu"))
-    about = f"{place['name']}, {place['threads']} threads, " + ", ".join(f"{n} {v}" for n, v in versions().items())
     options.out.mkdir(parents=True, exist_ok=True)
-    data = {"rows": [asdict(row) for row in rows], "machine": place, "versions": versions()}
-    (options.out / "where_caching_fails.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (options.out / "where_caching_fails.md").write_text(to_markdown(rows, options, about), encoding="utf-8")
+    path = options.out / "where_caching_fails.json"
+    rows = [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]] if path.exists() else []
+    place, settings = machine(torch.device("cpu")), {"cache": options.cache, "num_samples": options.num_samples}
+    about = f"{place['name']}, {place['threads']} threads, " + ", ".join(f"{n} {v}" for n, v in versions().items())
+
+    def write() -> None:
+        rows.sort(key=lambda row: (row.solver, row.guidance_scale, row.num_steps))
+        data = {"rows": [asdict(row) for row in rows], **settings, "machine": place, "versions": versions()}
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(to_markdown(rows, options, about), encoding="utf-8")
+
+    for row in measure(load_source(MODEL), options, rows):
+        rows.append(row)
+        write()
+    write()
 
 
 if __name__ == "__main__":

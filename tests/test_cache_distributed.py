@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import ContextParallelConfig
 from tiny import TINY_FAMILIES, TinyFamily, randomize, tiny_dit
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -41,6 +43,10 @@ ADAPTIVE = {
     "DiT": ("fbcache:0.6", "teacache:0.6", "adacache:0.6"),
     PIXART: ("fbcache:0.1", "teacache:0.4", "adacache:0.2"),
 }
+
+WAN = "WanTransformer3DModel"
+SPLIT = ("N2", "skip-taylor:N3-900-50-o1", "delta:N2", "fora:N3", "easycache:0.3")
+SPLIT_ADAPTIVE = ("fbcache:0.03", "teacache:0.3", "seacache:0.3")
 
 
 def build(name: str) -> Any:
@@ -145,7 +151,38 @@ def ranks_fsdp_opened(rank: int) -> Iterator[tuple[str, Any]]:
     assert all(torch.equal(a, b) for a, b in zip(loop.outputs, again.outputs, strict=True))
 
 
-RANKS = {"ddp": ranks_ddp, "fsdp": ranks_fsdp, "fsdp_opened": ranks_fsdp_opened}
+def ranks_context_parallel(rank: int) -> Iterator[tuple[str, Any]]:
+    """Both ranks make the same run, each with half of the tokens; the cache is on before diffusers' hooks are."""
+    torch.accelerator.device_count = lambda: 1  # a CPU, whose number diffusers asks for
+    family, model = TINY_FAMILIES[WAN], build(WAN)
+    enable_cache(model, "N1")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2, mesh=mesh))
+    for spec in (*SPLIT, *SPLIT_ADAPTIVE):
+        enable_cache(model, spec)
+        yield spec, run(model, model, family, 0)
+    arguments = {**family.arguments(), "return_dict": False}
+    exchanged = []
+    for spec in ("N1", "N2"):
+        enable_cache(model, spec)
+        for timestep in (900.0, 800.0):
+            arguments["timestep"] = torch.full_like(arguments["timestep"], timestep)
+            with torch.no_grad(), CommDebugMode() as watched:
+                model(**arguments)
+            exchanged.append(watched.get_total_counts())
+    disable_cache(model)
+    with torch.no_grad(), CommDebugMode() as watched:
+        output = model(**arguments)[0]
+    yield "exchanged", [watched.get_total_counts(), *exchanged]
+    yield "plain", output
+
+
+RANKS = {
+    "ddp": ranks_ddp,
+    "fsdp": ranks_fsdp,
+    "fsdp_opened": ranks_fsdp_opened,
+    "context_parallel": ranks_context_parallel,
+}
 
 
 def main() -> None:
@@ -192,6 +229,43 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], texts
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("spec", SPLIT)
+def test_under_context_parallelism_a_cache_gives_what_one_process_gives(spec: str, ranks: list[dict[str, Any]]) -> None:
+    expected = alone(WAN, spec, 0)
+    assert 0 < len(expected.full) < len(STEPS)
+    for rank in range(2):
+        loop = ranks[rank][f"context_parallel {spec}"]
+        assert loop["full"] == expected.full
+        assert loop["summary"]["peak_bytes_held"] <= expected.summary["peak_bytes_held"]
+        for out, wanted in zip(loop["outputs"], expected.outputs, strict=True):
+            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", SPLIT_ADAPTIVE)
+def test_under_context_parallelism_ranks_decide_alike(spec: str, ranks: list[dict[str, Any]]) -> None:
+    loops = [ranks[rank][f"context_parallel {spec}"] for rank in range(2)]
+    full = loops[0]["full"]
+    assert loops[1]["full"] == full
+    assert 1 < len(full) < len(STEPS)
+    method = parse_method(spec)
+    listed = ExplicitSchedule(full_steps=tuple(full), num_inference_steps=len(STEPS))
+    expected = alone(WAN, CacheMethod(schedule=listed, site=method.site, predictor=method.predictor), 0)
+    for loop in loops:
+        for out, wanted in zip(loop["outputs"], expected.outputs, strict=True):
+            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cache_exchanges_no_more_than_its_model(ranks: list[dict[str, Any]]) -> None:
+    for rank in range(2):
+        without, *_, full, reuse = ranks[rank]["context_parallel exchanged"]
+        assert reuse < full == without
+        with torch.no_grad():
+            arguments = TINY_FAMILIES[WAN].arguments()
+            arguments["timestep"] = torch.full_like(arguments["timestep"], 800.0)
+            plain = build(WAN)(**arguments, return_dict=False)[0]
+        torch.testing.assert_close(ranks[rank]["context_parallel plain"], plain, atol=1e-5, rtol=1e-5)
 
 
 def check_alike(loop: dict[str, Any], expected: Loop) -> None:

@@ -181,6 +181,18 @@ def test_a_run_of_so_few_steps_that_a_cache_gains_nothing_is_told(spec: str) -> 
     serve(12)
 
 
+def test_so_is_one_of_more_steps_with_strong_guidance() -> None:
+    pipeline = tiny_pipeline()
+
+    def serve(guidance_scale: float) -> None:
+        with cached(pipeline, "N2"):
+            pipeline([1], num_inference_steps=12, guidance_scale=guidance_scale, output_type="latent")
+
+    serve(4.0)
+    with pytest.warns(UserWarning, match="in a run of 12 steps at guidance 8: steps so far apart"):
+        serve(8.0)
+
+
 def test_a_part_of_a_longer_run_is_not_taken_for_one_of_few_steps() -> None:
     whole = [1000 * (1 - step / 50) for step in range(50)]
     part = AutoSchedule(speedup=2).for_cost(0.1).decisions(whole[-12:])

@@ -13,12 +13,13 @@ from tiny import flops_of, listing, randomize, tiny_dit
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache, recorded
 from skipdit.cache.fingerprint import fingerprint
-from skipdit.cache.methods import parse_method
+from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange
 from skipdit.cache.steppers import CacheRule
-from skipdit.calibration.calibrate import Row, at_compute, calibrate
+from skipdit.calibration.calibrate import Row, at_compute, calibrate, held_out
 from skipdit.calibration.config import CalibrateConfig
-from skipdit.calibration.find import Clock, find_schedules, score, search_for
+from skipdit.calibration.find import Clock, Found, find_schedules, score, search_for
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import (
@@ -326,6 +327,25 @@ def test_a_clock_measures_a_full_run_and_a_cached_one(pipeline: ClassToImagePipe
     assert clock.num_steps == NUM_STEPS
     assert clock.seconds > 0
     assert clock.seconds_per_step < clock.seconds
+
+
+def test_a_schedule_by_the_clock_is_a_calibrated_one_in_the_report(pipeline: ClassToImagePipeline) -> None:
+    """Its name was split as that of a rule of kin."""
+    method = CacheMethod(schedule=IntervalSchedule(interval=2))
+    found = [
+        Found(
+            name=name,
+            method=method,
+            compute_ratio=1.5,
+            predicted_psnr_db=40.0,
+            measured=PairedScore(mean=40.0, std=0.0, num=2),
+        )
+        for name in ("1.3x-clock", "dpcache-1.3x")
+    ]
+    config = CalibrateConfig(num_inference_steps=NUM_STEPS, by_clock=True, rivals=())
+    first, second, *_ = held_out(found, config, runner(pipeline))
+    assert (first.group, first.name) == ("calibrated skip-taylor", "1.3x-clock")
+    assert (second.group, second.name) == ("rule of dpcache", "1.3x")
 
 
 def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> None:

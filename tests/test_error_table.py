@@ -80,18 +80,6 @@ def test_a_plan_has_the_least_error_of_all_schedules(num_full: int, num_steps: i
     assert error(plan) == pytest.approx(min(error((0, *rest)) for rest in every))
 
 
-def test_a_plan_of_more_steps_is_dense_at_the_same_timesteps() -> None:
-    table = table_of(waves)
-    for num_steps in (50, 100):
-        timesteps = [1000 * (1 - step / num_steps) for step in range(num_steps)]
-        plan = table.plan(timesteps, 2.0)
-        assert plan is not None
-        full = [timesteps[step] for step in plan]
-        assert sum(level < 300 for level in full) > sum(300 <= level < 600 for level in full)
-        cost = len(plan) + table.reuse_cost * (num_steps - len(plan))
-        assert num_steps / cost == pytest.approx(2, rel=1.5 / num_steps * 2)
-
-
 def test_a_plan_for_a_run_that_can_only_be_full_is_none() -> None:
     table = table_of(waves)
     assert table.plan([1000.0], 2.0) is None

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.cache.whole import WholeModel, form_of, map_tensors, restored, values_of
+from skipdit.models.class_swap import hooked
 from skipdit.models.forward_plan import ForwardPlan, Region, Stored
-from skipdit.models.long_skip import PlannedOutput
+from skipdit.models.long_skip import LongSkipModel, PlannedOutput
 
 MAX_GRAPHS = 64
 """By default `torch.compile` makes at most 8 graphs of one forward; here each plan has one per set of shapes."""
@@ -73,7 +74,7 @@ class Call:
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
         with more_graphs() if is_new else nullcontext():
-            output, found = self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
+            output, found = self._planned(plan, stored)
         if is_new:
             self.compiled_plans.add(plan)
         if torch.is_grad_enabled():
@@ -81,6 +82,18 @@ class Call:
         if replays:  # the graph overwrites its outputs at the next replay
             output, found = map_tensors(output, Tensor.clone), _map_stored(found, Tensor.clone)
         return PlannedOutput(output, found)
+
+    def _planned(self, plan: ForwardPlan, stored: Stored | None) -> PlannedOutput:
+        """Run the model under a plan. Hooks on its forward, of context parallelism, see its plain output."""
+        open_call = self.model.open_call if isinstance(self.model, LongSkipModel) else None
+        if open_call is None or not hooked((self.model,)):
+            return self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
+        open_call.aside = True
+        try:
+            output = self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
+            return PlannedOutput(output, open_call.stored)
+        finally:
+            open_call.aside, open_call.stored = False, {}
 
     def plain(self) -> Any:
         """Run the model in full, without a plan."""

@@ -28,6 +28,7 @@ from skipdit.models.forward_plan import Branches
 from skipdit.models.long_skip import LongSkipModel
 
 LONG_RUN = 20  # steps, from which on it is said that too few of them are full
+STRONG_GUIDANCE = 6  # from which on they have little in common at half that distance
 FAR_APART = 150  # timesteps per step, from which on steps have little in common: `benchmarks/where_caching_fails.md`
 MOST_PER_FULL = 2.5  # full steps' cost of a run per full step: `benchmarks/calibration.md`, where `auto` ends
 
@@ -189,14 +190,17 @@ class CacheRuntime:
         """Return what would have been better at the cost of a run of these noise levels, if fewer steps would."""
         num_steps = counts.full + counts.reused
         too_few = num_steps >= LONG_RUN and counts.cost >= MOST_PER_FULL * counts.full
-        far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= FAR_APART * (len(levels) - 1)
+        scale = max((getattr(pipeline, "guidance_scale", 0) or 0 for pipeline in self.streams.pipelines), default=0)
+        distance = FAR_APART / (2 if scale >= STRONG_GUIDANCE else 1)
+        far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= distance * (len(levels) - 1)
         if self.told or not (too_few or far_apart):
             return None
         self.told = True
         if far_apart:
+            guided = f" at guidance {scale:g}" if scale >= STRONG_GUIDANCE else ""
             return (
-                f"cache {self.method} in a run of {num_steps} steps: steps so far apart have little in common, and "
-                f"{math.ceil(counts.cost)} steps without a cache are about as good"
+                f"cache {self.method} in a run of {num_steps} steps{guided}: steps so far apart have little in common, "
+                f"and {math.ceil(counts.cost)} steps without a cache are about as good"
             )
         share = (counts.cost - counts.full) / counts.reused
         return (

@@ -18,7 +18,7 @@ from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.schedule_file import fields_of
 from skipdit.cache.site import BranchOutputs
-from skipdit.calibration.config import BY_THRESHOLD, CalibrateConfig
+from skipdit.calibration.config import BY_THRESHOLD, KIN, CalibrateConfig
 from skipdit.calibration.find import (
     Clock,
     Found,
@@ -197,8 +197,9 @@ def held_out(found: Sequence[Found], config: CalibrateConfig, run: Runner) -> li
         rows.append(Row(group=group, name=name, scores=score(made.samples, reference), **counts))
 
     for each in found:
-        group, _, speedup = each.name.rpartition("-")
-        add(f"rule of {group}" if group else f"calibrated {config.method}", speedup, each.method)
+        kin, _, name = each.name.partition("-")
+        own = kin not in KIN
+        add(f"calibrated {config.method}" if own else f"rule of {kin}", each.name if own else name, each.method)
     for spec in config.rivals:
         try:
             add("auto" if spec.startswith("auto") else "fixed interval", spec, parse_method(spec))

@@ -36,7 +36,7 @@ def refuse_hooked(modules: Iterable[nn.Module]) -> None:
     if hooked_module is not None:
         raise ValueError(
             f"diffusers has hooked the forward of this {type(hooked_module).__name__} (group offloading, layerwise "
-            "casting or a cache): remove the hooks, call skipdit, then set them up again"
+            "casting, context parallelism or a cache): remove the hooks, call skipdit, then set them up again"
         )
 
 

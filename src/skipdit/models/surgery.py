@@ -29,6 +29,7 @@ from skipdit.models.long_skip import (
     LongSkipConfig,
     LongSkipModel,
     OpenCall,
+    PlannedOutput,
     pair_segments,
 )
 from skipdit.models.unit_block import UnitBlock, UnitBlockInfo
@@ -56,7 +57,11 @@ class RunsUnits(SwapMixin, LongSkipModel):
             output = self._below.forward(self, *args, **kwargs)
         finally:
             self.open_call.state = None
-        return state.finish(output)
+        planned = state.finish(output)
+        if not self.open_call.aside or not isinstance(planned, PlannedOutput):
+            return planned
+        self.open_call.stored = planned.stored
+        return planned.output
 
     @property
     def shares_tokens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -180,7 +185,12 @@ class _InCall:
 
 @lru_cache
 def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
-    return swapped_class(UnitBlock, base, _made_by=(_block_class, base))
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return UnitBlock.forward(self, *args, **kwargs)
+
+    # context parallelism of diffusers splits arguments by their names
+    forward.__signature__ = inspect.signature(base.forward)  # pyright: ignore[reportFunctionMemberAccess]
+    return swapped_class(UnitBlock, base, forward=forward, _made_by=(_block_class, base))
 
 
 def long_skip_class(base: type[nn.Module]) -> Any:
@@ -234,14 +244,15 @@ def _segment_sizes(model: nn.Module) -> list[int]:
     return [len(units) for units in _segments(model, get_family(type(model)))]
 
 
-def open_units(model: nn.Module) -> None:
-    """Make a transformer of diffusers run its units under a `ForwardState`; its weights and output stay the same.
+def open_units(model: nn.Module) -> LongSkipModel:
+    """Make a transformer of diffusers run its units under a `ForwardState`, and return it; its weights and output stay
+    the same.
 
     Raises `ValueError` if its family is unknown or does not fit, its forward is hooked (set up offloading afterwards),
     or its blocks are compiled. The model is then unchanged.
     """
     if isinstance(model, LongSkipModel):
-        return
+        return model
     family, model_class = get_family(type(model)), long_skip_class(type(model))
     blocks = list(_block_infos(family, _segments(model, family)))
     refuse_hooked((model, *(block for block, _ in blocks)))
@@ -259,6 +270,7 @@ def open_units(model: nn.Module) -> None:
     open_model.fill_token = None
     native = LongSkipConfig(middle_pair=False) if family.native_pairs else None
     open_model.set_links(pair_segments(open_model.segment_sizes(), native))
+    return open_model
 
 
 def _block_infos(
@@ -359,8 +371,7 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         raise ValueError(
             f"there must be at least one pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
         )
-    open_units(model)
-    open_model = cast(LongSkipModel, model)
+    open_model = open_units(model)
     names = family.hidden_size if family else ("num_attention_heads", "attention_head_dim")
     open_model.set_long_skips(math.prod(open_model.config[name] for name in names), config)
     dtype: Any = open_model.dtype  # a block's first parameter may be one that stays in float32 (Wan)
