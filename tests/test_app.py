@@ -28,8 +28,9 @@ from skipdit.app.stability import EFFORTS, find_report, make_report
 from skipdit.cache.enable import CachedModel
 from skipdit.cache.methods import load_schedule, parse_method
 from skipdit.cli import main
-from skipdit.diffusion import Objective, Prediction, add_noise, make_scheduler, prediction_target
+from skipdit.diffusion import Objective, add_noise, make_scheduler, prediction_target
 from skipdit.loading import BUNDLED, Source, load_source
+from skipdit.options.objective import Prediction
 from skipdit.pipelines import ClassToImagePipeline
 
 FLOW = Objective(process="flow", prediction_type="flow_prediction")
