@@ -14,6 +14,7 @@ with weights in bfloat16 too. Compiled is `model.compile()`, ours with `fullgrap
 import argparse
 import importlib.util
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -279,6 +280,7 @@ def main() -> None:
             "model": f"{shape}batch {options.batch_size}; random weights, the same in both",
             "run": f"{options.steps} forwards at falling timesteps, no sampler; {options.rounds} rounds in turn, "
             "median (least to most)",
+            "load": f"{os.getloadavg()[1]:.1f} processes in the mean of five minutes, on {os.cpu_count()} cores",
             "difference": "greatest of any step from the authors' output of the same weights, over its greatest value",
         }
         Report(

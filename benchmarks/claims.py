@@ -192,8 +192,7 @@ class Bench:
                 continue
             print(f"{number}/{len(jobs)} {kind} {pair}: {setting}", flush=True)
             result = self.measure(kind, pair, path, setting)
-            with (self.out / RESULTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(json.loads(to_json(asdict(result)))) + "\n")
+            append_line(self.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
             results.append(result)
         return results
 
@@ -273,6 +272,15 @@ class Bench:
         )
         found = Evaluator(config, ProcessGroup())(str(self.folder(kind, pair, setting) / "samples.npz"))
         return {name: score.finite_mean for name, score in found.pairs.items()}
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line, below one that a kill has cut."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def read_results(out: Path) -> list[Result]:

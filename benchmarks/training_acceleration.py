@@ -41,7 +41,7 @@ from skipdit.recipes import stability
 from skipdit.tasks.training import TrainingTask
 from skipdit.training import TrainConfig, list_checkpoints, train
 from skipdit.training.batches import Batch, find_step_kinds
-from skipdit.training.routing import RoutingMode, TokenRoutingConfig
+from skipdit.training.config import RoutingMode, TokenRoutingConfig
 
 NUM_HELD_OUT, NUM_DRAWS, NUM_POINTS = 160, 4, 10
 CPU = torch.device("cpu")

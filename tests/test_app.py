@@ -20,7 +20,7 @@ pytest.importorskip("markdown_it", reason='needs the page: pip install "skipdit[
 from skipdit.app import chart, drawing
 from skipdit.app.downloads import Downloads
 from skipdit.app.forms import number, whole
-from skipdit.app.generate import Asked, Comparison, Side, cache_names, difference, find_cache, generate
+from skipdit.app.generate import Asked, Comparison, Side, cache_names, difference, estimate, find_cache, generate
 from skipdit.app.jobs import MAX_WAITING, Cancelled, Job, Jobs
 from skipdit.app.models import Models, labels_of
 from skipdit.app.quality import Wanted, calibrate, find_measurements
@@ -28,7 +28,7 @@ from skipdit.app.stability import EFFORTS, find_report, make_report
 from skipdit.cache.enable import CachedModel
 from skipdit.cache.methods import load_schedule, parse_method
 from skipdit.cli import main
-from skipdit.diffusion import Objective, make_scheduler
+from skipdit.diffusion import Objective, Prediction, add_noise, make_scheduler, prediction_target
 from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.pipelines import ClassToImagePipeline
 
@@ -196,8 +196,9 @@ def test_a_speedup_or_a_name_finds_a_cache(source: Source) -> None:
 
 def test_a_calibrated_schedule_is_taken_where_it_suits_the_run() -> None:
     emoji = load_source("emoji")
-    assert find_cache(emoji, "2x", 30, {})[0] == "calibrated:2x"
-    assert find_cache(emoji, "2.2x", 30, {})[0] == "auto:2.2"
+    assert find_cache(emoji, "2x", 50, {})[0] == "calibrated:2x"
+    assert find_cache(emoji, "2x", 30, {})[0] == "auto:2"
+    assert find_cache(emoji, "2.2x", 50, {})[0] == "auto:2.2"
     assert find_cache(emoji, "calibrated:3x", 30, {})[0] == "calibrated:3x"
     assert cache_names(emoji)[0] == "calibrated:1.5x"
 
@@ -212,7 +213,7 @@ def test_a_calibrated_schedule_is_taken_where_it_suits_the_run() -> None:
         ("N9x", "a cache spec is"),
         ("nonsense:N2", "cache method must be one of"),
         ("N1", "would never reuse"),
-        ("calibrated:2x", "no calibrated schedules came with this model"),
+        ("calibrated:2x", "calibrated schedules"),
         ("N2" * 60, "at most 100 characters"),
     ],
 )
@@ -226,7 +227,7 @@ def test_no_cache_is_read_from_a_file(source: Source, tmp_path: Path) -> None:
     path.write_text('{"full_steps": [0, 2], "num_inference_steps": 4}')
     assert load_schedule(path)
     for text in (str(path), "schedule.json", "../x", "calibrated:../x.json"):
-        with pytest.raises(ValueError, match=r"not a file, got|no calibrated"):
+        with pytest.raises(ValueError, match=r"not a file, got|calibrated schedules"):
             find_cache(source, text[-90:], 4, {})
 
 
@@ -302,6 +303,16 @@ def test_a_run_that_is_cancelled_leaves_the_model_as_it_was(source: Source) -> N
     assert whole_run.cached.samples is not None
     assert again.cached.samples is not None
     assert torch.equal(again.cached.samples, whole_run.cached.samples)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "flow_prediction", "sample"])
+def test_pictures_on_the_way_are_what_the_model_sees(prediction: Prediction) -> None:
+    process = "flow" if prediction in ("flow_prediction", "sample") else "ddpm"
+    objective = Objective(process=process, prediction_type=prediction)
+    pictures, noise, timesteps = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([400, 700])
+    noisy = add_noise(objective, pictures, noise, timesteps)
+    target = prediction_target(objective, pictures, noise, timesteps)
+    torch.testing.assert_close(estimate(objective, target, noisy, timesteps), pictures, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,9 @@ def test_compiled_runs_are_whole_graphs(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_sizes": ()}, "batch_sizes must be one or more above 0"),
+        ({"batch_sizes": ()}, "batch_sizes must be one or more numbers above 0"),
         ({"max_seconds": 0.0}, "max_seconds must be above 0"),
         ({"modes": ("fast",)}, "modes must be one or more of eager, reduce-overhead, default"),
-        ({"specs": ("N0",)}, "interval must be at least 1"),
         ({"preset": "DiT-M/2"}, "preset must be"),
     ],
 )
@@ -110,3 +109,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
         cli.main(["bench", "gpu", "--out", str(tmp_path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert "device 'cuda' needs an NVIDIA GPU" in line
+
+
+def test_a_cache_that_does_not_exist_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="interval must be at least 1"):
+        bench_gpu(replace(SMALL, specs=("N0",)), output(tmp_path))
+    assert not list(tmp_path.rglob("*.md"))

@@ -33,7 +33,8 @@ from skipdit.cli import COMMANDS, main
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"(?:<!--((?:(?!-->).)*)-->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-LANGUAGES = ("python", "console", "text")
+COMMAND_LINES = ("console", "bash", "shell")
+LANGUAGES = ("python", "text", *COMMAND_LINES)
 LAUNCHERS = ("torchrun", "accelerate")
 # commands that are run, with options that make them short
 EXECUTED = {
@@ -74,7 +75,7 @@ PYTHON = [block for block in BLOCKS if block.language == "python"]
 def commands() -> Iterator[tuple[Block, list[str]]]:
     """Each command, in words, without its comment."""
     for block in BLOCKS:
-        if block.language == "console":
+        if block.language in COMMAND_LINES:
             for line in block.code.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
                     yield block, words
@@ -155,7 +156,7 @@ def test_every_command_parses() -> None:
         elif words[0] == "pytest":
             assert all((ROOT / word).is_file() for word in words if word.startswith("tests/")), where
         else:
-            assert words[0] in ("pip", "ruff", "pyright", "lint-imports", "mkdocs", "git"), where
+            assert words[0] in ("pip", "ruff", "pyright", "lint-imports", "mkdocs", "git", "ssh"), where
     assert seen > 50
 
 

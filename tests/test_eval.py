@@ -245,9 +245,9 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty": (lambda path: npz(path, arr_0=np.zeros((0, 8, 8, 3), np.uint8)), r"got uint8 \(0, 8, 8, 3\)"),
     "fortran": (lambda path: npz(path, arr_0=np.asfortranarray(pictures_of(0))), "in Fortran order"),
     "nameless": (lambda path: npz(path, images=pictures_of(0)), "it has no arr_0, only images.npy"),
-    "truncated": (truncated, "it is truncated, or no .npz"),
+    "truncated": (truncated, "it is truncated, or not an .npz file"),
     "lying": (lying, "is truncated: "),
-    "text": (lambda path: written(path, "no archive"), "it is truncated, or no .npz"),
+    "text": (lambda path: written(path, "no archive"), "it is truncated, or not an .npz file"),
     "missing": (lambda path: path, "No such file or directory"),
 }
 
@@ -342,7 +342,7 @@ def test_means_and_covariances_of_a_file_are_used(
     assert "precision needs more items, or what Inception or the statistics lack" in line
     npz(tmp_path / "fid.npz", mu=mean, sigma=covariance[:2])
     line = refused(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
-    assert "are no mean and covariance of the same features" in line
+    assert "are not a mean and covariance of the same features" in line
     npz(tmp_path / "object.npz", mu=np.array([Called()]), sigma=covariance)
     with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
         read_statistics(tmp_path / "object.npz")

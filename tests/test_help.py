@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import tyro
 
+import skipdit.calibration.config as calibration_config
+from skipdit.cache import predictor
 from skipdit.cli import COMMANDS
 from skipdit.command_options import explain_fields, parse
 from skipdit.commands.benches import BENCHES
@@ -17,6 +19,8 @@ from skipdit.commands.train import GROUPS
 from skipdit.options import choose
 from skipdit.recipes import RECIPES
 from skipdit.sampling.config import SampleConfig
+from skipdit.tasks import TASKS
+from skipdit.tasks.config import MODEL_CONFIGS
 from skipdit.training import TrainConfig
 
 WAYS = [
@@ -81,18 +85,44 @@ def test_an_option_without_a_text_is_found() -> None:
     assert list(find_unexplained(Options)) == ["inner.bare", "bare"]
 
 
-@pytest.mark.parametrize("command", ["sample", "latents", "convert", "ema", "eval", "info", "analyze"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sample",
+        "train",
+        "train emoji",
+        "latents",
+        "convert",
+        "ema",
+        "eval",
+        "info",
+        "analyze",
+        "bench",
+        "bench cache",
+        "bench models",
+        "calibrate",
+        "app",
+    ],
+)
 def test_help_needs_no_pytorch(command: str) -> None:
     code = (
         "import sys\n"
         "from skipdit.cli import main\n"
-        f"try: main(['{command}', '--help'])\n"
+        f"try: main([*'{command}'.split(), '--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'diffusers', 'numpy', 'gradio'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert f"usage: skipdit {command}" in printed
     assert printed.splitlines()[-1] == "[]"
+
+
+def test_training_offers_the_model_of_every_task() -> None:
+    assert list(MODEL_CONFIGS) == [task.model_config for task in TASKS.values()]
+
+
+def test_limits_that_help_needs_are_those_of_the_code() -> None:
+    assert calibration_config.MAX_ORDER == predictor.MAX_ORDER
 
 
 def test_groups_hold_every_option_and_change_no_value() -> None:

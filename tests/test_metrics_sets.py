@@ -106,6 +106,17 @@ def test_frechet_distance_of_fewer_items_than_features() -> None:
     assert values[0] == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_frechet_distance_where_most_features_are_constant() -> None:
+    """As those of a classifier on flat pictures are; torch.linalg.eigh gives up on such a matrix."""
+    torch.manual_seed(2)
+    features = torch.zeros(12, 1280)
+    features[:, ::17] = torch.rand(12, 76) ** 8
+    found = gaussian(features)
+    assert frechet_distance(found, found) == pytest.approx(0, abs=1e-5)
+    moved = Gaussian(found.mean + 0.5, found.covariance, 12)
+    assert frechet_distance(found, moved) == pytest.approx(1280 / 4, rel=1e-7)
+
+
 def kernel_by_loops(first: Tensor, second: Tensor) -> float:
     one, other = first.double().numpy(), second.double().numpy()
 

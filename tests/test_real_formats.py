@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -155,6 +156,31 @@ def test_other_weights_of_tencent_and_the_weights_of_the_folder_sample_alike(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_of_diffusers_is_calibrated_and_gives_sets(
+    made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found for it, a set of its samples is made with, batch by batch."""
+    pytest.importorskip("matplotlib")
+    made("DiT-XL-2-256", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    main(
+        shlex.split(
+            "calibrate DiT-XL-2-256 --labels 3 --method delta-taylor --speedups 1.3 --num-inference-steps 6 --rivals "
+            "delta:N2 --num-samples 1 --num-held-out 1 --trials.num-probed 2 --trials.max-age 3 --device cpu --out cal"
+        )
+    )
+    schedule = json.loads(Path("cal", "1.3x.json").read_text())
+    assert schedule["made_for"]["model"] == "DiTTransformer2DModel"
+    common = "sample --model DiT-XL-2-256 --steps 6 --device cpu --npz --cache cal/1.3x.json --num-samples 3 --out set"
+    main(shlex.split(common))
+    report = json.loads(Path("set", "samples.json").read_text())["report"]
+    assert report["steps_full"] == len(schedule["full_steps"]) < 6
+    with np.load(Path("set", "samples.npz")) as archive:
+        assert archive["arr_0"].shape == (3, 64, 64, 3)
+        assert archive["arr_1"].tolist() == [0, 1, 2]  # all classes in turn
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_sampled_is_said_in_one_line(
     made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -170,10 +196,10 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
     ):
         write(Path(name, "model_index.json"), index | changes)
     for arguments, message in (
-        (["--model", "unknown"], "unknown is a Flux9Pipeline, a pipeline neither of skipdit nor of diffusers"),
+        (["--model", "unknown"], "unknown is a Flux9Pipeline, which is a pipeline neither of skipdit nor of diffusers"),
         (["--model", "foreign"], "the tokenizer in foreign/model_index.json is of an unknown library"),
         (["--model", "edit"], "edit is a FluxKontextPipeline, which needs more than a prompt or a class"),
-        (["--model", "half"], "half is not a whole FluxPipeline: "),
+        (["--model", "half"], "half is not a complete FluxPipeline: "),
         (["--model", "FLUX.1-dev"], "a FluxPipeline needs --prompt, got none"),
         (["--model", "FLUX.1-dev", "--labels", "3"], "a text-to-image model takes --prompt, not --labels"),
         (["--model", "FLUX.1-dev", "--prompt", "a", "--guidance", "shallow"], "guidance 'shallow' is for models"),
@@ -185,7 +211,7 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             ["--model", "DiT-XL-2-256", "--labels", "clss 7"],
             "no class is called clss 7; did you mean class 7",
         ),
-        (["--model", "DiT-XL-2-256", "--transformer", "DiT-XL-2-skip.pt"], "holds a DiT, DiT-XL-2-256 needs"),
+        (["--model", "DiT-XL-2-256", "--transformer", "DiT-XL-2-skip.pt"], "contains a DiT, but DiT-XL-2-256 needs"),
         (
             ["--model", "DiT-XL-2-skip.pt", "--height", "64"],
             "height is for a pipeline of diffusers, which DiT-XL-2-skip",

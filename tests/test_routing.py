@@ -37,7 +37,7 @@ from skipdit.training import (
     train,
 )
 from skipdit.training.batches import find_step_kinds
-from skipdit.training.routing import StepKinds, make_plans
+from skipdit.training.routing import StepKinds, make_plans, route_of
 
 ALL = LongSkipConfig()
 PLAIN_MODELS: dict[str, Callable[[LongSkipConfig | None], Any]] = {
@@ -323,14 +323,14 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message
 
 def test_by_default_as_many_units_see_all_tokens_as_fit() -> None:
     config = TokenRoutingConfig(mode="bypass")
-    routes = [config.route(num_units) for num_units in (3, 4, 5, 24)]
+    routes = [route_of(config, num_units) for num_units in (3, 4, 5, 24)]
     assert [(route.start, route.stop) for route in routes] == [(1, 2), (1, 3), (2, 3), (2, 22)]
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="num_shallow_units must be at most 2 for 6 units, got 3"):
         make_plans(TokenRoutingConfig(mode="bypass", num_shallow_units=3), tiny_dit(6))
-    with pytest.raises(ValueError, match=r"and the model has 2: set routing.mode off"):
+    with pytest.raises(ValueError, match=r"at least 3 units, got 2: set routing\.mode off"):
         make_plans(TokenRoutingConfig(mode="bypass"), tiny_dit(2))
     with pytest.raises(ValueError, match=r"set model\.long_skip"):
         make_plans(TokenRoutingConfig(mode="fill"), tiny_dit(6, None))

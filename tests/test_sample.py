@@ -472,7 +472,7 @@ def test_a_text_pipeline_without_its_encoder_is_refused(
     family = TINY_FAMILIES["HunyuanDiT2DModel" if task == "text-to-image" else "LatteTransformer3DModel"]
     family.build().save_pretrained(tmp_path / "wide" / "transformer")
     for name, message in (
-        ("full", f"full is not a whole {index['_class_name']}"),  # it names an encoder that is not there
+        ("full", f"full is not a complete {index['_class_name']}"),  # it names an encoder that is not there
         ("wide", "wide hears prompts through another text encoder than skipdit's, which its folder lacks"),
     ):
         line = fails(capsys, "sample", "--model", str(tmp_path / name), "--prompt", "a", "--out", str(tmp_path / "o"))

@@ -355,7 +355,7 @@ def test_bad_options_end_in_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         main(["sample", "--model", str(folder), "--out", str(tmp_path / "out")])
-    assert "a comparison is made by one process" in capsys.readouterr().err
+    assert "a comparison runs in one process" in capsys.readouterr().err
     assert not (tmp_path / "out" / "samples.json").exists()
 
 

@@ -85,7 +85,7 @@ def make_config(task: str, data: Path, **options: Any) -> TrainConfig:
         source = DataConfig(source=str(data / "pictures"), image_size=8)
     settings = {"max_steps": 20, "batch_size": 6, "checkpoint_every": 10, "log_every": 1, "sample_every": 0}
     settings |= {"learning_rate": 3e-3, "warmup_steps": 2, "ema_decay": 0.9, "precision": "no"}
-    settings |= {"num_samples": 3, "sample_steps": 2}
+    settings |= {"num_samples": 3, "num_inference_steps": 2}
     return TrainConfig(data=source, model=MODELS[task], objective=FLOW, **(settings | options))
 
 
@@ -564,7 +564,7 @@ def test_a_new_task_is_a_file_and_a_row(
     with np.load(tmp_path / "out" / "samples.npz") as found:
         assert (found["arr_0"].shape, found["arr_1"].tolist()) == ((3, 8, 8, 3), [0, 1, 0])
     capsys.readouterr()
-    for refused in (["--labels", "red"], ["--prompt", "a", "b", "c", "d"]):
+    for refused in (["--labels", "red"], ["--prompt", "a", "b", "c", "d", "--num-samples", "3"]):
         with pytest.raises(SystemExit):
             main(["sample", *options, *refused])
     errors = capsys.readouterr().err

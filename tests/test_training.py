@@ -260,7 +260,7 @@ def test_precision_follows_the_hardware() -> None:
     ("options", "message"),
     [({"batch_size": 0}, "batch_size.*0"), ({"precision": "int8"}, "int8"), ({"label_dropout": 1.0}, "label_dropout"),
      ({"gradient_clip": -1.0}, "gradient_clip.*-1"), ({"num_workers": 100_000}, "num_workers.*256.*100000"),
-        ({"sample_steps": 0}, "1 to 1000 steps"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
         ({"learning_rate": 0.0}, "above 0"),
         ({"rate_schedule": "linear"}, "linear"), ({"max_steps": -1}, "max_steps.*-1")],
 )  # fmt: skip

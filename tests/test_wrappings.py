@@ -375,7 +375,7 @@ def test_a_checkpoint_of_a_run_is_built_from_its_own_config(run: Path, tmp_path:
     torch.testing.assert_close(dict(weights.named_parameters()), load_file(place / "model.safetensors"), rtol=0, atol=0)
     with pytest.raises(ValueError, match="num_attention_heads is 2 in this checkpoint, got 4"):
         load_model(place, num_attention_heads=4)
-    with pytest.raises(ValueError, match=r"num_attention_heads is for a file of weights, but .* says it itself"):
+    with pytest.raises(ValueError, match=r"num_attention_heads is only for a file of bare weights"):
         load_source(str(place), weights=WeightsOptions(num_attention_heads=2), device="cpu")
     copy = tmp_path / "checkpoint-0000002"
     shutil.copytree(place, copy)
@@ -456,7 +456,7 @@ def test_the_objective_of_a_bare_file(tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         output = pipeline([1], num_inference_steps=2, generator=generator, output_type="latent", guidance_scale=2.0)
         assert output.images.isfinite().all()
-    with pytest.raises(ValueError, match="objective is for a file of weights, but emoji says it itself"):
+    with pytest.raises(ValueError, match="objective is only for a file of bare weights, got it for emoji"):
         load_source("emoji", weights=WeightsOptions(objective="flow"))
     with pytest.raises(ValueError, match="objective must be one of epsilon"):
         WeightsOptions(objective="noise")  # pyright: ignore[reportArgumentType]
@@ -485,7 +485,7 @@ def test_convert_writes_a_pipeline_where_the_objective_is_given(
 
 
 def test_options_without_effect_are_refused() -> None:
-    with pytest.raises(ValueError, match="fewer_steps is for the rival of a cached run, got 5 with cache none"):
+    with pytest.raises(ValueError, match="fewer_steps needs a cached run to compare with, got 5 with cache none"):
         SampleConfig(cache="none", fewer_steps=5)
 
 

@@ -14,8 +14,9 @@ from skipdit.diffusion import Objective
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import resize_grid
 from skipdit.pipelines import ClassToImagePipeline, SamplingOptions
+from skipdit.tasks.config import LinkedConfig
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
-from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped
+from skipdit.tasks.training import Items, TrainingTask, draw_dropped
 
 WORDS = ("dull", "vivid")
 
@@ -41,22 +42,15 @@ class WordTraining(TrainingTask[Tensor]):
 
 @dataclass(frozen=True, kw_only=True)
 class WordModelConfig(LinkedConfig):
-    training = WordTraining
-
-    def make(self, items: Items, objective: Objective) -> DiT:
-        sizes = {"sample_size": items.size, "in_channels": 3, "out_channels": 3, "num_classes": len(WORDS)}
-        return DiT(**sizes, **self.sizes(), long_skip=self.long_skip)
-
-    def fit(self, start: DiT, items: Items) -> None:
-        resize_grid(start, sample_size=items.size)
+    """Has no sizes of its own."""
 
 
 class WordToImage(Task):
     name = "word-to-image"
     option = "prompt"
     num_samples, batch_size, is_video = 3, 2, False
-    pipeline_name, model_class, model_config = "WordPipeline", DiT, WordModelConfig
-    has_own_pipeline = True
+    pipeline_name, has_own_pipeline = "WordPipeline", True
+    model_class, model_config, training = DiT, WordModelConfig, WordTraining
 
     def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
         words = list(values or showcase or WORDS)
@@ -72,6 +66,13 @@ class WordToImage(Task):
 
     def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> None:
         return None
+
+    def make(self, config: WordModelConfig, items: Items, objective: Objective) -> DiT:
+        sizes = {"sample_size": items.size, "in_channels": 3, "out_channels": 3, "num_classes": len(WORDS)}
+        return DiT(**sizes, **config.sizes(), long_skip=config.long_skip)
+
+    def fit(self, start: DiT, items: Items) -> None:
+        resize_grid(start, sample_size=items.size)
 
 
 TASK = WordToImage()

@@ -48,7 +48,7 @@ def make_config(data: Path, **options: Any) -> TrainConfig:
         "sample_every": 0,
         "checkpoint_every": 3,
         "num_samples": 3,
-        "sample_steps": 4,
+        "num_inference_steps": 4,
     }
     return TrainConfig(**(settings | options))
 

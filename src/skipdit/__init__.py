@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from skipdit.models.families import Segment as Segment
     from skipdit.models.families import declare_family as declare_family
     from skipdit.models.latte import Latte as Latte
-    from skipdit.models.long_skip import LongSkipConfig as LongSkipConfig
+    from skipdit.models.pairing import LongSkipConfig as LongSkipConfig
     from skipdit.models.surgery import add_long_skips as add_long_skips
     from skipdit.models.surgery import long_skip_class as long_skip_class
     from skipdit.models.surgery import remove_long_skips as remove_long_skips
@@ -35,7 +35,7 @@ _MODULES = {
     "DiT": "skipdit.models.dit",
     "Family": "skipdit.models.families",
     "Latte": "skipdit.models.latte",
-    "LongSkipConfig": "skipdit.models.long_skip",
+    "LongSkipConfig": "skipdit.models.pairing",
     "Segment": "skipdit.models.families",
     "add_long_skips": "skipdit.models.surgery",
     "cache_context": "skipdit.cache.streams",

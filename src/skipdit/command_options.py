@@ -1,10 +1,11 @@
-"""How a command reads its options, and options that several commands share; nothing heavy is imported."""
+"""Parses the options of a command, and defines those that several commands share; nothing heavy is imported."""
 
 import ast
 import contextlib
 import inspect
 import io
 import itertools
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
@@ -21,26 +22,26 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOptions:
-    """What a file of bare weights does not say about its model."""
+    """Facts about a model that a file of bare weights does not contain."""
 
     num_attention_heads: int | None = None
-    """heads of each block"""
+    """attention heads per block"""
     num_classes: int | None = None
-    """classes, without the one that stands for no class"""
+    """number of classes, without the one that means no class"""
     objective: ObjectiveName | None = None
     """what the model predicts: epsilon, v_prediction, flow (noise - data), sit (as SiT) or repa (as REPA); by default
-    epsilon where half of its output is the variance, as in the official DiT"""
+    epsilon if half of its output is the variance, as in the official DiT"""
     drop: tuple[str, ...] = ()
-    """roots of keys to leave out, such as the projectors of REPA"""
+    """prefixes of keys to leave out, such as the projectors of REPA"""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def refuse(self, model: str) -> None:
-        """Raise `ValueError` naming what has no effect on a model that says all this itself."""
+        """Raise `ValueError` naming an option that was given for a model that needs none of them."""
         for option in fields(WeightsOptions):
             if getattr(self, option.name) not in (None, ()):
-                raise ValueError(f"{option.name} is for a file of weights, but {printable(model)} says it itself")
+                raise ValueError(f"{option.name} is only for a file of bare weights, got it for {printable(model)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +67,12 @@ class PipelineOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where results go."""
+    """Where the results go."""
 
     out: Path = Path("out")
     """folder of the results"""
     overwrite: bool = False
-    """replace files of the same names that no earlier run wrote; each one is named"""
+    """replace files of the same names that skipdit did not write; a warning names each"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,10 +82,10 @@ class OutputOptions:
 def parse(
     command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
 ) -> Config:
-    """Return the options of a command; `ValueError` in one line where they are none.
+    """Return the options of a command; raises `ValueError`, in one line, if they cannot be parsed.
 
-    text: what its help says first. The help lists the options in the groups that `config.GROUPS` names, where it has
-    any: `{group: names of fields}`; a field that is in none has a box of its own.
+    text: the beginning of the help. If the config has `GROUPS`, `{group: names of fields}`, the help lists the options
+    in these groups; a field that is in none has a box of its own.
     """
     messages = io.StringIO()
     groups = getattr(config, "GROUPS", {})
@@ -95,7 +96,7 @@ def parse(
                 default=tyro.MISSING_NONPROP if default is None or groups else default,
                 args=list(arguments),
                 prog=f"skipdit {command}",
-                description=inspect.cleandoc(text or "").replace("\nExample:", "\n\nExample:"),
+                description=re.sub(r"\n+Example:", "\n\nExample:", inspect.cleandoc(text or "")),
             )
     except SystemExit as exit:
         if exit.code == 0:
@@ -109,8 +110,8 @@ def parse(
 
 
 def explain_fields(config: type) -> dict[str, str]:
-    """Return the string under each field of a dataclass and of its bases, by the name of the field; a class that has no
-    source has no such strings."""
+    """Return the string under each field of a dataclass and of its bases, by the name of the field; none for a class
+    without source."""
     found: dict[str, str] = {}
     for cls in reversed(config.__mro__[:-1]):
         try:
@@ -127,8 +128,8 @@ def explain_fields(config: type) -> dict[str, str]:
 
 
 def _grouped(config: type, groups: dict[str, tuple[str, ...]], default: Any) -> Any:
-    """Return a dataclass with one dataclass of options per group, which the help shows as boxes. default: has the
-    values of options that are not given, in place of those of the fields."""
+    """Return a dataclass with one dataclass of options per group, which the help shows as boxes. default: provides the
+    default values instead of the fields."""
     texts, hints = explain_fields(config), get_type_hints(config, include_extras=True)
     by_name = {each.name: each for each in fields(config)}
 
@@ -147,7 +148,7 @@ def _grouped(config: type, groups: dict[str, tuple[str, ...]], default: Any) -> 
 
 
 def _one_line(box: str) -> str:
-    """What tyro says under its title and above its advice, without rules and frame."""
+    """Return the message between the title and the advice in an error box of tyro, without the frame."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     message = itertools.takewhile(lambda line: not line.startswith("For full helptext"), lines)
     return " ".join(line for line in message if line.strip("─-")) or box.strip()

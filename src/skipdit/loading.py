@@ -18,6 +18,7 @@ from skipdit.command_options import PipelineOptions, WeightsOptions
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import Scheduler, Transformer
 from skipdit.models.dit import DiT
 from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
@@ -259,7 +260,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
 
 def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:
     """Open a checkpoint, or a folder that contains only a transformer."""
-    transformer: Any = load_model(
+    transformer: Transformer = load_model(
         path,
         num_attention_heads=bare.num_attention_heads,
         num_classes=bare.num_classes,
@@ -287,11 +288,11 @@ def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
     return _sampler_of(load_model(checkpoint, dtype=dtype), scheduler)
 
 
-def _task_of(transformer: Any) -> Task | None:
+def _task_of(transformer: Transformer) -> Task | None:
     return next((task for task in TASKS.values() if isinstance(transformer, task.model_class)), None)
 
 
-def _sampler_of(transformer: Any, scheduler: Any) -> Sampler:
+def _sampler_of(transformer: Transformer, scheduler: Scheduler) -> Sampler:
     task = _task_of(transformer)
     if task is None:
         raise ValueError(f"no task has a {type(transformer).__name__}: {', '.join(TASKS)}")
@@ -311,7 +312,7 @@ def _read_schedules(folder: Path) -> dict[str, CacheMethod]:
 # Conventions
 
 
-def pipeline_of(transformer: Any, name: ObjectiveName) -> Sampler:
+def pipeline_of(transformer: Transformer, name: ObjectiveName) -> Sampler:
     """Return a pipeline around a model with this convention, which `adopt` converts to ours in place."""
     convention = CONVENTIONS[name]
     adopt(transformer, convention)
@@ -321,7 +322,7 @@ def pipeline_of(transformer: Any, name: ObjectiveName) -> Sampler:
 
 
 @torch.no_grad()
-def adopt(model: Any, convention: Convention) -> None:
+def adopt(model: Transformer, convention: Convention) -> None:
     """Convert a model from the convention it was trained with to ours, in place. Its outputs stay the same, up to their
     sign. `ValueError` for a Latte, whose releases have only one convention of time."""
     if convention.sign < 0:

@@ -29,6 +29,7 @@ from skipdit.cache.enable import last_stream
 from skipdit.cache.state import Counts
 from skipdit.cache.streams import Stream, cache_context
 from skipdit.diffusion import guide
+from skipdit.interfaces import VAE, Fields
 from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import ForwardPlan, Units
 from skipdit.models.latte import Latte
@@ -105,7 +106,7 @@ def unscale_latents(latents: Tensor, config: Any) -> Tensor:
     return latents + (config.get("shift_factor") or 0.0)
 
 
-def decode_latents(vae: Any, latents: Tensor, num_frames: int = 1) -> Tensor:
+def decode_latents(vae: VAE, latents: Tensor, num_frames: int = 1) -> Tensor:
     """Decode a transformer's latents to pictures (b c h w) in [-1, 1], with NaN for infinite pixels; without an
     autoencoder the latents are the pictures. num_frames: frames per clip, for an autoencoder that decodes whole clips.
     """
@@ -167,7 +168,7 @@ class ClassPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=options.generator, device=device)
         elif latents.shape != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}")
-        noise_source: dict[str, Any] = {}
+        noise_source: Fields = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             noise_source["generator"] = options.generators_of_frames(math.prod(shape[1:-3]))
         with cache_context(f"run {next(_run_numbers)}"):

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Fields
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
@@ -200,15 +201,15 @@ def _(plot: Curves) -> Any:
     axes = figure.add_subplot(xlabel=plot.x_label, ylabel=plot.y_label, title=plot.title)
     for label, (color, marker) in plot.styles().items():
         width, size, layer = (2.8, 6.0, 3) if label in plot.emphasized else (plot.width, 4.5, 2)
-        line: dict[str, Any] = {"linestyle": "--" if label in plot.dashed else "-", "linewidth": width, "zorder": layer}
+        line: Fields = {"linestyle": "--" if label in plot.dashed else "-", "linewidth": width, "zorder": layer}
         axes.plot(*plot.series[label], label=label, color=color, marker=marker, markersize=size, **line)
     if plot.log_y:
         axes.set_yscale("log")
     if plot.reverse_x:
         axes.invert_xaxis()
     axes.grid(alpha=0.25)
-    outside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
-    position: dict[str, Any] = outside if is_legend_outside else {"loc": "best"}
+    outside: Fields = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+    position: Fields = outside if is_legend_outside else {"loc": "best"}
     axes.legend(fontsize=8, frameon=False, ncols=num_columns, **position)
     return figure
 

@@ -3,19 +3,14 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from skipdit.data.clips import ClipConfig
-from skipdit.data.latents import LatentConfig
-from skipdit.data.pictures import DataConfig
-from skipdit.diffusion import Objective
-from skipdit.models.dit import PRESET_SIZES
-from skipdit.models.long_skip import LongSkipConfig
-from skipdit.tasks.class_to_image import ModelConfig
-from skipdit.tasks.class_to_video import VideoModelConfig
-from skipdit.tasks.text_to_image import TextToImageModelConfig
-from skipdit.tasks.text_to_video import TextToVideoModelConfig
-from skipdit.training import TokenRoutingConfig, TrainConfig
+from skipdit.data.config import ClipConfig, DataConfig, LatentConfig
+from skipdit.models.pairing import LongSkipConfig
+from skipdit.models.presets import PRESET_SIZES
+from skipdit.options.objective import Objective
+from skipdit.tasks.config import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
+from skipdit.training.config import TokenRoutingConfig, TrainConfig
 
-# x-prediction in velocity space, with more weight on the noisy half: what the bundled models in pixels learn well with
+# x-prediction in velocity space, with more weight on the noisy half: the bundled models in pixels learn well with it
 PIXELS = Objective(
     process="flow",
     prediction_type="sample",
@@ -89,8 +84,9 @@ def stability_plain() -> TrainConfig:
 
 
 def emoji_clips() -> TrainConfig:
-    """The bundled class-to-video model: 8 frames of 64x64 pixels, 8 spatial/temporal pairs of width 176, inflated from
-    the bundled class-to-image model, trained on clips and 2 single pictures beside each.
+    """The bundled class-to-video model: 8 frames of 64x64 pixels, 8 spatial/temporal pairs of width 176.
+
+    It is inflated from the bundled class-to-image model, and trained on clips with 2 single pictures beside each.
 
     `skipdit train emoji-clips --out runs/emoji-clips`
 
@@ -142,8 +138,9 @@ def emoji_text() -> TrainConfig:
 
 
 def emoji_text_clips() -> TrainConfig:
-    """The bundled text-to-video model: diffusers' Latte, 6 pairs of width 176 with long skips, inflated from the
-    bundled class-to-image model, on 8 frames of 64x64 pixels and their names.
+    """The bundled text-to-video model: diffusers' Latte, 6 pairs of width 176 with long skips.
+
+    It is inflated from the bundled class-to-image model, and trained on 8 frames of 64x64 pixels and their names.
 
     `skipdit train emoji-text-clips --out runs/emoji-text-clips` (needs `pip install "skipdit[text]"`)
 
@@ -169,7 +166,7 @@ def emoji_text_clips() -> TrainConfig:
 
 
 def convert_plain() -> TrainConfig:
-    """What is converted: a plain DiT on 32x32 emoji in 16 tokens, 12 blocks of width 128.
+    """The model to convert: a plain DiT on 32x32 emoji in 16 tokens, 12 blocks of width 128.
 
     `skipdit train convert-plain --out runs/convert-plain`
 
@@ -191,7 +188,7 @@ def convert_plain() -> TrainConfig:
 
 
 def convert_stage_one() -> TrainConfig:
-    """Stage one of the conversion: fresh long skips of the paper's fusion, and nothing but them is trained.
+    """Stage one of the conversion: new long skips with the paper's fusion, and only they are trained.
 
     `skipdit train convert-stage-one --out runs/convert-stage-one` (after `convert-plain`, or with `--start-from`)
 
@@ -226,8 +223,9 @@ def convert_stage_two() -> TrainConfig:
 
 
 def convert_control() -> TrainConfig:
-    """What the conversion is compared with: the plain model trained on, without long skips, at the rate of stage two
-    and for as many steps as both stages have.
+    """The control of the conversion: the plain model, trained on without long skips.
+
+    It runs at the rate of stage two, for as many steps as both stages together.
 
     `skipdit train convert-control --out runs/convert-control` (after `convert-plain`, or with `--start-from`)
 
@@ -272,7 +270,9 @@ def dit_on_latents(size: str, max_steps: int) -> TrainConfig:
 
 
 def dit_s() -> TrainConfig:
-    """DiT-S/2 with long skips on latents of ImageNet: the DiT paper's comparison of sizes ends at 400,000 steps.
+    """DiT-S/2 with long skips on latents of ImageNet.
+
+    The DiT paper's comparison of sizes ends at 400,000 steps.
 
     `skipdit latents --source imagenet/train --vae sd-vae-ft-ema --flip --out latents/imagenet-256`, then
     `skipdit train dit-s --out runs/dit-s`. Not yet run.
@@ -297,8 +297,9 @@ def dit_l() -> TrainConfig:
 
 
 def dit_xl() -> TrainConfig:
-    """DiT-XL/2 with long skips on latents of ImageNet, as `dit-s`: at 1.6 million steps the authors' curve passes below
-    what DiT-XL/2 reaches after 7 million.
+    """DiT-XL/2 with long skips on latents of ImageNet, as `dit-s`.
+
+    At 1.6 million steps the authors' curve passes below what DiT-XL/2 reaches after 7 million.
 
     `skipdit train dit-xl --out runs/dit-xl`. Not yet run.
     """
@@ -307,7 +308,7 @@ def dit_xl() -> TrainConfig:
 
 def latte_on_latents(name: str, num_classes: int | None, max_steps: int, *, flip: bool) -> TrainConfig:
     """A Latte-XL/2 with long skips on latents of 16 frames of 256 pixels and 8 single pictures beside each clip (Latte,
-    arXiv 2401.03048; Skip-DiT's train_with_img.py): AdamW at a constant 1e-4, gradients of norm 0.1 at most."""
+    arXiv 2401.03048; Skip-DiT's train_with_img.py): AdamW at a constant 1e-4, gradient norms clipped at 0.1."""
     num_layers, hidden_size, num_attention_heads = PRESET_SIZES["XL"]
     return TrainConfig(
         data=LatentConfig(
@@ -382,13 +383,13 @@ def latte_ucf101() -> TrainConfig:
 
 
 def latte_text() -> TrainConfig:
-    """What is converted to text-to-video with long skips: a plain Latte of diffusers, 28 pairs of width 1152.
+    """The model to convert to text-to-video with long skips: a plain Latte of diffusers, 28 pairs of width 1152.
 
     Its data are latents of 16 frames of 512 pixels, and captions.
 
     `skipdit latents --source videos --vae svd-vae --image-size 512 --num-frames 16 --frame-interval 3 --text
     --out latents/text`, then `skipdit train latte-text --out runs/latte-text` (needs `pip install "skipdit[text]"`).
-    Captions are heard through all-MiniLM-L6-v2, where the authors' Latte has T5-XXL. Not yet run.
+    Captions are encoded by all-MiniLM-L6-v2; the authors' Latte uses T5-XXL. Not yet run.
     """
     return TrainConfig(
         data=LatentConfig(source="latents/text", num_channels=4, sample_size=64, num_frames=16),
@@ -412,7 +413,7 @@ def latte_text() -> TrainConfig:
 
 
 def latte_text_stage_one() -> TrainConfig:
-    """Stage one of text-to-video with long skips: fresh long skips in the plain model, and nothing but them is trained.
+    """Stage one of text-to-video with long skips: new long skips in the plain model, and only they are trained.
 
     `skipdit train latte-text-stage-one --out runs/latte-text-stage-one` (after `latte-text`, or with `--start-from`).
     Not yet run.

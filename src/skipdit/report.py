@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from skipdit.files.output import OutputFolder, to_json
+from skipdit.interfaces import Fields
 from skipdit.metrics.table import Scores
 
 
@@ -24,7 +25,7 @@ class Report:
     parts: Sequence[str] = ()
     """paragraphs and tables of the Markdown, in order; empty ones are left out"""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Fields:
         """Return the content of the JSON."""
         environment = {} if self.environment is None else {"environment": self.environment}
         return environment | {"config": self.config} | dict(self.data)
@@ -42,7 +43,7 @@ class Report:
         out.write_text(f"{name}.md", self.to_markdown())
 
 
-def record(row: Any, *properties: str) -> dict[str, Any]:
+def record(row: Any, *properties: str) -> Fields:
     """Return a row for the JSON: its fields, its scores one by one, and these properties.
 
     row: a dataclass; its field `scores`, if it has one, is `Scores`.

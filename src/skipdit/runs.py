@@ -15,10 +15,9 @@ from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import make_scheduler, objective_of
+from skipdit.interfaces import Fields, Pipeline, Scheduler
 from skipdit.models.shallow_path import Guidance
 from skipdit.tasks.task import Sampler
-
-Condition = int | str | None  # a class number, a prompt, or None for an unconditional model
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache of a run
@@ -44,11 +43,11 @@ class RunCache(Protocol):
     If a model cannot use it, `enable` or the run itself raises `ValueError`.
     """
 
-    def enable(self, pipeline: Any) -> None: ...
+    def enable(self, pipeline: Pipeline) -> None: ...
 
-    def disable(self, pipeline: Any) -> None: ...
+    def disable(self, pipeline: Pipeline) -> None: ...
 
-    def counts(self, pipeline: Any) -> Counts | None:
+    def counts(self, pipeline: Pipeline) -> Counts | None:
         """Return its counts in the current or last run, before it is disabled; `None` if it does not count."""
         ...
 
@@ -63,24 +62,24 @@ class OwnCache:
     def of(cls, spec: str | Path | CacheMethod) -> "OwnCache":
         return cls(parse_method(spec))
 
-    def enable(self, pipeline: Any) -> None:
+    def enable(self, pipeline: Pipeline) -> None:
         enable_cache(pipeline, self.method)
 
-    def disable(self, pipeline: Any) -> None:
+    def disable(self, pipeline: Pipeline) -> None:
         disable_cache(pipeline)
 
-    def counts(self, pipeline: Any) -> Counts:
+    def counts(self, pipeline: Pipeline) -> Counts:
         return counts_of(pipeline)
 
 
-def counts_of(pipeline: Any) -> Counts:
+def counts_of(pipeline: Pipeline) -> Counts:
     """Return the counts of the enabled skipdit cache in the current or last run."""
     summary = cache_summary(pipeline)
     return Counts(summary.steps_full, summary.steps_reused, summary.compute_ratio, summary.peak_bytes_held)
 
 
 @contextmanager
-def switched_on(pipeline: Any, cache: RunCache | None) -> Iterator[None]:
+def switched_on(pipeline: Pipeline, cache: RunCache | None) -> Iterator[None]:
     """Enable a cache inside the `with` block; `None` enables none."""
     if cache is None:
         yield
@@ -92,7 +91,7 @@ def switched_on(pipeline: Any, cache: RunCache | None) -> Iterator[None]:
         cache.disable(pipeline)
 
 
-def check_method(pipeline: Any, method: CacheMethod, num_inference_steps: int) -> None:
+def check_method(pipeline: Pipeline, method: CacheMethod, num_inference_steps: int) -> None:
     """Raise `ValueError` if the model lacks what the method reuses, or if no step of such a run would reuse."""
     with switched_on(pipeline, OwnCache(method)):
         pass
@@ -153,7 +152,7 @@ class Runner:
     after it.
     """
 
-    pipeline: Any
+    pipeline: Pipeline
     """a diffusers pipeline"""
     sample: Callable[..., Tensor]
     """makes samples from conditions; takes the options of `Sampler.sample`"""
@@ -174,7 +173,7 @@ class Runner:
         return cls(pipeline=sampler.pipeline, sample=sampler.sample, conditions=conditions, **settings)
 
     @classmethod
-    def of_latents(cls, pipeline: Any, conditions: Sequence[Any], **settings: Any) -> "Runner":
+    def of_latents(cls, pipeline: Pipeline, conditions: Sequence[Any], **settings: Any) -> "Runner":
         """Return a runner that makes latents with a pipeline of ours. settings: further fields."""
 
         def sample(conditions: Sequence[Any], **options: Any) -> Tensor:
@@ -218,7 +217,7 @@ class Runner:
         return Sampled(samples, seconds, num_steps, counts)
 
 
-def guidance_options(guidance: Guidance, num_shallow_units: int | None) -> dict[str, Any]:
+def guidance_options(guidance: Guidance, num_shallow_units: int | None) -> Fields:
     """Return the options of `Sampler.sample` for this guidance; only shallow guidance uses the number of units."""
     return {"guidance": guidance, "guidance_shallow_units": None if guidance == "full" else num_shallow_units}
 
@@ -229,13 +228,13 @@ def _generators(seed: int | Sequence[int]) -> torch.Generator | list[torch.Gener
     return [torch.Generator().manual_seed(sample_seed) for sample_seed in seed]
 
 
-def _wait_for(pipeline: Any) -> None:
+def _wait_for(pipeline: Pipeline) -> None:
     if pipeline.device.type == "cuda":
         torch.cuda.synchronize(pipeline.device)
 
 
 @contextmanager
-def scheduled(pipeline: Any, scheduler: str | None) -> Iterator[None]:
+def scheduled(pipeline: Pipeline, scheduler: str | None) -> Iterator[None]:
     """Give a pipeline another scheduler for the same objective inside the `with` block, by name; `None` keeps its
     own."""
     own = pipeline.scheduler
@@ -248,7 +247,7 @@ def scheduled(pipeline: Any, scheduler: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def before_steps(scheduler: Any, see: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
+def before_steps(scheduler: Scheduler, see: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
     """Call `see` with the model's output, after guidance, and the latents before each step of a scheduler inside the
     `with` block."""
     step = scheduler.step

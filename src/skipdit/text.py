@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from skipdit.files.untrusted import check_hash, printable
+from skipdit.interfaces import Transformer
 
 WIDTH = 384  # of the encoder's states
 BATCH_SIZE = 64
@@ -73,7 +74,7 @@ class SentenceEncoder:
 
     tokenizer: Any
     """tokenizer of `transformers`"""
-    model: Any
+    model: Transformer
     """encoder of `transformers`"""
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, g
 from skipdit.analysis.weights import TrainingLog
 from skipdit.files.output import OutputFolder
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import Fields
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.plots import check_plots_installed, render_html, save_png
 from skipdit.report import Report, table
@@ -83,7 +83,7 @@ def write_report(models: Models, config: AnalyzeConfig, out: OutputFolder) -> No
     out.remove_earlier()
 
 
-def summarise(measured: Measured) -> dict[str, Any]:
+def summarise(measured: Measured) -> Fields:
     """Return the numbers that the page states, for the JSON."""
     return {
         "num_parameters": measured.num_parameters,

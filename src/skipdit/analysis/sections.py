@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile
 from skipdit.analysis.measure import Measured, coefficients_of
+from skipdit.interfaces import Fields
 from skipdit.plots import Heatmaps, Lines, Plot, Surfaces
 
 Models = Mapping[str, Measured]
@@ -84,8 +85,8 @@ def unit_map(name: str, title: str, color_label: str, timesteps: NDArray, values
         model: np.concatenate([rows, np.full((depth - len(rows), rows.shape[1]), np.nan)])
         for model, rows in values.items()
     }
-    axes: dict[str, Any] = {"x_label": "timestep", "y_label": "unit", "x": timesteps, "y": np.arange(depth)}
-    colors: dict[str, Any] = {"color_label": color_label, "panels": panels, "reverse_x": True, "log_color": True}
+    axes: Fields = {"x_label": "timestep", "y_label": "unit", "x": timesteps, "y": np.arange(depth)}
+    colors: Fields = {"color_label": color_label, "panels": panels, "reverse_x": True, "log_color": True}
     return Heatmaps(name=name, title=title, **axes, **colors)
 
 

@@ -40,7 +40,7 @@ def measurements(found: Measurements | None, model: str) -> str:
         command = f"skipdit bench cache --model {model} --out out"
         return (
             f'<div class="sd-hint">Nothing has been measured of {escape(model)} yet. '
-            f"<br><code>{escape(command)}</code><br>does it; then start the page again in the same folder.</div>"
+            f"<br><code>{escape(command)}</code><br>does it, in the folder in which this page was started.</div>"
         )
     styles = styles_of(series)
     rows = [

@@ -10,6 +10,8 @@ from skipdit.app.forms import number, whole
 from skipdit.app.jobs import Job
 from skipdit.benchmark.cache_methods import METHODS
 from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.diffusion import Objective, objective_of, signal_and_noise_levels
 from skipdit.files.untrusted import printable
 from skipdit.loading import Source
 from skipdit.metrics.table import score_pictures
@@ -34,7 +36,7 @@ class Asked:
     prompts: tuple[str, ...] = ()
     """texts, in turn"""
     num_samples: int = 4
-    num_inference_steps: int = 30
+    num_inference_steps: int = 50
     guidance_scale: float = 2.0
     seed: int = 0
     cache: str = "2x"
@@ -119,7 +121,7 @@ def find_cache(
 ) -> tuple[str, CacheMethod]:
     """Return what a text means, and what that is called.
 
-    A speedup is that of a schedule that came with the model, where that suits the run, else of `auto`. `ValueError`
+    A speedup is that of a schedule that came with the model for runs of so many steps, else of `auto`. `ValueError`
     where there is no such cache, or it would never reuse. Files are not read.
     """
     text = text.strip()
@@ -131,17 +133,18 @@ def find_cache(
         if not speedup > 1:
             raise ValueError(f"a speedup must be above 1, got {printable(text)}")
         name = f"{speedup:g}x"
-        if name in source.schedules:
-            try:
-                check_method(pipeline, source.schedules[name], num_inference_steps)
-            except ValueError:
-                pass  # made for a longer run, or another sampler
-            else:
-                return f"calibrated:{name}", source.schedules[name]
+        made = source.schedules.get(name)
+        if made is not None and made_for_steps(made) == num_inference_steps:
+            return f"calibrated:{name}", made
         text = f"auto:{speedup:g}"
     method = own.get(text) or _parse(source, text)
     check_method(pipeline, method, num_inference_steps)
     return text, method
+
+
+def made_for_steps(method: CacheMethod) -> int | None:
+    """Return how many steps a run has that a schedule was calibrated on; in others `auto` is often better."""
+    return method.schedule.num_inference_steps if isinstance(method.schedule, ExplicitSchedule) else None
 
 
 def _parse(source: Source, text: str) -> CacheMethod:
@@ -183,7 +186,7 @@ class Watch:
         run = replace(
             getattr(self.comparison, self.side),
             is_full=tuple(self.is_full),
-            samples=begun(self.sampler, latents, self.num_samples),
+            samples=begun(self.sampler, output, latents, len(self.is_full) - 1, self.num_samples),
         )
         self.job.tell(done=len(self.is_full), shown=replace(self.comparison, **{self.side: run}))
 
@@ -192,11 +195,32 @@ class Watch:
         return replace(self.comparison, **{self.side: replace(run, is_full=tuple(self.is_full))})
 
 
-def begun(sampler: Sampler, latents: Tensor, num_samples: int) -> Tensor | None:
-    """Return pictures (b c h w) of latents that are pixels, of clips the first frames; `None` of other latents."""
+def begun(sampler: Sampler, output: Tensor, latents: Tensor, step: int, num_samples: int) -> Tensor | None:
+    """Return the pictures (b c h w) that a model sees in its latents at a step, of clips the first frames; `None` where
+    latents are no pixels, or the scheduler does not say what the model predicts."""
+    scheduler = sampler.pipeline.scheduler
     if sampler.pipeline.vae is not None or latents.ndim != 4 or latents.shape[1] != 3 or len(latents) % num_samples:
         return None
-    return (latents.unflatten(0, (num_samples, -1))[:, 0].detach() / 2 + 0.5).clamp(0, 1)
+    try:
+        objective = objective_of(scheduler)
+    except ValueError:
+        return None
+    timestep = scheduler.timesteps[min(step, len(scheduler.timesteps) - 1)].reshape(1).to(latents.device)
+    pixels = estimate(objective, output.detach()[:, :3], latents.detach(), timestep)
+    return (pixels.unflatten(0, (num_samples, -1))[:, 0] / 2 + 0.5).clamp(0, 1)
+
+
+def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
+    """Return x_0 as a model's output tells it: the inverse of `skipdit.diffusion.prediction_target`."""
+    signal, sigma = signal_and_noise_levels(objective, timesteps, latents.ndim)
+    match objective.prediction_type:
+        case "epsilon":
+            return (latents - sigma * output) / signal.clamp(min=1e-3)
+        case "v_prediction":
+            return signal * latents - sigma * output
+        case "flow_prediction":
+            return latents - sigma * output
+    return output
 
 
 def generate(job: Job, source: Source, asked: Asked, own: Mapping[str, CacheMethod]) -> Comparison:

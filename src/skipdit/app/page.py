@@ -133,14 +133,14 @@ class Page:
                     self.count = gr.Number(4, label="How many", precision=0, min_width=110)
                     self.seed = gr.Number(0, label="Seed", precision=0, min_width=110)
                 with gr.Row():
-                    self.steps = gr.Number(30, label="Steps", precision=0, min_width=110)
+                    self.steps = gr.Number(50, label="Steps", precision=0, min_width=110)
                     self.guidance = gr.Number(2, label="Guidance", step=0.5, min_width=110)
                 part = self.add_part("generate", "Generate")
             with gr.Column(scale=5, min_width=320):
                 part.results = gr.HTML(drawing.comparison(None))
                 with gr.Column(visible=False, elem_classes="sd-difference") as self.difference_box:
                     self.difference = gr.HTML("")
-                    self.amplification = gr.Slider(1, 50, value=8, step=1, label="Amplify the difference", buttons=[])
+                    self.amplification = gr.Slider(1, 50, value=20, step=1, label="Amplify the difference", buttons=[])
         form = [self.labels, self.prompt, self.count, self.steps, self.guidance, self.seed, self.budget, self.other]
         outputs = [*vars(part).values(), self.shown, self.difference, self.difference_box]
         part.run.click(self.generate, [self.model, *form, self.own, self.amplification], outputs, **JOB)
@@ -154,7 +154,7 @@ class Page:
                 "finds the steps to keep full for a speedup.</p>")  # fmt: skip
         with gr.Row(elem_classes="sd-form sd-short"):
             self.speedup = gr.Number(2.0, label="Target speedup", step=0.1, min_width=120)
-            self.wanted_steps = gr.Number(30, label="Steps", precision=0, min_width=120)
+            self.wanted_steps = gr.Number(50, label="Steps", precision=0, min_width=120)
             self.wanted_count = gr.Number(2, label="Samples to measure on", precision=0, min_width=120)
         part = self.add_part("calibrate", "Calibrate")
         part.results = gr.HTML("")
@@ -168,9 +168,9 @@ class Page:
                 list(get_args(Effort)),
                 value="quick",
                 label="How carefully",
-                info="of a small model on a CPU: some minutes, or an hour",
+                info="a minute or two for a small model on a CPU; thorough takes many times as long",
             )
-        part = self.add_part("stability", "Measure stability")
+        part = self.add_part("stability", "Measure")
         self.found = part.results = gr.HTML("")
         outputs = [*vars(part).values(), self.is_reported]
         part.run.click(self.measure_stability, [self.model, self.effort], outputs, **JOB)

@@ -113,7 +113,7 @@ class Wanted:
     """What to calibrate for."""
 
     speedup: float = 2.0
-    num_inference_steps: int = 30
+    num_inference_steps: int = 50
     num_samples: int = 2
     guidance_scale: float = 2.0
 

@@ -15,62 +15,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.benchmark.cache_methods import METHODS, Runnable, schedules_in, spec_cache
+from skipdit.benchmark.cache_methods import Runnable, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
 from skipdit.benchmark.checkout import load_rivals
-from skipdit.benchmark.measure import BenchConfig, benchmark, progress_bar
+from skipdit.benchmark.config import CacheBenchConfig as CacheBenchConfig
+from skipdit.benchmark.measure import benchmark, progress_bar
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Fields
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS
-from skipdit.options import NumInferenceSteps, check_range
 from skipdit.plots import check_plots_installed
 from skipdit.runs import Runner, Sampled, before_steps, scheduled, switched_on
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheBenchConfig(BenchConfig):
-    """What is measured of a trained model."""
-
-    model: str = "emoji"
-    """a bundled model (emoji, emoji-clips, emoji-text, emoji-text-clips), or the folder of a pipeline"""
-    specs: tuple[str, ...] = tuple(spec for method in METHODS.values() for spec in method.specs)
-    """caches, or paths of schedules; calibrated:2x is one that came with the model"""
-    schedules: Path | None = None
-    """a folder of more, as skipdit calibrate writes it"""
-    labels: tuple[str, ...] = ()
-    """class names or numbers, repeated in turn; by default the model's showcase, else spread over its classes"""
-    prompt: tuple[str, ...] = ()
-    """texts, repeated in turn, for the text tasks; by default the model's showcase"""
-    num_seeds: int = 64
-    """samples, each with a seed of its own, from --seed on"""
-    batch_size: int = 8
-    """samples that are made at a time"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of the uncached run and of the cached ones"""
-    guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
-    fewer_steps: tuple[int, ...] = (33, 25, 20, 15)
-    """denoising steps of the rivals without a cache"""
-    perceptual: bool = True
-    """measure the LPIPS-like distance too, which needs the extra skipdit[metrics]"""
-    rivals: bool = True
-    """run caches of diffusers and cache-dit too, where they can; only in a checkout of the repository"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "num_seeds", "batch_size")
-        check_range(self, "num_inference_steps", least=2, most=1000)
-        if len(set(self.specs)) < len(self.specs):
-            raise ValueError(f"specs must be different ones, got {self.specs}")
-        steps = self.num_inference_steps
-        if len(set(self.fewer_steps)) < len(self.fewer_steps) or not all(1 <= n < steps for n in self.fewer_steps):
-            raise ValueError(
-                f"fewer_steps must be below num_inference_steps, {steps}, and each once, got {self.fewer_steps}"
-            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,7 +43,7 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
     plans = [Plan("no cache", ONCE_MORE, "control", own, steps)]
     plans += [Plan("fewer steps", f"{n} steps", "fewer steps", own, n) for n in config.fewer_steps]
     if own.pipeline.scheduler.config.get("solver_order") != 2:
-        options: dict[str, Any] = {"method": "second order", "group": "second order", "scheduler": SECOND_ORDER}
+        options: Fields = {"method": "second order", "group": "second order", "scheduler": SECOND_ORDER}
         baselines.append(Plan(setting=f"{steps} steps", sampler=own, num_inference_steps=steps, **options))
         plans += [Plan(setting=f"{n} steps", sampler=own, num_inference_steps=n, **options) for n in config.fewer_steps]
     specs = (*config.specs, *(schedules_in(config.schedules) if config.schedules is not None else ()))

@@ -3,55 +3,18 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
+from skipdit.benchmark.config import METHODS as METHODS
 from skipdit.cache.enable import disable_cache
 from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
+from skipdit.interfaces import Pipeline
 from skipdit.loading import Source
 from skipdit.runs import Counts, OwnCache, RunCache, counts_of
 from skipdit.tasks.task import Sampler
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*(?=[:-]|$)")  # of a spec; a bare N is the paper's cache
-
-
-@dataclass(frozen=True)
-class Method:
-    """A line of the plot."""
-
-    ours: bool
-    """it needs long skips, and its prediction or its schedule is of this project"""
-    specs: tuple[str, ...] = ()
-    """the settings of the cache, fast ones last"""
-
-
-def intervals(form: str, *numbers: int) -> tuple[str, ...]:
-    """Specs of one form, a number each."""
-    return tuple(form.format(number) for number in numbers)
-
-
-METHODS: dict[str, Method] = {
-    "skip-taylor": Method(ours=True, specs=intervals("skip-taylor:N{}-o1", 2, 3, 4)),
-    "skip-taylor, window": Method(ours=True, specs=intervals("skip-taylor:N{}-800-100-o1", 4, 8)),
-    "skip-branch": Method(ours=True, specs=intervals("skip-branch:N{}", 2)),
-    "auto": Method(ours=True, specs=("auto:1.5", "auto:2", "auto:2.5")),
-    "calibrated": Method(ours=True, specs=("calibrated:1.5x", "calibrated:2x", "calibrated:2.5x", "calibrated:3x")),
-    "skip": Method(ours=False, specs=intervals("N{}", 2, 3)),
-    "delta-dit": Method(ours=False, specs=intervals("delta-dit:N{}", 2, 3)),
-    "delta": Method(ours=False, specs=intervals("delta:N{}", 2, 3)),
-    "delta-taylor": Method(ours=False, specs=intervals("delta-taylor:N{}-o1", 2, 3)),
-    "fora": Method(ours=False, specs=intervals("fora:N{}", 2, 3)),
-    "taylorseer": Method(ours=False, specs=intervals("taylorseer:N{}-o1", 2, 3, 4)),
-    "pab": Method(ours=False, specs=intervals("pab:N{}", 8)),
-    "faster-diffusion": Method(ours=False, specs=intervals("faster-diffusion:N{}", 2, 8)),
-    "tgate": Method(ours=False, specs=intervals("tgate:N{}-900-600", 5)),
-    "fbcache": Method(ours=False, specs=("fbcache:0.1", "fbcache:0.2")),
-    "teacache": Method(ours=False, specs=("teacache:0.1", "teacache:0.2")),
-    "dicache": Method(ours=False, specs=("dicache:0.1", "dicache:0.2")),
-    "seacache": Method(ours=False, specs=("seacache:0.1", "seacache:0.2")),
-    "easycache": Method(ours=False, specs=("easycache:0.05", "easycache:0.1")),
-    "adacache": Method(ours=False, specs=("adacache:0.05", "adacache:0.1")),
-}
 
 
 def method_of(spec: str) -> tuple[str, bool]:
@@ -116,15 +79,15 @@ class SpecCache:
         """The spec; of a schedule its name and that of its folder."""
         return "/".join(Path(self.spec).with_suffix("").parts[-2:]) if self.spec.endswith(".json") else self.spec
 
-    def enable(self, pipeline: Any) -> None:
+    def enable(self, pipeline: Pipeline) -> None:
         method = self.source.cache(self.spec)
         assert method is not None, "no cache is a control, not a cache"
         OwnCache(method).enable(pipeline)
 
-    def disable(self, pipeline: Any) -> None:
+    def disable(self, pipeline: Pipeline) -> None:
         disable_cache(pipeline)
 
-    def counts(self, pipeline: Any) -> Counts:
+    def counts(self, pipeline: Pipeline) -> Counts:
         return counts_of(pipeline)
 
 

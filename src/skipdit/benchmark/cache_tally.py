@@ -13,6 +13,7 @@ from skipdit.benchmark.cache_methods import Runnable
 from skipdit.benchmark.cache_report import OWN_PSNR, Group, Row
 from skipdit.files.output import OutputFolder, to_json
 from skipdit.files.untrusted import parse_json, printable, read_json
+from skipdit.interfaces import Fields
 from skipdit.metrics.paired import psnr_db
 from skipdit.metrics.table import Metric, compare_pictures, join_values
 from skipdit.runs import Counts, Sampled
@@ -82,7 +83,7 @@ class TallyFields(TypedDict):
 class DraftFields(TypedDict):
     """of: the run that the draft belongs to. batches: how many are done."""
 
-    of: dict[str, Any]
+    of: Fields
     batches: int
     tallies: list[TallyFields]
 
@@ -100,7 +101,7 @@ class Tally:
     refused: str | None = None
     """why it cannot be"""
 
-    def to_fields(self) -> dict[str, Any]:
+    def to_fields(self) -> Fields:
         """Return the tally as JSON, without the cost, which is soon counted again."""
         values = [
             {name: [x if math.isfinite(x) else str(x) for x in tensor.tolist()] for name, tensor in batch.items()}
@@ -168,7 +169,7 @@ class Draft:
         if not path.exists():
             return None
         fields = read_json(path, DraftFields, max_bytes=MAX_DRAFT_BYTES)
-        if fields["of"] != parse_json(to_json(self.of), dict[str, Any], self.name):
+        if fields["of"] != parse_json(to_json(self.of), Fields, self.name):
             raise ValueError(
                 f"{printable(path)} is of a run with other settings or on another machine: remove it, or choose "
                 "another --out"

@@ -12,15 +12,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, flops_of, progress_bar
+from skipdit.benchmark.config import ConversionBenchConfig as ConversionBenchConfig
+from skipdit.benchmark.measure import Advance, benchmark, flops_of, progress_bar
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import training_loss
-from skipdit.environment import Device
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Transformer
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import NumInferenceSteps, check_choice, check_range
+from skipdit.options import Device
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.report import Report, record, table
 from skipdit.runs import OwnCache, Runner, Sampled
@@ -47,33 +48,6 @@ PICTURE = "conversion.png"
 PICTURE_SCALE = 4
 LOSS_BATCH_SIZE = 128
 CHANCE_DB = 5.0  # by which cached runs of two trainings differ whose rounding alone does: benchmarks/stability_cpu.md
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConversionBenchConfig(BenchConfig):
-    """What is measured of the trained models. Their trainings have seeds of their own."""
-
-    num_pictures: int = 512
-    """pictures of the training data for the loss, each with one noise and timestep"""
-    num_samples: int = 64
-    """pictures of a run of the sampler, for the caches"""
-    num_shown: int = 6
-    """pictures per row of conversion.png"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of a run"""
-    guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
-    intervals: tuple[int, ...] = (2, 3)
-    """of the caches"""
-    runs: Path = Path("runs")
-    """folder of the four trainings (recipes convert-*), which go on where they are not finished"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "num_pictures", "num_samples", "num_shown")
-        check_choice("intervals", self.intervals, range(2, self.num_inference_steps + 1))
-        if self.num_shown > self.num_samples:
-            raise ValueError(f"num_shown must be at most num_samples, {self.num_samples}, got {self.num_shown}")
 
 
 @dataclass(frozen=True)
@@ -224,7 +198,7 @@ def model_rows(
     num_steps[TRAINED_ON] += own[CONTROL]
     rows = []
     for name, task in models.items():
-        model: Any = task.model
+        model: Transformer = task.model
         one = [tensor[:1] for tensor in (batch.noise, batch.timesteps, cast(Tensor, batch.conditions))]
         difference = losses[name] - losses[VANILLA]
         row = ModelRow(
@@ -241,7 +215,7 @@ def model_rows(
     return rows
 
 
-def describe_long_skips(model: Any) -> str:
+def describe_long_skips(model: Transformer) -> str:
     count = len(model.long_skip_links.sources)
     return f"{count}, {model.config['long_skip']['fusion']}" if count else "none"
 

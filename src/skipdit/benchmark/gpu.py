@@ -6,79 +6,32 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
-from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
 from skipdit.benchmark import measure
-from skipdit.benchmark.measure import BenchConfig, DType
+from skipdit.benchmark.config import GpuBenchConfig as GpuBenchConfig
+from skipdit.benchmark.config import GpuMode
 from skipdit.cache.enable import cached
 from skipdit.cache.methods import parse_method
-from skipdit.environment import SYNCHRONIZE, Device
+from skipdit.environment import SYNCHRONIZE
 from skipdit.files.output import OutputFolder
-from skipdit.models.dit import PRESETS, DiT
+from skipdit.interfaces import Fields
+from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import NumInferenceSteps, check_above, check_option, check_range
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.report import Report, judge, record, table
 
-Mode = Literal["eager", "reduce-overhead", "default"]
-
 SMALL_BATCH, SMALL_BATCH_TARGET = 8, 0.90  # eager, below this size
-
-
-@dataclass(frozen=True, kw_only=True)
-class GpuBenchConfig(BenchConfig):
-    """Which caches are measured, and how long."""
-
-    preset: str = "DiT-XL/2"
-    """published size of the class-to-image model, with long skips and random weights"""
-    batch_sizes: tuple[int, ...] = (2, 32)
-    """samples per call, from small to large"""
-    modes: tuple[Mode, ...] = ("eager", "reduce-overhead")
-    """eager, or compiled whole by `torch.compile` in this mode"""
-    specs: tuple[str, ...] = ("N2", "N3", "N2-k4", "fbcache:0.1", "fbcache:0.000001", "fora:N2")
-    """caches in eager mode; fbcache of the second threshold hardly ever reuses, which shows what asking costs"""
-    compiled_specs: tuple[str, ...] = ("N2",)
-    """caches in compiled modes, where each new kind of step takes up to a minute"""
-    num_inference_steps: NumInferenceSteps = 20
-    """denoising steps of a run"""
-    num_rounds: int = 5
-    """how often each run is timed, in turn with the run that has no cache"""
-    max_seconds: float = 270.0
-    """after which nothing more is begun"""
-    dtype: DType = "bfloat16"
-    """of the weights and the latents"""
-    device: Device = "cuda"
-    """cpu or cuda"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_option(self, "preset", tuple(PRESETS))
-        check_range(self, "num_inference_steps", "num_rounds")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes must be one or more above 0, got {self.batch_sizes}")
-        check_above(self, "max_seconds")
-        for spec in (*self.specs, *self.compiled_specs):
-            parse_method(spec)
-
-    def rows(self) -> list[tuple[Mode, int, str]]:
-        """Return what is measured, in this order."""
-        return [
-            (mode, size, spec)
-            for mode in self.modes
-            for size in self.batch_sizes
-            for spec in (self.specs if mode == "eager" else self.compiled_specs)
-        ]
 
 
 @dataclass(frozen=True)
 class Row:
     """One cache in one mode at one batch size."""
 
-    mode: Mode
+    mode: GpuMode
     batch_size: int
     spec: str
     steps_full: int
@@ -118,7 +71,7 @@ class Row:
         }
 
 
-def _name(mode: Mode, batch_size: int, spec: str) -> str:
+def _name(mode: GpuMode, batch_size: int, spec: str) -> str:
     return f"{spec}, batch {batch_size}, {mode}"
 
 
@@ -135,7 +88,7 @@ class Runs:
         self.pipeline = ClassToImagePipeline(self.model, DDIMScheduler())
         self.pipeline.scheduler.set_timesteps(config.num_inference_steps, device=config.device)
 
-    def seconds(self, inputs: dict[str, Any]) -> float:
+    def seconds(self, inputs: Fields) -> float:
         """Return the seconds of a step, in the mean over a run."""
         synchronize, timesteps = SYNCHRONIZE[self.config.device], self.pipeline.scheduler.timesteps
         batch_size = len(inputs["class_labels"])
@@ -148,7 +101,7 @@ class Runs:
         synchronize()
         return measure.seconds_of(run) / len(timesteps)
 
-    def inputs(self, batch_size: int) -> dict[str, Any]:
+    def inputs(self, batch_size: int) -> Fields:
         sizes, config = self.model.config, self.config
         shape = (batch_size, sizes.in_channels, sizes.sample_size, sizes.sample_size)
         return {
@@ -156,7 +109,7 @@ class Runs:
             "class_labels": torch.arange(batch_size, device=config.device) % sizes.num_classes,
         }
 
-    def measure(self, mode: Mode, batch_size: int, spec: str) -> Row:
+    def measure(self, mode: GpuMode, batch_size: int, spec: str) -> Row:
         """Time runs with a cache and without, in turn; the first of each do not count."""
         inputs, full, reused = self.inputs(batch_size), [], []
         self.seconds(inputs)
@@ -179,8 +132,10 @@ def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], flo
     """Measure every cache, and write `{device}.json` and `.md` into `out` after each: what is not reached in
     `max_seconds` is named there. clock: tells seconds.
 
-    `ValueError` where there is no such device.
+    `ValueError` where there is no such device or cache.
     """
+    for spec in (*config.specs, *config.compiled_specs):
+        parse_method(spec)
     rows, left = [], config.rows()
     with measure.benchmark(config, out, config.device) as environment, measure.progress_bar(len(left)) as advance:
         begun, runs = clock(), Runs(config)
@@ -195,7 +150,7 @@ def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], flo
 
 
 def report_of(
-    config: GpuBenchConfig, environment: Mapping[str, str], rows: list[Row], left: list[tuple[Mode, int, str]]
+    config: GpuBenchConfig, environment: Mapping[str, str], rows: list[Row], left: list[tuple[GpuMode, int, str]]
 ) -> Report:
     small = {row.name: row.achieved for row in rows if row.mode == "eager" and row.batch_size < SMALL_BATCH}
     others = {row.name: row.achieved for row in rows if row.name not in small}

@@ -20,16 +20,16 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from skipdit.benchmark.config import BenchConfig
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
-from skipdit.environment import SYNCHRONIZE, Device, check_device, describe_environment, threads
+from skipdit.environment import SYNCHRONIZE, check_device, describe_environment, threads
 from skipdit.files.output import OutputFolder
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.options import check_fields, check_range
+from skipdit.options import Device
 
-DType = Literal["float32", "bfloat16"]
 Kind = Literal["plain", "uncached", "full", "reuse"]
 Call = Callable[[], Tensor]
 Advance = Callable[..., object]
@@ -38,22 +38,6 @@ Ratios = dict[str, float]
 ACHIEVED_TARGET = 0.95  # of the speedup that the FLOPs of a cached run allow
 FULL_AND_REUSE = IntervalSchedule(interval=2)
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """What every benchmark asks for. Abstract."""
-
-    device: Device = "cpu"
-    """cpu or cuda"""
-    num_threads: int | None = None
-    """of the CPU; by default PyTorch's choice"""
-    seed: int = 0
-    """of weights, inputs and noise"""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_range(self, "num_threads")
 
 
 @contextmanager

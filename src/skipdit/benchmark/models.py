@@ -5,63 +5,25 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal
 
 import torch
 from torch import nn
 
 from skipdit.benchmark import measure
-from skipdit.benchmark.measure import Advance, BenchConfig, Call, DType, Kind, Ratios, Subject
+from skipdit.benchmark.config import DType, Mode
+from skipdit.benchmark.config import ModelBenchConfig as ModelBenchConfig
+from skipdit.benchmark.measure import Advance, Call, Kind, Ratios, Subject
 from skipdit.cache.schedule import IntervalSchedule, resolve
-from skipdit.environment import Device
 from skipdit.files.output import OutputFolder
-from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_choice, check_per_item, check_range
+from skipdit.options import Device
 from skipdit.report import Report, judge, numbers, record, table
 
-Mode = Literal["eager", "compiled"]
-
 BFLOAT16_TARGETS = {"DiT-XL/2": 1.8}  # speed over float32
-BATCH_SIZES: dict[Device, dict[str, int]] = {  # by the size in a preset's name
-    "cpu": {"S": 8, "B": 4, "L": 2, "XL": 2},
-    "cuda": {"S": 128, "B": 64, "L": 32, "XL": 32},
-}
 SCHEDULE = IntervalSchedule(interval=2, start_timestep=1000, stop_timestep=20)  # the authors', arXiv 2411.17616
 FULL_STEPS = resolve(SCHEDULE, torch.linspace(999, 0, 50).round().tolist())
 NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C compiler")  # Inductor's and Triton's words
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelBenchConfig(BenchConfig):
-    """Which models are measured, and how often."""
-
-    presets: tuple[str, ...] = ("DiT-S/2", "DiT-XL/2")
-    """published sizes; each is measured as the plain model and with long skips"""
-    dtypes: tuple[DType, ...] = ("float32", "bfloat16")
-    """of weights and inputs"""
-    modes: tuple[Mode, ...] = ("eager", "compiled")
-    """as the model is, or compiled whole by `torch.compile`"""
-    num_shallow_units: tuple[int, ...] = (1, 4)
-    """units at each end that a reuse step runs"""
-    batch_sizes: tuple[int, ...] = ()
-    """one per preset; by default 8 for S, 4 for B, 2 for L and XL on a CPU, and 128, 64, 32, 32 on a GPU"""
-    num_repetitions: int = 5
-    """of each step, in turn"""
-    num_warmup: int = 1
-    """repetitions before those that count"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("presets", self.presets, tuple(PRESETS))
-        num_layers = min(PRESETS[preset][0] for preset in self.presets)
-        check_choice("num_shallow_units", self.num_shallow_units, range(1, (num_layers + 1) // 2))
-        check_per_item("batch_sizes", self.batch_sizes, len(self.presets))
-        check_range(self, "num_repetitions", "num_warmup")
-
-    def batch_size(self, preset: str) -> int:
-        default = BATCH_SIZES[self.device][preset.removeprefix("DiT-").partition("/")[0]]
-        return self.batch_sizes[self.presets.index(preset)] if self.batch_sizes else default
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,15 +18,17 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, progress_bar, seconds_of
+from skipdit.benchmark.config import Loop, Workload
+from skipdit.benchmark.config import TrainBenchConfig as TrainBenchConfig
+from skipdit.benchmark.measure import Advance, benchmark, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
 from skipdit.data.pictures import Draws, ShuffledForever
 from skipdit.diffusion import Objective
-from skipdit.environment import SYNCHRONIZE, Device
+from skipdit.environment import SYNCHRONIZE
 from skipdit.files.output import OutputFolder
-from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import check_option, check_per_item, check_range
+from skipdit.options import Device
 from skipdit.report import Report, record, table
 from skipdit.tasks.class_to_image import TASK, ClassToImageTraining
 from skipdit.tasks.training import TrainingTask
@@ -37,47 +38,9 @@ from skipdit.training.devices import start_processes
 from skipdit.training.loader import load_batches
 from skipdit.training.loop import Run, build_task
 
-Workload = Literal["emoji", "latents"]
-Loop = Literal["plain", "dense", "routed", "dense compiled", "routed compiled"]
-
 TARGETS = {"emoji": 15_000.0, "latents": 0.4}  # on an H100: pictures per second; share of the rate of bf16 products
-BATCH_SIZES: dict[Device, dict[Workload, int]] = {
-    "cpu": {"emoji": 32, "latents": 1},
-    "cuda": {"emoji": 512, "latents": 96},
-}
 MATRIX_SIZES: dict[Device, int] = {"cpu": 1024, "cuda": 8192}
 NUM_LATENTS = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainBenchConfig(BenchConfig):
-    """Which loops are measured, and how often."""
-
-    workloads: tuple[Workload, ...] = ("emoji", "latents")
-    """emoji: the recipe of the bundled class-to-image model; latents: a DiT with long skips on random latents"""
-    loops: tuple[Loop, ...] = ("plain", "dense", "routed")
-    """plain: in float32 (TF32 on a GPU), with what is random drawn on the CPU and the loss asked for at each step;
-    dense, routed: skipdit's, without and with token routing, eager or compiled"""
-    preset: str = "DiT-XL/2"
-    """of the model on latents, 256 tokens"""
-    batch_sizes: tuple[int, ...] = ()
-    """one per workload; by default 32 and 1 on a CPU, 512 and 96 on a GPU"""
-    num_steps: int = 20
-    """steps that are timed together"""
-    num_warmup: int = 5
-    """steps before them"""
-    num_rounds: int = 3
-    """how often each loop starts"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_option(self, "preset", tuple(PRESETS))
-        check_range(self, "num_steps", "num_warmup", "num_rounds")
-        check_per_item("batch_sizes", self.batch_sizes, len(self.workloads))
-
-    def batch_size(self, workload: Workload) -> int:
-        default = BATCH_SIZES[self.device][workload]
-        return self.batch_sizes[self.workloads.index(workload)] if self.batch_sizes else default
 
 
 @dataclass(frozen=True)

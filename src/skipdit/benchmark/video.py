@@ -8,11 +8,9 @@ from typing import Any, cast
 import torch
 
 from skipdit.benchmark import measure
+from skipdit.benchmark.config import Size, VideoBenchConfig, VideoTask
 from skipdit.benchmark.measure import Advance, Call, Ratios, Subject
 from skipdit.benchmark.video_models import (
-    Size,
-    Task,
-    VideoBenchConfig,
     VideoStep,
     feature_bytes,
     make_subjects,
@@ -26,7 +24,7 @@ from skipdit.files.output import OutputFolder
 from skipdit.report import Report, judge, numbers, record, table
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM
-SCHEDULES: dict[Task, tuple[str, ...]] = {
+SCHEDULES: dict[VideoTask, tuple[str, ...]] = {
     "class-to-video": ("N2-900-50", "N3-900-50"),
     "text-to-video": ("N2-700-50", "N3-700-50"),
 }
@@ -120,7 +118,7 @@ class CachedStep:
     runs: tuple[CachedRun, ...]
 
 
-def cached_steps(task: Task, rows: Mapping[VideoStep, VideoRow]) -> list[CachedStep]:
+def cached_steps(task: VideoTask, rows: Mapping[VideoStep, VideoRow]) -> list[CachedStep]:
     """Return the full steps among the rows of one model. Their ratios: `step_ratios`; as overhead the seconds of the
     full step over the uncached forward; as skips_over_plain those of the uncached forward over the plain model's."""
     schedules = {spec: full_steps(spec) for spec in SCHEDULES[task]}

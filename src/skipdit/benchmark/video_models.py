@@ -5,7 +5,7 @@ Class-to-video is our Latte, text-to-video diffusers' LatteTransformer3DModel, w
 
 import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from diffusers import LatteTransformer3DModel
@@ -13,104 +13,22 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention as DiffusersAttention
 from torch import nn
 
-from skipdit.benchmark.measure import BenchConfig, DType, Kind, Subject, fill_zeros
-from skipdit.environment import Device
+from skipdit.benchmark.config import TEXT_HEAD_SIZE, TEXT_PATCH_SIZE
+from skipdit.benchmark.config import Size as Size
+from skipdit.benchmark.config import VideoBenchConfig as VideoBenchConfig
+from skipdit.benchmark.config import VideoTask as VideoTask
+from skipdit.benchmark.measure import Kind, Subject, fill_zeros
+from skipdit.interfaces import Transformer
 from skipdit.models.dit import MLP, Attention
-from skipdit.models.latte import LATTE_PRESETS, Latte
-from skipdit.models.long_skip import LongSkipConfig, LongSkipLinks, pair_units
+from skipdit.models.latte import Latte
+from skipdit.models.long_skip import LongSkipConfig, pair_units
 from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_choice, check_per_item, check_range
 
-Task = Literal["class-to-video", "text-to-video"]
 VideoKind = Kind | Literal["opened", "plain again"]
 
-NUM_FRAMES: dict[Device, dict[str, int]] = {  # by the size in a preset's name
-    "cpu": {"S": 16, "B": 8, "L": 4, "XL": 3},
-    "cuda": {"S": 16, "B": 16, "L": 16, "XL": 16},
-}
-TEXT_MODEL, TEXT_HEAD_SIZE, TEXT_PATCH_SIZE = "LatteTransformer3DModel", 64, 2
 CAPTION_CHANNELS, CAPTION_TOKENS = 4096, 120  # T5-XXL, as the released model has it
 NUM_CLASSES = 101  # UCF-101
 OUTPUT_CLASSES = (Attention, MLP, DiffusersAttention, FeedForward)
-
-
-@dataclass(frozen=True)
-class Size:
-    """One model that is measured. A unit is a spatial and a temporal block."""
-
-    task: Task
-    name: str
-    num_units: int
-    num_frames: int
-    patch_size: int
-    is_swapped: bool = False
-    """whether its units are opened by class swap, as those of a class of diffusers"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoBenchConfig(BenchConfig):
-    """Which video models are measured, and how often."""
-
-    tasks: tuple[Task, ...] = get_args(Task)
-    """class-to-video: our Latte; text-to-video: diffusers' LatteTransformer3DModel"""
-    presets: tuple[str, ...] = ("Latte-S/2", "Latte-XL/2")
-    """published sizes of Latte"""
-    num_frames: tuple[int, ...] = ()
-    """one per preset; by default 16 for S, 8 for B, 4 for L, 3 for XL on a CPU, and 16 on a GPU"""
-    text_num_heads: int = 6
-    """of 64 channels each; the released text-to-video model is wider"""
-    text_num_units: int = 28
-    """of the text-to-video model; 28 as released"""
-    text_num_frames: int = 4
-    """of the text-to-video model"""
-    sample_size: int = 32
-    """side of the latents; 32 for videos of 256 pixels"""
-    batch_size: int = 1
-    """clips per call"""
-    num_pairs: tuple[int | None, ...] = (None, 2)
-    """how many of the outermost pairs are linked; None for all"""
-    num_shallow_units: tuple[int, ...] = (1, 2)
-    """units at each end that a reuse step runs"""
-    dtype: DType = "float32"
-    """of weights and inputs"""
-    num_repetitions: int = 5
-    """of each step, in turn"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("presets", self.presets, tuple(LATTE_PRESETS))
-        check_per_item("num_frames", self.num_frames, len(self.presets))
-        check_range(self, "text_num_heads", "text_num_units", "text_num_frames", "sample_size", "batch_size")
-        check_range(self, "num_repetitions")
-        if not self.num_shallow_units or len(set(self.num_shallow_units)) < len(self.num_shallow_units):
-            raise ValueError(f"num_shallow_units must be one or more, each once, got {self.num_shallow_units}")
-        for size in self.sizes():
-            if self.sample_size % size.patch_size:
-                raise ValueError(f"sample_size must be divisible by {size.patch_size}, got {self.sample_size}")
-            links = [
-                LongSkipLinks(size.num_units, pair_units(size.num_units, LongSkipConfig(num_pairs=num_pairs)))
-                for num_pairs in self.num_pairs
-            ]
-            counts = {len(each.sources) for each in links}
-            if not links or 0 in counts or len(counts) < len(links):
-                raise ValueError(
-                    f"num_pairs must be one or more numbers from 1 to {size.num_units // 2}, or None for all, "
-                    f"each once, for the {size.num_units} units of {size.name}, got {self.num_pairs}"
-                )
-            for each in links:
-                for k in self.num_shallow_units:
-                    each.check_num_shallow_units(k)
-
-    def sizes(self) -> list[Size]:
-        """Return the models, in the order they are measured."""
-        sizes = []
-        defaults = [NUM_FRAMES[self.device][name.removeprefix("Latte-").partition("/")[0]] for name in self.presets]
-        for name, num_frames in zip(self.presets, self.num_frames or defaults, strict=True):
-            num_layers, *_, patch_size = LATTE_PRESETS[name]
-            sizes.append(Size("class-to-video", name, num_layers // 2, num_frames, patch_size))
-        num_units, num_frames = self.text_num_units, self.text_num_frames
-        sizes.append(Size("text-to-video", TEXT_MODEL, num_units, num_frames, TEXT_PATCH_SIZE, is_swapped=True))
-        return [size for size in sizes if size.task in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -201,7 +119,7 @@ def num_outputs(model: nn.Module) -> int:
     return sum(isinstance(module, OUTPUT_CLASSES) for module in model.modules())
 
 
-def feature_bytes(config: VideoBenchConfig, size: Size, model: Any) -> int:
+def feature_bytes(config: VideoBenchConfig, size: Size, model: Transformer) -> int:
     """Return the bytes of the hidden states between two units."""
     hidden_size = model.config["num_attention_heads"] * model.config["attention_head_dim"]
     num_tokens = config.batch_size * size.num_frames * (config.sample_size // size.patch_size) ** 2

@@ -1,16 +1,14 @@
-"""What `skipdit calibrate` does."""
+"""The options of `skipdit calibrate`; nothing heavy is imported."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from skipdit.cache.methods import EVERY, METHODS, parse_method
-from skipdit.cache.predictor import TaylorPredictor
-from skipdit.cache.site import BranchOutputs, Site
-from skipdit.calibration.trials import Trials
 from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range, choose
 
-# what a calibrated prediction is of is a row with a site; its basis is Taylor's
-WITH_SITE = tuple(name for name, row in METHODS.items() if row.site and row.predictor is TaylorPredictor)
+if TYPE_CHECKING:
+    from skipdit.cache.site import Site
+
+MAX_ORDER = 4  # of a prediction: `skipdit.cache.predictor.MAX_ORDER`, which a test compares
 BY_THRESHOLD = ("smoothcache", "magcache")  # whose rule is a threshold
 KIN = ("dpcache", "l2p", "budcache")
 
@@ -29,56 +27,88 @@ class Target(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trials:
+    """What is tried at each step."""
+
+    orders: tuple[int, ...] = (1,)
+    """orders of the predictions: from the last values (0), or also from their changes (1 and above)"""
+    max_age: int = 10
+    """largest age of a prediction, in steps"""
+    num_probed: int = 8
+    """number of steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_age", "num_probed"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.orders or len(set(self.orders)) < len(self.orders):
+            raise ValueError(f"orders must be one or more, each once, got {self.orders}")
+        if not 0 <= min(self.orders) <= max(self.orders) <= MAX_ORDER:
+            raise ValueError(f"orders must be between 0 (hold) and {MAX_ORDER}, got {self.orders}")
+
+    @property
+    def lookback(self) -> int:
+        """The number of earlier steps whose values are tried: as far back as a prediction of the largest order and age
+        may reach."""
+        return self.max_age + (self.max_age + 1) * max(self.orders)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
     """What `skipdit calibrate` does."""
 
     method: str = "skip-taylor"
-    """a row of the cache methods with one site (skip-taylor, delta-taylor, taylorseer, ...), or smoothcache"""
+    """a cache method that reuses one thing (skip-taylor, delta-taylor, taylorseer, ...), or smoothcache"""
     shallow_units: tuple[int, ...] = (1,)
-    """numbers of fresh units at each end among which a schedule may choose"""
+    """numbers of units at each end that run at a reuse step; a schedule may choose among them"""
     speedups: tuple[float, ...] = (1.5, 1.8, 2.0, 2.5, 3.0)
     """by compute; a schedule is written for each"""
     by_clock: bool = False
-    """speedups are by the clock of this machine, whose saving per reuse step is measured first"""
+    """measure speedups by the clock of this machine, on which the saving per reuse step is timed first"""
     target_psnr: tuple[float, ...] = ()
-    """least PSNR in dB on seeds not calibrated on, as estimated on one more seed; a schedule is written for each"""
+    """least PSNR in dB on other seeds, as estimated on one more seed; a schedule is written for each"""
     target_seconds: tuple[float, ...] = ()
-    """most seconds of a run of num_samples on this machine; a schedule is written for each"""
+    """most seconds per run of num_samples on this machine; a schedule is written for each"""
     labels: tuple[str, ...] = ()
-    """class names or numbers, repeated in turn; by default as of skipdit sample"""
+    """class names or numbers, repeated in turn; by default those of skipdit sample"""
     prompt: tuple[str, ...] = ()
-    """texts, repeated in turn, for the text tasks"""
+    """texts, repeated in turn; for the text tasks"""
     num_samples: int = 4
-    """pictures or clips of each run"""
+    """pictures or clips per run"""
     num_held_out: int = 8
-    """pictures or clips of each run of the report"""
+    """pictures or clips per run of the report"""
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of a run, for which the schedules are made"""
     guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
+    """scale of classifier-free guidance; 1 disables guidance"""
     seed: int = 0
-    """of the runs that schedules are found on"""
+    """seed of the runs in which schedules are searched"""
     held_out_seed: int = 1000
-    """of what the report measures"""
-    trials: Trials = Trials()  # noqa: RUF009 (frozen)
+    """seed of the runs that the report measures"""
+    trials: Trials = Trials()
     """what is tried at each step"""
     fits: bool = True
-    """give each reuse step's prediction factors that fit what was measured; otherwise they are Taylor's"""
+    """fit the factors of each reuse step's prediction to the measurement; otherwise they are Taylor's"""
     kin: tuple[str, ...] = ()
-    """rules of kin by which schedules are found too, from the same measurement: dpcache, l2p, budcache"""
+    """published rules that also find schedules from the same measurement, for comparison: dpcache, l2p, budcache"""
     kin_trials: int = 60
-    """cached runs in which budcache tries its schedules"""
+    """number of cached runs in which budcache tries its schedules"""
     refine: int = 0
-    """exchanges of single steps that are tried on each schedule afterwards, each a cached run"""
+    """number of exchanges of single steps to try on each schedule afterwards, each in a cached run"""
     rivals: tuple[str, ...] = (
         *(f"skip-taylor:{schedule}" for schedule in ("N2", "N3", "N4", "N5", "N4-800-100")),
         *(f"auto:{speedup}" for speedup in ("1.5", "1.8", "2", "2.5", "3")),
     )
-    """fixed specs that the report shows beside"""
+    """fixed specs to compare with in the report"""
 
     def __post_init__(self) -> None:
+        from skipdit.cache.methods import METHODS, parse_method
+        from skipdit.cache.predictor import TaylorPredictor
+
         check_numbers(self)
-        check_option(self, "method", (*WITH_SITE, "smoothcache"))
+        # a calibrated prediction is Taylor's, of one site
+        with_site = [name for name, row in METHODS.items() if row.site and row.predictor is TaylorPredictor]
+        check_option(self, "method", (*with_site, "smoothcache"))
         check_range(self, "num_samples", "num_held_out", "num_inference_steps")
         check_range(self, "refine", "kin_trials", least=0)
         for name in self.kin:
@@ -103,7 +133,10 @@ class CalibrateConfig:
             parse_method(spec)
 
     @property
-    def site(self) -> Site:
+    def site(self) -> "Site":
+        from skipdit.cache.methods import EVERY, METHODS
+        from skipdit.cache.site import BranchOutputs
+
         make = METHODS[self.method].site
         return BranchOutputs(EVERY) if make is None else make(self.shallow_units)
 

@@ -26,6 +26,7 @@ from skipdit.cache.predictor import FittedPredictor, Predictor, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, Site
 from skipdit.cache.steppers import CacheRule, StepState, relative_change
+from skipdit.calibration.config import Trials as Trials
 from skipdit.models.check import first_tensor
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored, Values
 from skipdit.models.long_skip import BranchKind, LongSkipModel
@@ -34,33 +35,6 @@ from skipdit.runs import Runner, before_steps
 Sample = Callable[[], Tensor]
 NUM_COORDINATES = 4096  # of an output, drawn at random, at which changes are kept
 LEAST_EXPLAINED = 0.9  # of the guided output by those of the model, below which guidance is taken for unknown
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trials:
-    """What is tried at each step."""
-
-    orders: tuple[int, ...] = (1,)
-    """orders of the predictions: from the last values (0), and also from how they changed (1 and above)"""
-    max_age: int = 10
-    """steps that a prediction may be old, at most"""
-    num_probed: int = 8
-    """steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
-
-    def __post_init__(self) -> None:
-        for name in ("max_age", "num_probed"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.orders or len(set(self.orders)) < len(self.orders):
-            raise ValueError(f"orders must be one or more, each once, got {self.orders}")
-        for order in self.orders:
-            TaylorPredictor(order)
-
-    @property
-    def lookback(self) -> int:
-        """The number of earlier steps whose values are tried: as far back as a prediction of the largest order and age
-        may reach."""
-        return self.max_age + (self.max_age + 1) * max(self.orders)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,11 +35,12 @@ from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint, read_shal
 from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files.output import atomic_file, clean_up
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import Transformer
 from skipdit.models.families import FAMILIES
-from skipdit.models.long_skip import Fusion, LongSkipConfig
+from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.shallow_path import ShallowPath
 from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
-from skipdit.options import choose
+from skipdit.options import Fusion, choose
 
 __all__ = [
     "DIFFUSERS_KEYS",
@@ -69,7 +70,7 @@ class Format(Protocol):
         """Return the tensors under the model's keys."""
         ...
 
-    def to_official(self, model: Any) -> dict[str, Tensor]:
+    def to_official(self, model: Transformer) -> dict[str, Tensor]:
         """Return the tensors under the official keys."""
         ...
 
@@ -192,7 +193,7 @@ def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_file(tensors, draft, metadata={"format": "pt"})
 
 
-def to_diffusers(model: Any) -> Any:
+def to_diffusers(model: Transformer) -> Any:
     """Convert our `DiT` to diffusers' (`checkpoints.dit.to_diffusers`); return a diffusers transformer unchanged.
     `ValueError` for a `Latte`: diffusers has only the text-to-video model."""
     names = {base.__name__ for base in type(model).__mro__}
@@ -234,7 +235,7 @@ def _read_folder(
         unloaded = _find_format(state_dict, hints).read(state_dict, hints)
         path = read_shallow_path(checkpoint, num_units_of(unloaded.model))
         if path is not None:
-            model: Any = unloaded.model
+            model: Transformer = unloaded.model
             model.register_to_config(shallow_path=path.to_dict())
         return unloaded
     if (folder / "pipeline" / "model_index.json").exists():  # of a finished run
@@ -270,7 +271,7 @@ def _read_family(
     tensors = {key: tensor for key, tensor in tensors.items() if key != unused}
 
     def build() -> nn.Module:
-        model: Any = model_class(**options)
+        model: Transformer = model_class(**options)
         if long_skip is not None:
             add_long_skips(model, LongSkipConfig.from_dict(long_skip))
         if config.get("shallow_path") is not None:

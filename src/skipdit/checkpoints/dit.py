@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from skipdit.checkpoints import keys
 from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict, list_first
-from skipdit.models.dit import PRESET_SIZES, DiT, DiTBlock, sincos_position_embedding
+from skipdit.interfaces import Fields
+from skipdit.models.dit import DiT, DiTBlock, sincos_position_embedding
+from skipdit.models.presets import PRESET_SIZES
 
 # facebookresearch/DiT, models.py; Skip-DiT, class-to-image/models.py: skip 0 is the innermost
 OFFICIAL_KEYS = (
@@ -223,7 +225,7 @@ def read_diffusers(
 EMA_OPTIONS = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 
 
-def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def own_options(config: Mapping[str, Any]) -> Fields:
     """Return the model's arguments from the config that `save_pretrained` wrote."""
     return {name: value for name, value in config.items() if not name.startswith("_") and name not in EMA_OPTIONS}
 
@@ -239,7 +241,7 @@ def official_needs(config: Mapping[str, Any]) -> list[Need]:
     ]
 
 
-def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, Any]:
+def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> Fields:
     """Return the hidden size, and the arguments of DiT and Latte that can be read from keys and shapes."""
     hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "patch_embed.proj.weight", 4, names)
     mlp_size, _ = keys.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2, names)
@@ -255,7 +257,7 @@ def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> dict[str, 
     }
 
 
-def options_of_file(sizes: Mapping[str, Any], hints: LoadHints) -> dict[str, Any]:
+def options_of_file(sizes: Mapping[str, Any], hints: LoadHints) -> Fields:
     """Return the model's arguments from sizes and hints; `ValueError` if one is in neither."""
     options = dict(sizes)
     hidden_size = options.pop("hidden_size")
@@ -293,7 +295,7 @@ def _make(
     return unloaded
 
 
-def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
+def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> Fields:
     sizes = read_block_sizes(tensors, names)
     num_rows, _ = keys.shape_of(tensors, "class_embedder.weight", 2, names)
     long_skip = keys.read_long_skip(tensors, "blocks", sizes["num_layers"])

@@ -4,7 +4,6 @@ Its long skips are part of the model: layer i of the first half feeds layer L-1-
 """
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from diffusers import HunyuanDiT2DModel
@@ -13,6 +12,7 @@ from torch import Tensor
 from skipdit.checkpoints import keys
 from skipdit.checkpoints.keys import LoadHints, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
+from skipdit.interfaces import Fields
 
 # (Tencent's key, diffusers'), from Tencent/HunyuanDiT, hydit/modules/models.py, and diffusers,
 # hunyuan_transformer_2d.py. Tencent's norm3 is before the cross-attention and norm2 before the MLP; diffusers numbers
@@ -115,7 +115,7 @@ def _swap_halves(state_dict: StateDict) -> dict[str, Tensor]:
     return swapped
 
 
-def _options_of_file(tensors: StateDict, hints: LoadHints) -> dict[str, Any]:
+def _options_of_file(tensors: StateDict, hints: LoadHints) -> Fields:
     hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "x_embedder.proj.weight", 4)
     (head_dim,) = keys.shape_of(tensors, "blocks.0.attn1.q_norm.weight", 1)
     mlp_size, _ = keys.shape_of(tensors, "blocks.0.mlp.fc1.weight", 2)

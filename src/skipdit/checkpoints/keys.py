@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.files.untrusted import printable
-from skipdit.models.long_skip import Fusion
+from skipdit.interfaces import Fields, Transformer
+from skipdit.options import Fusion
 
 LOGGER = logging.getLogger(__name__)
 Table = tuple[tuple[str, str], ...]
@@ -242,7 +243,7 @@ def find_num_classes(value: Any, tensors: StateDict) -> int | None:
     return value if type(value) is int and value > 0 and value in fitting else None
 
 
-def class_options(num_rows: int, hint: int | None) -> dict[str, Any]:
+def class_options(num_rows: int, hint: int | None) -> Fields:
     """Return the two options of a class table. hint: classes from the caller. `ValueError` if it does not fit, or if
     only the caller can know whether the last row is the null class."""
     if hint is None and num_rows in PLAIN_CLASS_COUNTS:
@@ -264,7 +265,7 @@ def class_options(num_rows: int, hint: int | None) -> dict[str, Any]:
     return {"num_classes": num_rows - 1 if hint is None else hint, "null_class": hint != num_rows}
 
 
-def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str, Any] | None:
+def read_long_skip(keys: Collection[str], root: str, num_units: int) -> Fields | None:
     """Return the fields of `LongSkipConfig` that our keys show, all but the fusion; None without long skips."""
     norms = [key for key in keys if ".long_skip.norm." in key]
     num_pairs = len(indices(norms, root))
@@ -275,7 +276,7 @@ def read_long_skip(keys: Collection[str], root: str, num_units: int) -> dict[str
     return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm, **fill}
 
 
-def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> dict[str, Any] | None:
+def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> Fields | None:
     if long_skip is None:
         return None
     if fusion is None:
@@ -303,7 +304,7 @@ def skip_needs(long_skip: Mapping[str, Any]) -> list[Need]:
     ]
 
 
-def raise_on_contradictions(model: Any, hints: LoadHints) -> None:
+def raise_on_contradictions(model: Transformer, hints: LoadHints) -> None:
     """Raise `ValueError` if the model contradicts a hint."""
     config = model.config
     actual = {**config, "fusion": (config.get("long_skip") or {}).get("fusion")}

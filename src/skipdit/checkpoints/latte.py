@@ -16,6 +16,7 @@ from skipdit.checkpoints import dit, keys
 from skipdit.checkpoints.dit import OFFICIAL_KEYS, POSITION_KEY
 from skipdit.checkpoints.keys import LoadHints, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
+from skipdit.interfaces import Fields
 from skipdit.models.dit import sincos
 from skipdit.models.latte import Latte
 
@@ -123,7 +124,7 @@ def _official_table(official_keys: Collection[str]) -> dict[str, str]:
     return keys.expand(_rows(CLASS_KEY[0] in official_keys), num_blocks, targets)
 
 
-def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
+def _read_sizes(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> Fields:
     sizes = dit.read_block_sizes(tensors, names)
     class_key, classes = CLASS_KEY[1], {"num_classes": None}
     if class_key in tensors:

@@ -12,6 +12,7 @@ from torch import Tensor
 from skipdit.checkpoints import keys
 from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
+from skipdit.interfaces import Fields
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
 
@@ -107,7 +108,7 @@ def _skip_table(official_keys: Collection[str]) -> dict[str, str]:
     return keys.expand(SKIP_KEYS, num_units, range(num_units // 2, num_units))
 
 
-def _options_of_file(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> dict[str, Any]:
+def _options_of_file(tensors: StateDict, names: Mapping[str, str], hints: LoadHints) -> Fields:
     hidden_size, in_channels, patch_size, _ = keys.shape_of(tensors, "pos_embed.proj.weight", 4, names)
     out_features, _ = keys.shape_of(tensors, "proj_out.weight", 2, names)
     _, caption_channels = keys.shape_of(tensors, "caption_projection.linear_1.weight", 2, names)

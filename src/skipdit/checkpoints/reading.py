@@ -16,6 +16,7 @@ from torch import Tensor
 from skipdit.checkpoints.archive import read_archive
 from skipdit.checkpoints.wrappings import Preference, StateDict, list_first, pick_weights
 from skipdit.files.untrusted import check_regular, open_regular, printable, read_json
+from skipdit.interfaces import Fields
 
 __all__ = ["Preference", "StateDict", "list_first"]
 
@@ -51,7 +52,7 @@ def read_state_dict(path: Path, prefer: Preference) -> StateDict:
     return pick_weights(_read_tensors(path), prefer)
 
 
-def read_training(path: Path, prefer: Preference) -> tuple[StateDict, dict[str, Any]]:
+def read_training(path: Path, prefer: Preference) -> tuple[StateDict, Fields]:
     """Return the tensors like `read_state_dict`, and the `args` that facebookresearch's train.py saves."""
     content = _read_tensors(path)
     args = content.get("args") if isinstance(content, Mapping) else None
@@ -117,11 +118,11 @@ def _variants(names: Iterable[str]) -> set[str]:
     return {match[1] for name in names for pattern in patterns if (match := pattern.fullmatch(name))}
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Fields:
     """Return the config.json that `save_pretrained` wrote."""
     if not (folder / CONFIG_NAME).exists():
         raise ValueError(f"has no {CONFIG_NAME}, which save_pretrained writes")
-    return read_json(folder / CONFIG_NAME, dict[str, Any])
+    return read_json(folder / CONFIG_NAME, Fields)
 
 
 def _read_tensors(path: Path) -> Any:

@@ -3,12 +3,13 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from skipdit.checkpoints.keys import LoadHints, find_num_classes
 from skipdit.checkpoints.reading import Preference, StateDict, read_state_dict
 from skipdit.files.output import read_marker
 from skipdit.files.untrusted import file_digest, printable, read_json
+from skipdit.interfaces import Fields
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
 
 STATE_NAME = "state.json"
@@ -19,7 +20,7 @@ class RunModel(TypedDict):
     """The fields read from a run's model config."""
 
     num_attention_heads: int | None
-    long_skip: NotRequired[dict[str, Any] | None]
+    long_skip: NotRequired[Fields | None]
 
 
 class RunData(TypedDict, total=False):
@@ -44,7 +45,7 @@ class RunConfig(TypedDict):
     model: RunModel
     data: RunData
     routing: NotRequired[RunRouting]
-    objective: NotRequired[dict[str, Any]]
+    objective: NotRequired[Fields]
 
 
 class RunClasses(TypedDict, total=False):

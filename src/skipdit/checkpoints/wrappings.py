@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import Fields, Transformer
 
 Preference = Literal["ema", "model"]
 StateDict = Mapping[str, Tensor]
@@ -67,14 +68,14 @@ def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequenc
     return _find(content, prefer, depth - 1)
 
 
-def _present(checkpoint: Mapping[Any, Any], names: Collection[str]) -> dict[str, Any]:
+def _present(checkpoint: Mapping[Any, Any], names: Collection[str]) -> Fields:
     """Return the entries with these names that are neither None nor empty."""
     entries = {name: checkpoint[name] for name in names if name in checkpoint}
     containers = (Mapping, list, tuple)
     return {name: value for name, value in entries.items() if isinstance(value, containers) and value}
 
 
-def _name_averages(averages: Sequence[Tensor], model: Any) -> dict[str, Tensor]:
+def _name_averages(averages: Sequence[Tensor], model: Transformer) -> dict[str, Tensor]:
     """Return the averages by name: `EMAModel.state_dict()` lists them in the order of the model's parameters."""
     names = as_state_dict(model)
     shapes = [getattr(average, "shape", None) for average in averages]

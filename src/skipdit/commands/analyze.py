@@ -13,16 +13,16 @@ from skipdit.files.output import output_folder
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyzeOptions(AnalyzeConfig, OutputOptions):
-    """Which models are measured, and where the report goes."""
+    """The models to measure, and where the report goes."""
 
     model: tyro.conf.Positional[str] = "emoji"
-    """emoji, the folder of a pipeline, or a checkpoint; the folder of a training run brings its log"""
+    """emoji, the folder of a pipeline, or a checkpoint; the report includes the log of a training run"""
     compare: tuple[str, ...] = ()
-    """further models, to be measured and drawn beside it"""
+    """further models to measure and to draw beside it"""
     names: tuple[str, ...] = ()
-    """what the report calls the models; by default their file or folder names"""
+    """names of the models in the report; by default their file or folder names"""
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
+    """cpu, cuda, or auto: a GPU if there is one"""
     out: Path = Path("out/stability")
     """folder of the report"""
 
@@ -42,7 +42,7 @@ def analyze(arguments: Sequence[str]) -> None:
     paths = [options.model, *options.compare]
     names = options.names or tuple(_model_name(path) for path in paths)
     if len(set(names)) != len(paths) or len(names) != len(paths):
-        raise ValueError(f"names must be {len(paths)} different ones, got {', '.join(names)}: give --names")
+        raise ValueError(f"{len(paths)} models need as many different names, got {', '.join(names)}: give --names")
     with output_folder(options.out, "analyze", overwrite=options.overwrite) as out:
         claim(out, config, len(paths))
         logs = {
@@ -59,7 +59,7 @@ def analyze(arguments: Sequence[str]) -> None:
 
 
 def _model_name(path: str) -> str:
-    """What a report calls a model: its file's or folder's name, or that of the run it was trained in."""
+    """Return a name for a model: that of its file or folder, or of the run it was trained in."""
     resolved = Path(path).resolve()
     if resolved.name == "pipeline":
         return resolved.parent.name

@@ -1,5 +1,6 @@
-"""`skipdit bench`: what steps, caches, conversion, compilation and training cost and give."""
+"""`skipdit bench`: the cost and the effect of steps, caches, conversion, compilation and training."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
@@ -28,15 +29,22 @@ def bench(arguments: Sequence[str]) -> None:
     Example: skipdit bench cache --model emoji --out benchmarks
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        listing = "\n".join(f"  {name:<12}{(make.__doc__ or '').splitlines()[0]}" for name, make in BENCHES.items())
-        print(f"usage: skipdit bench {{{','.join(BENCHES)}}} [OPTIONS]\n\n{bench.__doc__}\n{listing}")
+        print(f"usage: skipdit bench {{{','.join(BENCHES)}}} [OPTIONS]\n\n{inspect.cleandoc(bench.__doc__ or '')}\n")
+        for name, (_, run) in BENCHES.items():
+            print(f"  {name:<12}{(run.__doc__ or '').splitlines()[0]}")
         return
     name, *rest = arguments or ("none",)
     choose("the benchmark", name, BENCHES)
-    config, run = BENCHES[name]()
+    config, run = BENCHES[name]
     field = ("config", Annotated[config, tyro.conf.arg(name="")])
     kind: Any = make_dataclass("Options", [field], bases=(BenchOutput,), frozen=True, kw_only=True)
-    options = parse(f"bench {name}", bench.__doc__, rest, kind, kind(config=config()))
+    options = parse(
+        f"bench {name}",
+        f"{run.__doc__}\n\nExample: skipdit bench {name} --out benchmarks",
+        rest,
+        kind,
+        kind(config=config()),
+    )
     with output_folder(options.out, "bench", overwrite=options.overwrite) as out:
         run(options.config, out)
     print(f"written: {options.out}")

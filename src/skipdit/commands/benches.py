@@ -3,71 +3,78 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from skipdit.benchmark.config import (
+    BenchConfig,
+    CacheBenchConfig,
+    CompileBenchConfig,
+    ConversionBenchConfig,
+    GpuBenchConfig,
+    ModelBenchConfig,
+    TrainBenchConfig,
+    VideoBenchConfig,
+)
+
 if TYPE_CHECKING:
-    from skipdit.benchmark.measure import BenchConfig
     from skipdit.files.output import OutputFolder
 
-Bench = tuple[type["BenchConfig"], Callable[..., Any]]  # its config, and what runs on it and an output folder
+
+def models(config: ModelBenchConfig, out: "OutputFolder") -> None:
+    """Cost of full and reuse steps of class-to-image models, beside what their FLOPs allow."""
+    from skipdit.benchmark.models import bench_models
+
+    bench_models(config, out)
 
 
-def models() -> Bench:
-    """What full and reuse steps of class-to-image models cost, beside what their FLOPs allow."""
-    from skipdit.benchmark.models import ModelBenchConfig, bench_models
-
-    return ModelBenchConfig, bench_models
-
-
-def video() -> Bench:
-    """The same of video models with all, a few and no long skips."""
+def video(config: VideoBenchConfig, out: "OutputFolder") -> None:
+    """The same for video models with all, a few and no long skips."""
     from skipdit.benchmark.video import bench_videos
-    from skipdit.benchmark.video_models import VideoBenchConfig
 
-    return VideoBenchConfig, bench_videos
+    bench_videos(config, out)
 
 
-def conversion() -> Bench:
+def conversion(config: ConversionBenchConfig, out: "OutputFolder") -> None:
     """What a trained model loses and gains when it is converted in two stages."""
-    from skipdit.benchmark.conversion import STARTS, ConversionBenchConfig, bench_conversion
+    from skipdit.benchmark.conversion import STARTS, bench_conversion
     from skipdit.recipes import RECIPES
 
-    def run(config: ConversionBenchConfig, out: "OutputFolder") -> None:
-        bench_conversion(config, {stage: RECIPES[stage]() for stage in STARTS}, out)
-
-    return ConversionBenchConfig, run
+    bench_conversion(config, {stage: RECIPES[stage]() for stage in STARTS}, out)
 
 
-def cache() -> Bench:
-    """What caches do to a model's pictures, and what they save, beside fewer steps and other libraries' caches."""
-    from skipdit.benchmark.cache import CacheBenchConfig, bench_caches
+def cache(config: CacheBenchConfig, out: "OutputFolder") -> None:
+    """How caches change a model's pictures and how much they save, beside fewer steps and caches of other libraries."""
+    from skipdit.benchmark.cache import bench_caches
 
-    return CacheBenchConfig, bench_caches
-
-
-def compile() -> Bench:
-    """What torch.compile makes of caches."""
-    from skipdit.benchmark.compiling import CompileBenchConfig, bench_compile
-
-    return CompileBenchConfig, bench_compile
+    bench_caches(config, out)
 
 
-def gpu() -> Bench:
-    """What caches save on a GPU, of what they could."""
-    from skipdit.benchmark.gpu import GpuBenchConfig, bench_gpu
+def compile(config: CompileBenchConfig, out: "OutputFolder") -> None:
+    """Graphs, breaks and speed of caches under torch.compile."""
+    from skipdit.benchmark.compiling import bench_compile
 
-    return GpuBenchConfig, bench_gpu
+    bench_compile(config, out)
 
 
-def train() -> Bench:
-    """How many pictures per second the training loop makes, beside a plain one."""
-    from skipdit.benchmark.training import TrainBenchConfig, bench_training
+def gpu(config: GpuBenchConfig, out: "OutputFolder") -> None:
+    """How much of the saving that their FLOPs allow caches reach on a GPU."""
+    from skipdit.benchmark.gpu import bench_gpu
+
+    bench_gpu(config, out)
+
+
+def train(config: TrainBenchConfig, out: "OutputFolder") -> None:
+    """Pictures per second of the training loop, beside a plain one."""
+    from skipdit.benchmark.training import bench_training
     from skipdit.recipes import RECIPES
 
-    def run(config: TrainBenchConfig, out: "OutputFolder") -> None:
-        bench_training(config, RECIPES["emoji"](), out)
-
-    return TrainBenchConfig, run
+    bench_training(config, RECIPES["emoji"](), out)
 
 
-BENCHES: dict[str, Callable[[], Bench]] = {
-    bench.__name__: bench for bench in (models, video, conversion, cache, compile, gpu, train)
+BENCHES: dict[str, tuple[type[BenchConfig], Callable[[Any, "OutputFolder"], None]]] = {
+    "models": (ModelBenchConfig, models),
+    "video": (VideoBenchConfig, video),
+    "conversion": (ConversionBenchConfig, conversion),
+    "cache": (CacheBenchConfig, cache),
+    "compile": (CompileBenchConfig, compile),
+    "gpu": (GpuBenchConfig, gpu),
+    "train": (TrainBenchConfig, train),
 }

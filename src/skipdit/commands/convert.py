@@ -1,4 +1,4 @@
-"""`skipdit convert`: a checkpoint in other keys."""
+"""`skipdit convert`: a checkpoint with other keys."""
 
 import os
 from collections.abc import Sequence
@@ -15,38 +15,38 @@ from skipdit.options import Fusion
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions(WeightsOptions):
-    """What is converted, and to what."""
+    """The checkpoint to convert, and the format to convert it to."""
 
     model: tyro.conf.Positional[Path]
     """a .pt or .safetensors file, or a folder"""
     to: Literal["official", "skipdit", "diffusers"]
-    """official (one .safetensors), skipdit or diffusers (a folder; the same where the model's class is diffusers')"""
+    """official (one .safetensors), skipdit or diffusers (a folder; the two are the same for a class of diffusers)"""
     out: Path
     """file or folder to write"""
     prefer: Literal["ema", "model"] = "ema"
-    """which weights of a training checkpoint: the averaged ones or the model's own"""
+    """weights to take from a training checkpoint: the averaged ones (ema) or the last ones (model)"""
     sample_size: int | None = None
-    """side of the latents, which a file of bare weights does not always say"""
+    """side of the latents, if the file of bare weights does not show it"""
     num_frames: int | None = None
-    """frames of a clip, which a file of bare weights does not always say"""
+    """frames per clip, if the file of bare weights does not show it"""
     fusion: Fusion | None = None
-    """how its long skips fuse, which a file of bare weights does not say"""
+    """fusion of the long skips, which a file of bare weights does not show"""
     variant: str | None = None
     """variant of a folder's weights, such as fp16"""
     overwrite: bool = False
-    """replace a file, or the config and the weights in a folder, also where skipdit did not write them"""
+    """replace a file, or the config and the weights in a folder, even if skipdit did not write them"""
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """Convert a checkpoint between the official keys, our own folder and that of a diffusers transformer.
+    """Convert a checkpoint between the official keys, a folder of skipdit and a folder of diffusers.
 
-    With --objective a whole pipeline is written, to skipdit only.
+    With --objective a whole pipeline is written, which only --to skipdit can do.
 
     Example: skipdit convert DiT-XL-2-skip.pt --to skipdit --out DiT-XL-2-skip
     """
     options = parse("convert", convert.__doc__, arguments, ConvertOptions)
     if options.objective is not None and options.to != "skipdit":
-        raise ValueError(f"objective is for --to skipdit, which has a place for it, got --to {options.to}")
+        raise ValueError(f"--objective needs --to skipdit, which writes a pipeline, got --to {options.to}")
     names = ("config.json", "model_index.json", "*/config.json", "*.safetensors", "*.safetensors.index.json")
     overwritten = (*names, "*/*.safetensors", "*/*.json") if options.overwrite else ()
     check_apart(options.out, (options.model, *options.model.glob("*"), *options.model.glob("*/*")))

@@ -1,4 +1,4 @@
-"""`skipdit ema`: a pipeline with averaged weights of another length than a run released."""
+"""`skipdit ema`: a pipeline with averaged weights of another length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,20 +11,21 @@ from skipdit.command_options import parse
 
 @dataclass(frozen=True, kw_only=True)
 class AverageOptions:
-    """Which average of which run."""
+    """The run, and the average to make."""
 
     run: tyro.conf.Positional[Path]
     """folder of the run"""
     length: float
-    """standard deviation of the average's weights over time, as a share of the steps so far: 0.01 to 0.28"""
+    """standard deviation, over time, of the weight that each step has in the average, as a share of all steps: 0.01 to
+    0.28"""
     out: Path
     """folder of the pipeline"""
     step: int | None = None
-    """of a snapshot, at which the average ends; by default the last"""
+    """step of the snapshot at which the average ends; by default the last one"""
 
 
 def ema(arguments: Sequence[str]) -> None:
-    """Write a run's pipeline with averaged weights of another length, from its --ema-snapshots-every.
+    """Write a pipeline with averaged weights of another length, from a run trained with --ema-snapshots-every.
 
     Example: skipdit ema runs/emoji --length 0.15 --out runs/emoji-ema-0.15
     """

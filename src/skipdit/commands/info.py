@@ -1,4 +1,4 @@
-"""`skipdit info`: what is here, and what a model is."""
+"""`skipdit info`: facts about the package, or about a model."""
 
 import shutil
 import textwrap
@@ -12,10 +12,10 @@ from skipdit.command_options import WeightsOptions, parse
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(WeightsOptions):
-    """What is shown."""
+    """What to show."""
 
     model: tyro.conf.Positional[str | None] = None
-    """a bundled model, the folder of a pipeline, or a checkpoint; None shows what skipdit brings"""
+    """a bundled model, the folder of a pipeline, or a checkpoint; None shows what comes with skipdit"""
 
 
 def info(arguments: Sequence[str]) -> None:
@@ -55,7 +55,7 @@ def _print_wrapped(names: Iterable[str]) -> None:
 
 
 def _print_columns(rows: Iterable[tuple[str, str]]) -> None:
-    """Print pairs side by side, or one below the other where the first is long."""
+    """Print pairs side by side, or one below the other if the first is long."""
     for name, text in rows:
         width = max(shutil.get_terminal_size().columns - 24, 40)
         first, *more = textwrap.wrap(text, width)

@@ -1,4 +1,4 @@
-"""`skipdit latents`: pictures, clips and captions encoded once, for training on latents."""
+"""`skipdit latents`: encode pictures, clips and captions once, for training on latents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,16 +11,16 @@ from skipdit.files.output import check_apart, output_folder
 
 @dataclass(frozen=True, kw_only=True)
 class LatentsOptions(EncodeConfig, OutputOptions):
-    """What is encoded and where it goes."""
+    """What to encode, and where the latents go."""
 
     out: Path = Path("latents")
     """folder of the shards"""
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
+    """cpu, cuda, or auto: a GPU if there is one"""
 
 
 def latents(arguments: Sequence[str]) -> None:
-    """Encode pictures, clips and captions once, for training on latents; goes on where it was stopped.
+    """Encode pictures, clips and captions once, for training on latents; continues where it was stopped.
 
     Example: skipdit latents --source path/to/imagenet/train --vae sd-vae-ft-ema --flip --out latents/imagenet-256
     """

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def sample(arguments: Sequence[str]) -> None:
-    """Sample in full, cached, and with fewer steps in the same time, and compare them; or a set for evaluation.
+    """Compare runs in full, cached, and with fewer steps in the same time; or make a set of samples for evaluation.
 
-    The samples and a report go into --out. With --npz or --png, a set of many samples of one setting is made instead.
+    The samples and a report go into --out. With --npz or --png, many samples of one setting are made instead.
 
-    Exit status 1: the samples are there, but some of them are not finite, which the report counts.
+    Exit status 1: the samples were written, but some of them are not finite; the report counts them.
 
     Example: skipdit sample --task text-to-image --prompt "a cat with a rocket" --out out/cats
     Example: torchrun --nproc-per-node 8 -m skipdit sample --num-samples 50000 --npz --cache none --out out/emoji-50k
@@ -29,7 +29,7 @@ def sample(arguments: Sequence[str]) -> None:
         _sample_set(config)
         return
     if count_processes() > 1:
-        raise ValueError("a comparison is made by one process; several make a set of samples: give --npz or --png")
+        raise ValueError("a comparison runs in one process; for several, make a set of samples with --npz or --png")
     from skipdit.sampling.compare import sample_and_compare
 
     report = sample_and_compare(config)
@@ -44,7 +44,7 @@ def _sample_set(config: SampleConfig) -> None:
     report = sample_set(config)
     if report is None:  # not the main process
         return
-    print(f"{report.text()}\nthey and samples.json are in {one_line(str(config.out))}")
+    print(f"{report.text()}\nthe samples and samples.json are in {one_line(str(config.out))}")
     if report.num_broken:
         _exit_on_broken({"set": f"{report.num_broken} of {report.num_samples}"})
 

@@ -1,16 +1,20 @@
 """`skipdit train`: a training run by a named recipe."""
 
+import inspect
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from skipdit.command_options import parse
 from skipdit.options import choose
 
-# where the help lists an option; those of data, model, objective, routing and spectral have boxes of their own
+if TYPE_CHECKING:
+    from skipdit.training.config import TrainConfig
+
+# the box in which the help lists an option; data, model, objective, routing and spectral have their own
 GROUPS = {
     "run": ("out", "resume", "allow_changes", "overwrite", "dry_run", "device", "seed"),
     "length": ("max_steps", "batch_size", "num_accumulation_steps", "start_from", "stage"),
@@ -21,29 +25,33 @@ GROUPS = {
     "batches": ("label_dropout", "flip", "data_on_device", "num_workers"),
     "machine": ("precision", "parallel", "gradient_checkpointing", "compile"),
     "log": (
-        "log_every", "tensorboard", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale",
+        "log_every", "tensorboard", "sample_every", "num_samples", "num_inference_steps", "sample_guidance_scale",
         "checkpoint_every", "num_checkpoints", "release_dtype",
     ),
 }  # fmt: skip
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Train by a named recipe, every setting of which can be changed; goes on from the last checkpoint in --out.
+    """Train a named recipe, in which every setting can be changed; continues from the last checkpoint in --out.
+
+    The folder --out then holds the finished pipeline with the averaged weights (pipeline/), the settings (config.json),
+    a log (log.jsonl), grids of samples and the last checkpoints.
+
+    Exit status 130, 143 or 129: Ctrl-C, SIGTERM or SIGHUP ended the run early; the same command continues it.
 
     Example: skipdit train emoji --max-steps 20 --out runs/try
+    Example: torchrun --nproc-per-node 8 -m skipdit train dit-xl --out runs/dit-xl
     """
-    from skipdit.process_group import leave_group
     from skipdit.recipes import RECIPES
-    from skipdit.training import Stopped, TrainConfig
-    from skipdit.training import train as run
+    from skipdit.training.config import TrainConfig
 
     recipes = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"usage: skipdit train RECIPE [OPTIONS]\n\n{train.__doc__}")
+        print(f"usage: skipdit train RECIPE [OPTIONS]\n\n{inspect.cleandoc(train.__doc__ or '')}\n")
         print(f"Recipes (`skipdit train RECIPE --help` lists the options):\n{recipes}")
         return
     if not arguments:
-        raise ValueError(f"give a recipe:\n{recipes}")
+        raise ValueError(f"give a recipe, one of {', '.join(RECIPES)}; `skipdit train --help` explains them")
     name = choose("the recipe", arguments[0], RECIPES)
 
     @dataclass(frozen=True, kw_only=True)
@@ -54,16 +62,16 @@ def train(arguments: Sequence[str]) -> None:
         out: Path = Path("runs") / name
         """folder of the run"""
         resume: bool = True
-        """go on from the last checkpoint in the folder; --no-resume begins anew, and the checkpoints there stay until a
-        new one is written"""
+        """continue from the last checkpoint in the folder; --no-resume starts again, and the old checkpoints stay until
+        a new one is written"""
         allow_changes: bool = False
-        """go on although settings differ from the checkpoint's, where that is possible (rate, clip, precision, ...)"""
+        """continue with settings that differ from the checkpoint's, where possible (rate, clip, precision, ...)"""
         overwrite: bool = False
-        """replace files in --out that skipdit did not write; each one is named"""
+        """replace files in --out that skipdit did not write; a warning names each"""
         device: str = "auto"
-        """cpu, cuda, or auto: a GPU where there is one"""
+        """cpu, cuda, or auto: a GPU if there is one"""
         dry_run: bool = False
-        """only build the model, without memory, and count what its steps cost; needs no latents"""
+        """only build the model, without memory, and print the cost of its steps; needs no latents"""
 
     options = parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(**vars(RECIPES[name]())))
     config = TrainConfig(**{each.name: getattr(options, each.name) for each in fields(TrainConfig)})
@@ -72,10 +80,18 @@ def train(arguments: Sequence[str]) -> None:
 
         print(plan_run(config).text())
         return
-    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
     ways = {name: getattr(options, name) for name in ("resume", "device", "overwrite", "allow_changes")}
+    _train(config, options.out, **ways)
+
+
+def _train(config: "TrainConfig", out: Path, **ways: Any) -> None:
+    from skipdit.process_group import leave_group
+    from skipdit.training.loop import train as run
+    from skipdit.training.stopping import Stopped
+
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun starts this once per process
     try:
-        folder = run(config, options.out, **ways)
+        folder = run(config, out, **ways)
     except Stopped as stopped:
         if is_main:
             print(f"skipdit: {stopped}", file=sys.stderr)

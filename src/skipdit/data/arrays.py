@@ -1,5 +1,5 @@
-"""Sets of pictures or clips in one .npz file, as ADM's evaluation reads them: `arr_0`, uint8 (n h w 3), or (n f h w 3)
-of clips. Reading maps the file: no more than a batch is ever in memory, and nothing is unpickled.
+"""Read and write sets of samples in the .npz files of ADM's evaluation: `arr_0`, uint8, (n h w 3) for pictures or
+(n f h w 3) for clips. Files are mapped, so that no more than a batch is in memory, and nothing is unpickled.
 """
 
 import io
@@ -15,15 +15,15 @@ from jaxtyping import UInt8
 from skipdit.files.untrusted import open_regular, printable
 
 MAX_HEADER = 10_000  # bytes of an array's header
-MAX_STATISTICS_BYTES = 2**28  # of an array that is read whole: a covariance of 4,096 features has 128 MiB
-LOCAL_HEADER = 30  # bytes before the name: APPNOTE.TXT 4.3.7
+MAX_STATISTICS_BYTES = 2**28  # of an array read into memory; a covariance of 4,096 features has 128 MiB
+LOCAL_HEADER = 30  # bytes before the file name (APPNOTE.TXT 4.3.7)
 
 
 def write_npz(
     path: Path, blocks: Iterator[np.ndarray], shape: tuple[int, ...], labels: Sequence[int | None] = ()
 ) -> None:
-    """Write `arr_0`, uint8 of this shape, block by block, and `arr_1`, the labels, where none is `None`; as
-    `numpy.savez`, but with no more than a block in memory, and with the same bytes at each call."""
+    """Write `arr_0`, uint8 in this shape, block by block, and the labels, unless one is `None`, as `arr_1`. Unlike
+    `numpy.savez`, it keeps no more than a block in memory, and always writes the same bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -36,8 +36,8 @@ def write_npz(
 
 
 def map_npz(path: Path) -> UInt8[np.ndarray, "items *frames height width 3"]:
-    """Return `arr_0` of a file, mapped. `OSError` if it cannot be read; `ValueError` if it is damaged, compressed, or
-    holds anything else than pictures or clips in bytes."""
+    """Return `arr_0` of a file, memory-mapped. `OSError` if it cannot be read; `ValueError` if it is damaged,
+    compressed, or contains anything but pictures or clips in uint8."""
     name = printable(path)
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
@@ -54,21 +54,23 @@ def map_npz(path: Path) -> UInt8[np.ndarray, "items *frames height width 3"]:
             size = file.seek(0, io.SEEK_END)
     except OSError:
         raise
-    except Exception as error:  # zipfile, struct and numpy raise of every kind on a damaged file
+    except Exception as error:  # zipfile, struct and numpy raise any type on damaged files
         raise _unreadable(name, error) from error
     if dtype != np.uint8 or is_fortran or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
-        found = f"{printable(dtype)} {shape}{', in Fortran order' if is_fortran else ''}"
-        raise ValueError(f"arr_0 of {name} must be uint8 (n, h, w, 3), or (n, f, h, w, 3) of clips, got {found}")
+        actual = f"{printable(dtype)} {shape}{', in Fortran order' if is_fortran else ''}"
+        raise ValueError(f"arr_0 of {name} must be uint8 (n, h, w, 3), or (n, f, h, w, 3) of clips, got {actual}")
     num_bytes = int(np.prod(shape, dtype=object))
     if start + num_bytes > size:
-        raise ValueError(f"{name} is truncated: {num_bytes:,} bytes of arr_0 are missing {start + num_bytes - size:,}")
+        raise ValueError(
+            f"{name} is truncated: {start + num_bytes - size:,} of {num_bytes:,} bytes of arr_0 are missing"
+        )
     return np.memmap(path, np.uint8, "r", start, shape)
 
 
 def read_statistics(path: Path) -> dict[str, np.ndarray]:
-    """Return `mu`, `sigma`, `mu_s` and `sigma_s` of a reference of ADM in float64, those that it has. `OSError`,
-    `ValueError` as `map_npz`."""
-    name, found = printable(path), {}
+    """Return those of `mu`, `sigma`, `mu_s` and `sigma_s` that a reference of ADM has, in float64. Errors as for
+    `map_npz`."""
+    name, arrays = printable(path), {}
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             for key in ("mu", "sigma", "mu_s", "sigma_s"):
@@ -80,22 +82,23 @@ def read_statistics(path: Path) -> dict[str, np.ndarray]:
                 with archive.open(info) as member:
                     content = io.BytesIO(member.read(MAX_STATISTICS_BYTES))
                 array = np.lib.format.read_array(content, allow_pickle=False, max_header_size=MAX_HEADER)
-                found[key] = array.astype(np.float64)
+                arrays[key] = array.astype(np.float64)
     except OSError:
         raise
     except Exception as error:
         raise _unreadable(name, error) from error
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        length = found[mean].size if mean in found else 0
-        if (mean in found) != (covariance in found) or (mean in found and found[covariance].shape != (length, length)):
-            raise ValueError(f"{mean} and {covariance} of {name} are no mean and covariance of the same features")
-        if not all(np.isfinite(found[key]).all() for key in (mean, covariance) if key in found):
+        has_mean, has_covariance = mean in arrays, covariance in arrays
+        length = arrays[mean].size if has_mean else 0
+        if has_mean != has_covariance or (has_mean and arrays[covariance].shape != (length, length)):
+            raise ValueError(f"{mean} and {covariance} of {name} are not a mean and covariance of the same features")
+        if not all(np.isfinite(arrays[key]).all() for key in (mean, covariance) if key in arrays):
             raise ValueError(f"{mean} or {covariance} of {name} is not finite")
-    return found
+    return arrays
 
 
 def has_array(path: Path, name: str) -> bool:
-    """Return whether a file has an array of this name. `OSError`, `ValueError` as `map_npz`."""
+    """Return True if a file has an array of this name. Errors as for `map_npz`."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             return f"{name}.npy" in archive.namelist()
@@ -121,5 +124,5 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
 
 def _unreadable(name: str, error: Exception) -> ValueError:
     lines = str(error).splitlines() or [type(error).__name__]
-    reason = "it is truncated, or no .npz" if isinstance(error, zipfile.BadZipFile) else printable(lines[0])
+    reason = "it is truncated, or not an .npz file" if isinstance(error, zipfile.BadZipFile) else printable(lines[0])
     return ValueError(f"cannot read {name}: {reason}")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from skipdit.data.config import ClipConfig as ClipConfig
 from skipdit.data.folders import frames_in, scan_classes
 from skipdit.data.picture_files import to_rgb
 from skipdit.data.pictures import (
@@ -29,7 +30,6 @@ from skipdit.data.pictures import (
 from skipdit.data.tables import Table, find_tables, read_table
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.data.videos import (
-    FrameChoice,
     Frames,
     UnreadableVideo,
     count_frames,
@@ -38,49 +38,8 @@ from skipdit.data.videos import (
     frames_of_folder,
 )
 from skipdit.files.untrusted import open_regular, printable, printable_path
-from skipdit.options import MAX_SIDE, OnBroken, check_above, check_fields, check_range
 
 LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipConfig:
-    """Which clips to train on, and how frames are taken from them."""
-
-    source: str = "emoji-clips"
-    """emoji-clips (bundled), a folder with one subfolder per class, a .parquet file or a folder of them"""
-    image_size: int = 64
-    """side in pixels; other frames are resized on the shorter side and cropped in the center"""
-    num_frames: int = 16
-    """frames per clip"""
-    frame_interval: int = 1
-    """take one frame in this many"""
-    fps: float | None = None
-    """resample to this many frames per second first, by the times of the frames; None takes each frame once, so that
-    clips of other frame rates move faster or slower. Folders of frames have no times: for them only the interval
-    counts, with a warning"""
-    clip_column: str = "clip"
-    """column of the clips in a parquet file"""
-    label_column: str = "label"
-    """column of the classes in a parquet file"""
-    caption_column: str | None = None
-    """column of the captions in a parquet file, each a text or a list of texts; None takes the class name"""
-    num_pictures: int = 0
-    """single frames of other clips beside each clip, for joint image-video training"""
-    on_broken: OnBroken = "refuse"
-    """treat an unreadable or too short clip as an error (refuse), or leave it out with a warning (skip)"""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_range(self, "image_size", most=MAX_SIDE)
-        check_range(self, "num_frames", "frame_interval")
-        check_range(self, "num_pictures", least=0)
-        check_above(self, "fps")
-
-    @property
-    def frames(self) -> FrameChoice:
-        """The frames of a clip."""
-        return FrameChoice(num_frames=self.num_frames, interval=self.frame_interval, fps=self.fps)
 
 
 @dataclass(frozen=True)

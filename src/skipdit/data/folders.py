@@ -14,6 +14,7 @@ from typing import Any
 from skipdit.data.picture_files import PICTURE_SUFFIXES
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_bytes
+from skipdit.interfaces import Fields
 
 LOGGER = logging.getLogger(__name__)
 FRAME_SUFFIXES = PICTURE_SUFFIXES - VIDEO_SUFFIXES
@@ -224,13 +225,13 @@ def read_metadata(path: Path) -> dict[Path, list[str]]:
     return captions
 
 
-def _rows_of(content: bytes, suffix: str, name: str) -> Iterator[dict[str, Any]]:
+def _rows_of(content: bytes, suffix: str, name: str) -> Iterator[Fields]:
     if suffix == ".csv":
         yield from csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
     else:
         for number, line in enumerate(content.splitlines(), start=1):
             if line.strip():
-                yield parse_json(line, dict[str, Any], f"line {number} of {name}")
+                yield parse_json(line, Fields, f"line {number} of {name}")
 
 
 def as_captions(values: Iterable[Any], source: str, column: str) -> list[list[str]]:

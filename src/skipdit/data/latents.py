@@ -10,7 +10,6 @@ import hashlib
 import json
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -22,9 +21,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
+from skipdit.data.config import LatentConfig as LatentConfig
 from skipdit.data.pictures import Draws, pad_captions, pictures_beside
 from skipdit.files.untrusted import check_regular, file_digest, printable, printable_path, read_json
-from skipdit.options import check_range
+from skipdit.interfaces import Fields
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 
 INFO, VERSION = "latents.json", 1
@@ -67,7 +67,7 @@ class Info(TypedDict):
     """Contents of `latents.json`."""
 
     version: int
-    settings: dict[str, Any]
+    settings: Fields
     """options of `skipdit latents`"""
     shape: list[int]
     """(c h w) of a picture, (f c h w) of a clip"""
@@ -93,30 +93,6 @@ class Texts(TypedDict):
     """class name of each item"""
     captions: list[list[str]] | None
     """texts of each item; null if they are the class names"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentConfig:
-    """Which latents to train on, as `skipdit latents` wrote them."""
-
-    source: str
-    """folder of the latents"""
-    num_channels: int | None = None
-    """required channels of the latents; None accepts any"""
-    sample_size: int | None = None
-    """required side of the latents; None accepts any"""
-    num_frames: int | None = None
-    """required frames per clip; None accepts any"""
-    num_classes: int | None = None
-    """required number of classes; None accepts any"""
-    num_pictures: int = 0
-    """single frames of other clips beside each clip, for joint image-video training"""
-    verify: bool = True
-    """compare every file with its SHA-256 first"""
-
-    def __post_init__(self) -> None:
-        check_range(self, "num_channels", "sample_size", "num_frames", "num_classes")
-        check_range(self, "num_pictures", least=0)
 
 
 class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):

@@ -14,38 +14,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from skipdit.data.config import DataConfig as DataConfig
 from skipdit.data.folders import as_captions, scan_classes
 from skipdit.data.picture_files import PICTURE_SUFFIXES, check_picture, open_picture, reason_of, to_rgb
-from skipdit.data.tables import find_tables, read_table, to_classes
+from skipdit.data.tables import find_tables, read_cell, read_table, to_classes
 from skipdit.files.untrusted import printable, printable_path
-from skipdit.options import MAX_SIDE, check_range
 
 MAX_CACHED_BYTES = 2**30
 MAX_DECODED_AT_ONCE = 10_000
 MAX_CAPTION_TAGS = 3
 MAX_CAPTIONS = 2**24  # of a data set, after padding: see `pad_captions`
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which pictures to train on, and at which size."""
-
-    source: str = "emoji"
-    """emoji (bundled), a folder with one subfolder per class, a .parquet file or a folder of them, a folder that
-    `datasets` saved, or the name of a `datasets` set"""
-    image_size: int = 64
-    """side in pixels; other pictures are resized on the shorter side and cropped in the center"""
-    image_column: str = "image"
-    """column of the pictures in a parquet file or a `datasets` set"""
-    label_column: str = "label"
-    """column of the classes in a parquet file or a `datasets` set"""
-    caption_column: str | None = None
-    """column of the captions, each a text or a list of texts; None takes the class name"""
-    split: str = "train"
-    """split of a `datasets` set, or of parquet files whose names tell it"""
-
-    def __post_init__(self) -> None:
-        check_range(self, "image_size", most=MAX_SIDE)
 
 
 class LabelledPictures(Dataset[tuple[Tensor, int]]):
@@ -279,12 +257,10 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
         return f"{index} of {source}"
 
     def read(index: int) -> Image.Image:
-        cell = rows[index][image]
-        content: Any = cell["bytes"] if isinstance(cell, dict) else cell
-        file: Any = cell["path"] if isinstance(cell, dict) else None
+        content, file = read_cell(rows[index][image])
         if not content and not file:
             raise ValueError(f"cannot read the picture {name(index)}: the row has none")
-        return open_picture(content or Path(file), name(index))
+        return open_picture(content or Path(str(file)), name(index))
 
     return LabelledPictures(read, name, labels, label_names, config.image_size, captions)
 

@@ -15,6 +15,7 @@ from skipdit.data.parquet_pages import measure_columns
 from skipdit.data.picture_files import PICTURE_SUFFIXES, reason_of
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_json
+from skipdit.interfaces import Fields
 
 MAX_ROWS = 2**21  # of a data set
 MAX_VALUES = 2**23  # of a column, which may have lists
@@ -51,8 +52,7 @@ class Table:
 
     def encoded(self, column: str, row: int) -> bytes:
         """Return the bytes of a picture or video; `ValueError` if there are none."""
-        content = self.columns[column][row].as_py()
-        content = content["bytes"] if isinstance(content, dict) else content
+        content, _ = read_cell(self.columns[column][row].as_py())
         if not content:
             raise ValueError(f"row {row} of {self.name} has no bytes in {column} (a path alone is not read)")
         return content
@@ -69,6 +69,11 @@ class Table:
     def captions(self, column: str) -> list[list[str]]:
         """Return one or more texts per row."""
         return as_captions(self.values(column), self.name, column)
+
+
+def read_cell(cell: Any) -> tuple[bytes | None, str | None]:
+    """Return the bytes and the path in a cell of pictures or videos: plain bytes, or `{bytes, path}`."""
+    return (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
 
 
 @contextmanager
@@ -171,7 +176,7 @@ def class_names_of(schema: Any, name: str) -> dict[str, list[str]]:
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return {}
-    info = parse_json(content, dict[str, Any], f"the schema of {name}").get("info")
+    info = parse_json(content, Fields, f"the schema of {name}").get("info")
     features = info.get("features") if isinstance(info, dict) else None
     return {
         column: feature["names"]

@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from math import ceil
@@ -16,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from skipdit.data.config import FrameChoice as FrameChoice
 from skipdit.data.picture_files import on_white, open_picture, reason_of
 from skipdit.data.video_files import VIDEO_SUFFIXES, timed_frames
 from skipdit.files.output import atomic_file
@@ -31,28 +31,6 @@ MAX_COUNTED_FRAMES = 2**16  # per video, if clips begin at random frames
 
 class UnreadableVideo(ValueError):
     """A video that is broken or too short; the message names it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FrameChoice:
-    """Which frames of a video are taken."""
-
-    num_frames: int
-    """how many"""
-    interval: int = 1
-    """take one frame in this many"""
-    fps: float | None = None
-    """first resample to this many frames per second, by the times of the frames; None takes each frame once, however
-    long it is displayed"""
-
-    def indices(self, start: int) -> range:
-        """Return the indices of the frames from `start` on; `ValueError` if there are none."""
-        if self.num_frames < 1 or self.interval < 1 or start < 0:
-            raise ValueError(
-                f"num_frames and frame_interval must be at least 1 and start at least 0, "
-                f"got {self.num_frames}, {self.interval} and {start}"
-            )
-        return range(start, start + self.num_frames * self.interval, self.interval)
 
 
 Frames = Iterator[UInt8[np.ndarray, "height width 3"]]

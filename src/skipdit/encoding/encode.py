@@ -22,6 +22,7 @@ from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
 from skipdit.files.output import OutputFolder, to_json
 from skipdit.files.untrusted import file_digest, printable, printable_path, read_json
+from skipdit.interfaces import VAE, Fields
 from skipdit.terminal import progress_bar
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, SentenceEncoder, check_text_installed, load_encoder
 
@@ -33,7 +34,7 @@ AHEAD = 4  # samples read ahead per thread
 class Fingerprint(TypedDict):
     """Contents of `settings.json`: only an encoding with the same settings may resume in a folder."""
 
-    settings: dict[str, Any]
+    settings: Fields
     source: str
     """SHA-256 of the source"""
     vae: str
@@ -59,7 +60,7 @@ def encode(config: EncodeConfig, out: OutputFolder, *, device: str = "auto") -> 
     data = Path(config.source)
     if data.is_dir() and data.resolve() in out.path.resolve().parents:
         raise ValueError(f"{printable_path(out.path)} lies in the data, and would be read as data: give another --out")
-    vae: Any = read_autoencoder(Path(config.vae), torch.float32)
+    vae: VAE = read_autoencoder(Path(config.vae), torch.float32)
     scale = downsampling(vae)
     if config.image_size % scale:
         raise ValueError(f"image_size must be divisible by {scale} for this autoencoder, got {config.image_size}")
@@ -107,7 +108,7 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
         raise ValueError(f"{printable_path(out.path)} contains latents of other settings ({text}): give another --out")
 
 
-def _digest_of(vae: Any) -> str:
+def _digest_of(vae: VAE) -> str:
     digest = hashlib.sha256(vae.to_json_string().encode())
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -116,7 +117,7 @@ def _digest_of(vae: Any) -> str:
 
 
 @torch.no_grad()
-def _write_others(out: OutputFolder, config: EncodeConfig, vae: Any) -> dict[str, str]:
+def _write_others(out: OutputFolder, config: EncodeConfig, vae: VAE) -> dict[str, str]:
     """Write the autoencoder and the states of the empty prompt, unless they exist; return SHA-256 by file name."""
     names = {f"{latents.VAE}/{name}" for name in ("config.json", "diffusion_pytorch_model.safetensors")}
     names |= {latents.NOTHING} if config.text else set()
@@ -177,7 +178,7 @@ class _Writer:
     Every shard begins with a new batch, so that it does not depend on where an encoding was interrupted.
     """
 
-    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: Any) -> None:
+    def __init__(self, config: EncodeConfig, out: OutputFolder, vae: VAE) -> None:
         self.config, self.out, self.vae = config, out, vae
         self.shards: list[latents.Shard] = []
         self.class_names: set[str] = set()
@@ -263,7 +264,7 @@ class _Writer:
 
 
 @torch.no_grad()
-def encode_pixels(vae: Any, pixels: Tensor, batch_size: int) -> Moments:
+def encode_pixels(vae: VAE, pixels: Tensor, batch_size: int) -> Moments:
     """Return the latents of uint8 pixels (b 3 h w), encoded in batches on the autoencoder's device, on the CPU."""
     means, stds = [], []
     for batch in pixels.split(batch_size):

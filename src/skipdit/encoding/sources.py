@@ -18,10 +18,12 @@ from skipdit.data.clips import ClipConfig, find_clips
 from skipdit.data.folders import as_captions
 from skipdit.data.picture_files import adm_crop, open_picture, reason_of, to_rgb
 from skipdit.data.pictures import DataConfig, open_pictures
+from skipdit.data.tables import read_cell
 from skipdit.data.videos import FrameChoice, UnreadableVideo, count_frames, frames_of
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.tars import MAX_VIDEO_BYTES, Member, find_tars, scan_tars
 from skipdit.files.untrusted import printable, printable_path, read_bytes
+from skipdit.interfaces import Fields
 
 COUNTS = 2**12  # videos whose number of frames is cached: several clips of a video are read one after the other
 
@@ -170,7 +172,7 @@ def stream_source(config: EncodeConfig) -> Source:
     rows = rows.select_columns(columns)
     num_crops = max(1, config.num_crops)
 
-    def job_of(row: dict[str, Any], number: int) -> Job:
+    def job_of(row: Fields, number: int) -> Job:
         return lambda: _read_row(row, column, names, f"{number // num_crops} of {source}", number, config)
 
     def jobs(start: int) -> Iterator[tuple[int, Job]]:
@@ -190,11 +192,9 @@ def stream_source(config: EncodeConfig) -> Source:
 
 
 def _read_row(
-    row: dict[str, Any], column: str, names: list[str] | None, row_name: str, number: int, config: EncodeConfig
+    row: Fields, column: str, names: list[str] | None, row_name: str, number: int, config: EncodeConfig
 ) -> Sample:
-    cell = row[column]
-    content = cell["bytes"] if isinstance(cell, dict) else cell
-    file = cell.get("path") if isinstance(cell, dict) else None
+    content, file = read_cell(row[column])
     if not content and not (file and Path(file).is_file()):
         raise ValueError(f"cannot read {row_name}: the row has no bytes in {column}")
     if not isinstance(content or b"", bytes):

@@ -13,6 +13,7 @@ from skipdit.data.folders import as_captions, walk
 from skipdit.data.picture_files import MAX_PICTURE_BYTES, PICTURE_SUFFIXES
 from skipdit.data.video_files import VIDEO_SUFFIXES
 from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path
+from skipdit.interfaces import Fields
 
 LOGGER = logging.getLogger(__name__)
 MAX_MEMBERS = 2**24  # in all tars together
@@ -74,7 +75,7 @@ class Member:
         texts = {suffix: self._text(suffix) for suffix in self.others if suffix != "json"}
         if "json" in self.others:
             content = self.others["json"].read(self.name, MAX_TEXT_BYTES)
-            texts = parse_json(content, dict[str, Any], f"the json of {self.name}") | texts
+            texts = parse_json(content, Fields, f"the json of {self.name}") | texts
         label = next((texts[key] for key in CLASS_KEYS if texts.get(key) is not None), "all")
         if isinstance(label, bool) or not isinstance(label, (int, str)) or not str(label).strip():
             raise ValueError(f"the class of {self.name} must be a number or a text, got {printable(label, 60)}")

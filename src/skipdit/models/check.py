@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from skipdit.interfaces import Fields
 from skipdit.models.branches import close_branches, open_branches
 from skipdit.models.families import Family, get_family
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Units
@@ -65,13 +66,12 @@ def _check_arguments(name: str, family: Family, inputs: Mapping[str, Any]) -> No
         )
 
 
-def _check(model: nn.Module, name: str, inputs: dict[str, Any]) -> FamilyCheck:
+def _check(model: nn.Module, name: str, inputs: Fields) -> FamilyCheck:
     expected = first_tensor(model(**inputs))
     try:
-        open_units(model)
+        open_model = open_units(model)
     except AttributeError as error:
         raise ValueError(f"{name} lacks the block lists of its family: {error}") from error
-    open_model = cast(LongSkipModel, model)
     try:
         num_units = open_model.long_skip_links.num_units
         with _counted(open_model) as counts:
@@ -85,13 +85,13 @@ def _check(model: nn.Module, name: str, inputs: dict[str, Any]) -> FamilyCheck:
             raise ValueError(f"{name} has {num_units} units, but at least 3 are needed to leave one out")
         for stop, delta in ((num_units - 1, False), (num_units - 1, True), (num_units, True)):
             region = Units(start=1, stop=stop, delta=delta)
-            _check_reuse(model, name, inputs, expected, region, "streams, their order or joins do not fit")
+            _check_reuse(open_model, name, inputs, expected, region, "streams, their order or joins do not fit")
         model_kinds = {branch.kind for branch in open_model.branches()}
         kinds: tuple[BranchKind, ...] = tuple(kind for kind in get_args(BranchKind) if kind in model_kinds)
         open_branches(open_model)
         for kind in kinds:
             region = Branches(kinds=(kind,), units=tuple(range(num_units)))
-            _check_reuse(model, name, inputs, expected, region, f"branches of kind {kind} do not fit")
+            _check_reuse(open_model, name, inputs, expected, region, f"branches of kind {kind} do not fit")
         writes = open_model.open_call.writes if open_model.open_call else None
         return FamilyCheck(
             num_units=num_units,
@@ -110,11 +110,9 @@ def first_tensor(output: Any) -> Tensor:
     return output
 
 
-def _check_reuse(
-    model: nn.Module, name: str, inputs: dict[str, Any], expected: Tensor, region: Region, fault: str
-) -> None:
+def _check_reuse(model: LongSkipModel, name: str, inputs: Fields, expected: Tensor, region: Region, fault: str) -> None:
     """Raise `ValueError` if a step that reuses values stored for the same inputs has a different output."""
-    links = cast(LongSkipModel, model).long_skip_links
+    links = model.long_skip_links
     try:
         output, stored = model(**inputs, plan=ForwardPlan.of(links, store=(region,)))
         reuse_output, _ = model(**inputs, plan=ForwardPlan.of(links, reuse=(region,)), stored=stored)

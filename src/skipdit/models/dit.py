@@ -1,6 +1,6 @@
 """Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from skipdit.interfaces import Fields
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
     BranchInfo,
@@ -21,25 +22,9 @@ from skipdit.models.long_skip import (
     LongSkipOutput,
     PlannedOutput,
 )
+from skipdit.models.presets import PRESETS as PRESETS
+from skipdit.models.presets import preset_sizes
 from skipdit.models.shallow_path import ShallowPath
-from skipdit.options import choose
-
-# name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
-PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PRESETS = {
-    f"DiT-{size}/{patch_size}": (*shape, patch_size) for size, shape in PRESET_SIZES.items() for patch_size in (2, 4, 8)
-}
-
-
-def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> dict[str, Any]:
-    """Return the constructor arguments of a published size. Raises `ValueError` if it is unknown."""
-    num_layers, hidden_size, num_attention_heads, patch_size = presets[choose("preset", name, presets)]
-    return {
-        "patch_size": patch_size,
-        "num_layers": num_layers,
-        "num_attention_heads": num_attention_heads,
-        "attention_head_dim": hidden_size // num_attention_heads,
-    }
 
 
 class HeadNorm(nn.Module):
@@ -343,8 +328,8 @@ class DiT(PatchTransformer):
         time_scale: float = 1.0,
         time_shift: float = 0.0,
         qk_norm: bool = False,
-        long_skip: LongSkipConfig | dict[str, Any] | None = None,
-        shallow_path: ShallowPath | dict[str, Any] | None = None,
+        long_skip: LongSkipConfig | Fields | None = None,
+        shallow_path: ShallowPath | Fields | None = None,
     ) -> None:
         super().__init__()
         self.time_scale, self.time_shift = time_scale, time_shift

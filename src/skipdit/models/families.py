@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from skipdit.interfaces import Fields
 from skipdit.models.long_skip import BranchKind
 from skipdit.models.routing import ByToken, TokenRoute
 
@@ -114,7 +115,7 @@ class Family:
     ) -> None:
         _check_names(hidden_size=self.hidden_size, changing=self.changing)
         short = {"block_lists": block_lists, "streams": streams, "branches": branches}
-        fields: dict[str, Any] = {name: value for name, value in short.items() if value is not None}
+        fields: Fields = {name: value for name, value in short.items() if value is not None}
         if fields and self.segments is not ONE_SEGMENT:
             raise ValueError(
                 "pass either segments or block_lists, streams and branches, the short form of one segment: "

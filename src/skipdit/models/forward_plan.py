@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from skipdit.interfaces import Fields
 from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel, OpenCall, PlannedOutput
 from skipdit.models.regions import Branches as Branches
 from skipdit.models.regions import Region, Stored, Units, Values
@@ -229,7 +230,7 @@ class Writes:
     now: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
     """Tensors of each place in this call, and their versions."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Fields:
         return {"always": self.always, "known": self.known, "previous": {}, "now": {}}
 
     def apart(self, place: str, tensor: Tensor, *, look: bool) -> Tensor:

@@ -1,7 +1,5 @@
 """Class-to-video diffusion transformer (Latte, arXiv 2401.03048), with or without long skips (arXiv 2411.17616)."""
 
-from typing import Any
-
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401 - diffusers' pipelines look for it here
@@ -9,16 +7,13 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from skipdit.models.dit import PRESET_SIZES, PatchTransformer, preset_sizes, repeat_rows, run_block, sincos
+from skipdit.interfaces import Fields
+from skipdit.models.dit import PatchTransformer, repeat_rows, run_block, sincos
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored
 from skipdit.models.long_skip import LongSkipConfig, LongSkipOutput, PlannedOutput
+from skipdit.models.presets import LATTE_PRESETS as LATTE_PRESETS
+from skipdit.models.presets import preset_sizes
 from skipdit.models.shallow_path import ShallowPath
-
-LATTE_PRESETS = {
-    f"Latte-{size}/{patch_size}": (*shape, patch_size)
-    for size, shape in PRESET_SIZES.items()
-    for patch_size in (2, 4, 8)
-}
 
 
 class Latte(PatchTransformer):
@@ -64,8 +59,8 @@ class Latte(PatchTransformer):
         null_class: bool = True,
         downscale_freq_shift: float = 0.0,
         qk_norm: bool = False,
-        long_skip: LongSkipConfig | dict[str, Any] | None = None,
-        shallow_path: ShallowPath | dict[str, Any] | None = None,
+        long_skip: LongSkipConfig | Fields | None = None,
+        shallow_path: ShallowPath | Fields | None = None,
     ) -> None:
         super().__init__()
         if num_layers % 2 or num_layers < 2:

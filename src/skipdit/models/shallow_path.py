@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, get_args
 
+from skipdit.interfaces import Fields
 from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
 from skipdit.models.routing import TokenRoute
@@ -31,7 +32,7 @@ class ShallowPath:
         if not isinstance(self.fill, bool):
             raise ValueError(f"fill must be true or false, got {self.fill!r}")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Fields:
         return asdict(self)
 
     @classmethod

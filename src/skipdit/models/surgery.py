@@ -244,14 +244,15 @@ def _segment_sizes(model: nn.Module) -> list[int]:
     return [len(units) for units in _segments(model, get_family(type(model)))]
 
 
-def open_units(model: nn.Module) -> None:
-    """Make a transformer of diffusers run its units under a `ForwardState`; its weights and output stay the same.
+def open_units(model: nn.Module) -> LongSkipModel:
+    """Make a transformer of diffusers run its units under a `ForwardState`, and return it; its weights and output stay
+    the same.
 
     Raises `ValueError` if its family is unknown or does not fit, its forward is hooked (set up offloading afterwards),
     or its blocks are compiled. The model is then unchanged.
     """
     if isinstance(model, LongSkipModel):
-        return
+        return model
     family, model_class = get_family(type(model)), long_skip_class(type(model))
     blocks = list(_block_infos(family, _segments(model, family)))
     refuse_hooked((model, *(block for block, _ in blocks)))
@@ -269,6 +270,7 @@ def open_units(model: nn.Module) -> None:
     open_model.fill_token = None
     native = LongSkipConfig(middle_pair=False) if family.native_pairs else None
     open_model.set_links(pair_segments(open_model.segment_sizes(), native))
+    return open_model
 
 
 def _block_infos(
@@ -369,8 +371,7 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         raise ValueError(
             f"there must be at least one pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
         )
-    open_units(model)
-    open_model = cast(LongSkipModel, model)
+    open_model = open_units(model)
     names = family.hidden_size if family else ("num_attention_heads", "attention_head_dim")
     open_model.set_long_skips(math.prod(open_model.config[name] for name in names), config)
     dtype: Any = open_model.dtype  # a block's first parameter may be one that stays in float32 (Wan)

@@ -20,6 +20,7 @@ from torch import Tensor
 from skipdit.cache.methods import CacheMethod
 from skipdit.files.output import atomic_folder, check_whole, to_json
 from skipdit.files.untrusted import printable, read_json
+from skipdit.interfaces import Fields
 from skipdit.loading import Source
 from skipdit.runs import Counts, Runner, counts_of, guidance_options
 from skipdit.sampling.compare import CLIP_FPS
@@ -86,7 +87,7 @@ class Conditions:
         return cls(choices, captions, config.seed, config.random_labels)
 
 
-def settings_of(source: Source, method: CacheMethod | None, config: SampleConfig, batch_size: int) -> dict[str, Any]:
+def settings_of(source: Source, method: CacheMethod | None, config: SampleConfig, batch_size: int) -> Fields:
     """Return, as JSON, what makes two sets the same: what was asked for, the weights, the cache, the kind of device."""
     pipeline = source.sampler.pipeline
     asked = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}

@@ -17,6 +17,7 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.data.videos import frame_grid, side_by_side, write_gif, write_mp4
 from skipdit.environment import machine, peak_memory_bytes, versions
 from skipdit.files.output import OutputFolder, output_folder, to_json
+from skipdit.interfaces import Fields
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import PairedScore, check_ssim_size
 from skipdit.metrics.table import score_pictures
@@ -103,7 +104,7 @@ class Comparison:
     """All runs of one call, and where they were made."""
 
     rows: tuple[Row, ...]
-    config: dict[str, Any]
+    config: Fields
     """fields of the `SampleConfig`, with the model's task"""
     labels: list[str]
     """captions, one per sample"""
@@ -119,7 +120,7 @@ class Comparison:
         """How many samples are not finite, of each run that has such."""
         return {row.name: f"{row.num_broken} of {row.num_samples}" for row in self.rows if row.num_broken}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Fields:
         """Return the report as JSON has it: the figures of the cached run on top, then every row."""
         rows = [record(row, "psnr", "psnr_db", "ssim") for row in self.rows]
         top = {"seconds_full": self.rows[0].seconds}
@@ -145,7 +146,7 @@ def load(config: SampleConfig) -> Source:
 def choose_samples(source: Source, config: SampleConfig) -> Chosen:
     """Return what is sampled, class numbers or prompts, and captions, one of each per sample."""
     asked = {"labels": config.labels, "prompt": config.prompt}
-    count = max(source.sampler.task.num_samples, len(config.labels), len(config.prompt))
+    count = source.sampler.task.count_of(len(config.labels) + len(config.prompt))
     return source.choose(asked, config.num_samples or count)
 
 

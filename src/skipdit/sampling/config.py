@@ -1,4 +1,4 @@
-"""What `skipdit sample` is asked for; nothing heavy is imported, so that its help is there at once."""
+"""The options of `skipdit sample`; nothing heavy is imported, so that its help appears at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,57 +13,56 @@ MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists the
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
-    """What `skipdit sample` does."""
+    """What to sample, from which model, how, and where the results go."""
 
     task: TaskName | None = None
-    """what to make of what; by default the task of the model"""
+    """kind of input and output; by default the task of the model"""
     model: str | None = None
     """emoji, emoji-clips, emoji-text or emoji-text-clips (bundled, one per task), the folder of a pipeline, of skipdit
     or of diffusers (FLUX, Wan, ...), or a checkpoint, official or our own (one of latents needs --vae); by default the
     bundled model of the task"""
     labels: tuple[str, ...] = ()
-    """class names or numbers, repeated in turn; by default classes that the bundled model draws well, else spread over
-    all classes"""
+    """class names or numbers, repeated in turn; by default classes that the bundled model draws well, or else classes
+    spread over all"""
     prompt: tuple[str, ...] = ()
-    """texts, repeated in turn, for the text tasks"""
+    """texts, repeated in turn; for the text tasks"""
     num_samples: int | None = None
     """pictures or clips; by default 16 pictures or 4 clips, one of a pipeline of diffusers"""
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of the full and of the cached run"""
     guidance_scale: float = 2.0
-    """scale of classifier-free guidance, none at 1"""
+    """scale of classifier-free guidance; 1 is none"""
     guidance_channels: int | None = None
-    """guide only this many channels, the first ones; the official DiT sampler guides 3 of its 4"""
+    """guide only the first channels, this many; the official DiT sampler guides 3 of its 4"""
     guidance: Guidance = "full"
-    """which units make the unconditional prediction: all (full), or the first and the last alone (shallow), which a
-    model can do that was trained with routing.deep_drop; shallow guidance gets a run of its own, and the cached run
-    uses it too"""
+    """units that make the unconditional prediction: all (full), or only the first and the last ones (shallow), for a
+    model trained with routing.deep_drop; shallow guidance gets a run of its own, and the cached run uses it too"""
     guidance_shallow_units: int | None = None
-    """how many first units make a shallow prediction, and as many last ones; by default as in training"""
+    """number of first units, and of last units, that make a shallow prediction; by default as in training"""
     scheduler: str | None = None
     """euler or dpm for a flow model; ddim, dpm or ddpm for the others; by default the model's own"""
     cache: str = "auto"
-    """auto, auto:2 for another speedup, a spec such as N3 or skip-taylor:N3-o1, the path of a schedule.json, calibrated
-    or calibrated:2x for a schedule that came with the model, or none; `skipdit info` lists the methods"""
+    """auto; auto:2 for another speedup; a spec such as N3 or skip-taylor:N3-o1; the path of a schedule.json; calibrated
+    or calibrated:2x for a schedule that comes with the model; or none. `skipdit info` lists the methods"""
     fewer_steps: int | None = None
-    """steps of the run that the cached one is compared with; by default as many as fit into its wall time"""
+    """denoising steps of the run that is compared with the cached one; by default as many as fit into its wall time"""
     vae: Path | None = None
     """folder of an AutoencoderKL, or of a pipeline with one, for a checkpoint of latents"""
     dtype: DTypeName = "float32"
-    """of the weights and of the computation"""
+    """data type of the weights and of the computation"""
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
+    """cpu, cuda, or auto: a GPU if there is one"""
     compile: bool = False
     """compile the model, one whole graph per kind of step; pays off on long runs"""
     seed: int = 0
     """the same seed gives the same samples on the same machine"""
     npz: bool = False
-    """write num_samples samples of one setting to samples.npz, as ADM's evaluation reads it, and compare nothing; by
-    one process, or by several under torchrun"""
+    """write num_samples samples of one setting to samples.npz, in the format of ADM's evaluation, instead of comparing
+    runs; by one process, or by several under torchrun"""
     png: bool = False
-    """the same as a folder of PNG files; may be given beside --npz"""
+    """the same as a folder of PNG files; may be combined with --npz"""
     batch_size: int | None = None
-    """samples at once in a set; by default 50 pictures or 4 clips"""
+    """samples per batch in a set; by default 50 pictures or 4 clips"""
     random_labels: bool = False
     """draw each label or prompt of a set from (seed, index) instead of taking them in turn"""
     out: Path = Path("out/sample")
@@ -88,7 +87,7 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
         check_range(self, "num_samples", "fewer_steps", "batch_size")
         check_range(self, "num_inference_steps", most=1000)
         if self.fewer_steps is not None and self.cache == "none" and self.guidance == "full":
-            raise ValueError(f"fewer_steps is for the rival of a cached run, got {self.fewer_steps} with cache none")
+            raise ValueError(f"fewer_steps needs a cached run to compare with, got {self.fewer_steps} with cache none")
         if self.guidance == "full" and self.guidance_shallow_units is not None:
             raise ValueError(f"guidance_shallow_units is for guidance 'shallow', got {self.guidance_shallow_units}")
         if self.makes_set and self.num_samples is None:
@@ -103,5 +102,5 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
 
     @property
     def makes_set(self) -> bool:
-        """Whether many samples of one setting are asked for, not a comparison."""
+        """True for many samples of one setting instead of a comparison."""
         return self.npz or self.png

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict, cast
 
 import numpy as np
 from rich.progress import track
@@ -27,6 +27,7 @@ from skipdit.environment import versions as versions_here
 from skipdit.files import output
 from skipdit.files.output import OutputFolder
 from skipdit.files.untrusted import printable, read_json
+from skipdit.interfaces import Fields
 from skipdit.loading import Source
 from skipdit.process_group import ProcessGroup, own_device, process_group
 from skipdit.runs import check_method
@@ -54,9 +55,9 @@ NPZ, PNG, TOLD = "samples.npz", "samples", "samples.json"
 class Told(TypedDict):
     """`samples.json`. settings: what a set must be, to go on with its blocks. report: `None` before all are there."""
 
-    settings: dict[str, Any]
+    settings: Fields
     prompts: list[str]
-    report: dict[str, Any] | None
+    report: Fields | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ class SetRun:
         LOGGER.warning("%s holds these samples already", printable(self.folder))
         return SetReport(**(self.read()["report"] or {}))
 
-    def write(self, settings: dict[str, Any], report: SetReport | None) -> None:
+    def write(self, settings: Fields, report: SetReport | None) -> None:
         prompts = list(self.conditions.choices) if isinstance(self.conditions.choices[0], str) else []
         told = Told(settings=settings, prompts=prompts, report=None if report is None else asdict(report))
         self.files.write_text(TOLD, output.to_json(told))
@@ -340,5 +341,5 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _difference(before: Fields, now: Fields) -> list[str]:
     return [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]

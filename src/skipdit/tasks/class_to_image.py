@@ -14,7 +14,8 @@ from skipdit.diffusion import Objective
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import resize_grid
 from skipdit.pipelines import ClassToImagePipeline, SamplingOptions
-from skipdit.tasks.labels import LabelModelConfig, LabelTask, LabelTraining
+from skipdit.tasks.config import ModelConfig as ModelConfig
+from skipdit.tasks.labels import LabelTask, LabelTraining
 from skipdit.tasks.training import Items
 
 
@@ -26,29 +27,22 @@ class ClassToImageTraining(LabelTraining):
         return model(noisy, timesteps, class_labels=conditions, **plan)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(LabelModelConfig):
-    """The sizes of a DiT; classes and pixels come from the data."""
-
-    training = ClassToImageTraining
-
-    def make(self, items: Items, objective: Objective) -> DiT:
-        return DiT(**self.arguments(items, objective))
-
-    def fit(self, start: DiT, items: Items) -> None:
-        resize_grid(start, sample_size=items.size)
-
-
 class ClassToImage(LabelTask):
     """Pictures of given classes."""
 
     name = "class-to-image"
     num_samples, batch_size, is_video = 16, 50, False
     pipeline_name, pipeline_class = "ClassToImagePipeline", ClassToImagePipeline
-    model_class, model_config = DiT, ModelConfig
+    model_class, model_config, training = DiT, ModelConfig, ClassToImageTraining
 
     def sample(self, pipeline: ClassToImagePipeline, conditions: Sequence[int], options: SamplingOptions) -> Tensor:
         return pipeline(conditions, output_type="pt", **vars(options)).images.float()
+
+    def make(self, config: ModelConfig, items: Items, objective: Objective) -> DiT:
+        return DiT(**self.arguments(config, items, objective))
+
+    def fit(self, start: DiT, items: Items) -> None:
+        resize_grid(start, sample_size=items.size)
 
 
 TASK = ClassToImage()

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipdit.checkpoints.parts import read_labels
 from skipdit.data.pictures import Draws
 from skipdit.diffusion import Objective
+from skipdit.interfaces import VAE, Fields, Scheduler, Transformer
 from skipdit.models.dit import PatchTransformer
 from skipdit.pipelines import ClassPipeline
+from skipdit.tasks.config import LabelModelConfig
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
-from skipdit.tasks.training import Items, LinkedConfig, TrainingTask, draw_dropped
+from skipdit.tasks.training import Items, TrainingTask, add_missing_links, draw_dropped
 
 
 class LabelTask(Task):
@@ -43,12 +45,35 @@ class LabelTask(Task):
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(conditions, [names.get(number, str(number)) for number in conditions])
 
-    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+    def sampler(
+        self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None
+    ) -> Sampler:
         names = None if transformer.config.num_classes is None else names
         return Sampler(self, self.pipeline_class(transformer, scheduler, vae, names))
 
-    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
         return read_labels(index, transformer.config.num_classes, folder)
+
+    def link(self, config: LabelModelConfig, model: nn.Module) -> None:
+        add_missing_links(model, config)
+
+    def check_start(self, start: Transformer, items: Items) -> None:
+        super().check_start(start, items)
+        num_classes, needed = start.config.num_classes, len(items.label_names)
+        if num_classes is not None and num_classes < needed:
+            raise ValueError(f"start_from knows {num_classes} classes, the data has {needed}")
+
+    def arguments(self, config: LabelModelConfig, items: Items, objective: Objective) -> Fields:
+        """Return the arguments of a new model for these data."""
+        return {
+            "sample_size": items.size,
+            "in_channels": items.num_channels,
+            "out_channels": items.num_channels * (2 if objective.learned_variance else 1),
+            **config.sizes(),
+            "num_classes": len(items.label_names),
+            "qk_norm": bool(config.qk_norm),
+            "long_skip": config.long_skip,
+        }
 
 
 def label_number(pipeline: ClassPipeline, label: str) -> int:
@@ -82,29 +107,3 @@ class LabelTraining(TrainingTask[Tensor]):
             return [None] * count, [""] * count
         chosen = spread(count, len(self.items.label_names))
         return chosen, [self.items.label_names[label] for label in chosen]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelModelConfig(LinkedConfig):
-    """The sizes of a model of skipdit. Abstract."""
-
-    qk_norm: bool | None = None
-    """norms of the queries and keys of each head (none in a fresh model), which keep attention stable at high rates"""
-
-    def check_start(self, start: Any, items: Items) -> None:
-        super().check_start(start, items)
-        num_classes, needed = start.config.num_classes, len(items.label_names)
-        if num_classes is not None and num_classes < needed:
-            raise ValueError(f"start_from knows {num_classes} classes, the data has {needed}")
-
-    def arguments(self, items: Items, objective: Objective) -> dict[str, Any]:
-        """Return what a fresh model for these data is made with."""
-        return {
-            "sample_size": items.size,
-            "in_channels": items.num_channels,
-            "out_channels": items.num_channels * (2 if objective.learned_variance else 1),
-            **self.sizes(),
-            "num_classes": len(items.label_names),
-            "qk_norm": bool(self.qk_norm),
-            "long_skip": self.long_skip,
-        }

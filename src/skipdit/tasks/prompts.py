@@ -16,6 +16,7 @@ from torch import Tensor
 
 from skipdit.data.pictures import Draws
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import VAE, Fields, Pipeline, Scheduler, Transformer
 from skipdit.pipelines import SamplingOptions
 from skipdit.tasks.split_guidance import split_guidance
 from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
@@ -31,12 +32,14 @@ class PromptTask(Task):
 
     option = "prompt"
     has_own_pipeline = False
-    absent_parts: ClassVar[dict[str, Any]]
+    absent_parts: ClassVar[Fields]
     """arguments of the pipeline's class in place of parts that it does without"""
     width_option: ClassVar[str]
     """name of the text encoder's width in the configs of its transformers"""
 
-    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+    def choose_from(
+        self, pipeline: Pipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
+    ) -> Chosen:
         """Return prompts. `ValueError` if there are none."""
         prompts = list(values or showcase)
         if not prompts:
@@ -47,7 +50,9 @@ class PromptTask(Task):
     def check_installed(self) -> None:
         check_text_installed()
 
-    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> Sampler:
+    def sampler(
+        self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None
+    ) -> Sampler:
         self.check_installed()
         with quiet():
             pipeline_class = getattr(diffusers, self.pipeline_name)
@@ -55,14 +60,14 @@ class PromptTask(Task):
         pipeline.register_modules(vae=vae)  # only now, so that its downsampling does not count: see `LATENT_SCALE`
         return Sampler(self, pipeline)
 
-    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> None:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> None:
         """Refuse a pipeline whose transformer was trained with another text encoder."""
         if transformer.config.get(self.width_option) != WIDTH:
             raise ValueError(
                 f"{printable(folder)} hears prompts through another text encoder than skipdit's, which its folder lacks"
             )
 
-    def sample(self, pipeline: Any, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
+    def sample(self, pipeline: Pipeline, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
         if options.guidance_channels is not None:
             raise ValueError(f"guidance_channels is for class-conditional models, got {options.guidance_channels}")
         model, count = pipeline.transformer, len(conditions)
@@ -83,12 +88,12 @@ class PromptTask(Task):
             )
         return (self.decode(pipeline.vae, output) / 2 + 0.5).clamp(0, 1)
 
-    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
+    def arguments(self, model: Transformer, prompts: PromptStates, nothing: PromptStates) -> Fields:
         """Return the arguments of the pipeline's call for the states of prompts and, per prompt, of the empty prompt,
         with any that only this pipeline takes."""
         raise NotImplementedError
 
-    def decode(self, vae: Any, output: Any) -> Tensor:
+    def decode(self, vae: VAE, output: Any) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [-1, 1] from the output of the pipeline."""
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
-"""Pipelines of diffusers as they are published, with text encoders of their own: opened by diffusers, sampled as they
-come.
+"""Published pipelines of diffusers with their own text encoders: diffusers opens them, and they are sampled unchanged.
 
-These tasks are no rows of `TASKS`: nothing of ours trains or builds such a pipeline. They know it by its call alone.
+These tasks are not in `TASKS`, because skipdit neither builds nor trains such pipelines. All that they rely on is the
+signature of the pipeline's call.
 """
 
 import difflib
@@ -26,13 +26,13 @@ from skipdit.files.untrusted import as_type, printable
 from skipdit.pipelines import SamplingOptions, keep_broken
 from skipdit.tasks.task import Chosen, Sampler, Task, spread
 
-LIBRARIES = ("diffusers", "transformers")  # of the parts; a part may also be of a module of `diffusers.pipelines`
-GIVEN = ("image", "video")  # arguments of pipelines that change something that is given
-ANY_SIZE = 2**16  # of pictures whose size is known to the pipeline alone
+LIBRARIES = ("diffusers", "transformers")  # allowed for parts, as are the modules of `diffusers.pipelines`
+GIVEN = ("image", "video")  # arguments of pipelines that edit an input
+ANY_SIZE = 2**16  # stands for the size of pictures if only the pipeline knows it
 
 
 class Sizes(TypedDict, total=False):
-    """What is read of the config of a pipeline's transformer: sizes that a file of weights does not always show."""
+    """The fields read from the config of a pipeline's transformer: sizes that a weight file may not show."""
 
     num_attention_heads: int
     sample_size: int
@@ -40,7 +40,7 @@ class Sizes(TypedDict, total=False):
 
 
 class PublishedTask(Task):
-    """A pipeline of diffusers as its call describes it. Abstract."""
+    """A task of a diffusers pipeline, known from the signature of its call. Abstract."""
 
     num_samples = batch_size = 1  # one picture of a large model may fill a GPU
     is_video = False
@@ -50,15 +50,18 @@ class PublishedTask(Task):
     def __init__(self, size: Mapping[str, int]) -> None:
         self.size = size
 
+    def count_of(self, num_asked: int) -> int:
+        return max(self.num_samples, num_asked)
+
     def picture_size(self, pipeline: Any) -> int:
         return min((self.size[name] for name in ("height", "width") if name in self.size), default=ANY_SIZE)
 
     def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
         if options.guidance != "full":
-            raise ValueError(f"guidance {options.guidance!r} is for models that skipdit train has made")
+            raise ValueError(f"guidance {options.guidance!r} is for models of skipdit train")
         if options.guidance_channels is not None:
             raise ValueError(f"guidance_channels is for models of skipdit, got {options.guidance_channels}")
-        made = pipeline(
+        output = pipeline(
             **{self.argument: list(conditions)},
             **self.guidance(pipeline, options.guidance_scale, len(conditions)),
             **self.size,
@@ -66,18 +69,18 @@ class PublishedTask(Task):
             generator=options.generator,
             output_type="pt",
         )
-        samples = made.frames if self.is_video else made.images
+        samples = output.frames if self.is_video else output.images
         if isinstance(samples, np.ndarray):  # (b h w c)
             samples = torch.from_numpy(samples).movedim(-1, 1)
         return keep_broken(samples.float())
 
     @property
     def argument(self) -> str:
-        """The argument of the pipeline's call that says what to make."""
+        """The argument of the pipeline's call for the conditions."""
         return "prompt"
 
     def guidance(self, pipeline: Any, scale: float, count: int) -> dict[str, Any]:
-        """Return what the call takes in place of a guidance scale: Qwen-Image guides where it has a negative prompt."""
+        """Return the call's arguments for a guidance scale. Qwen-Image guides only with a negative prompt."""
         parameters = inspect.signature(type(pipeline).__call__).parameters
         if "guidance_scale" in parameters and parameters["guidance_scale"].default is not None:
             return {"guidance_scale": scale}
@@ -87,12 +90,12 @@ class PublishedTask(Task):
 
 
 class PublishedPictures(PublishedTask):
-    """Pictures of prompts."""
+    """Pictures from prompts."""
 
     name, option = "text-to-image", "prompt"
 
     def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
-        """Choose prompts; `ValueError` where there are none."""
+        """Return prompts. `ValueError` if there are none."""
         if not values:
             raise ValueError(f"a {type(pipeline).__name__} needs --prompt, got none")
         prompts = list(values if count is None else islice(cycle(values), count))
@@ -100,13 +103,13 @@ class PublishedPictures(PublishedTask):
 
 
 class PublishedClips(PublishedPictures):
-    """Clips of prompts."""
+    """Clips from prompts."""
 
     name, is_video = "text-to-video", True
 
 
 class PublishedClasses(PublishedTask):
-    """Pictures of classes, of which the pipeline knows the names."""
+    """Pictures of classes whose names the pipeline knows."""
 
     name, option = "class-to-image", "labels"
 
@@ -115,7 +118,8 @@ class PublishedClasses(PublishedTask):
         return "class_labels"
 
     def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
-        """Choose classes, by number or name, or else spread over all; `ValueError` on one that is unknown."""
+        """Return class numbers for names or numbers, by default spread over all classes. `ValueError` if a class is
+        unknown."""
         num_classes = pipeline.transformer.config.num_embeds_ada_norm
         labels = [_find_class(value, pipeline.labels, num_classes) for value in values]
         labels = labels or spread(count or num_classes, num_classes)
@@ -125,7 +129,7 @@ class PublishedClasses(PublishedTask):
 
 
 def _find_class(value: str, labels: Mapping[str, int], num_classes: int) -> int:
-    """Return the number of a class; labels: numbers by name."""
+    """Return the number of a class. labels: class numbers by name."""
     if value in labels:
         return labels[value]
     if not value.isdecimal():
@@ -137,12 +141,12 @@ def _find_class(value: str, labels: Mapping[str, int], num_classes: int) -> int:
 
 
 def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, options: PipelineOptions) -> Sampler:
-    """Return the pipeline in a folder, opened by diffusers, from files of this machine alone.
+    """Return the sampler of the pipeline in a folder, which diffusers opens from local files only.
 
-    index: its `model_index.json`. options: another transformer for it, and what its call is given.
+    index: its `model_index.json`. options: another transformer, and the size of samples.
 
-    `ValueError` naming the folder where it is no pipeline of diffusers, makes its samples of more than a prompt or a
-    class, has no transformer, or is not whole.
+    `ValueError` names the folder if it is not a pipeline of diffusers, needs more than a prompt or a class, has no
+    transformer, or is incomplete.
     """
     kind = _pipeline_class(folder, index)
     parameters = inspect.signature(kind.__call__).parameters
@@ -157,7 +161,7 @@ def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, o
     try:
         pipeline: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **replaced)
     except Exception as error:  # untrusted configs may raise any type
-        raise ValueError(f"{printable(folder)} is not a whole {kind.__name__}: {printable(str(error))}") from error
+        raise ValueError(f"{printable(folder)} is not a complete {kind.__name__}: {printable(str(error))}") from error
     if pipeline.components.get("transformer") is None:
         raise ValueError(f"{printable(folder)} is a {kind.__name__}, which has no transformer to cache")
     return Sampler(task_class(size), pipeline)
@@ -168,7 +172,7 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPip
     kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         raise ValueError(
-            f"{printable(folder)} is a {printable(name)}, a pipeline neither of skipdit nor of diffusers "
+            f"{printable(folder)} is a {printable(name)}, which is a pipeline neither of skipdit nor of diffusers "
             f"{diffusers.__version__}"
         )
     for part, value in index.items():
@@ -183,8 +187,8 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPip
 
 
 def _load_instead(path: str, folder: Path, dtype: torch.dtype) -> Any:
-    """Return the transformer in a checkpoint, with the sizes in the config of the folder's; `ValueError` where it is of
-    another class."""
+    """Return the transformer in a checkpoint, with sizes from the config of the folder's transformer. `ValueError` if
+    it is of another class."""
     config = read_config(folder / "transformer")
     sizes = as_type(config, Sizes, printable(folder / "transformer"))
     transformer = load_model(
@@ -197,7 +201,8 @@ def _load_instead(path: str, folder: Path, dtype: torch.dtype) -> Any:
     name = config.get("_class_name")
     if name not in {kind.__name__ for kind in type(transformer).__mro__}:
         raise ValueError(
-            f"{printable(path)} holds a {type(transformer).__name__}, {printable(folder)} needs a {printable(name)}"
+            f"{printable(path)} contains a {type(transformer).__name__}, but {printable(folder)} needs a "
+            f"{printable(name)}"
         )
     return transformer
 
@@ -211,7 +216,7 @@ def _task_class(parameters: Mapping[str, Any]) -> type[PublishedTask] | None:
 
 
 def _size(kind: type[DiffusionPipeline], parameters: Mapping[str, Any], options: PipelineOptions) -> dict[str, int]:
-    """Return the options of size under the names of the pipeline's call."""
+    """Return the size of samples under the argument names of the pipeline's call."""
     size: dict[str, int] = {}
     for name, value in (("height", options.height), ("width", options.width), ("num_frames", options.num_frames)):
         argument = "video_length" if name == "num_frames" and "video_length" in parameters else name
@@ -221,5 +226,5 @@ def _size(kind: type[DiffusionPipeline], parameters: Mapping[str, Any], options:
             raise ValueError(f"a {kind.__name__} takes no {name}, got {value}")
         size[argument] = value
     if size and "use_resolution_binning" in parameters:
-        return {**size, "use_resolution_binning": False}  # else the nearest size of a list
+        return {**size, "use_resolution_binning": False}  # otherwise the pipeline takes the nearest size in a list
     return size

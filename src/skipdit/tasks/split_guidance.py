@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from skipdit.interfaces import Pipeline
 from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.shallow_path import Guidance, guidance_plan
@@ -62,7 +63,7 @@ def _call(function: Callable[..., Any], arguments: dict[int | str, Any]) -> Any:
 
 @contextmanager
 def split_guidance(
-    pipeline: Any, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
+    pipeline: Pipeline, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
 ) -> Iterator[Any]:
     """Yield a diffusers pipeline: itself for `"full"` guidance, otherwise a copy that shares all parts and makes its
     unconditional predictions with few units. `ValueError` if its transformer cannot."""

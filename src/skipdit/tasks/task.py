@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints.parts import downsampling, part_class, read_autoencoder, read_scheduler
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import VAE, Pipeline, Scheduler, Transformer
+from skipdit.models.surgery import open_units
+from skipdit.options.objective import Objective
 from skipdit.pipelines import SamplingOptions
 
 if TYPE_CHECKING:
-    from skipdit.tasks.training import TransformerConfig
+    from skipdit.tasks.config import TransformerConfig
+    from skipdit.tasks.training import Items, TrainingTask
 
 LabelNames = dict[str, str] | None  # by class number, `None` for a task or data without
 
@@ -48,13 +52,15 @@ class Task:
     model_class: ClassVar[type[nn.Module]]
     """class of its transformers"""
     model_config: ClassVar[type["TransformerConfig"]]
-    """what `skipdit train` builds one from"""
+    """the sizes from which `skipdit train` builds one"""
+    training: ClassVar[type["TrainingTask[Any]"]]
+    """how a batch reaches one in training"""
     has_own_pipeline: ClassVar[bool]
     """whether its pipeline is one of skipdit's: these take any autoencoder, can guide only some channels, pass a
     learned variance to the scheduler, and need only a transformer and its objective"""
 
     def choose(
-        self, pipeline: Any, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
+        self, pipeline: Pipeline, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
     ) -> Chosen:
         """Return the conditions of `count` samples: the requested ones in turn, or else those of `showcase`, or else
         some of all that the model knows. Without a count, return all requested ones, or all that it knows.
@@ -70,27 +76,35 @@ class Task:
             raise ValueError(f"num_samples must be at least the number of --{self.option}, {len(values)}, got {count}")
         return self.choose_from(pipeline, values, count, showcase)
 
-    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+    def choose_from(
+        self, pipeline: Pipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
+    ) -> Chosen:
         """Return the conditions for the values of this task's option; see `choose`."""
         raise NotImplementedError
+
+    def count_of(self, num_asked: int) -> int:
+        """Return how many samples are made by default. num_asked: values of its option."""
+        return self.num_samples
 
     def check_installed(self) -> None:
         """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
 
-    def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
+    def sample(self, pipeline: Pipeline, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [0, 1], one per condition."""
         raise NotImplementedError
 
-    def picture_size(self, pipeline: Any) -> int:
+    def picture_size(self, pipeline: Pipeline) -> int:
         """Return the side, or the shorter side, of what a pipeline makes in pixels."""
         scale = 1 if pipeline.vae is None else downsampling(pipeline.vae)
         return pipeline.transformer.config.sample_size * scale
 
-    def sampler(self, transformer: Any, scheduler: Any, vae: Any = None, names: LabelNames = None) -> "Sampler":
+    def sampler(
+        self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None
+    ) -> "Sampler":
         """Return the sampler of a pipeline around a transformer. names: of its classes."""
         raise NotImplementedError
 
-    def open(self, folder: Path, transformer: Any, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
+    def open(self, folder: Path, transformer: Transformer, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
         """Return the sampler of the pipeline in a folder, around its transformer. index: its `model_index.json`.
 
         `ValueError` names the folder if something in it is missing, foreign or broken.
@@ -106,9 +120,54 @@ class Task:
             raise ValueError(f"{printable(folder)} is not a complete {self.pipeline_name}: it has no scheduler")
         return self.sampler(transformer, read_scheduler(folder, scheduler_class), vae, label_names)
 
-    def read_label_names(self, folder: Path, transformer: Any, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
         """Return the class names of a pipeline. `ValueError` if this task does not support the pipeline."""
         raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def build(
+        self, config: "TransformerConfig", items: "Items", objective: Objective, start: Transformer | None = None
+    ) -> "TrainingTask[Any]":
+        """Return the task in training, with `start` or a new model, and with the long skips that the config asks for if
+        the model has none. `ValueError` if the data or `start` do not belong to this task, or do not fit."""
+        self.check_items(items)
+        self.check_installed()
+        if start is None:
+            model = self.make(config, items, objective)
+        else:
+            self.check_start(start, items)
+            config.check_sizes(start.config)
+            model = start
+            self.fit(model, items)
+        open_model = open_units(model)
+        self.link(config, open_model)
+        return self.training(self, open_model, items)
+
+    def make(self, config: Any, items: "Items", objective: Objective) -> nn.Module:
+        """Return a new model for these data, of the sizes in `config`, which is a `model_config`."""
+        raise NotImplementedError
+
+    def fit(self, start: Transformer, items: "Items") -> None:
+        """Resize a model to these data, in place. `ValueError` if it cannot be resized."""
+        raise NotImplementedError
+
+    def link(self, config: Any, model: nn.Module) -> None:
+        """Add the long skips that the config asks for, if the model has none."""
+
+    def check_items(self, items: "Items") -> None:
+        """Raise `ValueError` if a task that learns pictures is given clips, or the other way round."""
+        if (items.num_frames is None) == self.is_video:
+            what, config = ("clips", "a ClipConfig") if self.is_video else ("pictures", "a DataConfig")
+            raise ValueError(f"a {self.name} model trains on {what}: give it {config}, or latents of {what}")
+
+    def check_start(self, start: Transformer, items: "Items") -> None:
+        """Raise `ValueError` if the model to start from is of another class, or has other channels than the data."""
+        num_channels = start.config.in_channels
+        if not isinstance(start, self.model_class) or num_channels != items.num_channels:
+            expected = f"a {self.model_class.__name__} of {items.num_channels} channels"
+            raise ValueError(f"start_from must be {expected}, got a {type(start).__name__} of {num_channels}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +175,7 @@ class Sampler:
     """A pipeline, of diffusers or of skipdit, that is sampled by its task."""
 
     task: Task
-    pipeline: Any
+    pipeline: Pipeline
 
     @property
     def picture_size(self) -> int:

@@ -13,11 +13,12 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
+from skipdit.interfaces import VAE, Fields, Transformer
 from skipdit.models.inflate import init_hunyuan
-from skipdit.options import check_above
 from skipdit.pipelines import decode_latents
+from skipdit.tasks.config import TextToImageModelConfig as TextToImageModelConfig
 from skipdit.tasks.prompts import LATENT_SCALE, PromptTask, PromptTraining
-from skipdit.tasks.training import Items, TransformerConfig, refuse_other_grid
+from skipdit.tasks.training import Items, refuse_other_grid
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
 
 
@@ -32,7 +33,7 @@ class TextToImageTraining(PromptTraining):
     def rotary_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of the rotary embedding on a device; they are computed there once."""
         if device not in self._rotary_on:
-            model: Any = self.model
+            model: Transformer = self.model
             config = model.config
             grid = config.sample_size // config.patch_size
             base = 512 // LATENT_SCALE // config.patch_size  # as HunyuanDiTPipeline does for a square picture
@@ -61,26 +62,39 @@ class TextToImageTraining(PromptTraining):
         return sample.chunk(2, dim=1)[0]  # the pipeline drops the learned variance
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextToImageModelConfig(TransformerConfig):
-    """The sizes of a HunyuanDiT, which has long skips of its own: all pairs but the two middle blocks."""
+class TextToImage(PromptTask):
+    """Pictures from prompts."""
 
-    training = TextToImageTraining
-    mlp_ratio: float | None = None
-    """hidden size of the MLP over that of the block (4 in a fresh model)"""
+    name = "text-to-image"
+    num_samples, batch_size, is_video = 16, 50, False
+    pipeline_name = "HunyuanDiTPipeline"
+    model_class, model_config, training = HunyuanDiT2DModel, TextToImageModelConfig, TextToImageTraining
+    width_option = "cross_attention_dim_t5"
+    absent_parts: ClassVar[Fields] = {
+        **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
+        "requires_safety_checker": False,
+    }
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above(self, "mlp_ratio")
+    def arguments(self, model: Transformer, prompts: PromptStates, nothing: PromptStates) -> Fields:
+        arguments: Fields = {"use_resolution_binning": False}
+        for prefix, states in (("", prompts), ("negative_", nothing)):
+            arguments[f"{prefix}prompt_embeds"] = states.pooled[:, None]
+            arguments[f"{prefix}prompt_embeds_2"] = states.tokens
+            arguments[f"{prefix}prompt_attention_mask"] = torch.ones_like(states.mask[:, :1])
+            arguments[f"{prefix}prompt_attention_mask_2"] = states.mask
+        return arguments
 
-    def make(self, items: Items, objective: Objective) -> HunyuanDiT2DModel:
-        sizes = self.sizes()
+    def decode(self, vae: VAE, output: Any) -> Tensor:
+        return decode_latents(vae, output.images)
+
+    def make(self, config: TextToImageModelConfig, items: Items, objective: Objective) -> HunyuanDiT2DModel:
+        sizes = config.sizes()
         model = HunyuanDiT2DModel(
             **sizes,
             in_channels=items.num_channels,
             sample_size=items.size,
             hidden_size=sizes["num_attention_heads"] * sizes["attention_head_dim"],
-            mlp_ratio=4.0 if self.mlp_ratio is None else self.mlp_ratio,
+            mlp_ratio=4.0 if config.mlp_ratio is None else config.mlp_ratio,
             cross_attention_dim=WIDTH,
             cross_attention_dim_t5=WIDTH,
             pooled_projection_dim=WIDTH,
@@ -93,32 +107,6 @@ class TextToImageModelConfig(TransformerConfig):
 
     def fit(self, start: HunyuanDiT2DModel, items: Items) -> None:
         refuse_other_grid(start, sample_size=items.size)
-
-
-class TextToImage(PromptTask):
-    """Pictures from prompts."""
-
-    name = "text-to-image"
-    num_samples, batch_size, is_video = 16, 50, False
-    pipeline_name = "HunyuanDiTPipeline"
-    model_class, model_config = HunyuanDiT2DModel, TextToImageModelConfig
-    width_option = "cross_attention_dim_t5"
-    absent_parts: ClassVar[dict[str, Any]] = {
-        **dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor")),
-        "requires_safety_checker": False,
-    }
-
-    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"use_resolution_binning": False}
-        for prefix, states in (("", prompts), ("negative_", nothing)):
-            arguments[f"{prefix}prompt_embeds"] = states.pooled[:, None]
-            arguments[f"{prefix}prompt_embeds_2"] = states.tokens
-            arguments[f"{prefix}prompt_attention_mask"] = torch.ones_like(states.mask[:, :1])
-            arguments[f"{prefix}prompt_attention_mask_2"] = states.mask
-        return arguments
-
-    def decode(self, vae: Any, output: Any) -> Tensor:
-        return decode_latents(vae, output.images)
 
 
 TASK = TextToImage()

@@ -8,11 +8,13 @@ from diffusers import LatteTransformer3DModel
 from torch import Tensor, nn
 
 from skipdit.diffusion import Objective
+from skipdit.interfaces import VAE, Fields, Transformer
 from skipdit.models.inflate import inflate_text_latte, init_latte_t2v
 from skipdit.pipelines import decode_latents
 from skipdit.tasks.class_to_image import load_pictures_pipeline
+from skipdit.tasks.config import TextToVideoModelConfig as TextToVideoModelConfig
 from skipdit.tasks.prompts import PromptTask, PromptTraining
-from skipdit.tasks.training import Items, LinkedConfig, refuse_other_grid
+from skipdit.tasks.training import Items, add_missing_links, refuse_other_grid
 from skipdit.text import WIDTH, PromptStates
 
 
@@ -27,21 +29,31 @@ class TextToVideoTraining(PromptTraining):
         return sample.transpose(1, 2).chunk(2, dim=2)[0]  # the pipeline drops the learned variance
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextToVideoModelConfig(LinkedConfig):
-    """The sizes of diffusers' LatteTransformer3DModel with long skips."""
+class TextToVideo(PromptTask):
+    """Clips of prompts."""
 
-    training = TextToVideoTraining
-    inflate: str | None = None
-    """start from the weights of this class-to-image model, as for class-to-video; text and time start unheard"""
+    name = "text-to-video"
+    num_samples, batch_size, is_video = 4, 4, True
+    pipeline_name = "LattePipeline"
+    model_class, model_config, training = LatteTransformer3DModel, TextToVideoModelConfig, TextToVideoTraining
+    width_option = "caption_channels"
+    absent_parts: ClassVar[Fields] = {"text_encoder": None, "tokenizer": None}
+
+    def arguments(self, model: Transformer, prompts: PromptStates, nothing: PromptStates) -> Fields:
+        arguments = {"prompt_embeds": prompts.tokens, "negative_prompt": None, "negative_prompt_embeds": nothing.tokens}
+        return arguments | {"video_length": model.config.video_length}
+
+    def decode(self, vae: VAE, output: Any) -> Tensor:
+        clips = output.frames.transpose(1, 2)
+        return torch.stack([decode_latents(vae, clip, len(clip)) for clip in clips])
 
     def check_items(self, items: Items) -> None:
         super().check_items(items)
         if items.num_pictures:
-            raise ValueError(f"a {self.task.name} model trains without num_pictures, got {items.num_pictures}")
+            raise ValueError(f"a {self.name} model trains without num_pictures, got {items.num_pictures}")
 
-    def make(self, items: Items, objective: Objective) -> LatteTransformer3DModel:
-        sizes = self.sizes()
+    def make(self, config: TextToVideoModelConfig, items: Items, objective: Objective) -> LatteTransformer3DModel:
+        sizes = config.sizes()
         model = LatteTransformer3DModel(
             **sizes,
             in_channels=items.num_channels,
@@ -58,32 +70,16 @@ class TextToVideoModelConfig(LinkedConfig):
             video_length=cast(int, items.num_frames),
         )
         init_latte_t2v(model)
-        self.link(model)
-        if self.inflate is not None:
-            inflate_text_latte(model, load_pictures_pipeline(self.inflate).transformer)
+        self.link(config, model)
+        if config.inflate is not None:
+            inflate_text_latte(model, load_pictures_pipeline(config.inflate).transformer)
         return model
+
+    def link(self, config: TextToVideoModelConfig, model: nn.Module) -> None:
+        add_missing_links(model, config)
 
     def fit(self, start: LatteTransformer3DModel, items: Items) -> None:
         refuse_other_grid(start, sample_size=items.size, video_length=items.num_frames)
-
-
-class TextToVideo(PromptTask):
-    """Clips of prompts."""
-
-    name = "text-to-video"
-    num_samples, batch_size, is_video = 4, 4, True
-    pipeline_name = "LattePipeline"
-    model_class, model_config = LatteTransformer3DModel, TextToVideoModelConfig
-    width_option = "caption_channels"
-    absent_parts: ClassVar[dict[str, Any]] = {"text_encoder": None, "tokenizer": None}
-
-    def arguments(self, model: Any, prompts: PromptStates, nothing: PromptStates) -> dict[str, Any]:
-        arguments = {"prompt_embeds": prompts.tokens, "negative_prompt": None, "negative_prompt_embeds": nothing.tokens}
-        return arguments | {"video_length": model.config.video_length}
-
-    def decode(self, vae: Any, output: Any) -> Tensor:
-        clips = output.frames.transpose(1, 2)
-        return torch.stack([decode_latents(vae, clip, len(clip)) for clip in clips])
 
 
 TASK = TextToVideo()

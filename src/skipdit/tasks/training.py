@@ -1,9 +1,9 @@
-"""A task in training: which model a run builds, and how a batch reaches it."""
+"""A task in training: how a batch reaches the model."""
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers import SchedulerMixin
@@ -16,17 +16,14 @@ from skipdit.data.latents import LabelledLatents, LatentConfig, PlannedLatents, 
 from skipdit.data.pictures import DataConfig, Draws, LabelledPictures, open_pictures
 from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.files.untrusted import printable_path
+from skipdit.interfaces import VAE, Transformer
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
 from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, PlannedOutput
-from skipdit.models.surgery import add_long_skips, open_units
-from skipdit.options import check_fields, check_range
-from skipdit.tasks import TASKS
+from skipdit.models.surgery import add_long_skips
+from skipdit.tasks.config import LinkedConfig
 from skipdit.tasks.task import Sampler, Task
 
 LOGGER = logging.getLogger(__name__)
-
-FRESH = {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64, "patch_size": 8}  # of a new model
-NOT_OF_A_START = ("long_skip", "conditional")  # fields of a config that a model to go on from may differ in
 
 Items = LabelledPictures | LabelledClips | LabelledLatents | PlannedLatents
 Conditions = TypeVar("Conditions")
@@ -83,7 +80,7 @@ class TrainingTask(Generic[Conditions]):
     @property
     def vae(self) -> Any:
         """The autoencoder of latents, on the device of the model; `None` for pixels."""
-        vae: Any = self.items.vae
+        vae: VAE = self.items.vae
         return None if vae is None else vae.to(next(self.model.parameters()).device)
 
     @property
@@ -145,109 +142,16 @@ def make_task_scheduler(objective: Objective) -> SchedulerMixin:
     return make_scheduler(objective, SCHEDULERS[objective.process][0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a run builds
+def add_missing_links(model: Transformer, config: LinkedConfig) -> None:
+    """Add the long skips that a config asks for to a model that has none."""
+    existing = model.config.get("long_skip")
+    if existing and config.long_skip is not None and LongSkipConfig.from_dict(existing) != config.long_skip:
+        LOGGER.warning("start_from has long skips already, which stay: model.long_skip has no effect")
+    if config.long_skip is not None and not existing:
+        add_long_skips(model, config.long_skip)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """The sizes that the models of all tasks have. Abstract.
-
-    A size that is `None` is that of the model to go on from, or a default where there is none; one that is given must
-    be that of the former.
-    """
-
-    training: ClassVar[type[TrainingTask[Any]]]
-    """how a batch reaches the model"""
-    num_layers: int | None = None
-    """blocks (12 in a fresh model); for class-to-video two are a pair of space and time, for text-to-video one is"""
-    num_attention_heads: int | None = None
-    """of each block (6 in a fresh model)"""
-    attention_head_dim: int | None = None
-    """width of a head (64 in a fresh model)"""
-    patch_size: int | None = None
-    """side in pixels of the square that becomes a token (8 in a fresh model)"""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_range(self, *FRESH)
-
-    @property
-    def task(self) -> Task:
-        """Return the task whose models these are."""
-        return next(task for task in TASKS.values() if task.model_config is type(self))
-
-    def sizes(self) -> dict[str, Any]:
-        """Return the sizes of a fresh model."""
-        given = {name: getattr(self, name) for name in FRESH}
-        return {name: default if given[name] is None else given[name] for name, default in FRESH.items()}
-
-    def build(self, items: Items, objective: Objective, start: nn.Module | None = None) -> TrainingTask[Any]:
-        """Return the task in training: of `start` or of a fresh model, with the long skips that the config asks for
-        where it has none. `ValueError` where the data or `start` are not of this task, or do not fit."""
-        self.check_items(items)
-        self.task.check_installed()
-        if start is None:
-            model = self.make(items, objective)
-        else:
-            self.check_start(start, items)
-            self.check_sizes(start)
-            model = start
-            self.fit(model, items)
-        open_units(model)
-        self.link(model)
-        return self.training(self.task, cast(LongSkipModel, model), items)
-
-    def make(self, items: Items, objective: Objective) -> nn.Module:
-        """Return a fresh model for these data."""
-        raise NotImplementedError
-
-    def fit(self, start: Any, items: Items) -> None:
-        """Resize a model to these data, in place. `ValueError` where it cannot be."""
-        raise NotImplementedError
-
-    def link(self, model: nn.Module) -> None:
-        """Add the long skips that the config asks for, where the model has none."""
-
-    def check_items(self, items: Items) -> None:
-        """Raise `ValueError` where a task that learns pictures is given clips, or the other way round."""
-        if (items.num_frames is None) == self.task.is_video:
-            what, config = ("clips", "a ClipConfig") if self.task.is_video else ("pictures", "a DataConfig")
-            raise ValueError(f"a {self.task.name} model trains on {what}: give it {config}, or latents of {what}")
-
-    def check_start(self, start: Any, items: Items) -> None:
-        """Raise `ValueError` where the model to go on from is of another class, or of other channels than the data."""
-        config, model_class = start.config, self.task.model_class
-        if not isinstance(start, model_class) or config.in_channels != items.num_channels:
-            expected = f"a {model_class.__name__} of {items.num_channels} channels"
-            raise ValueError(f"start_from must be {expected}, got a {type(start).__name__} of {config.in_channels}")
-
-    def check_sizes(self, start: Any) -> None:
-        """Raise `ValueError` where the model to go on from is of other sizes than are asked for."""
-        config = start.config
-        asked = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_OF_A_START}
-        wrong = [name for name, value in asked.items() if value is not None and value != config.get(name)]
-        if wrong:
-            named = ", ".join(f"{name} {config.get(name)}, not {asked[name]}" for name in wrong)
-            raise ValueError(f"start_from has {named}: give model.{wrong[0]} that value or None")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinkedConfig(TransformerConfig):
-    """The sizes of a model that gets long skips. Abstract."""
-
-    long_skip: LongSkipConfig | None = field(default_factory=LongSkipConfig)
-    """of a model that has none yet, None for none"""
-
-    def link(self, model: Any) -> None:
-        own = model.config.get("long_skip")
-        if own and self.long_skip is not None and LongSkipConfig.from_dict(own) != self.long_skip:
-            LOGGER.warning("start_from has long skips of its own, which stay: model.long_skip has no effect")
-        if self.long_skip is not None and not own:
-            add_long_skips(model, self.long_skip)
-
-
-def refuse_other_grid(start: Any, **sizes: int | None) -> None:
+def refuse_other_grid(start: Transformer, **sizes: int | None) -> None:
     """Raise `ValueError` where a model of diffusers was made for other sizes than those of the data."""
     for name, size in sizes.items():
         if (own := start.config[name]) != size:

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from skipdit.training.batches import step_generator as step_generator
     from skipdit.training.checkpointing import list_checkpoints as list_checkpoints
     from skipdit.training.config import SpectralConfig as SpectralConfig
+    from skipdit.training.config import TokenRoutingConfig as TokenRoutingConfig
     from skipdit.training.config import TrainConfig as TrainConfig
     from skipdit.training.config import learning_rate_at as learning_rate_at
     from skipdit.training.loop import train as train
     from skipdit.training.precision import computes_in_bf16 as computes_in_bf16
-    from skipdit.training.routing import TokenRoutingConfig as TokenRoutingConfig
     from skipdit.training.routing import draw_kept_tokens as draw_kept_tokens
     from skipdit.training.stopping import Stopped as Stopped
 
@@ -26,7 +26,7 @@ _MODULES = {
     "Batch": "batches",
     "SpectralConfig": "config",
     "Stopped": "stopping",
-    "TokenRoutingConfig": "routing",
+    "TokenRoutingConfig": "config",
     "TrainConfig": "config",
     "computes_in_bf16": "precision",
     "draw_kept_tokens": "routing",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from skipdit.data.latents import LabelledLatents
 from skipdit.files import output
 from skipdit.files.untrusted import printable, read_json
+from skipdit.interfaces import Fields
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
 from skipdit.training.guard import GuardState
@@ -30,7 +31,14 @@ KIND = "checkpoint"  # in the marker of each checkpoint
 PREVIOUS = "previous-run"  # folder for the checkpoints of an earlier run
 
 # settings that may change when a run is resumed; and those that may with --allow-changes
-FREE_TO_CHANGE = {"max_steps", "log_every", "sample_every", "num_samples", "sample_steps", "sample_guidance_scale"}
+FREE_TO_CHANGE = {
+    "max_steps",
+    "log_every",
+    "sample_every",
+    "num_samples",
+    "num_inference_steps",
+    "sample_guidance_scale",
+}
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
 FREE_TO_CHANGE |= {"tensorboard", "num_accumulation_steps", "parallel"}
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
@@ -54,7 +62,7 @@ class State(TypedDict):
     flops: NotRequired[float]
     """of all steps so far"""
     ema_step: int
-    config: dict[str, Any]
+    config: Fields
     data: Fingerprint
     without_moments: list[str]
     """trained parameters that have had no gradient yet"""
@@ -226,9 +234,9 @@ def check_settings(
     path: Path, state: State, config: TrainConfig, data: Fingerprint, *, allow_changes: bool
 ) -> list[str]:
     """Return messages on settings that have changed; `ValueError` if they, or the data, forbid resuming."""
-    now: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    now: Fields = json.loads(json.dumps(asdict(config)))
     # a setting that is newer than the checkpoint had its default value
-    before: dict[str, Any] = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
+    before: Fields = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
     for name in ("model", "objective"):
         if isinstance(part := before.get(name), dict):
             before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part

@@ -1,22 +1,15 @@
-"""The settings of a training run."""
+"""The settings of a training run; nothing heavy is imported."""
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import tyro
-from torch import nn
 
-from skipdit.data.clips import ClipConfig
-from skipdit.data.latents import LatentConfig
-from skipdit.data.pictures import DataConfig
-from skipdit.diffusion import Objective
-from skipdit.models.long_skip import LongSkipModel
+from skipdit.data.config import ClipConfig, DataConfig, LatentConfig
 from skipdit.options import check_above, check_fields, check_range
-from skipdit.tasks import TASKS
-from skipdit.tasks.class_to_image import ModelConfig
-from skipdit.tasks.training import TransformerConfig
-from skipdit.training.routing import TokenRoutingConfig
+from skipdit.options.objective import Objective
+from skipdit.tasks.config import MODEL_CONFIGS, ModelConfig, TransformerConfig
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
 Parallel = Literal["ddp", "fsdp"]
@@ -26,11 +19,13 @@ Constrained = Literal["long_skips", "blocks"]
 ReleaseDType = Literal["float32", "bfloat16"]
 OnDevice = Literal["auto", "yes", "no"]
 Stage = Literal["full", "long-skips-only"]
+RoutingMode = Literal["off", "bypass", "fill"]
+GridSteps = Annotated[int, tyro.conf.arg(aliases=("--sample-steps",))]
 
 if TYPE_CHECKING:
     AnyModelConfig = TransformerConfig
 else:
-    AnyModelConfig = Union[tuple(task.model_config for task in TASKS.values())]  # noqa: UP007
+    AnyModelConfig = Union[MODEL_CONFIGS]  # noqa: UP007
 
 MAX_WORKERS = 256  # processes
 MAX_SEED = 2**31 - 1  # so that (seed, step, rank) fits into the 64 bits of a generator's seed
@@ -53,19 +48,31 @@ class SpectralConfig:
         check_fields(self)
         check_above(self, "maximum", "penalty_weight")
 
-    def modules(self, model: LongSkipModel) -> nn.ModuleList:
-        """Return what is constrained; `ValueError` where the model has no long skips of ours."""
-        if self.on == "blocks":
-            return nn.ModuleList(block for blocks in model.units() for block in blocks)
-        long_skips = long_skips_of(model)
-        if not long_skips:
-            raise ValueError("a spectral constraint on long skips needs a model with long skips: or set on 'blocks'")
-        return nn.ModuleList(long_skips)
 
+@dataclass(frozen=True, kw_only=True)
+class TokenRoutingConfig:
+    """The tokens that the deep units see in training."""
 
-def long_skips_of(model: LongSkipModel) -> list[nn.Module]:
-    """Return the `LongSkip` of each target unit, innermost pair first."""
-    return [block.get_submodule("long_skip") for block in model.unit_entries() if block.long_skip is not None]
+    mode: RoutingMode = "off"
+    """how the tokens that the deep units do not see return: bypass, as they were before these units; fill, as a single
+    learned vector, which needs long skips; off: all units see all tokens"""
+    share: float = 0.25
+    """share of the tokens that the deep units see, drawn for each sample and step"""
+    num_shallow_units: int | None = None
+    """number of first units, and of last units, that see all tokens; by default 2, or 1 in a model of fewer than 5"""
+    deep_drop: float = 0.05
+    """share of the steps, before the dense end, in which no token passes through the deep units"""
+    dense_end: float = 0.2
+    """share of the run's FLOPs, at its end, in which all units see all tokens"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_range(self, "num_shallow_units")
+        check_range(self, "dense_end", least=0, most=1)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
+        if not 0 <= self.deep_drop < 1:
+            raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +84,11 @@ class TrainConfig:
     model: tyro.conf.AvoidSubcommands[AnyModelConfig] = field(default_factory=ModelConfig)
     """the sizes of the model"""
     objective: Objective = field(default_factory=Objective)
-    """what the model predicts, and how training weighs it"""
+    """the prediction target of the model, and its weight in training"""
     spectral: SpectralConfig | None = None
     """a constraint on spectral norms"""
     routing: TokenRoutingConfig = field(default_factory=TokenRoutingConfig)
-    """which tokens skip the deep units in training"""
+    """tokens that skip the deep units in training"""
     start_from: str | None = None
     """model to start from, a folder or a checkpoint; it gets the long skips of `model` if it has none, and is resized
     to the data if its size differs"""
@@ -110,7 +117,7 @@ class TrainConfig:
     ema_decay: float = 0.9995
     """decay, after a warm-up, of the averaged weights, which are sampled and released"""
     ema_snapshots_every: int = 0
-    """steps between snapshots of two more averages, from which `skipdit ema` makes an average of any length after
+    """steps between snapshots of two more averages, from which `skipdit ema` makes an average of any length after the
     training; 0 takes none"""
     label_dropout: float = 0.1
     """share of labels or captions to drop, needed for guidance"""
@@ -130,7 +137,7 @@ class TrainConfig:
     num_workers: int | None = None
     """processes that load data ahead if it is not on the device; by default one per core on a GPU, none on a CPU"""
     seed: int = 0
-    """seed of everything that is random"""
+    """seed of all random numbers"""
     log_every: int = 10
     """training steps between lines of the log"""
     tensorboard: bool = False
@@ -139,7 +146,7 @@ class TrainConfig:
     """training steps between grids of samples; 0 disables them"""
     num_samples: int = 16
     """pictures or clips per grid"""
-    sample_steps: int = 25
+    num_inference_steps: GridSteps = 25
     """denoising steps of the samples in a grid"""
     sample_guidance_scale: float = 2.0
     """guidance scale of the samples in a grid; 1 disables guidance"""
@@ -153,19 +160,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_range(self, "max_steps", "batch_size", "num_accumulation_steps")
-        check_range(self, "log_every", "checkpoint_every", "num_checkpoints")
+        check_range(self, "log_every", "checkpoint_every", "num_checkpoints", "num_samples")
+        check_range(self, "num_inference_steps", most=1000)
         check_range(self, "weight_decay", "gradient_clip", "warmup_steps", "sample_every", least=0)
         check_range(self, "ema_snapshots_every", least=0)
         check_above(self, "learning_rate")
         check_range(self, "num_workers", least=0, most=MAX_WORKERS)
         check_range(self, "seed", least=0, most=MAX_SEED)
-        if not 1 <= self.sample_steps <= 1000 or self.num_samples < 1:
-            raise ValueError(
-                f"a grid needs samples and 1 to 1000 steps, got {self.num_samples} and {self.sample_steps}"
-            )
         if self.ema_snapshots_every and self.spectral and self.spectral.form == "cap":
             raise ValueError(
-                "ema_snapshots_every: an average of capped weights is not capped: set spectral.form to 'penalty'"
+                "an average of capped weights is not capped: with ema_snapshots_every, set spectral.form to 'penalty'"
             )
         if self.compile and self.parallel == "fsdp":
             raise ValueError(

@@ -9,7 +9,8 @@ from skipdit.checkpoints import load_model
 from skipdit.data.latents import LatentConfig, PlannedLatents
 from skipdit.files.untrusted import printable_path
 from skipdit.models.surgery import add_fill_token
-from skipdit.tasks.training import FRESH, open_items
+from skipdit.tasks.config import FRESH
+from skipdit.tasks.training import open_items
 from skipdit.training.batches import find_step_kinds
 from skipdit.training.config import TrainConfig
 from skipdit.training.learner import freeze_all_but_long_skips

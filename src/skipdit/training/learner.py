@@ -8,7 +8,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from skipdit.models.long_skip import LongSkipModel
-from skipdit.training.config import TrainConfig, long_skips_of
+from skipdit.training.config import SpectralConfig, TrainConfig
 from skipdit.training.guard import GradientGuard, leave_out
 from skipdit.training.posthoc_ema import PowerAverages
 from skipdit.training.precision import LossScale
@@ -150,6 +150,22 @@ def make_learner(config: TrainConfig, model: LongSkipModel, device: torch.device
     guard = GradientGuard(config.gradient_guard, device) if config.gradient_guard else None
     powers = PowerAverages(weights) if config.ema_snapshots_every else None
     return Learner(model, ema, optimizer, guard, powers, LossScale(device) if config.precision == "fp16" else None)
+
+
+def constrained_modules(config: SpectralConfig, model: LongSkipModel) -> nn.ModuleList:
+    """Return the modules whose spectral norms are constrained; `ValueError` if they are long skips and skipdit added
+    none to the model."""
+    if config.on == "blocks":
+        return nn.ModuleList(block for blocks in model.units() for block in blocks)
+    long_skips = long_skips_of(model)
+    if not long_skips:
+        raise ValueError("a spectral constraint on long skips needs a model with long skips: or set on 'blocks'")
+    return nn.ModuleList(long_skips)
+
+
+def long_skips_of(model: LongSkipModel) -> list[nn.Module]:
+    """Return the `LongSkip` of each target unit, innermost pair first."""
+    return [block.get_submodule("long_skip") for block in model.unit_entries() if block.long_skip is not None]
 
 
 def freeze_all_but_long_skips(model: LongSkipModel) -> None:

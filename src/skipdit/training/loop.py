@@ -36,11 +36,17 @@ from skipdit.training.batches import (
 )
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
 from skipdit.training.devices import in_main, start_processes
-from skipdit.training.learner import POWERS, freeze_all_but_long_skips, make_learner, unit_gradient_norms
+from skipdit.training.learner import (
+    POWERS,
+    constrained_modules,
+    freeze_all_but_long_skips,
+    make_learner,
+    unit_gradient_norms,
+)
 from skipdit.training.loader import Stored, items_of_step, load_batches
 from skipdit.training.precision import autocast_dtype
 from skipdit.training.reporter import Reporter, RunFolder, StepSummary, check_tensorboard_installed, run_folder
-from skipdit.training.routing import StepKind
+from skipdit.training.routing import StepKind, shallow_path_of
 from skipdit.training.sharding import clip_gradients, shard, whole
 from skipdit.training.showing import draw_samples, release, with_weights, without_weights
 from skipdit.training.stopping import Stopped, stoppable
@@ -166,10 +172,10 @@ class Run:
         self.kinds = find_step_kinds(task, config, next(model.parameters()).device)
         self.flops = 0.0
         task.prepare(self.device)
-        path = config.routing.shallow_path(model.long_skip_links.num_units)
+        path = shallow_path_of(config.routing, model.long_skip_links.num_units)
         if path is not None:
             model.update_config(shallow_path=path.to_dict())
-        self.constrained = config.spectral.modules(model) if config.spectral else None
+        self.constrained = constrained_modules(config.spectral, model) if config.spectral else None
         if config.spectral and self.constrained and config.spectral.form == "cap":
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:

@@ -22,6 +22,7 @@ from skipdit.files import output
 from skipdit.files.output import OutputFolder
 from skipdit.files.processes import locked
 from skipdit.files.untrusted import open_regular, printable
+from skipdit.interfaces import Fields
 from skipdit.terminal import progress_bar
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
 from skipdit.training.config import TrainConfig
@@ -176,7 +177,7 @@ class Board:
         with written(folder):
             self.writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
-    def line(self, entry: dict[str, Any]) -> None:
+    def line(self, entry: Fields) -> None:
         with written(self.folder):
             for name, value in entry.items():
                 values = (

@@ -16,54 +16,28 @@ from skipdit.models.forward_plan import PLAIN, ForwardPlan
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.routing import TokenRoute
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
-from skipdit.options import check_fields, check_range
+from skipdit.training.config import TokenRoutingConfig
 
-RoutingMode = Literal["off", "bypass", "fill"]
 StepKind = Literal["dense", "routed", "shallow"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenRoutingConfig:
-    """Which tokens the deep units see in training."""
+def shallow_path_of(config: TokenRoutingConfig, num_units: int) -> ShallowPath | None:
+    """Return the path through the shallow units alone that a run teaches to a model of `num_units` units, if any."""
+    if config.mode == "off" or not config.deep_drop:
+        return None
+    return ShallowPath(num_shallow_units=route_of(config, num_units).start, fill=config.mode == "fill")
 
-    mode: RoutingMode = "off"
-    """how the tokens that the deep units do not see come back: bypass, as they were before these units; fill, as one
-    learned vector, which needs long skips; off: all units see all tokens"""
-    share: float = 0.25
-    """share of the tokens that the deep units see, drawn anew per sample and step"""
-    num_shallow_units: int | None = None
-    """how many first units see all tokens, and as many last ones; by default 2, or 1 of fewer than 5 units"""
-    deep_drop: float = 0.05
-    """share of the steps, before the dense end, in which no token passes through the deep units"""
-    dense_end: float = 0.2
-    """share of the run's FLOPs, at its end, in which all units see all tokens"""
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_range(self, "num_shallow_units")
-        check_range(self, "dense_end", least=0, most=1)
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be above 0 and at most 1, got {self.share}")
-        if not 0 <= self.deep_drop < 1:
-            raise ValueError(f"deep_drop must be in [0, 1), got {self.deep_drop}")
-
-    def shallow_path(self, num_units: int) -> ShallowPath | None:
-        """Return what a run teaches a model of so many units to do without the deep ones."""
-        if self.mode == "off" or not self.deep_drop:
-            return None
-        return ShallowPath(num_shallow_units=self.route(num_units).start, fill=self.mode == "fill")
-
-    def route(self, num_units: int) -> TokenRoute:
-        """Return the route in a model of so many units; `ValueError` where none is left between the shallow ones."""
-        most = (num_units - 1) // 2
-        if not most:
-            raise ValueError(
-                f"tokens are routed past units between others, and there are {num_units}: set routing.mode off"
-            )
-        k = default_shallow_units(num_units) if self.num_shallow_units is None else self.num_shallow_units
-        if k > most:
-            raise ValueError(f"routing.num_shallow_units must be at most {most} for {num_units} units, got {k}")
-        return TokenRoute(start=k, stop=num_units - k, fill=self.mode == "fill")
+def route_of(config: TokenRoutingConfig, num_units: int) -> TokenRoute:
+    """Return the route of the tokens in a model of `num_units` units; `ValueError` if no unit is left between the
+    shallow ones."""
+    most = (num_units - 1) // 2
+    if not most:
+        raise ValueError(f"token routing needs at least 3 units, got {num_units}: set routing.mode off")
+    k = default_shallow_units(num_units) if config.num_shallow_units is None else config.num_shallow_units
+    if k > most:
+        raise ValueError(f"routing.num_shallow_units must be at most {most} for {num_units} units, got {k}")
+    return TokenRoute(start=k, stop=num_units - k, fill=config.mode == "fill")
 
 
 def draw_kept_tokens(
@@ -126,7 +100,7 @@ def make_plans(config: TokenRoutingConfig, model: LongSkipModel) -> dict[StepKin
     if config.mode == "off":
         return plans
     links = model.long_skip_links
-    route = config.route(links.num_units)
+    route = route_of(config, links.num_units)
     if config.mode == "fill" and not any(
         source < route.start and target >= route.stop for target, source in links.sources.items()
     ):

@@ -52,7 +52,7 @@ def draw_samples(model: nn.Module, config: TrainConfig, task: TrainingTask) -> I
     samples = sampler.sample(
         conditions,
         guidance_scale=config.sample_guidance_scale,
-        num_inference_steps=config.sample_steps,
+        num_inference_steps=config.num_inference_steps,
         generator=torch.Generator().manual_seed(config.seed),
     ).cpu()
     return frame_grid(samples, captions) if samples.ndim == 5 else labelled_grid(to_pictures(samples), captions)

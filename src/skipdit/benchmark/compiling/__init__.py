@@ -16,104 +16,21 @@ from torch._dynamo.utils import counters
 from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.compiling.report import COMPILE, GraphRow, Timing, report_of
 from skipdit.benchmark.compiling.single_steps import time_steps
-from skipdit.benchmark.measure import Advance, BenchConfig, benchmark, compiled, progress_bar
+from skipdit.benchmark.config import BY_KIND, MIXED
+from skipdit.benchmark.config import CompileBenchConfig as CompileBenchConfig
+from skipdit.benchmark.measure import Advance, benchmark, compiled, progress_bar
 from skipdit.benchmark.models import check_compiler
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Pipeline
 from skipdit.loading import Source, load_source
-from skipdit.models.dit import PRESETS, DiT
+from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
-from skipdit.options import NumInferenceSteps, check_option, check_range
 from skipdit.runs import OwnCache, RunCache, Runner, switched_on
 
-MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
-SPECS = (
-    "N3",
-    "skip-taylor:N3-o1",
-    MIXED,
-    "auto:1.8",
-    "skip-branch:N3",
-    "delta:N3",
-    "delta-taylor:N3-o1",
-    "delta-dit:N3",
-    "faster-diffusion:N2",
-    "fora:N3",
-    "taylorseer:N3-o1",
-    "pab:N2",
-    "tgate:N2-900-600",
-    BY_KIND,
-    "fbcache:0.3",
-    "teacache:0.1",
-    "dicache:0.05",
-    "seacache:0.1",
-    "easycache:0.05",
-    "adacache:0.05",
-)
-# of other libraries, in the table of benchmarks/rivals
-RIVALS = (
-    "diffusers-PAB:N2-950--1",
-    "diffusers-FirstBlockCache:0.25",
-    "diffusers-MagCache:0.06-K3",
-    "diffusers-TaylorSeer:N3-o1",
-    "diffusers-FasterCache:N2-null5",
-    "cache-dit:F1B0-0.25",
-    "cache-dit:F1B0-N3",
-)
-TIMED = (
-    "N3",
-    "skip-taylor:N3-o1",
-    "fora:N3",
-    "fbcache:0.3",
-    "diffusers-FirstBlockCache:0.25",
-    "diffusers-TaylorSeer:N3-o1",
-    "cache-dit:F1B0-N3",
-)
 CLASS_TO_IMAGE = "the benchmark of compilation runs a class-to-image DiT with long skips"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompileBenchConfig(BenchConfig):
-    """Which caches are compiled, on a CPU."""
-
-    model: str = "emoji"
-    """emoji, or the folder of a class-to-image pipeline with long skips"""
-    specs: tuple[str, ...] = SPECS
-    """caches of skipdit"""
-    rivals: tuple[str, ...] = RIVALS
-    """settings of other libraries' caches"""
-    timed: tuple[str, ...] = TIMED
-    """which of both are also timed, compiled by Inductor"""
-    num_inference_steps: NumInferenceSteps = 20
-    """denoising steps of a run"""
-    batch_size: int = 2
-    """pictures of a run, with guidance"""
-    step_batch_sizes: tuple[int, ...] = (1, 8)
-    """of the single steps that are timed, without guidance"""
-    step_presets: tuple[str, ...] = ("DiT-XL/2",)
-    """published sizes, with random weights, of which single steps are timed too, at the first of these batch sizes"""
-    num_runs: int = 5
-    """how often each run is timed"""
-    num_repetitions: int = 50
-    """how often a single step is timed"""
-    guidance_scale: float = 2.0
-    """strength of classifier-free guidance; none at 1"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "batch_size", "num_runs", "num_repetitions")
-        check_range(self, "num_inference_steps", least=4, most=1000)
-        check_option(self, "device", ("cpu",))
-        if not self.step_batch_sizes or min(self.step_batch_sizes) < 1:
-            raise ValueError(f"step_batch_sizes must be one or more above 0, got {self.step_batch_sizes}")
-        for name, allowed in (
-            ("rivals", RIVALS),
-            ("timed", (*self.specs, *self.rivals)),
-            ("step_presets", tuple(PRESETS)),
-        ):
-            if unknown := sorted(set(getattr(self, name)) - set(allowed)):
-                raise ValueError(f"{name} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,7 +61,7 @@ class Subject:
     library: str
     """whose cache, or whose model"""
     setting: str
-    pipeline: Any
+    pipeline: Pipeline
     cache: RunCache | None = None
     timed_as: str = ""
     """what the config calls the setting"""

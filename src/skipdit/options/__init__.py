@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+Device = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 ObjectiveName = Literal["epsilon", "v_prediction", "flow", "sit", "repa"]
 Guidance = Literal["full", "shallow"]

@@ -1,0 +1,18 @@
+"""Names for what diffusers does not type: its objects get their parts and settings as attributes at run time."""
+
+from typing import Any
+
+Fields = dict[str, Any]
+"""Values by name: keyword arguments, the entries of a config, or a JSON object."""
+
+Pipeline = Any
+"""A `DiffusionPipeline` of diffusers or skipdit, with its `transformer`, `scheduler` and `vae`."""
+
+Transformer = Any
+"""A `ModelMixin` with a `config`, whose keys are attributes too, and a forward that returns an object with `sample`."""
+
+VAE = Any
+"""An autoencoder of diffusers, which decodes latents; `None` in a pipeline that works on pixels."""
+
+Scheduler = Any
+"""A `SchedulerMixin` with `set_timesteps`, `timesteps` and `step`."""
