@@ -1,4 +1,4 @@
-"""What reuse was measured to do to a model at each timestep, and the schedule that follows for a run of other timesteps.
+"""What reuse was measured to do to a model at each timestep, and the schedules that follow for runs of fewer steps.
 
 A calibrated schedule.json keeps this table, so that it serves runs of fewer steps than its own too: the schedule is
 planned anew, at the same compute, when such a run begins.
