@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.error_table import COHERENCE, NODES, ErrorTable, factor_at, fit_factors
 from skipdit.cache.methods import load_schedule
 from skipdit.cache.predictor import Ahead, FittedPredictor
+from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.schedule_file import fields_of
 from skipdit.pipelines import ClassToImagePipeline
 
@@ -115,18 +117,23 @@ def full_steps_of(pipeline: ClassToImagePipeline, num_steps: int) -> int:
 def test_its_own_run_has_the_listed_steps_and_others_are_planned(tmp_path: Path) -> None:
     method, table = load_schedule(write(tmp_path)), table_of(waves)
     schedule = method.schedule
+    assert isinstance(schedule, ExplicitSchedule)
     listed = [None if step in schedule_fields()["full_steps"] else 0 for step in range(25)]
     assert schedule.decisions(TIMESTEPS) == listed
-    timesteps = [1000 * (1 - step / 40) for step in range(40)]
+    timesteps = [1000 * (1 - step / 17) for step in range(17)]
     planned = table.plan(timesteps, 25 / (12 + 1.3))
     assert planned is not None
     assert [step for step, decision in enumerate(schedule.decisions(timesteps)) if decision is None] == list(planned)
+    # finer steps than were measured have the same share of full ones
+    finer = [1000 * (1 - step / 50) for step in range(50)]
+    assert table.plan(finer, 2.0) is None
+    assert schedule.decisions(finer) == replace(schedule, table=None).decisions(finer)
     # a bare model, whose timesteps are not known
-    assert schedule.decisions(timesteps, whole=False).count(None) == 12
+    assert schedule.decisions(finer, whole=False).count(None) == 12
     predictor = method.predictor
     assert isinstance(predictor, FittedPredictor)
     expected = factor_at(table, 500.0, 550.0, 640.0)
-    assert predictor.coefficients(1, Ahead(2, 3, 500.0, 25.0, (550.0, 640.0)))[0] == pytest.approx(
+    assert predictor.coefficients(1, Ahead(2, 3, 500.0, 45.0, (550.0, 640.0)))[0] == pytest.approx(
         2 * expected, rel=1e-3
     )
     assert predictor.coefficients(1, Ahead(2, 3, 500.0)) == [2 * 0.5]

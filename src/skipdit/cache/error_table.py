@@ -1,7 +1,7 @@
-"""What reuse was measured to do to a model at each timestep, and the schedule that follows for a run of any timesteps.
+"""What reuse was measured to do to a model at each timestep, and the schedules that follow for runs of fewer steps.
 
-A calibrated schedule.json keeps this table, so that it serves runs of other numbers of steps than its own: the schedule
-is planned anew, at the same compute, when such a run begins.
+A calibrated schedule.json keeps this table, so that it serves runs of fewer steps than its own too: the schedule is
+planned anew, at the same compute, when such a run begins.
 """
 
 import math
@@ -28,6 +28,7 @@ NODES = (
     21,
 )  # steps back at which changes are kept; between them they are interpolated
 COHERENCE = 0.5  # how the errors of the steps between two full ones add up: between power (0) and amplitude (1)
+FINEST = 0.9  # of the measured strides: what finer steps would do was not measured, and is underestimated
 MAX_LOOKBACK = 48  # steps of a run, between a reuse step and a full one
 
 
@@ -148,10 +149,16 @@ class ErrorTable:
                 found[step][known] = np.maximum(error, 0) * strides[step] ** 2
         return found
 
+    def tells(self, stride: float) -> bool:
+        """Return true if steps so many timesteps apart are coarse enough for what was measured."""
+        return stride >= FINEST * (self.timesteps[0] - self.timesteps[-1]) / (len(self.timesteps) - 1)
+
     def plan(self, timesteps: Sequence[float], speedup: float) -> tuple[int, ...] | None:
         """Return the full steps of least error for a run of these timesteps, so many of them that it is as near as can
-        be to `speedup` times as fast as without a cache; `None` where none are known."""
+        be to `speedup` times as fast as without a cache; `None` where none are known, as in a run of finer steps."""
         count = len(timesteps)
+        if count < 2 or not self.tells((timesteps[0] - timesteps[-1]) / (count - 1)):
+            return None
         num_full = round((count / speedup - self.reuse_cost * count) / (1 - self.reuse_cost))
         if not 1 <= num_full < count:
             return None
