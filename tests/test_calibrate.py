@@ -208,6 +208,15 @@ def test_of_guidance_that_is_no_sum_all_outputs_count() -> None:
     np.testing.assert_allclose(np.sort(found), np.sort(2 * output.flatten().numpy()))
 
 
+def test_a_guidance_branch_that_began_later_and_is_called_first_counts_as_the_same_step() -> None:
+    """The changes were kept under its own number of steps."""
+    steps, (late, conditional, change) = SolverSteps(), torch.randn(3, 1, 3, 2, 2).unbind()
+    steps.add(1, late, {"back": change})
+    steps.add(4, conditional, {"back": change})
+    steps.see(late + 2 * (conditional - late), late)
+    assert [*steps.found] == [(4, "back")]
+
+
 def test_what_a_recorded_run_held_goes_with_it(pipeline: ClassToImagePipeline) -> None:
     """Of each run of a pass in several batches all stored steps were kept until the last had ended."""
 
