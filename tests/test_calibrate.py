@@ -208,6 +208,15 @@ def test_of_guidance_that_is_no_sum_all_outputs_count() -> None:
     np.testing.assert_allclose(np.sort(found), np.sort(2 * output.flatten().numpy()))
 
 
+def test_a_guidance_branch_that_began_later_and_is_called_first_counts_as_the_same_step() -> None:
+    """The changes were kept under its own number of steps."""
+    steps, (late, conditional, change) = SolverSteps(), torch.randn(3, 1, 3, 2, 2).unbind()
+    steps.add(1, late, {"back": change})
+    steps.add(4, conditional, {"back": change})
+    steps.see(late + 2 * (conditional - late), late)
+    assert [*steps.found] == [(4, "back")]
+
+
 def test_what_a_recorded_run_held_goes_with_it(pipeline: ClassToImagePipeline) -> None:
     """Of each run of a pass in several batches all stored steps were kept until the last had ended."""
 
@@ -327,6 +336,16 @@ def test_a_clock_measures_a_full_run_and_a_cached_one(pipeline: ClassToImagePipe
     assert clock.num_steps == NUM_STEPS
     assert clock.seconds > 0
     assert clock.seconds_per_step < clock.seconds
+    with pytest.raises(ValueError, match="a run of 1 steps has no step to reuse"):
+        Clock.of(replace(runner(pipeline), num_inference_steps=1), DeepFeatures())
+
+
+def test_a_target_that_a_full_run_reaches_is_told_as_such(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
+    """It was said to be out of reach."""
+    config = CalibrateConfig(num_inference_steps=NUM_STEPS, num_samples=2, target_seconds=(1000.0,), rivals=())
+    source = Source(Sampler(CLASS_TO_IMAGE, pipeline))
+    with pytest.raises(ValueError, match=r"a run in full takes .* s here, so target_seconds 1000 needs no cache"):
+        calibrate(source, config, OutputFolder(tmp_path, "calibrate"))
 
 
 def test_a_schedule_by_the_clock_is_a_calibrated_one_in_the_report(pipeline: ClassToImagePipeline) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,14 +17,30 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("sentencepiece")
 
-from published import PIPELINES, hunyuan_transformer, latte_transformer, randomize, sd_vae, write
+from families import TINY as FAMILIES
+from published import (
+    PIPELINES,
+    hunyuan_transformer,
+    latte_transformer,
+    randomize,
+    save,
+    sd_vae,
+    t5_encoder,
+    t5_tokenizer,
+    write,
+)
 from tiny import listing
 
 import skipdit
 from skipdit.checkpoints import to_official
+from skipdit.checkpoints.parts import read_index
 from skipdit.cli import main
+from skipdit.command_options import PipelineOptions
+from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
+from skipdit.tasks import published as published_tasks
+from skipdit.tasks.published import open_published
 
 SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "in_channels": 4}
 SMALL |= {"out_channels": 8, "patch_size": 2}
@@ -192,6 +209,9 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
         ("unknown", {"_class_name": "Flux9Pipeline"}),
         ("foreign", {"tokenizer": ["os", "path"]}),
         ("edit", {"_class_name": "FluxKontextPipeline"}),
+        ("control", {"_class_name": "FluxControlPipeline"}),
+        ("transfer", {"_class_name": "Cosmos2_5_TransferPipeline"}),
+        ("sound", {"_class_name": "StableAudioPipeline"}),
         ("half", {}),
     ):
         write(Path(name, "model_index.json"), index | changes)
@@ -199,13 +219,21 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
         (["--model", "unknown"], "unknown is a Flux9Pipeline, which is a pipeline neither of skipdit nor of diffusers"),
         (["--model", "foreign"], "the tokenizer in foreign/model_index.json is of an unknown library"),
         (["--model", "edit"], "edit is a FluxKontextPipeline, which needs more than a prompt or a class"),
+        (["--model", "control"], "control is a FluxControlPipeline, which needs more than a prompt or a class"),
+        (["--model", "transfer"], "transfer is a Cosmos2_5_TransferPipeline, which needs more than a prompt"),
+        (["--model", "sound"], "sound is a StableAudioPipeline, which makes neither pictures nor clips"),
         (["--model", "half"], "half is not a complete FluxPipeline: "),
         (["--model", "FLUX.1-dev"], "a FluxPipeline needs --prompt, got none"),
         (["--model", "FLUX.1-dev", "--labels", "3"], "a text-to-image model takes --prompt, not --labels"),
         (["--model", "FLUX.1-dev", "--prompt", "a", "--guidance", "shallow"], "guidance 'shallow' is for models"),
         (["--model", "FLUX.1-dev", "--prompt", "a", "--num-frames", "9"], "a FluxPipeline takes no num_frames, got 9"),
-        (["--model", "FLUX.1-dev", "--prompt", "a", "--num-classes", "9"], "num_classes is for a file of weights"),
+        (
+            ["--model", "FLUX.1-dev", "--prompt", "a", "--num-classes", "9"],
+            "num_classes is only for a file of bare weights",
+        ),
         (["--model", "FLUX.1-dev", "--prompt", "a", "--task", "text-to-video"], "is a text-to-image model, not"),
+        (["--model", "FLUX.1-dev", "--prompt", "a", "--height", "-16"], "height must be at least 1, got -16"),
+        (["--model", "FLUX.1-dev", "--prompt", "a", "--width", "0"], "width must be at least 1, got 0"),
         (["--model", "DiT-XL-2-256", "--labels", "1000"], "label numbers go from 0 to 999, got 1000"),
         (
             ["--model", "DiT-XL-2-256", "--labels", "clss 7"],
@@ -225,3 +253,51 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
         *_, line = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("skipdit: error: ")
         assert message in line
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_scheduler_keeps_the_betas_and_the_shift_of_the_pipelines_own(
+    made: Callable[[str, Path], None], tmp_path: Path
+) -> None:
+    """They were those of the official DiT, and a flow had no shift."""
+    for name in ("HunyuanDiT-v1.2-Diffusers", "Wan2.1-T2V-1.3B-Diffusers"):
+        made(name, tmp_path)
+    for name in ("ddim", "dpm", "ddpm"):
+        scheduler = load_source(str(tmp_path / "HunyuanDiT-v1.2-Diffusers"), scheduler=name).sampler.pipeline.scheduler
+        own: Any = diffusers.DDPMScheduler.from_pretrained(tmp_path / "HunyuanDiT-v1.2-Diffusers" / "scheduler")
+        torch.testing.assert_close(scheduler.alphas_cumprod, own.alphas_cumprod)
+        assert scheduler.config["prediction_type"] == "v_prediction"
+    for name, order in (("euler", 1), ("dpm", 2)):
+        scheduler = load_source(str(tmp_path / "Wan2.1-T2V-1.3B-Diffusers"), scheduler=name).sampler.pipeline.scheduler
+        assert (scheduler.config["flow_shift"], scheduler.config["solver_order"]) == (3.0, order)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_frames_under_another_name_are_clips(tmp_path: Path) -> None:
+    """SanaVideoPipeline calls their number `frames`: it was taken for a pipeline of pictures."""
+    transformer = FAMILIES["SanaVideoTransformer3DModel"].build()
+    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    t5_tokenizer(tmp_path / "sana" / "tokenizer", fast=True)
+    parts = {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        "text_encoder": t5_encoder(12),
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": transformer,
+        "vae": vae,
+    }
+    folder = save(tmp_path / "sana", "SanaVideoPipeline", parts, torch.float32)
+    options = PipelineOptions(height=64, width=64, num_frames=5)
+    task: Any = open_published(folder, read_index(folder), torch.float32, options).task
+    assert task.is_video
+    assert task.size == {"height": 64, "width": 64, "frames": 5, "use_resolution_binning": False}
+
+
+def test_a_missing_extra_is_named(
+    made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without transformers a stand-in of diffusers has the name of the class, which then was called unknown."""
+    made("FLUX.1-dev", tmp_path)
+    monkeypatch.setattr(published_tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(diffusers, "FluxPipeline", type("FluxPipeline", (), {}))
+    with pytest.raises(ValueError, match=r'of a FluxPipeline needs transformers: pip install "skipdit\[pipelines\]"'):
+        load_source(str(tmp_path / "FLUX.1-dev"))

@@ -5,10 +5,12 @@ to noise, x_t = (1 - sigma) x_0 + sigma noise, with timestep = 1000 sigma). Exce
 `training_loss`, everything here is a pure function of tensors.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -303,6 +305,18 @@ def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
         use_flow_sigmas=objective.process == "flow",
         final_sigmas_type="zero",
     )
+
+
+def scheduler_like(own: ConfigMixin, name: str) -> SchedulerMixin:
+    """Return the scheduler that `make_scheduler` makes of this name, with the betas, the shift and the spacing of
+    timesteps of another scheduler of the same model. Raises `ValueError` on an unknown name, or if its config does not
+    say what the model predicts."""
+    made: Any = make_scheduler(objective_of(own), name)
+    fixed = {"solver_order", "use_flow_sigmas", "final_sigmas_type", "prediction_type"}
+    fixed |= set(own.config.get("_use_default_values", ()))
+    known = inspect.signature(type(made).__init__).parameters.keys() - fixed
+    given = {key: value for key, value in own.config.items() if key in known}
+    return type(made)(**{key: value for key, value in made.config.items() if not key.startswith("_")} | given)
 
 
 def objective_of(scheduler: ConfigMixin) -> Objective:

@@ -15,14 +15,14 @@ from skipdit.checkpoints import load_model
 from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
 from skipdit.command_options import PipelineOptions, WeightsOptions
-from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of
+from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of, scheduler_like
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
 from skipdit.interfaces import Scheduler, Transformer
 from skipdit.models.dit import DiT
 from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
-from skipdit.tasks.published import open_published
+from skipdit.tasks.published import PublishedTask, open_published
 from skipdit.tasks.task import Chosen, Sampler, Task
 
 
@@ -202,6 +202,9 @@ def give_autoencoder(sampler: Sampler, model: str, vae: Path, dtype: torch.dtype
 def replace_scheduler(sampler: Sampler, name: str) -> None:
     """Give a pipeline another scheduler for its objective. `ValueError` if there is none of that name."""
     pipeline = sampler.pipeline
+    if isinstance(sampler.task, PublishedTask):
+        pipeline.scheduler = scheduler_like(pipeline.scheduler, name)
+        return
     objective = objective_of(pipeline.scheduler)
     is_epsilon = sampler.task.has_own_pipeline and objective.prediction_type == "epsilon"
     learned = is_epsilon and learns_variance(pipeline.transformer)

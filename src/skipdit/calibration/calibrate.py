@@ -131,14 +131,16 @@ def claim(out: OutputFolder, config: CalibrateConfig) -> None:
 def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> list[Row]:
     """Write `{speedup}x.json` for each target, `report.md`, `report.json` and `pareto.png` into `out`.
 
-    `ValueError` where the model lacks the site, a target is out of reach, a label or prompt is unknown, or what it
-    samples is not finite.
+    `ValueError` where the model lacks the site, all targets are out of reach, one of seconds needs no cache, a label or
+    prompt is unknown, or what it samples is not finite.
     """
     claim(out, config)
     run, held_out_run = make_runner(source, config), make_runner(source, config, held_out=True)
     made_for = made_for_of(source.sampler.pipeline, config)
     own_rule, num_runs = config.method in BY_THRESHOLD, 1 + config.trials.num_probed
     clock = Clock.of(run, config.site) if config.needs_clock else None
+    if clock is not None:
+        clock.check(config.target_seconds)
     with progress("measuring", None if own_rule else config.num_inference_steps + num_runs) as advance:
         run = replace(run, advance=advance)
         if own_rule:

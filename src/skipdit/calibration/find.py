@@ -105,7 +105,17 @@ class Clock:
         full, cached = zip(*((run(), run(halved)) for _ in range(3)), strict=True)
         seconds, less = (median(made.seconds for made in runs) for runs in (full, cached))
         saved = run.num_inference_steps * (1 - 1 / cached[0].compute_ratio)
+        if saved <= 0:
+            raise ValueError(f"a run of {run.num_inference_steps} steps has no step to reuse, and so nothing to time")
         return cls(seconds, (seconds - less) / saved, run.num_inference_steps)
+
+    def check(self, seconds: Sequence[float]) -> None:
+        """Raise `ValueError` if a run in full takes no longer than one of these targets."""
+        for most in seconds:
+            if most >= self.seconds:
+                raise ValueError(
+                    f"a run in full takes {self.seconds:.3g} s here, so target_seconds {most:g} needs no cache"
+                )
 
     def speedup(self, seconds: float) -> float:
         """Return by how much less compute a run takes so many seconds. `ValueError` where none does."""

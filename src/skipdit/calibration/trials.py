@@ -117,6 +117,7 @@ class SolverSteps:
             solved = torch.linalg.lstsq(matrix, target[:, None], driver="gelsd").solution[:, 0]
             if (matrix @ solved - target).square().sum() <= (1 - LEAST_EXPLAINED) * target.square().sum():
                 weights = solved.to(parts[0])
+        step = max(step for step, _, _ in calls)  # a branch that began later counts fewer
         size = guided.numel() if weights is not None else sum(part.numel() for part in parts)
         places = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:NUM_COORDINATES].to(guided.device)
         for name in calls[0][2]:
@@ -124,7 +125,7 @@ class SolverSteps:
                 continue
             changed = [part for _, _, changes in calls for part in parts_of(changes[name], guided)]
             vector = torch.cat(changed) if weights is None else torch.stack(changed, dim=1) @ weights
-            self.found.setdefault((calls[0][0], name), []).append(vector[places].cpu().numpy())
+            self.found.setdefault((step, name), []).append(vector[places].cpu().numpy())
 
 
 def parts_of(output: Tensor, guided: Tensor) -> list[Tensor]:

@@ -23,11 +23,14 @@ from skipdit.checkpoints.parts import INDEX_NAME
 from skipdit.checkpoints.reading import read_config
 from skipdit.command_options import PipelineOptions
 from skipdit.files.untrusted import as_type, printable
+from skipdit.options import check_range
 from skipdit.pipelines import SamplingOptions, keep_broken
 from skipdit.tasks.task import Chosen, Sampler, Task, spread
 
 LIBRARIES = ("diffusers", "transformers")  # allowed for parts, as are the modules of `diffusers.pipelines`
-GIVEN = ("image", "video")  # arguments of pipelines that edit an input
+# arguments of pipelines that edit or follow an input
+GIVEN = ("image", "images", "video", "control_image", "control_video")
+FRAMES = ("num_frames", "video_length", "frames")  # what pipelines of clips call their number
 ANY_SIZE = 2**16  # stands for the size of pictures if only the pipeline knows it
 
 
@@ -145,13 +148,16 @@ def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, o
 
     index: its `model_index.json`. options: another transformer, and the size of samples.
 
-    `ValueError` names the folder if it is not a pipeline of diffusers, needs more than a prompt or a class, has no
-    transformer, or is incomplete.
+    `ValueError` names the folder if it is not a pipeline of diffusers, needs more than a prompt or a class, makes
+    sound, has no transformer, or is incomplete; and the option that is out of range.
     """
+    check_range(options, "height", "width", "num_frames")
     kind = _pipeline_class(folder, index)
     parameters = inspect.signature(kind.__call__).parameters
+    if "height" not in parameters and any("audio" in name or "waveform" in name for name in parameters):
+        raise ValueError(f"{printable(folder)} is a {kind.__name__}, which makes neither pictures nor clips")
     task_class = _task_class(parameters)
-    if task_class is None or any(name in parameters for name in GIVEN):
+    if task_class is None or _needs_more(parameters):
         raise ValueError(
             f"{printable(folder)} is a {kind.__name__}, which needs more than a prompt or a class: load it with "
             "diffusers, then call skipdit.enable_cache(pipeline, 'auto')"
@@ -169,12 +175,6 @@ def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, o
 
 def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
     name = index["_class_name"]
-    kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
-    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
-        raise ValueError(
-            f"{printable(folder)} is a {printable(name)}, which is a pipeline neither of skipdit nor of diffusers "
-            f"{diffusers.__version__}"
-        )
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or value == [None, None]:
             continue
@@ -182,7 +182,14 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPip
         if library not in LIBRARIES and not (isinstance(library, str) and hasattr(diffusers.pipelines, library)):
             raise ValueError(f"the {printable(part)} in {printable(folder / INDEX_NAME)} is of an unknown library")
         if library == "transformers" and find_spec("transformers") is None:
-            raise ValueError(f'the {printable(part)} of a {name} needs transformers: pip install "skipdit[pipelines]"')
+            what = f"the {printable(part)} of a {printable(name)}"  # such a class is a stand-in then
+            raise ValueError(f'{what} needs transformers: pip install "skipdit[pipelines]"')
+    kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        raise ValueError(
+            f"{printable(folder)} is a {printable(name)}, which is a pipeline neither of skipdit nor of diffusers "
+            f"{diffusers.__version__}"
+        )
     return kind
 
 
@@ -207,11 +214,20 @@ def _load_instead(path: str, folder: Path, dtype: torch.dtype) -> Any:
     return transformer
 
 
+def _needs_more(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Return true if a pipeline's call takes an input to edit or to follow, needs an argument that nobody gives, or
+    takes no number of steps."""
+    _, *own = parameters.values()
+    needed = {each.name for each in own if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD}
+    others = needed - {"prompt", "class_labels"}
+    return bool(others) or "num_inference_steps" not in parameters or any(name in parameters for name in GIVEN)
+
+
 def _task_class(parameters: Mapping[str, Any]) -> type[PublishedTask] | None:
     if "class_labels" in parameters:
         return PublishedClasses
     if "prompt" in parameters:
-        return PublishedClips if {"num_frames", "video_length"} & set(parameters) else PublishedPictures
+        return PublishedClips if set(FRAMES) & set(parameters) else PublishedPictures
     return None
 
 
@@ -219,7 +235,7 @@ def _size(kind: type[DiffusionPipeline], parameters: Mapping[str, Any], options:
     """Return the size of samples under the argument names of the pipeline's call."""
     size: dict[str, int] = {}
     for name, value in (("height", options.height), ("width", options.width), ("num_frames", options.num_frames)):
-        argument = "video_length" if name == "num_frames" and "video_length" in parameters else name
+        argument = next((other for other in FRAMES if other in parameters), name) if name == "num_frames" else name
         if value is None:
             continue
         if argument not in parameters:
