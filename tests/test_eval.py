@@ -194,6 +194,36 @@ def test_saved_statistics_are_the_reference(folder: Path, tmp_path: Path, capsys
     assert "no finite float64 of the same size" in asked(tmp_path / "wrong.safetensors")
 
 
+@with_lite0
+def test_saved_statistics_know_what_all_metrics_say_of_real_against_real(folder: Path, tmp_path: Path) -> None:
+    saved, real = tmp_path / "real.safetensors", ["--reference", folder / "real.npz", *FAST]
+    run(folder / "set.npz", *real, "--metrics", "fd", "--save-reference", saved, out=tmp_path / "one")
+    found = run(folder / "set.npz", "--reference", saved, *FAST, out=tmp_path / "two")
+    assert found["rows"] == run(folder / "set.npz", *real, out=tmp_path / "three")["rows"]
+
+
+@with_lite0
+def test_no_file_but_statistics_is_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, junk, link = (tmp_path / f"{name}.safetensors" for name in ("weights", "junk", "link"))
+    save_file({"w": torch.ones(2)}, weights)
+    junk.write_bytes(b"notes of somebody")
+    link.symlink_to(weights)
+    before = weights.read_bytes()
+    command = [folder / "set.npz", "--reference", folder / "real.npz", *FAST, "--metrics", "fd", "--save-reference"]
+    for path in (weights, junk, link):
+        line = refused(*command, path, out=tmp_path / "no", capsys=capsys)
+        assert "is there, and holds no statistics of a set" in line
+    assert weights.read_bytes() == before
+    assert junk.read_bytes() == b"notes of somebody"
+    line = refused(
+        folder / "set.npz", "--metrics", "clip", "--clip", folder, "--save-reference", junk,
+        out=tmp_path / "no", capsys=capsys,
+    )  # fmt: skip
+    assert "save_reference needs a metric of sets" in line
+    for _ in range(2):  # those of the first are replaced
+        run(*command, tmp_path / "own.safetensors", out=tmp_path / "own")
+
+
 def test_halves_are_random_and_whole() -> None:
     batches = make_batches(11, None, 4, 0)
     assert [len(batch.indices) for batch in batches] == [4, 1, 4, 2]

@@ -171,8 +171,10 @@ class Evaluator:
             names = [name for name in self.config.metrics if name != "clip"]
             rows = compare_statistics(made, right, extractor, names)
             if save_reference is not None:
-                floors = {row.name: row.floor for row in rows if row.floor is not None}
-                save_statistics(save_reference, right, floors)
+                floors = {metric.name: floor_of(metric, right) for metric in SET_METRICS}
+                save_statistics(
+                    save_reference, right, {name: each for name, each in floors.items() if each is not None}
+                )
             halves = {"num_half": right.floor_num}
             return Evaluation(
                 rows=rows,
