@@ -29,7 +29,7 @@ from skipdit.data.videos import read_video, write_mp4
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.items import digest_items, join_digests, open_items
 from skipdit.evaluation.measure import make_batches
-from skipdit.metrics import i3d, perceptual
+from skipdit.metrics import i3d, perceptual, table
 from skipdit.metrics.extractors import EXTRACTORS, Extractor, Resize
 from skipdit.metrics.inception import NetworkOutput
 
@@ -199,7 +199,9 @@ def test_saved_statistics_know_what_all_metrics_say_of_real_against_real(folder:
     saved, real = tmp_path / "real.safetensors", ["--reference", folder / "real.npz", *FAST]
     run(folder / "set.npz", *real, "--metrics", "fd", "--save-reference", saved, out=tmp_path / "one")
     found = run(folder / "set.npz", "--reference", saved, *FAST, out=tmp_path / "two")
+    table._neighbours_of.cache_clear()
     assert found["rows"] == run(folder / "set.npz", *real, out=tmp_path / "three")["rows"]
+    assert table._neighbours_of.cache_info().misses == 2  # of four metrics, for the sets and for the halves
 
 
 @with_lite0
@@ -368,11 +370,18 @@ def test_means_and_covariances_of_a_file_are_used(
     only = run(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "two")
     assert only["rows"][0]["value"] == rows["FID"]["value"]
     assert only["rows"][0]["floor"] is None
+    report = (tmp_path / "two" / "eval.md").read_text()
+    assert "fid.npz, means and covariances alone\n" in report
+    assert "does not say of how many" in report
+    assert "does not say of how many" in (tmp_path / "one" / "eval.md").read_text()
     line = refused(*command, "precision", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
     assert "precision needs more items, or what Inception or the statistics lack" in line
     npz(tmp_path / "fid.npz", mu=mean, sigma=covariance[:2])
     line = refused(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
     assert "are not a mean and covariance of the same features" in line
+    npz(tmp_path / "fid.npz", mu=np.zeros(64), sigma=np.eye(64))  # of another layer, as pytorch-fid --dims 64
+    line = refused(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
+    assert line == "means and covariances are of different networks: they have 3 and 64 features"
     npz(tmp_path / "object.npz", mu=np.array([Called()]), sigma=covariance)
     with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
         read_statistics(tmp_path / "object.npz")

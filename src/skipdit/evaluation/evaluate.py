@@ -277,6 +277,7 @@ def about(statistics: Statistics) -> dict[str, Any]:
         "source": statistics.source,
         "num": statistics.num,
         "num_features_kept": kept,
+        "num_moments": 0 if statistics.pooled is None else statistics.pooled.num,
         "sha256": statistics.digest,
     }
 
@@ -317,11 +318,17 @@ def _explain(found: Evaluation) -> str:
     half = reference["num_half"]
     facts = {
         "samples": f"{samples['source']}, n = {samples['num']:,}, sha256 {samples['sha256'][:12]}",
-        "reference": f"{reference['source']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}",
+        "reference": f"{reference['source']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}"
+        if reference["num"]
+        else f"{reference['source']}, means and covariances alone",
         "real against real": f"two random halves of the reference, n = {half:,} each" if half else "not known",
         "extractor": f"{extractor}, resize rule {found.extractor['resize']}",
         "kernel distances and neighbors": f"of at most {MAX_FEATURES:,} items of each set, here {kept:,}",
     }
+    if not reference["num_moments"]:
+        facts["Fréchet distances"] = (
+            "to the means and covariances in the reference's file, which does not say of how many"
+        )
     lines = [
         listed(facts),
         "Compare figures only with those of the same extractor, resize rule and n: Fréchet distances grow as n falls. "
