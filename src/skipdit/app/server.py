@@ -50,14 +50,17 @@ def refusal(method: str, path: str, host: str, origin: str | None, *, loopback: 
     host, origin: of the request's headers. Another site's script cannot reach a page on loopback by a name that it
     makes point there, nor send it anything.
     """
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name, sender = urlsplit(f"//{host}").hostname or "", origin and urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return 400
     if loopback and not is_loopback(name):
         return 403
     if method in ("GET", "HEAD"):
         return None if READ.fullmatch(path) else 404
     if method != "POST" or not WRITTEN.fullmatch(path):
         return 404
-    return None if origin is None or urlsplit(origin).netloc == host else 403
+    return None if origin is None or sender == host else 403
 
 
 class Guard:
@@ -97,7 +100,11 @@ def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = 
         found = downloads.get(token)
         if found is None or found.name != name:
             return Response(status_code=404)
-        return Response(found.content, headers={"Content-Disposition": f'attachment; filename="{found.name}"'})
+        return Response(
+            found.content,
+            media_type=found.kind,
+            headers={"Content-Disposition": f'attachment; filename="{found.name}"'},
+        )
 
     blocks.queue(default_concurrency_limit=4, api_open=False)
     return gradio.mount_gradio_app(
