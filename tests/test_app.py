@@ -507,6 +507,42 @@ def test_other_sites_and_broken_addresses_are_refused(host: str, origin: str | N
     assert refusal("POST", "/gradio_api/queue/join", host, origin, loopback=True) == status
 
 
+FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"data": ["emoji", ["ant", "bee"], None, 2, 1.5], "event_data": {"index": 1}, "fn_index": 1}, 200),
+        ({"session_hash": "a", "fn_index": 1, "event_id": "b"}, 200),
+        ({"data": [FILE]}, 400),
+        ({"data": ["emoji", [["ant", [FILE]]]]}, 400),
+        ({"data": "x" * 2**20}, 400),
+        ([FILE], 400),
+        ("{", 400),
+    ],
+)
+def test_a_page_sends_no_files(body: object, status: int) -> None:
+    """Gradio would copy a file of the machine, or of another one, into its folder."""
+    pytest.importorskip("uvicorn", reason='needs the page: pip install "skipdit[app]"')
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from skipdit.app.server import Guard
+
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    app = Guard(Starlette(routes=[Route("/gradio_api/queue/join", echo, methods=["POST"])]), loopback=True)
+    sent = body if isinstance(body, str) else json.dumps(body)
+    answer = TestClient(app, base_url="http://localhost").post("/gradio_api/queue/join", content=sent)
+    assert answer.status_code == status
+    assert answer.text == (sent if status == 200 else "")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

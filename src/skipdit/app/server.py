@@ -1,5 +1,6 @@
 """The only way into the page: a server on loopback that answers what the page needs, and nothing else."""
 
+import json
 import os
 import re
 import socket
@@ -27,6 +28,7 @@ READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:static|assets|svelte)/.*|/download/[\w-]+/[\w.-]+"
     rf"|{API}/(?:info|app_id|startup-events|theme\.css|queue/data|heartbeat/\w+)"
 )
+MAX_BODY = 2**20  # bytes that the page sends at once
 WRITTEN = re.compile(rf"{API}/(?:queue/join|cancel|reset)/?")
 HEADERS = {
     # the page's own scripts and styles, and pictures that are in the page itself
@@ -63,8 +65,47 @@ def refusal(method: str, path: str, host: str, origin: str | None, *, loopback: 
     return None if origin is None or sender == host else 403
 
 
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body that was read already, and then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+async def body_of(receive: Receive) -> bytes | None:
+    """Return what was sent; `None` where that is more than `MAX_BODY`, or the sender has left."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] != "http.request" or len(body) > MAX_BODY:
+            return None
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def is_plain(body: bytes) -> bool:
+    """Return whether the values of a form are texts, numbers and lists of them. Of an object that is called a file,
+    Gradio would copy the file, or ask another machine for it."""
+    try:
+        content = json.loads(body)
+        values = list(content.get("data") or ())
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return False
+    while values:
+        match values.pop():
+            case dict():
+                return False
+            case list() as entries:
+                values += entries
+    return True
+
+
 class Guard:
-    """Lets through what `refusal` does not refuse, and adds `HEADERS` to every answer."""
+    """Lets through what `refusal` and `is_plain` do not refuse, and adds `HEADERS` to every answer."""
 
     def __init__(self, app: ASGIApp, *, loopback: bool) -> None:
         self.app, self.loopback = app, loopback
@@ -78,6 +119,11 @@ class Guard:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         status = refusal(scope["method"], scope["path"], host, origin, loopback=self.loopback)
+
+        if status is None and scope["method"] == "POST":
+            body = await body_of(receive)
+            status = None if body is not None and is_plain(body) else 400
+            receive = replayed(body or b"", receive)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
