@@ -518,6 +518,14 @@ def test_texts_are_scored_by_a_clip_model(tmp_path: Path, capsys: pytest.Capture
     assert "\n" not in line
 
 
+def test_texts_of_clips_are_scored_beside_vbench(clips: Path, tmp_path: Path) -> None:
+    save_clip(tmp_path / "model")
+    vbench = ["--vbench", tmp_path / "vbench"]
+    found = run(clips, *vbench, "--metrics", "clip", "--clip", tmp_path / "model", out=tmp_path / "out")
+    assert found["pairs"]["CLIP score (model)"]["num"] == 5
+    assert len(list((tmp_path / "vbench").glob("*.mp4"))) == 5
+
+
 def test_an_old_pickle_is_not_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "set.npz").write_bytes(pickle.dumps(Called()))
     refused(tmp_path / "set.npz", "--reference", "emoji", out=tmp_path / "out", capsys=capsys)

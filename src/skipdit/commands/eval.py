@@ -24,7 +24,7 @@ class EvalOptions(EvalConfig, OutputOptions):
     """write the statistics of the reference to this .safetensors file, which may be the reference of later runs"""
     vbench: Path | None = None
     """write the samples, clips with prompts, to this folder as VBench names them, prompt-index.mp4; without
-    --reference nothing else is done"""
+    --reference nothing else is done, unless --metrics asks for clip alone"""
     fps: float = 8.0
     """frames per second of the clips for VBench"""
     out: Path = Path("out/eval")
@@ -73,7 +73,7 @@ def eval(arguments: Sequence[str]) -> None:
             items, folder = open_items(options.samples, config), options.vbench
             count = group.from_main(lambda: write_vbench(items, folder, options.fps))
             print(f"written: {count:,} clips in {folder}") if group.is_main else None
-            if config.reference is None:
+            if config.reference is None and config.needs_reference:
                 return
         folders: list[OutputFolder] = []
         opened = output_folder(options.out, "eval", overwrite=options.overwrite)
