@@ -114,7 +114,7 @@ def test_a_page_has_one_job_of_a_kind_and_the_line_an_end(jobs: Jobs) -> None:
     door = threading.Event()
     first = jobs.submit("me", "generate", lambda job: door.wait(60))
     until(lambda: first.state == "running")
-    with pytest.raises(ValueError, match="at it already"):
+    with pytest.raises(ValueError, match="is running one already: cancel it first"):
         jobs.submit("me", "generate", lambda job: None)
     jobs.submit("me", "calibrate", lambda job: None)
     for place in range(MAX_WAITING - 1):

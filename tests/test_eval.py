@@ -148,6 +148,7 @@ def test_what_a_report_says(folder: Path, tmp_path: Path) -> None:
         f"n = {NUM}, sha256 {found['samples']['sha256'][:12]}",
         "two random halves of the reference, n = 16 each",
         "EffNetLite0, weights 579344248a93, resize rule antialias 32",
+        "- IS: of the samples alone, and under real against real of the whole reference alone",
     ):
         assert text in page
     assert "FID" not in page
@@ -328,6 +329,8 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     assert "there are no pictures or clips in" in asked(tmp_path, "--reference", "emoji")
     assert "is not there: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
     assert "at least 1" in asked(npz_file, "--reference", "emoji", "--num-samples", "0")
+    line = asked(npz_file, "--reference", "emoji", "--num-samples", "1", *FAST)
+    assert line.startswith("a set needs at least 2 items, got 1 of ")
     (tmp_path / "two sizes").mkdir()
     for side in (8, 9):
         Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / "two sizes" / f"{side}.png")

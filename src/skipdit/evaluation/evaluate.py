@@ -325,9 +325,11 @@ def _explain(found: Evaluation) -> str:
         "extractor": f"{extractor}, resize rule {found.extractor['resize']}",
         "kernel distances and neighbors": f"of at most {MAX_FEATURES:,} items of each set, here {kept:,}",
     }
+    if any(row.name == "is" for row in found.rows):
+        facts["IS"] = "of the samples alone, and under real against real of the whole reference alone"
     if not reference["num_moments"]:
         facts["Fréchet distances"] = (
-            "to the means and covariances in the reference's file, which does not say of how many"
+            "to the means and covariances in the reference's file, which does not say of how many items"
         )
     lines = [
         listed(facts),
