@@ -350,13 +350,19 @@ def test_texts_are_escaped_and_clips_move() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "text"),
-    [("waiting", "Waiting: 2 jobs are before this one."), ("cancelled", "Cancelled."), ("failed", "No such label")],
+    ("state", "place", "text"),
+    [
+        ("waiting", 2, "Waiting: 2 jobs are before this one."),
+        ("waiting", 1, "Waiting: 1 job is before this one."),
+        ("waiting", 0, "Starting …"),
+        ("cancelled", 0, "Cancelled."),
+        ("failed", 0, "No such label"),
+    ],
 )
-def test_a_job_says_where_it_is(state: str, text: str) -> None:
+def test_a_job_says_where_it_is(state: str, place: int, text: str) -> None:
     job = job_of()
     vars(job).update(state=state, message="no such label")
-    assert text in drawing.status(job, 2)
+    assert text in drawing.status(job, place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
