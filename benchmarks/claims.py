@@ -31,6 +31,7 @@ from skipdit.environment import describe_environment
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.evaluate import Evaluation, Evaluator
 from skipdit.files.output import output_folder, to_json
+from skipdit.metrics.statistics import load_statistics
 from skipdit.process_group import ProcessGroup
 from skipdit.report import Report, listed, table
 from skipdit.sampling.config import SampleConfig
@@ -241,6 +242,11 @@ class Bench:
     def compare(self, samples: Path) -> Evaluation:
         """Compare a set with the data, whose statistics are kept."""
         is_there = self.statistics.is_file()
+        if (
+            is_there
+            and (known := Path(load_statistics(self.statistics).source).name) != Path(self.options.reference).name
+        ):
+            raise SystemExit(f"claims.py: {self.out} holds results against {known}: give another --out")
         config = EvalConfig(
             reference=str(self.statistics if is_there else self.options.reference),
             extractor=self.experiment.extractor,
@@ -336,12 +342,14 @@ def lost(results: Sequence[Result], name: str = "kd") -> list[dict[str, object]]
     by_key = {(each.model, each.pair, each.setting): each for each in results if not each.refused}
     rows = []
     for setting in dict.fromkeys(each.setting for each in results if each.setting.cache != "none"):
-        losses: dict[str, list[float]] = {"plain": [], "skip": []}
+        by_pair: dict[str, dict[int, float]] = {"plain": {}, "skip": {}}
         for (kind, pair, own), result in by_key.items():
             full = by_key.get((kind, pair, setting.baseline))
             if own == setting and full is not None:
-                losses[kind].append(result.figures[name] - full.figures[name])
-        if losses["plain"] and len(losses["plain"]) == len(losses["skip"]):
+                by_pair[kind][pair] = result.figures[name] - full.figures[name]
+        both = sorted(by_pair["plain"].keys() & by_pair["skip"].keys())
+        losses = {kind: [found[pair] for pair in both] for kind, found in by_pair.items()}
+        if both:
             fewer_lost = sum(b < a for a, b in zip(losses["plain"], losses["skip"], strict=True))
             count = f"{fewer_lost} of {len(losses['plain'])}"
             cells = {f"{kind} loses": spread(values, 4) for kind, values in losses.items()}

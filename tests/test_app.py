@@ -1,6 +1,7 @@
 """What is behind the page, without a browser: the line of jobs, forms, caches by name, both runs, reports, refusals."""
 
 import base64
+import html
 import json
 import math
 import threading
@@ -23,7 +24,7 @@ from skipdit.app.forms import number, whole
 from skipdit.app.generate import Asked, Comparison, Side, cache_names, difference, estimate, find_cache, generate
 from skipdit.app.jobs import MAX_WAITING, Cancelled, Job, Jobs
 from skipdit.app.models import Models, labels_of
-from skipdit.app.quality import Wanted, calibrate, find_measurements
+from skipdit.app.quality import Wanted, calibrate, find_measurements, with_schedule
 from skipdit.app.stability import EFFORTS, find_report, make_report
 from skipdit.cache.enable import CachedModel
 from skipdit.cache.methods import load_schedule, parse_method
@@ -113,7 +114,7 @@ def test_a_page_has_one_job_of_a_kind_and_the_line_an_end(jobs: Jobs) -> None:
     door = threading.Event()
     first = jobs.submit("me", "generate", lambda job: door.wait(60))
     until(lambda: first.state == "running")
-    with pytest.raises(ValueError, match="at it already"):
+    with pytest.raises(ValueError, match="is running one already: cancel it first"):
         jobs.submit("me", "generate", lambda job: None)
     jobs.submit("me", "calibrate", lambda job: None)
     for place in range(MAX_WAITING - 1):
@@ -349,13 +350,19 @@ def test_texts_are_escaped_and_clips_move() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "text"),
-    [("waiting", "Waiting: 2 jobs are before this one."), ("cancelled", "Cancelled."), ("failed", "No such label")],
+    ("state", "place", "text"),
+    [
+        ("waiting", 2, "Waiting: 2 jobs are before this one."),
+        ("waiting", 1, "Waiting: 1 job is before this one."),
+        ("waiting", 0, "Starting …"),
+        ("cancelled", 0, "Cancelled."),
+        ("failed", 0, "No such label"),
+    ],
 )
-def test_a_job_says_where_it_is(state: str, text: str) -> None:
+def test_a_job_says_where_it_is(state: str, place: int, text: str) -> None:
     job = job_of()
     vars(job).update(state=state, message="no such label")
-    assert text in drawing.status(job, 2)
+    assert text in drawing.status(job, place)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,13 +386,15 @@ def test_measurements_of_a_model_are_drawn(tmp_path: Path) -> None:
     assert found is not None
     assert [series.method for series in found.series] == ["auto", "fewer steps", "skip"]
     assert [point.setting for point in found.series[0].points] == ["auto:1.5", "auto:2", HOSTILE]
-    page = chart.measurements(found, "emoji")
+    page = chart.measurements(found, "emoji", "emoji")
     assert page.count("<polyline") == 2 * 3
     assert page.count('sd-series sd-baseline"') == 2
     assert "auto:1.5: 1.50x, 60.0 dB" in page
     assert HOSTILE not in page
     assert find_measurements("emoji-clips", [tmp_path]) is None
-    assert "skipdit bench cache --model emoji-clips" in chart.measurements(None, "emoji-clips")
+    page = html.unescape(chart.measurements(None, "my run", "runs/my run/pipeline"))
+    assert "skipdit bench cache --model 'runs/my run/pipeline' --out out" in page
+    assert "Nothing has been measured of my run yet." in page
     (tmp_path / "cache_quality.json").write_text('{"rows": [{"speedup": "fast"}]}')
     with pytest.raises(ValueError, match="is not as expected"):
         find_measurements("emoji", [tmp_path])
@@ -395,7 +404,7 @@ def test_the_measurements_of_the_repository_are_drawn(repo_root: Path) -> None:
     found = find_measurements("emoji", [repo_root / "benchmarks"])
     assert found is not None
     assert {"auto", "calibrated", "fewer steps"} <= {series.method for series in found.series}
-    assert "PSNR over speedup" in chart.measurements(found, "emoji")
+    assert "PSNR over speedup" in chart.measurements(found, "emoji", "emoji")
 
 
 def test_a_schedule_is_made_and_can_be_used_and_downloaded(source: Source, tmp_path: Path) -> None:
@@ -410,6 +419,8 @@ def test_a_schedule_is_made_and_can_be_used_and_downloaded(source: Source, tmp_p
     assert load_schedule(path).schedule == made.method.schedule
     used = generate(job_of(), source, ask(cache=made.name, num_inference_steps=6), {made.name: made.method})
     assert used.cached.is_full == made.is_full
+    older = dict.fromkeys(("other", made.name), parse_method("N2"))
+    assert with_schedule(made, older) == {made.name: made.method, "other": older["other"]}
     assert "Download schedule.json" in drawing.schedule(made, "/download/x/schedule.json")
     with pytest.raises(ValueError, match="no target is within reach"):
         calibrate(job_of(), source, Wanted.of(9, 6, 1))
@@ -480,6 +491,62 @@ def test_downloads_are_found_by_their_names_alone() -> None:
     for _ in range(20):
         downloads.add("schedule.json", b"{}", "application/json")
     assert downloads.get(token) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("127.0.0.1:80", None, None),
+        ("localhost:80", "http://localhost:80", None),
+        ("[::1]:80", "http://[::1]:80", None),
+        ("localhost:80", "http://localhost:81", 403),
+        ("localhost:80", "null", 403),
+        ("example.com", "http://example.com", 403),
+        ("[::1", None, 400),
+        ("localhost:80", "http://[", 400),
+    ],
+)
+def test_other_sites_and_broken_addresses_are_refused(host: str, origin: str | None, status: int | None) -> None:
+    pytest.importorskip("uvicorn", reason='needs the page: pip install "skipdit[app]"')
+    from skipdit.app.server import refusal
+
+    assert refusal("POST", "/gradio_api/queue/join", host, origin, loopback=True) == status
+
+
+FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"data": ["emoji", ["ant", "bee"], None, 2, 1.5], "event_data": {"index": 1}, "fn_index": 1}, 200),
+        ({"session_hash": "a", "fn_index": 1, "event_id": "b"}, 200),
+        ({"data": [FILE]}, 400),
+        ({"data": ["emoji", [["ant", [FILE]]]]}, 400),
+        ({"data": "x" * 2**20}, 400),
+        ([FILE], 400),
+        ("{", 400),
+    ],
+)
+def test_a_page_sends_no_files(body: object, status: int) -> None:
+    """Gradio would copy a file of the machine, or of another one, into its folder."""
+    pytest.importorskip("uvicorn", reason='needs the page: pip install "skipdit[app]"')
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from skipdit.app.server import Guard
+
+    async def echo(request: Request) -> Response:
+        return Response(await request.body())
+
+    app = Guard(Starlette(routes=[Route("/gradio_api/queue/join", echo, methods=["POST"])]), loopback=True)
+    sent = body if isinstance(body, str) else json.dumps(body)
+    answer = TestClient(app, base_url="http://localhost").post("/gradio_api/queue/join", content=sent)
+    assert answer.status_code == status
+    assert answer.text == (sent if status == 200 else "")
 
 
 @pytest.mark.parametrize(

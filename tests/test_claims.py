@@ -87,6 +87,10 @@ def test_an_experiment_measures_and_goes_on(
     assert len(claims.Bench("images", options).run()) == len(results)
     assert len(made) == 1
 
+    other = claims.Bench("images", options_of(pair, tmp_path, reference="other.npz"))
+    with pytest.raises(SystemExit, match=r"holds results against real\.npz: give another --out"):
+        other.compare(tmp_path / "sets")
+
     claims.write_report("images", again, options)
     page = (tmp_path / "report" / "claims_images.md").read_text()
     assert "refused: " in page
@@ -113,6 +117,8 @@ def test_losses_are_pair_by_pair_and_the_best_row_saves_enough(claims: ModuleTyp
     assert lost["plain loses"] == "1.5000 ± 0.7071"  # 2 and 1
     assert lost["skip loses"] == "1.5000 ± 1.4142"  # 0.5 and 2.5
     assert lost["long skips lose less in"] == "1 of 2"
+    refused = [("plain", 0), ("skip", 1)]  # of other pairs, which tell nothing together
+    assert claims.lost([each for each in rows if (each.model, each.pair) not in refused]) == []
     best = {row["compute at least"]: row for row in claims.best(rows)}
     assert best["1.5x"]["skip, best cache"] == "3.5000 ± 1.4142 (fora:N2)"
     assert best["2x"]["skip, best cache"] == ""

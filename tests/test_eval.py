@@ -29,7 +29,7 @@ from skipdit.data.videos import read_video, write_mp4
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.items import digest_items, join_digests, open_items
 from skipdit.evaluation.measure import make_batches
-from skipdit.metrics import i3d, perceptual
+from skipdit.metrics import i3d, perceptual, table
 from skipdit.metrics.extractors import EXTRACTORS, Extractor, Resize
 from skipdit.metrics.inception import NetworkOutput
 
@@ -148,6 +148,7 @@ def test_what_a_report_says(folder: Path, tmp_path: Path) -> None:
         f"n = {NUM}, sha256 {found['samples']['sha256'][:12]}",
         "two random halves of the reference, n = 16 each",
         "EffNetLite0, weights 579344248a93, resize rule antialias 32",
+        "- IS: of the samples alone, and under real against real of the whole reference alone",
     ):
         assert text in page
     assert "FID" not in page
@@ -192,6 +193,38 @@ def test_saved_statistics_are_the_reference(folder: Path, tmp_path: Path, capsys
     wrong = tensors | {"pooled.covariance": torch.full((2, 2), torch.nan, dtype=torch.float64)}
     save_file(wrong, tmp_path / "wrong.safetensors", metadata=about)
     assert "no finite float64 of the same size" in asked(tmp_path / "wrong.safetensors")
+
+
+@with_lite0
+def test_saved_statistics_know_what_all_metrics_say_of_real_against_real(folder: Path, tmp_path: Path) -> None:
+    saved, real = tmp_path / "real.safetensors", ["--reference", folder / "real.npz", *FAST]
+    run(folder / "set.npz", *real, "--metrics", "fd", "--save-reference", saved, out=tmp_path / "one")
+    found = run(folder / "set.npz", "--reference", saved, *FAST, out=tmp_path / "two")
+    table._neighbours_of.cache_clear()
+    assert found["rows"] == run(folder / "set.npz", *real, out=tmp_path / "three")["rows"]
+    assert table._neighbours_of.cache_info().misses == 2  # of four metrics, for the sets and for the halves
+
+
+@with_lite0
+def test_no_file_but_statistics_is_replaced(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, junk, link = (tmp_path / f"{name}.safetensors" for name in ("weights", "junk", "link"))
+    save_file({"w": torch.ones(2)}, weights)
+    junk.write_bytes(b"notes of somebody")
+    link.symlink_to(weights)
+    before = weights.read_bytes()
+    command = [folder / "set.npz", "--reference", folder / "real.npz", *FAST, "--metrics", "fd", "--save-reference"]
+    for path in (weights, junk, link):
+        line = refused(*command, path, out=tmp_path / "no", capsys=capsys)
+        assert "is there, and holds no statistics of a set" in line
+    assert weights.read_bytes() == before
+    assert junk.read_bytes() == b"notes of somebody"
+    line = refused(
+        folder / "set.npz", "--metrics", "clip", "--clip", folder, "--save-reference", junk,
+        out=tmp_path / "no", capsys=capsys,
+    )  # fmt: skip
+    assert "save_reference needs a metric of sets" in line
+    for _ in range(2):  # those of the first are replaced
+        run(*command, tmp_path / "own.safetensors", out=tmp_path / "own")
 
 
 def test_halves_are_random_and_whole() -> None:
@@ -296,6 +329,8 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     assert "there are no pictures or clips in" in asked(tmp_path, "--reference", "emoji")
     assert "is not there: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
     assert "at least 1" in asked(npz_file, "--reference", "emoji", "--num-samples", "0")
+    line = asked(npz_file, "--reference", "emoji", "--num-samples", "1", *FAST)
+    assert line.startswith("a set needs at least 2 items, got 1 of ")
     (tmp_path / "two sizes").mkdir()
     for side in (8, 9):
         Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / "two sizes" / f"{side}.png")
@@ -338,11 +373,18 @@ def test_means_and_covariances_of_a_file_are_used(
     only = run(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "two")
     assert only["rows"][0]["value"] == rows["FID"]["value"]
     assert only["rows"][0]["floor"] is None
+    report = (tmp_path / "two" / "eval.md").read_text()
+    assert "fid.npz, means and covariances alone\n" in report
+    assert "does not say of how many" in report
+    assert "does not say of how many" in (tmp_path / "one" / "eval.md").read_text()
     line = refused(*command, "precision", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
     assert "precision needs more items, or what Inception or the statistics lack" in line
     npz(tmp_path / "fid.npz", mu=mean, sigma=covariance[:2])
     line = refused(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
     assert "are not a mean and covariance of the same features" in line
+    npz(tmp_path / "fid.npz", mu=np.zeros(64), sigma=np.eye(64))  # of another layer, as pytorch-fid --dims 64
+    line = refused(*command, "fd", "--reference", tmp_path / "fid.npz", out=tmp_path / "no", capsys=capsys)
+    assert line == "means and covariances are of different networks: they have 3 and 64 features"
     npz(tmp_path / "object.npz", mu=np.array([Called()]), sigma=covariance)
     with pytest.raises(ValueError, match="Object arrays cannot be loaded"):
         read_statistics(tmp_path / "object.npz")
@@ -477,6 +519,14 @@ def test_texts_are_scored_by_a_clip_model(tmp_path: Path, capsys: pytest.Capture
     line = refused(*command, tmp_path / "empty", out=tmp_path / "no", capsys=capsys)
     assert "holds no CLIP model with its tokenizer" in line
     assert "\n" not in line
+
+
+def test_texts_of_clips_are_scored_beside_vbench(clips: Path, tmp_path: Path) -> None:
+    save_clip(tmp_path / "model")
+    vbench = ["--vbench", tmp_path / "vbench"]
+    found = run(clips, *vbench, "--metrics", "clip", "--clip", tmp_path / "model", out=tmp_path / "out")
+    assert found["pairs"]["CLIP score (model)"]["num"] == 5
+    assert len(list((tmp_path / "vbench").glob("*.mp4"))) == 5
 
 
 def test_an_old_pickle_is_not_unpickled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

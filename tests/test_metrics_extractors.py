@@ -101,6 +101,11 @@ def test_inception_has_the_sizes_and_names_of_fid(inception_weights: Path, monke
     assert found.logits is not None
     assert found.logits.shape == (2, 1008)
     assert not open_extractor(f"inception={inception_weights}", rule="bilinear").is_standard
+    small = torch.zeros(1, 80, 74, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="Inception needs pictures of at least 75 pixels a side, got 74"):
+        open_extractor(f"inception={inception_weights}", rule="none")(small, CPU)
+    with pytest.raises(ValueError, match="at least 75 pixels a side, got 32"):
+        open_extractor(f"inception={inception_weights}", size=32)(small, CPU)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(inception_weights.parent / "none"))
     with pytest.raises(ValueError, match="the weights of Inception are not here: give inception=PATH"):
         open_extractor("inception")

@@ -1,6 +1,7 @@
 """Quality over speedup as SVG: ours in color, fewer steps dashed, all others muted; colors are in `page.css`."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,11 +34,12 @@ class Frame:
         )
 
 
-def measurements(found: Measurements | None, model: str) -> str:
-    """Return the chart of what a benchmark measured, and its numbers as a table; without any, how to make it."""
+def measurements(found: Measurements | None, model: str, path: str) -> str:
+    """Return the chart of what a benchmark measured, and its numbers as a table; without any, how to make it. model:
+    as the page calls it. path: as a command does."""
     series = [] if found is None else [each for each in found.series if each.points]
     if found is None or not series:
-        command = f"skipdit bench cache --model {model} --out out"
+        command = f"skipdit bench cache --model {shlex.quote(path)} --out out"
         return (
             f'<div class="sd-hint">Nothing has been measured of {escape(model)} yet. '
             f"<br><code>{escape(command)}</code><br>does it, in the folder in which this page was started.</div>"

@@ -175,6 +175,8 @@ def report(found: StabilityReport, url: str = "") -> str:
 def status(job: Job, place: int) -> str:
     """Return a line that says how far a job is. place: how many are before it."""
     match job.state:
+        case "waiting" if place == 0:
+            return note("waiting", "Starting …")
         case "waiting":
             before = "1 job is" if place == 1 else f"{place} jobs are"
             return note("waiting", f"Waiting: {before} before this one.")

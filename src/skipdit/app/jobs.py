@@ -80,7 +80,7 @@ class Jobs:
         wait."""
         with self.changed:
             if any((job.owner, job.kind) == (owner, kind) for job in self._open_jobs()):
-                raise ValueError("this page is at it already: cancel that first")
+                raise ValueError("this page is running one already: cancel it first")
             if len(self.waiting) >= MAX_WAITING:
                 raise ValueError(f"{MAX_WAITING} jobs are waiting already: try again later")
             job = Job(owner, kind, work)

@@ -14,7 +14,7 @@ from skipdit.app.downloads import Downloads
 from skipdit.app.generate import BUDGETS, OTHER, Asked, Comparison, cache_names, generate
 from skipdit.app.jobs import Job, Jobs
 from skipdit.app.models import Models, labels_of
-from skipdit.app.quality import Made, Wanted, calibrate, find_measurements
+from skipdit.app.quality import Made, Wanted, calibrate, find_measurements, with_schedule
 from skipdit.app.stability import TASK, Effort, find_report, make_report
 from skipdit.loading import Source
 from skipdit.terminal import describe
@@ -229,7 +229,8 @@ class Page:
 
     def show_measurements(self, name: str) -> str:
         try:
-            return chart.measurements(find_measurements(self.models.path_of(name), self.folders), name)
+            path = self.models.path_of(name)
+            return chart.measurements(find_measurements(path, self.folders), name, path)
         except (ValueError, OSError) as error:
             return drawing.note("failed", describe(error))
 
@@ -320,7 +321,7 @@ class Page:
         if job.result is not None:
             made: Made = job.result
             url = self.downloads.add("schedule.json", made.content.encode("utf-8"), "application/json")
-            of_model = {made.name: made.method} | own.get(model, {})
+            of_model = with_schedule(made, own.get(model, {}))
             names = cache_names(await asyncio.to_thread(self.models.open, model), of_model)
             updates[part.results], updates[self.own] = drawing.schedule(made, url), {**own, model: of_model}
             updates[self.other], updates[self.budget] = gr.update(choices=names, value=made.name), OTHER

@@ -1,7 +1,7 @@
 """The second tab: what a speedup costs, as `skipdit bench cache` measured it, and schedules made for a model."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -140,6 +140,11 @@ class Made:
     """on the samples that it was found with"""
     content: str
     """of its schedule.json"""
+
+
+def with_schedule(made: Made, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
+    """Return the schedules of a page with a new one in front, in place of an older one of its name."""
+    return {made.name: made.method} | {name: method for name, method in own.items() if name != made.name}
 
 
 def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:

@@ -1,5 +1,6 @@
 """The only way into the page: a server on loopback that answers what the page needs, and nothing else."""
 
+import json
 import os
 import re
 import socket
@@ -27,6 +28,7 @@ READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:static|assets|svelte)/.*|/download/[\w-]+/[\w.-]+"
     rf"|{API}/(?:info|app_id|startup-events|theme\.css|queue/data|heartbeat/\w+)"
 )
+MAX_BODY = 2**20  # bytes that the page sends at once
 WRITTEN = re.compile(rf"{API}/(?:queue/join|cancel|reset)/?")
 HEADERS = {
     # the page's own scripts and styles, and pictures that are in the page itself
@@ -50,18 +52,60 @@ def refusal(method: str, path: str, host: str, origin: str | None, *, loopback: 
     host, origin: of the request's headers. Another site's script cannot reach a page on loopback by a name that it
     makes point there, nor send it anything.
     """
-    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        name, sender = urlsplit(f"//{host}").hostname or "", origin and urlsplit(origin).netloc
+    except ValueError:  # no address at all
+        return 400
     if loopback and not is_loopback(name):
         return 403
     if method in ("GET", "HEAD"):
         return None if READ.fullmatch(path) else 404
     if method != "POST" or not WRITTEN.fullmatch(path):
         return 404
-    return None if origin is None or urlsplit(origin).netloc == host else 403
+    return None if origin is None or sender == host else 403
+
+
+def replayed(body: bytes, receive: Receive) -> Receive:
+    """Return what gives a body that was read already, and then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
+async def body_of(receive: Receive) -> bytes | None:
+    """Return what was sent; `None` where that is more than `MAX_BODY`, or the sender has left."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if message["type"] != "http.request" or len(body) > MAX_BODY:
+            return None
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def is_plain(body: bytes) -> bool:
+    """Return whether the values of a form are texts, numbers and lists of them. Of an object that is called a file,
+    Gradio would copy the file, or ask another machine for it."""
+    try:
+        content = json.loads(body)
+        values = list(content.get("data") or ())
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return False
+    while values:
+        match values.pop():
+            case dict():
+                return False
+            case list() as entries:
+                values += entries
+    return True
 
 
 class Guard:
-    """Lets through what `refusal` does not refuse, and adds `HEADERS` to every answer."""
+    """Lets through what `refusal` and `is_plain` do not refuse, and adds `HEADERS` to every answer."""
 
     def __init__(self, app: ASGIApp, *, loopback: bool) -> None:
         self.app, self.loopback = app, loopback
@@ -75,6 +119,11 @@ class Guard:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
         status = refusal(scope["method"], scope["path"], host, origin, loopback=self.loopback)
+
+        if status is None and scope["method"] == "POST":
+            body = await body_of(receive)
+            status = None if body is not None and is_plain(body) else 400
+            receive = replayed(body or b"", receive)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -97,7 +146,11 @@ def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = 
         found = downloads.get(token)
         if found is None or found.name != name:
             return Response(status_code=404)
-        return Response(found.content, headers={"Content-Disposition": f'attachment; filename="{found.name}"'})
+        return Response(
+            found.content,
+            media_type=found.kind,
+            headers={"Content-Disposition": f'attachment; filename="{found.name}"'},
+        )
 
     blocks.queue(default_concurrency_limit=4, api_open=False)
     return gradio.mount_gradio_app(

@@ -24,7 +24,7 @@ class EvalOptions(EvalConfig, OutputOptions):
     """write the statistics of the reference to this .safetensors file, which may be the reference of later runs"""
     vbench: Path | None = None
     """write the samples, clips with prompts, to this folder as VBench names them, prompt-index.mp4; without
-    --reference nothing else is done"""
+    --reference nothing else is done, unless --metrics asks for clip alone"""
     fps: float = 8.0
     """frames per second of the clips for VBench"""
     out: Path = Path("out/eval")
@@ -43,6 +43,8 @@ class EvalOptions(EvalConfig, OutputOptions):
             raise ValueError(
                 f"save_reference is a .safetensors file, of sets that are not paired, got {self.save_reference}"
             )
+        if self.save_reference is not None and not self.needs_reference:
+            raise ValueError("save_reference needs a metric of sets: clip alone looks at no reference")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps must be above 0 and at most 1000, got {self.fps}")
 
@@ -61,6 +63,7 @@ def eval(arguments: Sequence[str]) -> None:
     config = EvalConfig(**{each.name: getattr(options, each.name) for each in fields(EvalConfig)})
     from skipdit.evaluation.evaluate import Evaluator, open_items, write_report
     from skipdit.files.output import atomic_file
+    from skipdit.metrics.statistics import check_may_be_replaced
     from skipdit.process_group import process_group
 
     with process_group() as group, ExitStack() as held:
@@ -70,12 +73,14 @@ def eval(arguments: Sequence[str]) -> None:
             items, folder = open_items(options.samples, config), options.vbench
             count = group.from_main(lambda: write_vbench(items, folder, options.fps))
             print(f"written: {count:,} clips in {folder}") if group.is_main else None
-            if config.reference is None:
+            if config.reference is None and config.needs_reference:
                 return
         folders: list[OutputFolder] = []
         opened = output_folder(options.out, "eval", overwrite=options.overwrite)
         group.from_main(lambda: folders.append(held.enter_context(opened)))
         group.from_main(lambda: folders[0].claim(["eval.md", "eval.json"]))
+        if (saved := options.save_reference) is not None:
+            group.from_main(lambda: check_may_be_replaced(saved))
         evaluator = Evaluator(config, group)
         if options.save_reference is None:
             found = evaluator(options.samples)

@@ -36,7 +36,8 @@ class EvalConfig:
     """side in pixels that the extractor is given; by default its own, 224 or 299. A smaller one is faster, and another
     metric"""
     num_samples: int | None = None
-    """at most so many of the samples and of the reference, drawn at random; None takes all"""
+    """at most so many of the samples and of the reference, drawn at random; with --paired and for the metric clip, the
+    first so many; None takes all"""
     image_size: int | None = None
     """crop the center square of every picture and resize it to this side; None takes them as they are, all of one
     size"""

@@ -171,8 +171,10 @@ class Evaluator:
             names = [name for name in self.config.metrics if name != "clip"]
             rows = compare_statistics(made, right, extractor, names)
             if save_reference is not None:
-                floors = {row.name: row.floor for row in rows if row.floor is not None}
-                save_statistics(save_reference, right, floors)
+                floors = {metric.name: floor_of(metric, right) for metric in SET_METRICS}
+                save_statistics(
+                    save_reference, right, {name: each for name, each in floors.items() if each is not None}
+                )
             halves = {"num_half": right.floor_num}
             return Evaluation(
                 rows=rows,
@@ -275,6 +277,7 @@ def about(statistics: Statistics) -> dict[str, Any]:
         "source": statistics.source,
         "num": statistics.num,
         "num_features_kept": kept,
+        "num_moments": 0 if statistics.pooled is None else statistics.pooled.num,
         "sha256": statistics.digest,
     }
 
@@ -315,11 +318,19 @@ def _explain(found: Evaluation) -> str:
     half = reference["num_half"]
     facts = {
         "samples": f"{samples['source']}, n = {samples['num']:,}, sha256 {samples['sha256'][:12]}",
-        "reference": f"{reference['source']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}",
+        "reference": f"{reference['source']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}"
+        if reference["num"]
+        else f"{reference['source']}, means and covariances alone",
         "real against real": f"two random halves of the reference, n = {half:,} each" if half else "not known",
         "extractor": f"{extractor}, resize rule {found.extractor['resize']}",
         "kernel distances and neighbors": f"of at most {MAX_FEATURES:,} items of each set, here {kept:,}",
     }
+    if any(row.name == "is" for row in found.rows):
+        facts["IS"] = "of the samples alone, and under real against real of the whole reference alone"
+    if not reference["num_moments"]:
+        facts["Fréchet distances"] = (
+            "to the means and covariances in the reference's file, which does not say of how many items"
+        )
     lines = [
         listed(facts),
         "Compare figures only with those of the same extractor, resize rule and n: Fréchet distances grow as n falls. "

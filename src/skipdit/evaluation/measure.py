@@ -63,7 +63,7 @@ def measure_set(
     batches = make_batches(items.num, num, batch_size or extractor.batch_size, seed)
     count = sum(len(batch.indices) for batch in batches)
     if count < 2:
-        raise ValueError(f"{items.source} has {count} items: a set needs at least 2")
+        raise ValueError(f"a set needs at least 2 items, got {count} of {items.source}")
     shape = items.read(batches[-1].indices[0]).shape
 
     def run(batch: Batch, pixels: np.ndarray) -> tuple[NetworkOutput, list[bytes]]:

@@ -92,6 +92,8 @@ class Extractor:
     """pictures or clips at once"""
     standard: Resize | None = None
     """the resize rule with which figures have the names that papers give them, where there are such names"""
+    min_size: int = 1
+    """smallest side of a picture that the network takes, in pixels"""
 
     @property
     def is_standard(self) -> bool:
@@ -110,6 +112,8 @@ class Extractor:
             raise ValueError(f"{self.name} takes clips, got pictures: give another --extractor")
         pictures = items.to(device).flatten(0, -4).movedim(-1, 1).float() / 255
         resized = self.resize(pictures)
+        if (side := min(resized.shape[-2:])) < self.min_size:
+            raise ValueError(f"{self.name} needs pictures of at least {self.min_size} pixels a side, got {side}")
         if self.takes == "clips":
             resized = resized.unflatten(0, items.shape[:2])
         found = self.network(resized)
@@ -195,7 +199,14 @@ def load_inception(path: Path | None) -> Extractor:
         raise ValueError(f"{printable(file)} is not the weights of Inception for FID: {reason}") from error
     resize = Resize("tf1", inception.SIZE)
     frozen = network.eval().requires_grad_(False)
-    return Extractor(name="Inception", network=frozen, resize=resize, digest=file_digest(file), standard=resize)
+    return Extractor(
+        name="Inception",
+        network=frozen,
+        resize=resize,
+        digest=file_digest(file),
+        standard=resize,
+        min_size=inception.MIN_SIZE,
+    )
 
 
 EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {

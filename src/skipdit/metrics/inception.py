@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 NUM_SPATIAL = 7  # channels of sFID: github.com/openai/guided-diffusion, evaluations/evaluator.py
-SIZE = 299
+SIZE, MIN_SIZE = 299, 75  # below, nothing is left for the last block
 
 
 class NetworkOutput(NamedTuple):

@@ -64,8 +64,12 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Return the squared Fréchet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6).
 
     The trace of the root of the product of two covariances is that of a symmetric matrix with the same eigenvalues, so
-    that nothing complex appears and a singular covariance needs no offset.
+    that nothing complex appears and a singular covariance needs no offset. `ValueError` where the two are of different
+    numbers of features.
     """
+    if first.mean.shape != second.mean.shape:
+        sizes = " and ".join(" x ".join(map(str, each.mean.shape)) for each in (first, second))
+        raise ValueError(f"means and covariances are of different networks: they have {sizes} features")
     # not torch's: MKL's divide and conquer gives up where most features are constant
     values, vectors = map(torch.from_numpy, np.linalg.eigh(first.covariance.numpy()))
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,20 @@ def save_statistics(path: Path, statistics: Statistics, floors: Mapping[str, flo
     )
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"kind": KIND, "about": json.dumps(told)})
+
+
+def check_may_be_replaced(path: Path) -> None:
+    """Raise `FileExistsError` where statistics would be written over a file that is anything else."""
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt") as file:
+                kind = (file.metadata() or {}).get("kind")
+        except Exception:  # safetensors raises an error of its own
+            kind = None
+        if kind == KIND:
+            return
+    if os.path.lexists(path):
+        raise FileExistsError(f"{printable(path)} is there, and holds no statistics of a set: choose another name")
 
 
 def load_statistics(path: Path) -> Statistics:
