@@ -488,7 +488,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8").startswith("# Stability of one\n")
     for wrong, message in (
         (["--labels", "10"], "between 0 and 9, got 10"),
-        (["--names", "a", "b"], "names must be 1"),
+        (["--names", "a", "b"], "each model needs its own name, got a, b for 1"),
         (["--compare", str(tmp_path / "one" / "pipeline")], "give --names"),
         (["--compare", "nowhere"], "no model at nowhere"),
     ):

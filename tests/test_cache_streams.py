@@ -156,7 +156,7 @@ def test_runs_one_after_the_other_do_not_look_like_rising_timesteps() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(6):
-            sample(model, DDIMScheduler(), 4)
+            sample(model, DDIMScheduler(), 8)
 
 
 def test_a_schedule_for_falling_timesteps_refuses_rising_ones() -> None:

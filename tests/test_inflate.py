@@ -14,8 +14,9 @@ from skipdit.diffusion import Objective, sample_timesteps, training_loss
 from skipdit.models.dit import DiT
 from skipdit.models.inflate import inflate_latte, inflate_text_latte, init_latte_t2v, outermost_blocks
 from skipdit.models.latte import Latte
-from skipdit.models.long_skip import Fusion, LongSkipConfig
+from skipdit.models.long_skip import LongSkipConfig
 from skipdit.models.surgery import add_long_skips
+from skipdit.options import Fusion
 
 FLOW = Objective(process="flow", prediction_type="sample", min_sigma=0.3)
 SIZES = {"sample_size": 8, "patch_size": 2, "in_channels": 3, "num_attention_heads": 2, "attention_head_dim": 16}

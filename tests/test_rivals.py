@@ -14,6 +14,7 @@ from tiny import TINY_FAMILIES, tiny_dit, tiny_latte, tiny_pipeline
 from torch import Tensor
 
 from skipdit.benchmark import compiling
+from skipdit.benchmark import config as benchmark_config
 from skipdit.benchmark.checkout import find_rivals, load_rivals
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import Source
@@ -198,7 +199,7 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
             assert len({str(setting) for setting in rival.settings}) == len(rival.settings)
     settings = [rival.setting for rival in rivals_of(Source(Sampler(TASKS["class-to-image"], ours)), NUM_STEPS)]
     assert len(set(settings)) == len(settings)
-    assert tuple(COMPILED) == compiling.RIVALS
+    assert tuple(COMPILED) == benchmark_config.RIVALS
 
 
 def test_an_installation_without_them_leaves_them_out_and_says_so(

@@ -481,7 +481,7 @@ def test_convert_writes_a_pipeline_where_the_objective_is_given(
     assert pipeline.scheduler.config.use_flow_sigmas
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "sit.pt"), "--to", "official", "--out", str(tmp_path / "x.safetensors"), *told])
-    assert "objective is for --to skipdit" in capsys.readouterr().err
+    assert "--objective needs --to skipdit" in capsys.readouterr().err
 
 
 def test_options_without_effect_are_refused() -> None:

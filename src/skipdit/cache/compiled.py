@@ -84,14 +84,14 @@ class Call:
         return PlannedOutput(output, found)
 
     def _planned(self, plan: ForwardPlan, stored: Stored | None) -> PlannedOutput:
-        """Run the model under a plan. Hooks on its forward, of context parallelism, see its plain output."""
+        """Run the model under a plan. Hooks on a diffusers model, as for context parallelism, see its plain output."""
         open_call = self.model.open_call if isinstance(self.model, LongSkipModel) else None
         if open_call is None or not hooked((self.model,)):
             return self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
         open_call.aside = True
         try:
             output = self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
-            return PlannedOutput(output, open_call.stored)
+            return output if isinstance(output, PlannedOutput) else PlannedOutput(output, open_call.stored)
         finally:
             open_call.aside, open_call.stored = False, {}
 

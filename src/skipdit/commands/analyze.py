@@ -42,7 +42,7 @@ def analyze(arguments: Sequence[str]) -> None:
     paths = [options.model, *options.compare]
     names = options.names or tuple(_model_name(path) for path in paths)
     if len(set(names)) != len(paths) or len(names) != len(paths):
-        raise ValueError(f"{len(paths)} models need as many different names, got {', '.join(names)}: give --names")
+        raise ValueError(f"each model needs its own name, got {', '.join(names)} for {len(paths)}: give --names")
     with output_folder(options.out, "analyze", overwrite=options.overwrite) as out:
         claim(out, config, len(paths))
         logs = {

@@ -149,14 +149,14 @@ class Evaluator:
         stored = {each: load_statistics(Path(each)) for each in (source, reference) if is_stored(each)}
         known = is_statistics(reference)
         real = None if reference in stored or known else open_items(reference, self.config)
+        kinds = {each.is_clips for each in (samples, real) if each is not None}
+        if len(kinds) > 1:
+            raise ValueError("the samples and the reference must both be pictures or both be clips")
         extractor = self.extractor(samples or real, next(iter(stored.values()), None))
         for each in stored.values():
             if dict(each.identity) != extractor.identity:
                 asked, found = (", ".join(pairs.values()) for pairs in (extractor.identity, each.identity))
                 raise ValueError(f"the statistics of {printable(each.source)} are of {found}, not of {asked}")
-        kinds = {each.is_clips for each in (samples, real) if each is not None}
-        if len(kinds) > 1:
-            raise ValueError("the samples and the reference must both be pictures or both be clips")
         made = stored[source] if samples is None else self.measure(samples, extractor, "samples")
         if known:
             right: Statistics | None = with_stored_moments(NOTHING, Path(reference), extractor)
