@@ -248,6 +248,13 @@ def test_models_are_those_that_were_named(folder: Path) -> None:
     assert list(models.kept) == ["emoji", "emoji-clips"]
 
 
+def test_models_that_were_named_have_the_dtype_asked_for(folder: Path) -> None:
+    models = Models([str(folder)], dtype="bfloat16")
+    models.open("emoji-clips")
+    dtypes = {name: models.open(name).sampler.pipeline.transformer.dtype for name in ("emoji", folder.parent.name)}
+    assert dtypes == {"emoji": torch.float32, folder.parent.name: torch.bfloat16}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Both runs
 

@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from skipdit.options import check_range
+from skipdit.options import DTypeName, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,7 +12,10 @@ class AppOptions:
     """What the page offers, and where it is served."""
 
     models: tuple[str, ...] = ()
-    """folders of pipelines, or checkpoints, to be offered beside the bundled models; the page reads no others"""
+    """folders of pipelines (of skipdit or of diffusers) or checkpoints, to be offered beside the bundled models; the
+    page reads no others"""
+    dtype: DTypeName = "float32"
+    """of the weights and the computation of these models"""
     results: tuple[Path, ...] = (Path("out"), Path("benchmarks"), Path("docs"))
     """folders in which it looks for what skipdit bench cache and skipdit analyze wrote"""
     device: str = "auto"

@@ -11,7 +11,7 @@ from typing import Any
 from skipdit.app.jobs import Job
 from skipdit.files.untrusted import printable
 from skipdit.loading import BUNDLED, Source, load_source
-from skipdit.options import choose
+from skipdit.options import DTypeName, choose
 from skipdit.tasks import TASKS
 
 NUM_KEPT = 2  # models in memory
@@ -31,15 +31,19 @@ class Offer:
 class Models:
     """The models on offer, of which the last ones used stay in memory."""
 
-    def __init__(self, paths: Sequence[str] = (), device: str = "auto") -> None:
-        """Open each model that is named by a path. `ValueError` or `OSError` where one cannot be had."""
+    def __init__(self, paths: Sequence[str] = (), device: str = "auto", dtype: DTypeName = "float32") -> None:
+        """Open each model that is named by a path. `ValueError` or `OSError` where one cannot be had.
+
+        dtype: of the models that are named by paths; the bundled ones run in float32.
+        """
         self.device = device
+        self.dtype: DTypeName = dtype
         self.lock = threading.Lock()
         self.kept: OrderedDict[str, Source] = OrderedDict()
         self.offers = {name: Offer(name, name, bundled.task) for name, bundled in BUNDLED.items()}
         for path in paths:
             name = self._free_name(path)
-            source = load_source(path, device=device)
+            source = load_source(path, device=device, dtype=dtype)
             self.offers[name] = Offer(name, path, source.sampler.task.name)
             self._keep(name, source)
 
@@ -66,7 +70,8 @@ class Models:
         """Return a model. `ValueError` where there is none of this name, or it cannot be used here."""
         path = self.path_of(name)
         with self.lock:
-            source = self.kept.get(name) or load_source(path, device=self.device)
+            dtype: DTypeName = "float32" if name in BUNDLED else self.dtype
+            source = self.kept.get(name) or load_source(path, device=self.device, dtype=dtype)
             self._keep(name, source)
         return source
 

@@ -217,7 +217,7 @@ def serve(options: AppOptions) -> None:
 
         jobs, downloads = Jobs(), Downloads()
         try:
-            page = Page(Models(options.models, options.device), jobs, downloads, options.results)
+            page = Page(Models(options.models, options.device, options.dtype), jobs, downloads, options.results)
             app = make_app(page.build(), downloads, loopback=loopback, theme=make_theme(), css=css())
             settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
             name = f"[{options.host}]" if ":" in options.host else options.host
