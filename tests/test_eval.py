@@ -329,6 +329,16 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     assert "there are no pictures or clips in" in asked(tmp_path, "--reference", "emoji")
     assert "is not there: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
     assert "at least 1" in asked(npz_file, "--reference", "emoji", "--num-samples", "0")
+
+
+@with_lite0
+def test_sets_that_cannot_be_read_or_measured_are_one_line_too(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(*arguments: str | Path) -> str:
+        return refused(*arguments, out=tmp_path / "out", capsys=capsys)
+
+    npz_file = folder / "set.npz"
     line = asked(npz_file, "--reference", "emoji", "--num-samples", "1", *FAST)
     assert line.startswith("a set needs at least 2 items, got 1 of ")
     (tmp_path / "two sizes").mkdir()
