@@ -10,17 +10,20 @@ plain model for the latter. The rows are measured with noise that no search has 
 cache at fixed intervals, and uncached runs of fewer steps that cost no less, also with a second-order solver. Distances
 are to the same model's full run.
 
-A pair takes about half a minute on a GPU where a step takes a few milliseconds. The command goes on where it was
-stopped. `--report` writes the tables of all that `--out` holds, by itself or after measuring. Without `--skip` and
-`--plain` nothing is measured.
+Small models leave a GPU waiting for their Python, so that `--num-processes` helps there: each measures one model at one
+site at a time. The command goes on where it was stopped. `--report` writes the tables of all that `--out` holds, by
+itself or after measuring. Without `--skip` and `--plain` nothing is measured.
 """
 
 import argparse
 import json
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -147,27 +150,49 @@ def measure_variant(source: Source, site: str, settings: Settings) -> tuple[int,
     return measured.num_units, [row for row in made_rows if row is not None]
 
 
-def measure_pairs(options: argparse.Namespace, settings: Settings, known: list[Result]) -> list[Result]:
-    """Measure what is missing; return all results."""
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One model at one site, to be measured."""
+
+    pair: int
+    model: str
+    site: str
+    settings: Settings
+    path: str
+    device: str
+
+    def __call__(self) -> Result:
+        started = time.perf_counter()
+        num_units, rows = measure_variant(load_source(self.path, device=self.device), self.site, self.settings)
+        about: dict[str, Any] = {"pair": self.pair, "model": self.model, "site": self.site, "path": self.path}
+        seconds = time.perf_counter() - started
+        return Result(**about, settings=self.settings, num_units=num_units, seconds=seconds, rows=rows)
+
+
+def jobs_of(options: argparse.Namespace, settings: Settings, known: Sequence[Result]) -> list[Job]:
+    """Return what is missing."""
     done = {each.key: each for each in known}
-    for pair, paths in enumerate(zip(options.skip, options.plain, strict=True)):
-        sources: dict[str, Source] = {}
+    jobs = []
+    for pair, (skip, plain) in enumerate(zip(options.skip, options.plain, strict=True)):
         for model, site in VARIANTS:
-            path = paths[model == "plain"]
-            if (before := done.get((pair, model, site))) is not None:
-                if (before.settings, before.path) != (settings, path):
-                    raise SystemExit(f"{options.out} holds results of other models or settings: give another --out")
-                continue
-            started = time.perf_counter()
-            if model not in sources:
-                sources[model] = load_source(path, device=options.device)
-            num_units, rows = measure_variant(sources[model], site, settings)
-            about: dict[str, Any] = {"pair": pair, "model": model, "site": site, "settings": settings, "path": path}
-            result = Result(**about, num_units=num_units, seconds=time.perf_counter() - started, rows=rows)
-            append_line(options.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
-            done[result.key] = result
-            print(f"pair {pair}, {model} at {site}: {result.seconds:.0f} s", flush=True)
-    return list(done.values())
+            path = plain if model == "plain" else skip
+            before = done.get((pair, model, site))
+            if before is None:
+                jobs.append(Job(pair=pair, model=model, site=site, settings=settings, path=path, device=options.device))
+            elif (before.settings, before.path) != (settings, path):
+                raise SystemExit(f"{options.out} holds results of other models or settings: give another --out")
+    return jobs
+
+
+def measured_by(jobs: Sequence[Job], num_processes: int) -> Iterator[Result]:
+    """Yield the results, of several processes as they come."""
+    if num_processes == 1:
+        yield from (job() for job in jobs)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process
+    with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(job) for job in jobs]):
+            yield future.result()
 
 
 def append_line(path: Path, line: str) -> None:
@@ -220,7 +245,7 @@ def cells(results: Sequence[Result]) -> list[dict[str, object]]:
             "dB": decibel(row.fewer_db),
             "second order dB": decibel(row.second_order_db),
         }
-        for each in sorted(results, key=lambda each: each.pair)
+        for each in sorted(results, key=lambda each: (each.pair, VARIANTS.index((each.model, each.site))))
         for row in each.rows
     ]
 
@@ -300,6 +325,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the search")
     parser.add_argument("--held-out-seed", type=int, default=1000, help="of what is measured")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--num-processes", type=int, default=1, help="that measure side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/skip_or_schedule"), help="folder of the results")
     parser.add_argument("--report", type=Path, default=None, help="folder of the tables; none by default")
     options = parser.parse_args()
@@ -311,7 +337,10 @@ def main() -> None:
     if options.plain:
         fields = ("num_samples", "num_held_out", "steps", "guidance", "seed", "held_out_seed")
         settings = Settings(speedups=tuple(options.speedups), **{name: getattr(options, name) for name in fields})
-        results = measure_pairs(options, settings, results)
+        for result in measured_by(jobs_of(options, settings, results), options.num_processes):
+            append_line(options.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
+            results.append(result)
+            print(f"pair {result.pair}, {result.model} at {result.site}: {result.seconds:.0f} s", flush=True)
     if options.report is not None:
         if not results:
             parser.error(f"{options.out} holds no results")
