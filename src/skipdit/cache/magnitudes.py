@@ -9,7 +9,6 @@ Path("magcache.json").write_text(json.dumps(schedule.to_fields()))  # for any la
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +19,10 @@ from skipdit.cache.compiled import Call
 from skipdit.cache.enable import recorded
 from skipdit.cache.methods import METHODS, CacheMethod
 from skipdit.cache.schedule import Decision, Schedule
-from skipdit.cache.site import AllUnits
-from skipdit.cache.steppers import CacheRule, StepState
-from skipdit.models.forward_plan import ForwardPlan, Region, Values
-from skipdit.models.long_skip import LongSkipModel
+from skipdit.cache.site import AllUnits, linked_model
+from skipdit.cache.steppers import CacheRule, StepResult, StepState
+from skipdit.interfaces import Fields
+from skipdit.models.forward_plan import ForwardPlan, Values
 
 NAME = next(name for name, row in METHODS.items() if row.site is not None and row.site(()) == AllUnits())
 
@@ -96,7 +95,7 @@ class MagnitudeSchedule(Schedule):
         """Return the method that `skipdit.enable_cache` takes."""
         return CacheMethod(schedule=self, site=AllUnits())
 
-    def to_fields(self) -> dict[str, Any]:
+    def to_fields(self) -> Fields:
         """Return the fields of a schedule.json with the same full steps, which other step counts map to theirs."""
         timesteps = self.magnitudes.timesteps
         full_steps = [step for step, decision in enumerate(self.decisions(timesteps)) if decision is None]
@@ -117,12 +116,12 @@ class MeasuringSteps:
     def __init__(self, model: nn.Module, rules: list[CacheRule]) -> None:
         self.rules = rules
         (self.region,) = rules[0].regions
-        self.full = ForwardPlan.of(cast(LongSkipModel, model).long_skip_links, store=(self.region,))
+        self.full = ForwardPlan.of(linked_model(model).long_skip_links, store=(self.region,))
         self.before: WeakKeyDictionary[StepState, Values] = WeakKeyDictionary()
         # by noise level, the ratio of each stream
         self.ratios: dict[float, list[Tensor]] = {}
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+    def step(self, call: Call, stream: StepState) -> StepResult:
         output, stored = call(self.full)
         values = stored[self.region.name]
         before = self.before.get(stream)
