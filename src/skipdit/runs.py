@@ -16,6 +16,7 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.interfaces import Fields, Pipeline, Scheduler
+from skipdit.metrics.table import Scores, score_pictures
 from skipdit.models.shallow_path import Guidance
 from skipdit.tasks.task import Sampler
 
@@ -137,6 +138,10 @@ class Sampled:
     def frames(self) -> Tensor:
         """Return all pictures and frames (n c h w)."""
         return self.samples.flatten(0, -4)
+
+    def scores(self, reference: Tensor) -> Scores:
+        """Return the distances of all pictures and frames to the same samples of another run."""
+        return score_pictures(self.frames, reference.flatten(0, -4))
 
     @property
     def num_broken(self) -> int:

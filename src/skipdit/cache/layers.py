@@ -21,7 +21,7 @@ from skipdit.cache.enable import recorded
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, Site, linked_model
-from skipdit.cache.steppers import CacheRule, StepResult, StepState
+from skipdit.cache.steppers import CacheRule, MeasuringStepper, StepState
 from skipdit.cache.whole import tensors_in
 from skipdit.interfaces import ModelOutput
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored
@@ -93,34 +93,31 @@ class LayerErrors:
         return CacheMethod(schedule=schedule, site=ChosenLayers(variants))
 
 
-class TryingSteps:
-    """Makes every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
+class BranchTrials(MeasuringStepper):
+    """Runs every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
 
     def __init__(self, model: nn.Module, rules: list[CacheRule], interval: int) -> None:
-        self.rules, self.interval = rules, interval
-        linked = linked_model(model)
-        branches = _branches_of(linked)
-        every = ChosenBranches.of(branches)
-        self.name = every.name
-        self.full = ForwardPlan.of(linked.long_skip_links, store=(every,))
+        branches = _branches_of(linked_model(model))
+        region = ChosenBranches.of(branches)
+        super().__init__(model, rules, (region,))
+        self.interval, self.name = interval, region.name
         self.alone: dict[Branch, ForwardPlan] = {
-            branch: ForwardPlan.of(linked.long_skip_links, reuse=(ChosenBranches.of(frozenset([branch])),))
+            branch: ForwardPlan.of(self.links, reuse=(ChosenBranches.of(frozenset([branch])),))
             for branch in sorted(branches, key=lambda branch: (branch[1], branch[0]))
         }
         self.held: WeakKeyDictionary[StepState, Stored] = WeakKeyDictionary()
         # by noise level, for each stream the errors of all branches
         self.errors: dict[float, list[Tensor]] = {}
 
-    def step(self, call: Call, stream: StepState) -> StepResult:
-        output, stored = call(self.full)
+    def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
         errors = self.errors.setdefault(stream.levels[-1], [])
         if (len(stream.levels) - 1) % self.interval == 0:
             self.held[stream] = {self.name: stored[self.name]}
-            return output, ()
+            return output
         exact = {"output": _values(output)}
-        tried = (call(plan, self.held[stream]).output for plan in self.alone.values())
-        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in tried]))
-        return output, ()
+        outputs = (call(plan, self.held[stream]).output for plan in self.alone.values())
+        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in outputs]))
+        return output
 
 
 def _branches_of(model: LongSkipModel) -> frozenset[Branch]:
@@ -142,7 +139,10 @@ def measure_layers(
     """
     if interval < 2:
         raise ValueError(f"interval must be at least 2, else no step could reuse, got {interval}")
-    with recorded(target, BranchOutputs(EVERY), lambda model, rules: TryingSteps(model, rules, interval)) as (_, steps):
+    with recorded(target, BranchOutputs(EVERY), lambda model, rules: BranchTrials(model, rules, interval)) as (
+        _,
+        steps,
+    ):
         sample()
     if not steps.errors:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")

@@ -16,6 +16,8 @@ class Site:
 
     needs_units = True
     """False if it is a site of any model, of known units or not."""
+    kinds: tuple[BranchKind, ...] = ()
+    """Kinds of the branches whose outputs it takes; empty if it takes those of whole units."""
     beside_first = False
     """True if it takes one guidance branch beside the one that is called first at the same step."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -366,6 +366,22 @@ class ProbedSteps:
             predicted = state.predict(rule, self.region, levels, distance)
             output, _ = call(self.end, {**head, self.region.name: predicted})
         return False, output, stored
+
+
+class MeasuringStepper:
+    """Runs every step in full and stores the values of some regions, for measurements. Abstract."""
+
+    def __init__(self, model: nn.Module, rules: list[CacheRule], store: Iterable[Region]) -> None:
+        self.rules, self.links = rules, linked_model(model).long_skip_links
+        self.full = ForwardPlan.of(self.links, store=store)
+
+    def step(self, call: Call, stream: StepState) -> StepResult:
+        output, stored = call(self.full)
+        return self.measure(call, stream, output, stored), ()
+
+    def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
+        """Measure the last of `stream.levels`, which has run; return the output to use for it."""
+        raise NotImplementedError
 
 
 def make_stepper(model: nn.Module, rules: list[CacheRule]) -> Stepper:
