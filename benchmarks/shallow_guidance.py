@@ -160,10 +160,9 @@ def report_of(rows: Sequence[Row], options: argparse.Namespace, environment: dic
             f"Model: {options.about}.",
             "Compute: FLOPs of ordinary guidance in full over those of the row. PSNR: to ordinary guidance of the same "
             "scale. Distance: kernel distance to the data in features of EfficientNet-Lite0, with the standard error "
-            f"over {NUM_SUBSETS} subsets of {SUBSET_SIZE}; lower is closer. The pictures of the first row are not among "
-            "those that it is compared with. Fewer steps cost as much as shallow guidance, alone and under N2. The "
-            "subsets of a row overlap, and all rows are of one model and one set of noise, so the error of another "
-            "draw would be larger.",
+            f"over {NUM_SUBSETS} subsets of {SUBSET_SIZE}; lower is closer. The pictures of the first row are not "
+            "among those that it is compared with. Fewer steps cost as much as shallow guidance, alone and under N2. "
+            "Subsets overlap, and all rows are of one model and one set of noise: the error of another draw is larger.",
             table([row.cells() for row in rows]),
         ],
     )
