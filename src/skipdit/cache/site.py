@@ -172,14 +172,14 @@ class BranchOutputs(Site):
         units = range(num_units)
         if self.num_shallow_units is not None:
             units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
-        found = {info.kind for info in linked.branches() if info.unit in units}
-        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in found)
+        present = {info.kind for info in linked.branches() if info.unit in units}
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in present)
         if not kinds and self.optional:
             return ()
         if not kinds:
             raise ValueError(
                 f"{type(model).__name__} has no {' or '.join(self.kinds)} that skipdit knows of, only "
-                f"{', '.join(sorted(found)) or 'no branches'}: nothing could be reused"
+                f"{', '.join(sorted(present)) or 'no branches'}: nothing could be reused"
             )
         return (Branches(kinds=kinds, units=tuple(units)),)
 

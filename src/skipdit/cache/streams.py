@@ -51,7 +51,7 @@ def cache_context(name: str) -> Iterator[None]:
     """Keep the calls inside, the run `name`, apart from all others. Contexts nest.
 
     Needed only if one thread alternates between steps of several runs; our own pipelines enter one by themselves, and
-    guidance streams that differ in their conditioning are told apart without it.
+    guidance streams with different conditioning are recognized without it.
     """
     with _entered(_context, (*_context.get(), name)):
         yield
@@ -387,8 +387,8 @@ class Streams:
         """Return the other guidance branches of a run: streams of the same layout, whose steps have the same order."""
         key = next(key for key, other in self.runs.items() if other is run)
         runs = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
-        found = [branch for other in runs for branch in other.streams]
-        return [branch for branch in found if branch is not stream and branch.layout == stream.layout]
+        streams = [branch for other in runs for branch in other.streams]
+        return [branch for branch in streams if branch is not stream and branch.layout == stream.layout]
 
     def noise_share(self, run: Run) -> float:
         """Return the share of noise, from 0 to 1, in the latents of a run's last call: of a process with betas by its
