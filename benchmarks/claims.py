@@ -274,7 +274,7 @@ class Machine:
         found = dict(compare_pictures(both[0], both[1], metrics=ALWAYS))
         if self.perceptual is not None:
             pairs = zip(*(each.split(PERCEPTUAL_PICTURES) for each in both), strict=True)
-            found["perceptual"] = torch.cat([perceptual_distance(*pair, self.perceptual) for pair in pairs])
+            found["perceptual"] = torch.cat([perceptual_distance(one, other, self.perceptual) for one, other in pairs])
         return {name: PairedScore.of(values.cpu()).finite_mean for name, values in found.items()}
 
     def read_reference(self, num_frames: int | None, stored: Path) -> tuple[Known, dict[str, Any]]:
