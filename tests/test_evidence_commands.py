@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +86,7 @@ def test_differences_are_told_in_standard_errors() -> None:
 
 
 @pytest.fixture
-def conversion(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def conversion(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with recipes of four small units, whose loss is what a test says."""
     module = script("conversion_steps")
     plain = module.convert_plain()
