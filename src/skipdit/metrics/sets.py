@@ -70,13 +70,25 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     if first.mean.shape != second.mean.shape:
         sizes = " and ".join(" x ".join(map(str, gaussian.mean.shape)) for gaussian in (first, second))
         raise ValueError(f"means and covariances are of different networks: they have {sizes} features")
-    # not torch's: MKL's divide and conquer fails if most features are constant
-    values, vectors = map(torch.from_numpy, np.linalg.eigh(first.covariance.numpy()))
+    values, vectors = _eigenvectors(first.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     inner = root @ second.covariance @ root
-    cross = torch.from_numpy(np.linalg.eigvalsh(((inner + inner.mT) / 2).numpy())).clamp(min=0).sqrt().sum()
+    cross = _eigenvalues((inner + inner.mT) / 2).clamp(min=0).sqrt().sum()
     distance = (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace()
     return max(0.0, (distance - 2 * cross).item())
+
+
+def _eigenvectors(matrix: Float[Tensor, "size size"]) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues and eigenvectors of a symmetric matrix; on a CPU by numpy, as MKL's divide and conquer,
+    which torch calls, fails if most features are constant."""
+    values, vectors = (
+        torch.linalg.eigh(matrix) if matrix.is_cuda else map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    )
+    return values, vectors
+
+
+def _eigenvalues(matrix: Float[Tensor, "size size"]) -> Tensor:
+    return torch.linalg.eigvalsh(matrix) if matrix.is_cuda else torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
 
 
 def kernel_distance(first: Samples, second: Reference) -> float:
@@ -166,7 +178,7 @@ def neighbour_metrics(samples: Samples, reference: Reference) -> Coverage:
         raise ValueError(f"neighbors need at least {min_items} items of each, got {len(samples)} and {len(reference)}")
     made, real = samples.double(), reference.double()
     made_radii, real_radii = _radii(made), _radii(real)
-    is_precise, num_within = (torch.zeros(len(made), dtype=dtype) for dtype in (torch.bool, torch.int64))
+    is_precise, num_within = (made.new_zeros(len(made), dtype=dtype) for dtype in (torch.bool, torch.int64))
     is_recalled, nearest = [], []
     for start in range(0, len(real), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
