@@ -115,7 +115,6 @@ class Wanted:
     speedup: float = 2.0
     num_inference_steps: int = 50
     num_samples: int = 2
-    guidance_scale: float = 2.0
 
     @classmethod
     def of(cls, speedup: object, num_inference_steps: object, num_samples: object) -> "Wanted":
@@ -154,13 +153,13 @@ def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
         speedups=(wanted.speedup,),
         num_samples=wanted.num_samples,
         num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
         trials=Trials(num_probed=min(8, wanted.num_inference_steps - 1)),
         rivals=(),
     )
+    config = source.complete(config)
     pipeline = source.sampler.pipeline
     made_for = made_for_of(pipeline, config)
-    total = config.num_inference_steps + 1 + config.trials.num_probed
+    total = wanted.num_inference_steps + 1 + config.trials.num_probed
     with cancellable(pipeline, job):
         job.tell(doing="measuring what reuse does at each step", done=0, total=total)
         run = replace(make_runner(source, config), advance=job.advance)
