@@ -37,7 +37,8 @@ class Asked:
     """texts, in turn"""
     num_samples: int = 4
     num_inference_steps: int = 50
-    guidance_scale: float = 2.0
+    guidance_scale: float | None = None
+    """by default that of the model"""
     seed: int = 0
     cache: str = "2x"
     """a speedup, a spec, `calibrated:{name}`, or the name of a schedule that this page has made"""
@@ -58,7 +59,7 @@ class Asked:
             prompts=prompts[:count],
             num_samples=count,
             num_inference_steps=whole("steps", num_inference_steps, 2, MAX_STEPS),
-            guidance_scale=number("guidance", guidance_scale, 1, MAX_GUIDANCE),
+            guidance_scale=None if guidance_scale is None else number("guidance", guidance_scale, 1, MAX_GUIDANCE),
             seed=whole("seed", seed, 0, MAX_SEED),
             cache=cache,
         )
@@ -226,6 +227,7 @@ def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: T
 def generate(job: Job, source: Source, asked: Asked, own: Mapping[str, CacheMethod]) -> Comparison:
     """Sample in full and cached, telling the job of every step. `ValueError` on a label, prompt or cache that cannot
     be."""
+    asked = source.complete(asked)
     sampler, steps = source.sampler, asked.num_inference_steps
     conditions, captions = source.choose({"labels": asked.labels, "prompt": asked.prompts}, asked.num_samples)
     name, method = find_cache(source, asked.cache, steps, own)

@@ -115,7 +115,6 @@ class Wanted:
     speedup: float = 2.0
     num_inference_steps: int = 50
     num_samples: int = 2
-    guidance_scale: float = 2.0
 
     @classmethod
     def of(cls, speedup: object, num_inference_steps: object, num_samples: object) -> "Wanted":
@@ -154,20 +153,20 @@ def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
         speedups=(wanted.speedup,),
         num_samples=wanted.num_samples,
         num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
         trials=Trials(num_probed=min(8, wanted.num_inference_steps - 1)),
         rivals=(),
     )
+    config = source.complete(config)
     pipeline = source.sampler.pipeline
     made_for = made_for_of(pipeline, config)
-    total = config.num_inference_steps + 1 + config.trials.num_probed
+    total = wanted.num_inference_steps + 1 + config.trials.num_probed
     with cancellable(pipeline, job):
         job.tell(doing="measuring what reuse does at each step", done=0, total=total)
         run = replace(make_runner(source, config), advance=job.advance)
-        measured = measure(run, config.site, config.trials, advance=job.advance)
-        check_finite(measured.reference)
+        measurement = measure(run, config.site, config.trials, advance=job.advance)
+        check_finite(measurement.reference)
         job.tell(doing="trying schedules", done=0, total=0)
-        (found,) = find_schedules(measured, config, replace(run, advance=None))
+        (found,) = find_schedules(measurement, config, replace(run, advance=None))
     content = json.dumps(to_fields(found, config, made_for), indent=1, allow_nan=False)
     schedule = explicit(found.method)
     name = f"made here: {wanted.speedup:g}x, {wanted.num_inference_steps} steps"
