@@ -11,9 +11,10 @@ from torch import Tensor
 
 from skipdit.app.generate import Comparison, Side, difference
 from skipdit.app.jobs import Job
-from skipdit.app.quality import Made
+from skipdit.app.quality import MadeSchedule
 from skipdit.app.stability import FIGURE, StabilityReport
 from skipdit.pictures import to_pictures
+from skipdit.terminal import describe
 
 CLIP_MILLISECONDS = 125  # per frame
 PIXEL_ART = 160  # side of pictures that are enlarged without blur, in pixels
@@ -138,7 +139,7 @@ def differences(shown: Comparison | None, amplification: float) -> str:
     return pictures("Difference", samples, shown.captions, f"x {amplification:g}", across=True)
 
 
-def schedule(made: Made, url: str) -> str:
+def schedule(made: MadeSchedule, url: str) -> str:
     """Return what is known of a schedule that was made. url: where it can be downloaded."""
     figures = {
         "less compute": f"{made.compute_ratio:.2f}x",
@@ -201,6 +202,10 @@ def note(state: str, text: str, more: str = "") -> str:
     """Return a message that screen readers tell."""
     role = "alert" if state == "failed" else "status"
     return f'<div class="sd-note sd-{state}"><p role="{role}">{escape(text)}</p>{more}</div>'
+
+
+def failure(error: Exception) -> str:
+    return note("failed", describe(error))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -1,16 +1,16 @@
 """The first tab: what was asked for, sampled in full and then cached, step by step."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from skipdit.app.forms import number, whole
+from skipdit.app.forms import check_form
 from skipdit.app.jobs import Job
 from skipdit.benchmark.cache_methods import METHODS
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.calibration.find import explicit
 from skipdit.diffusion import Objective, objective_of, signal_and_noise_levels
 from skipdit.files.untrusted import printable
 from skipdit.loading import Source
@@ -28,13 +28,13 @@ MAX_SPEC = 100  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to sample."""
+class SampleRequest:
+    """What to sample, as a form says it. `ValueError` if a value is out of range."""
 
     labels: tuple[str, ...] = ()
     """class names or numbers, in turn"""
-    prompts: tuple[str, ...] = ()
-    """texts, in turn"""
+    prompt: str = ""
+    """texts, in turn, one per line"""
     num_samples: int = 4
     num_inference_steps: int = 50
     guidance_scale: float = 2.0
@@ -42,26 +42,25 @@ class Asked:
     cache: str = "2x"
     """a speedup, a spec, `calibrated:{name}`, or the name of a schedule that this page has made"""
 
-    @classmethod
-    def of(
-        cls, *, labels: Sequence[str] | None, prompt: str | None, num_samples: object, num_inference_steps: object,
-        guidance_scale: object, seed: object, cache: str,
-    ) -> "Asked":  # fmt: skip
-        """Return what the fields of a form ask for, of labels and prompts as many as there are samples. prompt: one per
-        line. `ValueError` where one is out of range."""
-        prompts = tuple(line.strip() for line in (prompt or "").splitlines() if line.strip())
-        if any(len(line) > MAX_PROMPT for line in prompts):
+    def __post_init__(self) -> None:
+        if any(len(prompt) > MAX_PROMPT for prompt in self.prompts):
             raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
-        count = whole("how many", num_samples, 1, MAX_SAMPLES)
-        return cls(
-            labels=tuple(labels or ())[:count],
-            prompts=prompts[:count],
-            num_samples=count,
-            num_inference_steps=whole("steps", num_inference_steps, 2, MAX_STEPS),
-            guidance_scale=number("guidance", guidance_scale, 1, MAX_GUIDANCE),
-            seed=whole("seed", seed, 0, MAX_SEED),
-            cache=cache,
+        check_form(
+            self,
+            num_samples=("how many", 1, MAX_SAMPLES),
+            num_inference_steps=("steps", 2, MAX_STEPS),
+            guidance_scale=("guidance", 1, MAX_GUIDANCE),
+            seed=("seed", 0, MAX_SEED),
         )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return tuple(line.strip() for line in self.prompt.splitlines() if line.strip())
+
+    @property
+    def conditions(self) -> dict[str, tuple[str, ...]]:
+        """The labels and prompts, no more than there are samples, by the option of `skipdit sample`."""
+        return {"labels": self.labels[: self.num_samples], "prompt": self.prompts[: self.num_samples]}
 
 
 @dataclass(frozen=True)
@@ -134,17 +133,13 @@ def find_cache(
             raise ValueError(f"a speedup must be above 1, got {printable(text)}")
         name = f"{speedup:g}x"
         made = source.schedules.get(name)
-        if made is not None and made_for_steps(made) == num_inference_steps:
+        # for runs of other lengths than it was calibrated on, `auto` is often better
+        if made is not None and explicit(made).num_inference_steps == num_inference_steps:
             return f"calibrated:{name}", made
         text = f"auto:{speedup:g}"
     method = own.get(text) or _parse(source, text)
     check_method(pipeline, method, num_inference_steps)
     return text, method
-
-
-def made_for_steps(method: CacheMethod) -> int | None:
-    """Return how many steps a run has that a schedule was calibrated on; in others `auto` is often better."""
-    return method.schedule.num_inference_steps if isinstance(method.schedule, ExplicitSchedule) else None
 
 
 def _parse(source: Source, text: str) -> CacheMethod:
@@ -223,18 +218,17 @@ def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: T
     return output
 
 
-def generate(job: Job, source: Source, asked: Asked, own: Mapping[str, CacheMethod]) -> Comparison:
-    """Sample in full and cached, telling the job of every step. `ValueError` on a label, prompt or cache that cannot
-    be."""
-    sampler, steps = source.sampler, asked.num_inference_steps
-    conditions, captions = source.choose({"labels": asked.labels, "prompt": asked.prompts}, asked.num_samples)
-    name, method = find_cache(source, asked.cache, steps, own)
+def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str, CacheMethod]) -> Comparison:
+    """Sample in full and cached, telling the job of every step. `ValueError` if a label, prompt or cache is unknown."""
+    sampler, steps = source.sampler, request.num_inference_steps
+    conditions, captions = source.choose(request.conditions, request.num_samples)
+    name, method = find_cache(source, request.cache, steps, own)
     run = Runner.of(
         sampler,
         conditions,
         num_inference_steps=steps,
-        guidance_scale=asked.guidance_scale,
-        seed=asked.seed,
+        guidance_scale=request.guidance_scale,
+        seed=request.seed,
     )
     shown = Comparison(Side("full", steps), Side("cached", steps), captions, name)
     job.tell(doing="warming up", shown=shown)
@@ -248,11 +242,6 @@ def generate(job: Job, source: Source, asked: Asked, own: Mapping[str, CacheMeth
         if cache is not None and made.counts is not None:
             shown = replace(shown, compute_ratio=made.compute_ratio, bytes_held=made.counts.bytes_held)
         job.tell(shown=shown)
-    return with_scores(shown)
-
-
-def with_scores(shown: Comparison) -> Comparison:
-    """Return a comparison with the distances of its cached run to the full one."""
     assert shown.full.samples is not None
     assert shown.cached.samples is not None
     scores = score_pictures(shown.cached.samples.flatten(0, -4), shown.full.samples.flatten(0, -4))

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypedDict
 
-from skipdit.app.forms import number, whole
+from skipdit.app.forms import check_form
 from skipdit.app.jobs import Job
 from skipdit.app.models import cancellable
 from skipdit.benchmark.cache import report_name
@@ -109,26 +109,25 @@ def _front(series: Series) -> Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What to calibrate for."""
+class ScheduleRequest:
+    """What to calibrate for, as a form says it. `ValueError` if a value is out of range."""
 
     speedup: float = 2.0
     num_inference_steps: int = 50
     num_samples: int = 2
     guidance_scale: float = 2.0
 
-    @classmethod
-    def of(cls, speedup: object, num_inference_steps: object, num_samples: object) -> "Wanted":
-        """Return what the fields of a form ask for. `ValueError` where one is out of range."""
-        return cls(
-            speedup=number("the target speedup", speedup, 1.05, MAX_SPEEDUP),
-            num_inference_steps=whole("steps", num_inference_steps, 4, MAX_STEPS),
-            num_samples=whole("samples", num_samples, 1, MAX_SAMPLES),
+    def __post_init__(self) -> None:
+        check_form(
+            self,
+            speedup=("the target speedup", 1.05, MAX_SPEEDUP),
+            num_inference_steps=("steps", 4, MAX_STEPS),
+            num_samples=("samples", 1, MAX_SAMPLES),
         )
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeSchedule:
     """A schedule, and what is known of it."""
 
     name: str
@@ -142,20 +141,20 @@ class Made:
     """of its schedule.json"""
 
 
-def with_schedule(made: Made, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
+def with_schedule(made: MadeSchedule, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
     """Return the schedules of a page with a new one in front, in place of an older one of its name."""
     return {made.name: made.method} | {name: method for name, method in own.items() if name != made.name}
 
 
-def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
+def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedule:
     """Find the schedule that costs a model least at a speedup, telling the job of every step. `ValueError` where the
     speedup is out of reach, or the model has no long skips."""
     config = CalibrateConfig(
-        speedups=(wanted.speedup,),
-        num_samples=wanted.num_samples,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        trials=Trials(num_probed=min(8, wanted.num_inference_steps - 1)),
+        speedups=(request.speedup,),
+        num_samples=request.num_samples,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        trials=Trials(num_probed=min(8, request.num_inference_steps - 1)),
         rivals=(),
     )
     pipeline = source.sampler.pipeline
@@ -170,8 +169,8 @@ def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
         (found,) = find_schedules(measured, config, replace(run, advance=None))
     content = json.dumps(to_fields(found, config, made_for), indent=1, allow_nan=False)
     schedule = explicit(found.method)
-    name = f"made here: {wanted.speedup:g}x, {wanted.num_inference_steps} steps"
-    return Made(
+    name = f"made here: {request.speedup:g}x, {request.num_inference_steps} steps"
+    return MadeSchedule(
         name=name,
         method=replace(_loaded(content), spec=name),
         is_full=tuple(step in schedule.full_steps for step in range(schedule.num_inference_steps)),
