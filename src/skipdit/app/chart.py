@@ -34,11 +34,11 @@ class Frame:
         )
 
 
-def measurements(found: Measurements | None, model: str, path: str) -> str:
+def measurements(measured: Measurements | None, model: str, path: str) -> str:
     """Return the chart of what a benchmark measured, and its numbers as a table; without any, how to make it. model:
     as the page calls it. path: as a command does."""
-    series = [] if found is None else [each for each in found.series if each.points]
-    if found is None or not series:
+    series = [] if measured is None else [each for each in measured.series if each.points]
+    if measured is None or not series:
         command = f"skipdit bench cache --model {shlex.quote(path)} --out out"
         return (
             f'<div class="sd-hint">Nothing has been measured of {escape(model)} yet. '
@@ -53,7 +53,7 @@ def measurements(found: Measurements | None, model: str, path: str) -> str:
         f'<figure class="sd-chart">{svg(series, styles, 860, 400, "sd-wide")}'
         f"{svg(series, styles, 380, 320, 'sd-narrow')}"
         f"{legend(series, styles)}<figcaption>Higher is nearer to the uncached run; a speedup is in wall-clock time. "
-        f"Read from <code>{escape(found.source)}</code>.</figcaption></figure>"
+        f"Read from <code>{escape(measured.source)}</code>.</figcaption></figure>"
         f'<details class="sd-more"><summary>All {len(rows)} measurements</summary>'
         f"{table(('setting', 'speedup', 'PSNR, dB'), rows)}</details>"
     )

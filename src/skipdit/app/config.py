@@ -1,6 +1,5 @@
 """What `skipdit app` is asked for; nothing heavy is imported, so that its help is there at once."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +26,3 @@ class AppOptions:
 
     def __post_init__(self) -> None:
         check_range(self, "port", least=0, most=65535)
-
-
-def check_app_installed() -> None:
-    """Raise `ValueError`, with what to install, if a library of the page is missing."""
-    missing = [name for name in ("gradio", "markdown_it") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'the page needs {" and ".join(missing)}: pip install "skipdit[app]"')

@@ -24,10 +24,6 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
@@ -50,8 +46,8 @@ def pictures(
     for place, caption in enumerate(captions):
         inside = '<div class="sd-empty"></div>'
         if samples is not None:
-            told = f"{escape(heading)}: {escape(caption)}"
-            inside = f'<img class="sd-picture{crisp}" src="{picture_uri(samples[place])}" alt="{told}">'
+            label = f"{escape(heading)}: {escape(caption)}"
+            inside = f'<img class="sd-picture{crisp}" src="{picture_uri(samples[place])}" alt="{label}">'
         cells.append(f'<figure>{inside}<figcaption title="{escape(caption)}">{escape(caption)}</figcaption></figure>')
     columns = 1 if len(captions) == 1 else 2 if len(captions) <= 4 else 3
     columns = min(len(captions), 4) if across else columns
@@ -61,20 +57,16 @@ def pictures(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Steps
-
-
 def strip(name: str, is_full: Sequence[bool], num_steps: int) -> str:
     """Return a cell per step: full, reused or still to come."""
     kinds = ["sd-full" if full else "sd-reused" for full in is_full]
     kinds += ["sd-coming"] * (num_steps - len(kinds))
     full, reused = sum(is_full), len(is_full) - sum(is_full)
-    told = f"{full} full, {reused} reused" + (f" of {num_steps}" if len(is_full) < num_steps else "")
+    label = f"{full} full, {reused} reused" + (f" of {num_steps}" if len(is_full) < num_steps else "")
     cells = "".join(f'<i class="{kind}" title="step {step + 1}"></i>' for step, kind in enumerate(kinds))
     return (
         f'<div class="sd-strip"><b>{escape(name)}</b>'
-        f'<div class="sd-steps" role="img" aria-label="{escape(name)}: {told}">{cells}</div><span>{told}</span></div>'
+        f'<div class="sd-steps" role="img" aria-label="{escape(name)}: {label}">{cells}</div><span>{label}</span></div>'
     )
 
 
@@ -88,10 +80,6 @@ def cards(figures: Mapping[str, str]) -> str:
     """Return figures side by side, each with its name below."""
     inside = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(name)}</dt></div>" for name, value in figures.items())
     return f'<dl class="sd-cards">{inside}</dl>'
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The tabs
 
 
 def comparison(shown: Comparison | None) -> str:
@@ -139,38 +127,34 @@ def differences(shown: Comparison | None, amplification: float) -> str:
     return pictures("Difference", samples, shown.captions, f"x {amplification:g}", across=True)
 
 
-def schedule(made: MadeSchedule, url: str) -> str:
-    """Return what is known of a schedule that was made. url: where it can be downloaded."""
+def schedule(result: MadeSchedule, url: str) -> str:
+    """Return what is known of a new schedule. url: where it can be downloaded."""
     figures = {
-        "less compute": f"{made.compute_ratio:.2f}x",
-        "PSNR predicted, dB": f"{made.predicted_psnr_db:.1f}",
-        "PSNR measured, dB": made.measured_psnr,
+        "less compute": f"{result.compute_ratio:.2f}x",
+        "PSNR predicted, dB": f"{result.predicted_psnr_db:.1f}",
+        "PSNR measured, dB": result.measured_psnr,
     }
     return (
-        f'{cards(figures)}<div class="sd-strips">{strip("schedule", made.is_full, len(made.is_full))}</div>'
-        f"<p>In <b>Generate</b> it is now the cache <code>{escape(made.name)}</code>.</p>"
+        f'{cards(figures)}<div class="sd-strips">{strip("schedule", result.is_full, len(result.is_full))}</div>'
+        f"<p>In <b>Generate</b> it is now the cache <code>{escape(result.name)}</code>.</p>"
         f'<p><a class="sd-download" href="{escape(url)}" download>Download schedule.json</a></p>'
     )
 
 
-def report(found: StabilityReport, url: str = "") -> str:
+def report(stability: StabilityReport, url: str = "") -> str:
     """Return a stability report. url: where all of its files can be downloaded."""
     page = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
-    parts = [f'<p class="sd-source">From <code>{escape(found.where)}</code></p>' if found.where else ""]
+    parts = [f'<p class="sd-source">From <code>{escape(stability.where)}</code></p>' if stability.where else ""]
     if url:
         parts.append(f'<p><a class="sd-download" href="{escape(url)}" download>Download the report</a></p>')
-    for place, part in enumerate(re.split(FIGURE, found.markdown)):
+    for place, part in enumerate(re.split(FIGURE, stability.markdown)):
         if place % 3 == 0:  # between figures; after it the title and the name of one
             parts.append(page.render(part))
-        elif place % 3 == 2 and (figure := found.figures.get(part)) is not None:
+        elif place % 3 == 2 and (figure := stability.figures.get(part)) is not None:
             uri = data_uri(figure.webp, "image/webp")
             parts.append(f'<img class="sd-figure" loading="lazy" src="{uri}" alt="{escape(figure.title)}">')
     body = "".join(parts).replace("<table>", '<div class="sd-scroll"><table>').replace("</table>", "</table></div>")
     return f'<article class="sd-report">{body}</article>'
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# How far a job is
 
 
 def status(job: Job, place: int) -> str:

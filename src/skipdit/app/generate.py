@@ -103,10 +103,6 @@ class Comparison:
         return self.speedup is not None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which cache
-
-
 def cache_names(source: Source, own: Iterable[str] = ()) -> list[str]:
     """Return caches to choose from: schedules of this page, those that came with the model, and what
     `skipdit bench cache` compares."""
@@ -132,10 +128,10 @@ def find_cache(
         if not speedup > 1:
             raise ValueError(f"a speedup must be above 1, got {printable(text)}")
         name = f"{speedup:g}x"
-        made = source.schedules.get(name)
+        calibrated = source.schedules.get(name)
         # for runs of other lengths than it was calibrated on, `auto` is often better
-        if made is not None and explicit(made).num_inference_steps == num_inference_steps:
-            return f"calibrated:{name}", made
+        if calibrated is not None and explicit(calibrated).num_inference_steps == num_inference_steps:
+            return f"calibrated:{name}", calibrated
         text = f"auto:{speedup:g}"
     method = own.get(text) or _parse(source, text)
     check_method(pipeline, method, num_inference_steps)
@@ -152,10 +148,6 @@ def _parse(source: Source, text: str) -> CacheMethod:
     if text.endswith(".json") or "/" in text or "\\" in text:
         raise ValueError(f"a cache is a speedup or a name here, not a file, got {printable(text)!r}")
     return parse_method(text)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The two runs
 
 
 @dataclass
@@ -185,8 +177,8 @@ class Watch:
         )
         self.job.tell(done=len(self.is_full), shown=replace(self.comparison, **{self.side: run}))
 
-    def end(self, made: Sampled) -> Comparison:
-        run = replace(getattr(self.comparison, self.side), samples=made.samples, seconds=made.seconds)
+    def end(self, result: Sampled) -> Comparison:
+        run = replace(getattr(self.comparison, self.side), samples=result.samples, seconds=result.seconds)
         return replace(self.comparison, **{self.side: replace(run, is_full=tuple(self.is_full))})
 
 
@@ -224,11 +216,7 @@ def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str,
     conditions, captions = source.choose(request.conditions, request.num_samples)
     name, method = find_cache(source, request.cache, steps, own)
     run = Runner.of(
-        sampler,
-        conditions,
-        num_inference_steps=steps,
-        guidance_scale=request.guidance_scale,
-        seed=request.seed,
+        sampler, conditions, num_inference_steps=steps, guidance_scale=request.guidance_scale, seed=request.seed
     )
     shown = Comparison(Side("full", steps), Side("cached", steps), captions, name)
     job.tell(doing="warming up", shown=shown)
@@ -237,10 +225,10 @@ def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str,
         job.tell(doing=doing, done=0, total=steps)
         watch = Watch(job, sampler, shown, side, len(conditions))
         with before_steps(sampler.pipeline.scheduler, watch.see):
-            made = run(cache)
-        shown = watch.end(made)
-        if cache is not None and made.counts is not None:
-            shown = replace(shown, compute_ratio=made.compute_ratio, bytes_held=made.counts.bytes_held)
+            result = run(cache)
+        shown = watch.end(result)
+        if cache is not None and result.counts is not None:
+            shown = replace(shown, compute_ratio=result.compute_ratio, bytes_held=result.counts.bytes_held)
         job.tell(shown=shown)
     assert shown.full.samples is not None
     assert shown.cached.samples is not None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from skipdit.terminal import describe, is_out_of_memory
+from skipdit.terminal import describe, is_expected
 
 LOGGER = logging.getLogger(__name__)
 MAX_WAITING = 16
@@ -26,7 +26,7 @@ class Job:
     """the open page that asked for it"""
     kind: str
     """what it makes; a page may have one of each at a time"""
-    work: Callable[["Job"], Any]
+    work: Callable[["Job"], object]
     """makes the result, and calls `check`, `tell` or `advance` at each step"""
     state: State = "waiting"
     doing: str = ""
@@ -53,7 +53,7 @@ class Job:
         if self.is_cancelled.is_set():
             raise Cancelled
 
-    def tell(self, **fields: Any) -> None:
+    def tell(self, **fields: object) -> None:
         """Set `doing`, `done`, `total` or `shown`. Raises `Cancelled` if the job was cancelled."""
         self.check()
         vars(self).update(fields)
@@ -75,7 +75,7 @@ class Jobs:
         self.thread = threading.Thread(target=self._run_all, name="skipdit jobs", daemon=True)
         self.thread.start()
 
-    def submit(self, owner: str, kind: str, work: Callable[[Job], Any]) -> Job:
+    def submit(self, owner: str, kind: str, work: Callable[[Job], object]) -> Job:
         """Put a job at the end of the line. `ValueError` where its owner has one of this kind already, or too many
         wait."""
         with self.changed:
@@ -139,18 +139,12 @@ class Jobs:
             job.result = job.work(job)
         except Cancelled:
             self._end(job, "cancelled")
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            known = not isinstance(error, RuntimeError) or is_out_of_memory(error)
-            self._fail(job, error, known=known)
         except Exception as error:
-            self._fail(job, error, known=False)
+            if is_expected(error):
+                self._end(job, "failed", describe(error))
+                return
+            LOGGER.error("a job of the page failed", exc_info=error)
+            message = f"something unexpected went wrong ({type(error).__name__}); the terminal tells more"
+            self._end(job, "failed", message)
         else:
             self._end(job, "done")
-
-    def _fail(self, job: Job, error: Exception, *, known: bool) -> None:
-        """End a job with a message; the traceback of what nobody expected goes to the terminal."""
-        if known:
-            self._end(job, "failed", describe(error))
-            return
-        LOGGER.error("a job of the page failed", exc_info=error)
-        self._end(job, "failed", f"something unexpected went wrong ({type(error).__name__}); the terminal tells more")

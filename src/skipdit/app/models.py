@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from skipdit.app.jobs import Job
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import Pipeline
 from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.options import DTypeName, choose
 from skipdit.tasks import TASKS
@@ -92,7 +92,7 @@ def labels_of(source: Source) -> list[str]:
 
 
 @contextmanager
-def cancellable(pipeline: Any, job: Job) -> Iterator[None]:
+def cancellable(pipeline: Pipeline, job: Job) -> Iterator[None]:
     """Let every call of a pipeline's transformer inside the block raise `Cancelled` once the job is cancelled."""
     hook = pipeline.transformer.register_forward_pre_hook(lambda *_: job.check())
     try:

@@ -104,10 +104,6 @@ def _front(series: Series) -> Series:
     return replace(series, points=[by_place[place] for place in kept])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A schedule for a speedup
-
-
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRequest:
     """What to calibrate for, as a form says it. `ValueError` if a value is out of range."""
@@ -141,9 +137,9 @@ class MadeSchedule:
     """of its schedule.json"""
 
 
-def with_schedule(made: MadeSchedule, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
+def with_schedule(new: MadeSchedule, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
     """Return the schedules of a page with a new one in front, in place of an older one of its name."""
-    return {made.name: made.method} | {name: method for name, method in own.items() if name != made.name}
+    return {new.name: new.method} | {name: method for name, method in own.items() if name != new.name}
 
 
 def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedule:

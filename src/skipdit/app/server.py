@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -20,6 +20,9 @@ from skipdit.app.config import AppOptions
 from skipdit.app.downloads import PREFIX, Downloads
 from skipdit.app.jobs import Jobs
 from skipdit.app.models import Models
+
+if TYPE_CHECKING:
+    from gradio import Blocks, Theme
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API = "/gradio_api"
@@ -134,7 +137,9 @@ class Guard:
         await answer(scope, receive, send_with_headers)
 
 
-def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = None, css: str = "") -> FastAPI:
+def make_app(
+    blocks: "Blocks", downloads: Downloads, *, loopback: bool, theme: "Theme | None" = None, css: str = ""
+) -> FastAPI:
     """Return the page as a web application."""
     import gradio
 
@@ -143,13 +148,11 @@ def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = 
 
     @app.get(f"{PREFIX}{{token}}/{{name}}")
     def download(token: str, name: str) -> Response:
-        found = downloads.get(token)
-        if found is None or found.name != name:
+        file = downloads.get(token)
+        if file is None or file.name != name:
             return Response(status_code=404)
         return Response(
-            found.content,
-            media_type=found.kind,
-            headers={"Content-Disposition": f'attachment; filename="{found.name}"'},
+            file.content, media_type=file.kind, headers={"Content-Disposition": f'attachment; filename="{file.name}"'}
         )
 
     blocks.queue(default_concurrency_limit=4, api_open=False)

@@ -375,16 +375,6 @@ def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping
 
 FAMILIES |= {name: _with_tokens(FAMILIES[name], by_token) for name, by_token in BY_TOKEN.items()}
 
-# transformers of diffusers 0.42 without a row, and why
-OUT_OF_SCOPE: dict[str, str] = {
-    "DreamLiteTransformer2DModel": "part of a U-Net",
-    "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder: it does not denoise",
-    "RFD4ProteinaTransformer": "its blocks run several times per forward, and half of its work is outside them",
-    "T5FilmDecoder": "no pipeline of diffusers uses it",
-    "Transformer2DModel": "part of a U-Net",
-    "TransformerTemporalModel": "part of a U-Net",
-}
-
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:
     """Declare the units of a class, and of its subclasses, so that `add_long_skips` and `enable_cache` accept it.

@@ -160,13 +160,7 @@ def _unit_plan(
 
     def passes(region: Region) -> bool:
         """Return true if the region includes this unit's skip: it leaves out the unit but not the target."""
-        return (
-            isinstance(region, Units)
-            and region.skips
-            and target is not None
-            and region.leaves_out(unit)
-            and not region.leaves_out(target)
-        )
+        return region.skips and target is not None and region.leaves_out(unit) and not region.leaves_out(target)
 
     def ends(ranges: list[Units]) -> tuple[End, ...]:
         return tuple(End(name=units.name, delta=units.delta) for units in ranges if units.stop <= unit)
@@ -334,7 +328,7 @@ class ForwardState:
             if actions.sheds:
                 stream = self.tokens.leave(stream, self._keep(str(unit), stream))
             else:
-                stream = self.tokens.come_back(stream)
+                stream = self.tokens.restore(stream, self.tokens.fill)
             streams = (*streams[:routed], stream, *streams[routed + 1 :])
         for end in actions.takes:
             if end.name not in self.done:

@@ -113,10 +113,6 @@ class RoutedTokens:
         images = others if self.kept is None else scatter_tokens(images, others, self.kept)
         return torch.cat([texts, images] if self.texts_first else [images, texts], dim=1)
 
-    def come_back(self, stream: Tensor) -> Tensor:
-        """Return all tokens at the unit where those that left the stream return."""
-        return self.restore(stream, self.fill)
-
     def keep(self, value: Any, by_token: "ByToken") -> Any:
         """Return the entries of a block's input that belong to the kept tokens."""
         assert self.passed is not None
@@ -141,18 +137,21 @@ class ByToken:
     def keep(self, value: Any, kept: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
         """Return the entries of the kept tokens. Raises `ValueError` if samples that share entries keep different
         tokens."""
-        if isinstance(value, tuple | list):
-            return type(value)(
-                self._keep_all(entry, kept, num_tokens) if self.index in (None, index) else entry
-                for index, entry in enumerate(value)
-            )
+        match value:
+            case tuple() | list() if self.index is not None:
+                kept_entry = self._keep_all(value[self.index], kept, num_tokens)
+                return type(value)([*value[: self.index], kept_entry, *value[self.index + 1 :]])
         return self._keep_all(value, kept, num_tokens)
 
     def _keep_all(self, value: Any, kept: Tensor, num_tokens: int) -> Any:
-        if isinstance(value, tuple | list):
-            return type(value)(self._keep_all(entry, kept, num_tokens) for entry in value)
-        if not isinstance(value, Tensor) or self.ndim not in (None, value.ndim):
-            return value
+        match value:
+            case tuple() | list():
+                return type(value)(self._keep_all(entry, kept, num_tokens) for entry in value)
+            case Tensor() if self.ndim in (None, value.ndim):
+                return self._keep_tensor(value, kept, num_tokens)
+        return value
+
+    def _keep_tensor(self, value: Tensor, kept: Tensor, num_tokens: int) -> Tensor:
         if self.of_rows:
             rows = value.unflatten(0, (-1, num_tokens))
             return _take(rows, kept.expand(len(rows), -1), 1).flatten(0, 1)

@@ -1,11 +1,12 @@
 """The names that options take, and checks that name a bad value in the same words; nothing heavy is imported."""
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -32,7 +33,13 @@ def choose(what: str, name: str, allowed: Iterable[str]) -> str:
     )
 
 
-def check_numbers(config: Any) -> None:
+def check_installed(what: str, extra: str, *modules: str) -> None:
+    """Raise `ValueError`, with the command to install them, if optional modules are missing. what: who needs them."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'{what} {" and ".join(missing)}: pip install "skipdit[{extra}]"')
+
+
+def check_numbers(config: object) -> None:
     """Raise `ValueError` where a field, or an entry of one, is NaN or infinite, or a seed is none of PyTorch's."""
     for field in fields(config):
         value = getattr(config, field.name)
@@ -44,7 +51,7 @@ def check_numbers(config: Any) -> None:
 
 
 @lru_cache
-def _choices(kind: type) -> dict[str, tuple[Any, bool]]:
+def _choices(kind: type) -> dict[str, tuple[tuple, bool]]:
     """Return, by field of a dataclass, the values that its type lists, and whether it is a tuple of them."""
     found = {}
     for name, hint in get_type_hints(kind).items():
@@ -55,7 +62,7 @@ def _choices(kind: type) -> dict[str, tuple[Any, bool]]:
     return found
 
 
-def check_fields(config: Any) -> None:
+def check_fields(config: object) -> None:
     """Raise `ValueError` on what `check_numbers` refuses, and on values that the type of a field does not list."""
     check_numbers(config)
     for name, (allowed, is_tuple) in _choices(type(config)).items():
@@ -65,13 +72,13 @@ def check_fields(config: Any) -> None:
             check_option(config, name, allowed)
 
 
-def check_choice(name: str, chosen: Sequence[Any], allowed: Sequence[Any]) -> None:
+def check_choice(name: str, chosen: Sequence, allowed: Sequence) -> None:
     """Raise `ValueError` unless each of what was chosen is allowed and there once."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
         raise ValueError(f"{name} must be one or more of {', '.join(map(str, allowed))}, each once, got {chosen!r}")
 
 
-def check_range(config: Any, *names: str, least: float = 1, most: float = math.inf) -> None:
+def check_range(config: object, *names: str, least: float = 1, most: float = math.inf) -> None:
     """Raise `ValueError` where one of these fields is below `least` or above `most`; `None` passes."""
     for name in names:
         if (value := getattr(config, name)) is not None and not least <= value <= most:
@@ -79,14 +86,14 @@ def check_range(config: Any, *names: str, least: float = 1, most: float = math.i
             raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def check_above(config: Any, *names: str, bound: float = 0) -> None:
+def check_above(config: object, *names: str, bound: float = 0) -> None:
     """Raise `ValueError` where one of these fields is not above the bound; `None` passes."""
     for name in names:
         if (value := getattr(config, name)) is not None and not value > bound:
             raise ValueError(f"{name} must be above {bound}, got {value}")
 
 
-def check_option(config: Any, name: str, allowed: Sequence[Any]) -> None:
+def check_option(config: object, name: str, allowed: Sequence) -> None:
     """Raise `ValueError` unless this field is one of the values that are allowed; `None` passes."""
     value = getattr(config, name)
     if value is not None and value not in allowed:
