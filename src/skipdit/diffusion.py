@@ -276,15 +276,16 @@ def guide(
 SCHEDULERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddim", "dpm", "ddpm"), "flow": ("euler", "dpm")}
 
 
-def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
-    """Return a diffusers scheduler that samples with this objective's predictions. Raises `ValueError` on an unknown
-    name.
+def make_scheduler(objective: Objective, name: str | None = None) -> SchedulerMixin:
+    """Return a diffusers scheduler that samples with this objective's predictions, by default the first one of its
+    process in `SCHEDULERS`. Raises `ValueError` on an unknown name.
 
     ddpm: `"ddpm"` (ancestral, evenly spaced from 999 to 0, with the learned variance if there is one) and `"ddim"`
     (eta 0, integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095).
     flow: `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to integers. Euler's method on a straight path is
     DPM-Solver++ of order 1 in data space.
     """
+    name = name or SCHEDULERS[objective.process][0]
     choose(f"scheduler of a {objective.process} model", name, SCHEDULERS[objective.process])
     betas = {
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,

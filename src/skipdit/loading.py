@@ -15,7 +15,7 @@ from skipdit.checkpoints import load_model
 from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
 from skipdit.command_options import PipelineOptions, WeightsOptions
-from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
+from skipdit.diffusion import Objective, make_scheduler
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
 from skipdit.interfaces import Config, Scheduler, Transformer
@@ -268,7 +268,7 @@ def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
     fields: Config = read_run_config(checkpoint).get("objective")
     try:
         objective = Objective(**fields)
-        scheduler = make_scheduler(objective, SCHEDULERS[objective.process][0])
+        scheduler = make_scheduler(objective)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(checkpoint)} does not say its run's objective: {printable(error)}") from error
     return _sampler_of(load_model(checkpoint, dtype=dtype), scheduler)
@@ -304,7 +304,7 @@ def pipeline_of(transformer: Transformer, name: ObjectiveName) -> Sampler:
     adopt(transformer, convention)
     learned = name == "epsilon" and learns_variance(transformer)
     objective = dataclasses.replace(convention.objective, learned_variance=learned)
-    return _sampler_of(transformer, make_scheduler(objective, SCHEDULERS[objective.process][0]))
+    return _sampler_of(transformer, make_scheduler(objective))
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from skipdit.data.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
 from skipdit.data.pictures import DataConfig, Draws, LabelledPictures, open_pictures
-from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.files.untrusted import printable_path
 from skipdit.interfaces import VAE, Transformer
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
@@ -135,11 +134,6 @@ class TrainingTask(Generic[Conditions]):
 def draw_dropped(labels: Tensor, share: float, draws: Draws) -> Bool[Tensor, " batch"]:
     """Return, per item of a batch, whether its condition is dropped, on the device of `labels`."""
     return (draws.rand() < share).to(labels.device, non_blocking=True)
-
-
-def make_task_scheduler(objective: Objective) -> SchedulerMixin:
-    """Return the first scheduler of the objective's process."""
-    return make_scheduler(objective, SCHEDULERS[objective.process][0])
 
 
 def add_missing_links(model: Transformer, config: LinkedConfig) -> None:
