@@ -14,7 +14,7 @@ NUM_COLORS = 6
 
 @dataclass(frozen=True)
 class Frame:
-    """A drawing's size in pixels, its margins, and what it shows."""
+    """The size of a drawing and its margins, in pixels, and the ranges of its axes."""
 
     width: int
     height: int
@@ -35,8 +35,8 @@ class Frame:
 
 
 def measurements(measured: Measurements | None, model: str, path: str) -> str:
-    """Return the chart of what a benchmark measured, and its numbers as a table; without any, how to make it. model:
-    as the page calls it. path: as a command does."""
+    """Return the chart and the table of a benchmark, or without one the command that runs it. model: name on the page.
+    path: name for the command."""
     series = [] if measured is None else [each for each in measured.series if each.points]
     if measured is None or not series:
         command = f"skipdit bench cache --model {shlex.quote(path)} --out out"
@@ -114,7 +114,7 @@ def line(series: Series, style: str, frame: Frame) -> str:
 
 
 def axes(frame: Frame, step: int) -> str:
-    """Return grid lines with their numbers, and what the axes are."""
+    """Return the grid lines with their numbers, and the labels of the axes."""
     parts = []
     end, bottom = frame.width - frame.right, frame.height - frame.bottom
     for level in range(int(frame.y[0]), int(frame.y[1]) + 1, step):

@@ -1,4 +1,4 @@
-"""What `skipdit app` is asked for; nothing heavy is imported, so that its help is there at once."""
+"""The options of `skipdit app`; nothing heavy is imported, so that its help appears at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from skipdit.options import DTypeName, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class AppOptions:
-    """What the page offers, and where it is served."""
+    """What the page offers, and its address."""
 
     models: tuple[str, ...] = ()
     """folders of pipelines (of skipdit or of diffusers) or checkpoints, to be offered beside the bundled models; the
@@ -16,11 +16,11 @@ class AppOptions:
     dtype: DTypeName = "float32"
     """of the weights and the computation of these models"""
     results: tuple[Path, ...] = (Path("out"), Path("benchmarks"), Path("docs"))
-    """folders in which it looks for what skipdit bench cache and skipdit analyze wrote"""
+    """folders that are searched for the reports of skipdit bench cache and skipdit analyze"""
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
+    """cpu, cuda, or auto: a GPU if there is one"""
     host: str = "127.0.0.1"
-    """address to serve at: by default this machine alone reaches it; 0.0.0.0 lets in everyone, without a password"""
+    """address to serve at: by default only this machine can reach it; 0.0.0.0 lets everyone in, without a password"""
     port: int = 7860
     """port to serve at; 0 for any that is free"""
 

@@ -1,4 +1,4 @@
-"""Results as HTML: every text in it is escaped, every picture is in the page itself. Colors are in `page.css`."""
+"""Results as HTML: all text is escaped, and pictures are embedded. Colors are in `page.css`."""
 
 import base64
 import html
@@ -29,7 +29,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def picture_uri(sample: Tensor) -> str:
-    """Return a picture (c h w) or a clip (f c h w) in [0, 1] as a PNG that needs no file, of a clip an animated one."""
+    """Return a picture (c h w) or a clip (f c h w) in [0, 1] as the data URI of a PNG, animated for a clip."""
     frames = to_pictures((sample if sample.ndim == 4 else sample[None]).nan_to_num(1.0))
     stream = io.BytesIO()
     moving = {"save_all": True, "append_images": frames[1:], "duration": CLIP_MILLISECONDS, "loop": 0}
@@ -40,7 +40,7 @@ def picture_uri(sample: Tensor) -> str:
 def pictures(
     heading: str, samples: Tensor | None, captions: Sequence[str], detail: str = "", *, across: bool = False
 ) -> str:
-    """Return a panel of samples; of `None` empty frames in their place. across: one beside the other."""
+    """Return a panel of samples, or of empty frames if there are none yet. across: draw them in one row."""
     crisp = " crisp" if samples is not None and samples.shape[-1] <= PIXEL_ART else ""
     cells = []
     for place, caption in enumerate(captions):
@@ -77,13 +77,13 @@ LEGEND = (
 
 
 def cards(figures: Mapping[str, str]) -> str:
-    """Return figures side by side, each with its name below."""
+    """Return figures side by side, each above its name."""
     inside = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(name)}</dt></div>" for name, value in figures.items())
     return f'<dl class="sd-cards">{inside}</dl>'
 
 
 def comparison(shown: Comparison | None) -> str:
-    """Return both runs side by side, as far as they are."""
+    """Return both runs side by side, with the steps so far."""
     if shown is None:
         return '<div class="sd-hint">Full and cached results appear here, side by side.</div>'
     figures = cards(figures_of(shown)) if shown.is_whole else ""
@@ -121,14 +121,14 @@ def size_text(num_bytes: int) -> str:
 
 
 def differences(shown: Comparison | None, amplification: float) -> str:
-    """Return how far the cached samples are from the full ones; nothing before both are there."""
+    """Return the difference of the cached samples from the full ones; empty until both are done."""
     if shown is None or (samples := difference(shown, amplification)) is None:
         return ""
     return pictures("Difference", samples, shown.captions, f"x {amplification:g}", across=True)
 
 
 def schedule(result: MadeSchedule, url: str) -> str:
-    """Return what is known of a new schedule. url: where it can be downloaded."""
+    """Return the figures and the steps of a new schedule. url: of its download."""
     figures = {
         "less compute": f"{result.compute_ratio:.2f}x",
         "PSNR predicted, dB": f"{result.predicted_psnr_db:.1f}",
@@ -142,7 +142,7 @@ def schedule(result: MadeSchedule, url: str) -> str:
 
 
 def report(stability: StabilityReport, url: str = "") -> str:
-    """Return a stability report. url: where all of its files can be downloaded."""
+    """Return a stability report. url: of the download of all its files."""
     page = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
     parts = [f'<p class="sd-source">From <code>{escape(stability.where)}</code></p>' if stability.where else ""]
     if url:
@@ -158,7 +158,7 @@ def report(stability: StabilityReport, url: str = "") -> str:
 
 
 def status(job: Job, place: int) -> str:
-    """Return a line that says how far a job is. place: how many are before it."""
+    """Return one line on the progress of a job. place: number of jobs before it."""
     match job.state:
         case "waiting" if place == 0:
             return note("waiting", "Starting …")
@@ -175,7 +175,7 @@ def status(job: Job, place: int) -> str:
 
 
 def bar(done: int, total: int) -> str:
-    """Return a bar; without a total one that only says that something happens."""
+    """Return a progress bar; without a total it only shows that work goes on."""
     if not total:
         return '<progress aria-label="progress"></progress>'
     done = min(done, total)
@@ -183,7 +183,7 @@ def bar(done: int, total: int) -> str:
 
 
 def note(state: str, text: str, more: str = "") -> str:
-    """Return a message that screen readers tell."""
+    """Return a message that screen readers announce."""
     role = "alert" if state == "failed" else "status"
     return f'<div class="sd-note sd-{state}"><p role="{role}">{escape(text)}</p>{more}</div>'
 

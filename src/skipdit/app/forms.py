@@ -1,4 +1,4 @@
-"""What people type into the fields of a form."""
+"""Checks of the numbers in a form."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The first tab: what was asked for, sampled in full and then cached, step by step."""
+"""The first tab: the requested samples, in full and then cached, step by step."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +21,7 @@ from skipdit.tasks.task import Sampler
 BUDGETS = ("1.5x", "2x", "2.5x")
 OTHER = "Other"
 MAX_SAMPLES, MAX_STEPS, MAX_GUIDANCE = 16, 250, 30
-MAX_SEED = 2**32 - 1  # what the field of a browser holds to the digit, and every kind of generator takes
+MAX_SEED = 2**32 - 1  # exact in a browser, and valid for every kind of generator
 MAX_PROMPT = 1000  # characters
 SPEEDUP = re.compile(r"(\d{1,3}(?:\.\d{1,3})?)\s*x?")
 MAX_SPEC = 100  # characters
@@ -29,7 +29,7 @@ MAX_SPEC = 100  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What to sample, as a form says it. `ValueError` if a value is out of range."""
+    """The values of the form. `ValueError` if one is out of range."""
 
     labels: tuple[str, ...] = ()
     """class names or numbers, in turn"""
@@ -40,7 +40,7 @@ class SampleRequest:
     guidance_scale: float = 2.0
     seed: int = 0
     cache: str = "2x"
-    """a speedup, a spec, `calibrated:{name}`, or the name of a schedule that this page has made"""
+    """a speedup, a spec, `calibrated:{name}`, or the name of a schedule made on this page"""
 
     def __post_init__(self) -> None:
         if any(len(prompt) > MAX_PROMPT for prompt in self.prompts):
@@ -65,27 +65,27 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two runs, so far."""
+    """The steps of one run so far."""
 
     name: str
     num_steps: int
     is_full: tuple[bool, ...] = ()
-    """of each step that was made, whether it ran every unit"""
+    """whether each step so far was a full one"""
     samples: Tensor | None = None
-    """pictures (b c h w) or clips (b f c h w) in [0, 1]: on the way what they begin to be, where that can be seen"""
+    """pictures (b c h w) or clips (b f c h w) in [0, 1]; during the run a preview, if there is one"""
     seconds: float | None = None
-    """once it is over"""
+    """duration; `None` during the run"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both runs, so far, and once both are over what they say of the cache."""
+    """Both runs so far, and at the end the figures of the cache."""
 
     full: Side
     cached: Side
     captions: list[str]
     cache: str
-    """which it is"""
+    """name of the cache"""
     psnr: str = ""
     ssim: str = ""
     compute_ratio: float | None = None
@@ -93,7 +93,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float | None:
-        """In wall-clock time."""
+        """Return the ratio of their durations, `None` until both are done."""
         if self.full.seconds is None or self.cached.seconds is None:
             return None
         return self.full.seconds / self.cached.seconds
@@ -104,7 +104,7 @@ class Comparison:
 
 
 def cache_names(source: Source, own: Iterable[str] = ()) -> list[str]:
-    """Return caches to choose from: schedules of this page, those that came with the model, and what
+    """Return the caches to choose from: schedules made on this page, those of the model, and those that
     `skipdit bench cache` compares."""
     calibrated = [f"calibrated:{name}" for name in source.schedules]
     specs = [spec for method in METHODS.values() for spec in method.specs if not spec.startswith("calibrated")]
@@ -114,7 +114,7 @@ def cache_names(source: Source, own: Iterable[str] = ()) -> list[str]:
 def find_cache(
     source: Source, text: str, num_inference_steps: int, own: Mapping[str, CacheMethod]
 ) -> tuple[str, CacheMethod]:
-    """Return what a text means, and what that is called.
+    """Return the name and the method of the cache that a text stands for.
 
     A speedup is that of a schedule that came with the model for runs of so many steps, else of `auto`. `ValueError`
     where there is no such cache, or it would never reuse. Files are not read.
@@ -152,7 +152,7 @@ def _parse(source: Source, text: str) -> CacheMethod:
 
 @dataclass
 class Watch:
-    """Follows the steps of one run: tells the job, and keeps which were full."""
+    """Reports the steps of one run to its job, and records which were full."""
 
     job: Job
     sampler: Sampler
@@ -163,7 +163,7 @@ class Watch:
     is_full: list[bool] = field(default_factory=list)
 
     def see(self, output: Tensor, latents: Tensor) -> None:
-        """Take note of a step: what the scheduler is given for it."""
+        """Record a step, given the arguments of the scheduler's step."""
         if self.side == "cached":
             now = counts_of(self.sampler.pipeline).steps_full
             self.is_full.append(now > self.steps_full)
@@ -183,8 +183,8 @@ class Watch:
 
 
 def begun(sampler: Sampler, output: Tensor, latents: Tensor, step: int, num_samples: int) -> Tensor | None:
-    """Return the pictures (b c h w) that a model sees in its latents at a step, of clips the first frames; `None` where
-    latents are no pixels, or the scheduler does not say what the model predicts."""
+    """Return a preview at a step: the pictures (b c h w), or the first frames of clips, that the model predicts; `None`
+    if the model works on latents, or the scheduler does not say what it predicts."""
     scheduler = sampler.pipeline.scheduler
     if sampler.pipeline.vae is not None or latents.ndim != 4 or latents.shape[1] != 3 or len(latents) % num_samples:
         return None
@@ -198,7 +198,7 @@ def begun(sampler: Sampler, output: Tensor, latents: Tensor, step: int, num_samp
 
 
 def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-    """Return x_0 as a model's output tells it: the inverse of `skipdit.diffusion.prediction_target`."""
+    """Return x_0, given the output of a model: the inverse of `skipdit.diffusion.prediction_target`."""
     signal, sigma = signal_and_noise_levels(objective, timesteps, latents.ndim)
     match objective.prediction_type:
         case "epsilon":
@@ -211,7 +211,7 @@ def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: T
 
 
 def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str, CacheMethod]) -> Comparison:
-    """Sample in full and cached, telling the job of every step. `ValueError` if a label, prompt or cache is unknown."""
+    """Sample in full and cached, and report every step to the job. `ValueError` if a label or the cache is unknown."""
     sampler, steps = source.sampler, request.num_inference_steps
     conditions, captions = source.choose(request.conditions, request.num_samples)
     name, method = find_cache(source, request.cache, steps, own)
@@ -220,7 +220,7 @@ def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str,
     )
     shown = Comparison(Side("full", steps), Side("cached", steps), captions, name)
     job.tell(doing="warming up", shown=shown)
-    run(num_inference_steps=1)  # first calls allocate: no part of any time
+    run(num_inference_steps=1)  # the first calls allocate memory, and are not timed
     for side, doing, cache in (("full", "sampling in full", None), ("cached", "sampling cached", OwnCache(method))):
         job.tell(doing=doing, done=0, total=steps)
         watch = Watch(job, sampler, shown, side, len(conditions))
@@ -238,8 +238,8 @@ def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str,
 
 
 def difference(shown: Comparison, amplification: float) -> Tensor | None:
-    """Return how far the cached samples are from the full ones, per channel, times `amplification`, in [0, 1]; `None`
-    before both are there. Broken pixels are white."""
+    """Return the absolute difference of both samples per channel, times `amplification`, clipped to [0, 1]; `None`
+    until both are done. Broken pixels are white."""
     if not shown.is_whole or shown.full.samples is None or shown.cached.samples is None:
         return None
     return ((shown.cached.samples - shown.full.samples).abs() * amplification).nan_to_num(1.0).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""The page: its components, and what they call."""
+"""The components of the page, and their event handlers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -28,13 +28,13 @@ HEADER = """<header class="sd-header"><h1>skipdit</h1>
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
-Schedules = dict[str, dict[str, CacheMethod]]  # made on this page, by model and name
+Schedules = dict[str, dict[str, CacheMethod]]  # of this page, by model and name
 Changes = dict[Component | gr.Column, object]  # by component, its value or its update
 Updates = AsyncIterator[Changes]
 
 
 def make_theme() -> gr.themes.Base:
-    """Return a calm theme of fonts that are on the reader's machine."""
+    """Return a calm theme that uses the fonts of the reader's machine."""
     return gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=FONT, font_mono=MONO).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
@@ -53,7 +53,7 @@ def css() -> str:
 
 
 async def follow(jobs: Jobs, job: Job) -> AsyncIterator[None]:
-    """Yield at each change of a job until it is over. A job that nobody follows any more is cancelled."""
+    """Yield at each change of a job until it is over; cancel the job if the iteration ends before."""
     seen = None
     try:
         while True:
@@ -71,7 +71,7 @@ async def follow(jobs: Jobs, job: Job) -> AsyncIterator[None]:
 
 @dataclass
 class Part:
-    """What every tab with a job has."""
+    """The components of a tab that belong to its job."""
 
     run: gr.Button
     cancel: gr.Button
@@ -81,17 +81,17 @@ class Part:
 
 @dataclass
 class Page:
-    """The page, and what it works with."""
+    """The page."""
 
     models: Models
     jobs: Jobs
     downloads: Downloads
     folders: Sequence[Path]
-    """where reports are looked for"""
+    """folders that are searched for reports"""
     parts: dict[str, Part] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What is on it
+    # Components
 
     def build(self) -> gr.Blocks:
         """Return the page, for `gradio.mount_gradio_app`."""
@@ -200,14 +200,14 @@ class Page:
         )
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What a choice changes
+    # Choices
 
     def choose_task(self, task: str) -> Fields:
         names = self.models.of_task(task)
         return gr.update(choices=names, value=names[0])
 
     def choose_model(self, name: str, own: Schedules) -> Changes:
-        """Open a model, and offer what it can be asked for."""
+        """Open a model, and offer its labels, prompts and caches."""
         status = self.parts["generate"].status
         try:
             source = self.models.open(name)
@@ -233,7 +233,7 @@ class Page:
             return drawing.failure(error)
 
     def show_report(self, is_reported: bool) -> Changes:
-        """Show the report that is there already, once; one that was made on this page stays."""
+        """Show an existing report, once; one made on this page stays."""
         if is_reported:
             return {}
         try:
@@ -244,7 +244,7 @@ class Page:
         return {self.found: hint if report is None else drawing.report(report), self.is_reported: report is not None}
 
     def leave(self, request: gr.Request) -> None:
-        """Cancel what a page that was closed has asked for."""
+        """Cancel the jobs of a page that was closed."""
         self.jobs.cancel(owner_of(request))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ class Page:
         finish: Callable[[Any], Changes],
         watch: Callable[[Job], Changes] = lambda job: {},
     ) -> Updates:
-        """Put a job in line, and yield what changes on the page until it is over; only a message if it is refused.
+        """Submit a job, and yield what changes on the page until it is over, or only why it is refused.
 
         make: returns the job's work, given the model. finish: returns what the job's result changes. watch: returns
         what else changes on the way.

@@ -1,4 +1,4 @@
-"""The second tab: what a speedup costs, as `skipdit bench cache` measured it, and schedules made for a model."""
+"""The second tab: the results of `skipdit bench cache`, and schedules calibrated for a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class RowFields(TypedDict, total=False):
 
 
 class ReportFields(TypedDict):
-    """What is read of a `cache_quality.json`."""
+    """The fields read from a `cache_quality.json`."""
 
     rows: list[RowFields]
 
@@ -57,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The settings of a method that no other of it beats in both, slow ones first."""
+    """The settings on the Pareto front of a method, slow ones first."""
 
     method: str
     group: Group
@@ -66,7 +66,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What a benchmark measured of a model."""
+    """The results of a benchmark of a model."""
 
     source: str
     """the file"""
@@ -74,8 +74,8 @@ class Measurements:
 
 
 def find_measurements(model: str, folders: Sequence[Path]) -> Measurements | None:
-    """Return what `skipdit bench cache` wrote of a model into the first of these folders that has it. model: its name
-    or path. `ValueError` where the file is broken."""
+    """Return the results of `skipdit bench cache` for a model from the first of these folders that has them. model: its
+    name or path. `ValueError` if the file is broken."""
     name = f"{report_name(model)}.json"
     for folder in folders:
         if (folder / name).is_file():
@@ -106,7 +106,7 @@ def _front(series: Series) -> Series:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRequest:
-    """What to calibrate for, as a form says it. `ValueError` if a value is out of range."""
+    """The values of the form. `ValueError` if one is out of range."""
 
     speedup: float = 2.0
     num_inference_steps: int = 50
@@ -124,7 +124,7 @@ class ScheduleRequest:
 
 @dataclass(frozen=True)
 class MadeSchedule:
-    """A schedule, and what is known of it."""
+    """A new schedule with its figures."""
 
     name: str
     method: CacheMethod
@@ -132,19 +132,19 @@ class MadeSchedule:
     compute_ratio: float
     predicted_psnr_db: float
     measured_psnr: str
-    """on the samples that it was found with"""
+    """on the samples of the calibration"""
     content: str
-    """of its schedule.json"""
+    """content of its schedule.json"""
 
 
 def with_schedule(new: MadeSchedule, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
-    """Return the schedules of a page with a new one in front, in place of an older one of its name."""
+    """Return the schedules of a page with a new one in front, which replaces an older one of the same name."""
     return {new.name: new.method} | {name: method for name, method in own.items() if name != new.name}
 
 
 def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedule:
-    """Find the schedule that costs a model least at a speedup, telling the job of every step. `ValueError` where the
-    speedup is out of reach, or the model has no long skips."""
+    """Find the best schedule of a model for a speedup, and report every step to the job. `ValueError` if the speedup is
+    out of reach, or the model has no long skips."""
     config = CalibrateConfig(
         speedups=(request.speedup,),
         num_samples=request.num_samples,
@@ -178,7 +178,7 @@ def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedul
 
 
 def _loaded(content: str) -> CacheMethod:
-    """Return the schedule as whoever downloads it will have it."""
+    """Return the schedule as read from its file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "schedule.json"
         path.write_text(content, encoding="utf-8")

@@ -86,9 +86,9 @@ def _plain(value: object) -> object:
             return {str(key): _plain(entry) for key, entry in value.items()}
         case list() | tuple():
             return [_plain(entry) for entry in value]
-        case type():
-            return value
-    return _plain(asdict(value)) if is_dataclass(value) else value
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return _plain(asdict(value))
+    return value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
