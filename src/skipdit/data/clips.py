@@ -57,7 +57,6 @@ class LabelledClips(LabelledItems):
 
     Every clip is decoded once at the start, so that `ValueError` names a broken one before training. Clips are cached
     if they fit into 1 GiB; otherwise they are decoded at each use. Classes without a readable clip are removed.
-
     """
 
     num_channels = 3

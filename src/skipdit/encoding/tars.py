@@ -79,7 +79,10 @@ class Member:
         label = next((texts[key] for key in CLASS_KEYS if texts.get(key) is not None), "all")
         caption = next((texts[key] for key in CAPTION_KEYS if texts.get(key) is not None), None)
         captions = None if caption is None else as_captions([caption], self.name, "the caption")[0]
-        return class_text(label, f"the class of {self.name}"), captions
+        class_name = class_text(label, f"the class of {self.name}").strip()
+        if not class_name:
+            raise ValueError(f"the class of {self.name} must be a number or a text, got {printable(label, 60)}")
+        return class_name, captions
 
     def _text(self, suffix: str) -> str:
         content = self.others[suffix].read(self.name, MAX_TEXT_BYTES)
@@ -91,10 +94,9 @@ class Member:
 
 def class_text(label: object, name: str) -> str:
     """Return a class, a number or a text, as text. `ValueError` if it is neither. name: what errors call it."""
-    number, text = as_type_or_none(label, int), as_type_or_none(label, str)
-    if number is None and not (text or "").strip():
+    if as_type_or_none(label, int) is None and as_type_or_none(label, str) is None:
         raise ValueError(f"{name} must be a number or a text, got {printable(label, 60)}")
-    return str(label).strip()
+    return str(label)
 
 
 def find_tars(path: Path) -> list[Path]:
