@@ -5,7 +5,7 @@ starts anew in each round, so that one model lies in memory at a time, and the l
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -71,7 +71,7 @@ class RandomLatents(LabelledItems):
     """As many latents (4, 32, 32) as there are labels, of 1000 classes."""
 
     latents: Tensor
-    labels: list[int]
+    labels: Sequence[int]
     size: int = 32
     label_names: list[str] = field(default_factory=lambda: [str(label) for label in range(1000)])
 
