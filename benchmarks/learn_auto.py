@@ -25,7 +25,7 @@ from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.find import COHERENCES, search_for
 from skipdit.calibration.plan import plan
 from skipdit.calibration.search import Search, Variants
-from skipdit.calibration.trials import Measured, Trials, measure
+from skipdit.calibration.trials import Measurement, Trials, measure
 from skipdit.loading import load_source
 
 SPEEDUPS = (1.4, 1.5, 1.65, 1.8, 1.9, 2.0, 2.25, 2.5, 2.8)
@@ -36,7 +36,7 @@ WIDEST = 15.0  # dB behind the best that count at most: where no rule can be nea
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
-def measured_of(name: str, out: Path) -> Measured:
+def measured_of(name: str, out: Path) -> Measurement:
     """Measure a model, or read what was measured before."""
     path = out / f"{name}.npz"
     if not path.exists():
@@ -51,7 +51,7 @@ def measured_of(name: str, out: Path) -> Measured:
         out.mkdir(parents=True, exist_ok=True)
         np.savez(path, **arrays)
     with np.load(path) as arrays:
-        return Measured(
+        return Measurement(
             site=MiddleUnits(),
             changes=arrays["changes"],
             sensitivity=arrays["sensitivity"],
@@ -86,7 +86,7 @@ class Rule:
 class Model:
     """One measured model, and its best schedules."""
 
-    def __init__(self, name: str, measured: Measured) -> None:
+    def __init__(self, name: str, measured: Measurement) -> None:
         self.name, self.measured = name, measured
         searches = [Search(measured, ORDER, coherence) for coherence in COHERENCES]
         fronts = [plan(search.errors(), coherence=search.coherence) for search in searches]

@@ -216,7 +216,7 @@ def test_no_file_but_statistics_is_replaced(folder: Path, tmp_path: Path, capsys
     command = [folder / "set.npz", "--reference", folder / "real.npz", *FAST, "--metrics", "fd", "--save-reference"]
     for path in (weights, junk, link):
         line = refused(*command, path, out=tmp_path / "no", capsys=capsys)
-        assert "is there, and holds no statistics of a set" in line
+        assert "exists and holds no statistics of a set" in line
     assert weights.read_bytes() == before
     assert junk.read_bytes() == b"notes of somebody"
     line = refused(
@@ -328,7 +328,7 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     )
     assert "i3d" in asked(npz_file, "--reference", "emoji", "--extractor", "vgg")
     assert "there are no pictures or clips in" in asked(tmp_path, "--reference", "emoji")
-    assert "is not there: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
+    assert "does not exist: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
     assert "at least 1" in asked(npz_file, "--reference", "emoji", "--num-samples", "0")
 
 

@@ -124,7 +124,7 @@ def test_what_is_not_weights_of_inception_is_refused(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.pth is not the weights of Inception for FID: ") as refused:
+    with pytest.raises(ValueError, match=r"weights\.pth does not hold the weights of Inception for FID: ") as refused:
         open_extractor(f"inception={tmp_path / 'weights.pth'}")
     assert "\n" not in str(refused.value)
     assert capsys.readouterr().out == ""
@@ -370,7 +370,7 @@ def test_lpips_says_what_it_needs(alexnet: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert load_lpips(None).title == "LPIPS"
     (tmp_path / "other.pth").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match=r"other\.pth is not the weights of torchvision's AlexNet"):
+    with pytest.raises(ValueError, match=r"other\.pth does not hold the weights of torchvision's AlexNet"):
         load_lpips(tmp_path / "other.pth")
 
 
@@ -386,7 +386,7 @@ def test_scores_of_texts_are_cosines() -> None:
     pictures[:2, 0], pictures[2:, 2], pictures[1, 2] = 1, 1, 1
     scores = clip_scores(pictures, ["red", "red", "blue", "no blue"], encoders)
     assert scores.tolist() == pytest.approx([100, 100 / 2**0.5, 100, 0], abs=1e-3)
-    with pytest.raises(ValueError, match="a text is needed per picture, got 1 and 4"):
+    with pytest.raises(ValueError, match="each picture needs one text, got 1 texts for 4 pictures"):
         clip_scores(pictures, ["red"], encoders)
 
 

@@ -227,7 +227,7 @@ def test_stopped_it_says_what_is_there(config: SampleConfig, monkeypatch: pytest
     monkeypatch.setattr(skipdit.sampling.sets.BlockMaker, "make", stops)
     with pytest.raises(KeyboardInterrupt) as stopped:
         sample_set(config)
-    assert "16 samples are there; the same command goes on with them" in stopped.value.__notes__
+    assert "16 samples are complete; the same command continues with them" in stopped.value.__notes__
     monkeypatch.undo()
     assert made(config)[0].num_made == 50 - 16
 

@@ -17,6 +17,12 @@ Transformer = Any
 VAE = Any
 """An autoencoder of diffusers, which decodes latents; `None` in a pipeline that works on pixels."""
 
+ModelOutput = Any
+"""The return value of a forward: a tensor, a tuple, or a `BaseOutput` of diffusers."""
+
+Latents = Any
+"""The noisy latents that a forward takes: a tensor, or one per sample in a list."""
+
 Scheduler = Any
 """A `SchedulerMixin` with `set_timesteps`, `timesteps` and `step`."""
 

@@ -159,10 +159,10 @@ def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedul
     with cancellable(pipeline, job):
         job.tell(doing="measuring what reuse does at each step", done=0, total=total)
         run = replace(make_runner(source, config), advance=job.advance)
-        measured = measure(run, config.site, config.trials, advance=job.advance)
-        check_finite(measured.reference)
+        measurement = measure(run, config.site, config.trials, advance=job.advance)
+        check_finite(measurement.reference)
         job.tell(doing="trying schedules", done=0, total=0)
-        (found,) = find_schedules(measured, config, replace(run, advance=None))
+        (found,) = find_schedules(measurement, config, replace(run, advance=None))
     content = json.dumps(to_fields(found, config, made_for), indent=1, allow_nan=False)
     schedule = explicit(found.method)
     name = f"made here: {request.speedup:g}x, {request.num_inference_steps} steps"

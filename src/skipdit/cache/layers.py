@@ -9,7 +9,6 @@ turn. Here a run in full tries each branch alone, at each step that may reuse.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +20,10 @@ from skipdit.cache.compiled import Call
 from skipdit.cache.enable import recorded
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.schedule import ExplicitSchedule
-from skipdit.cache.site import BranchOutputs, Site, known_units
-from skipdit.cache.steppers import CacheRule, StepState
+from skipdit.cache.site import BranchOutputs, Site, linked_model
+from skipdit.cache.steppers import CacheRule, MeasuringStepper, StepState
 from skipdit.cache.whole import tensors_in
+from skipdit.interfaces import ModelOutput
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 
@@ -60,9 +60,7 @@ class ChosenLayers(Site):
     variants: tuple[frozenset[Branch], ...]
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        known_units(model)
-        found: set[Branch] = {(info.kind, info.unit) for info in cast(LongSkipModel, model).branches()}
-        missing = sorted(frozenset[Branch]().union(*self.variants) - found)
+        missing = sorted(frozenset[Branch]().union(*self.variants) - _branches_of(linked_model(model)))
         if missing:
             raise ValueError(f"{type(model).__name__} has no {missing[0][0]} in unit {missing[0][1]} to reuse")
         return tuple(ChosenBranches.of(chosen) for chosen in self.variants)
@@ -95,37 +93,38 @@ class LayerErrors:
         return CacheMethod(schedule=schedule, site=ChosenLayers(variants))
 
 
-class TryingSteps:
-    """Makes every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
+class BranchTrials(MeasuringStepper):
+    """Runs every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
 
     def __init__(self, model: nn.Module, rules: list[CacheRule], interval: int) -> None:
-        self.rules, self.interval = rules, interval
-        linked = cast(LongSkipModel, model)
-        found: frozenset[Branch] = frozenset((info.kind, info.unit) for info in linked.branches())
-        every = ChosenBranches.of(found)
-        self.name = every.name
-        self.full = ForwardPlan.of(linked.long_skip_links, store=(every,))
+        branches = _branches_of(linked_model(model))
+        region = ChosenBranches.of(branches)
+        super().__init__(model, rules, (region,))
+        self.interval, self.name = interval, region.name
         self.alone: dict[Branch, ForwardPlan] = {
-            branch: ForwardPlan.of(linked.long_skip_links, reuse=(ChosenBranches.of(frozenset([branch])),))
-            for branch in sorted(found, key=lambda branch: (branch[1], branch[0]))
+            branch: ForwardPlan.of(self.links, reuse=(ChosenBranches.of(frozenset([branch])),))
+            for branch in sorted(branches, key=lambda branch: (branch[1], branch[0]))
         }
         self.held: WeakKeyDictionary[StepState, Stored] = WeakKeyDictionary()
         # by noise level, for each stream the errors of all branches
         self.errors: dict[float, list[Tensor]] = {}
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
-        output, stored = call(self.full)
+    def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
         errors = self.errors.setdefault(stream.levels[-1], [])
         if (len(stream.levels) - 1) % self.interval == 0:
             self.held[stream] = {self.name: stored[self.name]}
-            return output, ()
+            return output
         exact = {"output": _values(output)}
-        tried = (call(plan, self.held[stream]).output for plan in self.alone.values())
-        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in tried]))
-        return output, ()
+        outputs = (call(plan, self.held[stream]).output for plan in self.alone.values())
+        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in outputs]))
+        return output
 
 
-def _values(output: Any) -> dict[str, Tensor]:
+def _branches_of(model: LongSkipModel) -> frozenset[Branch]:
+    return frozenset((info.kind, info.unit) for info in model.branches())
+
+
+def _values(output: ModelOutput) -> dict[str, Tensor]:
     return {str(index): tensor for index, tensor in enumerate(tensors_in(output))}
 
 
@@ -140,7 +139,10 @@ def measure_layers(
     """
     if interval < 2:
         raise ValueError(f"interval must be at least 2, else no step could reuse, got {interval}")
-    with recorded(target, BranchOutputs(EVERY), lambda model, rules: TryingSteps(model, rules, interval)) as (_, steps):
+    with recorded(target, BranchOutputs(EVERY), lambda model, rules: BranchTrials(model, rules, interval)) as (
+        _,
+        steps,
+    ):
         sample()
     if not steps.errors:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")

@@ -57,6 +57,11 @@ class Predictor:
             derivatives.append({key: (value - previous[key]) / distance for key, value in last.items()})
         return tuple(derivatives)
 
+    @property
+    def fitted_factors(self) -> Mapping[float, tuple[float, ...]]:
+        """Return the fitted factors by timestep; empty if nothing was fitted."""
+        return {}
+
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
         """Return the numbers by which the derivatives from the first to the `order`-th are multiplied."""
         raise NotImplementedError
@@ -131,6 +136,10 @@ class FittedPredictor(Predictor):
             raise ValueError(f"there must be factors for each of {len(self.timesteps)} timesteps, got {self.factors}")
         if any(len(row) != self.order or not all(map(math.isfinite, row)) for row in self.factors):
             raise ValueError(f"factors must be {self.order} finite numbers per timestep, got {self.factors}")
+
+    @property
+    def fitted_factors(self) -> Mapping[float, tuple[float, ...]]:
+        return dict(zip(self.timesteps, self.factors, strict=True))
 
     def factors_at(self, timestep: float) -> tuple[float, ...]:
         """Return the factors of a timestep, interpolated linearly."""

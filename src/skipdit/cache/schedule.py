@@ -8,9 +8,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from skipdit.cache.error_table import ErrorTable
+
+if TYPE_CHECKING:
+    from skipdit.cache.gates import Gate
 
 # None: a full step; a number: a reuse step, of this variant of the site (counted from 0)
 Decision = int | None
@@ -23,6 +26,20 @@ class Schedule:
     """True if it decides while the model runs, so that no decision is known in advance."""
     may_stay_full = False
     """True if a run without any reuse is acceptable."""
+    num_variants = 1
+    """Number of variants that its site must have."""
+    holds_if_noisy = False
+    """True if stored values are held, not extrapolated, where the scheduler draws noise."""
+    has_probe = False
+    """True if it compares a probe, which is taken while the first units run or before the model is called."""
+    at_rate = False
+    """True if it estimates the change of the stored values from that of the probe."""
+    follows_each_step = False
+    """True if it compares the probe with that of the last step instead of the last full one."""
+
+    def gate(self) -> "Gate | None":
+        """Return a gate for a new stream; `None` for a static schedule."""
+        return None
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         """Return the decision for each step of a run, given its timesteps; with `whole` false, those so far. Raises
@@ -36,7 +53,11 @@ class Schedule:
         """Return true if stored values are kept after a step at `timestep`."""
         return True
 
-    def for_cost(self, reuse_cost: float) -> Any:
+    def why_never(self, num_steps: int) -> str | None:
+        """Return why a run of an adaptive schedule has not reused once; `None` if that is intended."""
+        return None
+
+    def for_cost(self, reuse_cost: float) -> "Schedule":
         """Return the schedule for a reuse step that costs this share of a full one."""
         return self
 
@@ -86,12 +107,6 @@ class IntervalSchedule(Schedule):
 ROUNDED = 0.1  # of a step, by which a timestep of low precision may be off
 
 
-def check_variants(variants: tuple[Any, ...]) -> None:
-    """Raise `ValueError` unless all are `None` or whole numbers of at least 0."""
-    if any(variant is not None and (type(variant) is not int or variant < 0) for variant in variants):
-        raise ValueError(f"variants must be whole numbers of at least 0, got {variants}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExplicitSchedule(Schedule):
     """The listed steps are full, all others reuse."""
@@ -124,7 +139,8 @@ class ExplicitSchedule(Schedule):
             raise ValueError(
                 f"variants must be {count}, None for full steps and a number for others, got {self.variants}"
             )
-        check_variants(self.variants)
+        if any(variant is not None and (type(variant) is not int or variant < 0) for variant in self.variants):
+            raise ValueError(f"variants must be whole numbers of at least 0, got {self.variants}")
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         if not self.timesteps:
@@ -191,8 +207,7 @@ class ExplicitSchedule(Schedule):
             raise ValueError("this schedule was made for falling timesteps, got a run in which they rise")
 
     @property
-    def num_variants(self) -> int:
-        """The number of variants that its site must have."""
+    def num_variants(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 1 + max((variant for variant in self.variants if variant is not None), default=0)
 
     def variant_at(self, step: int) -> int:
@@ -230,6 +245,7 @@ class AutoSchedule(Schedule):
     reuse_cost: float = 0.0
     """Cost of a reuse step, as a share of a full one."""
     may_stay_full = True  # a short run, as of image-to-image, may have nothing to spare
+    holds_if_noisy = True
 
     def __post_init__(self) -> None:
         if not self.speedup >= 1:

@@ -13,11 +13,11 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import RuleState
 from skipdit.diffusion import noise_levels, noise_shares
+from skipdit.interfaces import Fields, Latents, ModelOutput, Pipeline, Scheduler
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
@@ -36,8 +37,11 @@ MAX_RUNS = 64
 
 _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
 _branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
-_loop: ContextVar[Mapping[str, Any]] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
+_loop: ContextVar[Fields] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
 
+Layout = tuple[Any, torch.dtype, torch.device]  # shape, dtype and device of latents; of a list of them, all shapes
+Timestep = Tensor | float
+Order = Tensor | str | None
 BY_STEP_INDEX = "step_index"  # the order of calls whose positions come from `cache_context`
 Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names from the model's own `cache_context`
 
@@ -74,7 +78,7 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
 class Stream:
     """The calls of one name, shape and conditioning: their stored values and their counts."""
 
-    layout: tuple
+    layout: Layout
     """Shape, dtype and device of the latents."""
     conditions: Conditions
     """The conditioning of the last call."""
@@ -92,7 +96,7 @@ class Stream:
     """Costs for its layout, once they have been counted."""
     compiled: set[ForwardPlan] = field(default_factory=set)
     """The plans whose graphs have run."""
-    forms: dict[Any, Any] = field(default_factory=dict)
+    forms: dict[bool, ModelOutput] = field(default_factory=dict)
     """By `return_dict`, the form of the model's output, for steps that do not call it."""
     output: list[Tensor] = field(default_factory=list)
     """Its last output, if other guidance branches of the step may need it."""
@@ -119,7 +123,7 @@ class Stream:
 class Run:
     """The streams of one name."""
 
-    order: Any
+    order: Order
     """The order of its steps: the list of a watched scheduler, `BY_STEP_INDEX`, or `None` for the timestep itself."""
     levels: list[float] = field(default_factory=list)
     """Noise levels of the whole list, from 0 to 1000; empty if unknown."""
@@ -203,20 +207,20 @@ class Streams:
         by_token: bool = False,
     ) -> None:
         self.start, self.check, self.over, self.scale, self.by_token = start, check, over, scale, by_token
-        self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
         # by watched scheduler, the list of the run that began last
-        self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self.begun: weakref.WeakKeyDictionary[Scheduler, Tensor] = weakref.WeakKeyDictionary()
         # by watched scheduler of a ddpm process, the share of noise at each timestep of training
-        self.shares: weakref.WeakKeyDictionary[Any, list[float]] = weakref.WeakKeyDictionary()
+        self.shares: weakref.WeakKeyDictionary[Scheduler, list[float]] = weakref.WeakKeyDictionary()
         self.runs: dict[Key, Run] = {}
         self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
 
-    def watch(self, pipeline: Any) -> None:
+    def watch(self, pipeline: Pipeline) -> None:
         """Follow the scheduler of a pipeline: copied timesteps belong to the lists that it makes from now on."""
         self.pipelines.add(pipeline)
         self.begun |= self._lists()
 
-    def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
+    def next(self, timestep: Timestep, latents: Latents, conditions: Fields) -> tuple[Run, Stream]:
         """Return the run and the stream that a call continues; either may be new."""
         key = threading.current_thread().ident or 0, _context.get(), _branch.get()
         current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
@@ -249,7 +253,7 @@ class Streams:
         return run, stream
 
     def _place(
-        self, key: Key, before: Run | None, timestep: Any, conditions: Conditions, layout: tuple
+        self, key: Key, before: Run | None, timestep: Timestep, conditions: Conditions, layout: Layout
     ) -> tuple[Run, float, Stream | None, list[Stream]]:
         """Return a call's run and its place there; its stream, if the same tensor objects identify it; and the streams
         of its layout. Reads the timestep and the checksums from the device together."""
@@ -288,26 +292,26 @@ class Streams:
     # ------------------------------------------------------------------------------------------------------------------
     # Where a call stands
 
-    def _lists(self) -> dict[Any, Tensor]:
+    def _lists(self) -> dict[Scheduler, Tensor]:
         """Return the timesteps of each watched scheduler on which `set_timesteps` has been called."""
         schedulers = {id(pipeline.scheduler): pipeline.scheduler for pipeline in list(self.pipelines)}.values()
         ready = (other for other in schedulers if getattr(other, "num_inference_steps", None) is not None)
         return {scheduler: scheduler.timesteps for scheduler in ready}
 
-    def _tables(self, order: Any) -> Iterator[Tensor]:
+    def _tables(self, order: Order) -> Iterator[Tensor]:
         """Yield the list that orders a run, nearly always the right one, then those of the schedulers."""
         if isinstance(order, Tensor):
             yield order
         yield from self._lists().values()
 
-    def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
+    def _known_place(self, timestep: Timestep, run: Run | None, branches: list[Run]) -> tuple[Order, float | None]:
         """Return the order of the run's calls, and the place of this call if it is known without a read from the
         device; `None` if it must be counted or read. branches: the other named branches of the same run."""
         loop, order = _loop.get(), None if run is None else run.order
         for table in self._tables(order):
             for entry in (timestep, loop.get("timestep")):
-                if _shares_memory(entry, table):
-                    return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
+                if _is_one(entry) and entry.untyped_storage().data_ptr() == table.untyped_storage().data_ptr():
+                    return table, int(entry.storage_offset() - table.storage_offset())  # a view, as pipelines pass them
         lists = self._lists()
         current = next((key for key, table in lists.items() if run is not None and table is run.order), None)
         fresh = [scheduler for scheduler, table in lists.items() if self.begun.get(scheduler) is not table]
@@ -332,7 +336,7 @@ class Streams:
             index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
-    def _continues(self, timestep: Any, run: Run | None, fresh: list[Any]) -> bool:
+    def _continues(self, timestep: Timestep, run: Run | None, fresh: list[Scheduler]) -> bool:
         """Return true if a copied timestep, which is read, continues its run rather than starting the new list of
         another scheduler."""
         assert run is not None
@@ -340,7 +344,7 @@ class Streams:
         coming, first = run.coming[:2], [_levels_of(scheduler)[0] for scheduler in fresh]
         return any(_near(level, other) for other in coming) and not any(_near(level, other) for other in first)
 
-    def _levels(self, timestep: Any) -> list[Tensor]:
+    def _levels(self, timestep: Timestep) -> list[Tensor]:
         """Return the highest and the lowest timestep over samples, each that of its noisiest token, as scalars."""
         known = _loop.get().get("timestep")
         timestep = torch.as_tensor(timestep if known is None else known)
@@ -451,14 +455,14 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     return run, level
 
 
-def _levels_of(scheduler: Any) -> list[float]:
+def _levels_of(scheduler: Scheduler) -> list[float]:
     """Return the noise levels of a scheduler's list, which is read from the device."""
     config = scheduler.config
     num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
     return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
 
 
-def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
+def layout_of(latents: Latents) -> Layout:
     """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
     if isinstance(latents, Tensor):
         return latents.shape, latents.dtype, latents.device
@@ -466,17 +470,12 @@ def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
     return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
 
 
-def _is_entry(timestep: Any) -> bool:
+def _is_entry(timestep: object) -> bool:
     """Return true if a timestep is a view of one entry of a longer list."""
     return _is_one(timestep) and timestep.untyped_storage().nbytes() > timestep.element_size()
 
 
-def _shares_memory(timestep: Any, table: Tensor) -> bool:
-    """Return true if a timestep is a view of an entry of this list, as pipelines pass them."""
-    return _is_one(timestep) and timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
-
-
-def _is_one(timestep: Any) -> bool:
+def _is_one(timestep: object) -> TypeGuard[Tensor]:
     return isinstance(timestep, Tensor) and (timestep.numel() == 1 or max(timestep.stride()) == 0)
 
 

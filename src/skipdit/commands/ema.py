@@ -7,7 +7,6 @@ from pathlib import Path
 import tyro
 
 from skipdit.command_options import parse
-from skipdit.files.output import absolute, atomic_folder, check_apart, check_replaceable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +30,9 @@ def ema(arguments: Sequence[str]) -> None:
     Example: skipdit ema runs/emoji --length 0.15 --out runs/emoji-ema-0.15
     """
     options = parse("ema", ema.__doc__, arguments, AverageOptions)
-    from skipdit.loading import load_source
-    from skipdit.training.loop import MAX_SHARD_SIZE
-    from skipdit.training.posthoc_ema import reconstruct
+    from skipdit.averaging import write_average
 
-    out = absolute(options.out)
-    check_apart(out, [options.run])
-    check_replaceable(out, "model")
-    sampler = load_source(str(options.run), device="cpu", decodes=False).sampler
-    average = reconstruct(options.run, sampler.pipeline.transformer, options.length, options.step)
-    with atomic_folder(out, "model") as draft:
-        sampler.save(draft, MAX_SHARD_SIZE)
+    average = write_average(options.run, options.length, options.out, options.step)
     print(
         f"average of length {average.length:g} at step {average.step}, from {len(average.weights)} snapshots ", end=""
     )

@@ -142,6 +142,11 @@ class LongSkipModel(nn.Module):
     """The current call, for blocks and branches; `None` if none are open."""
     is_cache_enabled: bool = False
 
+    @classmethod
+    def find(cls, model: nn.Module) -> "LongSkipModel | None":
+        """Return the model if skipdit knows its units, otherwise `None`."""
+        return model if isinstance(model, cls) else None
+
     def units(self) -> list[tuple[LinkedBlock, ...]]:
         """Return the blocks of each unit in the order in which they run; the first one fuses the unit's skip."""
         raise NotImplementedError
