@@ -118,12 +118,14 @@ def to_classes(
     if any(value is None or value != value or (names is not None and value == -1) for value in values):
         raise ValueError(f"{source} has rows without {column}")
     if names is not None:
-        wrong = next((value for value in values if not isinstance(value, int) or not 0 <= value < len(names)), None)
-        if wrong is not None:
-            raise ValueError(f"{column} of {source} must be 0 to {len(names) - 1}, got {printable(wrong)}")
+        labels = [as_type_or_none(value, int) for value in values]
+        for value, label in zip(values, labels, strict=True):
+            if label is None or not 0 <= label < len(names):
+                raise ValueError(f"{column} of {source} must be 0 to {len(names) - 1}, got {printable(value)}")
         return list(values), list(names)
-    if isinstance(next(iter(values), None), (bytes, dict, list, tuple)):
-        raise ValueError(f"{column} of {source} must contain numbers or texts, got {printable(values[0], 40)}")
+    match values:
+        case [bytes() | dict() | list() | tuple() as first, *_]:
+            raise ValueError(f"{column} of {source} must contain numbers or texts, got {printable(first, 40)}")
     unique = sorted(set(values))
     classes = {name: label for label, name in enumerate(unique)}
     return [classes[value] for value in values], [str(name) for name in unique]

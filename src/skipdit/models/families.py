@@ -368,7 +368,11 @@ BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] =
 
 
 def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]) -> Family:
-    inputs = by_token if isinstance(by_token, tuple) else (by_token,) * len(family.segments)
+    match by_token:
+        case tuple():
+            inputs = by_token
+        case _:
+            inputs = (by_token,) * len(family.segments)
     segments = zip(family.segments, inputs, strict=True)
     return replace(family, segments=tuple(replace(segment, by_token=names) for segment, names in segments))
 

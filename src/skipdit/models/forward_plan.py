@@ -9,7 +9,7 @@ actions at each unit as booleans and names; a `ForwardState` carries them out.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -171,7 +171,9 @@ def _unit_plan(
 
     runs = not any(region.leaves_out(unit) for region in reuse)
     stored_skip = next((region.name for region in reuse if passes(region)), None)
-    stored, reused = ([region for region in regions if isinstance(region, Units)] for regions in (store, reuse))
+    stored, reused = (
+        [cast(Units, region) for region in regions if region.bounds is not None] for regions in (store, reuse)
+    )
     is_due = unit in links.segment_starts or any(
         unit == units.stop or (units.delta and unit == units.start) for units in stored + reused
     )

@@ -137,21 +137,18 @@ class ByToken:
     def keep(self, value: Any, kept: Int[Tensor, "batch kept"], num_tokens: int) -> Any:
         """Return the entries of the kept tokens. Raises `ValueError` if samples that share entries keep different
         tokens."""
-        match value:
-            case tuple() | list() if self.index is not None:
-                kept_entry = self._keep_all(value[self.index], kept, num_tokens)
-                return type(value)([*value[: self.index], kept_entry, *value[self.index + 1 :]])
+        if isinstance(value, tuple | list):
+            return type(value)(
+                self._keep_all(entry, kept, num_tokens) if self.index in (None, index) else entry
+                for index, entry in enumerate(value)
+            )
         return self._keep_all(value, kept, num_tokens)
 
     def _keep_all(self, value: Any, kept: Tensor, num_tokens: int) -> Any:
-        match value:
-            case tuple() | list():
-                return type(value)(self._keep_all(entry, kept, num_tokens) for entry in value)
-            case Tensor() if self.ndim in (None, value.ndim):
-                return self._keep_tensor(value, kept, num_tokens)
-        return value
-
-    def _keep_tensor(self, value: Tensor, kept: Tensor, num_tokens: int) -> Tensor:
+        if isinstance(value, tuple | list):
+            return type(value)(self._keep_all(entry, kept, num_tokens) for entry in value)
+        if not isinstance(value, Tensor) or self.ndim not in (None, value.ndim):
+            return value
         if self.of_rows:
             rows = value.unflatten(0, (-1, num_tokens))
             return _take(rows, kept.expand(len(rows), -1), 1).flatten(0, 1)

@@ -48,15 +48,16 @@ class SplitGuidance(nn.Module):
     def _halves(self, name: int | str, value: object, num_rows: int) -> tuple[object, object]:
         """Return the value of an argument for each of the two calls. While the argument is the same object, so are its
         halves, by which a cache recognizes its streams."""
-        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != num_rows:
-            return value, value
-        if name not in self.known or self.known[name][0] is not value:
-            first, second = value.chunk(2)
-            # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's list; a
-            # single timestep expanded over the rows is one
-            halves = (first.clone(), second.clone()) if value.stride(0) else (first, second)
-            self.known[name] = value, halves
-        return self.known[name][1]
+        match value:
+            case Tensor() if value.ndim and value.shape[0] == num_rows:
+                if name not in self.known or self.known[name][0] is not value:
+                    first, second = value.chunk(2)
+                    # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's
+                    # list; a single timestep expanded over the rows is one
+                    halves = (first.clone(), second.clone()) if value.stride(0) else (first, second)
+                    self.known[name] = value, halves
+                return self.known[name][1]
+        return value, value
 
 
 @contextmanager
