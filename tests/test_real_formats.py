@@ -5,6 +5,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from published import (
     sd_vae,
     t5_encoder,
     t5_tokenizer,
+    wan_t2v,
     write,
 )
+from safetensors.torch import load_file, save_file
 from tiny import listing
 
 import skipdit
@@ -195,6 +198,36 @@ def test_a_pipeline_of_diffusers_is_calibrated_and_gives_sets(
     with np.load(Path("set", "samples.npz")) as archive:
         assert archive["arr_0"].shape == (3, 64, 64, 3)
         assert archive["arr_1"].tolist() == [0, 1, 2]  # all classes in turn
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_set_goes_on_with_the_weights_of_all_its_parts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Wan 2.2, whose second transformer makes the low noise levels: other weights of it, or of the text encoder,
+    made the rest of a set."""
+    wan_t2v(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("model/transformer", "model/transformer_2")
+    index = json.loads(Path("model", "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    write(Path("model", "model_index.json"), index)
+    command = [
+        "sample", "--model", "model", "--prompt", "a cat", "--steps", "2", "--num-frames", "5", *SIZE, "--cache",
+        "none", "--npz", "--num-samples", "1", "--device", "cpu", "--out", "set",
+    ]  # fmt: skip
+    main(command)
+    for part in ("transformer_2", "text_encoder"):
+        path = sorted(Path("model", part).glob("*.safetensors"))[0]
+        whole, tensors = path.read_bytes(), load_file(path)
+        name = next(iter(tensors))
+        save_file(tensors | {name: tensors[name] + 1}, path, metadata={"format": "pt"})
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "set holds samples of other settings (model): give another --out" in capsys.readouterr().err
+        path.write_bytes(whole)
+    main(command)
+    assert "holds these samples already" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

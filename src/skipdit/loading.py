@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -22,7 +22,9 @@ from skipdit.interfaces import Config, Scheduler, Transformer
 from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
 from skipdit.tasks.published import open_published
-from skipdit.tasks.task import Chosen, Sampler, Task, learns_variance
+from skipdit.tasks.task import Chosen, RunDefaults, Sampler, Task, learns_variance
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,16 @@ class Source:
         if name not in self.schedules:
             raise ValueError(f"the calibrated schedules of this model are {', '.join(self.schedules)}, got {name!r}")
         return self.schedules[name]
+
+    def complete(self, config: Settings) -> Settings:
+        """Return a config with the model's own number of steps and guidance scale where it leaves them out."""
+        missing = {name: value for name, value in self.run_defaults._asdict().items() if getattr(config, name) is None}
+        return dataclasses.replace(cast(Any, config), **missing)
+
+    @property
+    def run_defaults(self) -> RunDefaults:
+        """The number of steps and the guidance scale of a run of the model by default."""
+        return self.sampler.task.run_defaults(self.sampler.pipeline)
 
     def choose(self, options: Mapping[str, Sequence[str]], count: int) -> Chosen:
         """Return the conditions of `count` samples; see `Task.choose`."""

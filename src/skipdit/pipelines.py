@@ -75,8 +75,9 @@ class ShallowGuidance:
 class SamplingOptions:
     """Sampling options that pipelines for pictures and for clips share."""
 
-    guidance_scale: float
-    """strength of classifier-free guidance; at 1 or below only the conditional prediction is made"""
+    guidance_scale: float | None
+    """strength of classifier-free guidance; at 1 or below only the conditional prediction is made; `None` leaves it to
+    a pipeline of diffusers"""
     num_inference_steps: int
     """denoising steps"""
     generator: torch.Generator | list[torch.Generator] | None = None
@@ -193,6 +194,7 @@ class ClassPipeline(DiffusionPipeline):
         Raises `ValueError` if the model cannot be guided as the options say.
         """
         model, scale = self.transformer, options.guidance_scale
+        assert scale is not None
         self.guidance_scale = scale
         num_channels, guided_channels = model.config.in_channels, options.guidance_channels
         if guided_channels is not None and not 1 <= guided_channels <= num_channels:

@@ -167,7 +167,8 @@ class Runner:
     conditions: Conditioning
     """class numbers or prompts, one per sample"""
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None
+    """`None` leaves it to a pipeline of diffusers"""
     seed: int | Sequence[int] = 0
     """seed of all noise, or one per sample"""
     options: Fields = field(default_factory=dict)

@@ -37,7 +37,8 @@ class SampleRequest:
     """texts, in turn, one per line"""
     num_samples: int = 4
     num_inference_steps: int = 50
-    guidance_scale: float = 2.0
+    guidance_scale: float | None = None
+    """by default that of the model"""
     seed: int = 0
     cache: str = "2x"
     """a speedup, a spec, `calibrated:{name}`, or the name of a schedule made on this page"""
@@ -49,9 +50,10 @@ class SampleRequest:
             self,
             num_samples=("how many", 1, MAX_SAMPLES),
             num_inference_steps=("steps", 2, MAX_STEPS),
-            guidance_scale=("guidance", 1, MAX_GUIDANCE),
             seed=("seed", 0, MAX_SEED),
         )
+        if self.guidance_scale is not None:
+            check_form(self, guidance_scale=("guidance", 1, MAX_GUIDANCE))
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -212,6 +214,7 @@ def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: T
 
 def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str, CacheMethod]) -> Comparison:
     """Sample in full and cached, and report every step to the job. `ValueError` if a label or the cache is unknown."""
+    request = source.complete(request)
     sampler, steps = source.sampler, request.num_inference_steps
     conditions, captions = source.choose(request.conditions, request.num_samples)
     name, method = find_cache(source, request.cache, steps, own)

@@ -192,8 +192,8 @@ class Page:
         return part
 
     def connect_choices(self) -> None:
-        self.depends_on_model = [self.labels, self.prompt, self.other, self.count, self.chart,
-                                 self.parts["generate"].status]  # fmt: skip
+        self.depends_on_model = [self.labels, self.prompt, self.other, self.count, self.steps, self.wanted_steps,
+                                 self.guidance, self.chart, self.parts["generate"].status]  # fmt: skip
         self.task.change(self.choose_task, self.task, self.model, **QUIET)
         self.model.change(
             self.choose_model, [self.model, self.own], self.depends_on_model, trigger_mode="always_last", **QUIET
@@ -216,11 +216,15 @@ class Page:
         is_prompt, is_video = source.sampler.task.option == "prompt", source.sampler.task.is_video
         labels, caches = labels_of(source), cache_names(source, own.get(name, {}))
         shown = list(source.showcase or labels)[: 1 if is_video else 4]
+        steps, scale = source.run_defaults
         return {
             self.labels: gr.update(choices=labels, value=[] if is_prompt else shown, visible=bool(labels)),
             self.prompt: gr.update(value="\n".join(shown) if is_prompt else "", visible=is_prompt),
             self.other: gr.update(choices=caches, value=caches[0]),
             self.count: gr.update(value=1 if is_video else 4),
+            self.steps: steps,
+            self.wanted_steps: steps,
+            self.guidance: gr.update(value=scale, visible=scale is not None),
             self.chart: self.show_measurements(name),
             status: "",
         }

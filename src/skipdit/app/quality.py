@@ -111,7 +111,6 @@ class ScheduleRequest:
     speedup: float = 2.0
     num_inference_steps: int = 50
     num_samples: int = 2
-    guidance_scale: float = 2.0
 
     def __post_init__(self) -> None:
         check_form(
@@ -149,13 +148,13 @@ def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedul
         speedups=(request.speedup,),
         num_samples=request.num_samples,
         num_inference_steps=request.num_inference_steps,
-        guidance_scale=request.guidance_scale,
         trials=Trials(num_probed=min(8, request.num_inference_steps - 1)),
         rivals=(),
     )
+    config = source.complete(config)
     pipeline = source.sampler.pipeline
     made_for = made_for_of(pipeline, config)
-    total = config.num_inference_steps + 1 + config.trials.num_probed
+    total = request.num_inference_steps + 1 + config.trials.num_probed
     with cancellable(pipeline, job):
         job.tell(doing="measuring what reuse does at each step", done=0, total=total)
         run = replace(make_runner(source, config), advance=job.advance)

@@ -130,13 +130,14 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
     reach or a target of seconds needs no cache, or if a label or prompt is unknown.
     """
     claim(out, config)
+    config = source.complete(config)
     run, held_out_run = make_runner(source, config), make_runner(source, config, held_out=True)
     made_for = made_for_of(source.sampler.pipeline, config)
     has_threshold, num_runs = config.method in BY_THRESHOLD, 1 + config.trials.num_probed
     clock = Clock.of(run, config.site) if config.needs_clock else None
     if clock is not None:
         clock.check(config.target_seconds)
-    with progress("measuring", None if has_threshold else config.num_inference_steps + num_runs) as advance:
+    with progress("measuring", None if has_threshold else run.num_inference_steps + num_runs) as advance:
         run = replace(run, advance=advance)
         if has_threshold:
             candidates = find_by_threshold(config, run)
@@ -162,6 +163,7 @@ def make_runner(source: Source, config: CalibrateConfig, *, held_out: bool = Fal
     num_samples = config.num_held_out if held_out else config.num_samples
     conditions, _ = source.choose({"labels": config.labels, "prompt": config.prompt}, num_samples)
     source.sampler.pipeline.set_progress_bar_config(disable=True)
+    config = source.complete(config)
     return Runner.of(
         source.sampler,
         conditions,
@@ -205,7 +207,7 @@ def held_out(candidates: Sequence[Candidate], config: CalibrateConfig, run: Runn
             add("auto" if spec.startswith("auto") else "fixed interval", spec, parse_method(spec))
         except ValueError:  # this model lacks the site
             continue
-    full = config.num_inference_steps
+    full = run.num_inference_steps
     for steps in sorted({max(1, math.ceil(full / row.compute_ratio)) for row in rows}, reverse=True):
         scores = run(num_inference_steps=steps).scores(reference)
         rows.append(
@@ -251,6 +253,7 @@ def gains(rows: Sequence[Row]) -> Iterator[str]:
 def report_of(
     rows: Sequence[Row], candidates: Sequence[Candidate], config: CalibrateConfig, made_for: MadeFor
 ) -> Report:
+    guidance = "of its own" if config.guidance_scale is None else f"{config.guidance_scale:g}"
     missed = [name for name, *_ in config.targets if name not in {candidate.name for candidate in candidates}]
     return Report(
         config=config,
@@ -258,7 +261,7 @@ def report_of(
         parts=[
             f"`skipdit calibrate`, method {config.method}, {made_for.model} of {made_for.num_units} units, weights "
             f"{made_for.weights}, {made_for.scheduler}, {config.num_inference_steps} steps, guidance "
-            f"{config.guidance_scale:g}; schedules found on {config.num_samples} samples of seed {config.seed}, rows "
+            f"{guidance}; schedules found on {config.num_samples} samples of seed {config.seed}, rows "
             f"measured on {config.num_held_out} of seed {config.held_out_seed}. Distances to the full run. "
             + ", ".join(f"{name} {number}" for name, number in versions().items()),
             table([candidate.cells() for candidate in candidates]),

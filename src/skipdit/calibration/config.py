@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range, choose
+from skipdit.options import NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
 
 if TYPE_CHECKING:
     from skipdit.cache.site import Site
@@ -77,10 +77,11 @@ class CalibrateConfig:
     """pictures or clips per run"""
     num_held_out: int = 8
     """pictures or clips per run of the report"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of a run, for which the schedules are made"""
-    guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 disables guidance"""
+    num_inference_steps: NumInferenceStepsOrDefault = None
+    """denoising steps of a run, for which the schedules are made; by default 50, or as many as a pipeline of diffusers
+    takes"""
+    guidance_scale: float | None = None
+    """scale of classifier-free guidance; 1 disables guidance; by default 2, or that of a pipeline of diffusers"""
     seed: int = 0
     """seed of the runs in which schedules are searched"""
     held_out_seed: int = 1000

@@ -226,7 +226,7 @@ def _read_folder(
 ) -> UnloadedModel:
     if dropped:
         raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
-    if (checkpoint := find_checkpoint(folder)) is not None:
+    if (checkpoint := find_checkpoint(folder, prefer)) is not None:
         if variant is not None:
             raise ValueError(f"variant applies to a save_pretrained folder, got {variant!r} for a run's checkpoint")
         state_dict, hints = read_checkpoint(checkpoint, prefer, hints)

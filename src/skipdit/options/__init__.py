@@ -20,6 +20,7 @@ Guidance = Literal["full", "shallow"]
 Fusion = Literal["replace", "residual"]
 OnBroken = Literal["refuse", "skip"]
 NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
+NumInferenceStepsOrDefault = Annotated[int | None, tyro.conf.arg(aliases=("--steps",))]
 
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 50 * 2**20  # of a decoded picture

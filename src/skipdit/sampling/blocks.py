@@ -15,7 +15,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from skipdit.cache.methods import CacheMethod
 from skipdit.files.output import atomic_folder, check_whole, to_json
@@ -28,6 +28,7 @@ from skipdit.sampling.config import SampleConfig
 
 KIND = "samples"
 BLOCKS = "blocks"
+FIRST_PARTS = ("transformer", "vae")  # which are hashed first, without their names, as in earlier sets
 SEED_STRIDE = 0x9E3779B1  # 2^32 over the golden ratio: the series of different seeds are far apart
 # options that do not change the samples, or that are covered by the weights and the method
 FREE_TO_CHANGE = ("out", "overwrite", "model", "vae", "device", "cache", "num_attention_heads", "drop")
@@ -100,8 +101,11 @@ def settings_of(source: Source, method: CacheMethod | None, config: SampleConfig
     pipeline = source.sampler.pipeline
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     digest = hashlib.sha256()
-    for part in (pipeline.transformer, pipeline.vae):
-        for name, tensor in [] if part is None else sorted(part.state_dict().items()):
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    for part in sorted(models, key=lambda name: (name not in FIRST_PARTS, name)):
+        if part not in FIRST_PARTS:
+            digest.update(part.encode())
+        for name, tensor in sorted(models[part].state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     scheduler = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
@@ -163,7 +167,7 @@ class BlockMaker:
         samples = self.sample(indices)[: self.num_samples - indices.start]
         broken = (~samples.isfinite()).flatten(1).any(dim=1).sum()
         levels = (samples.nan_to_num(0.0).movedim(-3, -1) * 255).round().clamp(0, 255).to(torch.uint8)
-        pixels, counts = levels.contiguous().numpy(), Counts(self.config.num_inference_steps, 0, self.ratio)
+        pixels, counts = levels.contiguous().numpy(), Counts(self.run.num_inference_steps, 0, self.ratio)
         if self.is_cached:
             counts = counts_of(self.run.pipeline)
         info = BlockInfo(

@@ -141,6 +141,7 @@ def choose_samples(source: Source, config: SampleConfig) -> Chosen:
 
 def runner_of(source: Source, config: SampleConfig, conditions: Conditioning, *, seed: int | None = None) -> Runner:
     """Return the runner of a config's model for these conditions. seed: by default that of the config."""
+    config = source.complete(config)
     return Runner.of(
         source.sampler,
         conditions,
@@ -198,6 +199,7 @@ def sample_and_compare(config: SampleConfig) -> Comparison:
         names = names if len(names) == 1 else (*names, "comparison")
         out.claim(("report.json", *(f"{name}.png" for name in names)))
         source = load(config)
+        config = source.complete(config)
         method = source.cache(config.cache)
         conditions, captions = choose_samples(source, config)
         if source.sampler.task.is_video:
@@ -205,7 +207,8 @@ def sample_and_compare(config: SampleConfig) -> Comparison:
         if len(names) > 1:
             check_ssim_size(source.sampler.picture_size)
         if method is not None:
-            check_method(source.sampler.pipeline, method, config.num_inference_steps)
+            run = runner_of(source, config, conditions)
+            check_method(run.pipeline, method, run.num_inference_steps)
         report, sampled = run_all(source, method, config, conditions, captions)
         save_samples(out, {name: run.samples for name, run in sampled.items()}, captions)
         out.write_text("report.json", to_json(report.to_dict()))
@@ -224,7 +227,8 @@ def run_all(
 ) -> tuple[Comparison, dict[str, Sampled]]:
     """Make all runs of a config: in full, with shallow guidance, cached, and with fewer steps in the time of the run
     before."""
-    run, cache, steps = runner_of(source, config, conditions), method and OwnCache(method), config.num_inference_steps
+    run, cache = runner_of(source, config, conditions), method and OwnCache(method)
+    steps = run.num_inference_steps
     guidance_ratio = warm_up(run, cache, config)
     guidance = guidance_options(config.guidance, config.guidance_shallow_units)
     full = run(description="full")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from skipdit.command_options import OutputOptions, PipelineOptions, WeightsOptions
-from skipdit.options import DTypeName, Guidance, NumInferenceSteps, check_range
+from skipdit.options import DTypeName, Guidance, NumInferenceStepsOrDefault, check_range
 from skipdit.tasks import TaskName
 
 MAX_FILES = 500_000  # PNG files in the folder of a set, all of which are listed in its marker file
@@ -28,10 +28,10 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
     """texts, repeated in turn; for the text tasks"""
     num_samples: int | None = None
     """number of pictures or clips; by default 16 pictures or 4 clips, and 1 for a pipeline of diffusers"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of the full and of the cached run"""
-    guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 disables guidance"""
+    num_inference_steps: NumInferenceStepsOrDefault = None
+    """denoising steps of the full and of the cached run; by default 50, or as many as a pipeline of diffusers takes"""
+    guidance_scale: float | None = None
+    """scale of classifier-free guidance; 1 disables guidance; by default 2, or that of a pipeline of diffusers"""
     guidance_channels: int | None = None
     """number of channels, from the first, that are guided; the official DiT sampler guides 3 of 4"""
     guidance: Guidance = "full"

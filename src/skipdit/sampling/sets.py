@@ -128,14 +128,16 @@ class SetRun:
     """One call of `sample_set` in one process. out: the folder, in the main process only."""
 
     def __init__(self, config: SampleConfig, source: Source, group: ProcessGroup, out: OutputFolder | None) -> None:
+        config = source.complete(config)
         self.config, self.source, self.group, self.out = config, source, group, out
         self.num_samples = config.num_samples or 0
         self.batch_size = min(config.batch_size or source.sampler.task.batch_size, self.num_samples)
         self.num_blocks = -(-self.num_samples // self.batch_size)
         self.method = source.cache(config.cache)
         self.conditions = Conditions.of(source, config)
+        self.run = runner_of(source, config, self.conditions.choices[:1], seed=seed_of(config.seed, 0))
         if self.method is not None:
-            check_method(source.sampler.pipeline, self.method, config.num_inference_steps)
+            check_method(self.run.pipeline, self.method, self.run.num_inference_steps)
         self.folder = config.out.absolute() if out is None else out.path
         self.overwritten = ("*.png", "metadata.jsonl") if config.overwrite else ()
 
@@ -230,7 +232,7 @@ class SetRun:
             num_made=num_made,
             seconds=seconds,
             samples_per_second=num_made / seconds,
-            steps=self.config.num_inference_steps,
+            steps=self.run.num_inference_steps,
             steps_full=sum(info["steps_full"] for info in infos) / len(infos),
             steps_reused=sum(info["steps_reused"] for info in infos) / len(infos),
             compute_ratio=len(infos) / sum(1 / info["compute_ratio"] for info in infos),
@@ -269,14 +271,13 @@ class SetRun:
         """Make this process's share of the missing blocks, and wait for the other processes; return the seconds."""
         pipeline = self.source.sampler.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        run = runner_of(self.source, self.config, self.conditions.choices[:1], seed=seed_of(self.config.seed, 0))
-        ratio = cost_ratio(run, self.config)
+        ratio = cost_ratio(self.run, self.config)
         if self.config.compile:
             pipeline.transformer.compile(fullgraph=True)
         if self.method is not None:
             enable_cache(pipeline, self.method)
         maker = BlockMaker(
-            run=run,
+            run=self.run,
             conditions=self.conditions,
             config=self.config,
             folder=self.folder,

@@ -64,6 +64,7 @@ class PromptTask(Task):
     def sample(self, pipeline: Pipeline, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
         if options.guidance_channels is not None:
             raise ValueError(f"guidance_channels is for class-conditional models, got {options.guidance_channels}")
+        assert options.guidance_scale is not None
         model, count = pipeline.transformer, len(conditions)
         length = model.config.get("text_len_t5", MAX_PROMPT_TOKENS)
         states = load_encoder().encode([*conditions, ""], length).to(model.device, model.dtype)

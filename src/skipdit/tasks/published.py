@@ -6,7 +6,8 @@ signature of the pipeline's call.
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -26,12 +27,15 @@ from skipdit.files.untrusted import as_type, as_type_or_none, printable
 from skipdit.interfaces import Fields, Pipeline, Transformer
 from skipdit.options import check_installed, check_range
 from skipdit.pipelines import SamplingOptions, keep_broken
-from skipdit.tasks.task import Chosen, Sampler, Task, choose_prompts, spread
+from skipdit.tasks.task import Chosen, RunDefaults, Sampler, Task, choose_prompts, spread
 
 LIBRARIES = ("diffusers", "transformers")  # allowed for parts, as are the modules of `diffusers.pipelines`
 # arguments of pipelines that edit or follow an input
 GIVEN = ("image", "images", "video", "control_image", "control_video")
 FRAMES = ("num_frames", "video_length", "frames")  # what pipelines of clips call their number
+# arguments for the guidance scale: the first whose default is a number is the one that guides
+SCALES = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
+GUIDERS = ("guider", "ocr_guider")  # parts of pipelines that guide, in place of an argument
 ANY_SIZE = 2**16  # stands for the size of pictures if only the pipeline knows it
 
 
@@ -65,14 +69,15 @@ class PublishedTask(Task):
             raise ValueError(f"guidance {options.guidance!r} is for models of skipdit train")
         if options.guidance_channels is not None:
             raise ValueError(f"guidance_channels is for models of skipdit, got {options.guidance_channels}")
-        output = pipeline(
-            **{self.argument: list(conditions)},
-            **self.guidance(pipeline, options.guidance_scale, len(conditions)),
-            **self.size,
-            num_inference_steps=options.num_inference_steps,
-            generator=options.generator,
-            output_type="pt",
-        )
+        with guided(pipeline, options, len(conditions)) as guidance:
+            output = pipeline(
+                **{self.argument: list(conditions)},
+                **guidance,
+                **self.size,
+                num_inference_steps=options.num_inference_steps,
+                generator=options.generator,
+                output_type="pt",
+            )
         samples = output.frames if self.is_video else output.images
         if isinstance(samples, np.ndarray):  # (b h w c)
             samples = torch.from_numpy(samples).movedim(-1, 1)
@@ -86,14 +91,12 @@ class PublishedTask(Task):
         """The argument of the pipeline's call for the conditions."""
         return "prompt"
 
-    def guidance(self, pipeline: Pipeline, scale: float, count: int) -> Fields:
-        """Return the call's arguments for a guidance scale. Qwen-Image guides only with a negative prompt."""
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        if "guidance_scale" in parameters and parameters["guidance_scale"].default is not None:
-            return {"guidance_scale": scale}
-        if "true_cfg_scale" in parameters:
-            return {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
-        return {}
+    def run_defaults(self, pipeline: Pipeline) -> RunDefaults:
+        """Return the defaults of the pipeline's call, and the scale of its guider if it has one."""
+        parameters = _parameters(pipeline)
+        scales = [guider.config.guidance_scale for guider in _guiders(pipeline).values()]
+        scales += [parameters[name].default for name in _scale_arguments(parameters)]
+        return RunDefaults(parameters["num_inference_steps"].default, scales[0] if scales else None)
 
 
 class PublishedPictures(PublishedTask):
@@ -133,6 +136,60 @@ class PublishedClasses(PublishedTask):
         labels = labels if count is None else list(islice(cycle(labels), count))
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(labels, [names.get(label, str(label)) for label in labels])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def _parameters(pipeline: Pipeline) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _scale_arguments(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [name for name in SCALES if name in parameters and parameters[name].default is not None]
+
+
+def _guiders(pipeline: Pipeline) -> Fields:
+    """Return the pipeline's guiders that have a guidance scale, by the name of the part."""
+    parts = {name: pipeline.components.get(name) for name in GUIDERS}
+    return {name: part for name, part in parts.items() if part is not None and "guidance_scale" in part.config}
+
+
+@contextmanager
+def guided(pipeline: Pipeline, options: SamplingOptions, count: int) -> Iterator[Fields]:
+    """Give the pipeline's guiders the guidance scale inside the `with` block, or yield the arguments of its call for
+    it. count: samples. `ValueError` if a scale is given and the pipeline has none.
+
+    Qwen-Image guides only with a negative prompt. Ideogram 4 takes a scale per step instead, by default for the default
+    number of steps; other runs take those of the same share of the run.
+    """
+    scale, parameters, guiders = options.guidance_scale, _parameters(pipeline), _guiders(pipeline)
+    argument = next(iter(_scale_arguments(parameters)), None)
+    arguments: Fields = {}
+    if "guidance_schedule" in parameters:
+        own, steps = parameters["guidance_schedule"].default, options.num_inference_steps
+        arguments = {"guidance_scale": scale, "guidance_schedule": None}
+        if scale is None:
+            arguments = {"guidance_schedule": [own[step * len(own) // steps] for step in range(steps)]}
+    elif scale is not None and not guiders:
+        if argument is None:
+            kind = type(pipeline).__name__
+            raise ValueError(f"the guidance of a {kind} is its own: leave guidance_scale out, got {scale:g}")
+        arguments = {argument: scale}
+        if argument == "true_cfg_scale":
+            arguments["negative_prompt"] = [" "] * count
+    for name, guider in guiders.items():
+        setattr(pipeline, name, guider if scale is None else guider.new(guidance_scale=scale))
+    try:
+        yield arguments
+    finally:
+        for name, guider in guiders.items():
+            setattr(pipeline, name, guider)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classes, and opening
 
 
 def _find_class(value: str, labels: Mapping[str, int], num_classes: int) -> int:

@@ -37,6 +37,14 @@ class Chosen(NamedTuple):
     captions: list[str]
 
 
+class RunDefaults(NamedTuple):
+    """How a pipeline is run if nothing else is asked for."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float | None = 2.0
+    """`None` if the pipeline has no scale to set, but guides in a way of its own"""
+
+
 def spread(count: int, total: int) -> list[int]:
     """Return `count` evenly spaced numbers from 0 to `total - 1`."""
     return [index * total // count for index in range(count)]
@@ -112,6 +120,10 @@ class Task:
         is_epsilon = self.has_own_pipeline and objective.prediction_type == "epsilon"
         learned = is_epsilon and learns_variance(pipeline.transformer)
         pipeline.scheduler = make_scheduler(replace(objective, learned_variance=learned), name)
+
+    def run_defaults(self, pipeline: Pipeline) -> RunDefaults:
+        """Return the number of steps and the guidance scale of a run by default."""
+        return RunDefaults()
 
     def check_installed(self) -> None:
         """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
