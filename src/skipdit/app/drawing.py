@@ -132,13 +132,16 @@ def size_text(num_bytes: int) -> str:
 
 
 def differences(shown: Comparison | None, amplification: float) -> str:
-    """Return how far the cached samples are from the full ones; nothing before both are there."""
-    if shown is None or (samples := difference(shown, amplification)) is None:
+    """Return how far the cached samples are from the full ones; nothing before both are there. shown: `None` of samples
+    that are no longer in memory."""
+    if shown is None:
+        return '<div class="sd-hint">These samples are no longer in memory: generate them again.</div>'
+    if (samples := difference(shown, amplification)) is None:
         return ""
     return pictures("Difference", samples, shown.captions, f"x {amplification:g}", across=True)
 
 
-def schedule(made: Made, url: str) -> str:
+def schedule(made: Made, model: str, url: str) -> str:
     """Return what is known of a schedule that was made. url: where it can be downloaded."""
     figures = {
         "less compute": f"{made.compute_ratio:.2f}x",
@@ -147,7 +150,7 @@ def schedule(made: Made, url: str) -> str:
     }
     return (
         f'{cards(figures)}<div class="sd-strips">{strip("schedule", made.is_full, len(made.is_full))}</div>'
-        f"<p>In <b>Generate</b> it is now the cache <code>{escape(made.name)}</code>.</p>"
+        f"<p>In <b>Generate</b>, <code>{escape(made.name)}</code> is now a cache of {escape(model)}.</p>"
         f'<p><a class="sd-download" href="{escape(url)}" download>Download schedule.json</a></p>'
     )
 

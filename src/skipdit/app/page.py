@@ -10,7 +10,7 @@ from typing import Any, get_args
 import gradio as gr
 
 from skipdit.app import chart, drawing
-from skipdit.app.downloads import Downloads
+from skipdit.app.downloads import Downloads, Latest
 from skipdit.app.generate import BUDGETS, OTHER, Asked, Comparison, cache_names, generate
 from skipdit.app.jobs import Job, Jobs
 from skipdit.app.models import Models, labels_of
@@ -20,6 +20,7 @@ from skipdit.loading import Source
 from skipdit.terminal import describe
 
 POLL_SECONDS = 0.25
+NUM_KEPT = 4  # comparisons whose samples stay in memory, of all pages together
 TITLE = "skipdit"
 HEADER = """<header class="sd-header"><h1>skipdit</h1>
 <p>Diffusion transformers in full and cached, side by side.</p></header>"""
@@ -87,6 +88,7 @@ class Page:
     folders: Sequence[Path]
     """where reports are looked for"""
     parts: dict[str, Part] = field(default_factory=dict)
+    comparisons: Latest[Comparison] = field(default_factory=lambda: Latest(NUM_KEPT))
 
     # ------------------------------------------------------------------------------------------------------------------
     # What is on it
@@ -100,7 +102,9 @@ class Page:
                 self.task = gr.Radio(self.models.tasks, value=task, label="Task", scale=3, min_width=260)
                 names = self.models.of_task(task)
                 self.model = gr.Dropdown(names, value=names[0], label="Model", filterable=False, scale=2, min_width=220)
-            self.own, self.shown, self.is_reported = gr.State({}), gr.State(None), gr.State(False)
+            # schedules made on this page, the token of the last comparison, the model and the name of the last schedule
+            self.own, self.shown, self.made = gr.State({}), gr.State(None), gr.State(None)
+            self.is_reported = gr.State(False)
             with gr.Tabs():
                 with gr.Tab("Generate"):
                     self.add_generate()
@@ -145,7 +149,7 @@ class Page:
         outputs = [*vars(part).values(), self.shown, self.difference, self.difference_box]
         part.run.click(self.generate, [self.model, *form, self.own, self.amplification], outputs, **JOB)
         change = [self.shown, self.amplification]
-        self.amplification.change(drawing.differences, change, self.difference, trigger_mode="always_last", **QUIET)
+        self.amplification.change(self.amplify, change, self.difference, trigger_mode="always_last", **QUIET)
         self.budget.change(lambda budget: gr.update(visible=budget == OTHER), self.budget, self.other, **QUIET)
 
     def add_quality(self) -> None:
@@ -158,9 +162,11 @@ class Page:
             self.wanted_count = gr.Number(2, label="Samples to measure on", precision=0, min_width=120)
         part = self.add_part("calibrate", "Calibrate")
         part.results = gr.HTML("")
-        outputs = [*vars(part).values(), self.own, self.other, self.budget]
+        outputs = [*vars(part).values(), self.own, self.made]
         form = [self.speedup, self.wanted_steps, self.wanted_count]
-        part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+        made = part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+        # asks anew which model is chosen: another one may be, by now
+        made.then(self.offer_made, [self.model, self.own, self.made], [self.other, self.budget], **QUIET)
 
     def add_stability(self) -> None:
         with gr.Row(elem_classes="sd-form sd-short"):
@@ -231,6 +237,17 @@ class Page:
         names = cache_names(source, own)
         return gr.update(choices=names, value=names[0])
 
+    def offer_made(self, name: str, own: Schedules, made: tuple[str, str] | None) -> Changes:
+        """Choose the schedule that has just been made, if its model is still the one that is chosen."""
+        if made is None or made[0] != name:
+            return {}
+        names = cache_names(self.models.open(name), own[name])
+        return {self.other: gr.update(choices=names, value=made[1]), self.budget: OTHER}
+
+    def amplify(self, token: str | None, amplification: float) -> str:
+        """Draw the difference anew; nothing before there is one."""
+        return "" if token is None else drawing.differences(self.comparisons.get(token), amplification)
+
     def show_measurements(self, name: str) -> str:
         try:
             path = self.models.path_of(name)
@@ -300,7 +317,8 @@ class Page:
             yield updates
         updates = {part.cancel: gr.update(interactive=False)}
         if job.result is not None:
-            updates[part.results], updates[self.shown] = drawing.comparison(job.result), job.result
+            updates[part.results] = drawing.comparison(job.result)
+            updates[self.shown] = self.comparisons.keep(job.result)
             updates[self.difference] = drawing.differences(job.result, amplification)
             updates[self.difference_box] = gr.update(visible=True)
         yield updates
@@ -316,19 +334,18 @@ class Page:
 
         updates: Changes
         job, updates = await self.begin(part, model, work, request)
-        yield updates
+        yield {**updates, self.made: None}
         if job is None:
             return
         async for _ in follow(self.jobs, job):
             yield {part.status: drawing.status(job, self.jobs.place(job))}
-        updates = {part.cancel: gr.update(interactive=False)}
+        updates = {part.cancel: gr.update(interactive=False), self.made: None}
         if job.result is not None:
             made: Made = job.result
             url = self.downloads.add("schedule.json", made.content.encode("utf-8"), "application/json")
-            of_model = with_schedule(made, own.get(model, {}))
-            names = cache_names(await asyncio.to_thread(self.models.open, model), of_model)
-            updates[part.results], updates[self.own] = drawing.schedule(made, url), {**own, model: of_model}
-            updates[self.other], updates[self.budget] = gr.update(choices=names, value=made.name), OTHER
+            updates[part.results] = drawing.schedule(made, model, url)
+            updates[self.own] = {**own, model: with_schedule(made, own.get(model, {}))}
+            updates[self.made] = model, made.name
         yield updates
 
     async def measure_stability(self, model: str, effort: Effort, request: gr.Request) -> Updates:
