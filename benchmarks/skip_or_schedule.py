@@ -28,8 +28,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.calibration.calibrate import Row as Measured
-from skipdit.calibration.calibrate import at_compute, held_out, make_runner
+from skipdit.calibration.calibrate import at_compute, held_out, make_runner, told_once
 from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.find import check_finite, find_schedules, score
 from skipdit.calibration.trials import measure
@@ -130,6 +131,7 @@ def row_of(speedup: float, rows: Sequence[Measured], second_order: dict[int, flo
     )
 
 
+@told_once(FewerStepsWarning)
 def measure_variant(source: Source, site: str, settings: Settings) -> tuple[int, list[Row]]:
     """Search and measure; return the number of units too."""
     config = settings.config(site)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from skipdit.cache.enable import cached
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import CacheMethod, MadeFor, parse_method
 from skipdit.cache.predictor import FittedPredictor
+from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.schedule_file import fields_of
 from skipdit.cache.site import BranchOutputs
@@ -73,6 +75,22 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[], objec
         yield partial(bar.advance, bar.add_task(description, total=total))
 
 
+@contextmanager
+def told_once(kind: type[Warning]) -> Iterator[None]:
+    """Show the first warning of a kind inside the block, and no other: of many runs alike each would warn."""
+    with warnings.catch_warnings():
+        show, told = warnings.showwarning, False
+
+        def shown(message: Warning | str, category: type[Warning], *args: Any, **options: Any) -> None:
+            nonlocal told
+            if not (told and issubclass(category, kind)):
+                show(message, category, *args, **options)
+            told |= issubclass(category, kind)
+
+        warnings.showwarning = shown
+        yield
+
+
 def factors_of(method: CacheMethod) -> list[list[float] | None]:
     """Return the fitted factors of each step, `None` for full ones; none where nothing was fitted."""
     predictor, schedule = method.predictor, explicit(method)
@@ -128,6 +146,7 @@ def claim(out: OutputFolder, config: CalibrateConfig) -> None:
     out.claim(("report.md", "report.json", "pareto.png", *(f"{target.name}.json" for target in config.targets)))
 
 
+@told_once(FewerStepsWarning)
 def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> list[Row]:
     """Write `{speedup}x.json` for each target, `report.md`, `report.json` and `pareto.png` into `out`.
 
