@@ -274,7 +274,7 @@ class Bench:
                     indices = range(start, min(start + self.size, self.options.num_samples))
                     seed = seed_of(self.options.seed, number)
                     samples = source.sampler.sample(
-                        [conditions.choices[conditions.place(index)] for index in indices],
+                        [conditions.choices[conditions.choice_of(index)] for index in indices],
                         guidance_scale=setting.guidance,
                         num_inference_steps=setting.steps,
                         generator=torch.Generator(self.machine.device).manual_seed(seed),

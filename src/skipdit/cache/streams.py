@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
@@ -74,6 +75,15 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
+def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the memory of a tensor; of one that wraps others, as the sum over ranks of tensor parallelism, theirs."""
+    if is_traceable_wrapper_subclass(tensor):  # private to torch
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages_of(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
 @dataclass(eq=False)
 class Stream:
     """The calls of one name, shape and conditioning: their stored values and their counts."""
@@ -115,7 +125,7 @@ class Stream:
     def bytes_held(self) -> int:
         """Size of the memory kept alive: a view counts as its whole tensor, shared memory counts once."""
         tensors = (tensor for state in self.states for tensor in state.tensors)
-        storages = [tensor.untyped_storage() for tensor in (*tensors, *self.output)]
+        storages = [storage for tensor in (*tensors, *self.output) for storage in storages_of(tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
