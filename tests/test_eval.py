@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio
+from tiny import read_video
 
 from skipdit.cli import main
 from skipdit.data.arrays import map_npz, read_statistics, write_npz
-from skipdit.data.videos import read_video, write_mp4
+from skipdit.data.videos import write_mp4
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.items import digest_items, join_digests, open_items
 from skipdit.evaluation.measure import make_batches

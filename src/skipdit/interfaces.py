@@ -5,6 +5,9 @@ from typing import Any
 Fields = dict[str, Any]
 """Values by name: keyword arguments, the entries of a config, or a JSON object."""
 
+Config = Any
+"""The config of a model or pipeline: its entries are also attributes, which diffusers does not declare."""
+
 Pipeline = Any
 """A `DiffusionPipeline` of diffusers or skipdit, with its `transformer`, `scheduler` and `vae`."""
 
@@ -22,3 +25,6 @@ Latents = Any
 
 Scheduler = Any
 """A `SchedulerMixin` with `set_timesteps`, `timesteps` and `step`."""
+
+Figure = Any
+"""A figure of matplotlib or plotly, which are optional."""

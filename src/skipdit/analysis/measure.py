@@ -23,7 +23,7 @@ from skipdit.analysis.trajectory import (
 from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
 from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import rules_on
-from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
+from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.tasks.task import spread
@@ -120,7 +120,7 @@ def measure(
     """
     model, settings = pipeline.transformer, settings_of(config, pipeline)
     objective = objective_of(pipeline.scheduler)
-    first_order = ClassToImagePipeline(model, make_scheduler(objective, SCHEDULERS[objective.process][0]))
+    first_order = ClassToImagePipeline(model, make_scheduler(objective))
     first_order.set_progress_bar_config(disable=True)
     labels = torch.tensor(settings.labels, device=model.device)
 

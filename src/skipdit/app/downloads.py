@@ -1,4 +1,4 @@
-"""What a page offers for download: bytes in memory, found by a name that nobody can guess; no file is read."""
+"""Files for download: bytes in memory under names that nobody can guess; nothing is read from disk."""
 
 import secrets
 from collections import OrderedDict
@@ -13,17 +13,17 @@ class Download:
     name: str
     content: bytes
     kind: str
-    """its media type"""
+    """media type"""
 
 
 class Downloads:
-    """The last files that were made for download."""
+    """The latest files for download."""
 
     def __init__(self) -> None:
         self.kept: OrderedDict[str, Download] = OrderedDict()
 
     def add(self, name: str, content: bytes, kind: str) -> str:
-        """Keep a file, and return where it is found."""
+        """Keep a file, and return its URL."""
         token = secrets.token_urlsafe(16)
         self.kept[token] = Download(name, content, kind)
         while len(self.kept) > NUM_KEPT:

@@ -174,7 +174,7 @@ class Draft:
         if not path.exists():
             return None
         fields = read_json(path, DraftFields, max_bytes=MAX_DRAFT_BYTES)
-        if fields["of"] != parse_json(to_json(self.of), Fields, self.name):
+        if fields["of"] != parse_json(to_json(self.of).encode(), Fields, self.name):
             raise ValueError(
                 f"{printable(path)} is of a run with other settings or on another machine: remove it, or choose "
                 "another --out"

@@ -17,7 +17,7 @@ from torch import Tensor
 from skipdit.benchmark.config import ConversionBenchConfig as ConversionBenchConfig
 from skipdit.benchmark.measure import Advance, benchmark, flops_of, progress_bar
 from skipdit.checkpoints import load_model
-from skipdit.diffusion import training_loss
+from skipdit.diffusion import make_scheduler, training_loss
 from skipdit.files.output import OutputFolder
 from skipdit.interfaces import Transformer
 from skipdit.metrics.paired import check_ssim_size
@@ -29,7 +29,7 @@ from skipdit.report import Report, record, table
 from skipdit.runs import OwnCache, Runner, Sampled
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.task import spread
-from skipdit.tasks.training import Items, TrainingTask, make_task_scheduler, open_items
+from skipdit.tasks.training import Items, TrainingTask, open_items
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 
 PLAIN, STAGE_ONE, STAGE_TWO, CONTROL = "convert-plain", "convert-stage-one", "convert-stage-two", "convert-control"
@@ -227,7 +227,7 @@ def describe_long_skips(model: Transformer) -> str:
 
 def runner_of(task: TrainingTask, trained: TrainConfig, config: ConversionBenchConfig) -> Runner:
     """Return the runner of a model for classes spread over the data, with the config's noise."""
-    sampler = task.sampler(task.model, make_task_scheduler(trained.objective))
+    sampler = task.sampler(task.model, make_scheduler(trained.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
     return Runner.of(
         sampler,

@@ -5,7 +5,7 @@ loops of a round take turns, and each starts from scratch, so that only one mode
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from skipdit.benchmark.config import Loop, Workload
 from skipdit.benchmark.config import TrainBenchConfig as TrainBenchConfig
 from skipdit.benchmark.measure import Advance, benchmark, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
-from skipdit.data.pictures import Draws, ShuffledForever
+from skipdit.data.pictures import Draws, LabelledItems, ShuffledForever
 from skipdit.diffusion import Objective
 from skipdit.environment import SYNCHRONIZE
 from skipdit.files.output import OutputFolder
@@ -67,16 +67,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class RandomLatents:
+class RandomLatents(LabelledItems):
     """A data set of random latents (4, 32, 32), one per label, with 1000 classes."""
 
     latents: Tensor
-    labels: list[int]
+    labels: Sequence[int]
     size: int = 32
     label_names: list[str] = field(default_factory=lambda: [str(label) for label in range(1000)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     @property
     def captions(self) -> list[tuple[str, ...]]:

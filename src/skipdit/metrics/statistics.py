@@ -195,7 +195,7 @@ def load_statistics(path: Path) -> Statistics:
         raise ValueError(f"cannot read {name}: {printable(error)}") from error
     if metadata.get("kind") != KIND:
         raise ValueError(f"{name} holds no statistics of a set: they are written by --save-reference")
-    about = as_type(parse_json(metadata.get("about", ""), Fields, name), Stored, name)
+    about = as_type(parse_json(metadata.get("about", "").encode(), Fields, name), Stored, name)
     pooled = _stored_gaussian(tensors, "pooled", about["pooled_num"], name)
     if pooled is None:
         raise ValueError(f"{name} has no pooled features")

@@ -18,6 +18,8 @@ class Region:
 
     is_whole = False
     """True if the region is the whole model, which is then not called at all."""
+    skips = False
+    """True if the region includes the skips from its units to units that still run."""
     is_in_branches = False
     """True if the region consists of inputs or outputs of branches."""
 

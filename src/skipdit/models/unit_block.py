@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from skipdit.interfaces import Fields
 from skipdit.models.class_swap import SwapMixin
 from skipdit.models.forward_plan import ForwardState
 from skipdit.models.long_skip import LinkedBlock, OpenCall
@@ -35,7 +36,7 @@ class UnitBlockInfo:
     by_token: Mapping[str, ByToken]
     """Other arguments that have an entry per token."""
 
-    def input_streams(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def input_streams(self, args: Sequence, kwargs: Fields) -> Any:
         """Return the streams among the arguments, in the form of the block's output."""
         streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
@@ -48,7 +49,7 @@ class UnitBlock(SwapMixin, LinkedBlock):
     _info: UnitBlockInfo
     _open: OpenCall
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         state, info = self._open.state, self._info
         if state is None or info.unit not in state.plan.idle or self._is_hooked():
             return self._call_impl(*args, **kwargs)
