@@ -281,7 +281,7 @@ class Streams:
             # each frame has its own scheduler, and that of the pipeline does not advance (diffusion forcing)
             order = run.follow_levels()
 
-        levels = [] if isinstance(order, Tensor) else self._levels(timestep)
+        levels = [] if _is_list(order) else self._levels(timestep)
         numbers = conditions.compare([other.conditions for other in fitting] if stream is None else [], levels)
         level = self._level(numbers) if levels else 0.0
         if order is None:
@@ -310,7 +310,7 @@ class Streams:
 
     def _tables(self, order: Order) -> Iterator[Tensor]:
         """Yield the list that orders a run, nearly always the right one, then those of the schedulers."""
-        if isinstance(order, Tensor):
+        if _is_list(order):
             yield order
         yield from self._lists().values()
 
@@ -382,7 +382,7 @@ class Streams:
                 run.levels = _levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
-            lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
+            lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
             if name[0] not in alive or (name[:2] == key[:2] and lists):
                 del self.runs[name]
         self.check(run.coming)
@@ -474,10 +474,16 @@ def _levels_of(scheduler: Scheduler) -> list[float]:
 
 def layout_of(latents: Latents) -> Layout:
     """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
-    if isinstance(latents, Tensor):
-        return latents.shape, latents.dtype, latents.device
+    match latents:
+        case Tensor():
+            return latents.shape, latents.dtype, latents.device
     layouts = [layout_of(sample) for sample in latents]
     return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
+
+
+def _is_list(order: Order) -> TypeGuard[Tensor]:
+    """Return true if calls are ordered by the list of a watched scheduler."""
+    return isinstance(order, Tensor)
 
 
 def _is_entry(timestep: object) -> bool:
