@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipdit.benchmark import cache as bench
 from skipdit.benchmark.cache import CacheBenchConfig, Cost, Tally, bench_caches, report_name
-from skipdit.benchmark.cache_methods import METHODS, SpecCache, method_of, schedules_in, spec_cache
+from skipdit.benchmark.cache_methods import KIN, METHODS, SpecCache, method_of, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import (
     AXES,
     TARGET_DB,
@@ -31,6 +31,7 @@ from skipdit.benchmark.cache_report import (
 )
 from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
+from skipdit.calibration import config as calibration
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
@@ -375,7 +376,7 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     assert tally.row(plan, uncached, uncached).scores["psnr"].text() == "not finite (1 of 4)"
 
 
-def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
+def test_an_interrupted_benchmark_continues_after_the_last_complete_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
@@ -466,7 +467,10 @@ def test_schedules_are_lines_by_what_they_reuse(tmp_path: Path) -> None:
         "skip/2x": (fields | {"order": 1}, ("calibrated", True)),
         "delta-taylor/2x": (fields | {"method": "delta-taylor", "order": 1}, ("delta-taylor, calibrated", False)),
         "smoothcache/2x": (parts, ("smoothcache", False)),
+        "kin/dpcache-2x": (fields | {"method": "delta-taylor", "order": 1}, ("dpcache", False)),
+        "kin-skip/l2p-2x": (fields | {"order": 1}, ("l2p, skip", False)),
     }
+    assert KIN == calibration.KIN
     for name, (written, _) in expected.items():
         path = tmp_path / f"{name}.json"
         path.parent.mkdir()
@@ -567,7 +571,7 @@ def test_the_verdict_is_at_equal_speedup() -> None:
     assert "median 1.000, 0.900 to 1.200" in noise
 
 
-def test_a_verdict_says_what_was_not_measured() -> None:
+def test_a_verdict_names_the_missing_measurements() -> None:
     ours = [each for each in ROWS if each.group == "ours"]
     (times, _) = verdict(ours)
     assert "the best other cache has no settings on both sides" in times

@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from asked import Asked
+from device_waits import DeviceWaits
 from diffusers import FlowMatchEulerDiscreteScheduler
 from test_cache_streams import STEPS, full_steps
 from tiny import TINY_FAMILIES, counts, inputs, tiny_dit, tiny_pipeline
@@ -111,7 +111,7 @@ def test_a_strength_that_is_made_anew_tells_calls_of_one_step_apart(strengths: t
             for strength in strengths:
                 guidance = torch.full((2,), strength)
                 given = {"hidden_states": arguments["hidden_states"] * (1 + step / 4), "timestep": timestep.expand(2)}
-                with Asked() as mode:
+                with DeviceWaits() as mode:
                     outputs.append(model(**arguments | given | {"guidance": guidance}, return_dict=False)[0])
                 asked.append(mode.counts.total())
         return outputs

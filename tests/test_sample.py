@@ -20,7 +20,7 @@ from tiny import TINY_FAMILIES, flops_of, listing, randomize, read_video, tiny_d
 import skipdit
 import skipdit.pipelines
 from skipdit.cli import COMMANDS, main
-from skipdit.data.clips import ClipConfig, LabelledClips
+from skipdit.data.clips import ClipConfig, ClipFiles, LabelledClips
 from skipdit.data.pictures import LabelledPictures
 from skipdit.data.videos import UnreadableVideo, side_by_side
 from skipdit.diffusion import Objective, make_scheduler
@@ -383,7 +383,9 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             items: Any = LabelledPictures(lambda index: Image.new("RGB", (16, 16)), str, [0], ["ant"], 16)
             config: Any = TextToImageModelConfig(num_layers=6, patch_size=4, **sizes)
             if task == "text-to-video":
-                items = LabelledClips(lambda index: np.zeros((3, 16, 16, 3), np.uint8), [0], ["ant"], [["ant"]], clips)
+                frames = np.zeros((3, 16, 16, 3), np.uint8)
+                files = ClipFiles(lambda index, start: iter(frames), lambda index: 3, [0], ["ant"], [["ant"]], str)
+                items = LabelledClips(files, clips)
                 config = TextToVideoModelConfig(num_layers=6, patch_size=4, **sizes)
             trainee = config.build(items, FLOW)
             trainee.sampler(randomize(trainee.model), make_scheduler(FLOW, "euler")).save(path, "10MB")
@@ -423,7 +425,7 @@ def test_bad_input_to_text_models_ends_in_one_line(
 ) -> None:
     folder = text_folder(task)
     for options, message in (
-        ([], f"a {task} model needs prompts, got none"),
+        ([], f"a {task} model needs --prompt, got none"),
         (["--labels", "cat"], f"a {task} model takes --prompt, not --labels"),
         (["--prompt", "cat " * 30], "has 32 tokens, at most 24 are allowed"),
         (["--prompt", "a", "b", "c"], "num_samples must be at least the number of --prompt, 3, got 2"),

@@ -15,7 +15,7 @@ class Download:
     name: str
     content: bytes
     kind: str
-    """its media type"""
+    """media type"""
 
 
 Value = TypeVar("Value")

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from skipdit.interfaces import Fields
 from skipdit.models.class_swap import SwapMixin
 from skipdit.models.forward_plan import ForwardState
 from skipdit.models.long_skip import LinkedBlock, OpenCall
@@ -38,11 +39,11 @@ class UnitBlockInfo:
     """Other arguments that have an entry per token."""
 
     @cached_property
-    def named_streams(self) -> Callable[[Mapping[str, Any]], Any]:
+    def named_streams(self) -> Callable[[Fields], Any]:
         """Return the streams among arguments that are all given by name, in the form of the block's output."""
         return itemgetter(*self.streams)
 
-    def input_streams(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def input_streams(self, args: Sequence, kwargs: Fields) -> Any:
         """Return the streams among the arguments, in the form of the block's output."""
         if not args:
             return self.named_streams(kwargs)
@@ -57,7 +58,7 @@ class UnitBlock(SwapMixin, LinkedBlock):
     _info: UnitBlockInfo
     _open: OpenCall
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         state, info = self._open.state, self._info
         if state is not None and info.unit in state.plan.idle and not self._is_hooked():
             return info.input_streams(args, kwargs)

@@ -1,6 +1,6 @@
 """Shared code of the class-conditional tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -54,7 +54,7 @@ class LabelTask(Task):
         names = None if transformer.config.num_classes is None else names
         return Sampler(self, self.pipeline_class(transformer, scheduler, vae, names))
 
-    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Fields) -> LabelNames:
         return read_labels(index, transformer.config.num_classes, folder)
 
     def link(self, config: LabelModelConfig, model: nn.Module) -> None:
@@ -101,9 +101,9 @@ class LabelTraining(TrainingTask[Tensor]):
         """Whether the model takes classes."""
         return self.model.config.num_classes is not None
 
-    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Tensor:
-        dropped = draw_dropped(given, dropout, draws).view(-1, *[1] * (given.ndim - 1))
-        return torch.where(dropped, self.model.null_class_label, given) if self.knows_classes else given
+    def draw_conditions(self, labels: Tensor, dropout: float, draws: Draws) -> Tensor:
+        dropped = draw_dropped(labels, dropout, draws).view(-1, *[1] * (labels.ndim - 1))
+        return torch.where(dropped, self.model.null_class_label, labels) if self.knows_classes else labels
 
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:
         if not self.knows_classes:
