@@ -71,6 +71,7 @@ from skipdit.sampling.blocks import Conditions, seed_of
 from skipdit.sampling.config import SampleConfig
 
 PERCEPTUAL_PICTURES = 256  # at once
+NO_EXTRACTOR = "none"
 DTYPES = ("float32", "tf32", "bfloat16")
 
 
@@ -146,21 +147,23 @@ class Machine:
         name, path = extractor, files.get(extractor)
         if options.dtype == "tf32":
             torch.set_float32_matmul_precision("high")
-        self.extractor: Extractor = open_extractor(
-            f"{name}={path}" if path else name, size=options.size, device=self.device
-        )
+        self.extractor: Extractor | None = None
+        if name != NO_EXTRACTOR:
+            found = f"{name}={path}" if path else name
+            self.extractor = open_extractor(found, size=options.size, device=self.device)
         self.perceptual: Any = None
         if path and name == "lite0":
-            self.perceptual = cast(Any, self.extractor.network).trunk
+            self.perceptual = cast(Any, self.extractor).network.trunk
         elif "lite0" in files:
             other = open_extractor(f"lite0={files['lite0']}", device=self.device)
-            self.perceptual = cast(Any, other.network).trunk
+            self.perceptual = cast(Any, other).network.trunk
         elif find_weights() is not None:
             self.perceptual = load_feature_network(self.device)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the features of pictures or clips. Clips that are too short for I3D show every frame as often as it
         takes."""
+        assert self.extractor is not None
         size = self.options.extractor_batch_size or self.extractor.batch_size
         found = []
         for start in range(0, len(pixels), size):
@@ -183,6 +186,7 @@ class Machine:
 
     def read_reference(self, num_frames: int | None, stored: Path) -> tuple[Known, dict[str, Any]]:
         """Return the features of the data and what is known of them; kept in a file beside the results."""
+        assert self.extractor is not None
         about = {
             "reference": self.options.reference,
             "num_frames": num_frames,
@@ -234,6 +238,7 @@ class Bench:
         self.sources: dict[str, Source] = {}
         self.full: dict[tuple[str, Setting], Tensor] = {}
         self.machine = Machine(options, self.extractor)
+        self.reference: Known | None = None
 
     @property
     def size(self) -> int:
@@ -269,7 +274,7 @@ class Bench:
                     indices = range(start, min(start + self.size, self.options.num_samples))
                     seed = seed_of(self.options.seed, number)
                     samples = source.sampler.sample(
-                        [conditions.choices[conditions.place(index)] for index in indices],
+                        [conditions.choices[conditions.choice_of(index)] for index in indices],
                         guidance_scale=setting.guidance,
                         num_inference_steps=setting.steps,
                         generator=torch.Generator(self.machine.device).manual_seed(seed),
@@ -295,9 +300,10 @@ class Bench:
         jobs = [each for each in jobs if each]
         if not jobs:
             return results
-        self.reference, known = self.machine.read_reference(
-            self.num_frames(), self.out / f"{self.extractor}.safetensors"
-        )
+        known: dict[str, Any] = {}
+        if self.machine.extractor is not None:
+            stored = self.out / f"{self.extractor}.safetensors"
+            self.reference, known = self.machine.read_reference(self.num_frames(), stored)
         self.write_about(known)
         longest = 0.0
         for number, group in enumerate(jobs):
@@ -343,9 +349,15 @@ class Bench:
             compute_ratio=made.compute_ratio * full.steps / setting.steps,
             samples_per_second=number / made.seconds,
             num_broken=made.num_broken,
-            figures=figures_of(Known.of(self.machine.features(made.pixels)), self.reference),
+            figures=self.figures(made.pixels),
             fidelity={} if full == setting else self.fidelity(path, full, made.pixels),
         )
+
+    def figures(self, pixels: Tensor) -> dict[str, float]:
+        """Return the distances of a set to the data; nothing without an extractor."""
+        if self.reference is None:
+            return {}
+        return figures_of(Known.of(self.machine.features(pixels)), self.reference)
 
     def compared_with(self, setting: Setting) -> Setting:
         """Return the uncached run of the same sampler and guidance: of a cache with as many steps, of fewer steps with
@@ -375,24 +387,27 @@ class Bench:
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         fixed = ("dtype", "device", "batch_size", "seed", "num_seeds", "size", "plain", "skip")
         asked = {name: getattr(options, name) for name in fixed} | {"reference": dict(reference)}
-        is_standard = self.extractor == "i3d" and self.machine.extractor.is_standard
         found = told.get(self.about, asked)
         asked = json.loads(json.dumps(asked))
         if changed := [name for name, value in asked.items() if found.get(name) != value]:
             raise SystemExit(
                 f"claims.py: {self.out} holds results of other settings ({', '.join(changed)}): give another --out"
             )
-        names = {name: both[is_standard] for name, both in TITLES.items()}
         sizes = {kind: self.size_of(self.paths[0][kind]) for kind in KINDS}
         told[self.about] = asked | {
             "environment": describe_environment("cuda" if self.machine.device.type == "cuda" else "cpu", options.seed),
-            "titles": names
-            if is_standard
-            else {name: f"{each}-{self.machine.extractor.name}" for name, each in names.items()},
+            "titles": self.titles(),
             "models": sizes,
             "trained": options.trained or found.get("trained", ""),
         }
         path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    def titles(self) -> dict[str, str]:
+        """Return what the distances are called."""
+        if (extractor := self.machine.extractor) is None:
+            return {}
+        is_standard = extractor.name == "I3D" and extractor.is_standard
+        return {name: each if is_standard else f"{own}-{extractor.name}" for name, (own, each) in TITLES.items()}
 
     def size_of(self, path: str) -> str:
         """Describe a model in a few words."""
@@ -419,7 +434,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=(), help="caches to measure; by default all of the experiments")
     parser.add_argument("--max-seconds", type=float, default=0.0, help="stop before the setting that may exceed them")
     parser.add_argument(
-        "--extractor", choices=("lite0", "i3d"), default=None, help="features; by default i3d for clips"
+        "--extractor",
+        choices=("lite0", "i3d", NO_EXTRACTOR),
+        default=None,
+        help="features; by default i3d for clips; none: no distances of sets, fidelity alone",
     )
     parser.add_argument(
         "--weights", nargs="+", default=(), help="lite0=PATH, i3d=PATH: files in place of the packages'"
@@ -441,7 +459,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if len(options.plain) != len(options.skip) or not (options.plain or options.report):
         parser.error("give as many --plain as --skip, or --report alone")
-    if options.num_samples <= DENSITY_NEIGHBOURS:
+    if options.num_samples <= DENSITY_NEIGHBOURS and options.extractor != NO_EXTRACTOR:
         parser.error(f"--num-samples must be above {DENSITY_NEIGHBOURS}: coverage looks at so many neighbors")
     if options.plain and len({options.extractor or EXPERIMENTS[name].extractor for name in options.experiments}) > 1:
         parser.error("pictures and clips are of other models: measure them one after the other")

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from skipdit.files.output import output_folder
 from skipdit.report import Report, listed, table
@@ -183,7 +185,7 @@ COLUMNS = ("compute", "samples/s", "KD", "FD", "coverage", "recall", "PSNR dB", 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
     """Mean ± standard deviation over pairs; the mean alone of one."""
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return ""
     return f"{fmean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
@@ -195,8 +197,8 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, object]]:
     for kind, setting in dict.fromkeys((each.model, each.setting) for each in results):
         same = [each for each in results if (each.model, each.setting) == (kind, setting)]
         row: dict[str, object] = {"model": kind, "setting": str(setting), "pairs": len(same)}
-        if (refused := next((each.refused for each in same if each.refused), None)) is not None:
-            rows.append(row | dict.fromkeys(COLUMNS, "") | {"compute": f"refused: {refused}"})
+        if any(each.refused for each in same):
+            rows.append(row | dict.fromkeys(COLUMNS, "") | {"compute": "refused"})
             continue
         row["compute"] = spread([each.compute_ratio for each in same], 2) + "x"
         row["samples/s"] = spread([each.samples_per_second for each in same], 2)
@@ -215,28 +217,25 @@ def lost(results: Sequence[Result], name: str = "kd_full") -> list[dict[str, obj
     """What each cache costs each model, pair by pair: the cached figure of a set metric less the uncached one, and the
     PSNR of both."""
     by_key = {(each.model, each.pair, each.setting): each for each in results if not each.refused}
+    pairs = sorted({each.pair for each in results})
     rows = []
     for setting in dict.fromkeys(each.setting for each in results if each.setting.cache != "none"):
-        by_pair: dict[str, dict[int, tuple[float, float]]] = {kind: {} for kind in KINDS}
-        for (kind, pair, own), result in by_key.items():
-            full = by_key.get((kind, pair, setting.baseline))
-            if own == setting and full is not None:
-                psnr = result.fidelity.get("psnr")
-                change = result.figures[name] - full.figures[name]
-                by_pair[kind][pair] = change, float("inf") if psnr is None else psnr
-        both = sorted(by_pair["plain"].keys() & by_pair["skip"].keys())
+        wanted = {pair: [(kind, pair, one) for kind in KINDS for one in (setting, setting.baseline)] for pair in pairs}
+        both = {pair: [by_key[key] for key in keys] for pair, keys in wanted.items() if by_key.keys() >= set(keys)}
         if not both:
             continue
-        losses, psnrs = ({kind: [by_pair[kind][pair][place] for pair in both] for kind in KINDS} for place in (0, 1))
-        less = sum(skip < plain for plain, skip in zip(losses["plain"], losses["skip"], strict=True))
-        closer = sum(skip > plain for plain, skip in zip(psnrs["plain"], psnrs["skip"], strict=True))
-        rows.append(
-            {"setting": str(setting)}
-            | {f"{kind} loses": spread(values, 4) for kind, values in losses.items()}
-            | {"long skips lose less in": f"{less} of {len(both)}"}
-            | {f"{kind} PSNR dB": spread(values, 2) for kind, values in psnrs.items()}
-            | {"long skips are closer in": f"{closer} of {len(both)}"}
-        )
+        row: dict[str, object] = {"setting": str(setting)}
+        plain, skip = ([quartet[place : place + 2] for quartet in both.values()] for place in (0, 2))
+        if all(name in each.figures for quartet in both.values() for each in quartet):
+            losses = [[cached.figures[name] - full.figures[name] for cached, full in found] for found in (plain, skip)]
+            row |= {f"{kind} loses": spread(values, 4) for kind, values in zip(KINDS, losses, strict=True)}
+            less = sum(of_skip < of_plain for of_plain, of_skip in zip(*losses, strict=True))
+            row["long skips lose less in"] = f"{less} of {len(both)}"
+        # of equal pictures there is no finite PSNR
+        psnrs = [[cached.fidelity.get("psnr") or math.inf for cached, _ in found] for found in (plain, skip)]
+        row |= {f"{kind} PSNR dB": spread(values, 2) for kind, values in zip(KINDS, psnrs, strict=True)}
+        closer = sum(of_skip > of_plain for of_plain, of_skip in zip(*psnrs, strict=True))
+        rows.append(row | {"long skips are closer in": f"{closer} of {len(both)}"})
     return rows
 
 
@@ -262,6 +261,21 @@ def best(results: Sequence[Result], name: str = "kd_full") -> list[dict[str, obj
     return rows
 
 
+def about_reference(about: Mapping[str, Any]) -> dict[str, str]:
+    """Say what sets are compared with, and by what; nothing where none were compared."""
+    if not (reference := about["reference"]):
+        return {"distances of sets": "none, as so few samples tell nothing of a set"}
+    size = f"resized as {reference['resize']}"
+    size += f", {reference['num_frames']} frames, repeated" if reference["num_frames"] else ""
+    weights = reference["weights_sha256"][:12]
+    return {
+        "distances": f"{about['titles']['kd_full']} (unbiased, over the whole sets) and {about['titles']['fd']} (grows "
+        f"as n falls), {size}, weights {weights}",
+        "reference": f"{reference['reference']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}",
+        "real against real": ", ".join(f"{each} {value:.4f}" for each, value in reference["floors"].items()),
+    }
+
+
 def write_report(name: str, results: Sequence[Result], options: argparse.Namespace) -> None:
     """Write claims_{name}.md and .json. `SystemExit` where nothing was measured."""
     experiment = EXPERIMENTS[name]
@@ -274,29 +288,26 @@ def write_report(name: str, results: Sequence[Result], options: argparse.Namespa
     chosen = [found[each] for each in keys if each in found]
     if not chosen or key not in told:
         raise SystemExit(f"claims.py: {options.out} holds no results of {name} as {key}, but of {', '.join(told)}")
-    about, missing = told[key], dict.fromkeys(str(each[2]) for each in keys if each not in found)
-    reference = about["reference"]
-    frames = reference["num_frames"]
-    size = f", resized as {reference['resize']}" + (f", frames of {frames} repeated" if frames else "")
+    about = told[key]
+    refused = dict.fromkeys(f"{each.model} {each.setting.cache}: {each.refused}" for each in chosen if each.refused)
+    missing = dict.fromkeys(str(each[2]) for each in keys if each not in found)
     facts = {
         "models": f"{len(pairs)} pair(s) of seeds of their own, trained alike: "
         + ", ".join(f"{kind} {text}" for kind, text in about["models"].items())
-        + (f"; {about['trained']}" if about["trained"] else ""),
-        "n": f"{options.num_samples:,} samples of each setting, fidelity over the first {about['num_seeds']}; computed "
-        f"in {about['dtype']}",
-        "distances": f"{about['titles']['kd_full']} (unbiased, over the whole sets) and {about['titles']['fd']} (grows "
-        f"as n falls){size}; weights {reference['weights_sha256'][:12]}",
-        "reference": f"{reference['reference']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}",
-        "real against real": ", ".join(f"{each} {value:.4f}" for each, value in reference["floors"].items()),
+        + (f"; {trained}" if (trained := options.trained or about["trained"]) else ""),
+        "n": f"{options.num_samples:,} samples of each setting, fidelity over the first "
+        f"{min(about['num_seeds'], options.num_samples)}; computed in {about['dtype']}",
+        **about_reference(about),
         "compute": "FLOPs of the same model's uncached run over those of the row: of as many steps for a cache, of all "
         "for fewer steps",
-        "spread": "± is the standard deviation over pairs",
+        **({"spread": "± is the standard deviation over pairs"} if len(pairs) > 1 else {}),
+        **({"refused": "; ".join(refused)} if refused else {}),
         "not measured": "; ".join(missing) or "nothing of what was planned",
     }
     parts = [experiment.question, listed(facts), table(rows_of(chosen))]
     if losses := lost(chosen):
-        parts += ["## What each cache costs in KD, and how close it stays", table(losses)]
-    if name != "limits":
+        parts += ["## What each cache costs, and how close it stays", table(losses)]
+    if name != "limits" and about["reference"]:
         parts += ["## The lowest KD for the FLOPs saved", table(best(chosen))]
     with output_folder(options.report, "bench") as out:
         report = Report(

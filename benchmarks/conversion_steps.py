@@ -26,7 +26,6 @@ from skipdit.benchmark.conversion import build, draw_batch, losses_of, runner_of
 from skipdit.environment import describe_environment
 from skipdit.files.output import output_folder, to_json
 from skipdit.metrics.paired import PairedScore
-from skipdit.metrics.table import ALWAYS, score_pictures
 from skipdit.recipes import convert_plain, convert_stage_one, convert_stage_two
 from skipdit.report import Report, listed, table
 from skipdit.runs import OwnCache, check_method
@@ -114,7 +113,7 @@ class Conversion:
             with suppress(ValueError):
                 check_method(run.pipeline, cache.method, run.num_inference_steps)
                 made = run(cache)
-                score: PairedScore = score_pictures(made.frames, reference.frames, ALWAYS)["psnr"]
+                score: PairedScore = made.scores(reference.samples)["psnr"]
                 about: dict[str, Any] = {"seed": self.seed, "model": name, "steps": steps, "cache": spec}
                 yield Line(kind="cache", value=score.mean, compute_ratio=made.compute_ratio, **about)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from skipdit.benchmark import cache as bench
 from skipdit.benchmark.cache import CacheBenchConfig, Cost, Tally, bench_caches, report_name
-from skipdit.benchmark.cache_methods import METHODS, SpecCache, method_of, schedules_in, spec_cache
+from skipdit.benchmark.cache_methods import KIN, METHODS, SpecCache, method_of, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import (
     AXES,
     TARGET_DB,
@@ -31,6 +31,7 @@ from skipdit.benchmark.cache_report import (
 )
 from skipdit.cache.enable import cache_summary
 from skipdit.cache.methods import parse_method
+from skipdit.calibration import config as calibration
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
@@ -466,7 +467,10 @@ def test_schedules_are_lines_by_what_they_reuse(tmp_path: Path) -> None:
         "skip/2x": (fields | {"order": 1}, ("calibrated", True)),
         "delta-taylor/2x": (fields | {"method": "delta-taylor", "order": 1}, ("delta-taylor, calibrated", False)),
         "smoothcache/2x": (parts, ("smoothcache", False)),
+        "kin/dpcache-2x": (fields | {"method": "delta-taylor", "order": 1}, ("dpcache", False)),
+        "kin-skip/l2p-2x": (fields | {"order": 1}, ("l2p, skip", False)),
     }
+    assert KIN == calibration.KIN
     for name, (written, _) in expected.items():
         path = tmp_path / f"{name}.json"
         path.parent.mkdir()

@@ -20,8 +20,9 @@ from diffusers import ContextParallelConfig
 from tiny import TINY_FAMILIES, TinyFamily, randomize, tiny_dit
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -177,11 +178,59 @@ def ranks_context_parallel(rank: int) -> Iterator[tuple[str, Any]]:
     yield "plain", output
 
 
+def shard_layers(name: str, model: Any) -> None:
+    """Split the products of each unit over both ranks. Queries, keys and values of our models are one product, which is
+    gathered; those of diffusers stay apart, half of the heads on each rank."""
+    halves = {"DiT": ("mlp.fc1", "mlp.fc2"), PIXART: ("ff.net.0.proj", "ff.net.2")}
+    plan: dict[str, Any] = dict(zip(halves[name], (ColwiseParallel(), RowwiseParallel()), strict=True))
+    if name == "DiT":
+        plan |= {"attn.qkv": ColwiseParallel(output_layouts=Replicate())}
+        plan |= {"attn.proj": RowwiseParallel(input_layouts=Replicate())}
+    else:
+        for attention in ("attn1", "attn2"):
+            plan |= {f"{attention}.to_{each}": ColwiseParallel() for each in "qkv"}
+            plan |= {f"{attention}.to_out.0": RowwiseParallel()}
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    for block in model.blocks if name == "DiT" else model.transformer_blocks:
+        parallelize_module(block, mesh, plan)
+        if name == PIXART:
+            block.attn1.heads //= 2
+            block.attn2.heads //= 2
+
+
+def ranks_tensor_parallel(rank: int) -> Iterator[tuple[str, Any]]:
+    """Both ranks make the same run, each with half of the products of each unit."""
+    for name in ("DiT", PIXART):
+        family, model = TINY_FAMILIES[name], build(name)
+        shard_layers(name, model)
+        for spec in (*STATIC[name], *ADAPTIVE[name]):
+            enable_cache(model, spec)
+            yield f"{name} {spec}", run(model, model, family, 0)
+        exchanged = []
+        for spec in ("none", "N1", "N2"):
+            disable_cache(model) if spec == "none" else enable_cache(model, spec)
+            exchanged.append(exchanges(model, family))
+        yield f"{name} exchanged", exchanged
+
+
+@torch.no_grad()
+def exchanges(model: Any, family: TinyFamily) -> list[int]:
+    """Count the exchanges between ranks in each of two steps."""
+    arguments, counts = {**family.arguments(), "return_dict": False}, []
+    for timestep in (900.0, 800.0):
+        arguments["timestep"] = torch.full_like(arguments["timestep"], timestep)
+        with CommDebugMode() as watched:
+            model(**arguments)
+        counts.append(watched.get_total_counts())
+    return counts
+
+
 RANKS = {
     "ddp": ranks_ddp,
     "fsdp": ranks_fsdp,
     "fsdp_opened": ranks_fsdp_opened,
     "context_parallel": ranks_context_parallel,
+    "tensor_parallel": ranks_tensor_parallel,
 }
 
 
@@ -266,6 +315,39 @@ def test_a_cache_exchanges_no_more_than_its_model(ranks: list[dict[str, Any]]) -
             arguments["timestep"] = torch.full_like(arguments["timestep"], 800.0)
             plain = build(WAN)(**arguments, return_dict=False)[0]
         torch.testing.assert_close(ranks[rank]["context_parallel plain"], plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "spec"), [(name, spec) for name, specs in STATIC.items() for spec in specs])
+def test_under_tensor_parallelism_a_cache_gives_what_one_process_gives(
+    name: str, spec: str, ranks: list[dict[str, Any]]
+) -> None:
+    expected = alone(name, spec, 0)
+    assert 0 < len(expected.full) < len(STEPS)
+    for rank in range(2):
+        loop = ranks[rank][f"tensor_parallel {name} {spec}"]
+        assert loop["full"] == expected.full
+        assert loop["summary"]["peak_bytes_held"] == expected.summary["peak_bytes_held"]
+        for out, wanted in zip(loop["outputs"], expected.outputs, strict=True):
+            torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "spec"), [(name, spec) for name, specs in ADAPTIVE.items() for spec in specs])
+def test_under_tensor_parallelism_ranks_decide_alike(name: str, spec: str, ranks: list[dict[str, Any]]) -> None:
+    expected = alone(name, spec, 0)
+    for rank in range(2):
+        assert ranks[rank][f"tensor_parallel {name} {spec}"]["full"] == expected.full
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_under_tensor_parallelism_a_reuse_step_exchanges_what_its_units_do(
+    name: str, ranks: list[dict[str, Any]]
+) -> None:
+    for rank in range(2):
+        without, never, every_second = ranks[rank][f"tensor_parallel {name} exchanged"]
+        assert without == never
+        full, reuse = every_second
+        assert full == without[0]
+        assert reuse == full * 2 / 5  # the first and the last of 5 units
 
 
 def check_alike(loop: dict[str, Any], expected: Loop) -> None:

@@ -8,12 +8,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny import tiny_dit, tiny_pipeline
+from tiny import TINY_FAMILIES, tiny_dit, tiny_pipeline
 from torch import nn
 
 from skipdit.cache.enable import cache_summary, cached, enable_cache
 from skipdit.cache.noise import draws_noise, layer_of_quantized_activations
+from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.cache.schedule import MANY_STEPS, AutoSchedule
+from skipdit.calibration.calibrate import warned_once
 from skipdit.pipelines import ClassToImagePipeline
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -191,6 +193,37 @@ def test_so_is_one_of_more_steps_with_strong_guidance() -> None:
     serve(4.0)
     with pytest.warns(UserWarning, match="in a run of 12 steps at guidance 8: steps so far apart"):
         serve(8.0)
+
+
+def test_a_scale_that_the_model_embeds_is_no_guidance_by_difference() -> None:
+    """FLUX's and HunyuanVideo's: their pipelines tell it by the same name."""
+    pytest.importorskip("transformers")
+    model = TINY_FAMILIES["FluxTransformer2DModel"].build(3)
+    pipeline: Any = diffusers.FluxPipeline(
+        diffusers.FlowMatchEulerDiscreteScheduler(), None, None, None, None, None, model
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    shapes = {"prompt_embeds": (1, 5, 12), "pooled_prompt_embeds": (1, 10), "latents": (1, 16, 4)}
+    options: dict[str, Any] = {name: torch.randn(shape) for name, shape in shapes.items()}
+    with cached(pipeline, "delta:N2"):  # warnings are errors
+        pipeline(num_inference_steps=12, guidance_scale=30.0, height=64, width=64, output_type="latent", **options)
+    assert pipeline.guidance_scale == 30
+
+
+def test_runs_of_one_measurement_warn_once() -> None:
+    pipeline = tiny_pipeline()
+
+    def measure() -> None:
+        for spec in ("N2", "N2-k2", "skip-taylor:N2"):
+            with cached(pipeline, spec):
+                latents_of(pipeline, 4)
+
+    with pytest.warns(FewerStepsWarning) as told:
+        measure()
+    assert len(told) == 3
+    with pytest.warns(FewerStepsWarning) as told:
+        warned_once(FewerStepsWarning)(measure)()
+    assert len(told) == 1
 
 
 def test_a_part_of_a_longer_run_is_not_taken_for_one_of_few_steps() -> None:

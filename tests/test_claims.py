@@ -150,6 +150,32 @@ def test_a_stochastic_sampler_draws_the_same_noise_each_time(
     assert type(bench.source(pair["skip"]).sampler.pipeline.scheduler.config.algorithm_type) is str
 
 
+def test_without_an_extractor_fidelity_alone_is_told(claims: ModuleType, pair: dict[str, str], tmp_path: Path) -> None:
+    options = options_of(claims, pair, tmp_path, extractor="none", num_samples=3, num_seeds=2, only=("fora:N2",))
+    results = claims.Bench(["compatibility"], options).run()
+    assert {str(each.setting) for each in results} == {
+        "2 steps, guidance 1.5", "1 steps, guidance 1.5", "fora:N2, 2 steps, guidance 1.5",
+    }  # fmt: skip
+    assert all(each.figures == {} for each in results)
+    claims.write_report("compatibility", results, options)
+    page = (tmp_path / "report" / "claims_compatibility.md").read_text()
+    assert "distances of sets: none" in page
+    assert "fidelity over the first 2" in page
+    assert "| setting | plain PSNR dB | skip PSNR dB | long skips are closer in |" in page
+    assert "lowest KD" not in page
+
+
+@pytest.mark.parametrize("name", ["images", "compatibility", "limits"])
+def test_published_tables_are_those_of_the_results(claims: ModuleType, name: str, tmp_path: Path) -> None:
+    """The command of docs/evidence.md writes them again, from results that came from a GPU."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    arguments = f"{name} --num-samples 2000 --steps 30 --out {folder / 'claims'} --report {tmp_path}"
+    claims.main(arguments.split())
+    for suffix in ("md", "json"):
+        made = (tmp_path / f"claims_{name}.{suffix}").read_text()
+        assert made == (folder / f"claims_{name}.{suffix}").read_text()
+
+
 def test_short_clips_are_repeated_for_a_network_of_clips(claims: ModuleType, tmp_path: Path) -> None:
     seen = []
 

@@ -122,3 +122,27 @@ def test_a_conversion_goes_on_until_the_plain_models_loss(
     assert float(rows["N2"][5]) > 0
     lines, _ = conversion.read_results(runs)
     assert conversion.steps_needed([each for each in lines if each.value != 0.9], 0) is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Convergence
+
+
+def write_log(path: Path, losses: list[float]) -> str:
+    path.write_text("".join(json.dumps({"step": 10 * (n + 1), "loss": loss}) + "\n" for n, loss in enumerate(losses)))
+    return str(path)
+
+
+def test_steps_are_counted_until_the_other_models_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convergence = script("convergence")
+    plain = write_log(tmp_path / "plain.jsonl", [1000 / (n + 1) for n in range(100)])
+    slower = write_log(tmp_path / "slower.jsonl", [1000 / (1 + n / 1.5) for n in range(100)])  # by half as much again
+    convergence.main(["--pair", "waves", plain, slower, "--report", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "convergence.md").read_text()
+    rows = [line.split("|")[-2].strip() for line in page.splitlines() if line.startswith("| waves")]
+    assert [float(row[:-1]) for row in rows[:2]] == pytest.approx([1.5, 1.5], rel=0.03)
+    assert rows[2:] == ["not reached in 1 of 1"] * 2
+    shorter = write_log(tmp_path / "shorter.jsonl", [1.0] * 50)
+    with pytest.raises(SystemExit):
+        convergence.main(["--pair", "waves", plain, shorter, "--report", str(tmp_path / "report")])
+    assert "the two logs are not of the same steps" in capsys.readouterr().err

@@ -16,6 +16,8 @@ from skipdit.tasks.task import Sampler
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*(?=[:-]|$)")  # of a spec; a bare N is the paper's cache
 
+KIN = ("dpcache", "l2p", "budcache")  # of `skipdit calibrate --kin`, by whose rules it names its files
+
 
 def method_of(spec: str) -> tuple[str, bool]:
     """Return the method of a spec, and true if it is ours: from the table, for a schedule from its site, and otherwise
@@ -33,6 +35,9 @@ def _method_of_schedule(path: str) -> tuple[str, bool]:
     method = parse_method(path)
     name = next((name for name, row in PUBLISHED.items() if row.matches(method)), "smoothcache")
     ours = name.startswith("skip")
+    rule = Path(path).stem.partition("-")[0]
+    if rule in KIN:
+        return (f"{rule}, skip" if ours else rule), False
     return ("calibrated" if ours else name if name == "smoothcache" else f"{name}, calibrated"), ours
 
 

@@ -232,7 +232,7 @@ def cells(row: Row) -> dict[str, object]:
         "group": row.group,
         "method": row.method,
         "setting": row.setting,
-        "full + reused": f"{steps(row.steps_full)} + {steps(row.steps_reused)}",
+        "evaluations, full + reused": f"{steps(row.steps_full)} + {steps(row.steps_reused)}",
         "speedup": "" if row.speedup is None else f"{row.speedup:.2f}",
         "min to max": f"{min(row.speedups):.2f} to {max(row.speedups):.2f}" if row.speedups else "",
         "FLOPs": "" if row.flop_ratio is None else f"{row.flop_ratio:.2f}",

@@ -22,6 +22,7 @@ from skipdit.interfaces import Transformer
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig, pair_units
+from skipdit.models.modules import modules_of
 from skipdit.models.surgery import add_long_skips, open_units
 
 VideoKind = Kind | Literal["opened", "plain again"]
@@ -116,7 +117,7 @@ def make_subjects(config: VideoBenchConfig, size: Size) -> list[tuple[VideoStep,
 
 def num_outputs(model: nn.Module) -> int:
     """Return the number of attentions and MLPs in the blocks; the output of each has the shape of the hidden states."""
-    return sum(isinstance(module, OUTPUT_CLASSES) for module in model.modules())
+    return sum(len(modules_of(model, kind)) for kind in OUTPUT_CLASSES)
 
 
 def feature_bytes(config: VideoBenchConfig, size: Size, model: Transformer) -> int:

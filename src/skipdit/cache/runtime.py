@@ -29,7 +29,12 @@ from skipdit.models.long_skip import LongSkipModel
 LONG_RUN = 20  # steps, from which on it is said that too few of them are full
 STRONG_GUIDANCE = 6  # from which on they have little in common at half that distance
 FAR_APART = 150  # timesteps per step, from which on steps have little in common: `benchmarks/where_caching_fails.md`
+EMBEDDED = "guidance"  # argument by which distilled models are told a scale that multiplies no difference
 MOST_PER_FULL = 2.5  # full steps' cost of a run per full step: `benchmarks/calibration.md`, where `auto` ends
+
+
+class FewerStepsWarning(UserWarning):
+    """Fewer steps without a cache would be about as good."""
 
 
 class CacheRuntime:
@@ -176,19 +181,21 @@ class CacheRuntime:
         if longest is None or any(run.warned for run in runs):
             return
         counts, reused = longest.counts, any(run.counts.reused for run in runs)
-        fault = self._what_is_better(counts, longest.levels) if reused else None
+        fault, kind = self._what_is_better(longest) if reused else None, FewerStepsWarning
         if not reused and counts.full > 1 and (cause := self._why_never(longest.levels)) is not None:
-            fault = f"cache {self.method} has not reused once in {counts.full} steps: {cause}"
+            fault, kind = f"cache {self.method} has not reused once in {counts.full} steps: {cause}", UserWarning
         if fault is not None:
             for run in runs:
                 run.warned = True
-            warnings.warn(fault, stacklevel=3)
+            warnings.warn(fault, kind, stacklevel=3)
 
-    def _what_is_better(self, counts: Counts, levels: list[float]) -> str | None:
-        """Return what would have been better at the cost of a run of these noise levels, if fewer steps would."""
+    def _what_is_better(self, stream: Stream) -> str | None:
+        """Return what would have been better at the cost of a stream's run, if fewer steps would."""
+        counts, levels = stream.counts, stream.levels
         num_steps = counts.full + counts.reused
         too_few = num_steps >= LONG_RUN and counts.cost >= MOST_PER_FULL * counts.full
         scale = max((getattr(pipeline, "guidance_scale", 0) or 0 for pipeline in self.streams.pipelines), default=0)
+        scale = 0 if EMBEDDED in stream.conditions.tensors else scale
         distance = FAR_APART / (2 if scale >= STRONG_GUIDANCE else 1)
         far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= distance * (len(levels) - 1)
         if self.has_advised or not (too_few or far_apart):

@@ -234,7 +234,7 @@ class LatentsProbe(Probe):
     def values(self, call: Call) -> Stored:
         latents = [tensor.detach() for tensor in tensors_in(call.latents)]
         if self.filtered:
-            is_list, noise = not isinstance(call.latents, Tensor), call.noise()
+            is_list, noise = type(call.latents) in (list, tuple), call.noise()
             in_channels = getattr(getattr(call.model, "config", None), "in_channels", None)
             latents = [_filtered(tensor, noise, in_channels, is_sample=is_list) for tensor in latents]
         else:

@@ -21,6 +21,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
@@ -32,6 +33,9 @@ from skipdit.models.forward_plan import ForwardPlan
 
 # more streams than this in one run cannot be guidance: the cache misreads its calls
 MAX_STREAMS = 16
+# tensors that say how strong something is, which FluxControlNetPipeline makes anew at each step. As long as none tells
+# calls of one step apart, they are not compared
+STRENGTHS = {"guidance"}
 # beyond this many runs, the least recently called are dropped
 MAX_RUNS = 64
 
@@ -74,6 +78,15 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
+def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the memory of a tensor; of one that wraps others, as the sum over ranks of tensor parallelism, theirs."""
+    if is_traceable_wrapper_subclass(tensor):  # private to torch
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages_of(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
 @dataclass(eq=False)
 class Stream:
     """The calls of one name, shape and conditioning: their stored values and their counts."""
@@ -104,8 +117,11 @@ class Stream:
     counts: Counts = field(default_factory=Counts)
 
     def advance(self, conditions: Conditions, place: float) -> None:
-        """Record a step at this place, whose conditions equal the previous ones."""
-        conditions.sums = self.conditions.sums | conditions.sums
+        """Record a step at this place, whose conditions equal the previous ones, up to strengths."""
+        before = self.conditions
+        renewed = {name for name in STRENGTHS if not conditions.same(name, before)}
+        known = {name: value for name, value in before.sums.items() if name not in renewed}
+        conditions.sums = known | conditions.sums
         conditions.add_checksums()
         self.conditions = conditions
         if place != self.places[0]:
@@ -115,7 +131,7 @@ class Stream:
     def bytes_held(self) -> int:
         """Size of the memory kept alive: a view counts as its whole tensor, shared memory counts once."""
         tensors = (tensor for state in self.states for tensor in state.tensors)
-        storages = [tensor.untyped_storage() for tensor in (*tensors, *self.output)]
+        storages = [storage for tensor in (*tensors, *self.output) for storage in storages_of(tensor)]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -222,7 +238,7 @@ class Streams:
 
     def next(self, timestep: Timestep, latents: Latents, conditions: Fields) -> tuple[Run, Stream]:
         """Return the run and the stream that a call continues; either may be new."""
-        key = threading.current_thread().ident or 0, _context.get(), _branch.get()
+        key = threading.get_ident(), _context.get(), _branch.get()
         current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
         run, place, stream, fitting = self._place(key, before, timestep, current, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
@@ -261,7 +277,11 @@ class Streams:
         order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [stream for stream in run.streams if stream.layout == layout]
-        same = [stream for stream in fitting if not conditions.differing(stream.conditions) - run.changing]
+        differing = {stream: conditions.differing(stream.conditions) - run.changing for stream in fitting}
+        same = [stream for stream in fitting if not differing[stream]]
+        alike = [stream for stream in fitting if differing[stream] <= STRENGTHS]
+        if not same and place is not None and len(alike) == 1 and alike[0].places[0] < place:
+            same = alike
         # a tensor of inference mode may have been written between two calls of one step
         unsure = None in conditions.versions.values() and (order is None or any(s.places[0] == place for s in same))
         stream = same[0] if len(same) == 1 and not unsure else None
@@ -271,7 +291,7 @@ class Streams:
             # each frame has its own scheduler, and that of the pipeline does not advance (diffusion forcing)
             order = run.follow_levels()
 
-        levels = [] if isinstance(order, Tensor) else self._levels(timestep)
+        levels = [] if _is_list(order) else self._levels(timestep)
         numbers = conditions.compare([other.conditions for other in fitting] if stream is None else [], levels)
         level = self._level(numbers) if levels else 0.0
         if order is None:
@@ -300,7 +320,7 @@ class Streams:
 
     def _tables(self, order: Order) -> Iterator[Tensor]:
         """Yield the list that orders a run, nearly always the right one, then those of the schedulers."""
-        if isinstance(order, Tensor):
+        if _is_list(order):
             yield order
         yield from self._lists().values()
 
@@ -372,7 +392,7 @@ class Streams:
                 run.levels = _levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
-            lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
+            lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
             if name[0] not in alive or (name[:2] == key[:2] and lists):
                 del self.runs[name]
         self.check(run.coming)
@@ -464,10 +484,16 @@ def _levels_of(scheduler: Scheduler) -> list[float]:
 
 def layout_of(latents: Latents) -> Layout:
     """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
-    if isinstance(latents, Tensor):
-        return latents.shape, latents.dtype, latents.device
+    match latents:
+        case Tensor():
+            return latents.shape, latents.dtype, latents.device
     layouts = [layout_of(sample) for sample in latents]
     return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
+
+
+def _is_list(order: Order) -> TypeGuard[Tensor]:
+    """Return true if calls are ordered by the list of a watched scheduler."""
+    return isinstance(order, Tensor)
 
 
 def _is_entry(timestep: object) -> bool:

@@ -2,10 +2,12 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from rich.progress import Progress
@@ -13,6 +15,7 @@ from rich.progress import Progress
 from skipdit.cache.enable import cached
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import CacheMethod, MadeFor, parse_method
+from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.schedule_file import fields_of
 from skipdit.calibration.config import BY_THRESHOLD, KIN, CalibrateConfig
@@ -70,6 +73,22 @@ def progress(description: str, total: int | None) -> Iterator[Callable[[], objec
         yield partial(bar.advance, bar.add_task(description, total=total))
 
 
+@contextmanager
+def warned_once(kind: type[Warning]) -> Iterator[None]:
+    """Show only the first warning of a kind inside the block, as each of many similar runs would repeat it."""
+    with warnings.catch_warnings():
+        show, has_warned = warnings.showwarning, False
+
+        def show_first(message: Warning | str, category: type[Warning], *args: Any, **options: Any) -> None:
+            nonlocal has_warned
+            if not (has_warned and issubclass(category, kind)):
+                show(message, category, *args, **options)
+            has_warned |= issubclass(category, kind)
+
+        warnings.showwarning = show_first
+        yield
+
+
 def factors_of(method: CacheMethod) -> list[list[float] | None]:
     """Return the fitted factors of each step, `None` for full steps; empty if nothing was fitted."""
     rows = method.predictor.fitted_factors
@@ -122,6 +141,7 @@ def claim(out: OutputFolder, config: CalibrateConfig) -> None:
     out.claim(("report.md", "report.json", "pareto.png", *(f"{target.name}.json" for target in config.targets)))
 
 
+@warned_once(FewerStepsWarning)
 def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> list[Row]:
     """Write a schedule (`{target}.json`) for each target, `report.md`, `report.json` and `pareto.png` into `out`;
     return the rows of the report.

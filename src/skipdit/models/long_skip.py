@@ -145,7 +145,7 @@ class LongSkipModel(nn.Module):
     @classmethod
     def find(cls, model: nn.Module) -> "LongSkipModel | None":
         """Return the model if skipdit knows its units, otherwise `None`."""
-        return model if isinstance(model, cls) else None
+        return model if is_open(model) else None
 
     def units(self) -> list[tuple[LinkedBlock, ...]]:
         """Return the blocks of each unit in the order in which they run; the first one fuses the unit's skip."""
