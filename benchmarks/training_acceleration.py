@@ -200,7 +200,7 @@ def loss_of(task: TrainingTask, config: TrainConfig, weights: dict[str, Tensor],
     losses = [
         training_loss(lambda noisy, t, part=part: task.predict(task.model, noisy, t, part[3]), config.objective,
                       *part[:3]).loss
-        for part in zip(*(each.split(64) for each in (batch.x_start, batch.noise, batch.timesteps, labels)),
+        for part in zip(*(tensor.split(64) for tensor in (batch.x_start, batch.noise, batch.timesteps, labels)),
                         strict=True)
     ]  # fmt: skip
     return torch.cat(losses).mean().item()
@@ -440,7 +440,7 @@ def main() -> None:
         write_report(read_runs(results), cached_rows, options.report)
         return
     sets = [split_emoji(options.out / "data")] + ([find_cifar10(options.cifar10)] if options.cifar10 else [])
-    trials = [Trials(each, options.out, options.dense_steps) for each in sets]
+    trials = [Trials(pictures, options.out, options.dense_steps) for pictures in sets]
     for seed in options.seeds:
         for trial in trials:
             for arm in options.arms:

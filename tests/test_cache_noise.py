@@ -147,7 +147,7 @@ def test_auto_does_not_extrapolate_over_noise_that_the_solver_draws() -> None:
 
 
 @pytest.mark.parametrize("num_steps", range(4, MANY_STEPS))
-def test_auto_saves_what_was_asked_for_in_a_run_of_few_steps(num_steps: int) -> None:
+def test_auto_reaches_its_speedup_in_a_run_of_few_steps(num_steps: int) -> None:
     """It had 1 full step of 4, as it rounded down, at densities that were meant for another number of steps."""
     timesteps = [1000 * (1 - step / num_steps) for step in range(num_steps)]
     schedule = AutoSchedule(speedup=2).for_cost(0.1)
@@ -166,7 +166,7 @@ def test_auto_holds_what_is_stored_where_steps_are_far_apart() -> None:
 
 
 @pytest.mark.parametrize("spec", ["auto:1.4", "N2"])
-def test_a_run_of_so_few_steps_that_a_cache_gains_nothing_is_told(spec: str) -> None:
+def test_a_run_with_too_few_steps_for_a_cache_warns(spec: str) -> None:
     pipeline = tiny_pipeline()
 
     def serve(num_steps: int) -> None:

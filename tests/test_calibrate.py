@@ -134,7 +134,7 @@ def test_a_search_only_improves(pipeline: ClassToImagePipeline, speedup: float) 
     assert all(search.error(best) <= search.error(other) / 0.999 for other in within(search, best, speedup))
 
 
-def test_a_prediction_of_second_order_may_have_rests_of_the_largest_age(pipeline: ClassToImagePipeline) -> None:
+def test_a_prediction_of_second_order_may_reuse_up_to_the_largest_age(pipeline: ClassToImagePipeline) -> None:
     """Only as many earlier steps were tried as one of first order needs: such schedules were out of reach."""
     measured = measure(runner(pipeline), DeepFeatures(), Trials(orders=(2,), max_age=1, num_probed=2))
     variants = tuple(None if step % 2 == 0 else 0 for step in range(NUM_STEPS))
@@ -339,7 +339,7 @@ def test_a_clock_measures_a_full_run_and_a_cached_one(pipeline: ClassToImagePipe
         Clock.of(replace(runner(pipeline), num_inference_steps=1), DeepFeatures())
 
 
-def test_a_target_that_a_full_run_reaches_is_told_as_such(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
+def test_a_target_that_a_full_run_reaches_is_refused(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
     """It was said to be out of reach."""
     config = CalibrateConfig(num_inference_steps=NUM_STEPS, num_samples=2, target_seconds=(1000.0,), rivals=())
     source = Source(Sampler(CLASS_TO_IMAGE, pipeline))

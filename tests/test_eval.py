@@ -296,7 +296,7 @@ def test_what_is_no_set_is_refused_in_one_line(name: str, tmp_path: Path, capsys
     assert "called" not in line
 
 
-def test_a_compressed_set_says_how_to_write_it(tmp_path: Path) -> None:
+def test_the_error_for_a_compressed_set_names_the_format(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "set.npz", pictures_of(0))
     with pytest.raises(ValueError, match=r"its arrays are compressed: write it with numpy\.savez"):
         map_npz(tmp_path / "set.npz")

@@ -363,7 +363,9 @@ def test_lpips_is_that_of_torchmetrics(alexnet: Path, monkeypatch: pytest.Monkey
     assert metric.function(first, first).tolist() == [0, 0, 0]
 
 
-def test_lpips_says_what_it_needs(alexnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_lpips_weights_names_the_file(
+    alexnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "none"))
     with pytest.raises(ValueError, match=f"give --lpips PATH of torchvision's {ALEXNET_FILE}"):
         load_lpips(None)

@@ -193,7 +193,7 @@ def auto_full_steps(speedup: float, reuse_cost: float, num_steps: int) -> list[i
 
 @pytest.mark.parametrize("reuse_cost", [0.0, 1 / 12, 0.25])
 @pytest.mark.parametrize("speedup", [1.2, 1.5, 1.8, 2.0, 2.5, 3.0])
-def test_auto_saves_what_is_asked_for_and_no_more(speedup: float, reuse_cost: float) -> None:
+def test_auto_reaches_its_speedup_and_no_more(speedup: float, reuse_cost: float) -> None:
     num_full = len(auto_full_steps(speedup, reuse_cost, 50))
 
     def ratio(full: int) -> float:
@@ -206,7 +206,7 @@ def test_auto_saves_what_is_asked_for_and_no_more(speedup: float, reuse_cost: fl
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("num_steps", [20, 50, 100])
 @pytest.mark.parametrize("speedup", [1.5, 2.0, 2.5])
-def test_auto_saves_what_is_asked_for_on_unevenly_spaced_timesteps_too(
+def test_auto_reaches_its_speedup_on_unevenly_spaced_timesteps_too(
     speedup: float, num_steps: int, shift: float
 ) -> None:
     """It overshot by a step or more, as its densities were scaled to evenly spaced ones."""

@@ -232,8 +232,9 @@ def guidance_options(guidance: Guidance, num_shallow_units: int | None) -> Field
 
 
 def _generators(seed: int | Sequence[int]) -> torch.Generator | list[torch.Generator]:
-    if isinstance(seed, int):
-        return torch.Generator().manual_seed(seed)
+    match seed:
+        case int():
+            return torch.Generator().manual_seed(seed)
     return [torch.Generator().manual_seed(sample_seed) for sample_seed in seed]
 
 

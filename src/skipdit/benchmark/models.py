@@ -13,6 +13,7 @@ from skipdit.benchmark import measure
 from skipdit.benchmark.config import DType, Mode
 from skipdit.benchmark.config import ModelBenchConfig as ModelBenchConfig
 from skipdit.benchmark.measure import Advance, Call, Kind, Ratios, Subject
+from skipdit.cache.compiled import more_graphs
 from skipdit.cache.schedule import IntervalSchedule, resolve
 from skipdit.files.output import OutputFolder
 from skipdit.models.dit import DiT
@@ -129,7 +130,7 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> lis
             for _, subject in subjects:
                 subject.model.compile(fullgraph=True)
         num_rounds = num_warmup + config.num_repetitions
-        with torch._dynamo.config.patch(cache_size_limit=64):  # a graph for each step; torch 2.6 has only this name
+        with more_graphs():  # a graph for each step
             timed = measure.time_rounds(
                 lambda mode=mode: (call for _, _, call in calls(mode)), num_rounds, config.device
             )

@@ -66,14 +66,14 @@ class Call:
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
         with more_graphs() if is_new else nullcontext():
-            output, found = self._planned(plan, stored)
+            output, values = self._planned(plan, stored)
         if is_new:
             self.compiled_plans.add(plan)
         if torch.is_grad_enabled():
-            found = _map_stored(found, Tensor.detach)
+            values = _map_stored(values, Tensor.detach)
         if replays:  # the graph overwrites its outputs at the next replay
-            output, found = map_tensors(output, Tensor.clone), _map_stored(found, Tensor.clone)
-        return PlannedOutput(output, found)
+            output, values = map_tensors(output, Tensor.clone), _map_stored(values, Tensor.clone)
+        return PlannedOutput(output, values)
 
     def _planned(self, plan: ForwardPlan, stored: Stored | None) -> PlannedOutput:
         """Run the model under a plan. Hooks on a diffusers model, as for context parallelism, see its plain output."""

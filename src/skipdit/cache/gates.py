@@ -13,7 +13,7 @@ class AdaptiveSchedule(Schedule):
 
     is_adaptive = True
     observes = False
-    """If true, the gate is told at each full step by how much the stored values have changed."""
+    """If true, the gate observes at each full step by how much the stored values have changed."""
 
     threshold: float
     """Relative L1 change from which on a step is full."""
@@ -22,7 +22,7 @@ class AdaptiveSchedule(Schedule):
     max_reused: int | None = None
     """The largest number of reuse steps in a row; `None` for any."""
     num_last: int = 0
-    """Number of last steps that are full, where the end of the run is known, as in a pipeline."""
+    """Number of last steps that are full, if the end of the run is known, as in a pipeline."""
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

@@ -1,7 +1,7 @@
-"""Which branches reuse at which step, chosen by what each of them does to the model's output.
+"""Chooses the branches to reuse at each step, by the effect of each branch on the model's output.
 
-After Learning-to-Cache (arXiv 2406.01733), which trains that choice by gradients, for steps that are full and reuse in
-turn. Here a run in full tries each branch alone, at each step that may reuse.
+After Learning-to-Cache (arXiv 2406.01733), which learns the choice by gradients, for alternating full and reuse steps.
+Here a full run tries each branch alone, at each step that may reuse.
 
     errors = measure_layers(pipe, lambda: pipe("a cat", num_inference_steps=50))
     skipdit.enable_cache(pipe, errors.method(threshold=0.01))
@@ -68,7 +68,7 @@ class ChosenLayers(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerErrors:
-    """What the reuse of each branch alone does to the output of a model."""
+    """The effect of the reuse of each branch alone on the output of a model."""
 
     errors: tuple[Mapping[Branch, float], ...]
     """For each step, by branch, the relative L1 change of the output, the largest of all streams; empty for a step
@@ -131,8 +131,8 @@ def _values(output: ModelOutput) -> dict[str, Tensor]:
 def measure_layers(
     target: nn.Module | DiffusionPipeline, sample: Callable[[], object], *, interval: int = 2
 ) -> LayerErrors:
-    """Measure what the reuse of each branch alone does to the output, in one run, every `interval`-th step of which is
-    full. It takes as many calls of the model as there are branches, at each of the others.
+    """Measure the effect of the reuse of each branch alone on the output, in one run in which every `interval`-th step
+    is full. Each of the other steps takes as many calls of the model as there are branches.
 
     target: a model, or a pipeline with one transformer. sample: makes one run of it, with falling timesteps. Raises
     `ValueError` if skipdit does not know the branches of the model, or if `sample` does not call it.
@@ -147,7 +147,7 @@ def measure_layers(
     if not steps.errors:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")
     levels = sorted(steps.errors, reverse=True)
-    largest = [torch.stack(found).amax(dim=0).tolist() if (found := steps.errors[level]) else [] for level in levels]
+    largest = [torch.stack(errors).amax(dim=0).tolist() if (errors := steps.errors[level]) else [] for level in levels]
     return LayerErrors(
         errors=tuple(dict(zip(steps.alone, errors, strict=False)) for errors in largest), timesteps=tuple(levels)
     )

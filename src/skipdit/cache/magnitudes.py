@@ -75,7 +75,7 @@ class MagnitudeSchedule(Schedule):
             raise ValueError("magnitudes were measured on falling timesteps, got a run in which they rise")
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
-        curve, found = self.magnitudes, list[Decision]()
+        curve, decisions = self.magnitudes, list[Decision]()
         num_retained = int(self.retention * len(curve.ratios) + 0.5)
         passed, product, error, num_reused = 0, 1.0, 0.0, 0
         for timestep in timesteps:
@@ -85,11 +85,11 @@ class MagnitudeSchedule(Schedule):
                 for ratio in curve.ratios[before:passed]:
                     product *= ratio
                 error += abs(1 - product)
-                reuses = bool(found) and 0 < self.threshold >= error and num_reused < self.max_reused
-            found.append(0 if reuses else None)
+                reuses = bool(decisions) and 0 < self.threshold >= error and num_reused < self.max_reused
+            decisions.append(0 if reuses else None)
             num_reused = num_reused + 1 if reuses else 0
             product, error = (product, error) if reuses else (1.0, 0.0)
-        return found
+        return decisions
 
     def method(self) -> CacheMethod:
         """Return the method that `skipdit.enable_cache` takes."""
@@ -129,7 +129,7 @@ class MagnitudeSteps(MeasuringStepper):
 
     def magnitudes(self) -> Magnitudes:
         """Return the measured magnitudes, averaged over guidance streams."""
-        ratios = {level: torch.stack(found).mean().item() for level, found in self.ratios.items()}
+        ratios = {level: torch.stack(values).mean().item() for level, values in self.ratios.items()}
         levels = sorted(ratios, reverse=True)
         return Magnitudes(ratios=tuple(ratios[level] for level in levels), timesteps=tuple(levels))
 

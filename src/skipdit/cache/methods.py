@@ -99,7 +99,7 @@ class ParsedSpec:
     shallow_units: tuple[int, ...] = ()
     """The number after -k, if there is one."""
     order: int = 0
-    """Of the prediction."""
+    """Order of the predictor."""
     predictor: type[Predictor] = TaylorPredictor
 
     @property

@@ -13,7 +13,7 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import TaylorPredictor
 from skipdit.interfaces import Scheduler
 
-# classes that quantize what they are given: bitsandbytes (LLM.int8), nunchaku, and those of BFL (on GPUs that can)
+# classes that quantize their inputs: bitsandbytes (LLM.int8), nunchaku, and those of BFL (on GPUs that can)
 LAYERS = frozenset({"Linear8bitLt", "SVDQW4A4Linear", "BFLFP8RLinear", "BFLNVFP4Linear"})
 TORCH_MODULES = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # schedulers of diffusers that draw noise in their steps whatever their settings; eta is an argument of pipelines
@@ -55,8 +55,8 @@ def draws_noise(scheduler: Scheduler | None) -> bool:
 
 
 def suited_to(method: CacheMethod, model: nn.Module, scheduler: Scheduler | None = None) -> CacheMethod:
-    """Return the method, without its extrapolation where that amplifies noise, and warn of it: whatever it is if the
-    model quantizes activations, `auto` if the scheduler (`None` if unknown) draws noise."""
+    """Return the method, without its extrapolation if that would amplify noise, with a warning: any method if the model
+    quantizes activations, `auto` if the scheduler (`None` if unknown) draws noise."""
     if not any(rule.predictor.order for rule in method.rules):
         return method
     layer, why = layer_of_quantized_activations(model), None
@@ -70,8 +70,10 @@ def suited_to(method: CacheMethod, model: nn.Module, scheduler: Scheduler | None
     if why is None:
         return method
     warnings.warn(f"{why}: cache {method} holds stored values instead (-o0 asks for that)", stacklevel=4)
-    return replace(_held(method), others=tuple(map(_held, method.others)), spec=f"{method}, held")
+    return replace(
+        _without_extrapolation(method), others=tuple(map(_without_extrapolation, method.others)), spec=f"{method}, held"
+    )
 
 
-def _held(method: CacheMethod) -> CacheMethod:
+def _without_extrapolation(method: CacheMethod) -> CacheMethod:
     return replace(method, predictor=TaylorPredictor(0))

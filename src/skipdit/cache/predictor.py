@@ -21,7 +21,7 @@ MAX_ORDER = 4
 
 
 class Ahead(NamedTuple):
-    """Where a reuse step is."""
+    """The position of a reuse step."""
 
     distance: float
     """Steps since the last full one; from a probe they may be a fraction."""
@@ -97,10 +97,10 @@ class HermitePredictor(Predictor):
     """Hermite polynomials (of probability theory) in place of powers (after HiCache, arXiv 2508.16984)."""
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        found = [1.0, float(ahead.distance)]
+        values = [1.0, float(ahead.distance)]
         for power in range(1, order):
-            found.append(ahead.distance * found[power] - power * found[power - 1])
-        return [value / math.factorial(power) for power, value in enumerate(found[: order + 1])][1:]
+            values.append(ahead.distance * values[power] - power * values[power - 1])
+        return [value / math.factorial(power) for power, value in enumerate(values[: order + 1])][1:]
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class AdamsBashforthPredictor(Predictor):
     spaced full steps (after PrediT, arXiv 2602.18093)."""
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        found = [float(ahead.distance)]
+        values = [float(ahead.distance)]
         for power in range(2, order + 1):
-            found.append(found[-1] * (ahead.distance + (power - 1) * ahead.spacing) / power)
-        return found
+            values.append(values[-1] * (ahead.distance + (power - 1) * ahead.spacing) / power)
+        return values
 
 
 @dataclass(frozen=True)

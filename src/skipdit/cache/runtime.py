@@ -54,11 +54,12 @@ class CacheRuntime:
         rules = rules_on(method, model)
         self.stepper = make(model, rules)
         linked = LongSkipModel.find(model)
-        if linked and any(region.is_in_branches for rule in rules for region in (*rule.regions, *rule.probe)):
+        in_branches = any(region.is_in_branches for rule in rules for region in (*rule.regions, *rule.probe))
+        if linked is not None and in_branches:
             open_branches(linked)
         self.by_guidance = any(rule.method.site.beside_first for rule in rules)
         self.num_units = 0 if linked is None else linked.long_skip_links.num_units
-        self.timestep_scale = (linked or self.family).timestep_scale
+        self.timestep_scale = (self.family if linked is None else linked).timestep_scale
         self.reset()
 
     def reset(self) -> None:
@@ -66,7 +67,7 @@ class CacheRuntime:
         by_token = self.family.timestep_by_token
         self.streams = Streams(self._start, self._check_reuses, self._review, self.timestep_scale, by_token=by_token)
         self.costs: dict[Layout, Costs] = {}
-        self.peak_bytes_held, self.told, self.has_branches = 0, False, False
+        self.peak_bytes_held, self.has_advised, self.has_branches = 0, False, False
 
     @property
     def rules(self) -> list[CacheRule]:
@@ -191,9 +192,9 @@ class CacheRuntime:
         scale = max((getattr(pipeline, "guidance_scale", 0) or 0 for pipeline in self.streams.pipelines), default=0)
         distance = FAR_APART / (2 if scale >= STRONG_GUIDANCE else 1)
         far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= distance * (len(levels) - 1)
-        if self.told or not (too_few or far_apart):
+        if self.has_advised or not (too_few or far_apart):
             return None
-        self.told = True
+        self.has_advised = True
         if far_apart:
             guided = f" at guidance {scale:g}" if scale >= STRONG_GUIDANCE else ""
             return (

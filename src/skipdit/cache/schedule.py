@@ -87,14 +87,14 @@ class IntervalSchedule(Schedule):
         return self.interval == 1
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
-        found: list[Decision] = []
+        decisions: list[Decision] = []
         count, holds = 0, False
         for timestep in timesteps:
             full = not holds or count % self.interval == 0 or timestep >= self.start_timestep
-            found.append(None if full else 0)
+            decisions.append(None if full else 0)
             holds = self.stores(timestep)
             count = count + 1 if holds else 0
-        return found
+        return decisions
 
     def stores(self, timestep: float) -> bool:
         return timestep > self.stop_timestep
@@ -116,12 +116,13 @@ class ExplicitSchedule(Schedule):
     num_inference_steps: int
     """Steps of the run that it was made for."""
     timesteps: tuple[float, ...] = ()
-    """Timesteps of that run, in sampling order. With them it applies to other runs too: at each timestep the same share
-    of steps is full, so that the saving is about the same; where the timesteps to come are not known, as many steps."""
+    """Timesteps of that run, in sampling order. With them the schedule applies to other runs too: at each timestep the
+    same share of steps is full, so the saving is about the same; if the timesteps to come are unknown, as many steps as
+    here are full."""
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
     table: ErrorTable | None = field(default=None, compare=False)
-    """What was measured: with it a run of fewer steps has a schedule of its own, of the same compute."""
+    """Measured errors, from which runs of fewer steps get their own schedules with the same compute ratio."""
 
     def __post_init__(self) -> None:
         steps, count = self.full_steps, self.num_inference_steps
@@ -227,7 +228,7 @@ AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850
 AUTO_DENSE = (3.16, 0.44, 100.0, 0.53, 0.15, 0.22, 0.08, 0.28, 0.17, 1.9, 3.04, 8.29)
 AUTO_SPARSE = (11.27, 0.44, 0.99, 0.12, 0.35, 0.07, 0.68, 0.12, 0.53, 0.39, 1.03, 100.0)
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
-NOMINAL_STEPS = 50  # steps of the run that a speedup refers to where a run's own timesteps are not known
+NOMINAL_STEPS = 50  # steps of the run that a speedup refers to if the timesteps of a run are unknown
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
 MANY_STEPS = 20  # from which on a speedup refers to the run itself, as a lower bound
 COARSE = 55.0  # a mean stride of timesteps, beyond which a run has few steps, and is no part of a longer one
@@ -239,12 +240,12 @@ class AutoSchedule(Schedule):
     the steps since the last full one add up to 1."""
 
     speedup: float = 1.8
-    """Compute of all steps in full over that with the cache: where the timesteps are known, to which the densities are
-    scaled, at least this for a run of 20 steps and more, and as near as can be for one of fewer; about this for other
-    runs."""
+    """Cost of the uncached run divided by that of the cached run. If the timesteps are known, the densities are scaled
+    so that a run of at least 20 steps reaches this, and a shorter one comes as close as possible; other runs reach
+    about this."""
     reuse_cost: float = 0.0
     """Cost of a reuse step, as a share of a full one."""
-    may_stay_full = True  # a short run, as of image-to-image, may have nothing to spare
+    may_stay_full = True  # a short run, as in image-to-image, may have no step to spare
     holds_if_noisy = True
 
     def __post_init__(self) -> None:
@@ -272,7 +273,7 @@ class AutoSchedule(Schedule):
 
 
 def is_coarse(timesteps: Sequence[float]) -> bool:
-    """Return true for a run of few steps, far apart."""
+    """Return true for a run of a few steps that are far apart."""
     return len(timesteps) > 1 and timesteps[0] - timesteps[-1] > COARSE * (len(timesteps) - 1)
 
 
@@ -294,14 +295,14 @@ def auto_densities(speedup: float, reuse_cost: float, timesteps: tuple[float, ..
 
 def _by_density(timesteps: Sequence[float], densities: tuple[float, ...]) -> list[Decision]:
     """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1."""
-    found: list[Decision] = []
+    decisions: list[Decision] = []
     account = 0.0
     for timestep in timesteps:
         account += _interpolate(timestep, densities)
-        full = not found or account >= 1 - 1e-9
-        found.append(None if full else 0)
+        full = not decisions or account >= 1 - 1e-9
+        decisions.append(None if full else 0)
         account = 0.0 if full else account
-    return found
+    return decisions
 
 
 def _interpolate(timestep: float, densities: tuple[float, ...]) -> float:

@@ -172,14 +172,14 @@ class BranchOutputs(Site):
         units = range(num_units)
         if self.num_shallow_units is not None:
             units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
-        found = {info.kind for info in linked.branches() if info.unit in units}
-        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in found)
+        present = {info.kind for info in linked.branches() if info.unit in units}
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in present)
         if not kinds and self.optional:
             return ()
         if not kinds:
             raise ValueError(
                 f"{type(model).__name__} has no {' or '.join(self.kinds)} that skipdit knows of, only "
-                f"{', '.join(sorted(found)) or 'no branches'}: nothing could be reused"
+                f"{', '.join(sorted(present)) or 'no branches'}: nothing could be reused"
             )
         return (Branches(kinds=kinds, units=tuple(units)),)
 
@@ -234,7 +234,7 @@ class LatentsProbe(Probe):
     def values(self, call: Call) -> Stored:
         latents = [tensor.detach() for tensor in tensors_in(call.latents)]
         if self.filtered:
-            is_list, noise = not isinstance(call.latents, Tensor), call.noise()
+            is_list, noise = type(call.latents) in (list, tuple), call.noise()
             in_channels = getattr(getattr(call.model, "config", None), "in_channels", None)
             latents = [_filtered(tensor, noise, in_channels, is_sample=is_list) for tensor in latents]
         else:

@@ -91,7 +91,8 @@ class RuleState:
     probe: Stored = field(default_factory=dict)
     """The probe of the last full step, or of the last step, as the schedule says."""
     marks: tuple[Stored, ...] = ()
-    """What an estimate needs of the last full steps, the last one first: its probe for a rate, or the trail."""
+    """Values of the last full steps, the last one first, from which changes are estimated: the probe for a rate, or the
+    trail."""
     rate: Tensor | None = None
     """The rate at which the stored values have changed with the probe, between the last two full steps."""
     spacing: int = 1

@@ -51,7 +51,7 @@ def cache_context(name: str) -> Iterator[None]:
     """Keep the calls inside, the run `name`, apart from all others. Contexts nest.
 
     Needed only if one thread alternates between steps of several runs; our own pipelines enter one by themselves, and
-    guidance streams that differ in their conditioning are told apart without it.
+    guidance streams with different conditioning are recognized without it.
     """
     with _entered(_context, (*_context.get(), name)):
         yield
@@ -271,7 +271,7 @@ class Streams:
             # each frame has its own scheduler, and that of the pipeline does not advance (diffusion forcing)
             order = run.follow_levels()
 
-        levels = [] if isinstance(order, Tensor) else self._levels(timestep)
+        levels = [] if _is_list(order) else self._levels(timestep)
         numbers = conditions.compare([other.conditions for other in fitting] if stream is None else [], levels)
         level = self._level(numbers) if levels else 0.0
         if order is None:
@@ -300,7 +300,7 @@ class Streams:
 
     def _tables(self, order: Order) -> Iterator[Tensor]:
         """Yield the list that orders a run, nearly always the right one, then those of the schedulers."""
-        if isinstance(order, Tensor):
+        if _is_list(order):
             yield order
         yield from self._lists().values()
 
@@ -372,7 +372,7 @@ class Streams:
                 run.levels = _levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
-            lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
+            lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
             if name[0] not in alive or (name[:2] == key[:2] and lists):
                 del self.runs[name]
         self.check(run.coming)
@@ -387,8 +387,8 @@ class Streams:
         """Return the other guidance branches of a run: streams of the same layout, whose steps have the same order."""
         key = next(key for key, other in self.runs.items() if other is run)
         runs = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
-        found = [branch for other in runs for branch in other.streams]
-        return [branch for branch in found if branch is not stream and branch.layout == stream.layout]
+        streams = [branch for other in runs for branch in other.streams]
+        return [branch for branch in streams if branch is not stream and branch.layout == stream.layout]
 
     def noise_share(self, run: Run) -> float:
         """Return the share of noise, from 0 to 1, in the latents of a run's last call: of a process with betas by its
@@ -464,10 +464,16 @@ def _levels_of(scheduler: Scheduler) -> list[float]:
 
 def layout_of(latents: Latents) -> Layout:
     """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
-    if isinstance(latents, Tensor):
-        return latents.shape, latents.dtype, latents.device
+    match latents:
+        case Tensor():
+            return latents.shape, latents.dtype, latents.device
     layouts = [layout_of(sample) for sample in latents]
     return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
+
+
+def _is_list(order: Order) -> TypeGuard[Tensor]:
+    """Return true if calls are ordered by the list of a watched scheduler."""
+    return isinstance(order, Tensor)
 
 
 def _is_entry(timestep: object) -> bool:

@@ -63,8 +63,8 @@ def restored(values: Values, latents: Latents, form: ModelOutput) -> ModelOutput
         if before is not None:
             overlap(tensor, before).add_(overlap(inputs[index], before) - before)
         tensors.append(tensor)
-    left = iter(tensors)
-    return map_tensors(form, lambda _: next(left))
+    remaining = iter(tensors)
+    return map_tensors(form, lambda _: next(remaining))
 
 
 def form_of(output: ModelOutput) -> ModelOutput:
@@ -80,14 +80,14 @@ def overlap(tensor: Tensor, other: Tensor) -> Tensor:
 
 def tensors_in(output: ModelOutput | Latents) -> list[Tensor]:
     """Return the tensors of a model's output or input, in the order of `map_tensors`."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     map_tensors(output, keep)
-    return found
+    return tensors
 
 
 def map_tensors(output: ModelOutput, change: Callable[[Tensor], Tensor]) -> ModelOutput:

@@ -204,7 +204,7 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
     with benchmark(config, out, COMPILE) as environment:
         source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer
-        if not isinstance(model, DiT):
+        if source.sampler.task.model_class is not DiT:
             raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")
         if not model.long_skip_links.sources:
             raise ValueError(f"{CLASS_TO_IMAGE}, got one without")

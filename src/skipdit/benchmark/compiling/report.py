@@ -118,7 +118,7 @@ class StepRow:
 COLUMNS = {
     "graphs": "compiled in the first run; the model without a cache has 1",
     "new": "compiled in a second run, of other pictures",
-    "breaks": "places at which the compiler has to stop and Python goes on; few graphs beside breaks mean that most of "
+    "breaks": "positions at which the compiler stops and Python continues; few graphs beside breaks mean that most of "
     "the model runs uncompiled",
     "whole": "`fullgraph=True` works, which promises that there are none; where it does not, the numbers are of runs "
     "without it",
@@ -168,7 +168,7 @@ def report_of(
             "## Seconds of a run" if timings else "",
             f"Medians of {settings['num_runs']} runs, as they are and compiled by Inductor (`model.compile()` without "
             "options). The speedup is over the uncached runs of the same model in the same mode, before and after. The "
-            "first run has the compilation in it, where the disk has nothing of an earlier one."
+            "first run includes the compilation, unless the disk has the result of an earlier one."
             if timings
             else "",
             table([row.cells() for row in timings]),
