@@ -41,7 +41,7 @@ def measured_of(name: str, out: Path) -> Measurement:
     path = out / f"{name}.npz"
     if not path.exists():
         source = load_source(name)
-        config = CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4))
+        config = source.complete(CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4)))
         trials = Trials(orders=(ORDER,), max_age=10)
         with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
             run = replace(make_runner(source, config), advance=advance)

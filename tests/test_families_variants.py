@@ -414,7 +414,6 @@ VARIANTS: dict[str, Variant] = {
         ),
         calls="cu" * 6,
         level=from_one,
-        reads=True,  # its guidance scale is a new tensor at each step
     ),
     "Flux Control": Variant(
         make=lambda: flux(diffusers.FluxControlPipeline, in_channels=8, control_image=image()),

@@ -278,6 +278,10 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             "height is for a pipeline of diffusers, which DiT-XL-2-skip",
         ),
         (["--model", "nowhere", "--height", "64"], "no model at nowhere: give "),
+        (
+            ["--model", "black-forest-labs/FLUX.1-dev"],
+            "; nothing is downloaded: hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev",
+        ),
         (["--height", "64"], "height is for a pipeline of diffusers, which emoji is not"),
     ):
         with pytest.raises(SystemExit) as exit:

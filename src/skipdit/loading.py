@@ -1,6 +1,7 @@
 """Open models to sample: the bundled ones, pipelines in folders, checkpoints."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
@@ -97,6 +98,7 @@ CONVENTIONS: dict[str, Convention] = {
 }
 
 
+HUB = re.compile(r"[\w-]+/[\w.-]+", re.ASCII)  # what may be a repository on the Hugging Face Hub
 SCHEDULES = "schedules"  # folder in a pipeline's folder
 DEFAULT_SCHEDULE = "1.8x"
 MAX_SCHEDULES = 100
@@ -232,6 +234,7 @@ def _open(model: str, dtype: torch.dtype, bare: WeightsOptions, published: Pipel
     if not path.exists():
         raise FileNotFoundError(
             f"no model at {printable(model)}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint"
+            + (f"; nothing is downloaded: hf download {model} --local-dir {path.name}" if HUB.fullmatch(model) else "")
         )
     if path.is_dir() and (checkpoint := find_checkpoint(path)) is not None:
         bare.refuse(model)

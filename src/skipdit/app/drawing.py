@@ -121,14 +121,17 @@ def size_text(num_bytes: int) -> str:
 
 
 def differences(shown: Comparison | None, amplification: float) -> str:
-    """Return the difference of the cached samples from the full ones; empty until both are done."""
-    if shown is None or (samples := difference(shown, amplification)) is None:
+    """Return how far the cached samples are from the full ones; nothing before both are there. shown: `None` of samples
+    that are no longer in memory."""
+    if shown is None:
+        return '<div class="sd-hint">These samples are no longer in memory: generate them again.</div>'
+    if (samples := difference(shown, amplification)) is None:
         return ""
     return pictures("Difference", samples, shown.captions, f"x {amplification:g}", across=True)
 
 
-def schedule(result: MadeSchedule, url: str) -> str:
-    """Return the figures and the steps of a new schedule. url: of its download."""
+def schedule(result: MadeSchedule, model: str, url: str) -> str:
+    """Return the figures and the steps of a new schedule of a model. url: of its download."""
     figures = {
         "less compute": f"{result.compute_ratio:.2f}x",
         "PSNR predicted, dB": f"{result.predicted_psnr_db:.1f}",
@@ -136,7 +139,7 @@ def schedule(result: MadeSchedule, url: str) -> str:
     }
     return (
         f'{cards(figures)}<div class="sd-strips">{strip("schedule", result.is_full, len(result.is_full))}</div>'
-        f"<p>In <b>Generate</b> it is now the cache <code>{escape(result.name)}</code>.</p>"
+        f"<p>In <b>Generate</b>, <code>{escape(result.name)}</code> is now a cache of {escape(model)}.</p>"
         f'<p><a class="sd-download" href="{escape(url)}" download>Download schedule.json</a></p>'
     )
 

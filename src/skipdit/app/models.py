@@ -1,5 +1,6 @@
 """The models on the page: the bundled ones, and those given on the command line."""
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,9 @@ from skipdit.interfaces import Pipeline
 from skipdit.loading import BUNDLED, Source, load_source
 from skipdit.options import DTypeName, choose
 from skipdit.tasks import TASKS
+from skipdit.terminal import describe, is_out_of_memory
+
+LOGGER = logging.getLogger(__name__)
 
 NUM_KEPT = 2  # models in memory
 
@@ -43,7 +47,7 @@ class Models:
         self.offers = {name: Offer(name, name, bundled.task) for name, bundled in BUNDLED.items()}
         for path in paths:
             name = self._free_name(path)
-            source = load_source(path, device=device, dtype=dtype)
+            source = self._load(name, path)
             self.offers[name] = Offer(name, path, source.sampler.task.name)
             self._keep(name, source)
 
@@ -70,10 +74,21 @@ class Models:
         """Return a model. `ValueError` if the name is unknown or the model cannot be used here."""
         path = self.path_of(name)
         with self.lock:
-            dtype: DTypeName = "float32" if name in BUNDLED else self.dtype
-            source = self.kept.get(name) or load_source(path, device=self.device, dtype=dtype)
+            source = self.kept.get(name) or self._load(name, path)
             self._keep(name, source)
         return source
+
+    def _load(self, name: str, path: str) -> Source:
+        dtype: DTypeName = "float32" if name in BUNDLED else self.dtype
+        try:
+            return load_source(path, device=self.device, dtype=dtype)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                LOGGER.error("%s could not be opened", name, exc_info=error)
+            raise ValueError(
+                f"{name} cannot be opened ({describe(error)}): choose another model, or start the page with another "
+                "--device, or --dtype bfloat16"
+            ) from error
 
     def _keep(self, name: str, source: Source) -> None:
         source.sampler.pipeline.set_progress_bar_config(disable=True)
@@ -85,10 +100,11 @@ class Models:
 
 def labels_of(source: Source) -> list[str]:
     """Return the names of a model's classes, or their numbers if they have no names; empty without classes."""
-    pipeline = source.sampler.pipeline
-    if source.sampler.task.option != "labels" or pipeline.transformer.config.num_classes is None:
+    sampler = source.sampler
+    num_classes = sampler.task.num_classes(sampler.pipeline)
+    if num_classes is None:
         return []
-    return list(pipeline.labels) or [str(number) for number in range(pipeline.transformer.config.num_classes)]
+    return list(sampler.pipeline.labels) or [str(number) for number in range(num_classes)]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import gradio as gr
 from gradio.components import Component
 
 from skipdit.app import chart, drawing
-from skipdit.app.downloads import Downloads
+from skipdit.app.downloads import Downloads, Latest
 from skipdit.app.generate import BUDGETS, OTHER, Comparison, SampleRequest, cache_names, generate
 from skipdit.app.jobs import Job, Jobs
 from skipdit.app.models import Models, labels_of
@@ -22,6 +22,7 @@ from skipdit.interfaces import Fields
 from skipdit.loading import Source
 
 POLL_SECONDS = 0.25
+NUM_KEPT = 4  # comparisons whose samples stay in memory, of all pages together
 TITLE = "skipdit"
 HEADER = """<header class="sd-header"><h1>skipdit</h1>
 <p>Diffusion transformers in full and cached, side by side.</p></header>"""
@@ -89,6 +90,7 @@ class Page:
     folders: Sequence[Path]
     """folders that are searched for reports"""
     parts: dict[str, Part] = field(default_factory=dict)
+    comparisons: Latest[Comparison] = field(default_factory=lambda: Latest(NUM_KEPT))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Components
@@ -102,7 +104,9 @@ class Page:
                 self.task = gr.Radio(self.models.tasks, value=task, label="Task", scale=3, min_width=260)
                 names = self.models.of_task(task)
                 self.model = gr.Dropdown(names, value=names[0], label="Model", filterable=False, scale=2, min_width=220)
-            self.own, self.shown, self.is_reported = gr.State({}), gr.State(None), gr.State(False)
+            # schedules made on this page, the token of the last comparison, the model and the name of the last schedule
+            self.own, self.shown, self.made = gr.State({}), gr.State(None), gr.State(None)
+            self.is_reported = gr.State(False)
             with gr.Tabs():
                 with gr.Tab("Generate"):
                     self.add_generate()
@@ -147,7 +151,7 @@ class Page:
         outputs = [*vars(part).values(), self.shown, self.difference, self.difference_box]
         part.run.click(self.generate, [self.model, *form, self.own, self.amplification], outputs, **JOB)
         change = [self.shown, self.amplification]
-        self.amplification.change(drawing.differences, change, self.difference, trigger_mode="always_last", **QUIET)
+        self.amplification.change(self.amplify, change, self.difference, trigger_mode="always_last", **QUIET)
         self.budget.change(lambda budget: gr.update(visible=budget == OTHER), self.budget, self.other, **QUIET)
 
     def add_quality(self) -> None:
@@ -160,9 +164,11 @@ class Page:
             self.wanted_count = gr.Number(2, label="Samples to measure on", precision=0, min_width=120)
         part = self.add_part("calibrate", "Calibrate")
         part.results = gr.HTML("")
-        outputs = [*vars(part).values(), self.own, self.other, self.budget]
+        outputs = [*vars(part).values(), self.own, self.made]
         form = [self.speedup, self.wanted_steps, self.wanted_count]
-        part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+        made = part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+        # asks anew which model is chosen: another one may be, by now
+        made.then(self.offer_made, [self.model, self.own, self.made], [self.other, self.budget], **QUIET)
 
     def add_stability(self) -> None:
         with gr.Row(elem_classes="sd-form sd-short"):
@@ -228,6 +234,17 @@ class Page:
             self.chart: self.show_measurements(name),
             status: "",
         }
+
+    def offer_made(self, name: str, own: Schedules, made: tuple[str, str] | None) -> Changes:
+        """Choose the schedule that has just been made, if its model is still the one that is chosen."""
+        if made is None or made[0] != name:
+            return {}
+        names = cache_names(self.models.open(name), own[name])
+        return {self.other: gr.update(choices=names, value=made[1]), self.budget: OTHER}
+
+    def amplify(self, token: str | None, amplification: float) -> str:
+        """Draw the difference anew; nothing before there is one."""
+        return "" if token is None else drawing.differences(self.comparisons.get(token), amplification)
 
     def show_measurements(self, name: str) -> str:
         try:
@@ -309,7 +326,7 @@ class Page:
         def finish(result: Comparison) -> Changes:
             return {
                 results: drawing.comparison(result),
-                self.shown: result,
+                self.shown: self.comparisons.keep(result),
                 self.difference: drawing.differences(result, amplification),
                 self.difference_box: gr.update(visible=True),
             }
@@ -326,14 +343,13 @@ class Page:
 
         def finish(result: MadeSchedule) -> Changes:
             url = self.downloads.add("schedule.json", result.content.encode("utf-8"), "application/json")
-            schedules = with_schedule(result, own.get(model, {}))
             return {
-                self.parts["calibrate"].results: drawing.schedule(result, url),
-                self.own: {**own, model: schedules},
-                self.other: gr.update(choices=cache_names(self.models.open(model), schedules), value=result.name),
-                self.budget: OTHER,
+                self.parts["calibrate"].results: drawing.schedule(result, model, url),
+                self.own: {**own, model: with_schedule(result, own.get(model, {}))},
+                self.made: (model, result.name),
             }
 
+        yield {self.made: None}
         async for changes in self.follow_job("calibrate", model, request, make, finish):
             yield changes
 

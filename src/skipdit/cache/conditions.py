@@ -84,6 +84,9 @@ class Conditions:
 
     def differing(self, other: "Conditions") -> set[str]:
         """Return the names of choices that differ, and of tensors that are not the same object."""
+        same = self.tensors.keys() == other.tensors.keys() and self.versions == other.versions
+        if same and self.choices == other.choices:
+            return {name for name, tensor in self.tensors.items() if tensor is not other.tensors[name]}
         tensors = self.tensors.keys() | other.tensors.keys()
         return self._chosen(other) | {name for name in tensors if not self.same(name, other)}
 

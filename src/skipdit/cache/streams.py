@@ -33,6 +33,9 @@ from skipdit.models.forward_plan import ForwardPlan
 
 # more streams than this in one run cannot be guidance: the cache misreads its calls
 MAX_STREAMS = 16
+# tensors that say how strong something is, which FluxControlNetPipeline makes anew at each step. As long as none tells
+# calls of one step apart, they are not compared
+STRENGTHS = {"guidance"}
 # beyond this many runs, the least recently called are dropped
 MAX_RUNS = 64
 
@@ -114,8 +117,11 @@ class Stream:
     counts: Counts = field(default_factory=Counts)
 
     def advance(self, conditions: Conditions, place: float) -> None:
-        """Record a step at this place, whose conditions equal the previous ones."""
-        conditions.sums = self.conditions.sums | conditions.sums
+        """Record a step at this place, whose conditions equal the previous ones, up to strengths."""
+        before = self.conditions
+        renewed = {name for name in STRENGTHS if not conditions.same(name, before)}
+        known = {name: value for name, value in before.sums.items() if name not in renewed}
+        conditions.sums = known | conditions.sums
         conditions.add_checksums()
         self.conditions = conditions
         if place != self.places[0]:
@@ -232,7 +238,7 @@ class Streams:
 
     def next(self, timestep: Timestep, latents: Latents, conditions: Fields) -> tuple[Run, Stream]:
         """Return the run and the stream that a call continues; either may be new."""
-        key = threading.current_thread().ident or 0, _context.get(), _branch.get()
+        key = threading.get_ident(), _context.get(), _branch.get()
         current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
         run, place, stream, fitting = self._place(key, before, timestep, current, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
@@ -271,7 +277,11 @@ class Streams:
         order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [stream for stream in run.streams if stream.layout == layout]
-        same = [stream for stream in fitting if not conditions.differing(stream.conditions) - run.changing]
+        differing = {stream: conditions.differing(stream.conditions) - run.changing for stream in fitting}
+        same = [stream for stream in fitting if not differing[stream]]
+        alike = [stream for stream in fitting if differing[stream] <= STRENGTHS]
+        if not same and place is not None and len(alike) == 1 and alike[0].places[0] < place:
+            same = alike
         # a tensor of inference mode may have been written between two calls of one step
         unsure = None in conditions.versions.values() and (order is None or any(s.places[0] == place for s in same))
         stream = same[0] if len(same) == 1 and not unsure else None

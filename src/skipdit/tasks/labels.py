@@ -33,7 +33,7 @@ class LabelTask(Task):
     ) -> Chosen:
         """Return class numbers, or `None` per sample for a model without classes. values: names or numbers of classes;
         `ValueError` if one is unknown."""
-        num_classes: int | None = pipeline.transformer.config.num_classes
+        num_classes = self.num_classes(pipeline)
         values = values if count is None else values or showcase
         count = count or len(values) or num_classes or 1
         if num_classes is None:
@@ -44,6 +44,9 @@ class LabelTask(Task):
         conditions = list(islice(cycle(numbers), count))
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(conditions, [names.get(number, str(number)) for number in conditions])
+
+    def num_classes(self, pipeline: ClassPipeline) -> int | None:
+        return pipeline.transformer.config.num_classes
 
     def sampler(
         self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None

@@ -130,12 +130,15 @@ class PublishedClasses(PublishedTask):
     ) -> Chosen:
         """Return class numbers for names or numbers, by default spread over all classes. `ValueError` if a class is
         unknown."""
-        num_classes = pipeline.transformer.config.num_embeds_ada_norm
+        num_classes = self.num_classes(pipeline)
         labels = [_find_class(value, pipeline.labels, num_classes) for value in values]
         labels = labels or spread(count or num_classes, num_classes)
         labels = labels if count is None else list(islice(cycle(labels), count))
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(labels, [names.get(label, str(label)) for label in labels])
+
+    def num_classes(self, pipeline: Any) -> int:
+        return pipeline.transformer.config.num_embeds_ada_norm
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -125,6 +125,10 @@ class Task:
         """Return the number of steps and the guidance scale of a run by default."""
         return RunDefaults()
 
+    def num_classes(self, pipeline: Pipeline) -> int | None:
+        """Return the number of classes that a model can be asked for; `None` if it knows none."""
+        return None
+
     def check_installed(self) -> None:
         """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
 
