@@ -1,11 +1,9 @@
 """Puts the paper's claims about caches to the test on pairs of trained models: one plain, one with long skips.
 
-    python benchmarks/claims.py images --plain runs/plain0 runs/plain1 --skip runs/skip0 runs/skip1 \\
-        --reference cifar10_train.parquet --num-samples 5000 --out runs/claims --report benchmarks
+    python benchmarks/claims.py images compatibility limits --plain runs/plain0 runs/plain1 \\
+        --skip runs/skip0 runs/skip1 --reference emoji --num-samples 5000 --out runs/claims --report benchmarks
     python benchmarks/claims.py video --plain runs/latte0 --skip runs/latte-skip0 \\
         --reference emoji-clips --num-samples 256 --out runs/claims --report benchmarks
-    python benchmarks/claims.py compatibility ...
-    python benchmarks/claims.py limits ...
 
 A pair of pictures is trained, for example, by
 
@@ -13,37 +11,65 @@ A pair of pictures is trained, for example, by
     skipdit train stability-plain --data.source cifar10_train.parquet --seed 0 --out runs/plain0
 
 with a number of steps that is enough. Of several pairs, each comes from a seed of its own. Every setting samples the
-same noise. Told are distances between the sets and the data (`skipdit eval`), fidelity to the uncached samples one by
-one (of the first `--num-seeds`), FLOPs saved, and samples per second. A setting that a model refuses is a row with the
-reason. The command goes on where it was stopped: a finished setting is not made again, and a set that was begun goes on
-by blocks. `--report` writes the tables of all that `--out` holds, by itself or after measuring.
+same noise, drawn on the device. Told are distances between the sets and the data, fidelity to the uncached samples one
+by one (of the first `--num-seeds`), FLOPs saved, and samples per second. A setting that a model refuses is a row with
+the reason.
+
+The settings come in order of interest, of several experiments in turn, those of a pair one after the other. The command
+ends when `--max-seconds` are over, says what is left, and goes on where it stopped: a finished setting is not made
+again, nor one that another experiment has measured.
+
+`--report` writes the tables of all that `--out` holds, by itself, on any machine, or after measuring; of `--out` it
+needs `results.jsonl` and `about.json`.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
-from skipdit.environment import describe_environment
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from skipdit.diffusion import make_scheduler, objective_of
+from skipdit.environment import describe_environment, resolve_device
 from skipdit.evaluation.config import EvalConfig
-from skipdit.evaluation.evaluate import Evaluation, Evaluator
+from skipdit.evaluation.items import digest_items, join_digests, open_items
 from skipdit.files.output import output_folder, to_json
-from skipdit.metrics.statistics import load_statistics
-from skipdit.process_group import ProcessGroup
+from skipdit.interfaces import Pipeline
+from skipdit.loading import Source, load_source
+from skipdit.metrics.extractors import Extractor, open_extractor
+from skipdit.metrics.i3d import LEAST_FRAMES
+from skipdit.metrics.paired import PairedScore
+from skipdit.metrics.perceptual import find_weights, load_feature_network, perceptual_distance
+from skipdit.metrics.sets import DENSITY_NEIGHBOURS, Gaussian, frechet_distance, kernel_distance, neighbour_metrics
+from skipdit.metrics.table import ALWAYS, compare_pictures
 from skipdit.report import Report, listed, table
+from skipdit.runs import OwnCache, check_method, counts_of, scheduled, switched_on
+from skipdit.sampling.blocks import Conditions, seed_of
 from skipdit.sampling.config import SampleConfig
-from skipdit.sampling.sets import sample_set
 
-RESULTS = "results.jsonl"
+RESULTS, ABOUT = "results.jsonl", "about.json"
 TARGETS = (1.3, 1.5, 2.0, 2.5, 3.0, 4.0)  # of compute, for the best row of each model
+STOCHASTIC = "stochastic"
+KINDS = ("plain", "skip")
+PERCEPTUAL_PICTURES = 256  # at once
+DTYPES = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a set is sampled."""
+    """How a set is sampled. scheduler: as `skipdit sample` names it, or stochastic."""
 
     cache: str
     steps: int
@@ -60,7 +86,7 @@ class Setting:
         return what + (f", {self.scheduler}" if self.scheduler else "") + f", guidance {self.guidance:g}"
 
     @property
-    def folder(self) -> str:
+    def file(self) -> str:
         kept = (letter if letter.isalnum() or letter in ".-" else "_" for letter in str(self))
         return "".join(kept)
 
@@ -71,57 +97,62 @@ class Setting:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is asked. settings: of the number of steps and the guidance scale; the first is the uncached run."""
+    """What is asked. settings: of the number of steps and the guidance scale, in order of interest; the first is the
+    uncached run."""
 
     question: str
     settings: Callable[[int, float], Iterator[Setting]]
     extractor: str = "lite0"
 
 
-def fewer(steps: int, guidance: float) -> Iterator[Setting]:
-    """The uncached run, and the rivals with fewer steps."""
-    yield Setting("none", steps, guidance)
-    for divisor in (1.3, 1.5, 2.0, 2.5, 3.0, 4.0):
-        yield Setting("none", max(1, round(steps / divisor)), guidance)
+def in_order(specs: str, steps: int, guidance: float) -> Iterator[Setting]:
+    """Yield the settings of specs, of which a number, as 2x, is that many times fewer steps."""
+    for spec in specs.split():
+        if spec.endswith("x"):
+            yield Setting("none", max(1, round(steps / float(spec[:-1]))), guidance)
+        else:
+            yield Setting(spec, steps, guidance)
 
 
 def of_images(steps: int, guidance: float) -> Iterator[Setting]:
-    """Every family of caches, from 1.3x to 4x."""
-    yield from fewer(steps, guidance)
-    for spec in (
-        *("N2", "N3", "N4", "N6", "skip-taylor:N2-o1", "skip-taylor:N3-o1", "skip-taylor:N4-o1"),
-        *("auto:1.5", "auto:2", "auto:2.5"),
-        *("delta:N2", "delta:N3", "delta-taylor:N3-o1", "delta-dit:N2", "fora:N2", "fora:N3", "fora:N4"),
-        *("taylorseer:N3-o1", "taylorseer:N4-o1", "faster-diffusion:N2", "faster-diffusion:N3", "pab:N4"),
-        *("fbcache:0.1", "fbcache:0.2", "teacache:0.1", "teacache:0.2", "easycache:0.1"),
-    ):
-        yield Setting(spec, steps, guidance)
+    """Every family of caches, from 1.3x to 4x, and fewer steps."""
+    specs = (
+        "none N2 fora:N2 2x N3 fora:N3 auto:2 3x taylorseer:N3-o1 skip-taylor:N3-o1 1.5x auto:1.5 delta:N2 auto:2.5 "
+        "N4 fora:N4 4x taylorseer:N4-o1 skip-taylor:N4-o1 delta:N3 faster-diffusion:N2 faster-diffusion:N3 "
+        "skip-taylor:N2-o1 delta-taylor:N3-o1 1.3x 2.5x delta-dit:N2 pab:N4 N6 "
+        "fbcache:0.1 fbcache:0.2 teacache:0.1 teacache:0.2 easycache:0.1"
+    )
+    yield from in_order(specs, steps, guidance)
 
 
 def of_video(steps: int, guidance: float) -> Iterator[Setting]:
-    """The paper's own settings for class-to-video, and its rivals."""
-    yield from fewer(steps, guidance)
-    for interval in range(2, 7):
-        yield Setting(f"N{interval}-900-50", steps, guidance)
-    for spec in ("fora:N2", "fora:N3", "delta:N2", "delta:N3", "delta-dit:N2", "pab:N2", "pab:N4"):
-        yield Setting(spec, steps, guidance)
+    """The paper's own settings for class-to-video, its rivals, and fewer steps."""
+    specs = (
+        "none N2-900-50 fora:N2 N3-900-50 fora:N3 2x 1.5x N4-900-50 delta:N2 auto:2 3x delta:N3 N5-900-50 N6-900-50 "
+        "delta-dit:N2 pab:N2 pab:N4 2.5x 1.3x 4x"
+    )
+    yield from in_order(specs, steps, guidance)
 
 
 def of_compatibility(steps: int, guidance: float) -> Iterator[Setting]:
     """The same caches on both models: those that need no long skips."""
-    yield from fewer(steps, guidance)
-    for spec in ("fora:N2", "fora:N3", "fora:N4", "faster-diffusion:N2", "faster-diffusion:N3", "faster-diffusion:N4"):
-        yield Setting(spec, steps, guidance)
+    specs = "none fora:N2 fora:N3 faster-diffusion:N2 faster-diffusion:N3 fora:N4 faster-diffusion:N4 2x 3x 4x 1.5x"
+    yield from in_order(specs, steps, guidance)
 
 
 def of_limits(steps: int, guidance: float) -> Iterator[Setting]:
-    """Few steps, a stochastic sampler, high guidance: each with and without a cache."""
-    caches = ("none", "N2", "N3", "fora:N2", "fora:N3")
-    for number in (steps, 20, 12, 8, 4):
-        yield from (Setting(cache, number, guidance) for cache in caches)
-    yield from (Setting(cache, steps, guidance, "ddpm") for cache in caches)
-    for scale in (1.0, 4.0, 8.0):
+    """Few steps, a stochastic sampler, high guidance: each with and without caches."""
+    caches = ("none", "N2", "fora:N2")
+    yield from (Setting(cache, steps, guidance) for cache in caches)
+    yield from (Setting(cache, 12, guidance) for cache in caches)
+    yield from (Setting(cache, steps, guidance, STOCHASTIC) for cache in caches)
+    for scale in (1.0, 4.0):
         yield from (Setting(cache, steps, scale) for cache in caches)
+    for number in (8, 20, 4):
+        yield from (Setting(cache, number, guidance) for cache in caches)
+    yield from (Setting(cache, steps, 8.0) for cache in caches)
+    yield from (Setting(cache, steps, guidance) for cache in ("N3", "fora:N3"))
+    yield from (Setting(cache, steps, guidance, STOCHASTIC) for cache in ("N3", "fora:N3"))
 
 
 EXPERIMENTS = {
@@ -140,6 +171,144 @@ EXPERIMENTS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Sets and their features
+
+
+@contextmanager
+def sampled_by(pipeline: Pipeline, name: str | None) -> Iterator[None]:
+    """Give a pipeline another scheduler inside the block. stochastic: DDPM's, or for a flow model the SDE version of
+    its own DPM-Solver++ (arXiv 2211.01095, appendix)."""
+    own: Any = pipeline.scheduler
+    if name != STOCHASTIC:
+        with scheduled(pipeline, name):
+            yield
+        return
+    objective = objective_of(own)
+    is_flow = objective.process == "flow"
+    pipeline.scheduler = (
+        type(own).from_config(own.config, algorithm_type="sde-dpmsolver++")
+        if is_flow
+        else make_scheduler(objective, "ddpm")
+    )
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+@dataclass(frozen=True)
+class Made:
+    """A set. pixels: uint8 (n h w 3) or (n f h w 3), on the device."""
+
+    pixels: Tensor
+    num_broken: int
+    seconds: float
+    compute_ratio: float
+
+
+@dataclass(frozen=True)
+class Known:
+    """The features of a set. mean, covariance and features on the device."""
+
+    gaussian: Gaussian
+    features: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Known":
+        values = features.double()
+        return cls(Gaussian(values.mean(dim=0), torch.cov(values.mT), len(values)), features)
+
+
+def figures_of(samples: Known, reference: Known) -> dict[str, float]:
+    """Return the set metrics that all rows have: those of `skipdit eval`, the kernel distance of whole sets."""
+    near = neighbour_metrics(samples.features, reference.features)
+    return {
+        "fd": frechet_distance(samples.gaussian, reference.gaussian),
+        "kd_full": kernel_distance(samples.features, reference.features),
+        **asdict(near),
+    }
+
+
+TITLES = {"fd": ("FD", "FVD"), "kd_full": ("KD", "KVD")}
+
+
+class Machine:
+    """What all settings share: the device, the extractor, the features of the data."""
+
+    def __init__(self, options: argparse.Namespace, extractor: str) -> None:
+        self.options = options
+        self.device = resolve_device(options.device)
+        files = dict(each.split("=", 1) for each in options.weights)
+        name, path = extractor, files.get(extractor)
+        if options.dtype == "tf32":
+            torch.set_float32_matmul_precision("high")
+        self.extractor: Extractor = open_extractor(
+            f"{name}={path}" if path else name, size=options.size, device=self.device
+        )
+        self.perceptual: Any = None
+        if path and name == "lite0":
+            self.perceptual = cast(Any, self.extractor.network).trunk
+        elif "lite0" in files:
+            other = open_extractor(f"lite0={files['lite0']}", device=self.device)
+            self.perceptual = cast(Any, other.network).trunk
+        elif find_weights() is not None:
+            self.perceptual = load_feature_network(self.device)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Return the features of pictures or clips. Clips that are too short for I3D show every frame as often as it
+        takes."""
+        size = self.options.extractor_batch_size or self.extractor.batch_size
+        found = []
+        for start in range(0, len(pixels), size):
+            batch = pixels[start : start + size]
+            if self.extractor.takes == "clips" and batch.shape[1] < LEAST_FRAMES:
+                batch = batch.repeat_interleave(-(-LEAST_FRAMES // batch.shape[1]), dim=1)
+            pooled = self.extractor(batch, self.device).pooled.to(self.device)
+            found.append(pooled if len(pooled) == len(batch) else pooled.unflatten(0, (len(batch), -1)).mean(dim=1))
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def fidelity(self, pixels: Tensor, full: Tensor) -> dict[str, float | None]:
+        """Return PSNR, SSIM and the perceptual distance, means over pictures or frames."""
+        both = [each.to(self.device).flatten(0, -4).movedim(-1, 1).float() / 255 for each in (pixels, full)]
+        found = dict(compare_pictures(both[0], both[1], metrics=ALWAYS))
+        if self.perceptual is not None:
+            pairs = zip(*(each.split(PERCEPTUAL_PICTURES) for each in both), strict=True)
+            found["perceptual"] = torch.cat([perceptual_distance(*pair, self.perceptual) for pair in pairs])
+        return {name: PairedScore.of(values.cpu()).finite_mean for name, values in found.items()}
+
+    def read_reference(self, num_frames: int | None, stored: Path) -> tuple[Known, dict[str, Any]]:
+        """Return the features of the data and what is known of them; kept in a file beside the results."""
+        about = {
+            "reference": self.options.reference,
+            "num_frames": num_frames,
+            "frame_interval": self.options.frame_interval if num_frames else None,
+            **self.extractor.identity,
+        }
+        if stored.is_file():
+            with safe_open(stored, framework="pt") as file:
+                known = json.loads((file.metadata() or {})["about"])
+                features = file.get_tensor("features")
+            if {name: known.get(name) for name in about} == about:
+                return Known.of(features.to(self.device)), known
+        clips = {"num_frames": num_frames, "frame_interval": self.options.frame_interval} if num_frames else {}
+        config = EvalConfig(reference=self.options.reference, image_size=self.options.image_size, **clips)
+        items = open_items(self.options.reference, config)
+        found, digests = [], []
+        size = max(64, self.options.extractor_batch_size or 0)
+        for start in range(0, items.num, size):
+            batch = items.batch(range(start, min(start + size, items.num)))
+            digests += digest_items(batch)
+            found.append(self.features(torch.from_numpy(np.ascontiguousarray(batch))))
+        features = torch.cat(found)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        halves = [Known.of(features[order[part].to(self.device)]) for part in (slice(0, None, 2), slice(1, None, 2))]
+        known = about | {"num": items.num, "sha256": join_digests(digests), "floors": figures_of(*halves)}
+        save_file({"features": features.cpu()}, stored, metadata={"about": json.dumps(known)})
+        return Known.of(features), known
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # One setting
 
 
@@ -147,7 +316,8 @@ EXPERIMENTS = {
 class Result:
     """What one setting of one model gave. figures: set metrics by name. fidelity: means over samples, by metric."""
 
-    experiment: str
+    about: str
+    """which entry of `about.json` it belongs to: extractor and number of samples"""
     model: str
     """plain or skip"""
     pair: int
@@ -158,126 +328,208 @@ class Result:
     compute_ratio: float | None = None
     """FLOPs of the uncached run that it is compared with over these"""
     samples_per_second: float | None = None
-    figures: dict[str, float]
-    floors: dict[str, float | None]
-    titles: dict[str, str]
-    fidelity: dict[str, float | None]
+    num_broken: int = 0
+    """samples that are not finite"""
+    figures: Mapping[str, float]
+    fidelity: Mapping[str, float | None]
 
     @property
-    def key(self) -> tuple[str, str, int, Setting, int]:
-        return self.experiment, self.model, self.pair, self.setting, self.num_samples
+    def key(self) -> tuple[str, str, int, Setting]:
+        return self.about, self.model, self.pair, self.setting
 
 
 class Bench:
-    """The settings of one experiment on all models."""
+    """The settings of some experiments, all with one extractor, on all models."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name, self.options, self.experiment = name, options, EXPERIMENTS[name]
-        self.models = [
-            (kind, pair, path)
-            for pair, both in enumerate(zip(options.plain, options.skip, strict=True))
-            for kind, path in zip(("plain", "skip"), both, strict=True)
+    def __init__(self, names: Sequence[str], options: argparse.Namespace) -> None:
+        self.started = time.monotonic()
+        self.names, self.options = names, options
+        self.extractor = options.extractor or EXPERIMENTS[names[0]].extractor
+        self.about = about_key(self.extractor, options.num_samples)
+        self.paths: list[dict[str, str]] = [
+            dict(zip(KINDS, both, strict=True)) for both in zip(options.plain, options.skip, strict=True)
         ]
-        self.settings = list(dict.fromkeys(self.experiment.settings(options.steps, options.guidance)))
-        self.settings = [each for each in self.settings if not options.only or each.cache in (*options.only, "none")]
+        in_turn = zip_longest(*(EXPERIMENTS[name].settings(options.steps, options.guidance) for name in names))
+        wanted = dict.fromkeys(each for settings in in_turn for each in settings if each is not None)
+        self.settings = [each for each in wanted if not options.only or each.cache in (*options.only, "none")]
         self.out: Path = options.out
-        self.statistics = self.out / f"{self.experiment.extractor}-{options.size or 'full'}.safetensors"
+        self.sources: dict[str, Source] = {}
+        self.full: dict[tuple[str, Setting], Tensor] = {}
+        self.machine = Machine(options, self.extractor)
+
+    @property
+    def size(self) -> int:
+        """The number of samples at once."""
+        return min(self.options.batch_size, self.options.num_samples)
+
+    def source(self, path: str) -> Source:
+        """Return a model, opened once, after its first calls."""
+        if path not in self.sources:
+            dtype = "bfloat16" if self.options.dtype == "bfloat16" else "float32"
+            source = load_source(path, device=str(self.machine.device), dtype=dtype)
+            source.sampler.pipeline.set_progress_bar_config(disable=True)
+            self.sources[path] = source
+            if self.machine.device.type == "cuda":
+                self.make(path, replace(self.settings[0], steps=2), self.size)
+        return self.sources[path]
+
+    def make(self, path: str, setting: Setting, num: int) -> Made:
+        """Sample the first batches, up to `num` samples. Nothing is read from the device before all are made.
+        `ValueError` where the model refuses the setting."""
+        source = self.source(path)
+        pipeline, method = source.sampler.pipeline, source.cache(setting.cache)
+        config = SampleConfig(model=path, seed=self.options.seed)
+        conditions = Conditions.of(source, config)
+        batches, broken = [], []
+        with sampled_by(pipeline, setting.scheduler):
+            if method is not None:
+                check_method(pipeline, method, setting.steps)
+            with switched_on(pipeline, None if method is None else OwnCache(method)):
+                wait_for(self.machine.device)
+                started = time.perf_counter()
+                for number, start in enumerate(range(0, num, self.size)):
+                    indices = range(start, min(start + self.size, self.options.num_samples))
+                    seed = seed_of(self.options.seed, number)
+                    samples = source.sampler.sample(
+                        [conditions.choices[conditions.place(index)] for index in indices],
+                        guidance_scale=setting.guidance,
+                        num_inference_steps=setting.steps,
+                        generator=torch.Generator(self.machine.device).manual_seed(seed),
+                    )
+                    broken.append((~samples.isfinite()).flatten(1).any(dim=1).sum())
+                    levels = (samples.nan_to_num(0.0).movedim(-3, -1) * 255).round().clamp(0, 255)
+                    batches.append(levels.to(torch.uint8))
+                wait_for(self.machine.device)
+                seconds = max(time.perf_counter() - started, 1e-9)
+                ratio = 1.0 if method is None else counts_of(pipeline).compute_ratio or 1.0
+        pixels = torch.cat(batches)
+        return Made(pixels[:num], int(torch.stack(broken).sum()), seconds * num / len(pixels), ratio)
 
     def run(self) -> list[Result]:
-        """Measure what is missing; return all results of the experiment."""
+        """Measure what is missing, in order, until the time is over; return all results."""
         results = read_results(self.out)
         done = {each.key for each in results}
-        jobs = [(*model, setting) for model in self.models for setting in self.settings]
-        for number, (kind, pair, path, setting) in enumerate(jobs, start=1):
-            if (self.name, kind, pair, setting, self.options.num_samples) in done:
-                continue
-            print(f"{number}/{len(jobs)} {kind} {pair}: {setting}", flush=True)
-            result = self.measure(kind, pair, path, setting)
-            append_line(self.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
-            results.append(result)
+        groups = [(setting, pair) for setting in self.settings for pair in range(len(self.paths))]
+        jobs = [
+            [(kind, pair, each) for kind in KINDS if (self.about, kind, pair, each) not in done]
+            for each, pair in groups
+        ]
+        jobs = [each for each in jobs if each]
+        if not jobs:
+            return results
+        self.reference, known = self.machine.read_reference(
+            self.num_frames(), self.out / f"{self.extractor}.safetensors"
+        )
+        self.write_about(known)
+        longest = 0.0
+        for number, group in enumerate(jobs):
+            before = time.monotonic()
+            if self.options.max_seconds and before - self.started + longest > self.options.max_seconds:
+                self.tell_left(jobs[number:])
+                break
+            for kind, pair, setting in group:
+                print(f"{number + 1}/{len(jobs)} {kind} {pair}: {setting}", flush=True)
+                result = self.measure(kind, pair, setting)
+                append_line(self.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
+                results.append(result)
+            longest = max(longest, time.monotonic() - before)
         return results
 
-    def measure(self, kind: str, pair: int, path: str, setting: Setting) -> Result:
-        about: dict[str, Any] = {"experiment": self.name, "model": kind, "pair": pair, "setting": setting}
-        nothing: dict[str, Any] = {"figures": {}, "floors": {}, "titles": {}, "fidelity": {}}
-        about["num_samples"] = self.options.num_samples
+    def tell_left(self, jobs: Sequence[Sequence[tuple[str, int, Setting]]]) -> None:
+        left = dict.fromkeys(str(setting) for group in jobs for _, _, setting in group)
+        print(f"{self.options.max_seconds:g} seconds are over; left: {'; '.join(left)}. The same command goes on")
+
+    def num_frames(self) -> int | None:
+        """Return the number of frames of the clips that the models make."""
+        config: Any = self.source(self.paths[0]["plain"]).sampler.pipeline.transformer.config
+        return config.get("num_frames")
+
+    def measure(self, kind: str, pair: int, setting: Setting) -> Result:
+        number = self.options.num_samples
+        about: dict[str, Any] = {"about": self.about, "model": kind, "pair": pair, "setting": setting}
+        path = self.paths[pair][kind]
         try:
-            report = self.sample(kind, pair, path, setting)
+            made = self.make(path, setting, number)
         except ValueError as error:
             if setting.cache == "none" and setting.scheduler is None:
                 raise
-            return Result(**about, **nothing, refused=" ".join(str(error).split()))
-        found = self.compare(self.folder(kind, pair, setting) / "samples.npz")
+            reason = " ".join(str(error).split())
+            return Result(**about, num_samples=number, refused=reason, figures={}, fidelity={})
+        full = self.compared_with(setting)
+        self.keep(kind, pair, setting, made.pixels)
+        if full == setting:
+            self.full[path, setting] = made.pixels[: self.options.num_seeds]
         return Result(
             **about,
-            compute_ratio=report.compute_ratio * self.compared_with(setting).steps / setting.steps,
-            samples_per_second=report.samples_per_second,
-            figures={row.name: row.value for row in found.rows},
-            floors={row.name: row.floor for row in found.rows},
-            titles={row.name: row.title for row in found.rows},
-            fidelity=self.fidelity(kind, pair, path, setting),
+            num_samples=number,
+            compute_ratio=made.compute_ratio * full.steps / setting.steps,
+            samples_per_second=number / made.seconds,
+            num_broken=made.num_broken,
+            figures=figures_of(Known.of(self.machine.features(made.pixels)), self.reference),
+            fidelity={} if full == setting else self.fidelity(path, full, made.pixels),
         )
-
-    def folder(self, kind: str, pair: int, setting: Setting) -> Path:
-        return self.out / "sets" / f"{kind}{pair}" / setting.folder
-
-    def sample(self, kind: str, pair: int, path: str, setting: Setting) -> Any:
-        """Make a set, or go on with it; its report."""
-        return sample_set(
-            SampleConfig(
-                model=path,
-                num_samples=self.options.num_samples,
-                num_inference_steps=setting.steps,
-                guidance_scale=setting.guidance,
-                scheduler=setting.scheduler,
-                cache=setting.cache,
-                npz=True,
-                batch_size=self.options.batch_size,
-                seed=self.options.seed,
-                device=self.options.device,
-                out=self.folder(kind, pair, setting),
-            )
-        )
-
-    def compare(self, samples: Path) -> Evaluation:
-        """Compare a set with the data, whose statistics are kept."""
-        is_there = self.statistics.is_file()
-        if (
-            is_there
-            and (known := Path(load_statistics(self.statistics).source).name) != Path(self.options.reference).name
-        ):
-            raise SystemExit(f"claims.py: {self.out} holds results against {known}: give another --out")
-        config = EvalConfig(
-            reference=str(self.statistics if is_there else self.options.reference),
-            extractor=self.experiment.extractor,
-            size=self.options.size,
-            image_size=self.options.image_size,
-            device=self.options.device,
-        )
-        return Evaluator(config, ProcessGroup())(str(samples), None if is_there else self.statistics)
 
     def compared_with(self, setting: Setting) -> Setting:
         """Return the uncached run of the same sampler and guidance: of a cache with as many steps, of fewer steps with
         all."""
-        if setting.cache == "none" and setting.scheduler is None:
-            return replace(setting, steps=self.settings[0].steps)
+        if setting.cache == "none" and setting.scheduler is None and setting.guidance == self.options.guidance:
+            return replace(setting, steps=self.options.steps)
         return setting.baseline
 
-    def fidelity(self, kind: str, pair: int, path: str, setting: Setting) -> dict[str, float | None]:
+    def fidelity(self, path: str, full: Setting, pixels: Tensor) -> dict[str, float | None]:
         """PSNR and the like to the uncached samples of the same noise; of fewer steps, to those with all steps."""
-        full = self.compared_with(setting)
-        if full == setting:
-            return {}
-        self.sample(kind, pair, path, full)
-        config = EvalConfig(
-            reference=str(self.folder(kind, pair, full) / "samples.npz"),
-            paired=True,
-            metrics=("psnr", "ssim", "perceptual"),
-            num_samples=min(self.options.num_seeds, self.options.num_samples),
-            device=self.options.device,
-        )
-        found = Evaluator(config, ProcessGroup())(str(self.folder(kind, pair, setting) / "samples.npz"))
-        return {name: score.finite_mean for name, score in found.pairs.items()}
+        number = min(self.options.num_seeds, self.options.num_samples)
+        if (path, full) not in self.full:
+            self.full[path, full] = self.make(path, full, number).pixels
+        return self.machine.fidelity(pixels[:number], self.full[path, full])
+
+    def keep(self, kind: str, pair: int, setting: Setting, pixels: Tensor) -> None:
+        """Write the first samples of a set, if that is asked for."""
+        if self.options.keep_samples:
+            folder = self.out / "samples"
+            folder.mkdir(exist_ok=True)
+            kept = pixels[: self.options.keep_samples].cpu().numpy()
+            np.savez_compressed(folder / f"{kind}{pair}-{setting.file}.npz", arr_0=kept)
+
+    def write_about(self, reference: Mapping[str, Any]) -> None:
+        """Write what a report says of all rows. `SystemExit` where other settings made those that are there."""
+        path, options = self.out / ABOUT, self.options
+        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        fixed = ("dtype", "device", "batch_size", "seed", "num_seeds", "size", "plain", "skip")
+        asked = {name: getattr(options, name) for name in fixed} | {"reference": dict(reference)}
+        is_standard = self.extractor == "i3d" and self.machine.extractor.is_standard
+        found = told.get(self.about, asked)
+        asked = json.loads(json.dumps(asked))
+        if changed := [name for name, value in asked.items() if found.get(name) != value]:
+            raise SystemExit(
+                f"claims.py: {self.out} holds results of other settings ({', '.join(changed)}): give another --out"
+            )
+        names = {name: both[is_standard] for name, both in TITLES.items()}
+        sizes = {kind: self.size_of(self.paths[0][kind]) for kind in KINDS}
+        told[self.about] = asked | {
+            "environment": describe_environment("cuda" if self.machine.device.type == "cuda" else "cpu", options.seed),
+            "titles": names
+            if is_standard
+            else {name: f"{each}-{self.machine.extractor.name}" for name, each in names.items()},
+            "models": sizes,
+            "trained": options.trained or found.get("trained", ""),
+        }
+        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    def size_of(self, path: str) -> str:
+        """Describe a model in a few words."""
+        model: Any = self.source(path).sampler.pipeline.transformer
+        million = sum(each.numel() for each in model.parameters()) / 1e6
+        return f"{model.config['num_layers']} blocks, {million:.2f}M parameters"
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def about_key(extractor: str, num_samples: int) -> str:
+    return f"{extractor}-{num_samples}"
 
 
 def append_line(path: Path, line: str) -> None:
@@ -305,6 +557,8 @@ def read_results(out: Path) -> list[Result]:
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
+COLUMNS = ("compute", "samples/s", "KD", "FD", "coverage", "recall", "PSNR dB", "SSIM", "LPIPS-like")
+
 
 def spread(values: Sequence[float | None], digits: int) -> str:
     """Mean ± standard deviation over pairs; the mean alone of one."""
@@ -325,84 +579,108 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, object]]:
             continue
         row["compute"] = spread([each.compute_ratio for each in same], 2) + "x"
         row["samples/s"] = spread([each.samples_per_second for each in same], 2)
-        for name, digits in (("kd", 4), ("fd", 2), ("coverage", 3), ("recall", 3)):
-            row[name.upper() if len(name) == 2 else name] = spread([each.figures.get(name) for each in same], digits)
+        for title, name, digits in (("KD", "kd_full", 4), ("FD", "fd", 2), *((each, each, 3) for each in COLUMNS[4:6])):
+            row[title] = spread([each.figures.get(name) for each in same], digits)
         row["PSNR dB"] = spread([each.fidelity.get("psnr") for each in same], 2)
         row["SSIM"] = spread([each.fidelity.get("ssim") for each in same], 4)
         row["LPIPS-like"] = spread([each.fidelity.get("perceptual") for each in same], 4)
+        if broken := sum(each.num_broken for each in same):
+            row["setting"] = f"{setting} ({broken} samples not finite)"
         rows.append(row)
     return rows
 
 
-COLUMNS = ("compute", "samples/s", "KD", "FD", "coverage", "recall", "PSNR dB", "SSIM", "LPIPS-like")
-
-
-def lost(results: Sequence[Result], name: str = "kd") -> list[dict[str, object]]:
-    """What each cache costs each model in a set metric, pair by pair: the cached figure less the uncached one."""
+def lost(results: Sequence[Result], name: str = "kd_full") -> list[dict[str, object]]:
+    """What each cache costs each model, pair by pair: the cached figure of a set metric less the uncached one, and the
+    PSNR of both."""
     by_key = {(each.model, each.pair, each.setting): each for each in results if not each.refused}
     rows = []
     for setting in dict.fromkeys(each.setting for each in results if each.setting.cache != "none"):
-        by_pair: dict[str, dict[int, float]] = {"plain": {}, "skip": {}}
+        by_pair: dict[str, dict[int, tuple[float, float]]] = {kind: {} for kind in KINDS}
         for (kind, pair, own), result in by_key.items():
             full = by_key.get((kind, pair, setting.baseline))
             if own == setting and full is not None:
-                by_pair[kind][pair] = result.figures[name] - full.figures[name]
+                psnr = result.fidelity.get("psnr")
+                change = result.figures[name] - full.figures[name]
+                by_pair[kind][pair] = change, float("inf") if psnr is None else psnr
         both = sorted(by_pair["plain"].keys() & by_pair["skip"].keys())
-        losses = {kind: [found[pair] for pair in both] for kind, found in by_pair.items()}
-        if both:
-            fewer_lost = sum(b < a for a, b in zip(losses["plain"], losses["skip"], strict=True))
-            count = f"{fewer_lost} of {len(losses['plain'])}"
-            cells = {f"{kind} loses": spread(values, 4) for kind, values in losses.items()}
-            rows.append({"setting": str(setting), **cells, "long skips lose less in": count})
+        if not both:
+            continue
+        losses, psnrs = ({kind: [by_pair[kind][pair][place] for pair in both] for kind in KINDS} for place in (0, 1))
+        less = sum(skip < plain for plain, skip in zip(losses["plain"], losses["skip"], strict=True))
+        closer = sum(skip > plain for plain, skip in zip(psnrs["plain"], psnrs["skip"], strict=True))
+        rows.append(
+            {"setting": str(setting)}
+            | {f"{kind} loses": spread(values, 4) for kind, values in losses.items()}
+            | {"long skips lose less in": f"{less} of {len(both)}"}
+            | {f"{kind} PSNR dB": spread(values, 2) for kind, values in psnrs.items()}
+            | {"long skips are closer in": f"{closer} of {len(both)}"}
+        )
     return rows
 
 
-def best(results: Sequence[Result], name: str = "kd") -> list[dict[str, object]]:
-    """The lowest figure of each model that saves at least so much, whatever the cache, or with fewer steps."""
+def best(results: Sequence[Result], name: str = "kd_full") -> list[dict[str, object]]:
+    """The lowest figure of each model that saves at least so much, whatever the cache, or with fewer steps: of settings
+    that save it in every pair, so that all columns are means over the same pairs."""
+    pairs = {each.pair for each in results}
     rows = []
     for target in TARGETS:
         row: dict[str, object] = {"compute at least": f"{target:g}x"}
-        for kind in ("plain", "skip"):
+        for kind in KINDS:
             for what, is_cached in (("fewer steps", False), ("best cache", True)):
-                chosen: dict[str, list[float]] = {}
+                chosen: dict[str, dict[int, float]] = {}
                 for each in results:
                     fits = not each.refused and each.model == kind and (each.setting.cache != "none") == is_cached
                     if fits and (each.compute_ratio or 0) >= target - 0.02:
-                        chosen.setdefault(str(each.setting), []).append(each.figures[name])
-                found = min(chosen, key=lambda setting, c=chosen: fmean(c[setting]), default=None)
-                shown = "" if found is None else f"{spread(chosen[found], 4)} ({found.partition(',')[0]})"
+                        chosen.setdefault(str(each.setting), {})[each.pair] = each.figures[name]
+                whole = {setting: list(values.values()) for setting, values in chosen.items() if values.keys() == pairs}
+                found = min(whole, key=lambda setting, w=whole: fmean(w[setting]), default=None)
+                shown = "" if found is None else f"{spread(whole[found], 4)} ({found.partition(',')[0]})"
                 row[f"{kind}, {what}"] = shown
         rows.append(row)
     return rows
 
 
 def write_report(name: str, results: Sequence[Result], options: argparse.Namespace) -> None:
-    """Write claims_{name}.md and .json."""
-    chosen = [each for each in results if each.experiment == name and each.num_samples == options.num_samples]
-    if not chosen:
-        raise SystemExit(f"claims.py: {options.out} holds no results of {name} with {options.num_samples} samples")
-    told = next(each for each in chosen if each.figures)
-    floors = {each: value for each, value in told.floors.items() if value is not None}
+    """Write claims_{name}.md and .json. `SystemExit` where nothing was measured."""
+    experiment = EXPERIMENTS[name]
+    key, path = about_key(options.extractor or experiment.extractor, options.num_samples), options.out / ABOUT
+    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    wanted = list(dict.fromkeys(experiment.settings(options.steps, options.guidance)))
+    found = {(each.model, each.pair, each.setting): each for each in results if each.about == key}
+    pairs = sorted({pair for _, pair, _ in found})
+    keys = [(kind, pair, setting) for setting in wanted for kind in KINDS for pair in pairs]
+    chosen = [found[each] for each in keys if each in found]
+    if not chosen or key not in told:
+        raise SystemExit(f"claims.py: {options.out} holds no results of {name} as {key}, but of {', '.join(told)}")
+    about, missing = told[key], dict.fromkeys(str(each[2]) for each in keys if each not in found)
+    reference = about["reference"]
+    frames = reference["num_frames"]
+    size = f", resized as {reference['resize']}" + (f", frames of {frames} repeated" if frames else "")
     facts = {
-        "models": f"{max(each.pair for each in chosen) + 1} pair(s), plain and with long skips, trained alike",
-        "n": f"{options.num_samples:,} samples of each setting, fidelity over the first {options.num_seeds}",
-        "distances": f"{told.titles['kd']}, {told.titles['fd']}; KD is unbiased, FD falls as n grows",
-        "real against real": ", ".join(f"{each} {value:.4f}" for each, value in floors.items()),
+        "models": f"{len(pairs)} pair(s) of seeds of their own, trained alike: "
+        + ", ".join(f"{kind} {text}" for kind, text in about["models"].items())
+        + (f"; {about['trained']}" if about["trained"] else ""),
+        "n": f"{options.num_samples:,} samples of each setting, fidelity over the first {about['num_seeds']}; computed "
+        f"in {about['dtype']}",
+        "distances": f"{about['titles']['kd_full']} (unbiased, over the whole sets) and {about['titles']['fd']} (grows "
+        f"as n falls){size}; weights {reference['weights_sha256'][:12]}",
+        "reference": f"{reference['reference']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}",
+        "real against real": ", ".join(f"{each} {value:.4f}" for each, value in reference["floors"].items()),
         "compute": "FLOPs of the same model's uncached run over those of the row: of as many steps for a cache, of all "
         "for fewer steps",
         "spread": "± is the standard deviation over pairs",
+        "not measured": "; ".join(missing) or "nothing of what was planned",
     }
-    parts = [EXPERIMENTS[name].question, listed(facts), table(rows_of(chosen))]
+    parts = [experiment.question, listed(facts), table(rows_of(chosen))]
     if losses := lost(chosen):
-        parts += ["## What each cache costs in KD", table(losses)]
+        parts += ["## What each cache costs in KD, and how close it stays", table(losses)]
     if name != "limits":
         parts += ["## The lowest KD for the FLOPs saved", table(best(chosen))]
-    environment = describe_environment(options.device, options.seed)
-    config = {key: value for key, value in vars(options).items() if key not in ("out", "report", "plain", "skip")}
     with output_folder(options.report, "bench") as out:
         report = Report(
-            config=config,
-            environment=environment,
+            config={each: value for each, value in about.items() if each != "environment"},
+            environment=about["environment"],
             data={"rows": [asdict(each) for each in chosen]},
             title=f"The paper's claims: {name}",
             parts=parts,
@@ -411,9 +689,9 @@ def write_report(name: str, results: Sequence[Result], options: argparse.Namespa
     print(f"written: {options.report / f'claims_{name}.md'}")
 
 
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS, help="several share what they have in common")
     parser.add_argument("--plain", nargs="+", default=[], help="plain models, one per pair: runs or pipelines")
     parser.add_argument("--skip", nargs="+", default=[], help="models with long skips, in the same order")
     parser.add_argument("--reference", default="emoji", help="the data, as skipdit eval takes it")
@@ -421,21 +699,47 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=64, help="samples whose fidelity is measured")
     parser.add_argument("--steps", type=int, default=50, help="of the uncached run and the cached ones")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of guidance; none at 1")
-    parser.add_argument("--only", nargs="+", default=(), help="caches to measure; by default all of the experiment")
+    parser.add_argument("--only", nargs="+", default=(), help="caches to measure; by default all of the experiments")
+    parser.add_argument("--max-seconds", type=float, default=0.0, help="stop before the setting that may exceed them")
+    parser.add_argument(
+        "--extractor", choices=("lite0", "i3d"), default=None, help="features; by default i3d for clips"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", default=(), help="lite0=PATH, i3d=PATH: files in place of the packages'"
+    )
     parser.add_argument("--size", type=int, default=None, help="side that the extractor is given; by default its own")
     parser.add_argument("--image-size", type=int, default=None, help="side of the reference's pictures, if not theirs")
-    parser.add_argument("--batch-size", type=int, default=None, help="samples at once")
+    parser.add_argument("--frame-interval", type=int, default=2, help="of the reference's clips")
+    parser.add_argument("--batch-size", type=int, default=50, help="samples at once")
+    parser.add_argument("--extractor-batch-size", type=int, default=None, help="pictures or clips at once")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the models; tf32 has float32 weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
-    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder of sets and results")
+    parser.add_argument(
+        "--keep-samples", type=int, default=0, help="write this many of each set as .npz; none by default"
+    )
+    parser.add_argument("--trained", default="", help="how the models were trained, in words, for the report")
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"), help="folder of the results")
     parser.add_argument("--report", type=Path, default=None, help="folder of the tables; none by default")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if len(options.plain) != len(options.skip) or not (options.plain or options.report):
         parser.error("give as many --plain as --skip, or --report alone")
+    if options.num_samples <= DENSITY_NEIGHBOURS:
+        parser.error(f"--num-samples must be above {DENSITY_NEIGHBOURS}: coverage looks at so many neighbors")
+    if options.plain and len({options.extractor or EXPERIMENTS[name].extractor for name in options.experiments}) > 1:
+        parser.error("pictures and clips are of other models: measure them one after the other")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    warnings.filterwarnings(
+        "ignore", message="cache .* in a run of|cache .* has not reused"
+    )  # that is what is measured
     options.out.mkdir(parents=True, exist_ok=True)
-    results = Bench(options.experiment, options).run() if options.plain else read_results(options.out)
-    if options.report is not None:
-        write_report(options.experiment, results, options)
+    results = Bench(options.experiments, options).run() if options.plain else read_results(options.out)
+    for name in options.experiments if options.report is not None else ():
+        write_report(name, results, options)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def make_config(arm: Arm, data: DataConfig, seed: int) -> TrainConfig:
 
 def mean_flops(config: TrainConfig, items: LabelledPictures) -> float:
     """FLOPs of a training step, in the mean over its kinds of step."""
-    return find_step_kinds(config.model.build(items, config.objective), config, CPU).mean_flops * config.batch_size
+    return find_step_kinds(config.model.build(items, config.objective), config).mean_flops * config.batch_size
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from training_runs import make_config, make_data
 
 from skipdit.cli import main
 from skipdit.data.latents import LatentConfig
-from skipdit.environment import resolve_device
 from skipdit.recipes import RECIPES
 from skipdit.tasks.text_to_video import TextToVideoModelConfig
 from skipdit.tasks.training import open_items
@@ -65,7 +64,7 @@ def test_a_dry_run_counts_what_the_run_counts(mode: str, tmp_path: Path) -> None
         from skipdit.models.surgery import add_fill_token
 
         add_fill_token(task.model)
-    kinds = find_step_kinds(task, config, resolve_device("cpu"))
+    kinds = find_step_kinds(task, config)
     assert plan.flops == kinds.flops
     assert plan.num_parameters == sum(parameter.numel() for parameter in task.model.parameters())
     assert plan.run_flops == kinds.mean_flops * config.batch_size * config.max_steps

@@ -356,7 +356,7 @@ def kinds_of(config: TrainConfig, out: Path) -> list[str]:
     """The kinds of a run's steps, as its log tells them."""
     model = load_model(out / "pipeline")
     task = config.model.build(skipdit.training.loop.open_items(config.data), config.objective, model)
-    flops = find_step_kinds(task, config, torch.device("cpu")).flops
+    flops = find_step_kinds(task, config).flops
     spent = [0, *(entry["flops"] for entry in read_log(out))]
     names = {count * config.batch_size: kind for kind, count in flops.items()}
     return [names[after - before] for before, after in itertools.pairwise(spent)]

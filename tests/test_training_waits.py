@@ -107,7 +107,7 @@ def test_a_step_makes_everything_on_the_device_and_copies_nothing(task: str, dat
     fused form for these; the test above has it."""
     config = routed(task, data)
     trainee = build_task(config)
-    plans = find_step_kinds(trainee, config, CPU).plans
+    plans = find_step_kinds(trainee, config).plans
     assert set(plans) == KINDS
     stored, labels = (torch.stack([torch.as_tensor(trainee.data[i][place]) for i in range(6)]) for place in (0, 1))
     pixels, numbers = stored.to(META), labels.to(META)

@@ -160,7 +160,8 @@ def time_loop(config: TrainBenchConfig, row: Row, recipe: TrainConfig) -> Row:
     run = replace(run, compile=row.loop.endswith("compiled"))
     accelerator = start_processes(torch.device(config.device))
     task = make_task(config, row.workload, run)
-    kinds = find_step_kinds(task, run, torch.device("cpu") if config.device == "cpu" else accelerator.device)
+    task.model.to(accelerator.device)
+    kinds = find_step_kinds(task, run)
     loop = plain_loop if row.loop == "plain" else our_loop
     with loop(run, task, accelerator) as step:
         for number in range(config.num_warmup):

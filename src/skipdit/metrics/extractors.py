@@ -4,7 +4,8 @@ An extractor is one entry of `EXTRACTORS`; `Extractor` takes any network. A figu
 where Inception and its own resize rule are used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -141,29 +142,46 @@ class Lite0(nn.Module):
         return NetworkOutput(pooled, layers[LITE0_SPATIAL][:, : inception.NUM_SPATIAL].flatten(1), self._fc(pooled))
 
 
+@contextmanager
+def _told_of(file: Path, what: str) -> Iterator[None]:
+    """Refuse a file that is too large, and say of any failure to read it that it is not the weights of a network."""
+    with open_regular(file) as opened:
+        if (size := opened.seek(0, 2)) > MAX_WEIGHTS_BYTES:
+            raise ValueError(f"{printable(file)} has {size:,} bytes, at most {MAX_WEIGHTS_BYTES:,} are read")
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch, zipfile and pickle raise of every kind
+        reason = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        raise ValueError(f"{printable(file)} is not the weights of {what}: {reason}") from error
+
+
 def load_lite0(path: Path | None) -> Extractor:
-    """Return EfficientNet-Lite0 with the weights of its package. `ValueError` where they are not installed."""
-    if path is not None:
-        raise ValueError(f"lite0 has the weights of its package, got {printable(path)}")
-    file = check_metrics_installed()
-    check_hash(file, WEIGHTS_SHA256)
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    network = Lite0()
+    """Return EfficientNet-Lite0. path: its weights, named as in its package; by default those of the package.
+    `ValueError` where they are not installed, or the file is not such weights."""
+    file = path or check_metrics_installed()
+    if path is None:
+        check_hash(file, WEIGHTS_SHA256)
     own = ("_conv_head.", "_bn1.", "_fc.")
-    network.load_state_dict({name if name.startswith(own) else f"trunk.{name}": each for name, each in weights.items()})
+    network = Lite0()
+    with _told_of(file, "EfficientNet-Lite0"):
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        named = {name if name.startswith(own) else f"trunk.{name}": each for name, each in weights.items()}
+        network.load_state_dict(named)
     resize = Resize("antialias", LITE0_SIZE)
     frozen = network.eval().requires_grad_(False)
     for weight in frozen.parameters():
         weight.data = weight.data.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight.data
-    return Extractor(name="EffNetLite0", network=frozen, resize=resize, digest=WEIGHTS_SHA256)
+    digest = WEIGHTS_SHA256 if path is None else file_digest(path)
+    return Extractor(name="EffNetLite0", network=frozen, resize=resize, digest=digest)
 
 
 def load_i3d(path: Path | None) -> Extractor:
-    """Return I3D with the weights of its package. `ValueError` where they are not installed."""
-    if path is not None:
-        raise ValueError(f"i3d has the weights of its package, got {printable(path)}")
+    """Return I3D. path: its weights as its package holds them; by default those of the package. `ValueError` where they
+    are not installed, or the file is not such weights."""
     resize = Resize("bilinear", i3d.SIZE)
-    network, digest = i3d.load_i3d(), i3d.SHA256
+    network, digest = i3d.load_i3d(path), i3d.SHA256 if path is None else file_digest(path)
     return Extractor(
         name="I3D", network=network, resize=resize, takes="clips", digest=digest, batch_size=2, standard=resize
     )
@@ -184,19 +202,11 @@ def load_inception(path: Path | None) -> Extractor:
             f"the weights of Inception are not here: give inception=PATH of {INCEPTION_FILES[0]}, which is at "
             "github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
         )
-    with open_regular(file) as opened:
-        if (size := opened.seek(0, 2)) > MAX_WEIGHTS_BYTES:
-            raise ValueError(f"{printable(file)} has {size:,} bytes, at most {MAX_WEIGHTS_BYTES:,} are read")
     network = inception.InceptionV3()
-    try:
+    with _told_of(file, "Inception for FID"):
         weights = torch.load(file, map_location="cpu", weights_only=True)
         counters = {name: each for name, each in network.state_dict().items() if name.endswith("num_batches_tracked")}
         network.load_state_dict(counters | dict(weights))
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch, zipfile and pickle raise of every kind
-        reason = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        raise ValueError(f"{printable(file)} is not the weights of Inception for FID: {reason}") from error
     resize = Resize("tf1", inception.SIZE)
     frozen = network.eval().requires_grad_(False)
     return Extractor(
@@ -219,8 +229,8 @@ EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {
 def open_extractor(
     name: str, *, rule: ResizeRule | None = None, size: int | None = None, device: torch.device | None = None
 ) -> Extractor:
-    """Return an extractor: lite0, i3d, inception or inception=PATH. rule, size: its resize rule, by default its own.
-    `ValueError` with what is missing."""
+    """Return an extractor: lite0, i3d or inception, or one of these with =PATH, of its weights. rule, size: its
+    resize rule, by default its own. `ValueError` with what is missing."""
     kind, _, path = name.partition("=")
     extractor = EXTRACTORS[choose("the extractor", kind, EXTRACTORS)](Path(path) if path else None)
     resize = Resize(rule or extractor.resize.rule, size or extractor.resize.size)

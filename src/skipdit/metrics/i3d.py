@@ -24,7 +24,8 @@ SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"  # o
 MAX_BYTES = 2**26
 SIZE, LEAST_FRAMES = 224, 9  # below, nothing is left for the last pooling over two places of time
 NUM_CLASSES = 400
-ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct")}
+RECONSTRUCT = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
+ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), *RECONSTRUCT}
 # branches of the modules named Mixed: github.com/deepmind/kinetics-i3d, i3d.py
 MIXED = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
@@ -164,12 +165,26 @@ def check_i3d_installed() -> Path:
     return file
 
 
-def load_i3d() -> I3D:
-    """Return I3D on the CPU. `ValueError` as `check_i3d_installed` says, and where the file is another one."""
-    file = check_i3d_installed()
-    check_hash(file, SHA256)
-    content = read_arrays(file)
-    network = I3D()
+def load_i3d(path: Path | None = None) -> I3D:
+    """Return I3D on the CPU. path: its weights, in the form of the package's; by default those of the package.
+    `ValueError` as `check_i3d_installed` says, and where the file is another one."""
+    file = path or check_i3d_installed()
+    if path is None:
+        check_hash(file, SHA256)
+    content, network = read_arrays(file), I3D()
+    try:
+        _fill_all(network, content)
+    except (
+        LookupError,
+        TypeError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # of arrays that are not there, or of other sizes
+        raise ValueError(f"{printable(file)} is not the weights of I3D: {printable(error)}") from error
+    return network.eval().requires_grad_(False)
+
+
+def _fill_all(network: I3D, content: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, unit in network.units.items():
             _fill(unit, content["params"][name], content["batch_stats"][name])
@@ -179,7 +194,6 @@ def load_i3d() -> I3D:
         head = content["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]
         network.head.weight.copy_(_kernel(head))
         cast(Tensor, network.head.bias).copy_(_tensor(head["bias"]))
-    return network.eval().requires_grad_(False)
 
 
 def _fill(unit: nn.Module, parameters: Any, statistics: Any) -> None:

@@ -136,13 +136,12 @@ def check_metrics_installed() -> Path:
 
 
 @cache
-def load_feature_network() -> FeatureNetwork:
-    """Return EfficientNet-Lite0 on the CPU, loaded once. `ValueError` as `check_metrics_installed` says, and where the
-    file is not the one whose hash is known."""
+def load_feature_network(device: torch.device | None = None) -> FeatureNetwork:
+    """Return EfficientNet-Lite0 on a device, by default the CPU, loaded once. `ValueError` as `check_metrics_installed`
+    says, and where the file is not the one whose hash is known."""
     file = check_metrics_installed()
     check_hash(file, WEIGHTS_SHA256)
     weights = torch.load(file, map_location="cpu", weights_only=True)
     network = EfficientNetLite0()
     network.load_state_dict({name: value for name, value in weights.items() if not name.startswith(CLASSIFIER)})
-    network.eval().requires_grad_(False)
-    return network
+    return network.eval().requires_grad_(False).to(device)

@@ -70,13 +70,25 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     if first.mean.shape != second.mean.shape:
         sizes = " and ".join(" x ".join(map(str, each.mean.shape)) for each in (first, second))
         raise ValueError(f"means and covariances are of different networks: they have {sizes} features")
-    # not torch's: MKL's divide and conquer gives up where most features are constant
-    values, vectors = map(torch.from_numpy, np.linalg.eigh(first.covariance.numpy()))
+    values, vectors = _eigenvectors(first.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     inner = root @ second.covariance @ root
-    cross = torch.from_numpy(np.linalg.eigvalsh(((inner + inner.mT) / 2).numpy())).clamp(min=0).sqrt().sum()
+    cross = _eigenvalues((inner + inner.mT) / 2).clamp(min=0).sqrt().sum()
     distance = (first.mean - second.mean).square().sum() + first.covariance.trace() + second.covariance.trace()
     return max(0.0, (distance - 2 * cross).item())
+
+
+def _eigenvectors(matrix: Float[Tensor, "size size"]) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues and eigenvectors of a symmetric matrix; on a CPU by numpy, because MKL's divide and
+    conquer, which torch calls, gives up where most features are constant."""
+    values, vectors = (
+        torch.linalg.eigh(matrix) if matrix.is_cuda else map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    )
+    return values, vectors
+
+
+def _eigenvalues(matrix: Float[Tensor, "size size"]) -> Tensor:
+    return torch.linalg.eigvalsh(matrix) if matrix.is_cuda else torch.from_numpy(np.linalg.eigvalsh(matrix.numpy()))
 
 
 def kernel_distance(first: Samples, second: Reference) -> float:
@@ -163,7 +175,7 @@ def neighbour_metrics(samples: Samples, reference: Reference) -> Coverage:
         raise ValueError(f"neighbors need at least {least} items of each, got {len(samples)} and {len(reference)}")
     made, real = samples.double(), reference.double()
     reach_made, reach_real = (_reaches(each) for each in (made, real))
-    is_precise, num_within = (torch.zeros(len(made), dtype=kind) for kind in (torch.bool, torch.int64))
+    is_precise, num_within = (made.new_zeros(len(made), dtype=kind) for kind in (torch.bool, torch.int64))
     is_recalled, nearest = [], []
     for start in range(0, len(real), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)

@@ -41,7 +41,7 @@ class Metric:
 
 def lpips_like(pictures: Pictures, reference: Pictures) -> Tensor:
     """Return the perceptual distance of each picture in the features of EfficientNet-Lite0."""
-    return perceptual_distance(pictures, reference, load_feature_network())
+    return perceptual_distance(pictures, reference, load_feature_network(pictures.device))
 
 
 METRICS = (

@@ -107,8 +107,9 @@ def batch_loss(
     return training_loss(predict, objective, batch.x_start, batch.noise, batch.timesteps).loss.mean()
 
 
-def find_step_kinds(task: TrainingTask, config: TrainConfig, device: torch.device) -> StepKinds:
-    """Return the kinds of steps in a run, with the FLOPs of one sample in each."""
+def find_step_kinds(task: TrainingTask, config: TrainConfig) -> StepKinds:
+    """Return the kinds of steps in a run, with the FLOPs of one sample in each, counted on the device of the model."""
+    device = next(task.model.parameters()).device
     task.prepare(device)
     device_tables(device)  # otherwise they would be made below, as tensors without memory
     plans = make_plans(config.routing, task.model)

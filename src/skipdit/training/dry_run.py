@@ -79,7 +79,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
             add_fill_token(task.model)
     if config.stage == "long-skips-only":
         freeze_all_but_long_skips(task.model)
-    kinds = find_step_kinds(task, config, torch.device("meta"))
+    kinds = find_step_kinds(task, config)
     links = task.model.long_skip_links
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in task.model.parameters()]
     num_parameters, num_trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)

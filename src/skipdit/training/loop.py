@@ -169,7 +169,7 @@ class Run:
             add_fill_token(model)
         if config.stage == "long-skips-only":
             freeze_all_but_long_skips(model)
-        self.kinds = find_step_kinds(task, config, next(model.parameters()).device)
+        self.kinds = find_step_kinds(task, config)
         self.flops = 0.0
         task.prepare(self.device)
         path = shallow_path_of(config.routing, model.long_skip_links.num_units)
