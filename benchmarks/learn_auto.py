@@ -36,11 +36,11 @@ WIDEST = 15.0  # dB behind the best that count at most: where no rule can be nea
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
-def measured_of(name: str, out: Path) -> Measured:
+def measured_of(name: str, out: Path, device: str) -> Measured:
     """Measure a model, or read what was measured before."""
     path = out / f"{name}.npz"
     if not path.exists():
-        source = load_source(name)
+        source = load_source(name, device=device)
         config = CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4))
         trials = Trials(orders=(ORDER,), max_age=10)
         with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
@@ -159,10 +159,11 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("out/auto"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the measurement")
     parser.add_argument("--trials", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    models = [Model(name, measured_of(name, arguments.out)) for name in arguments.models]
+    models = [Model(name, measured_of(name, arguments.out, arguments.device)) for name in arguments.models]
     rule = learn([model for model in models if model.name not in arguments.without], arguments.trials, arguments.seed)
     print("AUTO_TIMESTEPS =", AUTO_TIMESTEPS)
     print("AUTO_DENSE =", tuple(round(float(each), 2) for each in np.exp(rule.dense)))
