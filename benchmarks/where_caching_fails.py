@@ -138,7 +138,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "where_caching_fails.json"
     rows = [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]] if path.exists() else []
-    place, settings = machine(torch.device(options.device)), {"cache": options.cache, "num_samples": options.num_samples}
+    place = machine(torch.device(options.device))
+    settings = {"cache": options.cache, "num_samples": options.num_samples}
     about = f"{place['name']}, {place['threads']} threads, " + ", ".join(f"{n} {v}" for n, v in versions().items())
 
     def write() -> None:
