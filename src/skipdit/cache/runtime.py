@@ -18,7 +18,8 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
-from skipdit.cache.streams import Layout, Run, Stream, Streams
+from skipdit.cache.streams import Run, Stream, Streams
+from skipdit.cache.timesteps import Layout
 from skipdit.cache.whole import tensors_in
 from skipdit.interfaces import Fields, ModelOutput
 from skipdit.models.branches import open_branches
