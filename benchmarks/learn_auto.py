@@ -43,9 +43,9 @@ def measured_of(name: str, out: Path, device: str) -> Measurement:
         source = load_source(name, device=device)
         config = source.complete(CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4)))
         trials = Trials(orders=(ORDER,), max_age=10)
-        with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
-            run = replace(make_runner(source, config), advance=advance)
-            measurement = measure(run, MiddleUnits(), trials, advance=advance)
+        run = make_runner(source, config)
+        with progress(name, run.num_inference_steps + trials.num_probed + 1) as advance:
+            measurement = measure(replace(run, advance=advance), MiddleUnits(), trials, advance=advance)
         arrays = asdict(measurement) | {"reference": measurement.reference.numpy()}
         del arrays["site"]
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Model:
 
     def error(self, variants: Variants, factors: np.ndarray) -> float:
         changes: list[np.ndarray] = []
-        full: tuple[int, ...] = ()
+        full = tuple[int, ...]()
         at = np.interp(self.measured.timesteps, AUTO_TIMESTEPS, factors)
         for step, variant in enumerate(variants):
             if variant is None:
