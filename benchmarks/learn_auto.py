@@ -36,11 +36,11 @@ WIDEST = 15.0  # limit of the difference to the best schedule in dB, as no rule 
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
-def measured_of(name: str, out: Path) -> Measurement:
+def measured_of(name: str, out: Path, device: str) -> Measurement:
     """Measure a model, or read the stored measurement."""
     path = out / f"{name}.npz"
     if not path.exists():
-        source = load_source(name)
+        source = load_source(name, device=device)
         config = source.complete(CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4)))
         trials = Trials(orders=(ORDER,), max_age=10)
         with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
@@ -160,10 +160,11 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("out/auto"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the measurement")
     parser.add_argument("--trials", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    models = [Model(name, measured_of(name, arguments.out)) for name in arguments.models]
+    models = [Model(name, measured_of(name, arguments.out, arguments.device)) for name in arguments.models]
     rule = learn([model for model in models if model.name not in arguments.without], arguments.trials, arguments.seed)
     print("AUTO_TIMESTEPS =", AUTO_TIMESTEPS)
     values = {"DENSE": np.exp(rule.dense), "SPARSE": np.exp(rule.sparse), "FACTORS": rule.factors}
