@@ -233,7 +233,8 @@ class Bench:
         ]
         in_turn = zip_longest(*(EXPERIMENTS[name].settings(options.steps, options.guidance) for name in names))
         wanted = dict.fromkeys(each for settings in in_turn for each in settings if each is not None)
-        self.settings = [each for each in wanted if not options.only or each.cache in (*options.only, "none")]
+        self.settings = [each for each in wanted if not options.only or each.cache in options.only]
+        self.settings = list(dict.fromkeys(each for one in self.settings for each in (one.baseline, one)))
         self.out: Path = options.out
         self.sources: dict[str, Source] = {}
         self.full: dict[tuple[str, Setting], Tensor] = {}
@@ -431,7 +432,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-seeds", type=int, default=64, help="samples whose fidelity is measured")
     parser.add_argument("--steps", type=int, default=50, help="of the uncached run and the cached ones")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of guidance; none at 1")
-    parser.add_argument("--only", nargs="+", default=(), help="caches to measure; by default all of the experiments")
+    parser.add_argument("--only", nargs="+", default=(), help="caches to measure, none for fewer steps; by default all")
     parser.add_argument("--max-seconds", type=float, default=0.0, help="stop before the setting that may exceed them")
     parser.add_argument(
         "--extractor",

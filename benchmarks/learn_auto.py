@@ -36,16 +36,16 @@ WIDEST = 15.0  # limit of the difference to the best schedule in dB, as no rule 
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
-def measured_of(name: str, out: Path) -> Measurement:
+def measured_of(name: str, out: Path, device: str) -> Measurement:
     """Measure a model, or read the stored measurement."""
     path = out / f"{name}.npz"
     if not path.exists():
-        source = load_source(name)
+        source = load_source(name, device=device)
         config = source.complete(CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4)))
         trials = Trials(orders=(ORDER,), max_age=10)
-        with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
-            run = replace(make_runner(source, config), advance=advance)
-            measurement = measure(run, MiddleUnits(), trials, advance=advance)
+        run = make_runner(source, config)
+        with progress(name, run.num_inference_steps + trials.num_probed + 1) as advance:
+            measurement = measure(replace(run, advance=advance), MiddleUnits(), trials, advance=advance)
         arrays = asdict(measurement) | {"reference": measurement.reference.numpy()}
         del arrays["site"]
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class Model:
 
     def error(self, variants: Variants, factors: np.ndarray) -> float:
         changes: list[np.ndarray] = []
-        full: tuple[int, ...] = ()
+        full = tuple[int, ...]()
         at = np.interp(self.measured.timesteps, AUTO_TIMESTEPS, factors)
         for step, variant in enumerate(variants):
             if variant is None:
@@ -160,10 +160,11 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("out/auto"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the measurement")
     parser.add_argument("--trials", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    models = [Model(name, measured_of(name, arguments.out)) for name in arguments.models]
+    models = [Model(name, measured_of(name, arguments.out, arguments.device)) for name in arguments.models]
     rule = learn([model for model in models if model.name not in arguments.without], arguments.trials, arguments.seed)
     print("AUTO_TIMESTEPS =", AUTO_TIMESTEPS)
     values = {"DENSE": np.exp(rule.dense), "SPARSE": np.exp(rule.sparse), "FACTORS": rule.factors}

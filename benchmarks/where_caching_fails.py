@@ -22,7 +22,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
-from skipdit.environment import machine, versions
+from skipdit.environment import check_device, machine, versions
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import psnr_db
 from skipdit.report import table
@@ -135,12 +135,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the runs")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="of guidance")
     parser.add_argument("--seed", type=int, default=0, help="of the start noise")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder of the .json and .md")
     options = parser.parse_args()
+    check_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "where_caching_fails.json"
     rows = [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]] if path.exists() else []
-    place, settings = machine(torch.device("cpu")), {"cache": options.cache, "num_samples": options.num_samples}
+    place = machine(torch.device(options.device))
+    settings = {"cache": options.cache, "num_samples": options.num_samples}
     about = f"{place['name']}, {place['threads']} threads, " + ", ".join(f"{n} {v}" for n, v in versions().items())
 
     def write() -> None:
@@ -149,7 +152,7 @@ def main() -> None:
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(to_markdown(rows, options, about), encoding="utf-8")
 
-    for row in measure(load_source(MODEL), options, rows):
+    for row in measure(load_source(MODEL, device=options.device), options, rows):
         rows.append(row)
         write()
     write()

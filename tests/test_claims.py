@@ -58,7 +58,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def options_of(claims: ModuleType, pair: dict[str, str], out: Path, *experiments: str, **changes: Any) -> Any:
     models = ["--plain", pair["plain"], "--skip", pair["skip"], "--reference", pair["reference"]]
-    numbers = "--num-samples 12 --num-seeds 8 --steps 2 --guidance 1.5 --only N2 --size 32 --batch-size 5"
+    numbers = "--num-samples 12 --num-seeds 8 --steps 2 --guidance 1.5 --only N2 none --size 32 --batch-size 5"
     options = claims.parse([*(experiments or ["images"]), *models, *numbers.split(), "--out", str(out)])
     return argparse.Namespace(**vars(options) | {"report": out / "report"} | changes)
 
@@ -151,7 +151,7 @@ def test_a_stochastic_sampler_draws_the_same_noise_each_time(
 
 
 def test_without_an_extractor_fidelity_alone_is_told(claims: ModuleType, pair: dict[str, str], tmp_path: Path) -> None:
-    options = options_of(claims, pair, tmp_path, extractor="none", num_samples=3, num_seeds=2, only=("fora:N2",))
+    options = options_of(claims, pair, tmp_path, extractor="none", num_samples=3, num_seeds=2, only=("fora:N2", "none"))
     results = claims.Bench(["compatibility"], options).run()
     assert {str(each.setting) for each in results} == {
         "2 steps, guidance 1.5", "1 steps, guidance 1.5", "fora:N2, 2 steps, guidance 1.5",

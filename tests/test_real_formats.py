@@ -2,6 +2,7 @@
 layouts."""
 
 import argparse
+import importlib.util
 import json
 import re
 import shlex
@@ -42,7 +43,6 @@ from skipdit.command_options import PipelineOptions
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
-from skipdit.tasks import published as published_tasks
 from skipdit.tasks.published import open_published
 
 SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "in_channels": 4}
@@ -334,7 +334,10 @@ def test_a_missing_extra_is_named(
 ) -> None:
     """Without transformers a stand-in of diffusers has the name of the class, which then was called unknown."""
     made("FLUX.1-dev", tmp_path)
-    monkeypatch.setattr(published_tasks, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name, *rest)
+    )
     monkeypatch.setattr(diffusers, "FluxPipeline", type("FluxPipeline", (), {}))
     with pytest.raises(ValueError, match=r'of a FluxPipeline needs transformers: pip install "skipdit\[pipelines\]"'):
         load_source(str(tmp_path / "FLUX.1-dev"))

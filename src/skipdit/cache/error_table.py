@@ -28,7 +28,6 @@ NODES = (
     21,
 )  # steps back at which changes are kept; between them they are interpolated
 COHERENCE = 0.5  # how the errors of the steps between two full ones add up: between power (0) and amplitude (1)
-FINEST = 0.9  # of the measured strides: what finer steps would do was not measured, and is underestimated
 MAX_LOOKBACK = 48  # steps of a run, between a reuse step and a full one
 
 
@@ -81,10 +80,16 @@ class ErrorTable:
     # Errors of single reuse steps
 
     def place(self, timestep: float) -> float:
-        """Return how many steps of the calibrated run are before a timestep, with fractions; outside it, its ends."""
+        """Return how many steps of the calibrated run are before a timestep, with fractions; 0 above its first, and
+        below its last as if it went on by the ratio of its last two."""
         levels, after = self.timesteps, bisect_left(self.timesteps, -timestep, key=lambda level: -level)
-        if after in (0, len(levels)):
-            return float(min(after, len(levels) - 1))
+        if after == 0:
+            return 0.0
+        if after == len(levels):
+            last = len(levels) - 1
+            if timestep <= 0 or levels[-1] <= 0:
+                return float(last)
+            return last + min(math.log(levels[-1] / timestep) / math.log(levels[-2] / levels[-1]), 1.0)
         return after - (timestep - levels[after]) / (levels[after - 1] - levels[after])
 
     def weights(self, back: Float[np.ndarray, " many"]) -> Float[np.ndarray, "many nodes"]:
@@ -108,17 +113,28 @@ class ErrorTable:
     ) -> Float[np.ndarray, "many 2 2"]:
         """Return the inner products of what both terms of a linear prediction do: the last values, and what the change
         since the values before them adds. All arguments are places; `last` and `before` may be equal, for no change."""
-        found = np.zeros((len(last), 2, 2))
         distance, spacing = place - last, last - before
         ahead = np.where(spacing > 0, distance / np.where(spacing > 0, spacing, 1), 0)[:, None]
-        low = int(min(math.floor(place), len(self.grams) - 1))
-        for row, share in ((low, 1 - (place - low)), (low + 1, place - low)):
+        # the third step is the first with the values of two steps before it, whose directions differ
+        measured = min(max(place, 2.0), len(self.grams) - 1.0)
+        low = math.floor(measured)
+        mixed, size = np.zeros((len(last), 2, 2)), np.zeros(len(last))
+        for row, share in ((low, 1 - (measured - low)), (low + 1, measured - low)):
             if share > 0:
                 held = self.weights(np.minimum(distance, row))
                 change = ahead * (held - self.weights(np.minimum(place - before, row)))
                 terms = np.stack([held, change], axis=1)
-                found += share * (terms @ self.grams[min(row, len(self.grams) - 1)] @ terms.swapaxes(1, 2))
-        return found
+                found = terms @ self.grams[row] @ terms.swapaxes(1, 2)
+                trace = np.maximum(np.trace(found, axis1=1, axis2=2), 1e-30)
+                mixed += share * found / trace[:, None, None]
+                size += share * np.log(trace)  # sensitivity rises manyfold from step to step at the end
+        return mixed * (np.exp(size) * self.growth ** min(max(2.0 - place, 0.0), 1.0))[:, None, None]
+
+    @cached_property
+    def growth(self) -> float:
+        """How much more than at the third step a change by the values of the step before does at the second."""
+        second, third = self.grams[1][0, 0], self.grams[2][0, 0]
+        return float(second / third) if second > 0 and third > 0 else 1.0
 
     # ------------------------------------------------------------------------------------------------------------------
     # Runs
@@ -133,6 +149,7 @@ class ErrorTable:
         Only the first step has none before it: its own spacing counts as 1."""
         places = np.array([self.place(timestep) for timestep in timesteps])
         strides = -np.gradient(np.array(timesteps)) / np.interp(places, np.arange(len(self.strides)), self.strides)
+        strides[-1] = max(strides[-1], 1.0)  # however short the last step is, what the model says there stays
         size = min(MAX_LOOKBACK, len(timesteps) - 1)
         found = np.full((len(timesteps), size, size), np.inf)
         for step in range(1, len(timesteps)):
@@ -143,21 +160,33 @@ class ErrorTable:
             before = np.where(alone, last, before)
             known &= places[step] - places[np.where(known, before, 0)] <= self.nodes[-1] + 1e-6
             if known.any():
-                products = self.products(places[step], places[last[known]], places[before[known]])
-                factors = np.concatenate([np.ones((len(products), 1)), fit_factors(products)], axis=1)
-                error = np.einsum("ni,nij,nj->n", factors, products, factors)
-                found[step][known] = np.maximum(error, 0) * strides[step] ** 2
+                error = self.errors_at(places[step], places[last[known]], places[before[known]])
+                found[step][known] = error * strides[step] ** 2
         return found
 
-    def tells(self, stride: float) -> bool:
-        """Return true if steps so many timesteps apart are coarse enough for what was measured."""
-        return stride >= FINEST * (self.timesteps[0] - self.timesteps[-1]) / (len(self.timesteps) - 1)
+    def errors_at(
+        self, place: float, last: Float[np.ndarray, " many"], before: Float[np.ndarray, " many"]
+    ) -> Float[np.ndarray, " many"]:
+        """Return the errors of predictions, as in `products`."""
+        products = self.products(place, *self.widened(place, last, before))
+        factors = np.concatenate([np.ones((len(products), 1)), fit_factors(products)], axis=1)
+        return np.maximum(np.einsum("ni,nij,nj->n", factors, products, factors), 0)
+
+    def widened(
+        self, place: float, last: Float[np.ndarray, " many"], before: Float[np.ndarray, " many"]
+    ) -> tuple[Float[np.ndarray, " many"], Float[np.ndarray, " many"]]:
+        """Return the places of full steps, moved away from `place` in proportion where both are nearer than a step of
+        the calibrated run. What is nearer was not measured, and is taken for no better: features are not smooth."""
+        widest = np.maximum(np.maximum(place - last, last - before), 1e-9)
+        most = place / np.maximum(place - before, 1e-9)  # as far as there are steps
+        scale = np.where(last > before, np.maximum(np.minimum(1 / widest, most), 1.0), 1.0)
+        return place - scale * (place - last), place - scale * (place - before)
 
     def plan(self, timesteps: Sequence[float], speedup: float) -> tuple[int, ...] | None:
         """Return the full steps of least error for a run of these timesteps, so many of them that it is as near as can
-        be to `speedup` times as fast as without a cache; `None` where none are known, as in a run of finer steps."""
+        be to `speedup` times as fast as without a cache; `None` where none are known."""
         count = len(timesteps)
-        if count < 2 or not self.tells((timesteps[0] - timesteps[-1]) / (count - 1)):
+        if count < 2:
             return None
         num_full = round((count / speedup - self.reuse_cost * count) / (1 - self.reuse_cost))
         if not 1 <= num_full < count:
@@ -168,8 +197,9 @@ class ErrorTable:
 @lru_cache(maxsize=1024)
 def factor_at(table: ErrorTable, timestep: float, last: float, before: float) -> float:
     """Return the factor of the linear term at a timestep, given those of the last two full steps."""
-    places = np.array([table.place(last)]), np.array([table.place(before)])
-    return float(fit_factors(table.products(table.place(timestep), *places))[0, 0])
+    place = table.place(timestep)
+    places = table.widened(place, np.array([table.place(last)]), np.array([table.place(before)]))
+    return float(fit_factors(table.products(place, *places))[0, 0])
 
 
 @lru_cache(maxsize=32)

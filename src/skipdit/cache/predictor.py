@@ -154,7 +154,7 @@ class FittedPredictor(Predictor):
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
         if ahead.stride > self.coarse:
             return [0.0] * order
-        if self.table is not None and len(ahead.full) > 1 and self.table.tells(ahead.stride):
+        if self.table is not None and len(ahead.full) > 1:
             return [ahead.distance * factor_at(self.table, ahead.timestep, *ahead.full[:2])]
         pairs = zip(expand(order, ahead.distance), self.factors_at(ahead.timestep), strict=False)
         return [coefficient * factor for coefficient, factor in pairs]

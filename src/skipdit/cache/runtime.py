@@ -18,7 +18,8 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
-from skipdit.cache.streams import Layout, Run, Stream, Streams
+from skipdit.cache.streams import Run, Stream, Streams
+from skipdit.cache.timesteps import Layout
 from skipdit.cache.whole import tensors_in
 from skipdit.interfaces import Fields, ModelOutput
 from skipdit.models.branches import open_branches
@@ -152,14 +153,15 @@ class CacheRuntime:
     def _step(self, call: Call, stream: Stream) -> ModelOutput:
         result, stream.costs = None, stream.costs or self.costs.get(stream.layout)
         if stream.costs is None:
-            if LongSkipModel.find(call.model) is None:
+            linked = LongSkipModel.find(call.model)
+            if linked is None:
                 stream.costs = Costs.at_best(call.model)
             elif not self.family.counted:
-                stream.costs = Costs.by_weights(call.model)
+                stream.costs = Costs.by_weights(linked)
             elif call.has_graphs:  # a counter sees nothing in graphs, and under one torch does not compile
-                _, stream.costs = count_costs(call.model, call.eager)
+                _, stream.costs = count_costs(linked, call.eager)
             else:
-                result, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+                result, stream.costs = count_costs(linked, lambda: self.stepper.step(call, stream))
             self.costs[stream.layout] = stream.costs
         output, reused = result or self.stepper.step(call, stream)
         stream.counts += Counts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))

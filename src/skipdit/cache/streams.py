@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import RuleState
-from skipdit.diffusion import noise_levels, noise_shares
+from skipdit.cache.timesteps import Layout, Timestep, is_entry, is_near, is_single, layout_of, levels_of
+from skipdit.diffusion import noise_shares
 from skipdit.interfaces import Fields, Latents, ModelOutput, Pipeline, Scheduler
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
@@ -43,8 +44,6 @@ _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", defa
 _branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
 _loop: ContextVar[Fields] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
 
-Layout = tuple[Any, torch.dtype, torch.device]  # shape, dtype and device of latents; of a list of them, all shapes
-Timestep = Tensor | float
 Order = Tensor | str | None
 BY_STEP_INDEX = "step_index"  # the order of calls whose positions come from `cache_context`
 Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names from the model's own `cache_context`
@@ -330,16 +329,16 @@ class Streams:
         loop, order = _loop.get(), None if run is None else run.order
         for table in self._tables(order):
             for entry in (timestep, loop.get("timestep")):
-                if _is_one(entry) and entry.untyped_storage().data_ptr() == table.untyped_storage().data_ptr():
+                if is_single(entry) and entry.untyped_storage().data_ptr() == table.untyped_storage().data_ptr():
                     return table, int(entry.storage_offset() - table.storage_offset())  # a view, as pipelines pass them
         lists = self._lists()
         current = next((key for key, table in lists.items() if run is not None and table is run.order), None)
         fresh = [scheduler for scheduler, table in lists.items() if self.begun.get(scheduler) is not table]
         if current is not None and fresh and not self._continues(timestep, run, fresh):
             current = None
-        if current is None and len(fresh) == 1 and not _is_entry(timestep):
+        if current is None and len(fresh) == 1 and not is_entry(timestep):
             current = fresh[0]
-        if current is None and run is None and not _is_entry(timestep):  # a branch that begins after others
+        if current is None and run is None and not is_entry(timestep):  # a branch that begins after others
             current = next(
                 (key for key, table in lists.items() if any(table is branch.order for branch in branches)), None
             )
@@ -361,8 +360,8 @@ class Streams:
         another scheduler."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [_levels_of(scheduler)[0] for scheduler in fresh]
-        return any(_near(level, other) for other in coming) and not any(_near(level, other) for other in first)
+        coming, first = run.coming[:2], [levels_of(scheduler)[0] for scheduler in fresh]
+        return any(is_near(level, other) for other in coming) and not any(is_near(level, other) for other in first)
 
     def _levels(self, timestep: Timestep) -> list[Tensor]:
         """Return the highest and the lowest timestep over samples, each that of its noisiest token, as scalars."""
@@ -389,7 +388,7 @@ class Streams:
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                run.levels = _levels_of(scheduler)
+                run.levels = levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
@@ -475,36 +474,6 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     return run, level
 
 
-def _levels_of(scheduler: Scheduler) -> list[float]:
-    """Return the noise levels of a scheduler's list, which is read from the device."""
-    config = scheduler.config
-    num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
-    return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
-
-
-def layout_of(latents: Latents) -> Layout:
-    """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
-    match latents:
-        case Tensor():
-            return latents.shape, latents.dtype, latents.device
-    layouts = [layout_of(sample) for sample in latents]
-    return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
-
-
 def _is_list(order: Order) -> TypeGuard[Tensor]:
     """Return true if calls are ordered by the list of a watched scheduler."""
     return isinstance(order, Tensor)
-
-
-def _is_entry(timestep: object) -> bool:
-    """Return true if a timestep is a view of one entry of a longer list."""
-    return _is_one(timestep) and timestep.untyped_storage().nbytes() > timestep.element_size()
-
-
-def _is_one(timestep: object) -> TypeGuard[Tensor]:
-    return isinstance(timestep, Tensor) and (timestep.numel() == 1 or max(timestep.stride()) == 0)
-
-
-def _near(level: float, other: float) -> bool:
-    """Return true if two levels are equal up to rounding to bfloat16."""
-    return abs(level - other) < 0.01 + 0.008 * abs(other)

@@ -12,7 +12,7 @@ from skipdit.interfaces import Fields
 from skipdit.models.branches import close_branches, open_branches
 from skipdit.models.families import Family, get_family
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Units
-from skipdit.models.long_skip import BranchKind, LongSkipModel, is_open
+from skipdit.models.long_skip import BranchKind, LongSkipModel
 from skipdit.models.surgery import close_units, open_units
 
 TOLERANCE = 1e-3  # error of a reuse step on the same inputs, relative to the largest output
@@ -41,7 +41,7 @@ def check_family(model: nn.Module, example_inputs: Fields) -> FamilyCheck:
     afterwards. Raises `ValueError` with one line on what does not fit.
     """
     name, family = type(model).__name__, get_family(type(model))
-    if is_open(model):
+    if LongSkipModel.find(model) is not None:
         raise ValueError(f"this {name} is already open: pass a plain model, before add_long_skips and enable_cache")
     _check_arguments(name, family, example_inputs)
     was_training = model.training

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from skipdit.models.forward_plan import Region
-from skipdit.models.long_skip import LongSkipModel, is_open
+from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.modules import modules_of
 
 Output = TypeVar("Output")
@@ -65,11 +65,12 @@ class Costs:
         def cost_of(module: nn.Module) -> float:
             return float(sum(weight.numel() for weight in module.parameters()))
 
-        if not is_open(model):
+        linked = LongSkipModel.find(model)
+        if linked is None:
             return cls((), {})
-        units = model.units()
+        units = linked.units()
         branches: dict[tuple[str, int], float] = {}
-        for branch in model.branches():
+        for branch in linked.branches():
             key, whole = (branch.kind, branch.unit), sum(map(cost_of, units[branch.unit])) or 1.0
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / whole / len(units)
         return cls((1 / len(units),) * len(units), branches)

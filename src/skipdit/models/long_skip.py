@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -143,9 +143,9 @@ class LongSkipModel(nn.Module):
     is_cache_enabled: bool = False
 
     @classmethod
-    def find(cls, model: nn.Module) -> "LongSkipModel | None":
-        """Return the model if skipdit knows its units, otherwise `None`."""
-        return model if is_open(model) else None
+    def find(cls, model: nn.Module) -> Self | None:
+        """Return the model if it is of this class, otherwise `None`: a `LongSkipModel` is one whose units are known."""
+        return model if isinstance(model, cls) else None
 
     def units(self) -> list[tuple[LinkedBlock, ...]]:
         """Return the blocks of each unit in the order in which they run; the first one fuses the unit's skip."""
@@ -195,8 +195,3 @@ class LongSkipModel(nn.Module):
         `step_index`, which diffusers' pipelines may pass."""
         context = getattr(super(), "cache_context", None)
         return nullcontext() if context is None else context(name, **position)
-
-
-def is_open(model: nn.Module) -> TypeGuard[LongSkipModel]:
-    """Return True if a model runs its units under plans: one of ours, or of diffusers after `open_units`."""
-    return isinstance(model, LongSkipModel)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -30,7 +30,6 @@ from skipdit.models.long_skip import (
     LongSkipConfig,
     LongSkipModel,
     OpenCall,
-    is_open,
     pair_segments,
 )
 from skipdit.models.unit_block import UnitBlock, UnitBlockInfo
@@ -220,11 +219,6 @@ def _running_class(base: type[nn.Module]) -> type[RunsUnits]:
     return swapped_class(RunsUnits, base, forward=forward, _below=base, _made_by=(_running_class, base))
 
 
-def is_swapped(model: nn.Module) -> TypeGuard[RunsUnits]:
-    """Return True for a transformer of diffusers whose units are open."""
-    return isinstance(model, RunsUnits)
-
-
 def _plain_class(model_class: type) -> type[nn.Module]:
     """Return the class of diffusers below the mixin, even if a cache's class is on top of it."""
     return next(base.__bases__[1] for base in model_class.__mro__ if base.__bases__[:1] == (RunsUnits,))
@@ -241,8 +235,9 @@ def _segments(model: nn.Module, family: Family) -> list[list[tuple[nn.Module, ..
 
 def segment_sizes_of(model: nn.Module) -> list[int]:
     """Return the number of units per segment of one of our models, or of a transformer of diffusers, open or not."""
-    if is_open(model):
-        return model.segment_sizes()
+    linked = LongSkipModel.find(model)
+    if linked is not None:
+        return linked.segment_sizes()
     return [len(units) for units in _segments(model, get_family(type(model)))]
 
 
@@ -253,8 +248,9 @@ def open_units(model: nn.Module) -> LongSkipModel:
     Raises `ValueError` if its family is unknown or does not fit, its forward is hooked (set up offloading afterwards),
     or its blocks are compiled. The model is then unchanged.
     """
-    if is_open(model):
-        return model
+    linked = LongSkipModel.find(model)
+    if linked is not None:
+        return linked
     family, model_class = get_family(type(model)), long_skip_class(type(model))
     blocks = list(_block_infos(family, _segments(model, family)))
     refuse_hooked((model, *(block for block, _ in blocks)))
@@ -322,16 +318,17 @@ def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
 def close_units(model: nn.Module) -> None:
     """Undo `open_units`. Units that have since been hooked or given another class (`fully_shard`) stay open, which does
     not change outputs. Raises `ValueError` if the model has long skips that skipdit added."""
-    if not is_swapped(model):
+    swapped = RunsUnits.find(model)
+    if swapped is None:
         return
-    blocks = [cast(UnitBlock, block) for blocks in model.units() for block in blocks]
-    if hooked((model, *blocks)) is not None:
+    blocks = [cast(UnitBlock, block) for blocks in swapped.units() for block in blocks]
+    if hooked((swapped, *blocks)) is not None:
         return
-    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock) for module in (model, *blocks)):
+    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock) for module in (swapped, *blocks)):
         return
-    if any(block.long_skip is not None for block in model.unit_entries()):
+    if any(block.long_skip is not None for block in swapped.unit_entries()):
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
-    close_branches(model)
+    close_branches(swapped)
     for block in blocks:
         del block._info, block._open, block.long_skip
         compiled: Any = block._compiled_call_impl
@@ -339,8 +336,8 @@ def close_units(model: nn.Module) -> None:
         if compiled is not None:
             args, options = compiled.options
             block.compile(*args, **options)
-    del model.open_call, model._family, model.timestep_scale, model.long_skip_links, model.fill_token
-    swap(model, type(model).__bases__[1])
+    del swapped.open_call, swapped._family, swapped.timestep_scale, swapped.long_skip_links, swapped.fill_token
+    swap(swapped, type(swapped).__bases__[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,8 +360,9 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
         raise ValueError(
             f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) directly"
         )
-    if is_open(model):
-        if model.long_skip_links.sources:
+    linked = LongSkipModel.find(model)
+    if linked is not None:
+        if linked.long_skip_links.sources:
             raise ValueError("this model already has long skips: call skipdit.remove_long_skips(model) first")
     elif family is not None and "long_skip" in plain.config:
         raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
@@ -390,34 +388,38 @@ def add_fill_token(model: nn.Module) -> None:
 
     Raises `ValueError` if the model has no long skips that skipdit added.
     """
-    if not is_open(model) or model.config.get("long_skip") is None:
+    linked = LongSkipModel.find(model)
+    if linked is None or linked.config.get("long_skip") is None:
         raise ValueError(f"a fill token needs long skips that skipdit added: this {type(model).__name__} has none")
-    if model.fill_token is None:
-        long_skip = next(block.long_skip for block in model.unit_entries() if block.long_skip)
-        model.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
-        model.update_config(long_skip={**model.config["long_skip"], "fill_token": True})
+    if linked.fill_token is None:
+        long_skip = next(block.long_skip for block in linked.unit_entries() if block.long_skip)
+        linked.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
+        linked.update_config(long_skip={**linked.config["long_skip"], "fill_token": True})
 
 
 def remove_long_skips(model: nn.Module) -> None:
     """Remove a model's long skips, in place; a transformer of diffusers is then as it was before `add_long_skips`.
     Raises `ValueError` if it has no long skips that skipdit added."""
-    if not is_open(model) or not model.long_skip_links.sources:
+    linked = LongSkipModel.find(model)
+    if linked is None or not linked.long_skip_links.sources:
         raise ValueError(f"this {type(model).__name__} has no long skips that skipdit added")
     _refuse_cached(model)
-    if is_swapped(model):
-        if model._family.native_pairs:
-            raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
-        hooked_module = hooked((model, *(block for blocks in model.units() for block in blocks)))
-        if hooked_module is not None:
-            raise ValueError(f"the forward of this {type(hooked_module).__name__} is hooked: remove the hooks first")
-        for block in model.unit_entries():
-            block.long_skip = None
-        model.fill_token = None
-        close_units(model)
-        cast(Any, model)._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "long_skip"})
-    else:
-        model.set_long_skips(0, None)
-        model.update_config(long_skip=None)
+    swapped = RunsUnits.find(model)
+    if swapped is None:
+        linked.set_long_skips(0, None)
+        linked.update_config(long_skip=None)
+        return
+    if swapped._family.native_pairs:
+        raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
+    hooked_module = hooked((model, *(block for blocks in swapped.units() for block in blocks)))
+    if hooked_module is not None:
+        raise ValueError(f"the forward of this {type(hooked_module).__name__} is hooked: remove the hooks first")
+    for block in swapped.unit_entries():
+        block.long_skip = None
+    swapped.fill_token = None
+    config = FrozenDict({name: value for name, value in swapped.config.items() if name != "long_skip"})
+    close_units(model)
+    cast(Transformer, model)._internal_dict = config
 
 
 def _refuse_cached(model: nn.Module) -> None:

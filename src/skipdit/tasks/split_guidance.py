@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skipdit.interfaces import Pipeline
 from skipdit.models.forward_plan import ForwardPlan
-from skipdit.models.long_skip import LongSkipModel, is_open
+from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.shallow_path import Guidance, guidance_plan
 from skipdit.models.surgery import close_units, open_units
 from skipdit.pipelines import ShallowGuidance
@@ -67,7 +67,7 @@ def split_guidance(
     """Yield a diffusers pipeline: itself for `"full"` guidance, otherwise a copy that shares all parts and makes its
     unconditional predictions with few units. `ValueError` if its transformer cannot."""
     model: nn.Module = pipeline.transformer
-    is_opened_here = guidance != "full" and not is_open(model)
+    is_opened_here = guidance != "full" and LongSkipModel.find(model) is None
     if is_opened_here:
         open_units(model)
     try:
