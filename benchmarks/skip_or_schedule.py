@@ -101,6 +101,8 @@ class Result:
     path: str
     num_units: int
     seconds: float
+    environment: dict[str, str]
+    """machine, versions and command"""
     rows: list[Row]
 
     @property
@@ -166,9 +168,17 @@ class Job:
     def __call__(self) -> Result:
         started = time.perf_counter()
         num_units, rows = measure_variant(load_source(self.path, device=self.device), self.site, self.settings)
-        about: dict[str, Any] = {"pair": self.pair, "model": self.model, "site": self.site, "path": self.path}
-        seconds = time.perf_counter() - started
-        return Result(**about, settings=self.settings, num_units=num_units, seconds=seconds, rows=rows)
+        return Result(
+            pair=self.pair,
+            model=self.model,
+            site=self.site,
+            settings=self.settings,
+            path=self.path,
+            num_units=num_units,
+            seconds=time.perf_counter() - started,
+            environment=describe_environment(self.device, self.settings.seed),
+            rows=rows,
+        )
 
 
 def jobs_of(options: argparse.Namespace, settings: Settings, known: Sequence[Result]) -> list[Job]:
@@ -306,7 +316,7 @@ def write_report(results: Sequence[Result], options: argparse.Namespace) -> None
     with output_folder(options.report, "bench") as out:
         report = Report(
             config=settings,
-            environment=describe_environment(options.device, settings.seed),
+            environment=results[0].environment,
             data={"results": [asdict(each) | {"path": Path(each.path).name} for each in results]},
             title="What the schedule gives, and what the long skips give",
             parts=parts,

@@ -76,7 +76,7 @@ def test_differences_are_of_the_same_pair(script: ModuleType) -> None:
             fewer_steps=25, fewer_db=20.0, second_order_db=None,
         )  # fmt: skip
         model, site = variant
-        about = {"settings": settings, "path": "", "num_units": 6, "seconds": 1.0}
+        about = {"settings": settings, "path": "", "num_units": 6, "seconds": 1.0, "environment": {}}
         return script.Result(pair=pair, model=model, site=site, rows=[row], **about)
 
     values = {0: (50.0, 45.0, 40.0), 1: (60.0, 57.0, 58.0)}
@@ -89,3 +89,14 @@ def test_differences_are_of_the_same_pair(script: ModuleType) -> None:
     assert row["site: skip over delta, same model"] == "+4.0 ± 1.4"  # 5 and 3
     assert row["training: delta with skips over delta without"] == "+2.0 ± 4.2"  # 5 and -1
     assert row["search over intervals, plain"] == "+5.0"  # of the first pair alone
+
+
+def test_the_published_table_is_that_of_the_results(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    command = ["skip_or_schedule.py", "--out", str(folder / "skip_or_schedule"), "--report", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    for name in ("skip_or_schedule.md", "skip_or_schedule.json"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
