@@ -79,8 +79,8 @@ def of_images(steps: int, guidance: float) -> Iterator[Setting]:
 def of_video(steps: int, guidance: float) -> Iterator[Setting]:
     """The paper's own settings for class-to-video, its rivals, and fewer steps."""
     specs = (
-        "none N2-900-50 fora:N2 N3-900-50 fora:N3 2x 1.5x N4-900-50 delta:N2 auto:2 3x delta:N3 N5-900-50 N6-900-50 "
-        "delta-dit:N2 pab:N2 pab:N4 2.5x 1.3x 4x"
+        "none N2-900-50 fora:N2 delta:N2-900-50 fora:N2-900-50 N3-900-50 fora:N3 2x 1.5x N4-900-50 delta:N2 auto:2 3x "
+        "delta:N3 N5-900-50 N6-900-50 delta-dit:N2 pab:N2 pab:N4 2.5x 1.3x 4x"
     )
     yield from in_order(specs, steps, guidance)
 
