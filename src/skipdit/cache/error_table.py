@@ -1,7 +1,7 @@
-"""What reuse was measured to do to a model at each timestep, and the schedules that follow for runs of fewer steps.
+"""What reuse was measured to do to a model at each timestep, and the schedules that follow for other runs.
 
-A calibrated schedule.json keeps this table, so that it serves runs of fewer steps than its own too: the schedule is
-planned anew, at the same compute, when such a run begins.
+A calibrated schedule.json keeps this table, so that it serves runs of more or fewer steps than its own too: the
+schedule is planned anew, at the same compute, when such a run begins.
 """
 
 import math

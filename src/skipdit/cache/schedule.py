@@ -106,7 +106,7 @@ class ExplicitSchedule(Schedule):
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
     table: ErrorTable | None = field(default=None, compare=False)
-    """What was measured: with it a run of fewer steps has a schedule of its own, of the same compute."""
+    """What was measured: with it a run of another number of steps has a schedule of its own, of the same compute."""
 
     def __post_init__(self) -> None:
         steps, count = self.full_steps, self.num_inference_steps
