@@ -67,7 +67,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed of one side. model: is called with (latents, timestep, class labels)."""
+    """One model that is timed."""
 
     side: str
     weights: str
@@ -78,10 +78,10 @@ class Case:
 
 
 def load_authors(checkout: Path) -> ModuleType:
-    """Import the authors' models. `ValueError` where they, or timm, are not there."""
+    """Import the authors' models. Raises `ValueError` if they or timm are missing."""
     path = checkout / "class-to-image" / "models.py"
     if not path.is_file():
-        raise ValueError(f"{path} is not there: give --checkout of github.com/OpenSparseLLMs/Skip-DiT")
+        raise ValueError(f"{path} does not exist: give --checkout of github.com/OpenSparseLLMs/Skip-DiT")
     spec = importlib.util.spec_from_file_location("skip_dit_models", path)
     assert spec is not None
     assert spec.loader is not None
@@ -89,7 +89,7 @@ def load_authors(checkout: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        raise ValueError(f"the authors' models need what is not here ({error}): pip install timm") from error
+        raise ValueError(f"the authors' models need a missing package ({error}): pip install timm") from error
     return module
 
 
@@ -161,7 +161,7 @@ def cache_name(interval: int | None) -> str:
 
 @contextmanager
 def prepared(case: Case, *, compiled: bool) -> Iterator[None]:
-    """Switch our cache on, and the compiler, inside the block."""
+    """Enable our cache and the compiler inside the block."""
     cached = case.side == "skipdit" and case.cache != "none"
     if cached:
         enable_cache(case.model, case.cache)
@@ -178,7 +178,7 @@ def prepared(case: Case, *, compiled: bool) -> Iterator[None]:
 def measure(pair: Pair, cases: Sequence[Case], *, compiled: bool, rounds: int) -> list[Row]:
     """Warm up and compare the two sides of one kind of run, then time them in turn."""
     device: Device = "cuda" if pair.device.type == "cuda" else "cpu"
-    found: list[Row] = []
+    rows: list[Row] = []
     seconds: list[list[float]] = [[] for _ in cases]
     reference: Outputs | None = None
     with ExitStack() as stack:
@@ -190,7 +190,7 @@ def measure(pair: Pair, cases: Sequence[Case], *, compiled: bool, rounds: int) -
             outputs = pair.run(case)
             stats = [counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())] if compiled else None
             reference = outputs if reference is None else reference
-            scale = max(each.abs().max().item() for each in reference)
+            scale = max(output.abs().max().item() for output in reference)
             difference = max((a - b).abs().max().item() for a, b in zip(outputs, reference, strict=True)) / scale
             steps_full = pair.options.steps
             if case.cache != "none":
@@ -199,13 +199,12 @@ def measure(pair: Pair, cases: Sequence[Case], *, compiled: bool, rounds: int) -
                     counted = cache_summary(case.model).steps_full
                     assert counted == steps_full, (counted, steps_full)
             graphs, breaks = stats or (None, None)
-            row = Row(case.side, case.weights, compiled, case.cache, steps_full, [], graphs, breaks, difference)
-            found.append(row)
+            rows.append(Row(case.side, case.weights, compiled, case.cache, steps_full, [], graphs, breaks, difference))
         for turn in range(rounds):
             order = range(len(cases)) if turn % 2 == 0 else reversed(range(len(cases)))
             for index in order:
                 seconds[index].append(time_call(partial(last_output, pair, cases[index]), device)[0])
-    return [replace(row, seconds=each) for row, each in zip(found, seconds, strict=True)]
+    return [replace(row, seconds=times) for row, times in zip(rows, seconds, strict=True)]
 
 
 def last_output(pair: Pair, case: Case) -> Tensor:
@@ -218,22 +217,17 @@ def cells(row: Row, rows: Sequence[Row]) -> dict[str, object]:
     def over(other: Row) -> float:
         return median(a / b for a, b in zip(other.seconds, row.seconds, strict=True))
 
-    same = [each for each in rows if each.compiled == row.compiled]
-    theirs = next(
-        each
-        for each in same
-        if each.side == "authors"
-        and each.cache == row.cache
-        and each.weights == ("autocast" if row.weights == "bfloat16" else row.weights)
-    )
-    milliseconds = [1e3 * each for each in row.seconds]
+    weights = "autocast" if row.weights == "bfloat16" else row.weights
+    settings = ("authors", row.compiled, row.cache, weights)
+    authors = next(other for other in rows if (other.side, other.compiled, other.cache, other.weights) == settings)
+    milliseconds = [1e3 * seconds for seconds in row.seconds]
     return {
         "weights": row.weights,
         "compiled": "yes" if row.compiled else "",
         "cache": row.cache,
         "side": row.side,
         "ms per run": f"{median(milliseconds):.0f} ({min(milliseconds):.0f} to {max(milliseconds):.0f})",
-        "times as fast as the authors'": "" if row.side == "authors" else f"{over(theirs):.2f}",
+        "times as fast as the authors'": "" if row.side == "authors" else f"{over(authors):.2f}",
         "graphs / breaks": "" if row.graphs is None else f"{row.graphs} / {row.breaks}",
         "difference": "" if row.side == "authors" else f"{row.difference:.1e}",
     }

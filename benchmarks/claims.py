@@ -27,16 +27,28 @@ import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any, cast
 
 import numpy as np
 import torch
+from claims_report import (
+    ABOUT,
+    EXPERIMENTS,
+    KINDS,
+    RESULTS,
+    STOCHASTIC,
+    Result,
+    Setting,
+    about_key,
+    append_line,
+    read_results,
+    write_report,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -45,7 +57,7 @@ from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.environment import describe_environment, resolve_device
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.items import digest_items, join_digests, open_items
-from skipdit.files.output import output_folder, to_json
+from skipdit.files.output import to_json
 from skipdit.interfaces import Pipeline
 from skipdit.loading import Source, load_source
 from skipdit.metrics.extractors import Extractor, open_extractor
@@ -54,120 +66,13 @@ from skipdit.metrics.paired import PairedScore
 from skipdit.metrics.perceptual import find_weights, load_feature_network, perceptual_distance
 from skipdit.metrics.sets import DENSITY_NEIGHBOURS, Gaussian, frechet_distance, kernel_distance, neighbour_metrics
 from skipdit.metrics.table import ALWAYS, compare_pictures
-from skipdit.report import Report, listed, table
 from skipdit.runs import OwnCache, check_method, counts_of, scheduled, switched_on
 from skipdit.sampling.blocks import Conditions, seed_of
 from skipdit.sampling.config import SampleConfig
 
-RESULTS, ABOUT = "results.jsonl", "about.json"
-TARGETS = (1.3, 1.5, 2.0, 2.5, 3.0, 4.0)  # of compute, for the best row of each model
-STOCHASTIC = "stochastic"
-KINDS = ("plain", "skip")
 PERCEPTUAL_PICTURES = 256  # at once
+NO_EXTRACTOR = "none"
 DTYPES = ("float32", "tf32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a set is sampled. scheduler: as `skipdit sample` names it, or stochastic."""
-
-    cache: str
-    steps: int
-    guidance: float
-    scheduler: str | None = None
-
-    @property
-    def baseline(self) -> "Setting":
-        """The uncached run that the samples are compared with one by one."""
-        return replace(self, cache="none")
-
-    def __str__(self) -> str:
-        what = f"{self.steps} steps" if self.cache == "none" else f"{self.cache}, {self.steps} steps"
-        return what + (f", {self.scheduler}" if self.scheduler else "") + f", guidance {self.guidance:g}"
-
-    @property
-    def file(self) -> str:
-        kept = (letter if letter.isalnum() or letter in ".-" else "_" for letter in str(self))
-        return "".join(kept)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The experiments
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """What is asked. settings: of the number of steps and the guidance scale, in order of interest; the first is the
-    uncached run."""
-
-    question: str
-    settings: Callable[[int, float], Iterator[Setting]]
-    extractor: str = "lite0"
-
-
-def in_order(specs: str, steps: int, guidance: float) -> Iterator[Setting]:
-    """Yield the settings of specs, of which a number, as 2x, is that many times fewer steps."""
-    for spec in specs.split():
-        if spec.endswith("x"):
-            yield Setting("none", max(1, round(steps / float(spec[:-1]))), guidance)
-        else:
-            yield Setting(spec, steps, guidance)
-
-
-def of_images(steps: int, guidance: float) -> Iterator[Setting]:
-    """Every family of caches, from 1.3x to 4x, and fewer steps."""
-    specs = (
-        "none N2 fora:N2 2x N3 fora:N3 auto:2 3x taylorseer:N3-o1 skip-taylor:N3-o1 1.5x auto:1.5 delta:N2 auto:2.5 "
-        "N4 fora:N4 4x taylorseer:N4-o1 skip-taylor:N4-o1 delta:N3 faster-diffusion:N2 faster-diffusion:N3 "
-        "skip-taylor:N2-o1 delta-taylor:N3-o1 1.3x 2.5x delta-dit:N2 pab:N4 N6 "
-        "fbcache:0.1 fbcache:0.2 teacache:0.1 teacache:0.2 easycache:0.1"
-    )
-    yield from in_order(specs, steps, guidance)
-
-
-def of_video(steps: int, guidance: float) -> Iterator[Setting]:
-    """The paper's own settings for class-to-video, its rivals, and fewer steps."""
-    specs = (
-        "none N2-900-50 fora:N2 N3-900-50 fora:N3 2x 1.5x N4-900-50 delta:N2 auto:2 3x delta:N3 N5-900-50 N6-900-50 "
-        "delta-dit:N2 pab:N2 pab:N4 2.5x 1.3x 4x"
-    )
-    yield from in_order(specs, steps, guidance)
-
-
-def of_compatibility(steps: int, guidance: float) -> Iterator[Setting]:
-    """The same caches on both models: those that need no long skips."""
-    specs = "none fora:N2 fora:N3 faster-diffusion:N2 faster-diffusion:N3 fora:N4 faster-diffusion:N4 2x 3x 4x 1.5x"
-    yield from in_order(specs, steps, guidance)
-
-
-def of_limits(steps: int, guidance: float) -> Iterator[Setting]:
-    """Few steps, a stochastic sampler, high guidance: each with and without caches."""
-    caches = ("none", "N2", "fora:N2")
-    yield from (Setting(cache, steps, guidance) for cache in caches)
-    yield from (Setting(cache, 12, guidance) for cache in caches)
-    yield from (Setting(cache, steps, guidance, STOCHASTIC) for cache in caches)
-    for scale in (1.0, 4.0):
-        yield from (Setting(cache, steps, scale) for cache in caches)
-    for number in (8, 20, 4):
-        yield from (Setting(cache, number, guidance) for cache in caches)
-    yield from (Setting(cache, steps, 8.0) for cache in caches)
-    yield from (Setting(cache, steps, guidance) for cache in ("N3", "fora:N3"))
-    yield from (Setting(cache, steps, guidance, STOCHASTIC) for cache in ("N3", "fora:N3"))
-
-
-EXPERIMENTS = {
-    "images": Experiment(
-        "Cached quality of pictures. The paper: of all models and caches, Skip-DiT with its own loses least.", of_images
-    ),
-    "video": Experiment(
-        "Cached quality of clips. The paper: 1.56x to 2.4x, with little loss of FVD.", of_video, extractor="i3d"
-    ),
-    "compatibility": Experiment(
-        "Other caches. The paper: under FORA and Faster Diffusion, Skip-DiT loses less than the plain model.",
-        of_compatibility,
-    ),
-    "limits": Experiment("What caching cannot do: few steps, stochastic samplers, high guidance.", of_limits),
-}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,21 +147,23 @@ class Machine:
         name, path = extractor, files.get(extractor)
         if options.dtype == "tf32":
             torch.set_float32_matmul_precision("high")
-        self.extractor: Extractor = open_extractor(
-            f"{name}={path}" if path else name, size=options.size, device=self.device
-        )
+        self.extractor: Extractor | None = None
+        if name != NO_EXTRACTOR:
+            found = f"{name}={path}" if path else name
+            self.extractor = open_extractor(found, size=options.size, device=self.device)
         self.perceptual: Any = None
         if path and name == "lite0":
-            self.perceptual = cast(Any, self.extractor.network).trunk
+            self.perceptual = cast(Any, self.extractor).network.trunk
         elif "lite0" in files:
             other = open_extractor(f"lite0={files['lite0']}", device=self.device)
-            self.perceptual = cast(Any, other.network).trunk
+            self.perceptual = cast(Any, other).network.trunk
         elif find_weights() is not None:
             self.perceptual = load_feature_network(self.device)
 
     def features(self, pixels: Tensor) -> Tensor:
         """Return the features of pictures or clips. Clips that are too short for I3D show every frame as often as it
         takes."""
+        assert self.extractor is not None
         size = self.options.extractor_batch_size or self.extractor.batch_size
         found = []
         for start in range(0, len(pixels), size):
@@ -274,11 +181,12 @@ class Machine:
         found = dict(compare_pictures(both[0], both[1], metrics=ALWAYS))
         if self.perceptual is not None:
             pairs = zip(*(each.split(PERCEPTUAL_PICTURES) for each in both), strict=True)
-            found["perceptual"] = torch.cat([perceptual_distance(*pair, self.perceptual) for pair in pairs])
+            found["perceptual"] = torch.cat([perceptual_distance(one, other, self.perceptual) for one, other in pairs])
         return {name: PairedScore.of(values.cpu()).finite_mean for name, values in found.items()}
 
     def read_reference(self, num_frames: int | None, stored: Path) -> tuple[Known, dict[str, Any]]:
         """Return the features of the data and what is known of them; kept in a file beside the results."""
+        assert self.extractor is not None
         about = {
             "reference": self.options.reference,
             "num_frames": num_frames,
@@ -312,32 +220,6 @@ class Machine:
 # One setting
 
 
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What one setting of one model gave. figures: set metrics by name. fidelity: means over samples, by metric."""
-
-    about: str
-    """which entry of `about.json` it belongs to: extractor and number of samples"""
-    model: str
-    """plain or skip"""
-    pair: int
-    """which pair, from 0 on"""
-    setting: Setting
-    num_samples: int
-    refused: str | None = None
-    compute_ratio: float | None = None
-    """FLOPs of the uncached run that it is compared with over these"""
-    samples_per_second: float | None = None
-    num_broken: int = 0
-    """samples that are not finite"""
-    figures: Mapping[str, float]
-    fidelity: Mapping[str, float | None]
-
-    @property
-    def key(self) -> tuple[str, str, int, Setting]:
-        return self.about, self.model, self.pair, self.setting
-
-
 class Bench:
     """The settings of some experiments, all with one extractor, on all models."""
 
@@ -351,11 +233,13 @@ class Bench:
         ]
         in_turn = zip_longest(*(EXPERIMENTS[name].settings(options.steps, options.guidance) for name in names))
         wanted = dict.fromkeys(each for settings in in_turn for each in settings if each is not None)
-        self.settings = [each for each in wanted if not options.only or each.cache in (*options.only, "none")]
+        self.settings = [each for each in wanted if not options.only or each.cache in options.only]
+        self.settings = list(dict.fromkeys(each for one in self.settings for each in (one.baseline, one)))
         self.out: Path = options.out
         self.sources: dict[str, Source] = {}
         self.full: dict[tuple[str, Setting], Tensor] = {}
         self.machine = Machine(options, self.extractor)
+        self.reference: Known | None = None
 
     @property
     def size(self) -> int:
@@ -391,7 +275,7 @@ class Bench:
                     indices = range(start, min(start + self.size, self.options.num_samples))
                     seed = seed_of(self.options.seed, number)
                     samples = source.sampler.sample(
-                        [conditions.choices[conditions.place(index)] for index in indices],
+                        [conditions.choices[conditions.choice_of(index)] for index in indices],
                         guidance_scale=setting.guidance,
                         num_inference_steps=setting.steps,
                         generator=torch.Generator(self.machine.device).manual_seed(seed),
@@ -417,9 +301,10 @@ class Bench:
         jobs = [each for each in jobs if each]
         if not jobs:
             return results
-        self.reference, known = self.machine.read_reference(
-            self.num_frames(), self.out / f"{self.extractor}.safetensors"
-        )
+        known: dict[str, Any] = {}
+        if self.machine.extractor is not None:
+            stored = self.out / f"{self.extractor}.safetensors"
+            self.reference, known = self.machine.read_reference(self.num_frames(), stored)
         self.write_about(known)
         longest = 0.0
         for number, group in enumerate(jobs):
@@ -465,9 +350,15 @@ class Bench:
             compute_ratio=made.compute_ratio * full.steps / setting.steps,
             samples_per_second=number / made.seconds,
             num_broken=made.num_broken,
-            figures=figures_of(Known.of(self.machine.features(made.pixels)), self.reference),
+            figures=self.figures(made.pixels),
             fidelity={} if full == setting else self.fidelity(path, full, made.pixels),
         )
+
+    def figures(self, pixels: Tensor) -> dict[str, float]:
+        """Return the distances of a set to the data; nothing without an extractor."""
+        if self.reference is None:
+            return {}
+        return figures_of(Known.of(self.machine.features(pixels)), self.reference)
 
     def compared_with(self, setting: Setting) -> Setting:
         """Return the uncached run of the same sampler and guidance: of a cache with as many steps, of fewer steps with
@@ -497,24 +388,27 @@ class Bench:
         told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         fixed = ("dtype", "device", "batch_size", "seed", "num_seeds", "size", "plain", "skip")
         asked = {name: getattr(options, name) for name in fixed} | {"reference": dict(reference)}
-        is_standard = self.extractor == "i3d" and self.machine.extractor.is_standard
         found = told.get(self.about, asked)
         asked = json.loads(json.dumps(asked))
         if changed := [name for name, value in asked.items() if found.get(name) != value]:
             raise SystemExit(
                 f"claims.py: {self.out} holds results of other settings ({', '.join(changed)}): give another --out"
             )
-        names = {name: both[is_standard] for name, both in TITLES.items()}
         sizes = {kind: self.size_of(self.paths[0][kind]) for kind in KINDS}
         told[self.about] = asked | {
             "environment": describe_environment("cuda" if self.machine.device.type == "cuda" else "cpu", options.seed),
-            "titles": names
-            if is_standard
-            else {name: f"{each}-{self.machine.extractor.name}" for name, each in names.items()},
+            "titles": self.titles(),
             "models": sizes,
             "trained": options.trained or found.get("trained", ""),
         }
         path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+    def titles(self) -> dict[str, str]:
+        """Return what the distances are called."""
+        if (extractor := self.machine.extractor) is None:
+            return {}
+        is_standard = extractor.name == "I3D" and extractor.is_standard
+        return {name: each if is_standard else f"{own}-{extractor.name}" for name, (own, each) in TITLES.items()}
 
     def size_of(self, path: str) -> str:
         """Describe a model in a few words."""
@@ -528,167 +422,6 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def about_key(extractor: str, num_samples: int) -> str:
-    return f"{extractor}-{num_samples}"
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line, below one that a kill has cut."""
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            line = line if file.read() == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
-
-
-def read_results(out: Path) -> list[Result]:
-    """Return what was measured; a line that a kill has cut is left out."""
-    path = out / RESULTS
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found.append(Result(**content | {"setting": Setting(**content["setting"])}))
-    return found
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The report
-
-COLUMNS = ("compute", "samples/s", "KD", "FD", "coverage", "recall", "PSNR dB", "SSIM", "LPIPS-like")
-
-
-def spread(values: Sequence[float | None], digits: int) -> str:
-    """Mean ± standard deviation over pairs; the mean alone of one."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    return f"{fmean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
-
-
-def rows_of(results: Sequence[Result]) -> list[dict[str, object]]:
-    """One row per model and setting, over pairs."""
-    rows = []
-    for kind, setting in dict.fromkeys((each.model, each.setting) for each in results):
-        same = [each for each in results if (each.model, each.setting) == (kind, setting)]
-        row: dict[str, object] = {"model": kind, "setting": str(setting), "pairs": len(same)}
-        if (refused := next((each.refused for each in same if each.refused), None)) is not None:
-            rows.append(row | dict.fromkeys(COLUMNS, "") | {"compute": f"refused: {refused}"})
-            continue
-        row["compute"] = spread([each.compute_ratio for each in same], 2) + "x"
-        row["samples/s"] = spread([each.samples_per_second for each in same], 2)
-        for title, name, digits in (("KD", "kd_full", 4), ("FD", "fd", 2), *((each, each, 3) for each in COLUMNS[4:6])):
-            row[title] = spread([each.figures.get(name) for each in same], digits)
-        row["PSNR dB"] = spread([each.fidelity.get("psnr") for each in same], 2)
-        row["SSIM"] = spread([each.fidelity.get("ssim") for each in same], 4)
-        row["LPIPS-like"] = spread([each.fidelity.get("perceptual") for each in same], 4)
-        if broken := sum(each.num_broken for each in same):
-            row["setting"] = f"{setting} ({broken} samples not finite)"
-        rows.append(row)
-    return rows
-
-
-def lost(results: Sequence[Result], name: str = "kd_full") -> list[dict[str, object]]:
-    """What each cache costs each model, pair by pair: the cached figure of a set metric less the uncached one, and the
-    PSNR of both."""
-    by_key = {(each.model, each.pair, each.setting): each for each in results if not each.refused}
-    rows = []
-    for setting in dict.fromkeys(each.setting for each in results if each.setting.cache != "none"):
-        by_pair: dict[str, dict[int, tuple[float, float]]] = {kind: {} for kind in KINDS}
-        for (kind, pair, own), result in by_key.items():
-            full = by_key.get((kind, pair, setting.baseline))
-            if own == setting and full is not None:
-                psnr = result.fidelity.get("psnr")
-                change = result.figures[name] - full.figures[name]
-                by_pair[kind][pair] = change, float("inf") if psnr is None else psnr
-        both = sorted(by_pair["plain"].keys() & by_pair["skip"].keys())
-        if not both:
-            continue
-        losses, psnrs = ({kind: [by_pair[kind][pair][place] for pair in both] for kind in KINDS} for place in (0, 1))
-        less = sum(skip < plain for plain, skip in zip(losses["plain"], losses["skip"], strict=True))
-        closer = sum(skip > plain for plain, skip in zip(psnrs["plain"], psnrs["skip"], strict=True))
-        rows.append(
-            {"setting": str(setting)}
-            | {f"{kind} loses": spread(values, 4) for kind, values in losses.items()}
-            | {"long skips lose less in": f"{less} of {len(both)}"}
-            | {f"{kind} PSNR dB": spread(values, 2) for kind, values in psnrs.items()}
-            | {"long skips are closer in": f"{closer} of {len(both)}"}
-        )
-    return rows
-
-
-def best(results: Sequence[Result], name: str = "kd_full") -> list[dict[str, object]]:
-    """The lowest figure of each model that saves at least so much, whatever the cache, or with fewer steps: of settings
-    that save it in every pair, so that all columns are means over the same pairs."""
-    pairs = {each.pair for each in results}
-    rows = []
-    for target in TARGETS:
-        row: dict[str, object] = {"compute at least": f"{target:g}x"}
-        for kind in KINDS:
-            for what, is_cached in (("fewer steps", False), ("best cache", True)):
-                chosen: dict[str, dict[int, float]] = {}
-                for each in results:
-                    fits = not each.refused and each.model == kind and (each.setting.cache != "none") == is_cached
-                    if fits and (each.compute_ratio or 0) >= target - 0.02:
-                        chosen.setdefault(str(each.setting), {})[each.pair] = each.figures[name]
-                whole = {setting: list(values.values()) for setting, values in chosen.items() if values.keys() == pairs}
-                found = min(whole, key=lambda setting, w=whole: fmean(w[setting]), default=None)
-                shown = "" if found is None else f"{spread(whole[found], 4)} ({found.partition(',')[0]})"
-                row[f"{kind}, {what}"] = shown
-        rows.append(row)
-    return rows
-
-
-def write_report(name: str, results: Sequence[Result], options: argparse.Namespace) -> None:
-    """Write claims_{name}.md and .json. `SystemExit` where nothing was measured."""
-    experiment = EXPERIMENTS[name]
-    key, path = about_key(options.extractor or experiment.extractor, options.num_samples), options.out / ABOUT
-    told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    wanted = list(dict.fromkeys(experiment.settings(options.steps, options.guidance)))
-    found = {(each.model, each.pair, each.setting): each for each in results if each.about == key}
-    pairs = sorted({pair for _, pair, _ in found})
-    keys = [(kind, pair, setting) for setting in wanted for kind in KINDS for pair in pairs]
-    chosen = [found[each] for each in keys if each in found]
-    if not chosen or key not in told:
-        raise SystemExit(f"claims.py: {options.out} holds no results of {name} as {key}, but of {', '.join(told)}")
-    about, missing = told[key], dict.fromkeys(str(each[2]) for each in keys if each not in found)
-    reference = about["reference"]
-    frames = reference["num_frames"]
-    size = f", resized as {reference['resize']}" + (f", frames of {frames} repeated" if frames else "")
-    facts = {
-        "models": f"{len(pairs)} pair(s) of seeds of their own, trained alike: "
-        + ", ".join(f"{kind} {text}" for kind, text in about["models"].items())
-        + (f"; {about['trained']}" if about["trained"] else ""),
-        "n": f"{options.num_samples:,} samples of each setting, fidelity over the first {about['num_seeds']}; computed "
-        f"in {about['dtype']}",
-        "distances": f"{about['titles']['kd_full']} (unbiased, over the whole sets) and {about['titles']['fd']} (grows "
-        f"as n falls){size}; weights {reference['weights_sha256'][:12]}",
-        "reference": f"{reference['reference']}, n = {reference['num']:,}, sha256 {reference['sha256'][:12]}",
-        "real against real": ", ".join(f"{each} {value:.4f}" for each, value in reference["floors"].items()),
-        "compute": "FLOPs of the same model's uncached run over those of the row: of as many steps for a cache, of all "
-        "for fewer steps",
-        "spread": "± is the standard deviation over pairs",
-        "not measured": "; ".join(missing) or "nothing of what was planned",
-    }
-    parts = [experiment.question, listed(facts), table(rows_of(chosen))]
-    if losses := lost(chosen):
-        parts += ["## What each cache costs in KD, and how close it stays", table(losses)]
-    if name != "limits":
-        parts += ["## The lowest KD for the FLOPs saved", table(best(chosen))]
-    with output_folder(options.report, "bench") as out:
-        report = Report(
-            config={each: value for each, value in about.items() if each != "environment"},
-            environment=about["environment"],
-            data={"rows": [asdict(each) for each in chosen]},
-            title=f"The paper's claims: {name}",
-            parts=parts,
-        )
-        report.write(out, f"claims_{name}")
-    print(f"written: {options.report / f'claims_{name}.md'}")
-
-
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS, help="several share what they have in common")
@@ -699,10 +432,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-seeds", type=int, default=64, help="samples whose fidelity is measured")
     parser.add_argument("--steps", type=int, default=50, help="of the uncached run and the cached ones")
     parser.add_argument("--guidance", type=float, default=2.0, help="scale of guidance; none at 1")
-    parser.add_argument("--only", nargs="+", default=(), help="caches to measure; by default all of the experiments")
+    parser.add_argument("--only", nargs="+", default=(), help="caches to measure, none for fewer steps; by default all")
     parser.add_argument("--max-seconds", type=float, default=0.0, help="stop before the setting that may exceed them")
     parser.add_argument(
-        "--extractor", choices=("lite0", "i3d"), default=None, help="features; by default i3d for clips"
+        "--extractor",
+        choices=("lite0", "i3d", NO_EXTRACTOR),
+        default=None,
+        help="features; by default i3d for clips; none: no distances of sets, fidelity alone",
     )
     parser.add_argument(
         "--weights", nargs="+", default=(), help="lite0=PATH, i3d=PATH: files in place of the packages'"
@@ -724,7 +460,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if len(options.plain) != len(options.skip) or not (options.plain or options.report):
         parser.error("give as many --plain as --skip, or --report alone")
-    if options.num_samples <= DENSITY_NEIGHBOURS:
+    if options.num_samples <= DENSITY_NEIGHBOURS and options.extractor != NO_EXTRACTOR:
         parser.error(f"--num-samples must be above {DENSITY_NEIGHBOURS}: coverage looks at so many neighbors")
     if options.plain and len({options.extractor or EXPERIMENTS[name].extractor for name in options.experiments}) > 1:
         parser.error("pictures and clips are of other models: measure them one after the other")

@@ -2,10 +2,10 @@
 
     python benchmarks/learn_auto.py emoji emoji-text emoji-clips emoji-text-clips --out out/auto
 
-What reuse does at each step is measured once per model, as `skipdit calibrate` does, and kept in `--out`. Then
-densities and factors are moved at random, and kept where they come nearer to the best schedules of equal compute: in
-the mean, over models and speedups, of the square of predicted dB. `--without MODEL` leaves a model out, to test the
-rule on it.
+The effect of reuse at each step is measured once per model, as by `skipdit calibrate`, and stored in `--out`. Then
+densities and factors are changed at random, and a change is kept if the schedules come closer to the best ones with
+equal compute: in the mean over models and speedups of the squared difference in predicted dB. `--without MODEL` leaves
+a model out, to test the rule on it.
 """
 
 import argparse
@@ -25,33 +25,33 @@ from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.find import COHERENCES, search_for
 from skipdit.calibration.plan import plan
 from skipdit.calibration.search import Search, Variants
-from skipdit.calibration.trials import Measured, Trials, measure
+from skipdit.calibration.trials import Measurement, Trials, measure
 from skipdit.loading import load_source
 
 SPEEDUPS = (1.4, 1.5, 1.65, 1.8, 1.9, 2.0, 2.25, 2.5, 2.8)
 ORDER = 1
 RANGE = math.log(0.05), math.log(100)  # of densities
-WORST = 1e-3  # mean squared error (30 dB) of the best schedule, from which on no rule is of use
-WIDEST = 15.0  # dB behind the best that count at most: where no rule can be near
+WORST = 1e-3  # mean squared error (30 dB) of the best schedule, from which on no rule is useful
+WIDEST = 15.0  # limit of the difference to the best schedule in dB, as no rule comes close everywhere
 NUM_SAMPLES = {"class-to-video": 2, "text-to-video": 2}
 
 
-def measured_of(name: str, out: Path, device: str) -> Measured:
-    """Measure a model, or read what was measured before."""
+def measured_of(name: str, out: Path, device: str) -> Measurement:
+    """Measure a model, or read the stored measurement."""
     path = out / f"{name}.npz"
     if not path.exists():
         source = load_source(name, device=device)
-        config = CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4))
+        config = source.complete(CalibrateConfig(num_samples=NUM_SAMPLES.get(source.sampler.task.name, 4)))
         trials = Trials(orders=(ORDER,), max_age=10)
-        with progress(name, config.num_inference_steps + trials.num_probed + 1) as advance:
-            run = replace(make_runner(source, config), advance=advance)
-            found = measure(run, MiddleUnits(), trials, advance=advance)
-        arrays = asdict(found) | {"reference": found.reference.numpy()}
+        run = make_runner(source, config)
+        with progress(name, run.num_inference_steps + trials.num_probed + 1) as advance:
+            measurement = measure(replace(run, advance=advance), MiddleUnits(), trials, advance=advance)
+        arrays = asdict(measurement) | {"reference": measurement.reference.numpy()}
         del arrays["site"]
         out.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **arrays)
+        np.savez(path, allow_pickle=False, **arrays)
     with np.load(path) as arrays:
-        return Measured(
+        return Measurement(
             site=MiddleUnits(),
             changes=arrays["changes"],
             sensitivity=arrays["sensitivity"],
@@ -64,7 +64,7 @@ def measured_of(name: str, out: Path, device: str) -> Measured:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is learned, at `AUTO_TIMESTEPS`."""
+    """The learned values at `AUTO_TIMESTEPS`."""
 
     dense: np.ndarray
     """logarithms of densities where many steps are full"""
@@ -72,7 +72,7 @@ class Rule:
     """logarithms of densities where few are"""
     factors: np.ndarray
 
-    def moved(self, generator: np.random.Generator, width: float) -> "Rule":
+    def perturb(self, generator: np.random.Generator, width: float) -> "Rule":
         size = self.dense.shape
         moves = (generator.normal(0, width, size) * (generator.random(size) < 0.3) for _ in range(3))
         dense, sparse = (np.clip(shape + next(moves), *RANGE) for shape in (self.dense, self.sparse))
@@ -86,7 +86,7 @@ class Rule:
 class Model:
     """One measured model, and its best schedules."""
 
-    def __init__(self, name: str, measured: Measured) -> None:
+    def __init__(self, name: str, measured: Measurement) -> None:
         self.name, self.measured = name, measured
         searches = [Search(measured, ORDER, coherence) for coherence in COHERENCES]
         fronts = [plan(search.errors(), coherence=search.coherence) for search in searches]
@@ -101,14 +101,15 @@ class Model:
         self.known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
 
     def parts(self, step: int, full: tuple[int, ...]) -> np.ndarray:
-        """The change by the last values, and that by the term that a factor multiplies."""
+        """Return the change by the last values, and that by the term that a factor multiplies."""
         if (step, full) not in self.known:
             root = math.sqrt(self.measured.sensitivity[step])
             self.known[step, full] = self.search.terms(step, full) @ self.measured.changes[0, step] * root
         return self.known[step, full]
 
     def error(self, variants: Variants, factors: np.ndarray) -> float:
-        changes, full = [], ()
+        changes: list[np.ndarray] = []
+        full = tuple[int, ...]()
         at = np.interp(self.measured.timesteps, AUTO_TIMESTEPS, factors)
         for step, variant in enumerate(variants):
             if variant is None:
@@ -125,7 +126,7 @@ class Model:
     def behind(self, rule: Rule) -> dict[float, float]:
         """Return by how many dB the rule falls behind the best schedule, by speedup."""
         rule.apply()
-        found = {}
+        differences = {}
         for speedup, best in self.best.items():
             full = resolve(
                 AutoSchedule(speedup=speedup).for_cost(self.measured.reuse_costs[0]), self.measured.timesteps
@@ -133,8 +134,8 @@ class Model:
             if all(full):
                 continue
             error = self.error(tuple(None if is_full else 0 for is_full in full), rule.factors)
-            found[speedup] = min(10 * math.log10(max(error, 1e-12) / max(best, 1e-12)), WIDEST)
-        return found
+            differences[speedup] = min(10 * math.log10(max(error, 1e-12) / max(best, 1e-12)), WIDEST)
+        return differences
 
 
 def loss(models: list[Model], rule: Rule) -> float:
@@ -145,12 +146,12 @@ def learn(models: list[Model], num_trials: int, seed: int) -> Rule:
     generator = np.random.default_rng(seed)
     dense, sparse = np.log(np.array(schedules.AUTO_DENSE)), np.log(np.array(schedules.AUTO_SPARSE))
     best = Rule(dense, sparse, np.array(AUTO_FACTORS))
-    least = loss(models, best)
+    least_loss = loss(models, best)
     for trial in range(num_trials):
-        tried = best.moved(generator, 0.6 * 0.1 ** (trial / num_trials))
-        other = loss(models, tried)
-        if other < least:
-            best, least = tried, other
+        candidate = best.perturb(generator, 0.6 * 0.1 ** (trial / num_trials))
+        candidate_loss = loss(models, candidate)
+        if candidate_loss < least_loss:
+            best, least_loss = candidate, candidate_loss
     return best
 
 
@@ -166,9 +167,9 @@ def main() -> None:
     models = [Model(name, measured_of(name, arguments.out, arguments.device)) for name in arguments.models]
     rule = learn([model for model in models if model.name not in arguments.without], arguments.trials, arguments.seed)
     print("AUTO_TIMESTEPS =", AUTO_TIMESTEPS)
-    print("AUTO_DENSE =", tuple(round(float(each), 2) for each in np.exp(rule.dense)))
-    print("AUTO_SPARSE =", tuple(round(float(each), 2) for each in np.exp(rule.sparse)))
-    print("AUTO_FACTORS =", tuple(round(float(each), 2) for each in rule.factors))
+    values = {"DENSE": np.exp(rule.dense), "SPARSE": np.exp(rule.sparse), "FACTORS": rule.factors}
+    for name, array in values.items():
+        print(f"AUTO_{name} =", tuple(round(float(value), 2) for value in array))
     for model in models:
         left_out = " (left out)" if model.name in arguments.without else ""
         behind = ", ".join(f"{speedup:g}x {decibel:.1f}" for speedup, decibel in model.behind(rule).items())

@@ -53,7 +53,7 @@ MotifVideo are not units.
 
 
 def facts(name: str, family: Family) -> tuple[str, str]:
-    """Units by segment and the reusable share, at the class's default sizes."""
+    """Return the units by segment and the reusable share, at the class's default sizes."""
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,19 +71,19 @@ def facts(name: str, family: Family) -> tuple[str, str]:
 
 
 def pipelines_of(name: str) -> list[str]:
-    found = set()
+    names = set()
     for path in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
         text = path.read_text(encoding="utf-8")
         if re.search(rf"\b{name}\b", text):
-            found |= set(re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE))
-    return sorted(found)
+            names |= set(re.findall(r"^class (\w+Pipeline)\(", text, re.MULTILINE))
+    return sorted(names)
 
 
 def main() -> None:
     rows = []
     for name, family in sorted(FAMILIES.items()):
         units, share = facts(name, family)
-        streams = "; ".join(("+" if each.joins else "") + ", ".join(each.streams) for each in family.segments)
+        streams = "; ".join(("+" if part.joins else "") + ", ".join(part.streams) for part in family.segments)
         pipelines = pipelines_of(name)
         shown = ", ".join(pipelines[:3]) + (f" and {len(pipelines) - 3} more" if len(pipelines) > 3 else "")
         rows.append(f"| `{name}` | {units} | {share} | {streams} | {shown or '-'} |")

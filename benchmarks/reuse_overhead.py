@@ -1,10 +1,10 @@
-"""Tells how much Python a reuse step takes beyond the modules that it runs.
+"""Measures the overhead of a reuse step in Python, beyond the modules that it runs.
 
     python benchmarks/reuse_overhead.py
 
-A tiny model of many units, all but the first and last of which are left out, is timed beside one that has only these
-two and no cache. The difference is what finding the stream, the decision and the plan cost, and blocks that hand their
-input on.
+A tiny model with many units, of which a reuse step runs only the first and the last, is timed in turn with a model that
+has only these two units and no cache. The difference is the cost of finding the stream, of the decision and the plan,
+and of the blocks that pass their input on.
 """
 
 import time
@@ -32,7 +32,7 @@ FLUX = {
 
 @dataclass(eq=False)
 class Pipeline:
-    """What a cache looks at of one."""
+    """The part of a pipeline that a cache uses."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
 
@@ -63,7 +63,7 @@ def flux(num_units: int) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[int], nn.Module], int, str, dict[str, Tensor]]] = {
-    "skipdit.DiT, behind long skips": (ours, 28, "N1000", PICTURES),
+    "skipdit.DiT, with long skips": (ours, 28, "N1000", PICTURES),
     "skipdit.DiT": (ours, 28, "delta:N1000", PICTURES),
     "DiTTransformer2DModel": (diffusers_dit, 28, "delta:N1000", PICTURES),
     "FluxTransformer2DModel": (flux, 57, "delta:N1000", FLUX),
@@ -71,7 +71,7 @@ MODELS: dict[str, tuple[Callable[[int], nn.Module], int, str, dict[str, Tensor]]
 
 
 def fastest(model: nn.Module, inputs: dict[str, Tensor], timesteps: Tensor) -> float:
-    """Return the microseconds of the fastest of many steps; the first of a run, which may be full, do not count."""
+    """Return the microseconds of the fastest of many steps, except the first steps of a run, which may be full."""
     times = []
     for _ in range(NUM_RUNS):
         for step, timestep in enumerate(timesteps):
@@ -97,7 +97,7 @@ def main() -> None:
         deep._skipdit_cache.streams.watch(pipeline)
         scheduler.set_timesteps(NUM_STEPS)
         plain = reused = float("inf")
-        for _ in range(NUM_ROUNDS):  # in turn, for other programs disturb
+        for _ in range(NUM_ROUNDS):  # in turn, as other programs may interfere
             plain = min(plain, fastest(shallow, inputs, scheduler.timesteps))
             reused = min(reused, fastest(deep, inputs, scheduler.timesteps))
         print(f"| {name} | {num_units} | {plain:.0f} us | {reused:.0f} us | {reused - plain:.0f} us |", flush=True)

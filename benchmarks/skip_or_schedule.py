@@ -30,9 +30,9 @@ from typing import Any
 
 from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.calibration.calibrate import Row as Measured
-from skipdit.calibration.calibrate import at_compute, held_out, make_runner, told_once
+from skipdit.calibration.calibrate import at_compute, held_out, make_runner, warned_once
 from skipdit.calibration.config import CalibrateConfig
-from skipdit.calibration.find import check_finite, find_schedules, score
+from skipdit.calibration.find import check_finite, find_schedules
 from skipdit.calibration.trials import measure
 from skipdit.environment import check_device, describe_environment
 from skipdit.files.output import output_folder, to_json
@@ -131,7 +131,7 @@ def row_of(speedup: float, rows: Sequence[Measured], second_order: dict[int, flo
     )
 
 
-@told_once(FewerStepsWarning)
+@warned_once(FewerStepsWarning)
 def measure_variant(source: Source, site: str, settings: Settings) -> tuple[int, list[Row]]:
     """Search and measure; return the number of units too."""
     config = settings.config(site)
@@ -146,8 +146,8 @@ def measure_variant(source: Source, site: str, settings: Settings) -> tuple[int,
     if source.sampler.pipeline.scheduler.config.get("solver_order") != 2:
         reference = run(scheduler=SECOND_ORDER).samples
         for count in counts:
-            made = run(num_inference_steps=count, scheduler=SECOND_ORDER).samples
-            second_order[count] = score(made, reference)["psnr"].finite_mean
+            fewer = run(num_inference_steps=count, scheduler=SECOND_ORDER)
+            second_order[count] = fewer.scores(reference)["psnr"].finite_mean
     made_rows = (row_of(speedup, rows, second_order) for speedup in settings.speedups)
     return measured.num_units, [row for row in made_rows if row is not None]
 

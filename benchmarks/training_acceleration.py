@@ -38,6 +38,7 @@ from skipdit.metrics.paired import PairedScore, psnr_db
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.plots import Lines, save_png
 from skipdit.recipes import stability
+from skipdit.report import table
 from skipdit.tasks.training import TrainingTask
 from skipdit.training import TrainConfig, list_checkpoints, train
 from skipdit.training.batches import Batch, find_step_kinds
@@ -199,7 +200,7 @@ def loss_of(task: TrainingTask, config: TrainConfig, weights: dict[str, Tensor],
     losses = [
         training_loss(lambda noisy, t, part=part: task.predict(task.model, noisy, t, part[3]), config.objective,
                       *part[:3]).loss
-        for part in zip(*(each.split(64) for each in (batch.x_start, batch.noise, batch.timesteps, labels)),
+        for part in zip(*(tensor.split(64) for tensor in (batch.x_start, batch.noise, batch.timesteps, labels)),
                         strict=True)
     ]  # fmt: skip
     return torch.cat(losses).mean().item()
@@ -321,41 +322,44 @@ def share_to_reach(runs: Sequence[Run], baselines: dict[int, Run]) -> tuple[str,
     return spread([100 * share for _, share in reached], ".0f") + "%", spread([100 * s for s in seconds], ".0f") + "%"
 
 
-def table_of(runs: Sequence[Run]) -> list[str]:
+def table_of(runs: Sequence[Run]) -> str:
     baselines = {run.seed: run for run in runs if run.arm == BASELINE}
-    lines = [
-        "| model, way | seeds | steps | loss at 30% | at 50% | at the end | FLOPs to dense plain's | seconds to it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    records = []
     for arm in ARMS:
         rows = [run for run in runs if run.arm == arm]
         if not rows:
             continue
-        at = [spread([run.loss_at(share) for run in rows], ".4f") for share in (0.3, 0.5)]
-        final = spread([run.final_loss for run in rows], ".4f")
-        reached = ("100%", "100%") if arm == BASELINE else share_to_reach(rows, baselines)
-        lines.append(f"| {arm} | {len(rows)} | {rows[0].steps} | {' | '.join([*at, final, *reached])} |")
-    return lines
+        flops, seconds = ("100%", "100%") if arm == BASELINE else share_to_reach(rows, baselines)
+        records.append({
+            "model, way": arm,
+            "seeds": len(rows),
+            "steps": rows[0].steps,
+            "loss at 30%": spread([run.loss_at(0.3) for run in rows], ".4f"),
+            "at 50%": spread([run.loss_at(0.5) for run in rows], ".4f"),
+            "at the end": spread([run.final_loss for run in rows], ".4f"),
+            "FLOPs to dense plain's": flops,
+            "seconds to it": seconds,
+        })  # fmt: skip
+    return table(records)
 
 
-def cached_table_of(rows: Sequence[CachedQuality]) -> list[str]:
+def cached_table_of(rows: Sequence[CachedQuality]) -> str:
     names = list(dict.fromkeys(row.cache for row in rows))
-    lines = [f"| model, way | seeds | loss | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
+
+    def cell(rows: Sequence[CachedQuality]) -> str:
+        if not rows:
+            return "-"
+        return f"{spread([row.psnr for row in rows], '.1f')} at {statistics.fmean(r.compute_ratio for r in rows):.2f}x"
+
+    records = []
     for arm in ARMS:
-        found = [row for row in rows if row.arm == arm]
-        if not found:
+        rows_of_arm = [row for row in rows if row.arm == arm]
+        if not rows_of_arm:
             continue
-        cells = []
-        for name in names:
-            of_cache = [row for row in found if row.cache == name]
-            if not of_cache:
-                cells.append("-")
-                continue
-            ratio = statistics.fmean(row.compute_ratio for row in of_cache)
-            cells.append(f"{spread([row.psnr for row in of_cache], '.1f')} at {ratio:.2f}x")
-        losses = list({row.seed: row.loss for row in found}.values())
-        lines.append(f"| {arm} | {len(losses)} | {spread(losses, '.4f')} | {' | '.join(cells)} |")
-    return lines
+        losses = list({row.seed: row.loss for row in rows_of_arm}.values())
+        cells = {name: cell([row for row in rows_of_arm if row.cache == name]) for name in names}
+        records.append({"model, way": arm, "seeds": len(losses), "loss": spread(losses, ".4f"), **cells})
+    return table(records)
 
 
 def curves_of(name: str, runs: Sequence[Run]) -> Lines:
@@ -400,14 +404,14 @@ def write_report(runs: Sequence[Run], rows: Sequence[CachedQuality], folder: Pat
             of_data = [run for run in runs if run.data == name]
             figure = curves_of(name, of_data)
             save_png(figure, output)
-            lines += ["", f"## {name}", "", *table_of(of_data), "", f"![{figure.title}]({figure.name}.png)"]
+            lines += ["", f"## {name}", "", table_of(of_data), "", f"![{figure.title}]({figure.name}.png)"]
             if of_cache := [row for row in rows if row.data == name]:
                 lines += [
                     "",
                     f"Under a cache: PSNR in dB to the model's own {NUM_STEPS} steps, {NUM_SAMPLES} pictures, guidance "
                     f"{GUIDANCE_SCALE:g}, and FLOPs of the full run over those of the row.",
                     "",
-                    *cached_table_of(of_cache),
+                    cached_table_of(of_cache),
                 ]
         found = {"runs": [asdict(run) for run in runs], "cached": [asdict(row) for row in rows], "machine": place,
                  "versions": versions()}  # fmt: skip
@@ -436,7 +440,7 @@ def main() -> None:
         write_report(read_runs(results), cached_rows, options.report)
         return
     sets = [split_emoji(options.out / "data")] + ([find_cifar10(options.cifar10)] if options.cifar10 else [])
-    trials = [Trials(each, options.out, options.dense_steps) for each in sets]
+    trials = [Trials(pictures, options.out, options.dense_steps) for pictures in sets]
     for seed in options.seeds:
         for trial in trials:
             for arm in options.arms:

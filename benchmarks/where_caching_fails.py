@@ -25,6 +25,7 @@ from torch import Tensor
 from skipdit.environment import check_device, machine, versions
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import psnr_db
+from skipdit.report import table
 from skipdit.runs import OwnCache, Runner
 
 SOLVERS = {"deterministic": "dpmsolver++", "stochastic": "sde-dpmsolver++"}
@@ -33,18 +34,38 @@ MODEL = "emoji"
 
 @dataclass(frozen=True)
 class Row:
-    """psnr_db: of the cached run to the run in full. fewer: an uncached run that costs as much. other_draws_db: of a
-    run in full that draws other noise in its steps; `None` where it draws none."""
+    """One setting."""
 
     solver: str
     guidance_scale: float
     num_steps: int
     full_steps: int
+    """of the cached run"""
     compute_ratio: float
     psnr_db: float
+    """of the cached run to the run in full"""
     fewer_steps: int
+    """steps of an uncached run that costs as much"""
     fewer_psnr_db: float
     other_draws_db: float | None
+    """of a run in full that draws other noise in its steps; `None` if the solver draws none"""
+
+    def cells(self) -> dict[str, object]:
+        """Return the row of the table."""
+        is_shorter = self.fewer_steps != self.num_steps
+        has_gain = is_shorter and self.other_draws_db is None
+        return {
+            "solver": self.solver,
+            "guidance": f"{self.guidance_scale:g}",
+            "steps": self.num_steps,
+            "full": self.full_steps,
+            "compute": f"{self.compute_ratio:.2f}",
+            "cached dB": "equal" if self.full_steps == self.num_steps else f"{self.psnr_db:.1f}",
+            "fewer steps": self.fewer_steps,
+            "dB": f"{self.fewer_psnr_db:.1f}" if is_shorter else "equal",
+            "gain dB": f"{self.psnr_db - self.fewer_psnr_db:+.1f}" if has_gain else "",
+            "other draws dB": "" if self.other_draws_db is None else f"{self.other_draws_db:.1f}",
+        }
 
 
 def mean_psnr(samples: Tensor, reference: Tensor) -> float:
@@ -95,33 +116,16 @@ def measure(source: Source, options: argparse.Namespace, known: list[Row]) -> It
 
 
 def to_markdown(rows: list[Row], options: argparse.Namespace, about: str) -> str:
-    lines = [
+    return "\n\n".join((
         "# Where caching does not pay",
-        "",
         f"`python benchmarks/where_caching_fails.py --num-samples {options.num_samples}`: `{options.cache}` on the "
         f"bundled class-to-image model, {options.num_samples} pictures, seed {options.seed}, PSNR to the run in full "
         f"of the same number of steps, solver and guidance. {about}.",
-        "",
         "*Fewer steps*: as many uncached steps as the cached run cost, rounded. *Other draws*: a run in full from the "
         "same start noise, with other noise in its steps, which shows what PSNR gives two pictures that only start "
         "alike. Fewer steps of a stochastic solver draw other noise too, so that no gain is told there.",
-        "",
-        "| solver | guidance | steps | full | compute | cached dB | fewer steps | dB | gain dB | other draws dB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        gain = "" if row.other_draws_db is not None else f"{row.psnr_db - row.fewer_psnr_db:+.1f}"
-        other = "" if row.other_draws_db is None else f"{row.other_draws_db:.1f}"
-        cached = "equal" if row.full_steps == row.num_steps else f"{row.psnr_db:.1f}"
-        if row.fewer_steps == row.num_steps:
-            fewer, gain = "equal", ""
-        else:
-            fewer = f"{row.fewer_psnr_db:.1f}"
-        lines.append(
-            f"| {row.solver} | {row.guidance_scale:g} | {row.num_steps} | {row.full_steps} | {row.compute_ratio:.2f} | "
-            f"{cached} | {row.fewer_steps} | {fewer} | {gain} | {other} |"
-        )
-    return "\n".join(lines) + "\n"
+        table([row.cells() for row in rows]) + "\n",
+    ))  # fmt: skip
 
 
 def main() -> None:

@@ -335,13 +335,13 @@ def test_directions_have_the_norms_they_are_named_for() -> None:
     torch.testing.assert_close(sample_normalised(batch, generator).flatten(1).norm(dim=1), batch.flatten(1).norm(dim=1))
 
 
-@pytest.mark.parametrize("moved", ["weights", "inputs"])
-def test_a_surface_is_one_in_the_middle_and_falls(moved) -> None:
+@pytest.mark.parametrize("quantity", ["weights", "inputs"])
+def test_a_surface_is_one_in_the_middle_and_falls(quantity) -> None:
     model = tiny_dit()
     latents, labels = inputs()
     before = copy.deepcopy(model.state_dict())
     grids = [
-        perturbation_surface(model, latents, torch.tensor(400), labels, [-radius, 0.0, radius], moved=moved)
+        perturbation_surface(model, latents, torch.tensor(400), labels, [-radius, 0.0, radius], quantity=quantity)
         for radius in (0.02, 0.3)
     ]
     assert all(grid[1, 1].item() == pytest.approx(1, abs=1e-5) for grid in grids)

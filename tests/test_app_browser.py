@@ -313,6 +313,28 @@ def test_a_schedule_is_made_downloaded_and_used(page: Page, home: Path) -> None:
     expect(page.locator(".sd-cache code")).to_have_text("made here: 1.3x, 6 steps")
 
 
+def test_a_schedule_is_offered_on_its_own_model_alone(page: Page) -> None:
+    """The model was changed before the calibration ended: its schedule was chosen on the new one."""
+    page.get_by_role("tab", name="Quality and speed").click()
+    fill(page, Target_speedup=1.3, Steps=60, Samples_to_measure_on=4)
+    page.locator("#calibrate-run").click()
+    expect(page.locator("#calibrate-cancel")).to_be_enabled()
+    page.get_by_label("class-to-video").check()
+    expect(page.get_by_label("Model")).to_have_value("emoji-clips")
+    expect(page.get_by_text("Nothing has been measured of emoji-clips yet.")).to_be_visible()
+    expect(page.locator("#calibrate-cancel")).to_be_enabled()  # it goes on
+    expect(page.get_by_role("link", name="Download schedule.json")).to_be_visible()
+    expect(page.get_by_text(f"made here: 1.3x, 60 steps is now a cache of {TINY}.")).to_be_visible()
+    page.get_by_role("tab", name="Generate").click()
+    page.wait_for_timeout(1000)
+    expect(page.get_by_label("2x", exact=True)).to_be_checked()
+    expect(page.get_by_label("Other cache")).not_to_be_visible()
+    page.get_by_label("class-to-image").check()
+    expect(page.get_by_label("Model")).to_have_value(TINY)
+    page.get_by_label("Other", exact=True).check()
+    expect(page.get_by_label("Other cache")).to_have_value("made here: 1.3x, 60 steps")
+
+
 def test_stability_is_measured_of_pictures_of_classes(page: Page) -> None:
     page.get_by_role("tab", name="Stability").click()
     expect(page.get_by_text("No report yet")).to_be_visible()

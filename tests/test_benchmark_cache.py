@@ -376,7 +376,7 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     assert tally.row(plan, uncached, uncached).scores["psnr"].text() == "not finite (1 of 4)"
 
 
-def test_an_interrupted_benchmark_goes_on_behind_the_last_whole_batch(
+def test_an_interrupted_benchmark_continues_after_the_last_complete_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[str] = []
@@ -571,7 +571,7 @@ def test_the_verdict_is_at_equal_speedup() -> None:
     assert "median 1.000, 0.900 to 1.200" in noise
 
 
-def test_a_verdict_says_what_was_not_measured() -> None:
+def test_a_verdict_names_the_missing_measurements() -> None:
     ours = [each for each in ROWS if each.group == "ours"]
     (times, _) = verdict(ours)
     assert "the best other cache has no settings on both sides" in times

@@ -56,7 +56,7 @@ def test_200_requests_of_alternating_budgets_make_no_new_graph_and_leave_nothing
     torch._dynamo.reset()
 
 
-def test_a_budget_that_leaves_too_few_full_steps_is_told_with_what_to_do_instead() -> None:
+def test_a_budget_with_too_few_full_steps_warns_with_an_alternative() -> None:
     pipeline = tiny_pipeline()  # a reuse step costs a third of a full one
     fault = r"made \d of 30 steps in full, .* steps without a cache are likely better"
 

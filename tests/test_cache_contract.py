@@ -381,7 +381,7 @@ def test_guidance_may_begin_in_the_middle_of_a_run() -> None:
         model._reset_stateful_cache()
 
 
-def test_a_run_without_guidance_says_so_at_its_end() -> None:
+def test_a_run_without_guidance_warns_at_its_end() -> None:
     model = build("DiT", long_skips=True)
     latents = TINY_FAMILIES["DiT"].arguments(batch=1, seed=0)["hidden_states"]
     expected = [call(model, "DiT", latents, timestep) for timestep in TIMESTEPS]

@@ -405,7 +405,7 @@ def test_under_fsdp_ranks_decide_alike(name: str, spec: str, when: str, ranks: l
 
 @pytest.mark.parametrize("when", ["early", "late"])
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_a_sharded_model_goes_on_without_its_cache(name: str, when: str, ranks: list[dict[str, Any]]) -> None:
+def test_a_sharded_model_runs_on_after_its_cache_is_disabled(name: str, when: str, ranks: list[dict[str, Any]]) -> None:
     with torch.no_grad():
         expected = build(name)(**TINY_FAMILIES[name].arguments(), return_dict=False)[0]
     for rank in range(2):

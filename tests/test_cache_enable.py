@@ -52,7 +52,7 @@ def test_a_probe_and_its_schedule_go_together(schedule: Schedule, probe: UnitPro
     UnitRange(None, at="last", delta=False),
     DeepFeatures(1, others=(2,)),
 ])  # fmt: skip
-def test_what_is_reused_lies_behind_the_probe(site: Any) -> None:
+def test_the_reused_region_comes_after_the_probe(site: Any) -> None:
     model = tiny_dit()
     with pytest.raises(ValueError, match="must reuse one range of units after them"):
         enable_cache(model, CacheMethod(schedule=ProbeSchedule(threshold=0.5), site=site, probe=UnitProbe()))

@@ -117,7 +117,7 @@ def test_compiled_or_in_inference_mode_where_writes_cannot_be_seen(way: str) -> 
     torch._dynamo.reset()
 
 
-def test_what_nobody_writes_is_kept_without_a_copy() -> None:
+def test_values_that_are_never_written_are_stored_without_a_copy() -> None:
     """From the third full step on."""
     model = build("nowhere", True)
     enable_cache(model, "N2-k2")

@@ -381,7 +381,7 @@ def test_a_pipeline_is_saved_and_loaded_under_a_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("spec", "made"), [("N2", (3, 2)), ("fora:N2", (3, 2)), ("fbcache:0.000001", (5, 0))])
-def test_a_step_that_raises_leaves_nothing_behind(spec: str, made: tuple[int, int]) -> None:
+def test_a_step_that_raises_leaves_no_state(spec: str, made: tuple[int, int]) -> None:
     """Neither what other branches of its run hold, nor what it has stored itself until then: memory may be why. Nor a
     warning that it has never reused, in place of the error."""
     model, family = build("DiT"), TINY_FAMILIES["DiT"]

@@ -14,7 +14,7 @@ from skipdit.cache.enable import cached, enable_cache
 from skipdit.cache.noise import draws_noise
 from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.cache.schedule import MANY_STEPS, AutoSchedule
-from skipdit.calibration.calibrate import told_once
+from skipdit.calibration.calibrate import warned_once
 from skipdit.pipelines import ClassToImagePipeline
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -102,7 +102,7 @@ def test_auto_does_not_extrapolate_over_noise_that_the_solver_draws() -> None:
 
 
 @pytest.mark.parametrize("num_steps", range(4, MANY_STEPS))
-def test_auto_saves_what_was_asked_for_in_a_run_of_few_steps(num_steps: int) -> None:
+def test_auto_reaches_its_speedup_in_a_run_of_few_steps(num_steps: int) -> None:
     """It had 1 full step of 4, as it rounded down, at densities that were meant for another number of steps."""
     timesteps = [1000 * (1 - step / num_steps) for step in range(num_steps)]
     schedule = AutoSchedule(speedup=2).for_cost(0.1)
@@ -121,7 +121,7 @@ def test_auto_holds_what_is_stored_where_steps_are_far_apart() -> None:
 
 
 @pytest.mark.parametrize("spec", ["auto:1.4", "N2"])
-def test_a_run_of_so_few_steps_that_a_cache_gains_nothing_is_told(spec: str) -> None:
+def test_a_run_with_too_few_steps_for_a_cache_warns(spec: str) -> None:
     pipeline = tiny_pipeline()
 
     def serve(num_steps: int) -> None:
@@ -162,7 +162,7 @@ def test_a_scale_that_the_model_embeds_is_no_guidance_by_difference() -> None:
     assert pipeline.guidance_scale == 30
 
 
-def test_runs_of_one_measurement_are_told_once() -> None:
+def test_runs_of_one_measurement_warn_once() -> None:
     pipeline = tiny_pipeline()
 
     def measure() -> None:
@@ -174,7 +174,7 @@ def test_runs_of_one_measurement_are_told_once() -> None:
         measure()
     assert len(told) == 3
     with pytest.warns(FewerStepsWarning) as told:
-        told_once(FewerStepsWarning)(measure)()
+        warned_once(FewerStepsWarning)(measure)()
     assert len(told) == 1
 
 

@@ -152,7 +152,7 @@ def test_in_a_pipeline_the_last_step_is_known() -> None:
         assert (summary.steps_full, summary.steps_reused) == (full, 9 - full), spec
 
 
-def test_a_run_that_its_limits_make_full_says_so() -> None:
+def test_a_run_that_its_limits_make_full_warns() -> None:
     pipeline = tiny_pipeline()
     enable_cache(pipeline, "easycache:100-w3-e1")
     with pytest.warns(UserWarning, match="has not reused once in 4 steps: its 3 first and 1 last steps are full"):

@@ -101,7 +101,7 @@ def test_a_second_pipeline_over_the_same_transformer() -> None:
         assert ran == list(range(0, num_steps, 2))
 
 
-def test_a_run_goes_on_while_another_pipeline_has_a_new_list() -> None:
+def test_a_run_continues_while_another_pipeline_has_a_new_list() -> None:
     """Copied timesteps tell of which of the two lists they are."""
     pipeline, (latents, labels) = tiny_pipeline(), inputs()
     model = pipeline.transformer

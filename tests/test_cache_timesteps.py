@@ -5,6 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from device_waits import DeviceWaits
 from diffusers import FlowMatchEulerDiscreteScheduler
 from test_cache_streams import STEPS, full_steps
 from tiny import TINY_FAMILIES, counts, inputs, tiny_dit, tiny_pipeline
@@ -91,6 +92,41 @@ def test_timesteps_on_a_scale_of_their_own_have_the_same_window(inverted: bool |
         assert 1000 >= run.levels[0] > 900
         assert 100 > run.levels[-1] >= 0
         assert counts(pipeline)[1] >= fewest
+
+
+@pytest.mark.parametrize("strengths", [(3.5,), (3.5, 1.0)])
+def test_a_strength_that_is_made_anew_tells_calls_of_one_step_apart(strengths: tuple[float, ...]) -> None:
+    """One alone is not read, as FluxControlNetPipeline makes it at each step; two are two streams."""
+    family = TINY_FAMILIES["FluxTransformer2DModel"]
+    model = family.build(6, guidance_embeds=True)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler()
+    flux: Any = diffusers.FluxPipeline
+    pipeline = flux(scheduler, None, None, None, None, None, model)
+    arguments, asked = family.arguments(), []
+
+    def sample(strengths: tuple[float, ...]) -> list[torch.Tensor]:
+        scheduler.set_timesteps(8)
+        outputs = []
+        for step, timestep in enumerate(scheduler.timesteps):
+            for strength in strengths:
+                guidance = torch.full((2,), strength)
+                given = {"hidden_states": arguments["hidden_states"] * (1 + step / 4), "timestep": timestep.expand(2)}
+                with DeviceWaits() as mode:
+                    outputs.append(model(**arguments | given | {"guidance": guidance}, return_dict=False)[0])
+                asked.append(mode.counts.total())
+        return outputs
+
+    plain = sample(strengths)
+    enable_cache(pipeline, "delta:N3")
+    alone = [sample((strength,)) for strength in strengths]
+    asked.clear()
+    together = sample(strengths)
+    assert counts(model) == (3 * len(strengths), 5 * len(strengths))
+    for step, output in enumerate(together):
+        assert torch.equal(output, alone[step % len(strengths)][step // len(strengths)]), step
+        assert torch.equal(output, plain[step]) == (step // len(strengths) % 3 == 0)
+    if len(strengths) == 1:
+        assert asked == [1, *[0] * 7]  # the list of timesteps
 
 
 def test_a_context_may_tell_nothing() -> None:

@@ -19,17 +19,16 @@ from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange
 from skipdit.cache.steppers import CacheRule
 from skipdit.calibration.calibrate import Row, at_compute, calibrate, held_out
 from skipdit.calibration.config import CalibrateConfig
-from skipdit.calibration.find import Clock, Found, find_schedules, score, search_for
+from skipdit.calibration.find import Candidate, Clock, find_schedules, search_for
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import (
-    RecordingSteps,
+    ReuseTrials,
     SolverSteps,
     Trials,
     measure,
+    measure_branches,
     probed_steps,
-    smooth_errors,
-    smooth_schedule,
 )
 from skipdit.cli import main
 from skipdit.diffusion import Objective, make_scheduler
@@ -135,19 +134,19 @@ def test_a_search_only_improves(pipeline: ClassToImagePipeline, speedup: float) 
     assert all(search.error(best) <= search.error(other) / 0.999 for other in within(search, best, speedup))
 
 
-def test_a_prediction_of_second_order_may_have_rests_of_the_largest_age(pipeline: ClassToImagePipeline) -> None:
+def test_a_prediction_of_second_order_may_reuse_up_to_the_largest_age(pipeline: ClassToImagePipeline) -> None:
     """Only as many earlier steps were tried as one of first order needs: such schedules were out of reach."""
     measured = measure(runner(pipeline), DeepFeatures(), Trials(orders=(2,), max_age=1, num_probed=2))
     variants = tuple(None if step % 2 == 0 else 0 for step in range(NUM_STEPS))
     assert Search(measured, 2).steps(variants) is not None
 
 
-def test_a_rest_longer_than_was_measured_is_out_of_reach(pipeline: ClassToImagePipeline) -> None:
+def test_more_reuse_steps_in_a_row_than_were_measured_are_out_of_reach(pipeline: ClassToImagePipeline) -> None:
     """It was tried, without factors, and ended the whole calibration."""
     measured = measure(runner(pipeline), DeepFeatures(), Trials(max_age=1, num_probed=2))
     search = Search(measured, 1)
     fronts = [plan(search.errors())]
-    with pytest.raises(ValueError, match="needs rests that are longer than was measured"):
+    with pytest.raises(ValueError, match="needs more reuse steps in a row than were measured"):
         search_for(search, fronts, speedup=2.2)
 
 
@@ -190,43 +189,43 @@ def test_changes_are_those_of_the_guided_output(apart: bool) -> None:
     """In one batch or in two calls; with learned variances, which the solver does not get."""
     output, change, steps = guided((4, 6, 2, 2), 0), guided((4, 6, 2, 2), 1), SolverSteps()
     for rows in (slice(0, 2), slice(2, 4)) if apart else (slice(0, 4),):
-        steps.add(3, output[rows], {"tried": change[rows]})
+        steps.add(3, output[rows], {(0, 1): change[rows]})
     conditional, unconditional = output[:, :3].chunk(2)
-    steps.see(unconditional + 3 * (conditional - unconditional), guided((2, 3, 2, 2), 2))
+    steps.observe(unconditional + 3 * (conditional - unconditional), guided((2, 3, 2, 2), 2))
     conditional, unconditional = change[:, :3].chunk(2)
-    (found,) = steps.found[3, "tried"]
+    (vector,) = steps.vectors[3, (0, 1)]
     expected = (unconditional + 3 * (conditional - unconditional)).flatten().numpy()
-    np.testing.assert_allclose(np.sort(found), np.sort(expected), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.sort(vector), np.sort(expected), rtol=1e-4, atol=1e-5)
     assert not steps.calls
 
 
 def test_of_guidance_that_is_no_sum_all_outputs_count() -> None:
     output, steps = guided((4, 3, 2, 2), 0), SolverSteps()
-    steps.add(0, output, {"tried": 2 * output})
-    steps.see(guided((2, 3, 2, 2), 5), guided((2, 3, 2, 2), 2))
-    (found,) = steps.found[0, "tried"]
-    np.testing.assert_allclose(np.sort(found), np.sort(2 * output.flatten().numpy()))
+    steps.add(0, output, {(0, 1): 2 * output})
+    steps.observe(guided((2, 3, 2, 2), 5), guided((2, 3, 2, 2), 2))
+    (vector,) = steps.vectors[0, (0, 1)]
+    np.testing.assert_allclose(np.sort(vector), np.sort(2 * output.flatten().numpy()))
 
 
 def test_a_guidance_branch_that_began_later_and_is_called_first_counts_as_the_same_step() -> None:
     """The changes were kept under its own number of steps."""
     steps, (late, conditional, change) = SolverSteps(), torch.randn(3, 1, 3, 2, 2).unbind()
-    steps.add(1, late, {"back": change})
-    steps.add(4, conditional, {"back": change})
-    steps.see(late + 2 * (conditional - late), late)
-    assert [*steps.found] == [(4, "back")]
+    steps.add(1, late, {(0, 1): change})
+    steps.add(4, conditional, {(0, 1): change})
+    steps.observe(late + 2 * (conditional - late), late)
+    assert [*steps.vectors] == [(4, (0, 1))]
 
 
 def test_what_a_recorded_run_held_goes_with_it(pipeline: ClassToImagePipeline) -> None:
     """Of each run of a pass in several batches all stored steps were kept until the last had ended."""
 
-    def make(model: Any, rules: list[CacheRule]) -> RecordingSteps:
-        return RecordingSteps(model, rules, Trials(max_age=2), lambda: None)
+    def make(model: Any, rules: list[CacheRule]) -> ReuseTrials:
+        return ReuseTrials(model, rules, Trials(max_age=2), lambda: None)
 
     with recorded(pipeline, DeepFeatures(), make) as (_, steps):
         for _ in range(2):
             pipeline([1], num_inference_steps=3, output_type="latent")
-            assert len(steps.seen) == 3
+            assert len(steps.levels) == 3
             assert not steps.history
 
 
@@ -239,19 +238,19 @@ def test_probed_steps_are_denser_at_the_ends() -> None:
 
 
 def test_smoothcache_reuses_where_outputs_hardly_change(pipeline: ClassToImagePipeline) -> None:
-    changes = smooth_errors(pipeline, lambda: sample(pipeline), max_age=3)
+    changes = measure_branches(pipeline, lambda: sample(pipeline), max_age=3)
     assert torch.equal(changes.reference, sample(pipeline))
     assert set(changes.relative) == {"attention", "mlp"}
-    never = smooth_schedule(changes, 0.0)
+    never = changes.method(0.0)
     assert all(rule.schedule.full_steps == tuple(range(NUM_STEPS)) for rule in never.rules)
-    always = smooth_schedule(changes, 1e9)
+    always = changes.method(1e9)
     assert all(rule.schedule.full_steps == (0, 4) for rule in always.rules)
     enable_cache(pipeline, always)
     sample(pipeline)
     summary = cache_summary(pipeline)
     disable_cache(pipeline)
     assert (summary.steps_full, summary.steps_reused) == (2, 5)
-    assert summary.compute_ratio == pytest.approx(changes.compute_ratio(always))
+    assert summary.compute_ratio == pytest.approx(changes.compute_ratio(1e9))
     full = flops_of(lambda: sample(pipeline))
     enable_cache(pipeline, always)
     assert summary.compute_ratio == pytest.approx(full / flops_of(lambda: sample(pipeline)))
@@ -340,7 +339,7 @@ def test_a_clock_measures_a_full_run_and_a_cached_one(pipeline: ClassToImagePipe
         Clock.of(replace(runner(pipeline), num_inference_steps=1), DeepFeatures())
 
 
-def test_a_target_that_a_full_run_reaches_is_told_as_such(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
+def test_a_target_that_a_full_run_reaches_is_refused(pipeline: ClassToImagePipeline, tmp_path: Path) -> None:
     """It was said to be out of reach."""
     config = CalibrateConfig(num_inference_steps=NUM_STEPS, num_samples=2, target_seconds=(1000.0,), rivals=())
     source = Source(Sampler(CLASS_TO_IMAGE, pipeline))
@@ -352,7 +351,7 @@ def test_a_schedule_by_the_clock_is_a_calibrated_one_in_the_report(pipeline: Cla
     """Its name was split as that of a rule of kin."""
     method = CacheMethod(schedule=IntervalSchedule(interval=2))
     found = [
-        Found(
+        Candidate(
             name=name,
             method=method,
             compute_ratio=1.5,
@@ -384,7 +383,7 @@ def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> No
     for decibel in (30.0, 45.0):
         config = CalibrateConfig(num_inference_steps=NUM_STEPS, speedups=(), target_psnr=(decibel,), trials=trials)
         (each,) = find_schedules(measured, config, run)
-        assert score(estimate(OwnCache(each.method)).samples, reference)["psnr"].mean >= decibel
+        assert estimate(OwnCache(each.method)).scores(reference)["psnr"].mean >= decibel
         ratios.append(each.compute_ratio)
     assert ratios[0] >= ratios[1] > 1
 

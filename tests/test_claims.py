@@ -29,12 +29,19 @@ SIZES: dict[str, Any] = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "
 def claims() -> ModuleType:
     """The script, which is not in the package."""
     path = Path(__file__).resolve().parents[1] / "benchmarks" / "claims.py"
+    sys.path.append(str(path.parent))  # as of a script
     spec = importlib.util.spec_from_file_location("claims", path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["claims"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def claims_report(claims: ModuleType) -> ModuleType:
+    """What it takes its tables from."""
+    return sys.modules["claims_report"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +58,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def options_of(claims: ModuleType, pair: dict[str, str], out: Path, *experiments: str, **changes: Any) -> Any:
     models = ["--plain", pair["plain"], "--skip", pair["skip"], "--reference", pair["reference"]]
-    numbers = "--num-samples 12 --num-seeds 8 --steps 2 --guidance 1.5 --only N2 --size 32 --batch-size 5"
+    numbers = "--num-samples 12 --num-seeds 8 --steps 2 --guidance 1.5 --only N2 none --size 32 --batch-size 5"
     options = claims.parse([*(experiments or ["images"]), *models, *numbers.split(), "--out", str(out)])
     return argparse.Namespace(**vars(options) | {"report": out / "report"} | changes)
 
@@ -143,6 +150,32 @@ def test_a_stochastic_sampler_draws_the_same_noise_each_time(
     assert type(bench.source(pair["skip"]).sampler.pipeline.scheduler.config.algorithm_type) is str
 
 
+def test_without_an_extractor_fidelity_alone_is_told(claims: ModuleType, pair: dict[str, str], tmp_path: Path) -> None:
+    options = options_of(claims, pair, tmp_path, extractor="none", num_samples=3, num_seeds=2, only=("fora:N2", "none"))
+    results = claims.Bench(["compatibility"], options).run()
+    assert {str(each.setting) for each in results} == {
+        "2 steps, guidance 1.5", "1 steps, guidance 1.5", "fora:N2, 2 steps, guidance 1.5",
+    }  # fmt: skip
+    assert all(each.figures == {} for each in results)
+    claims.write_report("compatibility", results, options)
+    page = (tmp_path / "report" / "claims_compatibility.md").read_text()
+    assert "distances of sets: none" in page
+    assert "fidelity over the first 2" in page
+    assert "| setting | plain PSNR dB | skip PSNR dB | long skips are closer in |" in page
+    assert "lowest KD" not in page
+
+
+@pytest.mark.parametrize("name", ["images", "compatibility", "limits"])
+def test_published_tables_are_those_of_the_results(claims: ModuleType, name: str, tmp_path: Path) -> None:
+    """The command of docs/evidence.md writes them again, from results that came from a GPU."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    arguments = f"{name} --num-samples 2000 --steps 30 --out {folder / 'claims'} --report {tmp_path}"
+    claims.main(arguments.split())
+    for suffix in ("md", "json"):
+        made = (tmp_path / f"claims_{name}.{suffix}").read_text()
+        assert made == (folder / f"claims_{name}.{suffix}").read_text()
+
+
 def test_short_clips_are_repeated_for_a_network_of_clips(claims: ModuleType, tmp_path: Path) -> None:
     seen = []
 
@@ -173,7 +206,7 @@ def result(claims: ModuleType, model: str, pair: int, cache: str, kd: float, com
     )
 
 
-def test_losses_are_pair_by_pair_and_the_best_row_saves_enough(claims: ModuleType) -> None:
+def test_losses_are_pair_by_pair_and_the_best_row_saves_enough(claims: ModuleType, claims_report: ModuleType) -> None:
     rows = [
         *(result(claims, "plain", number, "none", 1.0 + number) for number in (0, 1)),
         *(result(claims, "skip", number, "none", 2.0) for number in (0, 1)),
@@ -181,19 +214,19 @@ def test_losses_are_pair_by_pair_and_the_best_row_saves_enough(claims: ModuleTyp
         result(claims, "skip", 0, "fora:N2", 2.5, 1.6),
         result(claims, "skip", 1, "fora:N2", 4.5, 1.6),
     ]
-    (lost,) = claims.lost(rows)
+    (lost,) = claims_report.lost(rows)
     assert lost["plain loses"] == "1.5000 ± 0.7071"  # 2 and 1
     assert lost["skip loses"] == "1.5000 ± 1.4142"  # 0.5 and 2.5
     assert lost["long skips lose less in"] == "1 of 2"
     assert (lost["plain PSNR dB"], lost["long skips are closer in"]) == ("27.00 ± 0.00", "1 of 2")
     refused = [("plain", 0), ("skip", 1)]  # of other pairs, which tell nothing together
-    assert claims.lost([each for each in rows if (each.model, each.pair) not in refused]) == []
-    best = {row["compute at least"]: row for row in claims.best(rows)}
+    assert claims_report.lost([each for each in rows if (each.model, each.pair) not in refused]) == []
+    best = {row["compute at least"]: row for row in claims_report.best(rows)}
     assert best["1.5x"]["skip, best cache"] == "3.5000 ± 1.4142 (fora:N2)"
     assert best["2x"]["skip, best cache"] == ""
     # an adaptive cache saves enough in one pair only
     rows += [result(claims, "skip", 0, "fbcache:0.1", 0.1, 1.7), result(claims, "skip", 1, "fbcache:0.1", 3.0, 1.1)]
-    best = {row["compute at least"]: row for row in claims.best(rows)}
+    best = {row["compute at least"]: row for row in claims_report.best(rows)}
     assert best["1.5x"]["skip, best cache"] == "3.5000 ± 1.4142 (fora:N2)"
 
 

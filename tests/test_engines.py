@@ -98,7 +98,7 @@ def test_sglang_serves_its_diffusers_pipelines_with_the_cache(monkeypatch: pytes
 
 @pytest.mark.usefixtures("engines")
 @pytest.mark.parametrize("value", [None, "", "none"])
-def test_without_being_asked_they_change_nothing(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_without_the_variable_engines_are_unchanged(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     monkeypatch.delenv(VARIABLE, raising=False) if value is None else monkeypatch.setenv(VARIABLE, value)
     before = Adapter.load_weights, Server._apply_cache_dit
     for plugin in PLUGINS.values():
@@ -110,7 +110,7 @@ def test_without_being_asked_they_change_nothing(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("group", PLUGINS)
-def test_a_wrong_spec_is_told_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, group: str) -> None:
+def test_a_wrong_spec_is_refused_before_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch, group: str) -> None:
     monkeypatch.setenv(VARIABLE, "fast:2")
     with pytest.raises(ValueError, match="cache method must be one of"):
         PLUGINS[group].register()

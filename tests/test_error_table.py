@@ -190,6 +190,6 @@ def test_a_pipeline_runs_what_was_planned(tmp_path: Path) -> None:
     ({"errors": fields_of(table_of(waves)) | {"reuse_cost": 1.0}}, "below 1"),
     ({"errors": fields_of(table_of(waves)) | {"more": 1}}, "more"),
 ])  # fmt: skip
-def test_wrong_errors_are_told(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
+def test_wrong_error_tables_are_refused(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         load_schedule(write(tmp_path, **changes))

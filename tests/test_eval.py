@@ -22,10 +22,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio
+from tiny import read_video
 
 from skipdit.cli import main
 from skipdit.data.arrays import map_npz, read_statistics, write_npz
-from skipdit.data.videos import read_video, write_mp4
+from skipdit.data.videos import write_mp4
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.items import digest_items, join_digests, open_items
 from skipdit.evaluation.measure import make_batches
@@ -215,7 +216,7 @@ def test_no_file_but_statistics_is_replaced(folder: Path, tmp_path: Path, capsys
     command = [folder / "set.npz", "--reference", folder / "real.npz", *FAST, "--metrics", "fd", "--save-reference"]
     for path in (weights, junk, link):
         line = refused(*command, path, out=tmp_path / "no", capsys=capsys)
-        assert "is there, and holds no statistics of a set" in line
+        assert "exists and holds no statistics of a set" in line
     assert weights.read_bytes() == before
     assert junk.read_bytes() == b"notes of somebody"
     line = refused(
@@ -295,7 +296,7 @@ def test_what_is_no_set_is_refused_in_one_line(name: str, tmp_path: Path, capsys
     assert "called" not in line
 
 
-def test_a_compressed_set_says_how_to_write_it(tmp_path: Path) -> None:
+def test_the_error_for_a_compressed_set_names_the_format(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "set.npz", pictures_of(0))
     with pytest.raises(ValueError, match=r"its arrays are compressed: write it with numpy\.savez"):
         map_npz(tmp_path / "set.npz")
@@ -327,7 +328,7 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     )
     assert "i3d" in asked(npz_file, "--reference", "emoji", "--extractor", "vgg")
     assert "there are no pictures or clips in" in asked(tmp_path, "--reference", "emoji")
-    assert "is not there: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
+    assert "does not exist: give an .npz" in asked(tmp_path / "none", "--reference", "emoji")
     assert "at least 1" in asked(npz_file, "--reference", "emoji", "--num-samples", "0")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from asked import Asked
+from device_waits import DeviceWaits
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from safetensors.torch import load_file, save_file
 from tiny import TINY_FAMILIES, tiny_pipeline
@@ -245,10 +245,10 @@ def test_what_waits_is_counted() -> None:
         lambda: bool(tensor[1]), lambda: torch.equal(tensor, tensor), lambda: tensor[tensor > 1],
     ]  # fmt: skip
     for number, question in enumerate(questions):
-        with Asked() as asked:
+        with DeviceWaits() as asked:
             question()
         assert asked.counts.total() >= 1, number
-    with Asked() as asked:
+    with DeviceWaits() as asked:
         torch.where(tensor > 1, tensor, -tensor).sum().add_(tensor[:2].amax())
     assert asked.counts.total() == 0
 
@@ -256,7 +256,7 @@ def test_what_waits_is_counted() -> None:
 SIZES = (2, 6)  # of a run whose questions are counted
 
 
-def asks(name: str, spec: str | None) -> tuple[Asked, CacheSummary | None]:
+def asks(name: str, spec: str | None) -> tuple[DeviceWaits, CacheSummary | None]:
     """A run of a pipeline, under a cache or none."""
     if name == "ours":
         pipeline: Any = tiny_pipeline()
@@ -273,7 +273,7 @@ def asks(name: str, spec: str | None) -> tuple[Asked, CacheSummary | None]:
     pipeline.set_progress_bar_config(disable=True)
     if spec is not None:
         enable_cache(pipeline, spec)
-    with Asked() as mode:
+    with DeviceWaits() as mode:
         run()
     return mode, None if spec is None else cache_summary(pipeline)
 
@@ -324,9 +324,9 @@ def test_on_a_bare_model_a_step_waits_once(name: str) -> None:
     family, kept = TINY_FAMILIES[name], TINY_FAMILIES[name].arguments()
     model = family.build()
 
-    def step(timestep: float, *, anew: bool = False) -> Asked:
+    def step(timestep: float, *, anew: bool = False) -> DeviceWaits:
         arguments = family.arguments(timestep) if anew else kept | {"timestep": family.arguments(timestep)["timestep"]}
-        with torch.no_grad(), Asked() as mode:
+        with torch.no_grad(), DeviceWaits() as mode:
             model(**arguments, return_dict=False)
         return mode
 

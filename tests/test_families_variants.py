@@ -12,6 +12,7 @@ from typing import Any
 import diffusers as diffusers_package
 import pytest
 import torch
+from device_waits import DeviceWaits
 from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
@@ -20,7 +21,7 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenois
 from diffusers.modular_pipelines.z_image.modular_blocks_z_image import ZImageCoreDenoiseStep
 from families import EXPECTED_WARNINGS, TINY
 from families.table import randomize
-from test_families_pipelines import Asked, karras, noise
+from test_families_pipelines import karras, noise
 from torch import Tensor, nn
 
 from skipdit.cache.enable import TRANSFORMERS, cache_summary, disable_cache, enable_cache
@@ -413,7 +414,6 @@ VARIANTS: dict[str, Variant] = {
         ),
         calls="cu" * 6,
         level=from_one,
-        reads=True,  # its guidance scale is a new tensor at each step
     ),
     "Flux Control": Variant(
         make=lambda: flux(diffusers.FluxControlPipeline, in_channels=8, control_image=image()),
@@ -538,7 +538,7 @@ def test_a_pipeline(name: str) -> None:
     pipeline, options = variant.make()
     pipeline.set_progress_bar_config(disable=True)
     classes = [type(module) for model in transformers_of(pipeline) for module in model.modules()]
-    with watched(pipeline, variant.level), Asked() as unasked:
+    with watched(pipeline, variant.level), DeviceWaits() as unasked:
         plain = sample(pipeline, options)
     assert plain.isfinite().all()
 
@@ -550,7 +550,7 @@ def test_a_pipeline(name: str) -> None:
     for interval, start, stop in ((2, 1000, 0), (3, variant.start, 100)):
         schedule = IntervalSchedule(interval=interval, start_timestep=start, stop_timestep=stop)
         enable_cache(pipeline, f"delta:N{interval}-{start}-{stop}")
-        with watched(pipeline, variant.level) as seen, Asked() as asked:
+        with watched(pipeline, variant.level) as seen, DeviceWaits() as asked:
             cached = sample(pipeline, options)
         assert seen.decisions == variant.expected(seen.levels, schedule), (interval, seen.levels)
         summary = cache_summary(pipeline)

@@ -124,7 +124,7 @@ def test_what_is_not_weights_of_inception_is_refused(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "weights.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"weights\.pth is not the weights of Inception for FID: ") as refused:
+    with pytest.raises(ValueError, match=r"weights\.pth does not hold the weights of Inception for FID: ") as refused:
         open_extractor(f"inception={tmp_path / 'weights.pth'}")
     assert "\n" not in str(refused.value)
     assert capsys.readouterr().out == ""
@@ -198,9 +198,52 @@ def test_missing_and_unknown_extractors_are_named(monkeypatch: pytest.MonkeyPatc
         open_extractor("lite0")
     with pytest.raises(ValueError, match="the extractor must be one of lite0, inception, i3d, got 'vgg'"):
         open_extractor("vgg")
-    for name in ("lite0", "i3d"):
-        with pytest.raises(ValueError, match=f"{name} has the weights of its package, got x.pth"):
-            EXTRACTORS[name](Path("x.pth"))
+
+
+@with_lite0
+@with_i3d
+@pytest.mark.parametrize(("name", "find"), [("lite0", perceptual.find_weights), ("i3d", i3d.find_i3d_weights)])
+def test_weights_may_be_a_file(name: str, find: Callable[[], Path], tmp_path: Path, monkeypatch: Any) -> None:
+    """Also where the package is not installed, and of numpy 2."""
+    (tmp_path / "weights").write_bytes(find().read_bytes())
+    items = torch.randint(256, (1, 9, 32, 32, 3), dtype=torch.uint8)
+    package = open_extractor(name, size=32)
+    monkeypatch.setattr(i3d, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(perceptual, "WEIGHTS_PACKAGE", "no_such_package")
+    extractor = open_extractor(f"{name}={tmp_path / 'weights'}", size=32)
+    assert extractor.digest == package.digest
+    assert extractor(items, CPU).pooled.equal(package(items, CPU).pooled)
+    if name == "lite0":
+        weights = torch.load(tmp_path / "weights", weights_only=True)
+        torch.save({key: each.half().float() for key, each in weights.items()}, tmp_path / "rounded")
+    else:
+        content = i3d.read_arrays(tmp_path / "weights")
+        bias = content["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]["bias"]
+        content["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]["bias"] = np.float32(np.float16(bias))
+        (tmp_path / "rounded").write_bytes(pickle.dumps(content))
+    rounded = open_extractor(f"{name}={tmp_path / 'rounded'}", size=32)
+    assert rounded.digest != extractor.digest
+    found, expected = (each(items, CPU).pooled for each in (rounded, extractor))
+    assert not found.equal(expected)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("lite0", b"", "does not hold the weights of EfficientNet-Lite0: "),
+        ("lite0", pickle.dumps(Hostile()), "does not hold the weights of EfficientNet-Lite0: "),
+        ("i3d", pickle.dumps({"params": {}, "batch_stats": {}}), "does not hold the weights of I3D: 'Conv3d_1a_7x7'"),
+        ("i3d", pickle.dumps(Hostile()), "loading it would call builtins.print"),
+    ],
+)
+def test_a_file_of_anything_but_weights_is_refused(
+    name: str, content: bytes, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pth .*" + reason):
+        EXTRACTORS[name](tmp_path / "x.pth")
+    assert capsys.readouterr().out == ""
 
 
 def test_weights_of_i3d_are_those_that_were_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -363,14 +406,16 @@ def test_lpips_is_that_of_torchmetrics(alexnet: Path, monkeypatch: pytest.Monkey
     assert metric.function(first, first).tolist() == [0, 0, 0]
 
 
-def test_lpips_says_what_it_needs(alexnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_without_lpips_weights_names_the_file(
+    alexnet: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "none"))
     with pytest.raises(ValueError, match=f"give --lpips PATH of torchvision's {ALEXNET_FILE}"):
         load_lpips(None)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert load_lpips(None).title == "LPIPS"
     (tmp_path / "other.pth").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(ValueError, match=r"other\.pth is not the weights of torchvision's AlexNet"):
+    with pytest.raises(ValueError, match=r"other\.pth does not hold the weights of torchvision's AlexNet"):
         load_lpips(tmp_path / "other.pth")
 
 
@@ -386,7 +431,7 @@ def test_scores_of_texts_are_cosines() -> None:
     pictures[:2, 0], pictures[2:, 2], pictures[1, 2] = 1, 1, 1
     scores = clip_scores(pictures, ["red", "red", "blue", "no blue"], encoders)
     assert scores.tolist() == pytest.approx([100, 100 / 2**0.5, 100, 0], abs=1e-3)
-    with pytest.raises(ValueError, match="a text is needed per picture, got 1 and 4"):
+    with pytest.raises(ValueError, match="each picture needs one text, got 1 texts for 4 pictures"):
         clip_scores(pictures, ["red"], encoders)
 
 

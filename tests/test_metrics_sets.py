@@ -247,7 +247,7 @@ def test_statistics_grow_batch_by_batch(pair: tuple[Tensor, Tensor]) -> None:
     assert found.scores == pytest.approx([part.score() for part in parts])
 
 
-def test_features_are_kept_of_both_halves_alike(monkeypatch: pytest.MonkeyPatch, pair: tuple[Tensor, Tensor]) -> None:
+def test_features_of_both_halves_are_kept(monkeypatch: pytest.MonkeyPatch, pair: tuple[Tensor, Tensor]) -> None:
     monkeypatch.setattr("skipdit.metrics.statistics.MAX_FEATURES", 20)
     found = collected(pair[0], 7).statistics()
     assert found.features is not None

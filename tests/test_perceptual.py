@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from skipdit.metrics import perceptual
 from skipdit.metrics.perceptual import FeatureNetwork, layer_distance, load_feature_network, perceptual_distance
+from skipdit.metrics.table import lpips_like
 
 NUM_PICTURES = 6
 INSTALLED = perceptual.find_weights() is not None
@@ -116,6 +117,14 @@ def test_pictures_may_have_any_size(size: tuple[int, int]) -> None:
     assert [each.shape[-2:] for each in features] == [
         tuple(-(-side // 2**halvings) for side in size) for halvings in range(1, 6)
     ]
+
+
+@with_weights
+def test_the_network_is_where_the_pictures_are() -> None:
+    """A tensor without data stands in for one on another device: the network was on the CPU whatever the pictures."""
+    pictures = torch.rand(2, 3, 32, 32)
+    assert lpips_like(*(each.to("meta") for each in (pictures, pictures))).device.type == "meta"
+    assert lpips_like(pictures, pictures).tolist() == [0, 0]
 
 
 def test_other_weights_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

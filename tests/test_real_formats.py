@@ -2,9 +2,11 @@
 layouts."""
 
 import argparse
+import importlib.util
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,10 @@ from published import (
     sd_vae,
     t5_encoder,
     t5_tokenizer,
+    wan_t2v,
     write,
 )
+from safetensors.torch import load_file, save_file
 from tiny import listing
 
 import skipdit
@@ -39,7 +43,6 @@ from skipdit.command_options import PipelineOptions
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
-from skipdit.tasks import published as published_tasks
 from skipdit.tasks.published import open_published
 
 SMALL: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "in_channels": 4}
@@ -198,6 +201,36 @@ def test_a_pipeline_of_diffusers_is_calibrated_and_gives_sets(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_set_goes_on_with_the_weights_of_all_its_parts_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Wan 2.2, whose second transformer makes the low noise levels: other weights of it, or of the text encoder,
+    made the rest of a set."""
+    wan_t2v(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree("model/transformer", "model/transformer_2")
+    index = json.loads(Path("model", "model_index.json").read_text())
+    index |= {"transformer_2": index["transformer"], "boundary_ratio": 0.875}
+    write(Path("model", "model_index.json"), index)
+    command = [
+        "sample", "--model", "model", "--prompt", "a cat", "--steps", "2", "--num-frames", "5", *SIZE, "--cache",
+        "none", "--npz", "--num-samples", "1", "--device", "cpu", "--out", "set",
+    ]  # fmt: skip
+    main(command)
+    for part in ("transformer_2", "text_encoder"):
+        path = sorted(Path("model", part).glob("*.safetensors"))[0]
+        whole, tensors = path.read_bytes(), load_file(path)
+        name = next(iter(tensors))
+        save_file(tensors | {name: tensors[name] + 1}, path, metadata={"format": "pt"})
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "set holds samples of other settings (model): give another --out" in capsys.readouterr().err
+        path.write_bytes(whole)
+    main(command)
+    assert "holds these samples already" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_sampled_is_said_in_one_line(
     made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -245,6 +278,10 @@ def test_what_cannot_be_sampled_is_said_in_one_line(
             "height is for a pipeline of diffusers, which DiT-XL-2-skip",
         ),
         (["--model", "nowhere", "--height", "64"], "no model at nowhere: give "),
+        (
+            ["--model", "black-forest-labs/FLUX.1-dev"],
+            "; nothing is downloaded: hf download black-forest-labs/FLUX.1-dev --local-dir FLUX.1-dev",
+        ),
         (["--height", "64"], "height is for a pipeline of diffusers, which emoji is not"),
     ):
         with pytest.raises(SystemExit) as exit:
@@ -297,7 +334,10 @@ def test_a_missing_extra_is_named(
 ) -> None:
     """Without transformers a stand-in of diffusers has the name of the class, which then was called unknown."""
     made("FLUX.1-dev", tmp_path)
-    monkeypatch.setattr(published_tasks, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name, *rest)
+    )
     monkeypatch.setattr(diffusers, "FluxPipeline", type("FluxPipeline", (), {}))
     with pytest.raises(ValueError, match=r'of a FluxPipeline needs transformers: pip install "skipdit\[pipelines\]"'):
         load_source(str(tmp_path / "FLUX.1-dev"))

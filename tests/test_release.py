@@ -88,7 +88,7 @@ def test_the_extra_of_tests_brings_what_they_import(project: dict[str, Any]) -> 
         name: {re.split(r"[=<>\[]", each)[0] for each in packages}
         for name, packages in project["optional-dependencies"].items()
     }
-    for name in ("text", "plots", "pipelines", "docs", "tensorboard"):
+    for name in ("text", "plots", "pipelines", "docs", "metrics", "tensorboard", "app"):
         assert extras[name] <= extras["test"], name
 
 

@@ -202,7 +202,7 @@ def test_settings_differ_and_name_themselves(ours: ClassToImagePipeline) -> None
     assert tuple(COMPILED) == benchmark_config.RIVALS
 
 
-def test_an_installation_without_them_leaves_them_out_and_says_so(
+def test_an_installation_without_rivals_leaves_them_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("skipdit.benchmark.checkout.__file__", str(tmp_path / "a" / "b" / "c" / "checkout.py"))

@@ -192,7 +192,7 @@ def _sample_and_exit(config: SampleConfig, log: Path) -> None:
     os._exit(0)
 
 
-def test_killed_it_goes_on_and_makes_the_same(config: SampleConfig, tmp_path: Path) -> None:
+def test_a_killed_run_continues_with_equal_samples(config: SampleConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, batch_size=2, num_inference_steps=12, png=True)
     blocks = tmp_path / "killed" / "blocks"
     killed = dataclasses.replace(config, out=tmp_path / "killed")
@@ -216,7 +216,7 @@ def test_killed_it_goes_on_and_makes_the_same(config: SampleConfig, tmp_path: Pa
     assert listing(killed.out / "samples") == listing(config.out / "samples")
 
 
-def test_stopped_it_says_what_is_there(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_reports_the_complete_samples(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     make = skipdit.sampling.sets.BlockMaker.make
 
     def stops(maker: Any, number: int, writer: Any) -> Any:
@@ -227,7 +227,7 @@ def test_stopped_it_says_what_is_there(config: SampleConfig, monkeypatch: pytest
     monkeypatch.setattr(skipdit.sampling.sets.BlockMaker, "make", stops)
     with pytest.raises(KeyboardInterrupt) as stopped:
         sample_set(config)
-    assert "16 samples are there; the same command goes on with them" in stopped.value.__notes__
+    assert "16 samples are complete; the same command continues with them" in stopped.value.__notes__
     monkeypatch.undo()
     assert made(config)[0].num_made == 50 - 16
 
@@ -287,7 +287,7 @@ def test_blocks_of_another_set_are_not_believed(
     assert np.array_equal(arrays["arr_0"], made(config, num_samples=16, out=tmp_path / "new")[1]["arr_0"])
 
 
-def test_a_mistake_leaves_no_settings_to_be_kept(config: SampleConfig) -> None:
+def test_a_mistake_leaves_no_settings(config: SampleConfig) -> None:
     with pytest.raises(ValueError, match="guidance_channels must be between 1 and 3, got 4"):
         sample_set(dataclasses.replace(config, guidance_channels=4))
     made(config, num_samples=3)
@@ -308,7 +308,7 @@ def test_files_of_others_stay(config: SampleConfig, name: str) -> None:
     assert not (config.out / "blocks" / "block-0000000").exists()
 
 
-def test_files_of_others_go_where_that_is_asked_for(config: SampleConfig) -> None:
+def test_foreign_files_are_overwritten_only_on_request(config: SampleConfig) -> None:
     for name in ("samples.npz", "samples/0000001.png", "samples/mine.txt"):
         (config.out / name).parent.mkdir(parents=True, exist_ok=True)
         (config.out / name).write_text("mine")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_families_pipelines import CASES, Asked, sample
+from device_waits import DeviceWaits
+from test_families_pipelines import CASES, sample
 from tiny import TINY_FAMILIES, flops_of, listing, randomize, tiny_dit, tiny_latte
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -257,7 +258,7 @@ def test_nothing_in_the_loop_waits_for_the_device(kind: str) -> None:
     for guidance, spec in (("full", None), ("shallow", None), ("shallow", "N2"), ("shallow", "auto")):
         if spec is not None:
             enable_cache(pipeline, spec)
-        with Asked() as asked:
+        with DeviceWaits() as asked:
             run(pipeline, guidance)
         counts.append(asked)
     plain, shallow, *cached = counts
@@ -403,11 +404,11 @@ def test_a_pipeline_of_diffusers_splits_its_guidance(name: str, batch: int) -> N
 
     pipeline.register_modules(transformer=model)
     full_flops = flops_of(lambda: sample(pipeline, case, batch, 4))
-    with Asked() as unasked:
+    with DeviceWaits() as unasked:
         sample(pipeline, case, batch, 4)
     enable_cache(pipeline, "N2")
     pipeline.register_modules(transformer=SplitGuidance(model, plan))
-    with Asked() as asked:
+    with DeviceWaits() as asked:
         cached = sample(pipeline, case, batch, 4)
     assert asked.more_than(unasked) == {"tolist": 1}
     summary = cache_summary(model)

@@ -22,7 +22,7 @@ from skipdit.cli import main
 from skipdit.data.clips import ClipConfig
 from skipdit.data.pictures import DataConfig, Draws
 from skipdit.data.videos import write_gif
-from skipdit.diffusion import Objective
+from skipdit.diffusion import Objective, make_scheduler
 from skipdit.loading import load_source
 from skipdit.models.dit import DiT
 from skipdit.models.latte import Latte
@@ -31,7 +31,7 @@ from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.class_to_video import VideoModelConfig
 from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.tasks.text_to_video import TextToVideoModelConfig
-from skipdit.tasks.training import TrainingTask, make_task_scheduler, open_items
+from skipdit.tasks.training import TrainingTask, open_items
 from skipdit.text import MAX_LENGTH, find_weights, load_encoder
 from skipdit.training import (
     TokenRoutingConfig,
@@ -299,7 +299,7 @@ def test_the_finished_folder_loads_and_samples(task: str, trained: Callable[[str
 @pytest.mark.parametrize("task", TEXTS)
 def test_what_is_said_reaches_the_text_models(task: str, data: Path) -> None:
     trainee = build(make_config(task, data))
-    sampler = trainee.sampler(trainee.model, make_task_scheduler(FLOW))
+    sampler = trainee.sampler(trainee.model, make_scheduler(FLOW))
     sampler.pipeline.set_progress_bar_config(disable=True)
     options = {"guidance_scale": 2.0, "num_inference_steps": 2}
     first, second = (
@@ -317,7 +317,7 @@ def test_what_is_said_reaches_the_text_models(task: str, data: Path) -> None:
 def test_sampling_calls_the_model_as_training_does(task: str, guidance_scale: float, data: Path) -> None:
     """A loop of `predict`, which training calls, ends where the pipeline does; float32."""
     trainee = build(make_config(task, data))
-    sampler = trainee.sampler(trainee.model, make_task_scheduler(FLOW))
+    sampler = trainee.sampler(trainee.model, make_scheduler(FLOW))
     sampler.pipeline.set_progress_bar_config(disable=True)
     items = trainee.items
     numbers = [0, 5, 11] if task in TEXTS else [0, 1, 2]
@@ -336,7 +336,7 @@ def test_sampling_calls_the_model_as_training_does(task: str, guidance_scale: fl
         trainee.draw_conditions(torch.tensor(numbers), share, Draws(torch.Generator(), len(numbers)))
         for share in (0.0, 1.0)
     )
-    scheduler: Any = make_task_scheduler(FLOW)
+    scheduler: Any = make_scheduler(FLOW)
     scheduler.set_timesteps(4)
     with torch.no_grad():
         for timestep in scheduler.timesteps:

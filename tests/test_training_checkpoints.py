@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from training_runs import assert_same_run, checkpoint_names, make_config, make_data, names, read_log, tensors_of
 
 import skipdit.training.loop
+from skipdit.checkpoints import load_model
 from skipdit.data.pictures import DataConfig
 from skipdit.diffusion import Objective
 from skipdit.files.output import MARKER, atomic_folder, read_marker
 from skipdit.files.processes import locked
 from skipdit.files.untrusted import file_digest
+from skipdit.loading import load_source
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.recipes import RECIPES
 from skipdit.tasks.class_to_image import ModelConfig
@@ -265,6 +267,37 @@ def test_where_no_checkpoint_fits_it_is_said(run: tuple[TrainConfig, Path]) -> N
     with pytest.raises(ValueError, match=r"0006 cannot be used .*; checkpoint-0000003 cannot be used .*--no-resume"):
         train(config, out, device="cpu")
     assert checkpoint_names(out) == ["checkpoint-0000003", "checkpoint-0000006"]
+
+
+@pytest.mark.parametrize("name", ["cut", "files of another", "no state", "step", "config null", "null", "nested"])
+def test_a_model_is_read_from_the_one_before_too(
+    name: str, run: tuple[TrainConfig, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The newest was an error if its weights were damaged, and passed over in silence if it had no state."""
+    out = run[1]
+    shutil.rmtree(out / "pipeline")  # as of a run that was stopped
+    expected, newest = load_model(out / "checkpoint-0000003").state_dict(), load_model(out).state_dict()
+    assert any(not torch.equal(newest[key], tensor) for key, tensor in expected.items())
+    assert not caplog.records
+    DAMAGES[name][0](out / "checkpoint-0000006")
+    for model in (load_model(out), load_source(str(out), device="cpu").sampler.pipeline.transformer):
+        assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in expected.items())
+    first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert first == second
+    assert first.startswith(f"{out}/checkpoint-0000006 cannot be used (")
+    assert ("state.json" if name not in ("cut", "files of another") else "ema.safetensors") in first
+    assert first.endswith(": taking checkpoint-0000003")
+
+
+def test_where_no_checkpoint_can_be_read_it_is_said(run: tuple[TrainConfig, Path]) -> None:
+    out = run[1]
+    shutil.rmtree(out / "pipeline")
+    for path in list_checkpoints(out):
+        cut(path)
+    with pytest.raises(ValueError, match=r"0006 cannot be used .*; .*0003 cannot be used .*: give another checkpoint"):
+        load_source(str(out), device="cpu")
+    with pytest.raises(ValueError, match=r"0003/ema\.safetensors has changed since its run wrote it$"):
+        load_model(out / "checkpoint-0000003")  # no other one than was asked for
 
 
 def test_a_damaged_later_checkpoint_does_not_drive_out_new_ones(run: tuple[TrainConfig, Path]) -> None:

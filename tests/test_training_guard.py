@@ -18,7 +18,7 @@ import skipdit.training.loop
 from skipdit.tasks.training import open_items
 from skipdit.training import TrainConfig, learning_rate_at, list_checkpoints, train
 from skipdit.training.devices import start_processes
-from skipdit.training.guard import WINDOW, GradientGuard, leave_out
+from skipdit.training.guard import WINDOW, GradientGuard, skip_if_any
 from skipdit.training.loader import items_of_step, load_batches
 
 CPU = torch.device("cpu")
@@ -41,19 +41,19 @@ def test_a_step_that_is_left_out_changes_nothing_and_the_next_is_as_if_it_had_no
         weight = nn.Parameter(torch.ones(4))
         optimizer, guard = make_optimizer(weight), GradientGuard(3.0, CPU)
         for norm in norms:
-            leave_out(optimizer, [guard.update(torch.tensor(norm))])
+            skip_if_any(optimizer, [guard.update(torch.tensor(norm))])
         seen = []
         for i, gradient in enumerate(gradients):
             if spiked and i in (0, 3):
                 weight.grad = torch.full((4,), 1e6)
-                leave_out(optimizer, [guard.update(torch.tensor(2e6))])
+                skip_if_any(optimizer, [guard.update(torch.tensor(2e6))])
                 optimizer.step()
                 assert torch.equal(weight, seen[-1] if seen else torch.ones(4))
             weight.grad = gradient.clone()
-            leave_out(optimizer, [guard.update(torch.tensor(1.0))])
+            skip_if_any(optimizer, [guard.update(torch.tensor(1.0))])
             optimizer.step()
             seen.append(weight.detach().clone())
-        runs.append((seen, optimizer.state_dict()["state"][0], guard.left_out.item()))
+        runs.append((seen, optimizer.state_dict()["state"][0], guard.num_skipped.item()))
     assert all(torch.equal(*pair) for pair in zip(runs[0][0], runs[1][0], strict=True))
     for key in ("step", "exp_avg", "exp_avg_sq"):
         assert torch.equal(runs[0][1][key], runs[1][1][key]), key
@@ -70,14 +70,14 @@ def test_the_limit_follows_the_median_of_the_window() -> None:
         expected += norm > 1.7 * window[WINDOW // 2]
         guard.update(torch.tensor(norm))
         if i <= WINDOW // 2:
-            assert guard.left_out == 0
-    assert guard.left_out == expected > 10
+            assert guard.num_skipped == 0
+    assert guard.num_skipped == expected > 10
     upper = sorted(norms[-WINDOW:])[WINDOW // 2]
     assert upper == pytest.approx(statistics.median_high(norms[-WINDOW:]))
     again = GradientGuard(1.7, CPU)
-    again.take(json.loads(json.dumps(guard.state())))
+    again.restore(json.loads(json.dumps(guard.state())))
     assert torch.equal(again.norms, guard.norms)
-    assert torch.equal(again.left_out, guard.left_out)
+    assert torch.equal(again.num_skipped, guard.num_skipped)
 
 
 def spiky(monkeypatch: pytest.MonkeyPatch, every: int) -> None:

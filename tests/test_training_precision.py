@@ -117,7 +117,7 @@ def test_a_guard_does_not_take_in_what_is_not_finite() -> None:
         assert guard.update(torch.tensor(norm)) == 0
         assert torch.equal(guard.norms, seen)
     assert guard.update(torch.tensor(3.0)) == 1
-    assert guard.left_out == 1
+    assert guard.num_skipped == 1
 
 
 def test_a_scale_of_others_is_not_taken(config: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,7 +135,7 @@ def test_a_scale_of_others_is_not_taken(config: TrainConfig, tmp_path: Path, cap
 
 def test_the_state_of_a_scale_is_taken_whole() -> None:
     scale, other = LossScale(CPU), LossScale(CPU)
-    scale.take({"scale": 12.0, "good_steps": 7, "overflows": 3})
+    scale.restore({"scale": 12.0, "good_steps": 7, "overflows": 3})
     assert scale.state() == {"scale": 12.0, "good_steps": 7, "overflows": 3}
     assert (scale.value.item(), other.value.item()) == (12.0, 2.0**16)
 

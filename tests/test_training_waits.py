@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from asked import Asked
+from device_waits import DeviceWaits
 from diffusers.training_utils import EMAModel
 from test_tasks import EVERY_TASK, make_config
 from test_tasks import make_data as make_task_data
@@ -70,9 +70,9 @@ def test_a_step_asks_the_device_for_nothing(
     assert set(kinds_of(run, config)) == KINDS
     with load_batches(run.task.data, config, run.accelerator, 0) as batches:
         run.step(batches, 0, 1e-3)
-        with Asked() as kinds:
+        with DeviceWaits() as kinds:
             kinds_of(run, config)
-        with Asked() as asked:
+        with DeviceWaits() as asked:
             for step in range(NUM_STEPS):
                 run.step(batches, step, 1e-3, norms_of_units=True)
     assert 0 < kinds.counts.total() <= NUM_STEPS

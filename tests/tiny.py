@@ -13,8 +13,7 @@ from diffusers.models.embeddings import get_2d_rotary_pos_embed
 from torch import Tensor, nn
 
 from skipdit.cache.enable import cache_summary
-from skipdit.data import videos
-from skipdit.data.videos import FrameChoice, frames_of
+from skipdit.data.videos import FrameChoice, frames_of, frames_of_file
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import MARKER
 from skipdit.models.costs import flop_counter
@@ -66,9 +65,9 @@ def read_video(
     video: Path | bytes, num_frames: int, interval: int = 1, start: int = 0, fps: float | None = None, name: str = ""
 ) -> np.ndarray:
     """The frames (f h w 3) of a file, or of its content under a name."""
-    if isinstance(video, Path):
-        return videos.read_video(video, num_frames, interval, start, fps)
     choice = FrameChoice(num_frames=num_frames, interval=interval, fps=fps)
+    if isinstance(video, Path):
+        return np.stack(list(frames_of_file(video, choice, start)))
     return np.stack(list(frames_of(io.BytesIO(video), name, choice, start)))
 
 

@@ -1,4 +1,4 @@
-"""What `skipdit ema` does: a pipeline with averaged weights of another length than a run released."""
+"""`skipdit ema`: writes a pipeline whose weights are averaged over another length than those of a run."""
 
 from pathlib import Path
 
@@ -9,11 +9,10 @@ from skipdit.training.posthoc_ema import Combination, reconstruct
 
 
 def write_average(run: Path, length: float, out: Path, step: int | None = None) -> Combination:
-    """Write the pipeline of a run, in float32, into the folder `out`; `OSError` or `ValueError` where the run has no
-    such average.
+    """Write the pipeline of a run with averaged weights, in float32, into the folder `out`.
 
-    length: standard deviation of the average's weights over time, as a share of the steps up to `step`, that of a
-    snapshot, by default the last.
+    length: standard deviation of the averaging weights over time, as a share of the steps up to `step`. step: that of a
+    snapshot, by default the last. Raises `OSError` or `ValueError` if the run does not have such an average.
     """
     out = absolute(out)
     check_apart(out, [run])

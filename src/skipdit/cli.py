@@ -20,17 +20,8 @@ from skipdit.commands.train import train
 from skipdit.options import choose
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "sample": sample,
-    "train": train,
-    "ema": ema,
-    "latents": latents,
-    "convert": convert,
-    "analyze": analyze,
-    "calibrate": calibrate,
-    "eval": eval,
-    "bench": bench,
-    "info": info,
-    "app": app,
+    command.__name__: command
+    for command in (sample, train, ema, latents, convert, analyze, calibrate, eval, bench, info, app)
 }
 
 
@@ -51,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt as stopped:
             sys.exit(terminal.say_stopped(stopped))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            told = not isinstance(error, RuntimeError) or isinstance(error, RecursionError)
-            if os.environ.get("SKIPDIT_TRACEBACK") or not (told or terminal.is_out_of_memory(error)):
+            if os.environ.get("SKIPDIT_TRACEBACK") or not terminal.is_expected(error):
                 raise
             print(f"skipdit: error: {terminal.describe(error)}", file=sys.stderr)
             sys.exit(2)

@@ -10,14 +10,17 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
 from skipdit.files.untrusted import printable
 from skipdit.options import ObjectiveName, check_fields
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +78,6 @@ class OutputOptions:
     """replace files of the same names that skipdit did not write; a warning names each"""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Parsing
-
-
 def parse(
     command: str, text: str | None, arguments: Sequence[str], config: type[Config], default: Config | None = None
 ) -> Config:
@@ -105,8 +104,12 @@ def parse(
     if not groups:
         return options
     boxes = {name: getattr(options, group) for group, names in groups.items() for name in names}
-    made: Any = config
-    return made(**{each.name: getattr(boxes.get(each.name, options), each.name) for each in fields(made)})
+    return config(**{each.name: getattr(boxes.get(each.name, options), each.name) for each in fields(config)})
+
+
+def config_of(options: object, config: type[Config]) -> Config:
+    """Return a config with the values that options have in its fields."""
+    return config(**{each.name: getattr(options, each.name) for each in fields(config)})
 
 
 def explain_fields(config: type) -> dict[str, str]:
@@ -119,9 +122,8 @@ def explain_fields(config: type) -> dict[str, str]:
         except OSError:
             continue
         (tree,) = ast.parse(textwrap.dedent(source)).body
-        assert isinstance(tree, ast.ClassDef)
-        for before, statement in itertools.pairwise(tree.body):
-            match before, statement:
+        for pair in itertools.pairwise(ast.iter_child_nodes(tree)):
+            match pair:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                     found[name] = " ".join(text.split())
     return found

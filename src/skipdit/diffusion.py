@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
@@ -277,15 +276,16 @@ def guide(
 SCHEDULERS: dict[str, tuple[str, ...]] = {"ddpm": ("ddim", "dpm", "ddpm"), "flow": ("euler", "dpm")}
 
 
-def make_scheduler(objective: Objective, name: str) -> SchedulerMixin:
-    """Return a diffusers scheduler that samples with this objective's predictions. Raises `ValueError` on an unknown
-    name.
+def make_scheduler(objective: Objective, name: str | None = None) -> SchedulerMixin:
+    """Return a diffusers scheduler that samples with this objective's predictions, by default the first one of its
+    process in `SCHEDULERS`. Raises `ValueError` on an unknown name.
 
     ddpm: `"ddpm"` (ancestral, evenly spaced from 999 to 0, with the learned variance if there is one) and `"ddim"`
     (eta 0, integer stride), both on the official DiT's timesteps; `"dpm"` (DPM-Solver++ of order 2, arXiv 2211.01095).
     flow: `"euler"` and `"dpm"`, whose timesteps diffusers rounds down to integers. Euler's method on a straight path is
     DPM-Solver++ of order 1 in data space.
     """
+    name = name or SCHEDULERS[objective.process][0]
     choose(f"scheduler of a {objective.process} model", name, SCHEDULERS[objective.process])
     betas = {
         "num_train_timesteps": NUM_TRAIN_TIMESTEPS,
@@ -311,12 +311,12 @@ def scheduler_like(own: ConfigMixin, name: str) -> SchedulerMixin:
     """Return the scheduler that `make_scheduler` makes of this name, with the betas, the shift and the spacing of
     timesteps of another scheduler of the same model. Raises `ValueError` on an unknown name, or if its config does not
     say what the model predicts."""
-    made: Any = make_scheduler(objective_of(own), name)
+    scheduler: Scheduler = make_scheduler(objective_of(own), name)
     fixed = {"solver_order", "use_flow_sigmas", "final_sigmas_type", "prediction_type"}
     fixed |= set(own.config.get("_use_default_values", ()))
-    known = inspect.signature(type(made).__init__).parameters.keys() - fixed
-    given = {key: value for key, value in own.config.items() if key in known}
-    return type(made)(**{key: value for key, value in made.config.items() if not key.startswith("_")} | given)
+    known = inspect.signature(type(scheduler).__init__).parameters.keys() - fixed
+    options = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return type(scheduler)(**options | {key: value for key, value in own.config.items() if key in known})
 
 
 def objective_of(scheduler: ConfigMixin) -> Objective:

@@ -1,4 +1,4 @@
-"""Where this runs: the device that was asked for, the machine, and the versions of what computes here."""
+"""The device, the machine, and the versions of the packages that compute."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ CPUINFO = Path("/proc/cpuinfo")  # Linux
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return a device: `"auto"` is CUDA where there is one; `ValueError` on a device that this machine lacks."""
+    """Return a device: `"auto"` is CUDA if there is a GPU; `ValueError` for a device that this machine lacks."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -35,7 +35,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_device(device: Device) -> None:
-    """Raise `ValueError` where a benchmark cannot run on this device."""
+    """Raise `ValueError` if a benchmark cannot run on this device."""
     if device not in get_args(Device):
         raise ValueError(f"device must be one of {', '.join(get_args(Device))}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -43,32 +43,32 @@ def check_device(device: Device) -> None:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Return whether the device has instructions for products in bf16."""
+    """Return True if the device has instructions for products in bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most this process has held: on the GPU where it runs there, else in main memory."""
+    """Return the peak memory of this process: on the GPU if it runs there, else in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """Return what a reader needs to judge times that were measured on this device."""
+    """Return the facts that a reader needs to judge times measured on this device."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {"device": str(device), "name": name, "threads": torch.get_num_threads(), "system": platform.platform()}
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what is computed, by name."""
+    """Return the versions of Python, skipdit, torch and diffusers, by name."""
     return {"python": platform.python_version()} | {name: version(name) for name in ("skipdit", "torch", "diffusers")}
 
 
 def describe_environment(device: Device, seed: int) -> dict[str, str]:
-    """Return what a benchmark's numbers depend on beside its config: command, machine, versions, date, seed."""
+    """Return the command, machine, versions, date and seed of a benchmark."""
     names = re.findall(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
     known = versions()
     return {
@@ -84,7 +84,7 @@ def describe_environment(device: Device, seed: int) -> dict[str, str]:
 
 @contextmanager
 def threads(num_threads: int | None) -> Iterator[None]:
-    """Let PyTorch compute with so many threads of the CPU inside the block; `None` leaves their number as it is."""
+    """Make PyTorch use this many CPU threads inside the block; `None` leaves the number as it is."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads or before)
     try:

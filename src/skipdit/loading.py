@@ -1,29 +1,31 @@
 """Open models to sample: the bundled ones, pipelines in folders, checkpoints."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.checkpoints import load_model
 from skipdit.checkpoints.parts import part_class, read_autoencoder, read_index
 from skipdit.checkpoints.runs import find_checkpoint, read_run_config
 from skipdit.command_options import PipelineOptions, WeightsOptions
-from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler, objective_of, scheduler_like
+from skipdit.diffusion import Objective, make_scheduler
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
-from skipdit.interfaces import Scheduler, Transformer
-from skipdit.models.dit import DiT
+from skipdit.interfaces import Config, Scheduler, Transformer
 from skipdit.options import DTypeName, ObjectiveName, choose
 from skipdit.tasks import TASKS, TaskName
-from skipdit.tasks.published import PublishedTask, open_published
-from skipdit.tasks.task import Chosen, Sampler, Task
+from skipdit.tasks.published import open_published
+from skipdit.tasks.task import Chosen, RunDefaults, Sampler, Task, learns_variance
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ CONVENTIONS: dict[str, Convention] = {
 }
 
 
+HUB = re.compile(r"[\w-]+/[\w.-]+", re.ASCII)  # what may be a repository on the Hugging Face Hub
 SCHEDULES = "schedules"  # folder in a pipeline's folder
 DEFAULT_SCHEDULE = "1.8x"
 MAX_SCHEDULES = 100
@@ -127,9 +130,19 @@ class Source:
             raise ValueError(f"the calibrated schedules of this model are {', '.join(self.schedules)}, got {name!r}")
         return self.schedules[name]
 
-    def choose(self, asked: Mapping[str, Sequence[str]], count: int) -> Chosen:
+    def complete(self, config: Settings) -> Settings:
+        """Return a config with the model's own number of steps and guidance scale where it leaves them out."""
+        missing = {name: value for name, value in self.run_defaults._asdict().items() if getattr(config, name) is None}
+        return dataclasses.replace(cast(Any, config), **missing)
+
+    @property
+    def run_defaults(self) -> RunDefaults:
+        """The number of steps and the guidance scale of a run of the model by default."""
+        return self.sampler.task.run_defaults(self.sampler.pipeline)
+
+    def choose(self, options: Mapping[str, Sequence[str]], count: int) -> Chosen:
         """Return the conditions of `count` samples; see `Task.choose`."""
-        return self.sampler.task.choose(self.sampler.pipeline, asked, count, self.showcase)
+        return self.sampler.task.choose(self.sampler.pipeline, options, count, self.showcase)
 
 
 def load_source(
@@ -175,7 +188,7 @@ def load_source(
     ):
         raise ValueError(f"{model} works on latents of {channels} channels: give --vae FOLDER")
     if scheduler is not None:
-        replace_scheduler(sampler, scheduler)
+        sampler.task.replace_scheduler(pipeline, scheduler)
     pipeline.to(resolve_device(device))
     return source
 
@@ -197,18 +210,6 @@ def give_autoencoder(sampler: Sampler, model: str, vae: Path, dtype: torch.dtype
     if latents != num_channels:
         raise ValueError(f"{vae} decodes latents of {latents} channels, but {model} makes {num_channels}")
     sampler.pipeline.register_modules(vae=decoder)
-
-
-def replace_scheduler(sampler: Sampler, name: str) -> None:
-    """Give a pipeline another scheduler for its objective. `ValueError` if there is none of that name."""
-    pipeline = sampler.pipeline
-    if isinstance(sampler.task, PublishedTask):
-        pipeline.scheduler = scheduler_like(pipeline.scheduler, name)
-        return
-    objective = objective_of(pipeline.scheduler)
-    is_epsilon = sampler.task.has_own_pipeline and objective.prediction_type == "epsilon"
-    learned = is_epsilon and learns_variance(pipeline.transformer)
-    pipeline.scheduler = make_scheduler(dataclasses.replace(objective, learned_variance=learned), name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,6 +234,7 @@ def _open(model: str, dtype: torch.dtype, bare: WeightsOptions, published: Pipel
     if not path.exists():
         raise FileNotFoundError(
             f"no model at {printable(model)}: give {', '.join(BUNDLED)}, a pipeline's folder or a checkpoint"
+            + (f"; nothing is downloaded: hf download {model} --local-dir {path.name}" if HUB.fullmatch(model) else "")
         )
     if path.is_dir() and (checkpoint := find_checkpoint(path)) is not None:
         bare.refuse(model)
@@ -264,11 +266,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Sampler:
 def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:
     """Open a checkpoint, or a folder that contains only a transformer."""
     transformer: Transformer = load_model(
-        path,
-        num_attention_heads=bare.num_attention_heads,
-        num_classes=bare.num_classes,
-        drop=bare.drop,
-        dtype=dtype,
+        path, num_attention_heads=bare.num_attention_heads, num_classes=bare.num_classes, drop=bare.drop, dtype=dtype
     )
     name, task = bare.objective, _task_of(transformer)
     is_own = task is not None and task.has_own_pipeline
@@ -282,17 +280,17 @@ def _from_file(path: Path, dtype: torch.dtype, bare: WeightsOptions) -> Sampler:
 
 def _from_run(checkpoint: Path, dtype: torch.dtype) -> Sampler:
     """Open the averaged weights of a checkpoint of `skipdit train`, with the objective of its run."""
-    fields: Any = read_run_config(checkpoint).get("objective")
+    fields: Config = read_run_config(checkpoint).get("objective")
     try:
         objective = Objective(**fields)
-        scheduler = make_scheduler(objective, SCHEDULERS[objective.process][0])
+        scheduler = make_scheduler(objective)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{printable(checkpoint)} does not say its run's objective: {printable(error)}") from error
     return _sampler_of(load_model(checkpoint, dtype=dtype), scheduler)
 
 
 def _task_of(transformer: Transformer) -> Task | None:
-    return next((task for task in TASKS.values() if isinstance(transformer, task.model_class)), None)
+    return next((task for task in TASKS.values() if task.fits(transformer)), None)
 
 
 def _sampler_of(transformer: Transformer, scheduler: Scheduler) -> Sampler:
@@ -308,7 +306,7 @@ def _read_schedules(folder: Path) -> dict[str, CacheMethod]:
     if len(paths) > MAX_SCHEDULES:
         raise ValueError(f"{printable(folder / SCHEDULES)} has more than the {MAX_SCHEDULES} schedules that are read")
     methods = {path.stem: parse_method(path) for path in paths}
-    return dict(sorted(methods.items(), key=lambda item: -len(cast(Any, item[1].schedule).full_steps)))
+    return dict(sorted(methods.items(), key=lambda item: -len(cast(ExplicitSchedule, item[1].schedule).full_steps)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +319,7 @@ def pipeline_of(transformer: Transformer, name: ObjectiveName) -> Sampler:
     adopt(transformer, convention)
     learned = name == "epsilon" and learns_variance(transformer)
     objective = dataclasses.replace(convention.objective, learned_variance=learned)
-    return _sampler_of(transformer, make_scheduler(objective, SCHEDULERS[objective.process][0]))
+    return _sampler_of(transformer, make_scheduler(objective))
 
 
 @torch.no_grad()
@@ -333,14 +331,7 @@ def adopt(model: Transformer, convention: Convention) -> None:
         model.final_layer.proj.bias.neg_()
     if (convention.time_scale, convention.time_shift) == (1, 0):
         return
-    if not isinstance(model, DiT):
+    if "time_scale" not in model.config:
         raise ValueError(f"no {type(model).__name__} embeds the timestep like SiT and REPA: use objective flow")
     model.time_scale, model.time_shift = convention.time_scale, convention.time_shift
     model.register_to_config(time_scale=model.time_scale, time_shift=model.time_shift)
-
-
-def learns_variance(model: nn.Module) -> bool:
-    """Return True if half of the output is the variance, as in the official models, which predict epsilon on a ddpm
-    process."""
-    config: Any = model.config
-    return config.out_channels == 2 * config.in_channels

@@ -29,7 +29,7 @@ from skipdit.cache.enable import last_stream
 from skipdit.cache.state import Counts
 from skipdit.cache.streams import Stream, cache_context
 from skipdit.diffusion import guide
-from skipdit.interfaces import VAE, Fields
+from skipdit.interfaces import VAE, Config, Fields
 from skipdit.models.dit import DiT
 from skipdit.models.forward_plan import ForwardPlan, Units
 from skipdit.models.latte import Latte
@@ -55,7 +55,7 @@ class ShallowGuidance:
         self.left_out = Units(start=plan.route.start, stop=plan.route.stop)
         self.held: tuple[Stream, int, Tensor] | None = None
 
-    def __call__(self, conditional: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, conditional: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Return the conditional prediction, which comes from the model's last call, and the unconditional one of the
         same shape. args, kwargs: the model's arguments for the latter."""
         stream = last_stream(self.model)
@@ -75,8 +75,9 @@ class ShallowGuidance:
 class SamplingOptions:
     """Sampling options that pipelines for pictures and for clips share."""
 
-    guidance_scale: float
-    """strength of classifier-free guidance; at 1 or below only the conditional prediction is made"""
+    guidance_scale: float | None
+    """strength of classifier-free guidance; at 1 or below only the conditional prediction is made; `None` leaves it to
+    a pipeline of diffusers"""
     num_inference_steps: int
     """denoising steps"""
     generator: torch.Generator | list[torch.Generator] | None = None
@@ -95,7 +96,7 @@ class SamplingOptions:
         return [generator for generator in self.generator for _ in range(num_frames)]
 
 
-def unscale_latents(latents: Tensor, config: Any) -> Tensor:
+def unscale_latents(latents: Tensor, config: Config) -> Tensor:
     """Return the latents (b c h w) of an autoencoder with this config, given the scaled ones of a transformer."""
     mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
     if std is not None:
@@ -112,7 +113,7 @@ def decode_latents(vae: VAE, latents: Tensor, num_frames: int = 1) -> Tensor:
     """
     if vae is None:
         return keep_broken(latents.float())
-    frames: Any = {"num_frames": num_frames} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+    frames: Fields = {"num_frames": num_frames} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
     decoded: Any = vae.decode(unscale_latents(latents.to(vae.dtype), vae.config), **frames)
     return keep_broken(decoded.sample.float())
 
@@ -122,7 +123,7 @@ class ClassPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components: ClassVar[list[str]] = ["vae"]
-    config: Any  # its entries are also attributes, which diffusers does not declare
+    config: Config
     progress_bar: Callable[[Tensor], Iterable[Tensor]]  # its decorator hides the signature
 
     def __init__(
@@ -193,6 +194,7 @@ class ClassPipeline(DiffusionPipeline):
         Raises `ValueError` if the model cannot be guided as the options say.
         """
         model, scale = self.transformer, options.guidance_scale
+        assert scale is not None
         self.guidance_scale = scale
         num_channels, guided_channels = model.config.in_channels, options.guidance_channels
         if guided_channels is not None and not 1 <= guided_channels <= num_channels:

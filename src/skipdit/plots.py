@@ -4,7 +4,6 @@ Both libraries are optional (`pip install "skipdit[plots]"`) and imported only w
 """
 
 import html
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
@@ -14,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from skipdit.files.output import OutputFolder
-from skipdit.interfaces import Fields
+from skipdit.interfaces import Fields, Figure
+from skipdit.options import check_installed
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 SEQUENTIAL = "viridis"
@@ -157,9 +157,7 @@ def value_range(panels: Mapping[str, NDArray]) -> tuple[float, float]:
 
 def check_plots_installed(*libraries: str) -> None:
     """Raise `ValueError`, with the command to install it, if a plotting library is missing. Call this first."""
-    missing = [name for name in libraries or ("matplotlib", "plotly") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'figures need {" and ".join(missing)}: pip install "skipdit[plots]"')
+    check_installed("figures need", "plots", *(libraries or ("matplotlib", "plotly")))
 
 
 def shade(fraction: float) -> str:
@@ -185,13 +183,13 @@ def save_png(plot: Plot, out: OutputFolder) -> None:
 
 
 @singledispatch
-def draw(plot: Any) -> Any:
+def draw(plot: Plot) -> Figure:
     """Return the matplotlib figure."""
     raise TypeError(f"not a plot: {plot!r}")
 
 
 @draw.register
-def _(plot: Curves) -> Any:
+def _(plot: Curves) -> Figure:
     from matplotlib.figure import Figure
 
     is_legend_outside = len(plot.series) > 4
@@ -215,7 +213,7 @@ def _(plot: Curves) -> Any:
 
 
 @draw.register
-def _(plot: Heatmaps) -> Any:
+def _(plot: Heatmaps) -> Figure:
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 
@@ -236,7 +234,7 @@ def _(plot: Heatmaps) -> Any:
 
 
 @draw.register
-def _(plot: Surfaces) -> Any:
+def _(plot: Surfaces) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(plot.panels), 5))
@@ -280,13 +278,13 @@ def render_html(title: str, sections: Sequence[tuple[str, str, Plot]]) -> str:
 
 
 @singledispatch
-def interactive(plot: Any) -> Any:
+def interactive(plot: Plot) -> Figure:
     """Return the plotly figure."""
     raise TypeError(f"not a plot: {plot!r}")
 
 
 @interactive.register
-def _(plot: Curves) -> Any:
+def _(plot: Curves) -> Figure:
     from plotly import graph_objects
 
     figure = graph_objects.Figure()
@@ -306,7 +304,7 @@ def _(plot: Curves) -> Any:
 
 
 @interactive.register
-def _(plot: Heatmaps) -> Any:
+def _(plot: Heatmaps) -> Figure:
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 
@@ -326,7 +324,7 @@ def _(plot: Heatmaps) -> Any:
 
 
 @interactive.register
-def _(plot: Surfaces) -> Any:
+def _(plot: Surfaces) -> Figure:
     from plotly import graph_objects
     from plotly.subplots import make_subplots
 

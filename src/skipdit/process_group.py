@@ -43,7 +43,7 @@ class ProcessGroup:
             return act()
         import torch.distributed as dist
 
-        message: list[Any] = [None, None]  # the result, or an error's text
+        message: list = [None, None]  # the result, or an error's text
         failure: OSError | ValueError | None = None
         if self.is_main:
             try:
@@ -64,12 +64,12 @@ class ProcessGroup:
             return [make()]
         import torch.distributed as dist
 
-        message: list[Any] = [None, None]  # the result, or an error's text
+        message: list = [None, None]  # the result, or an error's text
         try:
             message[0] = make()
         except (OSError, ValueError) as error:
             message[1] = str(error)
-        received: list[Any] | None = [None] * self.size if self.is_main else None
+        received: list | None = [None] * self.size if self.is_main else None
         dist.gather_object(message, received, group=self.group, group_dst=0)
 
         def unpack() -> None:

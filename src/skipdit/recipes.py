@@ -20,6 +20,18 @@ PIXELS = Objective(
     min_sigma=0.1,
 )
 
+# what the recipes on latents have in common: AdamW at a constant rate, as in facebookresearch/DiT, train.py
+ON_LATENTS = TrainConfig(
+    objective=Objective(learned_variance=True),
+    learning_rate=1e-4,
+    rate_schedule="constant",
+    warmup_steps=0,
+    adam_betas=(0.9, 0.999),
+    ema_decay=0.9999,
+    log_every=100,
+    checkpoint_every=5_000,
+)
+
 
 def emoji() -> TrainConfig:
     """The bundled class-to-image model: 64x64 emoji in pixels, 24 blocks of width 176, 64 tokens.
@@ -244,7 +256,8 @@ def dit_on_latents(size: str, max_steps: int) -> TrainConfig:
     """A DiT of this size, patches of 2, with long skips, on latents of ImageNet at 256 pixels, as Skip-DiT trains it:
     AdamW at a constant 1e-4, batches of 256, mirrored halves (facebookresearch/DiT, train.py)."""
     num_layers, hidden_size, num_attention_heads = PRESET_SIZES[size]
-    return TrainConfig(
+    return replace(
+        ON_LATENTS,
         data=LatentConfig(source="latents/imagenet-256", num_channels=4, sample_size=32, num_classes=1000),
         model=ModelConfig(
             num_layers=num_layers,
@@ -252,20 +265,12 @@ def dit_on_latents(size: str, max_steps: int) -> TrainConfig:
             attention_head_dim=hidden_size // num_attention_heads,
             patch_size=2,
         ),
-        objective=Objective(learned_variance=True),
         max_steps=max_steps,
         batch_size=256,
-        learning_rate=1e-4,
-        rate_schedule="constant",
-        warmup_steps=0,
-        adam_betas=(0.9, 0.999),
         gradient_clip=0.0,
-        ema_decay=0.9999,
         flip=True,
-        log_every=100,
         sample_every=25_000,
         sample_guidance_scale=4.0,
-        checkpoint_every=5_000,
     )
 
 
@@ -310,7 +315,8 @@ def latte_on_latents(name: str, num_classes: int | None, max_steps: int, *, flip
     """A Latte-XL/2 with long skips on latents of 16 frames of 256 pixels and 8 single pictures beside each clip (Latte,
     arXiv 2401.03048; Skip-DiT's train_with_img.py): AdamW at a constant 1e-4, gradient norms clipped at 0.1."""
     num_layers, hidden_size, num_attention_heads = PRESET_SIZES["XL"]
-    return TrainConfig(
+    return replace(
+        ON_LATENTS,
         data=LatentConfig(
             source=f"latents/{name}",
             num_channels=4,
@@ -326,22 +332,13 @@ def latte_on_latents(name: str, num_classes: int | None, max_steps: int, *, flip
             patch_size=2,
             conditional=num_classes is not None,
         ),
-        objective=Objective(learned_variance=True),
         max_steps=max_steps,
-        batch_size=32,
-        learning_rate=1e-4,
-        rate_schedule="constant",
-        warmup_steps=0,
-        adam_betas=(0.9, 0.999),
         gradient_clip=0.1,
-        ema_decay=0.9999,
         flip=flip,
         gradient_checkpointing=True,
-        log_every=100,
         sample_every=10_000,
         num_samples=4,
         sample_guidance_scale=7.0,
-        checkpoint_every=5_000,
     )
 
 
@@ -391,24 +388,20 @@ def latte_text() -> TrainConfig:
     --out latents/text`, then `skipdit train latte-text --out runs/latte-text` (needs `pip install "skipdit[text]"`).
     Captions are encoded by all-MiniLM-L6-v2; the authors' Latte uses T5-XXL. Not yet run.
     """
-    return TrainConfig(
+    return replace(
+        ON_LATENTS,
         data=LatentConfig(source="latents/text", num_channels=4, sample_size=64, num_frames=16),
         model=TextToVideoModelConfig(
             num_layers=28, num_attention_heads=16, attention_head_dim=72, patch_size=2, long_skip=None
         ),
+        objective=Objective(),
         max_steps=300_000,
-        batch_size=32,
         num_accumulation_steps=2,
-        learning_rate=1e-4,
-        rate_schedule="constant",
-        adam_betas=(0.9, 0.999),
-        ema_decay=0.9999,
+        warmup_steps=200,
         gradient_checkpointing=True,
-        log_every=100,
         sample_every=10_000,
         num_samples=4,
         sample_guidance_scale=7.5,
-        checkpoint_every=5_000,
     )
 
 
@@ -434,25 +427,12 @@ def latte_text_stage_two() -> TrainConfig:
 
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
-    "convert-control": convert_control,
-    "convert-plain": convert_plain,
-    "convert-stage-one": convert_stage_one,
-    "convert-stage-two": convert_stage_two,
-    "dit-b": dit_b,
-    "dit-l": dit_l,
-    "dit-s": dit_s,
-    "dit-xl": dit_xl,
-    "emoji": emoji,
-    "emoji-clips": emoji_clips,
-    "emoji-text": emoji_text,
-    "emoji-text-clips": emoji_text_clips,
-    "latte-ffs": latte_ffs,
-    "latte-sky": latte_sky,
-    "latte-taichi": latte_taichi,
-    "latte-text": latte_text,
-    "latte-text-stage-one": latte_text_stage_one,
-    "latte-text-stage-two": latte_text_stage_two,
-    "latte-ucf101": latte_ucf101,
-    "stability": stability,
-    "stability-plain": stability_plain,
+    recipe.__name__.replace("_", "-"): recipe
+    for recipe in (
+        *(convert_control, convert_plain, convert_stage_one, convert_stage_two),
+        *(dit_b, dit_l, dit_s, dit_xl),
+        *(emoji, emoji_clips, emoji_text, emoji_text_clips),
+        *(latte_ffs, latte_sky, latte_taichi, latte_text, latte_text_stage_one, latte_text_stage_two, latte_ucf101),
+        *(stability, stability_plain),
+    )
 }

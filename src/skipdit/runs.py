@@ -1,7 +1,7 @@
 """Runs a pipeline in full, cached, or with fewer steps: timed, and from the same noise each time."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
@@ -16,6 +16,7 @@ from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.interfaces import Fields, Pipeline, Scheduler
+from skipdit.metrics.table import Scores, score_pictures
 from skipdit.models.shallow_path import Guidance
 from skipdit.tasks.task import Sampler
 
@@ -109,6 +110,9 @@ def check_method(pipeline: Pipeline, method: CacheMethod, num_inference_steps: i
 # A run
 
 
+Conditioning = Sequence[int | str | None]  # class numbers or prompts, or `None` for a model without classes
+
+
 @dataclass(frozen=True)
 class Sampled:
     """The result of a run."""
@@ -138,6 +142,10 @@ class Sampled:
         """Return all pictures and frames (n c h w)."""
         return self.samples.flatten(0, -4)
 
+    def scores(self, reference: Tensor) -> Scores:
+        """Return the distances of all pictures and frames to the same samples of another run."""
+        return score_pictures(self.frames, reference.flatten(0, -4))
+
     @property
     def num_broken(self) -> int:
         """Return the number of samples that contain NaN or infinity (see `skipdit.pipelines.keep_broken`)."""
@@ -156,27 +164,28 @@ class Runner:
     """a diffusers pipeline"""
     sample: Callable[..., Tensor]
     """makes samples from conditions; takes the options of `Sampler.sample`"""
-    conditions: Sequence[Any]
+    conditions: Conditioning
     """class numbers or prompts, one per sample"""
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float | None
+    """`None` leaves it to a pipeline of diffusers"""
     seed: int | Sequence[int] = 0
     """seed of all noise, or one per sample"""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Fields = field(default_factory=dict)
     """further options of `Sampler.sample` for every run"""
     advance: Callable[[], object] | None = None
     """called after each run"""
 
     @classmethod
-    def of(cls, sampler: Sampler, conditions: Sequence[Any], **settings: Any) -> "Runner":
+    def of(cls, sampler: Sampler, conditions: Conditioning, **settings: Any) -> "Runner":
         """Return a runner that makes samples in [0, 1]. settings: further fields."""
         return cls(pipeline=sampler.pipeline, sample=sampler.sample, conditions=conditions, **settings)
 
     @classmethod
-    def of_latents(cls, pipeline: Pipeline, conditions: Sequence[Any], **settings: Any) -> "Runner":
+    def of_latents(cls, pipeline: Pipeline, conditions: Conditioning, **settings: Any) -> "Runner":
         """Return a runner that makes latents with a pipeline of ours. settings: further fields."""
 
-        def sample(conditions: Sequence[Any], **options: Any) -> Tensor:
+        def sample(conditions: Conditioning, **options: Any) -> Tensor:
             return pipeline(list(conditions), output_type="latent", **options).images
 
         return cls(pipeline=pipeline, sample=sample, conditions=conditions, **settings)
@@ -223,8 +232,9 @@ def guidance_options(guidance: Guidance, num_shallow_units: int | None) -> Field
 
 
 def _generators(seed: int | Sequence[int]) -> torch.Generator | list[torch.Generator]:
-    if isinstance(seed, int):
-        return torch.Generator().manual_seed(seed)
+    match seed:
+        case int():
+            return torch.Generator().manual_seed(seed)
     return [torch.Generator().manual_seed(sample_seed) for sample_seed in seed]
 
 
@@ -247,14 +257,14 @@ def scheduled(pipeline: Pipeline, scheduler: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def before_steps(scheduler: Scheduler, see: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
-    """Call `see` with the model's output, after guidance, and the latents before each step of a scheduler inside the
-    `with` block."""
+def before_steps(scheduler: Scheduler, observe: Callable[[Tensor, Tensor], object]) -> Iterator[None]:
+    """Call `observe` with the model's output, after guidance, and the latents before each step of a scheduler inside
+    the `with` block."""
     step = scheduler.step
 
     @wraps(step)  # pipelines read the signature
-    def observed_step(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **options: Any) -> Any:
-        see(output, sample)
+    def observed_step(output: Tensor, timestep: object, sample: Tensor, *args: object, **options: object) -> object:
+        observe(output, sample)
         return step(output, timestep, sample, *args, **options)
 
     scheduler.step = observed_step

@@ -91,10 +91,6 @@ def differentiable_norm(weight: Tensor, num_squarings: int = NUM_SQUARINGS) -> T
         return squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Constraints
-
-
 class SpectralCap(nn.Module):
     """Parametrization that scales a weight down to a spectral norm of `maximum`; one within the cap is bit-unchanged.
 
@@ -178,10 +174,6 @@ def spectral_penalty(
     """
     norms = torch.stack([differentiable_norm(whole(layer.get_parameter("weight"))) for layer in weighted(module)])
     return (norms - maximum).clamp(min=0).square().sum()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Jacobians
 
 
 @dataclass(frozen=True)

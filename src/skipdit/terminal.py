@@ -70,17 +70,16 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
 
 def progress_bar(*, shown: bool = True) -> "Progress":
     """Return a progress bar with the number of items, the time that they took, and what is left."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress
 
-    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    return Progress(BarColumn(), *columns, disable=not shown)
+    columns = (
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+    )
+    return progress.Progress(*columns, disable=not shown)
 
 
 def say_stopped(stopped: KeyboardInterrupt) -> int:
@@ -89,7 +88,7 @@ def say_stopped(stopped: KeyboardInterrupt) -> int:
         if stream.isatty():
             stream.write(SHOW_CURSOR)
             stream.flush()
-    by, status = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
+    by, status = ("SIGTERM", 143) if type(stopped) is Terminated else ("Ctrl-C", 130)
     notes = "; ".join(getattr(stopped, "__notes__", ()))
     print(f"skipdit: stopped by {by}" + (f": {one_line(notes)}" if notes else ""), file=sys.stderr)
     return status
@@ -104,14 +103,26 @@ def drop_output() -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return True if Python, or PyTorch on a CPU or GPU, ran out of memory."""
-    is_torch_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_cpu
+    match error:
+        case MemoryError():
+            return True
+        case RuntimeError():
+            return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return False
+
+
+def is_expected(error: BaseException) -> bool:
+    """Return True for an error that one line explains: a user's mistake, or a lack of memory."""
+    match error:
+        case RecursionError() | ValueError() | OSError():
+            return True
+    return is_out_of_memory(error)
 
 
 def describe(error: BaseException) -> str:
     """Return one line that says what went wrong; for an error with a data worker's traceback, its last line."""
     text = str(error).strip()
-    if isinstance(error, RecursionError):
+    if type(error) is RecursionError:
         return f"something is nested too deeply ({one_line(text)})"
     if is_out_of_memory(error):
         return f"out of memory{text and f' ({one_line(text)})'}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile, jacobian_profile
-from skipdit.analysis.surface import Moved, perturbation_surface
+from skipdit.analysis.surface import Quantity, perturbation_surface
 from skipdit.analysis.trajectory import (
     ErrorGrowth,
     Run,
@@ -23,7 +23,7 @@ from skipdit.analysis.trajectory import (
 from skipdit.analysis.weights import LongSkipSpectrum, TrainingLog, layer_norms, long_skip_spectra
 from skipdit.cache.methods import parse_method
 from skipdit.cache.runtime import rules_on
-from skipdit.diffusion import SCHEDULERS, make_scheduler, objective_of
+from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.tasks.task import spread
@@ -72,7 +72,7 @@ class Measured:
             arrays[f"jacobian_{name}"] = np.array([getattr(profile, name) for profile in self.jacobians.values()])
         for method, growth in self.growth.items():
             arrays |= {f"growth/{method}/{name}": tensor.numpy() for name, tensor in growth.arrays().items()}
-        arrays |= {f"surface/{moved}/{timestep}": grid for (moved, timestep), grid in self.surfaces.items()}
+        arrays |= {f"surface/{quantity}/{timestep}": grid for (quantity, timestep), grid in self.surfaces.items()}
         for target, spectrum in self.long_skips.items():
             arrays |= {f"singular_values/{target}/{name}": tensor.numpy() for name, tensor in vars(spectrum).items()}
         arrays |= {f"layer_norms/{name}": tensor.numpy() for name, tensor in self.layer_norms.items()}
@@ -120,7 +120,7 @@ def measure(
     """
     model, settings = pipeline.transformer, settings_of(config, pipeline)
     objective = objective_of(pipeline.scheduler)
-    first_order = ClassToImagePipeline(model, make_scheduler(objective, SCHEDULERS[objective.process][0]))
+    first_order = ClassToImagePipeline(model, make_scheduler(objective))
     first_order.set_progress_bar_config(disable=True)
     labels = torch.tensor(settings.labels, device=model.device)
 
@@ -192,13 +192,15 @@ def surfaces_of(
     model: DiT, full: Run, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
 ) -> dict[tuple[str, int], NDArray]:
     """Return a perturbation surface for weights and for inputs at each timestep."""
-    radii: dict[Moved, float] = {"weights": config.weight_radius, "inputs": config.input_radius}
+    radii: dict[Quantity, float] = {"weights": config.weight_radius, "inputs": config.input_radius}
     surfaces: dict[tuple[str, int], NDArray] = {}
-    for moved, radius in radii.items():
+    for quantity, radius in radii.items():
         coefficients = (radius * coefficients_of(config)).tolist()
         for timestep in config.surface_timesteps:
             step = int((full.timesteps - timestep).abs().argmin())
             point = full.latents[step], full.timesteps[step], labels
-            surface = perturbation_surface(model, *point, coefficients, moved=moved, seed=config.seed, advance=advance)
-            surfaces[moved, timestep] = surface.numpy()
+            surface = perturbation_surface(
+                model, *point, coefficients, quantity=quantity, seed=config.seed, advance=advance
+            )
+            surfaces[quantity, timestep] = surface.numpy()
     return surfaces

@@ -74,7 +74,7 @@ def write_report(models: Models, config: AnalyzeConfig, out: OutputFolder) -> No
     with out.file("arrays.npz") as draft, draft.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
     html_sections = [
-        (section.heading, f"{section.about} {section.seen}", figure)
+        (section.heading, f"{section.about} {section.result}", figure)
         for section in sections
         for figure in section.figures
     ]
@@ -116,7 +116,7 @@ def summarise(measured: Measured) -> Fields:
         },
         "caches_left_out": dict(measured.left_out),
         "surface_least": {
-            f"{moved} {timestep}": float(grid.min()) for (moved, timestep), grid in measured.surfaces.items()
+            f"{quantity} {timestep}": float(grid.min()) for (quantity, timestep), grid in measured.surfaces.items()
         },
         "long_skip_norms": {
             str(target): {part: values[0].item() for part, values in vars(spectrum).items()}
@@ -129,7 +129,7 @@ def cells(name: str, measured: Measured, methods: Sequence[str]) -> dict[str, ob
     """Return a model's row of the table, which sums up the sections."""
     norms = [geometric_mean(norms_of(measured, part)) for part in ("model", "first_half", "second_half")]
     units = geometric_mean([norm for profile in measured.jacobians.values() for norm in profile.units])
-    lowest = min(grid.min() for (moved, _), grid in measured.surfaces.items() if moved == "weights")
+    lowest = min(grid.min() for (quantity, _), grid in measured.surfaces.items() if quantity == "weights")
     jacobians = ("Jacobian of model", "first half", "second half", "unit")
     return {
         "model": name,
@@ -169,7 +169,7 @@ def report_of(models: Models, config: AnalyzeConfig, sections: Sequence[Section]
     ]
     for section in sections:
         images = "\n\n".join(f"![{figure.title}]({figure.name}.png)" for figure in section.figures)
-        parts += [f"## {section.heading}", section.about, f"**Result.** {section.seen}", images]
+        parts += [f"## {section.heading}", section.about, f"**Result.** {section.result}", images]
     return Report(
         title=f"Stability of {' and '.join(models)}",
         config=config,

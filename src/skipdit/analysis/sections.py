@@ -31,7 +31,7 @@ SHARED = (
 
 def figure_names(config: AnalyzeConfig, num_models: int) -> list[str]:
     """Return the names of all figures that a report on this number of models can have."""
-    surfaces = [f"surface_{moved}_{at}" for moved in ("weights", "inputs") for at in config.surface_timesteps]
+    surfaces = [f"surface_{quantity}_{at}" for quantity in ("weights", "inputs") for at in config.surface_timesteps]
     return [*SHARED, *surfaces, *(f"{name}_{index + 1}" for name in NUMBERED for index in range(num_models))]
 
 
@@ -42,7 +42,7 @@ class Section:
     heading: str
     about: str
     """what the figures show and how it was measured"""
-    seen: str
+    result: str
     """the results of these models"""
     figures: tuple[Plot, ...]
 
@@ -277,21 +277,21 @@ def geometric_mean(values: Sequence[float]) -> float:
 def surface_section(models: Models, config: AnalyzeConfig) -> Section:
     figures = [
         Surfaces(
-            name=f"surface_{moved}_{timestep}",
-            title=f"{moved.capitalize()} perturbed along two random directions, timestep {timestep}",
+            name=f"surface_{quantity}_{timestep}",
+            title=f"{quantity.capitalize()} perturbed along two random directions, timestep {timestep}",
             x_label="first direction",
             y_label="second direction",
             z_label="cosine similarity",
             x=radius * coefficients_of(config),
             y=radius * coefficients_of(config),
-            panels={name: measured.surfaces[moved, timestep] for name, measured in models.items()},
+            panels={name: measured.surfaces[quantity, timestep] for name, measured in models.items()},
         )
-        for moved, radius in (("weights", config.weight_radius), ("inputs", config.input_radius))
+        for quantity, radius in (("weights", config.weight_radius), ("inputs", config.input_radius))
         for timestep in config.surface_timesteps
     ]
 
     def say(m: Measured) -> str:
-        return ", ".join(f"{moved} at {at}: lowest {grid.min():.4f}" for (moved, at), grid in m.surfaces.items())
+        return ", ".join(f"{quantity} at {at}: lowest {grid.min():.4f}" for (quantity, at), grid in m.surfaces.items())
 
     return Section(
         "Random perturbations",

@@ -12,7 +12,7 @@ from skipdit.analysis.record import record_outputs
 from skipdit.analysis.trajectory import cosine_similarity
 from skipdit.models.dit import DiT
 
-Moved = Literal["weights", "inputs"]
+Quantity = Literal["weights", "inputs"]
 
 
 def filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -41,7 +41,7 @@ def perturbation_surface(
     class_labels: Tensor,
     coefficients: Sequence[float],
     *,
-    moved: Moved,
+    quantity: Quantity,
     seed: int = 0,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
@@ -59,7 +59,7 @@ def perturbation_surface(
 
     def features(alpha: float, beta: float) -> Tensor:
         with record_outputs(model, [last]) as recorded:
-            if moved == "weights":
+            if quantity == "weights":
                 first, second = weight_directions
                 new_weights = {
                     name: weight + alpha * first[name] + beta * second[name] for name, weight in weights.items()

@@ -157,7 +157,7 @@ class ErrorGrowth:
     """FLOPs of as many full steps divided by those of the cached run"""
 
     def arrays(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if name != "compute_ratio"}
 
 
 def guided_prediction(model: DiT, settings: RunSettings, timestep: Tensor) -> Callable[[Tensor], Tensor]:

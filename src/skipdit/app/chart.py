@@ -14,7 +14,7 @@ NUM_COLORS = 6
 
 @dataclass(frozen=True)
 class Frame:
-    """A drawing's size in pixels, its margins, and what it shows."""
+    """The size of a drawing and its margins, in pixels, and the ranges of its axes."""
 
     width: int
     height: int
@@ -34,11 +34,11 @@ class Frame:
         )
 
 
-def measurements(found: Measurements | None, model: str, path: str) -> str:
-    """Return the chart of what a benchmark measured, and its numbers as a table; without any, how to make it. model:
-    as the page calls it. path: as a command does."""
-    series = [] if found is None else [each for each in found.series if each.points]
-    if found is None or not series:
+def measurements(measured: Measurements | None, model: str, path: str) -> str:
+    """Return the chart and the table of a benchmark, or without one the command that runs it. model: name on the page.
+    path: name for the command."""
+    series = [] if measured is None else [each for each in measured.series if each.points]
+    if measured is None or not series:
         command = f"skipdit bench cache --model {shlex.quote(path)} --out out"
         return (
             f'<div class="sd-hint">Nothing has been measured of {escape(model)} yet. '
@@ -53,7 +53,7 @@ def measurements(found: Measurements | None, model: str, path: str) -> str:
         f'<figure class="sd-chart">{svg(series, styles, 860, 400, "sd-wide")}'
         f"{svg(series, styles, 380, 320, 'sd-narrow')}"
         f"{legend(series, styles)}<figcaption>Higher is nearer to the uncached run; a speedup is in wall-clock time. "
-        f"Read from <code>{escape(found.source)}</code>.</figcaption></figure>"
+        f"Read from <code>{escape(measured.source)}</code>.</figcaption></figure>"
         f'<details class="sd-more"><summary>All {len(rows)} measurements</summary>'
         f"{table(('setting', 'speedup', 'PSNR, dB'), rows)}</details>"
     )
@@ -114,7 +114,7 @@ def line(series: Series, style: str, frame: Frame) -> str:
 
 
 def axes(frame: Frame, step: int) -> str:
-    """Return grid lines with their numbers, and what the axes are."""
+    """Return the grid lines with their numbers, and the labels of the axes."""
     parts = []
     end, bottom = frame.width - frame.right, frame.height - frame.bottom
     for level in range(int(frame.y[0]), int(frame.y[1]) + 1, step):

@@ -1,6 +1,5 @@
-"""What `skipdit app` is asked for; nothing heavy is imported, so that its help is there at once."""
+"""The options of `skipdit app`; nothing heavy is imported, so that its help appears at once."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from skipdit.options import DTypeName, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class AppOptions:
-    """What the page offers, and where it is served."""
+    """What the page offers, and its address."""
 
     models: tuple[str, ...] = ()
     """folders of pipelines (of skipdit or of diffusers) or checkpoints, to be offered beside the bundled models; the
@@ -17,20 +16,13 @@ class AppOptions:
     dtype: DTypeName = "float32"
     """of the weights and the computation of these models"""
     results: tuple[Path, ...] = (Path("out"), Path("benchmarks"), Path("docs"))
-    """folders in which it looks for what skipdit bench cache and skipdit analyze wrote"""
+    """folders that are searched for the reports of skipdit bench cache and skipdit analyze"""
     device: str = "auto"
-    """cpu, cuda, or auto: a GPU where there is one"""
+    """cpu, cuda, or auto: a GPU if there is one"""
     host: str = "127.0.0.1"
-    """address to serve at: by default this machine alone reaches it; 0.0.0.0 lets in everyone, without a password"""
+    """address to serve at: by default only this machine can reach it; 0.0.0.0 lets everyone in, without a password"""
     port: int = 7860
     """port to serve at; 0 for any that is free"""
 
     def __post_init__(self) -> None:
         check_range(self, "port", least=0, most=65535)
-
-
-def check_app_installed() -> None:
-    """Raise `ValueError`, with what to install, if a library of the page is missing."""
-    missing = [name for name in ("gradio", "markdown_it") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f'the page needs {" and ".join(missing)}: pip install "skipdit[app]"')

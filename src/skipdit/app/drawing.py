@@ -1,4 +1,4 @@
-"""Results as HTML: every text in it is escaped, every picture is in the page itself. Colors are in `page.css`."""
+"""Results as HTML: all text is escaped, and pictures are embedded. Colors are in `page.css`."""
 
 import base64
 import html
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from skipdit.app.generate import Comparison, Side, difference
 from skipdit.app.jobs import Job
-from skipdit.app.quality import Made
+from skipdit.app.quality import MadeSchedule
 from skipdit.app.stability import FIGURE, StabilityReport
 from skipdit.pictures import to_pictures
+from skipdit.terminal import describe
 
 CLIP_MILLISECONDS = 125  # per frame
 PIXEL_ART = 160  # side of pictures that are enlarged without blur, in pixels
@@ -23,16 +24,12 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
 def data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def picture_uri(sample: Tensor) -> str:
-    """Return a picture (c h w) or a clip (f c h w) in [0, 1] as a PNG that needs no file, of a clip an animated one."""
+    """Return a picture (c h w) or a clip (f c h w) in [0, 1] as the data URI of a PNG, animated for a clip."""
     frames = to_pictures((sample if sample.ndim == 4 else sample[None]).nan_to_num(1.0))
     stream = io.BytesIO()
     moving = {"save_all": True, "append_images": frames[1:], "duration": CLIP_MILLISECONDS, "loop": 0}
@@ -43,14 +40,14 @@ def picture_uri(sample: Tensor) -> str:
 def pictures(
     heading: str, samples: Tensor | None, captions: Sequence[str], detail: str = "", *, across: bool = False
 ) -> str:
-    """Return a panel of samples; of `None` empty frames in their place. across: one beside the other."""
+    """Return a panel of samples, or of empty frames if there are none yet. across: draw them in one row."""
     crisp = " crisp" if samples is not None and samples.shape[-1] <= PIXEL_ART else ""
     cells = []
     for place, caption in enumerate(captions):
         inside = '<div class="sd-empty"></div>'
         if samples is not None:
-            told = f"{escape(heading)}: {escape(caption)}"
-            inside = f'<img class="sd-picture{crisp}" src="{picture_uri(samples[place])}" alt="{told}">'
+            label = f"{escape(heading)}: {escape(caption)}"
+            inside = f'<img class="sd-picture{crisp}" src="{picture_uri(samples[place])}" alt="{label}">'
         cells.append(f'<figure>{inside}<figcaption title="{escape(caption)}">{escape(caption)}</figcaption></figure>')
     columns = 1 if len(captions) == 1 else 2 if len(captions) <= 4 else 3
     columns = min(len(captions), 4) if across else columns
@@ -60,20 +57,16 @@ def pictures(
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Steps
-
-
 def strip(name: str, is_full: Sequence[bool], num_steps: int) -> str:
     """Return a cell per step: full, reused or still to come."""
     kinds = ["sd-full" if full else "sd-reused" for full in is_full]
     kinds += ["sd-coming"] * (num_steps - len(kinds))
     full, reused = sum(is_full), len(is_full) - sum(is_full)
-    told = f"{full} full, {reused} reused" + (f" of {num_steps}" if len(is_full) < num_steps else "")
+    label = f"{full} full, {reused} reused" + (f" of {num_steps}" if len(is_full) < num_steps else "")
     cells = "".join(f'<i class="{kind}" title="step {step + 1}"></i>' for step, kind in enumerate(kinds))
     return (
         f'<div class="sd-strip"><b>{escape(name)}</b>'
-        f'<div class="sd-steps" role="img" aria-label="{escape(name)}: {told}">{cells}</div><span>{told}</span></div>'
+        f'<div class="sd-steps" role="img" aria-label="{escape(name)}: {label}">{cells}</div><span>{label}</span></div>'
     )
 
 
@@ -84,17 +77,13 @@ LEGEND = (
 
 
 def cards(figures: Mapping[str, str]) -> str:
-    """Return figures side by side, each with its name below."""
+    """Return figures side by side, each above its name."""
     inside = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(name)}</dt></div>" for name, value in figures.items())
     return f'<dl class="sd-cards">{inside}</dl>'
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The tabs
-
-
 def comparison(shown: Comparison | None) -> str:
-    """Return both runs side by side, as far as they are."""
+    """Return both runs side by side, with the steps so far."""
     if shown is None:
         return '<div class="sd-hint">Full and cached results appear here, side by side.</div>'
     figures = cards(figures_of(shown)) if shown.is_whole else ""
@@ -132,48 +121,47 @@ def size_text(num_bytes: int) -> str:
 
 
 def differences(shown: Comparison | None, amplification: float) -> str:
-    """Return how far the cached samples are from the full ones; nothing before both are there."""
-    if shown is None or (samples := difference(shown, amplification)) is None:
+    """Return how far the cached samples are from the full ones; nothing before both are there. shown: `None` of samples
+    that are no longer in memory."""
+    if shown is None:
+        return '<div class="sd-hint">These samples are no longer in memory: generate them again.</div>'
+    if (samples := difference(shown, amplification)) is None:
         return ""
     return pictures("Difference", samples, shown.captions, f"x {amplification:g}", across=True)
 
 
-def schedule(made: Made, url: str) -> str:
-    """Return what is known of a schedule that was made. url: where it can be downloaded."""
+def schedule(result: MadeSchedule, model: str, url: str) -> str:
+    """Return the figures and the steps of a new schedule of a model. url: of its download."""
     figures = {
-        "less compute": f"{made.compute_ratio:.2f}x",
-        "PSNR predicted, dB": f"{made.predicted_psnr_db:.1f}",
-        "PSNR measured, dB": made.measured_psnr,
+        "less compute": f"{result.compute_ratio:.2f}x",
+        "PSNR predicted, dB": f"{result.predicted_psnr_db:.1f}",
+        "PSNR measured, dB": result.measured_psnr,
     }
     return (
-        f'{cards(figures)}<div class="sd-strips">{strip("schedule", made.is_full, len(made.is_full))}</div>'
-        f"<p>In <b>Generate</b> it is now the cache <code>{escape(made.name)}</code>.</p>"
+        f'{cards(figures)}<div class="sd-strips">{strip("schedule", result.is_full, len(result.is_full))}</div>'
+        f"<p>In <b>Generate</b>, <code>{escape(result.name)}</code> is now a cache of {escape(model)}.</p>"
         f'<p><a class="sd-download" href="{escape(url)}" download>Download schedule.json</a></p>'
     )
 
 
-def report(found: StabilityReport, url: str = "") -> str:
-    """Return a stability report. url: where all of its files can be downloaded."""
+def report(stability: StabilityReport, url: str = "") -> str:
+    """Return a stability report. url: of the download of all its files."""
     page = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["image", "link", "autolink"])
-    parts = [f'<p class="sd-source">From <code>{escape(found.where)}</code></p>' if found.where else ""]
+    parts = [f'<p class="sd-source">From <code>{escape(stability.where)}</code></p>' if stability.where else ""]
     if url:
         parts.append(f'<p><a class="sd-download" href="{escape(url)}" download>Download the report</a></p>')
-    for place, part in enumerate(re.split(FIGURE, found.markdown)):
+    for place, part in enumerate(re.split(FIGURE, stability.markdown)):
         if place % 3 == 0:  # between figures; after it the title and the name of one
             parts.append(page.render(part))
-        elif place % 3 == 2 and (figure := found.figures.get(part)) is not None:
+        elif place % 3 == 2 and (figure := stability.figures.get(part)) is not None:
             uri = data_uri(figure.webp, "image/webp")
             parts.append(f'<img class="sd-figure" loading="lazy" src="{uri}" alt="{escape(figure.title)}">')
     body = "".join(parts).replace("<table>", '<div class="sd-scroll"><table>').replace("</table>", "</table></div>")
     return f'<article class="sd-report">{body}</article>'
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How far a job is
-
-
 def status(job: Job, place: int) -> str:
-    """Return a line that says how far a job is. place: how many are before it."""
+    """Return one line on the progress of a job. place: number of jobs before it."""
     match job.state:
         case "waiting" if place == 0:
             return note("waiting", "Starting …")
@@ -190,7 +178,7 @@ def status(job: Job, place: int) -> str:
 
 
 def bar(done: int, total: int) -> str:
-    """Return a bar; without a total one that only says that something happens."""
+    """Return a progress bar; without a total it only shows that work goes on."""
     if not total:
         return '<progress aria-label="progress"></progress>'
     done = min(done, total)
@@ -198,9 +186,13 @@ def bar(done: int, total: int) -> str:
 
 
 def note(state: str, text: str, more: str = "") -> str:
-    """Return a message that screen readers tell."""
+    """Return a message that screen readers announce."""
     role = "alert" if state == "failed" else "status"
     return f'<div class="sd-note sd-{state}"><p role="{role}">{escape(text)}</p>{more}</div>'
+
+
+def failure(error: Exception) -> str:
+    return note("failed", describe(error))
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

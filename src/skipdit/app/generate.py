@@ -1,16 +1,16 @@
-"""The first tab: what was asked for, sampled in full and then cached, step by step."""
+"""The first tab: the requested samples, in full and then cached, step by step."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from skipdit.app.forms import number, whole
+from skipdit.app.forms import check_form
 from skipdit.app.jobs import Job
 from skipdit.benchmark.cache_methods import METHODS
 from skipdit.cache.methods import CacheMethod, parse_method
-from skipdit.cache.schedule import ExplicitSchedule
+from skipdit.calibration.find import explicit
 from skipdit.diffusion import Objective, objective_of, signal_and_noise_levels
 from skipdit.files.untrusted import printable
 from skipdit.loading import Source
@@ -21,72 +21,73 @@ from skipdit.tasks.task import Sampler
 BUDGETS = ("1.5x", "2x", "2.5x")
 OTHER = "Other"
 MAX_SAMPLES, MAX_STEPS, MAX_GUIDANCE = 16, 250, 30
-MAX_SEED = 2**32 - 1  # what the field of a browser holds to the digit, and every kind of generator takes
+MAX_SEED = 2**32 - 1  # exact in a browser, and valid for every kind of generator
 MAX_PROMPT = 1000  # characters
 SPEEDUP = re.compile(r"(\d{1,3}(?:\.\d{1,3})?)\s*x?")
 MAX_SPEC = 100  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What to sample."""
+class SampleRequest:
+    """The values of the form. `ValueError` if one is out of range."""
 
     labels: tuple[str, ...] = ()
     """class names or numbers, in turn"""
-    prompts: tuple[str, ...] = ()
-    """texts, in turn"""
+    prompt: str = ""
+    """texts, in turn, one per line"""
     num_samples: int = 4
     num_inference_steps: int = 50
-    guidance_scale: float = 2.0
+    guidance_scale: float | None = None
+    """by default that of the model"""
     seed: int = 0
     cache: str = "2x"
-    """a speedup, a spec, `calibrated:{name}`, or the name of a schedule that this page has made"""
+    """a speedup, a spec, `calibrated:{name}`, or the name of a schedule made on this page"""
 
-    @classmethod
-    def of(
-        cls, *, labels: Sequence[str] | None, prompt: str | None, num_samples: object, num_inference_steps: object,
-        guidance_scale: object, seed: object, cache: str,
-    ) -> "Asked":  # fmt: skip
-        """Return what the fields of a form ask for, of labels and prompts as many as there are samples. prompt: one per
-        line. `ValueError` where one is out of range."""
-        prompts = tuple(line.strip() for line in (prompt or "").splitlines() if line.strip())
-        if any(len(line) > MAX_PROMPT for line in prompts):
+    def __post_init__(self) -> None:
+        if any(len(prompt) > MAX_PROMPT for prompt in self.prompts):
             raise ValueError(f"a prompt has at most {MAX_PROMPT} characters")
-        count = whole("how many", num_samples, 1, MAX_SAMPLES)
-        return cls(
-            labels=tuple(labels or ())[:count],
-            prompts=prompts[:count],
-            num_samples=count,
-            num_inference_steps=whole("steps", num_inference_steps, 2, MAX_STEPS),
-            guidance_scale=number("guidance", guidance_scale, 1, MAX_GUIDANCE),
-            seed=whole("seed", seed, 0, MAX_SEED),
-            cache=cache,
+        check_form(
+            self,
+            num_samples=("how many", 1, MAX_SAMPLES),
+            num_inference_steps=("steps", 2, MAX_STEPS),
+            seed=("seed", 0, MAX_SEED),
         )
+        if self.guidance_scale is not None:
+            check_form(self, guidance_scale=("guidance", 1, MAX_GUIDANCE))
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return tuple(line.strip() for line in self.prompt.splitlines() if line.strip())
+
+    @property
+    def conditions(self) -> dict[str, tuple[str, ...]]:
+        """The labels and prompts, no more than there are samples, by the option of `skipdit sample`."""
+        return {"labels": self.labels[: self.num_samples], "prompt": self.prompts[: self.num_samples]}
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two runs, so far."""
+    """The steps of one run so far."""
 
     name: str
     num_steps: int
     is_full: tuple[bool, ...] = ()
-    """of each step that was made, whether it ran every unit"""
+    """whether each step so far was a full one"""
     samples: Tensor | None = None
-    """pictures (b c h w) or clips (b f c h w) in [0, 1]: on the way what they begin to be, where that can be seen"""
+    """pictures (b c h w) or clips (b f c h w) in [0, 1]; during the run a preview, if there is one"""
     seconds: float | None = None
-    """once it is over"""
+    """duration; `None` during the run"""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both runs, so far, and once both are over what they say of the cache."""
+    """Both runs so far, and at the end the figures of the cache."""
 
     full: Side
     cached: Side
     captions: list[str]
     cache: str
-    """which it is"""
+    """name of the cache"""
     psnr: str = ""
     ssim: str = ""
     compute_ratio: float | None = None
@@ -94,7 +95,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float | None:
-        """In wall-clock time."""
+        """Return the ratio of their durations, `None` until both are done."""
         if self.full.seconds is None or self.cached.seconds is None:
             return None
         return self.full.seconds / self.cached.seconds
@@ -104,12 +105,8 @@ class Comparison:
         return self.speedup is not None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which cache
-
-
 def cache_names(source: Source, own: Iterable[str] = ()) -> list[str]:
-    """Return caches to choose from: schedules of this page, those that came with the model, and what
+    """Return the caches to choose from: schedules made on this page, those of the model, and those that
     `skipdit bench cache` compares."""
     calibrated = [f"calibrated:{name}" for name in source.schedules]
     specs = [spec for method in METHODS.values() for spec in method.specs if not spec.startswith("calibrated")]
@@ -119,7 +116,7 @@ def cache_names(source: Source, own: Iterable[str] = ()) -> list[str]:
 def find_cache(
     source: Source, text: str, num_inference_steps: int, own: Mapping[str, CacheMethod]
 ) -> tuple[str, CacheMethod]:
-    """Return what a text means, and what that is called.
+    """Return the name and the method of the cache that a text stands for.
 
     A speedup is that of a schedule that came with the model for runs of so many steps, else of `auto`. `ValueError`
     where there is no such cache, or it would never reuse. Files are not read.
@@ -133,18 +130,14 @@ def find_cache(
         if not speedup > 1:
             raise ValueError(f"a speedup must be above 1, got {printable(text)}")
         name = f"{speedup:g}x"
-        made = source.schedules.get(name)
-        if made is not None and made_for_steps(made) == num_inference_steps:
-            return f"calibrated:{name}", made
+        calibrated = source.schedules.get(name)
+        # for runs of other lengths than it was calibrated on, `auto` is often better
+        if calibrated is not None and explicit(calibrated).num_inference_steps == num_inference_steps:
+            return f"calibrated:{name}", calibrated
         text = f"auto:{speedup:g}"
     method = own.get(text) or _parse(source, text)
     check_method(pipeline, method, num_inference_steps)
     return text, method
-
-
-def made_for_steps(method: CacheMethod) -> int | None:
-    """Return how many steps a run has that a schedule was calibrated on; in others `auto` is often better."""
-    return method.schedule.num_inference_steps if isinstance(method.schedule, ExplicitSchedule) else None
 
 
 def _parse(source: Source, text: str) -> CacheMethod:
@@ -159,13 +152,9 @@ def _parse(source: Source, text: str) -> CacheMethod:
     return parse_method(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The two runs
-
-
 @dataclass
 class Watch:
-    """Follows the steps of one run: tells the job, and keeps which were full."""
+    """Reports the steps of one run to its job, and records which were full."""
 
     job: Job
     sampler: Sampler
@@ -176,7 +165,7 @@ class Watch:
     is_full: list[bool] = field(default_factory=list)
 
     def see(self, output: Tensor, latents: Tensor) -> None:
-        """Take note of a step: what the scheduler is given for it."""
+        """Record a step, given the arguments of the scheduler's step."""
         if self.side == "cached":
             now = counts_of(self.sampler.pipeline).steps_full
             self.is_full.append(now > self.steps_full)
@@ -190,14 +179,14 @@ class Watch:
         )
         self.job.tell(done=len(self.is_full), shown=replace(self.comparison, **{self.side: run}))
 
-    def end(self, made: Sampled) -> Comparison:
-        run = replace(getattr(self.comparison, self.side), samples=made.samples, seconds=made.seconds)
+    def end(self, result: Sampled) -> Comparison:
+        run = replace(getattr(self.comparison, self.side), samples=result.samples, seconds=result.seconds)
         return replace(self.comparison, **{self.side: replace(run, is_full=tuple(self.is_full))})
 
 
 def begun(sampler: Sampler, output: Tensor, latents: Tensor, step: int, num_samples: int) -> Tensor | None:
-    """Return the pictures (b c h w) that a model sees in its latents at a step, of clips the first frames; `None` where
-    latents are no pixels, or the scheduler does not say what the model predicts."""
+    """Return a preview at a step: the pictures (b c h w), or the first frames of clips, that the model predicts; `None`
+    if the model works on latents, or the scheduler does not say what it predicts."""
     scheduler = sampler.pipeline.scheduler
     if sampler.pipeline.vae is not None or latents.ndim != 4 or latents.shape[1] != 3 or len(latents) % num_samples:
         return None
@@ -211,7 +200,7 @@ def begun(sampler: Sampler, output: Tensor, latents: Tensor, step: int, num_samp
 
 
 def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: Tensor) -> Tensor:
-    """Return x_0 as a model's output tells it: the inverse of `skipdit.diffusion.prediction_target`."""
+    """Return x_0, given the output of a model: the inverse of `skipdit.diffusion.prediction_target`."""
     signal, sigma = signal_and_noise_levels(objective, timesteps, latents.ndim)
     match objective.prediction_type:
         case "epsilon":
@@ -223,36 +212,27 @@ def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: T
     return output
 
 
-def generate(job: Job, source: Source, asked: Asked, own: Mapping[str, CacheMethod]) -> Comparison:
-    """Sample in full and cached, telling the job of every step. `ValueError` on a label, prompt or cache that cannot
-    be."""
-    sampler, steps = source.sampler, asked.num_inference_steps
-    conditions, captions = source.choose({"labels": asked.labels, "prompt": asked.prompts}, asked.num_samples)
-    name, method = find_cache(source, asked.cache, steps, own)
+def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str, CacheMethod]) -> Comparison:
+    """Sample in full and cached, and report every step to the job. `ValueError` if a label or the cache is unknown."""
+    request = source.complete(request)
+    sampler, steps = source.sampler, request.num_inference_steps
+    conditions, captions = source.choose(request.conditions, request.num_samples)
+    name, method = find_cache(source, request.cache, steps, own)
     run = Runner.of(
-        sampler,
-        conditions,
-        num_inference_steps=steps,
-        guidance_scale=asked.guidance_scale,
-        seed=asked.seed,
+        sampler, conditions, num_inference_steps=steps, guidance_scale=request.guidance_scale, seed=request.seed
     )
     shown = Comparison(Side("full", steps), Side("cached", steps), captions, name)
     job.tell(doing="warming up", shown=shown)
-    run(num_inference_steps=1)  # first calls allocate: no part of any time
+    run(num_inference_steps=1)  # the first calls allocate memory, and are not timed
     for side, doing, cache in (("full", "sampling in full", None), ("cached", "sampling cached", OwnCache(method))):
         job.tell(doing=doing, done=0, total=steps)
         watch = Watch(job, sampler, shown, side, len(conditions))
         with before_steps(sampler.pipeline.scheduler, watch.see):
-            made = run(cache)
-        shown = watch.end(made)
-        if cache is not None and made.counts is not None:
-            shown = replace(shown, compute_ratio=made.compute_ratio, bytes_held=made.counts.bytes_held)
+            result = run(cache)
+        shown = watch.end(result)
+        if cache is not None and result.counts is not None:
+            shown = replace(shown, compute_ratio=result.compute_ratio, bytes_held=result.counts.bytes_held)
         job.tell(shown=shown)
-    return with_scores(shown)
-
-
-def with_scores(shown: Comparison) -> Comparison:
-    """Return a comparison with the distances of its cached run to the full one."""
     assert shown.full.samples is not None
     assert shown.cached.samples is not None
     scores = score_pictures(shown.cached.samples.flatten(0, -4), shown.full.samples.flatten(0, -4))
@@ -261,8 +241,8 @@ def with_scores(shown: Comparison) -> Comparison:
 
 
 def difference(shown: Comparison, amplification: float) -> Tensor | None:
-    """Return how far the cached samples are from the full ones, per channel, times `amplification`, in [0, 1]; `None`
-    before both are there. Broken pixels are white."""
+    """Return the absolute difference of both samples per channel, times `amplification`, clipped to [0, 1]; `None`
+    until both are done. Broken pixels are white."""
     if not shown.is_whole or shown.full.samples is None or shown.cached.samples is None:
         return None
     return ((shown.cached.samples - shown.full.samples).abs() * amplification).nan_to_num(1.0).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""One job at a time: each has a place in line, tells how far it is, and can be cancelled at any step."""
+"""A queue of jobs that run one at a time, report their progress, and can be cancelled at any step."""
 
 import logging
 import threading
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from skipdit.terminal import describe, is_out_of_memory
+from skipdit.terminal import describe, is_expected
 
 LOGGER = logging.getLogger(__name__)
 MAX_WAITING = 16
@@ -15,33 +15,33 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 class Cancelled(Exception):
-    """Nobody wants the job's result any more."""
+    """Raised in a job that was cancelled."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Work that waits, runs or is over. Its fields are written by the thread that runs it, and read by all."""
+    """Work that waits, runs or is over. Only the thread that runs it writes its fields."""
 
     owner: str
-    """the open page that asked for it"""
+    """the open page that submitted it"""
     kind: str
-    """what it makes; a page may have one of each at a time"""
-    work: Callable[["Job"], Any]
-    """makes the result, and calls `check`, `tell` or `advance` at each step"""
+    """kind of work; a page may have one job of each at a time"""
+    work: Callable[["Job"], object]
+    """returns the result, and calls `check`, `tell` or `advance` at each step"""
     state: State = "waiting"
     doing: str = ""
-    """what it does now, in a few words"""
+    """current activity, in a few words"""
     done: int = 0
-    """steps of that"""
+    """steps of this activity so far"""
     total: int = 0
-    """steps that there will be; 0 where that is not known"""
+    """steps of this activity in all; 0 if unknown"""
     shown: Any = None
-    """what there is so far"""
+    """preliminary result"""
     result: Any = None
     message: str = ""
-    """why it failed"""
+    """reason of a failure"""
     version: int = 0
-    """goes up at every change"""
+    """number of changes so far"""
     is_cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -53,7 +53,7 @@ class Job:
         if self.is_cancelled.is_set():
             raise Cancelled
 
-    def tell(self, **fields: Any) -> None:
+    def tell(self, **fields: object) -> None:
         """Set `doing`, `done`, `total` or `shown`. Raises `Cancelled` if the job was cancelled."""
         self.check()
         vars(self).update(fields)
@@ -65,7 +65,7 @@ class Job:
 
 
 class Jobs:
-    """Runs jobs one after another, in a thread of its own."""
+    """Runs jobs one after another in one thread."""
 
     def __init__(self) -> None:
         self.waiting: list[Job] = []
@@ -75,9 +75,8 @@ class Jobs:
         self.thread = threading.Thread(target=self._run_all, name="skipdit jobs", daemon=True)
         self.thread.start()
 
-    def submit(self, owner: str, kind: str, work: Callable[[Job], Any]) -> Job:
-        """Put a job at the end of the line. `ValueError` where its owner has one of this kind already, or too many
-        wait."""
+    def submit(self, owner: str, kind: str, work: Callable[[Job], object]) -> Job:
+        """Append a job to the queue. `ValueError` if its owner already has one of this kind, or the queue is full."""
         with self.changed:
             if any((job.owner, job.kind) == (owner, kind) for job in self._open_jobs()):
                 raise ValueError("this page is running one already: cancel it first")
@@ -89,14 +88,13 @@ class Jobs:
         return job
 
     def place(self, job: Job) -> int:
-        """Return how many jobs are before this one, the one that runs included."""
+        """Return the number of jobs before this one, including the one that runs."""
         with self.changed:
             before = self.waiting.index(job) if job in self.waiting else 0
             return before + (self.running is not None and self.running is not job)
 
     def cancel(self, owner: str, kind: str | None = None) -> None:
-        """Cancel the jobs of an owner, all or those of one kind: one that waits at once, one that runs at its next
-        step."""
+        """Cancel all jobs of an owner, or those of one kind; a running job stops at its next step."""
         with self.changed:
             for job in self._open_jobs():
                 if job.owner == owner and kind in (None, job.kind):
@@ -106,7 +104,7 @@ class Jobs:
                         self._end(job, "cancelled")
 
     def close(self) -> None:
-        """Cancel all jobs, and wait a moment for the one that runs."""
+        """Cancel all jobs, and wait up to 10 seconds for the one that runs."""
         with self.changed:
             self.is_closed = True
             for job in self._open_jobs():
@@ -139,18 +137,12 @@ class Jobs:
             job.result = job.work(job)
         except Cancelled:
             self._end(job, "cancelled")
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            known = not isinstance(error, RuntimeError) or is_out_of_memory(error)
-            self._fail(job, error, known=known)
         except Exception as error:
-            self._fail(job, error, known=False)
+            if is_expected(error):
+                self._end(job, "failed", describe(error))
+                return
+            LOGGER.error("a job of the page failed", exc_info=error)
+            message = f"something unexpected went wrong ({type(error).__name__}); the terminal tells more"
+            self._end(job, "failed", message)
         else:
             self._end(job, "done")
-
-    def _fail(self, job: Job, error: Exception, *, known: bool) -> None:
-        """End a job with a message; the traceback of what nobody expected goes to the terminal."""
-        if known:
-            self._end(job, "failed", describe(error))
-            return
-        LOGGER.error("a job of the page failed", exc_info=error)
-        self._end(job, "failed", f"something unexpected went wrong ({type(error).__name__}); the terminal tells more")

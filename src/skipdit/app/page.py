@@ -1,38 +1,41 @@
-"""The page: its components, and what they call."""
+"""The components of the page, and their event handlers."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
 import gradio as gr
+from gradio.components import Component
 
 from skipdit.app import chart, drawing
-from skipdit.app.downloads import Downloads
-from skipdit.app.generate import BUDGETS, OTHER, Asked, Comparison, cache_names, generate
+from skipdit.app.downloads import Downloads, Latest
+from skipdit.app.generate import BUDGETS, OTHER, Comparison, SampleRequest, cache_names, generate
 from skipdit.app.jobs import Job, Jobs
 from skipdit.app.models import Models, labels_of
-from skipdit.app.quality import Made, Wanted, calibrate, find_measurements, with_schedule
-from skipdit.app.stability import TASK, Effort, find_report, make_report
+from skipdit.app.quality import MadeSchedule, ScheduleRequest, calibrate, find_measurements, with_schedule
+from skipdit.app.stability import TASK, Effort, StabilityReport, find_report, make_report
+from skipdit.cache.methods import CacheMethod
+from skipdit.interfaces import Fields
 from skipdit.loading import Source
-from skipdit.terminal import describe
 
 POLL_SECONDS = 0.25
+NUM_KEPT = 4  # comparisons whose samples stay in memory, of all pages together
 TITLE = "skipdit"
 HEADER = """<header class="sd-header"><h1>skipdit</h1>
 <p>Diffusion transformers in full and cached, side by side.</p></header>"""
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
-Schedules = dict[str, dict[str, Any]]  # made on this page, by model and name
-Changes = dict[Any, Any]  # by component, its value or its update
+Schedules = dict[str, dict[str, CacheMethod]]  # of this page, by model and name
+Changes = dict[Component | gr.Column, object]  # by component, its value or its update
 Updates = AsyncIterator[Changes]
 
 
 def make_theme() -> gr.themes.Base:
-    """Return a calm theme of fonts that are on the reader's machine."""
+    """Return a calm theme that uses the fonts of the reader's machine."""
     return gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=FONT, font_mono=MONO).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
@@ -51,7 +54,7 @@ def css() -> str:
 
 
 async def follow(jobs: Jobs, job: Job) -> AsyncIterator[None]:
-    """Yield at each change of a job until it is over. A job that nobody follows any more is cancelled."""
+    """Yield at each change of a job until it is over; cancel the job if the iteration ends before."""
     seen = None
     try:
         while True:
@@ -69,7 +72,7 @@ async def follow(jobs: Jobs, job: Job) -> AsyncIterator[None]:
 
 @dataclass
 class Part:
-    """What every tab with a job has."""
+    """The components of a tab that belong to its job."""
 
     run: gr.Button
     cancel: gr.Button
@@ -79,17 +82,18 @@ class Part:
 
 @dataclass
 class Page:
-    """The page, and what it works with."""
+    """The page."""
 
     models: Models
     jobs: Jobs
     downloads: Downloads
     folders: Sequence[Path]
-    """where reports are looked for"""
+    """folders that are searched for reports"""
     parts: dict[str, Part] = field(default_factory=dict)
+    comparisons: Latest[Comparison] = field(default_factory=lambda: Latest(NUM_KEPT))
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What is on it
+    # Components
 
     def build(self) -> gr.Blocks:
         """Return the page, for `gradio.mount_gradio_app`."""
@@ -100,7 +104,9 @@ class Page:
                 self.task = gr.Radio(self.models.tasks, value=task, label="Task", scale=3, min_width=260)
                 names = self.models.of_task(task)
                 self.model = gr.Dropdown(names, value=names[0], label="Model", filterable=False, scale=2, min_width=220)
-            self.own, self.shown, self.is_reported = gr.State({}), gr.State(None), gr.State(False)
+            # schedules made on this page, the token of the last comparison, the model and the name of the last schedule
+            self.own, self.shown, self.made = gr.State({}), gr.State(None), gr.State(None)
+            self.is_reported = gr.State(False)
             with gr.Tabs():
                 with gr.Tab("Generate"):
                     self.add_generate()
@@ -145,7 +151,7 @@ class Page:
         outputs = [*vars(part).values(), self.shown, self.difference, self.difference_box]
         part.run.click(self.generate, [self.model, *form, self.own, self.amplification], outputs, **JOB)
         change = [self.shown, self.amplification]
-        self.amplification.change(drawing.differences, change, self.difference, trigger_mode="always_last", **QUIET)
+        self.amplification.change(self.amplify, change, self.difference, trigger_mode="always_last", **QUIET)
         self.budget.change(lambda budget: gr.update(visible=budget == OTHER), self.budget, self.other, **QUIET)
 
     def add_quality(self) -> None:
@@ -158,9 +164,11 @@ class Page:
             self.wanted_count = gr.Number(2, label="Samples to measure on", precision=0, min_width=120)
         part = self.add_part("calibrate", "Calibrate")
         part.results = gr.HTML("")
-        outputs = [*vars(part).values(), self.own, self.other, self.budget]
+        outputs = [*vars(part).values(), self.own, self.made]
         form = [self.speedup, self.wanted_steps, self.wanted_count]
-        part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+        made = part.run.click(self.calibrate, [self.model, *form, self.own], outputs, **JOB)
+        # asks anew which model is chosen: another one may be, by now
+        made.then(self.offer_made, [self.model, self.own, self.made], [self.other, self.budget], **QUIET)
 
     def add_stability(self) -> None:
         with gr.Row(elem_classes="sd-form sd-short"):
@@ -190,163 +198,175 @@ class Page:
         return part
 
     def connect_choices(self) -> None:
-        self.depends_on_model = [self.labels, self.prompt, self.other, self.count, self.chart,
-                                 self.parts["generate"].status]  # fmt: skip
+        self.depends_on_model = [self.labels, self.prompt, self.other, self.count, self.steps, self.wanted_steps,
+                                 self.guidance, self.chart, self.parts["generate"].status]  # fmt: skip
         self.task.change(self.choose_task, self.task, self.model, **QUIET)
         self.model.change(
             self.choose_model, [self.model, self.own], self.depends_on_model, trigger_mode="always_last", **QUIET
         )
 
     # ------------------------------------------------------------------------------------------------------------------
-    # What a choice changes
+    # Choices
 
-    def choose_task(self, task: str) -> Any:
+    def choose_task(self, task: str) -> Fields:
         names = self.models.of_task(task)
         return gr.update(choices=names, value=names[0])
 
     def choose_model(self, name: str, own: Schedules) -> Changes:
-        """Open a model, and offer what it can be asked for."""
+        """Open a model, and offer its labels, prompts and caches."""
         status = self.parts["generate"].status
         try:
             source = self.models.open(name)
         except (ValueError, OSError) as error:
-            return {status: drawing.note("failed", describe(error))}
+            return {status: drawing.failure(error)}
         is_prompt, is_video = source.sampler.task.option == "prompt", source.sampler.task.is_video
-        labels = labels_of(source)
+        labels, caches = labels_of(source), cache_names(source, own.get(name, {}))
         shown = list(source.showcase or labels)[: 1 if is_video else 4]
+        steps, scale = source.run_defaults
         return {
             self.labels: gr.update(choices=labels, value=[] if is_prompt else shown, visible=bool(labels)),
             self.prompt: gr.update(value="\n".join(shown) if is_prompt else "", visible=is_prompt),
-            self.other: self.offer_caches(source, own.get(name, {})),
+            self.other: gr.update(choices=caches, value=caches[0]),
             self.count: gr.update(value=1 if is_video else 4),
+            self.steps: steps,
+            self.wanted_steps: steps,
+            self.guidance: gr.update(value=scale, visible=scale is not None),
             self.chart: self.show_measurements(name),
             status: "",
         }
 
-    def offer_caches(self, source: Source, own: Mapping[str, Any]) -> Any:
-        names = cache_names(source, own)
-        return gr.update(choices=names, value=names[0])
+    def offer_made(self, name: str, own: Schedules, made: tuple[str, str] | None) -> Changes:
+        """Choose the schedule that has just been made, if its model is still the one that is chosen."""
+        if made is None or made[0] != name:
+            return {}
+        names = cache_names(self.models.open(name), own[name])
+        return {self.other: gr.update(choices=names, value=made[1]), self.budget: OTHER}
+
+    def amplify(self, token: str | None, amplification: float) -> str:
+        """Draw the difference anew; nothing before there is one."""
+        return "" if token is None else drawing.differences(self.comparisons.get(token), amplification)
 
     def show_measurements(self, name: str) -> str:
         try:
             path = self.models.path_of(name)
             return chart.measurements(find_measurements(path, self.folders), name, path)
         except (ValueError, OSError) as error:
-            return drawing.note("failed", describe(error))
+            return drawing.failure(error)
 
     def show_report(self, is_reported: bool) -> Changes:
-        """Show the report that is there already, once; one that was made on this page stays."""
+        """Show an existing report, once; one made on this page stays."""
         if is_reported:
             return {}
         try:
             report = find_report(self.folders)
         except (ValueError, OSError) as error:
-            return {self.found: drawing.note("failed", describe(error))}
+            return {self.found: drawing.failure(error)}
         hint = f'<div class="sd-hint">No report yet: measure one, or run <code>skipdit analyze</code> ({TASK}).</div>'
         return {self.found: hint if report is None else drawing.report(report), self.is_reported: report is not None}
 
     def leave(self, request: gr.Request) -> None:
-        """Cancel what a page that was closed has asked for."""
+        """Cancel the jobs of a page that was closed."""
         self.jobs.cancel(owner_of(request))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Jobs
 
-    async def begin(self, part: Part, model: str, work: Any, request: gr.Request) -> tuple[Job | None, Changes]:
-        """Put a job in line and return it, and what changes on the page; `None` with the reason where that cannot be.
-        work: makes its function from the model."""
-        kind = next(kind for kind, each in self.parts.items() if each is part)
+    async def follow_job(
+        self,
+        kind: str,
+        model: str,
+        request: gr.Request,
+        make: Callable[[Source], Callable[[Job], object]],
+        finish: Callable[[Any], Changes],
+        watch: Callable[[Job], Changes] = lambda job: {},
+    ) -> Updates:
+        """Submit a job, and yield what changes on the page until it is over, or only why it is refused.
+
+        make: returns the job's work, given the model. finish: returns what the job's result changes. watch: returns
+        what else changes on the way.
+        """
+        part = self.parts[kind]
         try:
             source = await asyncio.to_thread(self.models.open, model)
-            job = self.jobs.submit(owner_of(request), kind, work(source))
+            job = self.jobs.submit(owner_of(request), kind, make(source))
         except (ValueError, OSError) as error:
-            return None, {part.status: drawing.note("failed", describe(error))}
-        return job, {part.cancel: gr.update(interactive=True)}
+            yield {part.status: drawing.failure(error)}
+            return
+        yield {part.cancel: gr.update(interactive=True)}
+        async for _ in follow(self.jobs, job):
+            yield {part.status: drawing.status(job, self.jobs.place(job))} | watch(job)
+        closing: Changes = {part.cancel: gr.update(interactive=False)}
+        yield closing if job.result is None else closing | finish(job.result)
 
     async def generate(
-        self, model: str, labels: Any, prompt: Any, count: Any, steps: Any, guidance: Any, seed: Any, budget: str,
-        other: str | None, own: Schedules, amplification: float, request: gr.Request,
+        self, model: str, labels: list[str], prompt: str, count: int, steps: int, guidance: float, seed: int,
+        budget: str, other: str | None, own: Schedules, amplification: float, request: gr.Request,
     ) -> Updates:  # fmt: skip
-        part = self.parts["generate"]
+        results, drawn = self.parts["generate"].results, None
 
-        def work(source: Source) -> Any:
-            asked = Asked.of(
-                labels=labels,
-                prompt=prompt,
+        def make(source: Source) -> Callable[[Job], object]:
+            wanted = SampleRequest(
+                labels=tuple(labels or ()),
+                prompt=prompt or "",
                 num_samples=count,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 seed=seed,
                 cache=(other or "") if budget == OTHER else budget,
             )
-            return lambda job: generate(job, source, asked, own.get(model, {}))
+            return lambda job: generate(job, source, wanted, own.get(model, {}))
 
-        updates: Changes
-        job, updates = await self.begin(part, model, work, request)
-        yield updates
-        if job is None:
-            return
-        drawn: Comparison | None = None
-        async for _ in follow(self.jobs, job):
-            updates = {part.status: drawing.status(job, self.jobs.place(job))}
-            if job.shown is not drawn:
-                drawn = job.shown
-                updates[part.results] = drawing.comparison(drawn)
-                updates[self.difference_box] = gr.update(visible=False)
-            yield updates
-        updates = {part.cancel: gr.update(interactive=False)}
-        if job.result is not None:
-            updates[part.results], updates[self.shown] = drawing.comparison(job.result), job.result
-            updates[self.difference] = drawing.differences(job.result, amplification)
-            updates[self.difference_box] = gr.update(visible=True)
-        yield updates
+        def watch(job: Job) -> Changes:
+            nonlocal drawn
+            if job.shown is drawn:
+                return {}
+            drawn = job.shown
+            return {results: drawing.comparison(drawn), self.difference_box: gr.update(visible=False)}
+
+        def finish(result: Comparison) -> Changes:
+            return {
+                results: drawing.comparison(result),
+                self.shown: self.comparisons.keep(result),
+                self.difference: drawing.differences(result, amplification),
+                self.difference_box: gr.update(visible=True),
+            }
+
+        async for changes in self.follow_job("generate", model, request, make, finish, watch):
+            yield changes
 
     async def calibrate(
-        self, model: str, speedup: Any, steps: Any, count: Any, own: Schedules, request: gr.Request
+        self, model: str, speedup: float, steps: int, count: int, own: Schedules, request: gr.Request
     ) -> Updates:
-        part = self.parts["calibrate"]
-
-        def work(source: Source) -> Any:
-            wanted = Wanted.of(speedup, steps, count)
+        def make(source: Source) -> Callable[[Job], object]:
+            wanted = ScheduleRequest(speedup=speedup, num_inference_steps=steps, num_samples=count)
             return lambda job: calibrate(job, source, wanted)
 
-        updates: Changes
-        job, updates = await self.begin(part, model, work, request)
-        yield updates
-        if job is None:
-            return
-        async for _ in follow(self.jobs, job):
-            yield {part.status: drawing.status(job, self.jobs.place(job))}
-        updates = {part.cancel: gr.update(interactive=False)}
-        if job.result is not None:
-            made: Made = job.result
-            url = self.downloads.add("schedule.json", made.content.encode("utf-8"), "application/json")
-            of_model = with_schedule(made, own.get(model, {}))
-            names = cache_names(await asyncio.to_thread(self.models.open, model), of_model)
-            updates[part.results], updates[self.own] = drawing.schedule(made, url), {**own, model: of_model}
-            updates[self.other], updates[self.budget] = gr.update(choices=names, value=made.name), OTHER
-        yield updates
+        def finish(result: MadeSchedule) -> Changes:
+            url = self.downloads.add("schedule.json", result.content.encode("utf-8"), "application/json")
+            return {
+                self.parts["calibrate"].results: drawing.schedule(result, model, url),
+                self.own: {**own, model: with_schedule(result, own.get(model, {}))},
+                self.made: (model, result.name),
+            }
+
+        yield {self.made: None}
+        async for changes in self.follow_job("calibrate", model, request, make, finish):
+            yield changes
 
     async def measure_stability(self, model: str, effort: Effort, request: gr.Request) -> Updates:
-        part = self.parts["stability"]
-        updates: Changes
-        job, updates = await self.begin(
-            part, model, lambda source: lambda job: make_report(job, source, model, effort), request
-        )
-        yield updates
-        if job is None:
-            return
-        async for _ in follow(self.jobs, job):
-            yield {part.status: drawing.status(job, self.jobs.place(job))}
-        updates = {part.cancel: gr.update(interactive=False)}
-        if job.result is not None:
-            url = self.downloads.add("stability.zip", job.result.archive, "application/zip")
-            updates[part.results], updates[self.is_reported] = drawing.report(job.result, url), True
-        yield updates
+        def make(source: Source) -> Callable[[Job], object]:
+            return lambda job: make_report(job, source, model, effort)
+
+        def finish(result: StabilityReport) -> Changes:
+            url = self.downloads.add("stability.zip", result.archive, "application/zip")
+            return {self.found: drawing.report(result, url), self.is_reported: True}
+
+        async for changes in self.follow_job("stability", model, request, make, finish):
+            yield changes
 
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-JOB: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+QUIET: Fields = {"show_progress": "hidden", "api_visibility": "private"}
+JOB: Fields = {**QUIET, "concurrency_limit": None}
 
 
 def owner_of(request: gr.Request) -> str:

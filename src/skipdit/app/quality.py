@@ -1,4 +1,4 @@
-"""The second tab: what a speedup costs, as `skipdit bench cache` measured it, and schedules made for a model."""
+"""The second tab: the results of `skipdit bench cache`, and schedules calibrated for a model."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypedDict
 
-from skipdit.app.forms import number, whole
+from skipdit.app.forms import check_form
 from skipdit.app.jobs import Job
 from skipdit.app.models import cancellable
 from skipdit.benchmark.cache import report_name
@@ -41,7 +41,7 @@ class RowFields(TypedDict, total=False):
 
 
 class ReportFields(TypedDict):
-    """What is read of a `cache_quality.json`."""
+    """The fields read from a `cache_quality.json`."""
 
     rows: list[RowFields]
 
@@ -57,7 +57,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """The settings of a method that no other of it beats in both, slow ones first."""
+    """The settings on the Pareto front of a method, slow ones first."""
 
     method: str
     group: Group
@@ -66,7 +66,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What a benchmark measured of a model."""
+    """The results of a benchmark of a model."""
 
     source: str
     """the file"""
@@ -74,8 +74,8 @@ class Measurements:
 
 
 def find_measurements(model: str, folders: Sequence[Path]) -> Measurements | None:
-    """Return what `skipdit bench cache` wrote of a model into the first of these folders that has it. model: its name
-    or path. `ValueError` where the file is broken."""
+    """Return the results of `skipdit bench cache` for a model from the first of these folders that has them. model: its
+    name or path. `ValueError` if the file is broken."""
     name = f"{report_name(model)}.json"
     for folder in folders:
         if (folder / name).is_file():
@@ -104,32 +104,26 @@ def _front(series: Series) -> Series:
     return replace(series, points=[by_place[place] for place in kept])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A schedule for a speedup
-
-
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What to calibrate for."""
+class ScheduleRequest:
+    """The values of the form. `ValueError` if one is out of range."""
 
     speedup: float = 2.0
     num_inference_steps: int = 50
     num_samples: int = 2
-    guidance_scale: float = 2.0
 
-    @classmethod
-    def of(cls, speedup: object, num_inference_steps: object, num_samples: object) -> "Wanted":
-        """Return what the fields of a form ask for. `ValueError` where one is out of range."""
-        return cls(
-            speedup=number("the target speedup", speedup, 1.05, MAX_SPEEDUP),
-            num_inference_steps=whole("steps", num_inference_steps, 4, MAX_STEPS),
-            num_samples=whole("samples", num_samples, 1, MAX_SAMPLES),
+    def __post_init__(self) -> None:
+        check_form(
+            self,
+            speedup=("the target speedup", 1.05, MAX_SPEEDUP),
+            num_inference_steps=("steps", 4, MAX_STEPS),
+            num_samples=("samples", 1, MAX_SAMPLES),
         )
 
 
 @dataclass(frozen=True)
-class Made:
-    """A schedule, and what is known of it."""
+class MadeSchedule:
+    """A new schedule with its figures."""
 
     name: str
     method: CacheMethod
@@ -137,41 +131,41 @@ class Made:
     compute_ratio: float
     predicted_psnr_db: float
     measured_psnr: str
-    """on the samples that it was found with"""
+    """on the samples of the calibration"""
     content: str
-    """of its schedule.json"""
+    """content of its schedule.json"""
 
 
-def with_schedule(made: Made, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
-    """Return the schedules of a page with a new one in front, in place of an older one of its name."""
-    return {made.name: made.method} | {name: method for name, method in own.items() if name != made.name}
+def with_schedule(new: MadeSchedule, own: Mapping[str, CacheMethod]) -> dict[str, CacheMethod]:
+    """Return the schedules of a page with a new one in front, which replaces an older one of the same name."""
+    return {new.name: new.method} | {name: method for name, method in own.items() if name != new.name}
 
 
-def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
-    """Find the schedule that costs a model least at a speedup, telling the job of every step. `ValueError` where the
-    speedup is out of reach, or the model has no long skips."""
+def calibrate(job: Job, source: Source, request: ScheduleRequest) -> MadeSchedule:
+    """Find the best schedule of a model for a speedup, and report every step to the job. `ValueError` if the speedup is
+    out of reach, or the model has no long skips."""
     config = CalibrateConfig(
-        speedups=(wanted.speedup,),
-        num_samples=wanted.num_samples,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        trials=Trials(num_probed=min(8, wanted.num_inference_steps - 1)),
+        speedups=(request.speedup,),
+        num_samples=request.num_samples,
+        num_inference_steps=request.num_inference_steps,
+        trials=Trials(num_probed=min(8, request.num_inference_steps - 1)),
         rivals=(),
     )
+    config = source.complete(config)
     pipeline = source.sampler.pipeline
     made_for = made_for_of(pipeline, config)
-    total = config.num_inference_steps + 1 + config.trials.num_probed
+    total = request.num_inference_steps + 1 + config.trials.num_probed
     with cancellable(pipeline, job):
         job.tell(doing="measuring what reuse does at each step", done=0, total=total)
         run = replace(make_runner(source, config), advance=job.advance)
-        measured = measure(run, config.site, config.trials, advance=job.advance)
-        check_finite(measured.reference)
+        measurement = measure(run, config.site, config.trials, advance=job.advance)
+        check_finite(measurement.reference)
         job.tell(doing="trying schedules", done=0, total=0)
-        (found,) = find_schedules(measured, config, replace(run, advance=None))
+        (found,) = find_schedules(measurement, config, replace(run, advance=None))
     content = json.dumps(to_fields(found, config, made_for), indent=1, allow_nan=False)
     schedule = explicit(found.method)
-    name = f"made here: {wanted.speedup:g}x, {wanted.num_inference_steps} steps"
-    return Made(
+    name = f"made here: {request.speedup:g}x, {request.num_inference_steps} steps"
+    return MadeSchedule(
         name=name,
         method=replace(_loaded(content), spec=name),
         is_full=tuple(step in schedule.full_steps for step in range(schedule.num_inference_steps)),
@@ -183,7 +177,7 @@ def calibrate(job: Job, source: Source, wanted: Wanted) -> Made:
 
 
 def _loaded(content: str) -> CacheMethod:
-    """Return the schedule as whoever downloads it will have it."""
+    """Return the schedule as read from its file."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "schedule.json"
         path.write_text(content, encoding="utf-8")

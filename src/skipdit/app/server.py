@@ -1,4 +1,4 @@
-"""The only way into the page: a server on loopback that answers what the page needs, and nothing else."""
+"""A server on loopback that answers only the requests that the page needs."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import uvicorn
@@ -21,6 +21,9 @@ from skipdit.app.downloads import PREFIX, Downloads
 from skipdit.app.jobs import Jobs
 from skipdit.app.models import Models
 
+if TYPE_CHECKING:
+    from gradio import Blocks, Theme
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 API = "/gradio_api"
 # what the page asks for; Gradio has many more routes, for files, uploads, proxies and editing, which it does not need
@@ -28,7 +31,7 @@ READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(?:static|assets|svelte)/.*|/download/[\w-]+/[\w.-]+"
     rf"|{API}/(?:info|app_id|startup-events|theme\.css|queue/data|heartbeat/\w+)"
 )
-MAX_BODY = 2**20  # bytes that the page sends at once
+MAX_BODY = 2**20  # bytes of a request
 WRITTEN = re.compile(rf"{API}/(?:queue/join|cancel|reset)/?")
 HEADERS = {
     # the page's own scripts and styles, and pictures that are in the page itself
@@ -47,14 +50,14 @@ def is_loopback(host: str) -> bool:
 
 
 def refusal(method: str, path: str, host: str, origin: str | None, *, loopback: bool) -> int | None:
-    """Return the status with which a request is refused; `None` for one that is answered.
+    """Return the status code if a request is refused; `None` if it is answered.
 
     host, origin: of the request's headers. Another site's script cannot reach a page on loopback by a name that it
     makes point there, nor send it anything.
     """
     try:
         name, sender = urlsplit(f"//{host}").hostname or "", origin and urlsplit(origin).netloc
-    except ValueError:  # no address at all
+    except ValueError:  # not an address
         return 400
     if loopback and not is_loopback(name):
         return 403
@@ -66,7 +69,7 @@ def refusal(method: str, path: str, host: str, origin: str | None, *, loopback: 
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
-    """Return what gives a body that was read already, and then what comes after it."""
+    """Return a `receive` that first returns a body that was read already."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
@@ -76,7 +79,7 @@ def replayed(body: bytes, receive: Receive) -> Receive:
 
 
 async def body_of(receive: Receive) -> bytes | None:
-    """Return what was sent; `None` where that is more than `MAX_BODY`, or the sender has left."""
+    """Return the body of a request; `None` if it is larger than `MAX_BODY`, or the sender has left."""
     body = bytearray()
     while True:
         message = await receive()
@@ -88,8 +91,8 @@ async def body_of(receive: Receive) -> bytes | None:
 
 
 def is_plain(body: bytes) -> bool:
-    """Return whether the values of a form are texts, numbers and lists of them. Of an object that is called a file,
-    Gradio would copy the file, or ask another machine for it."""
+    """Return True if the values of a form are texts, numbers and lists of them. Gradio would copy a file that an object
+    names, or download it."""
     try:
         content = json.loads(body)
         values = list(content.get("data") or ())
@@ -105,7 +108,7 @@ def is_plain(body: bytes) -> bool:
 
 
 class Guard:
-    """Lets through what `refusal` and `is_plain` do not refuse, and adds `HEADERS` to every answer."""
+    """Refuses requests by `refusal` and `is_plain`, and adds `HEADERS` to every answer."""
 
     def __init__(self, app: ASGIApp, *, loopback: bool) -> None:
         self.app, self.loopback = app, loopback
@@ -134,7 +137,9 @@ class Guard:
         await answer(scope, receive, send_with_headers)
 
 
-def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = None, css: str = "") -> FastAPI:
+def make_app(
+    blocks: "Blocks", downloads: Downloads, *, loopback: bool, theme: "Theme | None" = None, css: str = ""
+) -> FastAPI:
     """Return the page as a web application."""
     import gradio
 
@@ -143,13 +148,11 @@ def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = 
 
     @app.get(f"{PREFIX}{{token}}/{{name}}")
     def download(token: str, name: str) -> Response:
-        found = downloads.get(token)
-        if found is None or found.name != name:
+        file = downloads.get(token)
+        if file is None or file.name != name:
             return Response(status_code=404)
         return Response(
-            found.content,
-            media_type=found.kind,
-            headers={"Content-Disposition": f'attachment; filename="{found.name}"'},
+            file.content, media_type=file.kind, headers={"Content-Disposition": f'attachment; filename="{file.name}"'}
         )
 
     blocks.queue(default_concurrency_limit=4, api_open=False)
@@ -172,8 +175,8 @@ def make_app(blocks: Any, downloads: Downloads, *, loopback: bool, theme: Any = 
 
 @contextmanager
 def private_gradio() -> Iterator[None]:
-    """Keep Gradio from the network, and its files in a folder of their own, inside the block. To be entered before
-    Gradio is imported."""
+    """Keep Gradio offline, and its files in a temporary folder, inside the block. Enter it before Gradio is
+    imported."""
     with TemporaryDirectory(prefix="skipdit-app-") as folder:
         settings = {
             "GRADIO_ANALYTICS_ENABLED": "False",
@@ -194,7 +197,7 @@ def private_gradio() -> Iterator[None]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound. `ValueError` where that cannot be."""
+    """Return a bound socket. `ValueError` if that fails."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
@@ -203,7 +206,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(options: AppOptions) -> None:
-    """Serve the page until it is stopped. `ValueError` or `OSError` where a model or the port cannot be had."""
+    """Serve the page until it is stopped. `ValueError` or `OSError` if a model or the port is unavailable."""
     loopback = is_loopback(options.host)
     with listen(options.host, options.port) as bound, private_gradio():
         port = bound.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The third tab: the stability report of a model, made here or found where `skipdit analyze` wrote it."""
+"""The third tab: the stability report of a model, made here or by `skipdit analyze`."""
 
 import io
 import re
@@ -49,17 +49,17 @@ class StabilityReport:
     """A page and its figures."""
 
     where: str
-    """folder that it was found in; empty for one that was just made"""
+    """folder of the report; empty for one made here"""
     markdown: str
-    """the page; a figure is a line of its own, `![title](name)`"""
+    """the text; each figure is a line `![title](name)`"""
     figures: dict[str, Figure]
-    """by the name of its file"""
+    """by file name"""
     archive: bytes = b""
-    """a zip of all files, of one that was just made"""
+    """zip of all files of a report made here"""
 
 
 def read_report(folder: Path, where: str = "") -> StabilityReport:
-    """Read a report that `skipdit analyze` wrote. `ValueError` or `OSError` where something is missing or broken."""
+    """Read a report of `skipdit analyze`. `ValueError` or `OSError` if something is missing or broken."""
     markdown = read_bytes(folder / "report.md", MAX_PAGE_BYTES).decode("utf-8", "replace")
     figures = {}
     for title, name in FIGURE.findall(markdown)[:MAX_FIGURES]:
@@ -71,8 +71,7 @@ def read_report(folder: Path, where: str = "") -> StabilityReport:
 
 
 def find_report(folders: Sequence[Path]) -> StabilityReport | None:
-    """Return the report in the first of these folders that has one, in a folder `stability`. `ValueError` where it is
-    broken."""
+    """Return the report in `stability` of the first of these folders that has one. `ValueError` if it is broken."""
     for folder in folders:
         path = folder / "stability"
         if (path / "report.md").is_file() and (path / "report.json").is_file():
@@ -81,8 +80,8 @@ def find_report(folders: Sequence[Path]) -> StabilityReport | None:
 
 
 def make_report(job: Job, source: Source, name: str, effort: Effort) -> StabilityReport:
-    """Measure how stable a model is, telling the job of every part. `ValueError` for a model of another task, or where
-    the libraries of figures are missing."""
+    """Measure the stability of a model, and report every part to the job. `ValueError` for a model of another task, or
+    if the plotting libraries are missing."""
     check_plots_installed()
     if source.sampler.task.name != TASK:
         raise ValueError(f"stability is measured of {TASK} models, {name} is a {source.sampler.task.name} model")

@@ -1,4 +1,4 @@
-"""What full and reuse steps cost, as rows beside a baseline of the same run; what a conversion does to a model.
+"""Benchmarks: the costs of full and reuse steps beside a baseline of the same run, and the effects of a conversion.
 
 `skipdit.commands.benches` has the list of benchmarks.
 """

@@ -1,14 +1,13 @@
-"""What every cache does to the output of a trained model, and what it saves, beside fewer steps of the same run.
+"""`skipdit bench cache`: the quality and the cost of every cache on a trained model, compared with fewer steps.
 
-A run is compared with the uncached run of the same seeds. Runs take turns within a batch and change places from batch
-to batch, and a speedup is the median of the ratios within a batch: machines drift.
+Each run is compared with the uncached run of the same seeds. As machines drift, runs take turns within a batch, in an
+order that rotates from batch to batch, and a speedup is the median of the ratios within a batch.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -22,35 +21,37 @@ from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.config import CacheBenchConfig as CacheBenchConfig
 from skipdit.benchmark.measure import benchmark, progress_bar
 from skipdit.files.output import OutputFolder
-from skipdit.interfaces import Fields
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS
 from skipdit.plots import check_plots_installed
-from skipdit.runs import Runner, Sampled, before_steps, scheduled, switched_on
+from skipdit.runs import Conditioning, Runner, Sampled, before_steps, scheduled, switched_on
 
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What takes part
+# The plans
 
 
 def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnable]) -> tuple[list[Plan], list[Plan]]:
-    """Return the uncached runs with all steps, that of the model's own sampler first, and all that is compared."""
-    own, steps = source.sampler, config.num_inference_steps
-    baselines = [Plan("no cache", "the reference", "control", own, steps)]
-    plans = [Plan("no cache", ONCE_MORE, "control", own, steps)]
-    plans += [Plan("fewer steps", f"{n} steps", "fewer steps", own, n) for n in config.fewer_steps]
-    if own.pipeline.scheduler.config.get("solver_order") != 2:
-        options: Fields = {"method": "second order", "group": "second order", "scheduler": SECOND_ORDER}
-        baselines.append(Plan(setting=f"{steps} steps", sampler=own, num_inference_steps=steps, **options))
-        plans += [Plan(setting=f"{n} steps", sampler=own, num_inference_steps=n, **options) for n in config.fewer_steps]
+    """Return the uncached runs with all steps, that of the model's own sampler first, and the runs to compare."""
+    main, steps = source.sampler, config.num_inference_steps
+    baselines = [Plan("no cache", "the reference", "control", main, steps)]
+    plans = [Plan("no cache", ONCE_MORE, "control", main, steps)]
+    plans += [Plan("fewer steps", f"{n} steps", "fewer steps", main, n) for n in config.fewer_steps]
+    if main.pipeline.scheduler.config.get("solver_order") != 2:
+        second_order = [
+            Plan("second order", f"{n} steps", "second order", main, n, SECOND_ORDER)
+            for n in (steps, *config.fewer_steps)
+        ]
+        baselines.append(second_order[0])
+        plans += second_order[1:]
     specs = (*config.specs, *(schedules_in(config.schedules) if config.schedules is not None else ()))
     caches: list[Runnable] = [spec_cache(spec, source) for spec in specs]
     for cache in (*caches, *rivals):
-        sampler = cache.sampler or own
-        if all(sampler is not each.sampler for each in baselines):
+        sampler = cache.sampler or main
+        if all(sampler is not plan.sampler for plan in baselines):
             baselines.append(Plan("no cache", f"the pipeline of {cache.name}", "control", sampler, steps))
         others: Group = "others, calibrated" if cache.name.endswith(", calibrated") else "others"
         group = "ours" if cache.ours else others
@@ -62,10 +63,10 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
 class Batch:
     """Some of the samples."""
 
-    conditions: list[Any]
+    conditions: Conditioning
     """class numbers or prompts, one per sample"""
     seeds: list[int]
-    """of the noise of each sample"""
+    """seeds of the noise, one per sample"""
 
 
 def make_batches(config: CacheBenchConfig, source: Source) -> list[Batch]:
@@ -94,8 +95,8 @@ def run(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Sampled:
 
 
 def count_flops(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
-    """Return the FLOPs of a run of the first sample; a multiply-add counts two. In unfused attention, as the counter
-    misses a CPU's fused one. Each step is counted by itself, where the scheduler makes it."""
+    """Return the FLOPs of a run of the first sample; a multiply-add counts as two. Attention runs unfused, as the
+    counter misses a CPU's fused kernel. Each step is counted separately, when the scheduler makes it."""
     pipeline, marks = plan.sampler.pipeline, [(0, 0.0, 0.0)]
     once = runner_of(plan, config, Batch(batch.conditions[:1], batch.seeds[:1]))
 
@@ -128,8 +129,8 @@ def measure(
     batches: Sequence[Batch],
     draft: Draft | None = None,
 ) -> list[Row]:
-    """Run every plan on every batch; a plan that the model refuses is a row that says why. draft: keeps what is
-    measured after each batch, and where a run goes on."""
+    """Run every plan on every batch; a cache that the model refuses gets a row with the reason. draft: stores the
+    results after each batch, for a run that continues."""
     begun = draft and draft.load(len(baselines), len(plans))
     metrics = METRICS if config.perceptual else ALWAYS
     for plan in baselines:
@@ -141,7 +142,7 @@ def measure(
         for plan in baselines:
             if plan.scheduler is None:
                 costs[id(plan.sampler)] = count_flops(plan, config, batches[0])
-            runner_of(plan, config, batches[0])(num_inference_steps=1)  # first calls allocate: no part of any time
+            runner_of(plan, config, batches[0])(num_inference_steps=1)  # first calls allocate memory
         for plan, tally in cached:
             advance(description=f"FLOPs of {plan.setting}")
             if tally.refused is not None:
@@ -152,16 +153,17 @@ def measure(
             references: dict[tuple[int, str | None], Sampled] = {}
             for plan, tally in zip(baselines, base_tallies, strict=True):
                 advance(description=f"{index + 1}/{len(batches)} {plan.method}, {plan.setting}")
-                made = references[plan.baseline] = run(plan, config, batch)
-                tally.add(made, references[baselines[0].baseline], made if plan.scheduler else None, metrics)
+                sampled = references[plan.baseline] = run(plan, config, batch)
+                tally.add(sampled, references[baselines[0].baseline], sampled if plan.scheduler else None, metrics)
             first = index * len(plans) // len(batches)
-            for place in (*range(first, len(plans)), *range(first)):
-                plan, tally = plans[place], tallies[place]
+            for number in (*range(first, len(plans)), *range(first)):
+                plan, tally = plans[number], tallies[number]
                 advance(description=f"{index + 1}/{len(batches)} {plan.method}, {plan.setting}")
                 if tally.refused is None:
                     with refusals(plan, tally):
-                        made, own = run(plan, config, batch), references[plan.baseline] if plan.scheduler else None
-                        tally.add(made, references[id(plan.sampler), None], own, metrics)
+                        sampled = run(plan, config, batch)
+                        own = references[plan.baseline] if plan.scheduler else None
+                        tally.add(sampled, references[id(plan.sampler), None], own, metrics)
             if draft is not None:
                 draft.save(index + 1, (*base_tallies, *tallies))
     main = costs[id(baselines[0].sampler)]
@@ -174,7 +176,7 @@ def measure(
 
 @contextmanager
 def refusals(plan: Plan, tally: Tally) -> Iterator[None]:
-    """Keep a `ValueError` of a plan with a cache as the reason why it cannot be."""
+    """Keep a `ValueError` of a plan with a cache as the reason why the model refuses it."""
     try:
         yield
     except ValueError as error:
@@ -188,11 +190,11 @@ def refusals(plan: Plan, tally: Tally) -> Iterator[None]:
 
 
 def bench_caches(config: CacheBenchConfig, out: OutputFolder) -> None:
-    """Write `cache_quality.md`, `.json` and `.png` into `out`; of another model than `emoji` its name is added. A run
-    that was interrupted goes on after the last whole batch, from `cache_quality.draft.json` there.
+    """Write `cache_quality.md`, `.json` and `.png` into `out`; for models other than `emoji`, their name is appended.
+    An interrupted run continues after the last complete batch, from `cache_quality.draft.json` there.
 
-    `ValueError` where an optional package is missing, or the model or what is asked of it is
-    not to be had; a cache that the model refuses is a row with the reason.
+    Raises `ValueError` if an optional package is missing, or if the model, a label or a prompt does not exist; a cache
+    that the model refuses gets a row with the reason.
     """
     library = load_rivals() if config.rivals else None
     check_plots_installed("matplotlib")
@@ -211,7 +213,7 @@ def bench_caches(config: CacheBenchConfig, out: OutputFolder) -> None:
             rivals = [] if library is None else library.rivals_of(source, config.num_inference_steps)
             rows = measure(config, *make_plans(config, source, rivals), batches, draft)
         except KeyboardInterrupt as stopped:
-            stopped.add_note(f"the same command goes on after the last whole batch, from {draft_name}")
+            stopped.add_note(f"the same command continues after the last complete batch, from {draft_name}")
             raise
     write_cache_report(out, name, environment=environment, settings=asdict(config), rows=rows)
     out.remove(draft_name)

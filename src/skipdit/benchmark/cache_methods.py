@@ -1,4 +1,4 @@
-"""Which caches the benchmark compares: settings of ours and of others by name, and what any other cache must offer."""
+"""The caches that the benchmark compares: the names of their settings, and the interface of any other cache."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ KIN = ("dpcache", "l2p", "budcache")  # of `skipdit calibrate --kin`, by whose r
 
 
 def method_of(spec: str) -> tuple[str, bool]:
-    """The line of a spec and whether it is ours: by the table, of a schedule by what it reuses, else by its name."""
+    """Return the method of a spec, and true if it is ours: from the table, for a schedule from its site, and otherwise
+    from the name in the spec."""
     name = next((name for name, method in METHODS.items() if spec in method.specs), None)
     if name is None and spec.endswith(".json"):
         return _method_of_schedule(spec)
@@ -41,12 +42,12 @@ def _method_of_schedule(path: str) -> tuple[str, bool]:
 
 
 def schedules_in(folder: Path) -> tuple[str, ...]:
-    """The paths of the schedules that `skipdit calibrate` has left in a folder and in those below."""
+    """Return the paths of the schedules that `skipdit calibrate` has written into a folder and its subfolders."""
     return tuple(str(path) for path in sorted(folder.rglob("*.json")) if path.name != "report.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a cache is here
+# Caches as rows of the table
 
 
 class Runnable(RunCache, Protocol):
@@ -63,8 +64,8 @@ class Runnable(RunCache, Protocol):
 
     @property
     def sampler(self) -> Sampler | None:
-        """Samples the pipeline that the cache is made for, whose uncached run is what it is compared with; `None` for
-        the model's own."""
+        """Return the sampler of the pipeline that the cache is made for, with whose uncached run it is compared; `None`
+        for the model's own."""
         ...
 
 
@@ -76,12 +77,12 @@ class SpecCache:
     spec: str
     ours: bool
     source: Source
-    """has the schedules that a `calibrated` setting means"""
+    """provides the schedules of `calibrated` settings"""
     sampler: Sampler | None = None
 
     @property
     def setting(self) -> str:
-        """The spec; of a schedule its name and that of its folder."""
+        """Return the spec; for a schedule, its name and that of its folder."""
         return "/".join(Path(self.spec).with_suffix("").parts[-2:]) if self.spec.endswith(".json") else self.spec
 
     def enable(self, pipeline: Pipeline) -> None:

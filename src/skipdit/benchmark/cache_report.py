@@ -1,14 +1,15 @@
-"""The rows of the benchmark of caches, what they say at equal speedup, and how they are written and drawn."""
+"""The report of the benchmark of caches: its rows, the methods compared at equal speedup, and the figure."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Fields
 from skipdit.metrics.table import METRICS, Scores, score_cells
 from skipdit.plots import Tradeoffs, save_png
 from skipdit.report import Report, record, table
@@ -17,15 +18,16 @@ Group = Literal["control", "fewer steps", "second order", "ours", "others", "oth
 Axis = Literal["speedup", "flop_ratio"]
 AXES: dict[Axis, str] = {"speedup": "wall-clock time", "flop_ratio": "FLOPs"}
 OWN_PSNR = "own_psnr"
-ONCE_MORE = "once more"  # setting of the control, the reference run again
+ONCE_MORE = "once more"  # setting of the control, the reference run repeated
 AT_RATIO = 2.0
-TARGET_DB = 6.0  # of the best of ours over each rival
-CALIBRATED = "the best other site under a calibrated schedule"  # what the schedule gives without long skips: no target
+TARGET_DB = 6.0  # gain of the best of ours over each rival
+CALIBRATED = "the best other site under a calibrated schedule"  # the gain of schedules without long skips: no target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A run beside the uncached run of the same seeds. Of one that the model refused, what was measured is `None`."""
+    """A run, compared with the uncached run of the same seeds. If the model refused the cache, all results are
+    `None`."""
 
     method: str
     setting: str
@@ -33,24 +35,24 @@ class Row:
     num_steps: int
     """denoising steps"""
     steps_full: float | None = None
-    """of them, those that ran every unit; the mean over batches; `None` where the cache does not count"""
+    """number of full steps, averaged over batches; `None` if the cache does not count them"""
     steps_reused: float | None = None
-    """of them, those that took something from the cache; the same"""
+    """number of reuse steps, averaged over batches; `None` if the cache does not count them"""
     bytes_held: int | None = None
-    """the most that the cache held for a whole batch"""
+    """peak memory that the cache held, for a whole batch"""
     speedups: tuple[float, ...] = ()
-    """seconds of the uncached run over this one's, one per batch"""
+    """seconds of the uncached run divided by those of this run, one per batch"""
     flop_ratio: float | None = None
-    """the same in FLOPs"""
+    """FLOPs of the uncached run divided by those of this run"""
     scores: Scores = field(default_factory=dict)
-    """distances by the name of the metric, of clips over all frames; own_psnr is to the run with all steps of the same
-    second-order sampler"""
+    """distances by the name of the metric, for clips over all frames; own_psnr is the PSNR to the run with all steps of
+    the same second-order sampler"""
     refused: str | None = None
-    """why the model cannot have the cache"""
+    """why the model refuses the cache"""
 
     @property
     def speedup(self) -> float | None:
-        """The median over the batches."""
+        """Return the median over batches."""
         return median(self.speedups) if self.speedups else None
 
 
@@ -61,7 +63,8 @@ Point = tuple[float, float]  # a ratio and a PSNR
 
 
 def points_of(rows: Sequence[Row], axis: Axis, *, own: bool = False) -> dict[str, list[Point]]:
-    """Of each method the settings that were measured. own: PSNR to the second-order sampler's own run."""
+    """Return the ratio and the PSNR of the measured settings of each method. own: use the PSNR to the second-order
+    sampler's own run."""
     points: dict[str, list[Point]] = {}
     for row in rows:
         ratio, psnr = getattr(row, axis), row.scores.get(OWN_PSNR if own else "psnr")
@@ -71,33 +74,34 @@ def points_of(rows: Sequence[Row], axis: Axis, *, own: bool = False) -> dict[str
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The settings that no other of the same method beats in both, slow ones first."""
-    kept: list[Point] = []
+    """Return the settings that no other setting of the method beats in both ratio and PSNR, slow ones first."""
+    best: list[Point] = []
     for ratio, psnr in sorted(points, reverse=True):
-        if not kept or psnr > kept[-1][1]:
-            kept.append((ratio, psnr))
-    return kept[::-1]
+        if not best or psnr > best[-1][1]:
+            best.append((ratio, psnr))
+    return best[::-1]
 
 
 def psnr_at(points: Sequence[Point], ratio: float) -> float | None:
-    """PSNR of a method at a ratio: linear over the logarithm of the ratio between its two neighbouring settings, a
-    setting that a faster one beats counting as that one. `None` where no setting is slower, or none faster."""
+    """Return the PSNR of a method at a ratio, linear in the logarithm of the ratio between its two neighboring
+    settings; a setting that is worse than a faster one counts as that one. `None` if no setting is slower, or none
+    faster."""
     ordered = sorted(points)
     if not ordered or not ordered[0][0] <= ratio <= ordered[-1][0]:
         return None
     best = np.maximum.accumulate([psnr for _, psnr in ordered][::-1])[::-1]
-    return float(np.interp(math.log(ratio), [math.log(each) for each, _ in ordered], best))
+    return float(np.interp(math.log(ratio), [math.log(x) for x, _ in ordered], best))
 
 
 def best_at(points: Mapping[str, Sequence[Point]], ratio: float) -> tuple[str, float] | None:
-    """The method with the highest PSNR at a ratio."""
-    found = [(method, psnr) for method in points if (psnr := psnr_at(points[method], ratio)) is not None]
-    return max(found, key=lambda pair: pair[1], default=None)
+    """Return the method with the highest PSNR at a ratio, and that PSNR; `None` if no method covers the ratio."""
+    pairs = [(method, psnr) for method in points if (psnr := psnr_at(points[method], ratio)) is not None]
+    return max(pairs, key=lambda pair: pair[1], default=None)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """The best of ours at equal speedup, and of each kind of rival the best: method and PSNR in dB, `None` where no
+    """The best of our methods at equal speedup, and the best of each kind of rival: method and PSNR in dB, `None` if no
     method has settings on both sides."""
 
     axis: Axis
@@ -107,15 +111,15 @@ class Standing:
 
     @property
     def gains_db(self) -> dict[str, float]:
-        """Of ours over each rival that was measured there."""
+        """Return the gain of ours over each rival that was measured there."""
         if self.ours is None:
             return {}
         return {name: self.ours[1] - rival[1] for name, rival in self.rivals.items() if rival is not None}
 
     def sentence(self) -> str:
-        place = f"At {self.ratio:g}x in {AXES[self.axis]}"
+        point = f"At {self.ratio:g}x in {AXES[self.axis]}"
         if self.ours is None:
-            return f"{place} none of ours has settings on both sides."
+            return f"{point} none of ours has settings on both sides."
         gains = self.gains_db
         parts = [
             f"{gains[name]:+.2f} dB over {name} ({rival[0]}, {rival[1]:.2f} dB)"
@@ -126,15 +130,15 @@ class Standing:
         missed = [name for name, gain in gains.items() if gain < TARGET_DB and name != CALIBRATED]
         reached = [name for name, gain in gains.items() if gain >= TARGET_DB and name != CALIBRATED]
         return (
-            f"{place} the best of ours is {self.ours[0]}, {self.ours[1]:.2f} dB: {'; '.join(parts)}. Target "
+            f"{point} the best of ours is {self.ours[0]}, {self.ours[1]:.2f} dB: {'; '.join(parts)}. Target "
             f"{TARGET_DB:+g} dB: reached over {', '.join(reached) or 'none'}; missed over "
             f"{', '.join(missed) or 'none'}."
         )
 
 
-def standing(rows: Sequence[Row], axis: Axis, ratio: float = AT_RATIO) -> Standing:
+def standing(rows: Sequence[Row], axis: Axis) -> Standing:
     def best(group: Group, *, own: bool = False) -> tuple[str, float] | None:
-        return best_at(points_of([row for row in rows if row.group == group], axis, own=own), ratio)
+        return best_at(points_of([row for row in rows if row.group == group], axis, own=own), AT_RATIO)
 
     rivals = {
         "the best other cache": best("others"),
@@ -143,11 +147,11 @@ def standing(rows: Sequence[Row], axis: Axis, ratio: float = AT_RATIO) -> Standi
         "fewer second-order steps": best("second order"),
         "fewer second-order steps beside their own run": best("second order", own=True),
     }
-    return Standing(axis, ratio, best("ours"), rivals)
+    return Standing(axis, AT_RATIO, best("ours"), rivals)
 
 
 def verdict(rows: Sequence[Row]) -> Iterator[str]:
-    """In words, what the best of ours is ahead of, and what a ratio of times is worth."""
+    """Yield sentences on the gains of our best method, and on the noise of speedups."""
     for axis in AXES:
         yield standing(rows, axis).sentence()
     noise = [speedup for row in rows if row.setting == ONCE_MORE for speedup in row.speedups]
@@ -163,9 +167,9 @@ def verdict(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def write_cache_report(
-    out: OutputFolder, name: str, *, environment: Mapping[str, str], settings: Mapping[str, Any], rows: Sequence[Row]
+    out: OutputFolder, name: str, *, environment: Mapping[str, str], settings: Fields, rows: Sequence[Row]
 ) -> None:
-    """Write `{name}.md`, `.json` and `.png`; settings: of the config."""
+    """Write `{name}.md`, `.json` and `.png`. settings: fields of the config."""
     order = get_args(Group)
     rows = sorted(rows, key=lambda row: order.index(row.group))
     save_png(draw(name, rows, settings), out)
@@ -177,7 +181,7 @@ def write_cache_report(
         config=settings,
         data={
             "rows": [no_scores | record(row, "speedup") for row in rows],
-            "standings": [record(each, "gains_db") for each in standings],
+            "standings": [record(standing, "gains_db") for standing in standings],
             "verdict": sentences,
         },
         parts=[
@@ -200,7 +204,7 @@ def write_cache_report(
     report.write(out, name)
 
 
-def draw(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Tradeoffs:
+def draw(name: str, rows: Sequence[Row], settings: Fields) -> Tradeoffs:
     series = {}
     for method, points in points_of([row for row in rows if row.group != "control"], "speedup").items():
         x, y = zip(*front(points), strict=True)

@@ -1,10 +1,10 @@
-"""What the benchmark of caches knows of its runs, batch by batch, and the file that keeps it of an unfinished one."""
+"""Results of the benchmark of caches, batch by batch, and the draft file of an unfinished benchmark."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ MAX_DRAFT_BYTES = 2**28
 
 @dataclass(frozen=True)
 class Plan:
-    """A row to be."""
+    """A run to measure, which becomes a row."""
 
     method: str
     setting: str
@@ -32,36 +32,36 @@ class Plan:
     sampler: Sampler
     num_inference_steps: int
     scheduler: str | None = None
-    """by name; `None` for that of the pipeline"""
+    """name of a scheduler; `None` for that of the pipeline"""
     cache: Runnable | None = None
 
     @property
     def baseline(self) -> tuple[int, str | None]:
-        """The key of the run with all steps and without a cache that belongs to it."""
+        """Return the key of the uncached run with all steps that it is compared with."""
         return id(self.sampler), self.scheduler
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a run of one sample, step by step."""
+    """FLOPs of a run of one sample."""
 
     flops: int
     steps: tuple[float, float]
-    """full and reuse steps of the run"""
+    """number of full steps and of reuse steps"""
     slopes: tuple[float, float]
-    """FLOPs that one more of each kind adds"""
+    """FLOPs of one more full step, and of one more reuse step"""
     tells_reuse: bool
-    """whether the run had both kinds, so that they can be told apart"""
+    """true if the run had both kinds of steps, so that their FLOPs are known separately"""
 
     def at(self, full: float, reused: float) -> float | None:
-        """Return the FLOPs with other numbers of steps, as an adaptive cache decides otherwise in another batch; `None`
-        where that cannot be told."""
+        """Return the FLOPs with other numbers of steps, as an adaptive cache may decide differently in another batch;
+        `None` if they are unknown."""
         if reused != self.steps[1] and not self.tells_reuse:
             return None
         return self.flops + (full - self.steps[0]) * self.slopes[0] + (reused - self.steps[1]) * self.slopes[1]
 
 
-Number = float | Literal["nan", "inf", "-inf"]  # JSON has no words for the last three
+Number = float | Literal["nan", "inf", "-inf"]  # JSON has no numbers for the last three
 
 
 class CountsFields(TypedDict):
@@ -72,37 +72,40 @@ class CountsFields(TypedDict):
 
 
 class TallyFields(TypedDict):
-    """A tally in a draft. values: of each batch, by metric, a number per picture."""
+    """A tally in a draft."""
 
     values: list[dict[str, list[Number]]]
+    """for each batch, by metric, one number per picture"""
     speedups: list[float]
     counts: list[CountsFields]
     refused: str | None
 
 
 class DraftFields(TypedDict):
-    """of: the run that the draft belongs to. batches: how many are done."""
+    """The fields of a draft."""
 
     of: Fields
+    """machine and settings of the benchmark"""
     batches: int
+    """number of complete batches"""
     tallies: list[TallyFields]
 
 
 @dataclass
 class Tally:
-    """What is known of a plan, batch by batch."""
+    """The results of a plan, batch by batch."""
 
     cost: Cost | None = None
     speedups: list[float] = field(default_factory=list)
-    """seconds of the uncached run over this one's"""
+    """seconds of the uncached run divided by those of this run"""
     counts: list[Counts] = field(default_factory=list)
     values: list[dict[str, Tensor]] = field(default_factory=list)
-    """by metric, a number per picture"""
+    """by metric, one number per picture"""
     refused: str | None = None
-    """why it cannot be"""
+    """why the model refuses the cache"""
 
     def to_fields(self) -> Fields:
-        """Return the tally as JSON, without the cost, which is soon counted again."""
+        """Return the tally as JSON, without the cost, which is counted again."""
         values = [
             {name: [x if math.isfinite(x) else str(x) for x in tensor.tolist()] for name, tensor in batch.items()}
             for batch in self.values
@@ -112,22 +115,24 @@ class Tally:
     @classmethod
     def from_fields(cls, fields: TallyFields) -> "Tally":
         values = [
-            {name: torch.tensor([*map(float, each)]) for name, each in batch.items()} for batch in fields["values"]
+            {name: torch.tensor([*map(float, numbers)]) for name, numbers in batch.items()}
+            for batch in fields["values"]
         ]
-        counts = [Counts(**each) for each in fields["counts"]]
+        counts = [Counts(**numbers) for numbers in fields["counts"]]
         return cls(speedups=fields["speedups"], counts=counts, values=values, refused=fields["refused"])
 
-    def add(self, made: Sampled, reference: Sampled, own: Sampled | None, metrics: Sequence[Metric]) -> None:
-        """own: the run with all steps of the same second-order sampler."""
-        self.speedups.append(reference.seconds / made.seconds)
-        self.values.append(compare_pictures(made.frames, reference.frames, metrics))
+    def add(self, sampled: Sampled, reference: Sampled, own: Sampled | None, metrics: Sequence[Metric]) -> None:
+        """Add the run of a batch. own: the run with all steps of the same second-order sampler."""
+        self.speedups.append(reference.seconds / sampled.seconds)
+        self.values.append(compare_pictures(sampled.frames, reference.frames, metrics))
         if own is not None:
-            self.values[-1][OWN_PSNR] = psnr_db(made.frames, own.frames)
-        if made.counts is not None:
-            self.counts.append(made.counts)
+            self.values[-1][OWN_PSNR] = psnr_db(sampled.frames, own.frames)
+        if sampled.counts is not None:
+            self.counts.append(sampled.counts)
 
     def row(self, plan: Plan, own: Cost, reference: Cost) -> Row:
-        """own, reference: what the plan's sampler costs uncached, and the one that it is compared with."""
+        """Return the row of the report. own: cost of an uncached run with the plan's sampler. reference: cost of the
+        run that the plan is compared with."""
         num_steps = plan.num_inference_steps
         row = Row(method=plan.method, setting=plan.setting, group=plan.group, num_steps=num_steps, refused=self.refused)
         if self.refused is not None:
@@ -154,31 +159,31 @@ class Tally:
 
 @dataclass(frozen=True)
 class Draft:
-    """What an unfinished benchmark has measured, in a file, a batch at a time."""
+    """The file with the results of an unfinished benchmark, which is written after each batch."""
 
     out: OutputFolder
     name: str
-    """of the file"""
-    of: Mapping[str, Any]
-    """the run that it belongs to"""
+    """name of the file"""
+    of: Fields
+    """machine and settings of the benchmark"""
 
     def load(self, num_baselines: int, num_plans: int) -> tuple[int, list[Tally], list[Tally]] | None:
-        """Return how many batches are done, and the tallies of baselines and plans; `None` at the start. `ValueError`
-        where the file belongs to another run, or is damaged."""
+        """Return the number of complete batches, and the tallies of baselines and plans; `None` if there is no draft.
+        Raises `ValueError` if the draft belongs to another benchmark, or is damaged."""
         path = self.out.path / self.name
         if not path.exists():
             return None
         fields = read_json(path, DraftFields, max_bytes=MAX_DRAFT_BYTES)
-        if fields["of"] != parse_json(to_json(self.of), Fields, self.name):
+        if fields["of"] != parse_json(to_json(self.of).encode(), Fields, self.name):
             raise ValueError(
                 f"{printable(path)} is of a run with other settings or on another machine: remove it, or choose "
                 "another --out"
             )
-        tallies = [Tally.from_fields(each) for each in fields["tallies"]]
+        tallies = [Tally.from_fields(tally) for tally in fields["tallies"]]
         if len(tallies) != num_baselines + num_plans or fields["batches"] < 0:
             raise ValueError(f"{printable(path)} is damaged: remove it")
         return fields["batches"], tallies[:num_baselines], tallies[num_baselines:]
 
     def save(self, batches: int, tallies: Sequence[Tally]) -> None:
-        fields = {"of": self.of, "batches": batches, "tallies": [each.to_fields() for each in tallies]}
+        fields = {"of": self.of, "batches": batches, "tallies": [tally.to_fields() for tally in tallies]}
         self.out.write_text(self.name, to_json(fields))

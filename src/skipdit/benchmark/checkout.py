@@ -1,4 +1,4 @@
-"""Finds `benchmarks/rivals`, which sets up caches of other libraries and is in a checkout only, not in the wheel."""
+"""Finds `benchmarks/rivals`, which sets up caches of other libraries; it is in a checkout, but not in the wheel."""
 
 import importlib.util
 import logging
@@ -11,15 +11,14 @@ NAME = "skipdit_rivals"
 
 
 def find_rivals() -> Path:
-    """Return their folder, which need not be there: of the checkout that this package, or else the command, is run
-    from."""
+    """Return the folder in the checkout of this package, or else in the current directory; it may not exist."""
     checkouts = Path(__file__).resolve().parents[3], Path.cwd()
     folders = [folder / "benchmarks" / "rivals" for folder in checkouts if (folder / "src" / "skipdit").is_dir()]
     return next((folder for folder in folders if folder.is_dir()), folders[0] if folders else Path("benchmarks/rivals"))
 
 
 def load_rivals() -> ModuleType | None:
-    """Import them as `skipdit_rivals`; say in a warning that they are left out where there is no checkout."""
+    """Import the folder as `skipdit_rivals`; return `None`, with a warning, if there is no checkout."""
     path = find_rivals() / "__init__.py"
     if NAME in sys.modules:
         return sys.modules[NAME]

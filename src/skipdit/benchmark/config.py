@@ -1,4 +1,4 @@
-"""The options of the benchmarks, one class per benchmark; nothing heavy is imported."""
+"""The options of the benchmarks, one class per benchmark. Imports nothing heavy, so that `--help` is instant."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,15 +144,15 @@ class VideoBenchConfig(BenchConfig):
                 LongSkipLinks(size.num_units, pair_units(size.num_units, LongSkipConfig(num_pairs=num_pairs)))
                 for num_pairs in self.num_pairs
             ]
-            counts = {len(each.sources) for each in links}
+            counts = {len(link.sources) for link in links}
             if not links or 0 in counts or len(counts) < len(links):
                 raise ValueError(
                     f"num_pairs must be one or more numbers from 1 to {size.num_units // 2}, or None for all, "
                     f"each once, for the {size.num_units} units of {size.name}, got {self.num_pairs}"
                 )
-            for each in links:
+            for link in links:
                 for k in self.num_shallow_units:
-                    each.check_num_shallow_units(k)
+                    link.check_num_shallow_units(k)
 
     def sizes(self) -> list[Size]:
         """Return the models, in the order of measurement."""
@@ -168,7 +168,7 @@ class VideoBenchConfig(BenchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionBenchConfig(BenchConfig):
-    """What to measure of the trained models. Their trainings have seeds of their own."""
+    """The measurements of the trained models. Their trainings have their own seeds."""
 
     num_pictures: int = 512
     """pictures of the training data for the loss, each with one draw of noise and timestep"""
@@ -179,7 +179,7 @@ class ConversionBenchConfig(BenchConfig):
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of a run"""
     guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 is none"""
+    """scale of classifier-free guidance; 1 disables guidance"""
     intervals: tuple[int, ...] = (2, 3)
     """intervals of the caches"""
     runs: Path = Path("runs")
@@ -331,7 +331,7 @@ class CacheBenchConfig(BenchConfig):
     num_inference_steps: NumInferenceSteps = 50
     """denoising steps of the uncached run and of the cached ones"""
     guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 is none"""
+    """scale of classifier-free guidance; 1 disables guidance"""
     fewer_steps: tuple[int, ...] = (33, 25, 20, 15)
     """denoising steps of the runs without a cache to compare with"""
     perceptual: bool = True
@@ -421,7 +421,7 @@ class CompileBenchConfig(BenchConfig):
     num_repetitions: int = 50
     """how often a single step is timed"""
     guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 is none"""
+    """scale of classifier-free guidance; 1 disables guidance"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

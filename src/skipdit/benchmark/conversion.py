@@ -1,25 +1,27 @@
-"""What converting a trained vanilla model in two stages costs in loss and brings in cached runs, beside training it on.
+"""`skipdit bench conversion`: converts a trained plain model in two stages, and compares its loss and its cached runs
+with those of the same model trained for longer.
 
-Stage one trains fresh long skips alone, stage two everything (arXiv 2411.17616, as for text-to-video).
+Stage one trains only the new long skips, stage two all weights (arXiv 2411.17616, as for text-to-video).
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from skipdit.benchmark.config import ConversionBenchConfig as ConversionBenchConfig
 from skipdit.benchmark.measure import Advance, benchmark, flops_of, progress_bar
 from skipdit.checkpoints import load_model
-from skipdit.diffusion import training_loss
+from skipdit.diffusion import make_scheduler, training_loss
 from skipdit.files.output import OutputFolder
 from skipdit.interfaces import Transformer
 from skipdit.metrics.paired import check_ssim_size
-from skipdit.metrics.table import ALWAYS, Scores, score_cells, score_pictures
+from skipdit.metrics.table import ALWAYS, Scores, score_cells
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import Device
 from skipdit.pictures import labelled_grid, to_pictures
@@ -27,12 +29,12 @@ from skipdit.report import Report, record, table
 from skipdit.runs import OwnCache, Runner, Sampled
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.task import spread
-from skipdit.tasks.training import Items, TrainingTask, make_task_scheduler, open_items
+from skipdit.tasks.training import Items, TrainingTask, open_items
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 
 PLAIN, STAGE_ONE, STAGE_TWO, CONTROL = "convert-plain", "convert-stage-one", "convert-stage-two", "convert-control"
-STARTS = {PLAIN: None, STAGE_ONE: PLAIN, STAGE_TWO: STAGE_ONE, CONTROL: PLAIN}  # what a run goes on from
-# the rows of the report; the second and the third are converted and not trained yet
+STARTS = {PLAIN: None, STAGE_ONE: PLAIN, STAGE_TWO: STAGE_ONE, CONTROL: PLAIN}  # the run that each run starts from
+# the rows of the report; the second and the third are converted, but not trained yet
 VANILLA, BEFORE, RESIDUAL, FIRST, SECOND, TRAINED_ON = (
     "vanilla",
     "before, replace",
@@ -47,7 +49,7 @@ FEWER = "fewer"
 PICTURE = "conversion.png"
 PICTURE_SCALE = 4
 LOSS_BATCH_SIZE = 128
-CHANCE_DB = 5.0  # by which cached runs of two trainings differ whose rounding alone does: benchmarks/stability_cpu.md
+CHANCE_DB = 5.0  # difference of cached runs of two trainings that differ by rounding alone: benchmarks/stability_cpu.md
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,18 @@ class ModelRow:
 
     model: str
     long_skips: str
-    """how many, with which fusion"""
+    """their number and fusion"""
     num_steps: int
-    """of training, since the data was first seen"""
+    """training steps in all stages"""
     num_parameters: int
     flops: int
-    """of a forward of one picture; a multiply-add counts two"""
+    """FLOPs of a forward of one picture; a multiply-add counts as two"""
     loss: float
-    """the mean over the pictures"""
+    """mean over pictures"""
     over_vanilla: float
-    """mean difference to the vanilla model's loss"""
+    """mean difference from the loss of the vanilla model"""
     error: float
-    """its standard error, over pictures"""
+    """standard error of that difference, over pictures"""
 
     def cells(self) -> dict[str, object]:
         """Return the row of a table."""
@@ -84,27 +86,27 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class RunRow:
-    """A cached or shorter run beside the full run of the same model from the same noise."""
+    """A cached or shorter run, compared with the full run of the same model from the same noise."""
 
     model: str
     run: str
-    """spec of the cache, or fewer steps than which"""
+    """spec of the cache, or the cache that a run of fewer steps is compared with"""
     num_steps: int
     """denoising steps"""
     steps_full: int
-    """of them, those that ran every unit"""
+    """number of full steps"""
     compute_ratio: float
-    """FLOPs of the full run over those of this one"""
+    """FLOPs of the full run divided by those of this run"""
     scores: Scores
     """distances to the full run, by the name of the metric"""
 
     @classmethod
     def of(
-        cls, model: str, name: str, made: Sampled, reference: Sampled, compute_ratio: float | None = None
+        cls, model: str, name: str, sampled: Sampled, reference: Sampled, compute_ratio: float | None = None
     ) -> "RunRow":
-        """compute_ratio: where the run's cache does not tell it."""
-        counts = made.num_inference_steps, int(made.steps[0]), compute_ratio or made.compute_ratio
-        return cls(model, name, *counts, score_pictures(made.frames, reference.frames))
+        """Return the row of a run. compute_ratio: if its cache does not count it."""
+        counts = sampled.num_inference_steps, int(sampled.steps[0]), compute_ratio or sampled.compute_ratio
+        return cls(model, name, *counts, sampled.scores(reference.samples))
 
     def cells(self) -> dict[str, object]:
         """Return the row of a table."""
@@ -117,10 +119,8 @@ class RunRow:
 
 
 def train_runs(stages: Mapping[str, TrainConfig], runs: Path, device: Device) -> dict[str, Path]:
-    """Return the pipelines of the four runs, trained in `runs` as far as they are not there yet.
-
-    `ValueError` where a run there was made with other settings.
-    """
+    """Return the pipelines of the four runs in the folder `runs`; train or finish those that are not complete. Raises
+    `ValueError` if a run there has other settings."""
     folders: dict[str, Path] = {}
     for name, start in STARTS.items():
         config = stages[name] if start is None else replace(stages[name], start_from=str(folders[start]))
@@ -129,7 +129,7 @@ def train_runs(stages: Mapping[str, TrainConfig], runs: Path, device: Device) ->
 
 
 def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> TrainingTask:
-    """Return the model that a run of this config would start with from the pipeline in `folder`, to the bit."""
+    """Return the model that a run of this config would start with, given the pipeline in `folder`; it is bit-equal."""
     torch.manual_seed(config.seed)
     task = config.model.build(items, config.objective, load_model(folder))
     task.model.to(device).eval()
@@ -139,11 +139,11 @@ def build(config: TrainConfig, items: Items, folder: Path, device: Device) -> Tr
 def build_models(
     stages: Mapping[str, TrainConfig], items: Items, folders: Mapping[str, Path], device: Device
 ) -> dict[str, TrainingTask]:
-    """Return all models of the report, by their names there."""
+    """Return all models of the report, by name."""
     first = stages[STAGE_ONE]
     model = cast(ModelConfig, first.model)
     residual = replace(model, long_skip=replace(model.long_skip or LongSkipConfig(), fusion="residual", init=None))
-    made = {
+    origins = {
         VANILLA: (stages[PLAIN], PLAIN),
         BEFORE: (first, PLAIN),
         RESIDUAL: (replace(first, model=residual), PLAIN),
@@ -151,7 +151,7 @@ def build_models(
         SECOND: (stages[STAGE_TWO], STAGE_TWO),
         TRAINED_ON: (stages[CONTROL], CONTROL),
     }
-    return {name: build(config, items, folders[run], device) for name, (config, run) in made.items()}
+    return {name: build(config, items, folders[run], device) for name, (config, run) in origins.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,21 +159,22 @@ def build_models(
 
 
 def draw_batch(config: ConversionBenchConfig, trained: TrainConfig, task: TrainingTask) -> Batch:
-    """Return pictures of the training data with labels, some of them dropped, noise and timesteps, as a step draws
-    them."""
+    """Return pictures of the training data with noise, timesteps and labels, some of which are dropped, as a training
+    step draws them."""
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = torch.randperm(len(task.items), generator=generator)[: config.num_pictures].tolist()
-    pixels, labels = zip(*(task.data[index] for index in chosen), strict=True)
+    indices = torch.randperm(len(task.items), generator=generator)[: config.num_pictures].tolist()
+    pixels, labels = zip(*(task.data[index] for index in indices), strict=True)
     device = torch.device(config.device)
     return prepare_batch(torch.stack(pixels), torch.tensor(labels), trained, task, generator, device)
 
 
 @torch.no_grad()
 def losses_of(task: TrainingTask, trained: TrainConfig, batch: Batch) -> Tensor:
-    """Return the training loss of each picture of a batch (b), in float32."""
+    """Return the training loss (b,) of each picture of a batch, in float32."""
     losses = []
     tensors = batch.x_start, batch.noise, batch.timesteps, cast(Tensor, batch.conditions)
-    for x_start, noise, timesteps, labels in zip(*(each.split(LOSS_BATCH_SIZE) for each in tensors), strict=True):
+    parts = zip(*(tensor.split(LOSS_BATCH_SIZE) for tensor in tensors), strict=True)
+    for x_start, noise, timesteps, labels in parts:
 
         def predict(noisy: Tensor, timesteps: Tensor, labels: Tensor = labels) -> Tensor:
             return task.predict(task.model, noisy, timesteps, labels)
@@ -186,16 +187,16 @@ def losses_of(task: TrainingTask, trained: TrainConfig, batch: Batch) -> Tensor:
 def model_rows(
     models: Mapping[str, TrainingTask], stages: Mapping[str, TrainConfig], config: ConversionBenchConfig
 ) -> list[ModelRow]:
-    """Return the loss of every model on the very same pictures, noise and timesteps."""
+    """Return the loss of every model on the same pictures, noise and timesteps."""
     trained, vanilla = stages[PLAIN], models[VANILLA]
     batch = draw_batch(config, trained, vanilla)
     losses = {name: losses_of(task, trained, batch) for name, task in models.items()}
     assert torch.equal(losses[RESIDUAL], losses[VANILLA]), "a zero projection changed the model"
-    own = {name: stages[name].max_steps for name in STARTS}
-    num_steps = dict.fromkeys(models, own[PLAIN])
-    num_steps[FIRST] += own[STAGE_ONE]
-    num_steps[SECOND] += own[STAGE_ONE] + own[STAGE_TWO]
-    num_steps[TRAINED_ON] += own[CONTROL]
+    steps_of = {name: stages[name].max_steps for name in STARTS}
+    num_steps = dict.fromkeys(models, steps_of[PLAIN])
+    num_steps[FIRST] += steps_of[STAGE_ONE]
+    num_steps[SECOND] += steps_of[STAGE_ONE] + steps_of[STAGE_TWO]
+    num_steps[TRAINED_ON] += steps_of[CONTROL]
     rows = []
     for name, task in models.items():
         model: Transformer = task.model
@@ -225,8 +226,8 @@ def describe_long_skips(model: Transformer) -> str:
 
 
 def runner_of(task: TrainingTask, trained: TrainConfig, config: ConversionBenchConfig) -> Runner:
-    """Return what samples a model, for classes spread over the data, from the config's noise."""
-    sampler = task.sampler(task.model, make_task_scheduler(trained.objective))
+    """Return the runner of a model for classes spread over the data, with the config's noise."""
+    sampler = task.sampler(task.model, make_scheduler(trained.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
     return Runner.of(
         sampler,
@@ -238,16 +239,17 @@ def runner_of(task: TrainingTask, trained: TrainConfig, config: ConversionBenchC
 
 
 def specs_of(task: TrainingTask, interval: int) -> list[str]:
-    """Return the caches of one interval that this model can have; they run equally many units."""
-    has_long_skips = bool(cast(Any, task.model).long_skip_links.sources)
+    """Return the caches with this interval that the model can have; they run equally many units."""
+    model: Transformer = task.model
+    has_long_skips = bool(model.long_skip_links.sources)
     return [f"{method}N{interval}" for method in METHODS if method or has_long_skips]
 
 
 def run_rows(
     name: str, task: TrainingTask, trained: TrainConfig, config: ConversionBenchConfig, advance: Advance
 ) -> tuple[list[RunRow], Tensor]:
-    """Return the cached runs of one model, and of each interval the run of so many fewer steps that it computes no
-    less; the pictures of the full run. `advance(description=...)` is told of each run."""
+    """Return the rows of one model, cached and, for each interval, with the fewest steps that cost no less; and the
+    pictures of its full run. Calls `advance(description=...)` before each run."""
     rows, num_steps, run = [], config.num_inference_steps, runner_of(task, trained, config)
     advance(description=f"{name} full")
     reference = run()
@@ -257,8 +259,8 @@ def run_rows(
             rows.append(RunRow.of(name, spec, run(OwnCache.of(spec)), reference))
         fewer = math.ceil(num_steps / rows[-1].compute_ratio)
         advance(description=f"{name} {fewer} steps")
-        made = run(num_inference_steps=fewer)
-        rows.append(RunRow.of(name, f"{FEWER} than N{interval}", made, reference, num_steps / fewer))
+        shorter = run(num_inference_steps=fewer)
+        rows.append(RunRow.of(name, f"{FEWER} than N{interval}", shorter, reference, num_steps / fewer))
     return rows, reference.samples
 
 
@@ -270,8 +272,8 @@ def all_run_rows(
     num_runs = sum(1 + sum(1 + len(specs_of(task, n)) for n in config.intervals) for task in models.values())
     with progress_bar(num_runs) as advance:
         for name, task in models.items():
-            own, full_runs[name] = run_rows(name, task, trained, config, advance)
-            rows += own
+            model_rows, full_runs[name] = run_rows(name, task, trained, config, advance)
+            rows += model_rows
     return rows, full_runs
 
 
@@ -282,11 +284,12 @@ def all_run_rows(
 def bench_conversion(
     config: ConversionBenchConfig, stages: Mapping[str, TrainConfig], out: OutputFolder
 ) -> tuple[list[ModelRow], list[RunRow]]:
-    """Train what is missing of the four runs in `config.runs`, measure their models, and write
-    `conversion_{device}.json`, `.md` and `conversion.png` into `out`.
+    """Train or finish the four runs in `config.runs`, measure their models, and write `conversion_{device}.json`, `.md`
+    and `conversion.png` into `out`.
 
-    stages: how each of the four runs is trained, by name. `ValueError` where they are not class-to-image runs that add
-    long skips in stage one, the data has fewer pictures than are asked for, or a run in `runs` has other settings.
+    stages: the training of each of the four runs, by name. Raises `ValueError` if these are not class-to-image runs
+    that add long skips in stage one, if the data has fewer pictures than the config needs, or if a run in `runs` has
+    other settings.
     """
     check_stages(stages)
     name = f"conversion_{config.device}"
@@ -315,16 +318,16 @@ def check_stages(stages: Mapping[str, TrainConfig]) -> None:
             raise ValueError(f"long skips must be in the two stages alone, got {config.model.long_skip} in {name}")
 
 
-def draw(full_runs: Mapping[str, Tensor], captions: Sequence[str], num_shown: int) -> Any:
-    """Return a row of pictures per model, spread over what was sampled."""
-    chosen = spread(num_shown, len(captions))
-    pictures = to_pictures(torch.cat([full_runs[name][chosen] for name in SHOWN]))
-    names = [f"{name.partition(',')[0]}: {captions[index]}" for name in SHOWN for index in chosen]
+def draw(full_runs: Mapping[str, Tensor], captions: Sequence[str], num_shown: int) -> Image.Image:
+    """Return a row of pictures per model, spread over the samples."""
+    indices = spread(num_shown, len(captions))
+    pictures = to_pictures(torch.cat([full_runs[name][indices] for name in SHOWN]))
+    names = [f"{name.partition(',')[0]}: {captions[index]}" for name in SHOWN for index in indices]
     return labelled_grid(pictures, names, num_columns=num_shown, scale=PICTURE_SCALE)
 
 
 def training_record(name: str, config: TrainConfig) -> dict[str, object]:
-    """Return how a run was trained."""
+    """Return the settings of a training."""
     return {
         "run": name,
         "from": STARTS[name] or "nothing",
@@ -373,13 +376,13 @@ def report_of(
 
 
 def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Sequence[RunRow]) -> Iterator[str]:
-    """Say what the conversion does to the loss, and what the paper's cache brings at equal compute."""
+    """Yield sentences on the loss after conversion, and on the paper's cache at equal compute."""
     loss = {row.model: row.loss for row in losses}
-    beside = loss[SECOND] / loss[TRAINED_ON] - 1
+    excess = loss[SECOND] / loss[TRAINED_ON] - 1
     yield (
         f"The conversion raises the loss from {loss[VANILLA]:.4f} to {loss[BEFORE]:.4f} (with fusion 'residual' it "
         f"stays equal to the bit); stage one brings it to {loss[FIRST]:.4f} and stage two to {loss[SECOND]:.4f}, "
-        f"{abs(beside):.1%} {'above' if beside > 0 else 'below'} the {loss[TRAINED_ON]:.4f} of the vanilla model that "
+        f"{abs(excess):.1%} {'above' if excess > 0 else 'below'} the {loss[TRAINED_ON]:.4f} of the vanilla model that "
         "was trained on for as many steps."
     )
     psnr = {(row.model, row.run): row.scores["psnr"].mean for row in rows}

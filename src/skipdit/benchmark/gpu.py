@@ -1,4 +1,5 @@
-"""What caches save on a GPU, beside the speedup that their FLOPs allow: small batches first, rows as they come."""
+"""`skipdit bench gpu`: the speedup of caches on a GPU, compared with that by FLOPs. The report grows row by row, small
+batches first."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.report import Report, judge, record, table
 
-SMALL_BATCH, SMALL_BATCH_TARGET = 8, 0.90  # eager, below this size
+SMALL_BATCH, SMALL_BATCH_TARGET = 8, 0.90  # for batches below this size in eager mode
 
 
 @dataclass(frozen=True)
@@ -37,20 +38,20 @@ class Row:
     steps_full: int
     steps_reused: int
     bound: float
-    """the speedup that its FLOPs allow"""
+    """the speedup by FLOPs"""
     seconds_full: tuple[float, ...]
-    """of a step without the cache, one per round"""
+    """seconds of a step without the cache, one per round"""
     seconds_cached: tuple[float, ...]
-    """of a step with it, one per round"""
+    """seconds of a step with the cache, one per round"""
 
     @property
     def speedup(self) -> float:
-        """The median over the rounds."""
+        """Return the median over rounds."""
         return median(full / reused for full, reused in zip(self.seconds_full, self.seconds_cached, strict=True))
 
     @property
     def achieved(self) -> float:
-        """The share of the bound."""
+        """Return the speedup as a share of its bound."""
         return self.speedup / self.bound
 
     @property
@@ -89,7 +90,7 @@ class Runs:
         self.pipeline.scheduler.set_timesteps(config.num_inference_steps, device=config.device)
 
     def seconds(self, inputs: Fields) -> float:
-        """Return the seconds of a step, in the mean over a run."""
+        """Return the seconds per step, averaged over a run."""
         synchronize, timesteps = SYNCHRONIZE[self.config.device], self.pipeline.scheduler.timesteps
         batch_size = len(inputs["class_labels"])
 
@@ -110,7 +111,7 @@ class Runs:
         }
 
     def measure(self, mode: GpuMode, batch_size: int, spec: str) -> Row:
-        """Time runs with a cache and without, in turn; the first of each do not count."""
+        """Time runs with and without a cache in turn; the first run of each does not count."""
         inputs, full, reused = self.inputs(batch_size), [], []
         self.seconds(inputs)
         with warnings.catch_warnings():
@@ -129,37 +130,37 @@ class Runs:
 
 @torch.no_grad()
 def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], float] = perf_counter) -> list[Row]:
-    """Measure every cache, and write `{device}.json` and `.md` into `out` after each: what is not reached in
-    `max_seconds` is named there. clock: tells seconds.
+    """Measure every cache, and write `{device}.json` and `.md` into `out` after each; they name the caches that
+    `max_seconds` left no time for. clock: returns seconds.
 
-    `ValueError` where there is no such device or cache.
+    Raises `ValueError` if the device or a cache does not exist.
     """
     for spec in (*config.specs, *config.compiled_specs):
         parse_method(spec)
-    rows, left = [], config.rows()
-    with measure.benchmark(config, out, config.device) as environment, measure.progress_bar(len(left)) as advance:
-        begun, runs = clock(), Runs(config)
+    rows, pending = [], config.rows()
+    with measure.benchmark(config, out, config.device) as environment, measure.progress_bar(len(pending)) as advance:
+        start, runs = clock(), Runs(config)
         for mode in config.modes:
             with nullcontext() if mode == "eager" else measure.compiled(runs.model, fullgraph=True, mode=mode):
-                while left and left[0][0] == mode and clock() - begun < config.max_seconds:
-                    advance(advance=0, description=_name(*left[0]))
-                    rows.append(runs.measure(*left.pop(0)))
-                    report_of(config, environment, rows, left).write(out, config.device)
+                while pending and pending[0][0] == mode and clock() - start < config.max_seconds:
+                    advance(advance=0, description=_name(*pending[0]))
+                    rows.append(runs.measure(*pending.pop(0)))
+                    report_of(config, environment, rows, pending).write(out, config.device)
                     advance()
     return rows
 
 
 def report_of(
-    config: GpuBenchConfig, environment: Mapping[str, str], rows: list[Row], left: list[tuple[GpuMode, int, str]]
+    config: GpuBenchConfig, environment: Mapping[str, str], rows: list[Row], pending: list[tuple[GpuMode, int, str]]
 ) -> Report:
     small = {row.name: row.achieved for row in rows if row.mode == "eager" and row.batch_size < SMALL_BATCH}
     others = {row.name: row.achieved for row in rows if row.name not in small}
-    missing = f"Not begun within {config.max_seconds:g} seconds: {'; '.join(_name(*each) for each in left)}."
+    missing = f"Not begun within {config.max_seconds:g} seconds: {'; '.join(_name(*row) for row in pending)}."
     return Report(
         title=f"Caches of {config.preset} on a device: {config.device}",
         environment=environment,
         config=config,
-        data={"rows": [record(row, "speedup", "achieved") for row in rows], "left_out": left},
+        data={"rows": [record(row, "speedup", "achieved") for row in rows], "left_out": pending},
         parts=[
             f"Runs of {config.num_inference_steps} steps in {config.dtype}, a call of the model per step; medians of "
             f"{config.num_rounds} rounds, in which runs with and without the cache take turns. Bound: the speedup that "
@@ -167,6 +168,6 @@ def report_of(
             table([row.cells() for row in rows]),
             judge("Achieved, small batches in eager mode", small, SMALL_BATCH_TARGET),
             judge("Achieved, all others", others, measure.ACHIEVED_TARGET),
-            missing if left else "",
+            missing if pending else "",
         ],
     )

@@ -1,6 +1,6 @@
-"""What every benchmark does alike: its frame, a model's calls, what they cost, and ratios of that.
+"""Shared parts of the benchmarks: their frame, the calls of a model, the costs of calls, and ratios of costs.
 
-Weights are random. Steps are timed in turn, and a ratio is the median of those within a repetition: machines drift.
+Weights are random. As machines drift, steps are timed in turn, and a ratio is the median of those within a repetition.
 """
 
 import logging
@@ -35,17 +35,17 @@ Call = Callable[[], Tensor]
 Advance = Callable[..., object]
 Ratios = dict[str, float]
 
-ACHIEVED_TARGET = 0.95  # of the speedup that the FLOPs of a cached run allow
+ACHIEVED_TARGET = 0.95  # share of the speedup by FLOPs that a cached run should achieve
 FULL_AND_REUSE = IntervalSchedule(interval=2)
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 
 @contextmanager
 def benchmark(config: BenchConfig, out: OutputFolder, name: str, *more: str) -> Iterator[dict[str, str]]:
-    """Yield the environment of a benchmark, whose threads are on inside the block.
+    """Yield the environment of a benchmark, and use its number of threads inside the block.
 
-    name: of the report. more: files beside it. `ValueError` where there is no such device, `FileExistsError` where a
-    file of somebody else is in the way: before anything is measured.
+    name: of the report. more: further files. Raises, before anything is measured, `ValueError` if the device does not
+    exist and `FileExistsError` if a file that skipdit did not write is in the way.
     """
     check_device(config.device)
     out.claim((f"{name}.json", f"{name}.md", *more))
@@ -54,27 +54,27 @@ def benchmark(config: BenchConfig, out: OutputFolder, name: str, *more: str) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is called
+# Calls
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, plain or with long skips, and the arguments of its forward beside the timestep."""
+    """A model, plain or with long skips, and the arguments of its forward except the timestep."""
 
     model: nn.Module
     arguments: Mapping[str, Tensor]
 
     def call(self, timestep: float) -> Call:
-        """Return one forward, whose inputs are made now."""
+        """Return a call of the forward at this timestep, with inputs that are made now."""
         hidden_states = self.arguments["hidden_states"]
         timesteps = torch.full(hidden_states.shape[:1], timestep, dtype=torch.float32, device=hidden_states.device)
         return lambda: self.model(timestep=timesteps, **self.arguments).sample
 
     def calls(self, shallow_units: Sequence[int]) -> Iterator[tuple[Kind, int | None, Call]]:
-        """Yield what is timed, in turn. Make each call once, before the next is asked for: the cache is on
-        meanwhile."""
-        first, second = self.call(999), self.call(979)
-        if not isinstance(self.model, LongSkipModel) or not self.model.long_skip_links.sources:
+        """Yield the calls to time. Each must be made once before the next one is taken, as the cache is enabled only
+        in between."""
+        first, second, linked = self.call(999), self.call(979), LongSkipModel.find(self.model)
+        if linked is None or not linked.long_skip_links.sources:
             yield "plain", None, first
             return
         for k in shallow_units:
@@ -84,36 +84,36 @@ class Subject:
             summary = cache_summary(self.model)
             assert (summary.steps_full, summary.steps_reused) == (1, 1), str(summary)
             disable_cache(self.model)
-        yield "uncached", None, first  # last: if a model's first call is slow, that shall not flatter the cache
+        yield "uncached", None, first  # last, as a slow first call of the model must not favor the cache
 
 
 def fill_zeros(model: nn.Module) -> None:
-    """Give random weights to layers that start as zero, else the cost of zeros would be measured."""
+    """Give random weights to layers that are initialized with zeros, whose cost may differ."""
     for weight in model.parameters():
         if not weight.any():
             nn.init.normal_(weight, std=0.02)
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """Return the bytes of all weights of some models; a weight that they share counts once."""
+    """Return the bytes of all weights of these models; a shared weight counts once."""
     weights = {id(weight): weight.nbytes for model in models for weight in model.parameters()}
     return sum(weights.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a call costs
+# Costs of calls
 
 
 def flops_of(call: Call) -> int:
-    """Return the FLOPs of one call; a multiply-add counts two. In unfused attention, as the counter misses a CPU's
-    fused one."""
+    """Return the FLOPs of one call; a multiply-add counts as two. Attention runs unfused, as the counter misses a CPU's
+    fused kernel."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def time_call(call: Call, device: Device) -> tuple[float, int | None]:
-    """Return the seconds of one call, and the most bytes that the process held during it."""
+    """Return the seconds of one call, and the peak memory of the process during it in bytes."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR_REFS.exists():
@@ -133,26 +133,27 @@ def peak_bytes(device: Device) -> int | None:
 
 @dataclass(frozen=True)
 class Timed:
-    """Of one call in every round: seconds, and the most bytes that the process held, `None` where it does not tell."""
+    """The measurements of one call, one per round."""
 
     seconds: tuple[float, ...]
     peak_bytes: tuple[int | None, ...]
+    """peak memory of the process; `None` if the system does not report it"""
 
     def peak(self, *, num_warmup: int = 0, others: int) -> int | None:
-        """Return the most bytes after the warm-up, less the `others`."""
+        """Return the peak memory after the warm-up, minus `others`."""
         peaks = [peak for peak in self.peak_bytes[num_warmup:] if peak is not None]
         return max(peaks) - others if peaks else None
 
 
 def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: Device) -> list[Timed]:
-    """Make all calls in turn, round for round; return one entry per call."""
+    """Make all calls in turn in each round; return one entry per call."""
     rounds = [[time_call(call, device) for call in calls()] for _ in range(num_rounds)]
     return [Timed(*zip(*timed, strict=True)) for timed in zip(*rounds, strict=True)]
 
 
 @contextmanager
 def progress_bar(num_calls: int) -> Iterator[Advance]:
-    """Yield `advance(description=...)`, to be called before each call."""
+    """Show a progress bar inside the block; yield `advance(description=...)`, to be called before each call."""
     with Progress() as progress:
         yield partial(progress.update, progress.add_task("", total=num_calls), advance=1)
 
@@ -162,7 +163,7 @@ def progress_bar(num_calls: int) -> Iterator[Advance]:
 
 
 class Measured(Protocol):
-    """FLOPs of a call, and its seconds in every repetition."""
+    """The FLOPs of a call, and its seconds in each repetition."""
 
     @property
     def flops(self) -> int: ...
@@ -172,26 +173,28 @@ class Measured(Protocol):
 
 
 def median_ratio(first: Measured, second: Measured) -> float:
-    """Return the seconds of the first over the second's."""
+    """Return the seconds of the first divided by those of the second."""
     return median(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
 
 
 def run_speedup(full_steps: Sequence[bool], *, baseline: float, full: float, reuse: float) -> float:
-    """Return the cost of a run whose every step costs `baseline` over that of the cached run; in seconds or in
-    FLOPs."""
+    """Return the cost of a run in which every step costs `baseline`, divided by that of the cached run. Costs are in
+    seconds or in FLOPs."""
     return len(full_steps) * baseline / sum(full if is_full else reuse for is_full in full_steps)
 
 
 def step_ratios(full: Measured, reuse: Measured) -> Ratios:
-    """step_ratio: seconds of the full step over a reuse step. step_bound: the same in FLOPs."""
+    """Return `step_ratio`, the seconds of the full step divided by those of a reuse step, and `step_bound`, the same in
+    FLOPs."""
     return {"step_ratio": median_ratio(full, reuse), "step_bound": full.flops / reuse.flops}
 
 
 def run_ratios(
     full_steps: Sequence[bool], *, plain: Measured, uncached: Measured, full: Measured, reuse: Measured
 ) -> Ratios:
-    """run_speedup, over_plain: seconds of a whole run, added up from steps, of the uncached and of the plain model over
-    the cached one. run_bound: the speedup in FLOPs. achieved: the speedup over its bound."""
+    """Return ratios of whole runs, computed from the times of steps: `run_speedup` and `over_plain`, the seconds of the
+    uncached and of the plain model divided by those of the cached model; `run_bound`, the speedup by FLOPs; and
+    `achieved`, the speedup divided by its bound."""
     rounds = list(zip(plain.seconds, uncached.seconds, full.seconds, reuse.seconds, strict=True))
     speedup = median(run_speedup(full_steps, baseline=u, full=f, reuse=r) for _, u, f, r in rounds)
     bound = run_speedup(full_steps, baseline=uncached.flops, full=full.flops, reuse=reuse.flops)
@@ -208,7 +211,7 @@ def run_ratios(
 
 
 def cost_record(row: Measured) -> dict[str, object]:
-    """Return cells of a table of steps: how long a step takes, in all repetitions."""
+    """Return the cells of a step's time in milliseconds: median, minimum and maximum."""
     return {
         "ms": f"{1e3 * median(row.seconds):.1f}",
         "min to max": f"{1e3 * min(row.seconds):.1f} to {1e3 * max(row.seconds):.1f}",
@@ -216,7 +219,7 @@ def cost_record(row: Measured) -> dict[str, object]:
 
 
 def flops_record(row: Measured) -> dict[str, object]:
-    """Return cells of a table of steps: how much a step computes, and how fast."""
+    """Return the cells of a step's FLOPs, in total and per second."""
     return {"GFLOP": f"{row.flops / 1e9:.2f}", "GFLOP/s": f"{row.flops / 1e9 / median(row.seconds):.0f}"}
 
 
@@ -232,8 +235,8 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 @contextmanager
 def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
-    """Compile the model anew inside the block. Forward hooks, by which the benchmark counts steps, are off, and so are
-    the compiler's warnings of its limit, which is a column of the report."""
+    """Compile the model inside the block, in a fresh compiler. Forward hooks, which count steps, are removed meanwhile,
+    and warnings about the compiler's limit are off, as the report has a column for it."""
     logger = logging.getLogger("torch._dynamo.convert_frame")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -249,5 +252,5 @@ def compiled(model: nn.Module, **options: Any) -> Iterator[None]:
         model._compiled_call_impl = None
         torch._dynamo.reset()
         logger.setLevel(level)
-        for module, taken in hooks.items():
-            module._forward_hooks.update(taken)
+        for module, removed in hooks.items():
+            module._forward_hooks.update(removed)

@@ -1,5 +1,5 @@
-"""What class-to-image models cost: seconds, FLOPs and memory of full and reuse steps, beside the uncached and the
-plain model."""
+"""`skipdit bench models`: seconds, FLOPs and memory of full and reuse steps of class-to-image models, compared with the
+uncached and the plain model."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +13,7 @@ from skipdit.benchmark import measure
 from skipdit.benchmark.config import DType, Mode
 from skipdit.benchmark.config import ModelBenchConfig as ModelBenchConfig
 from skipdit.benchmark.measure import Advance, Call, Kind, Ratios, Subject
+from skipdit.cache.compiled import more_graphs
 from skipdit.cache.schedule import IntervalSchedule, resolve
 from skipdit.files.output import OutputFolder
 from skipdit.models.dit import DiT
@@ -28,7 +29,7 @@ NO_COMPILER = re.compile(r"No working C\+\+ compiler found|Failed to find C comp
 
 @dataclass(frozen=True)
 class Step:
-    """Name what is timed: a forward of the plain model or of the uncached long-skip model, or a step of the cached
+    """A call that is timed: a forward of the plain model or of the uncached long-skip model, or a step of the cached
     one."""
 
     preset: str
@@ -44,19 +45,19 @@ class Step:
 
 @dataclass(frozen=True)
 class Row:
-    """What a step costs."""
+    """The cost of a step."""
 
     step: Step
     batch_size: int
     flops: int
-    """of the batch; a multiply-add counts two"""
+    """FLOPs of the batch; a multiply-add counts as two"""
     seconds: tuple[float, ...]
     """one per repetition"""
     first_seconds: float
-    """of the first call, with the compilation"""
+    """seconds of the first call, including compilation"""
     peak_bytes: int | None
-    """the most that the process held in a call, resident on a CPU, allocated on a GPU, less the weights of the preset's
-    other models; `None` where the system does not tell"""
+    """peak memory of the process in a call, resident on a CPU or allocated on a GPU, minus the weights of the preset's
+    other models; `None` if the system does not report it"""
 
     @property
     def median_seconds(self) -> float:
@@ -64,8 +65,8 @@ class Row:
 
 
 def ratios_of(full: Row, rows: Mapping[Step, Row]) -> Ratios:
-    """Return the cached model of a full step beside its uncached and its plain self: `step_ratios`, `run_ratios`, and
-    as overhead the seconds of the full step over the uncached forward."""
+    """Return the ratios of a full step's model: `step_ratios`, `run_ratios`, and as `overhead` the seconds of the full
+    step divided by those of the uncached forward."""
     plain, uncached = (rows[replace(full.step, kind=kind, num_shallow_units=None)] for kind in ("plain", "uncached"))
     reuse = rows[replace(full.step, kind="reuse")]
     run = measure.run_ratios(FULL_STEPS, plain=plain, uncached=uncached, full=full, reuse=reuse)
@@ -73,7 +74,7 @@ def ratios_of(full: Row, rows: Mapping[Step, Row]) -> Ratios:
 
 
 def speed_over_float32(row: Row, rows: Mapping[Step, Row]) -> float | None:
-    """Return the seconds of the same step in float32 over this one's; `None` where that was not measured."""
+    """Return the seconds of the same step in float32 divided by those of this step; `None` if it was not measured."""
     base = rows.get(replace(row.step, dtype="float32"))
     return None if base is None else measure.median_ratio(base, row)
 
@@ -91,7 +92,7 @@ def make_subject(config: ModelBenchConfig, preset: str, dtype: DType, long_skip:
 
 
 def check_compiler(device: Device) -> None:
-    """Raise `ValueError` where PyTorch finds no compiler to compile with; other failures pass."""
+    """Raise `ValueError` if PyTorch finds no compiler; other failures are raised as they are."""
     try:
         torch.compile(torch.neg, fullgraph=True)(torch.ones(8, device=device))
     except RuntimeError as error:
@@ -104,7 +105,7 @@ def check_compiler(device: Device) -> None:
 
 @torch.no_grad()
 def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> list[Row]:
-    """Return the rows of one preset, in every mode and dtype; `advance(description=...)` is told of each call."""
+    """Return the rows of one preset in every mode and dtype. Calls `advance(description=...)` before each call."""
     skips = (None, LongSkipConfig())
     subjects: list[tuple[DType, Subject]] = [
         (dtype, make_subject(config, preset, dtype, skip)) for dtype in config.dtypes for skip in skips
@@ -123,26 +124,26 @@ def bench_preset(config: ModelBenchConfig, preset: str, advance: Advance) -> lis
         for step, subject, call in calls("eager")
     ]
     size, num_warmup, rows = config.batch_size(preset), config.num_warmup, []
-    for mode in sorted(config.modes, reverse=True):  # eager first, for what is compiled stays so
+    for mode in sorted(config.modes, reverse=True):  # eager first, as compiled models stay compiled
         if mode == "compiled":
             torch.compiler.reset()
             for _, subject in subjects:
                 subject.model.compile(fullgraph=True)
         num_rounds = num_warmup + config.num_repetitions
-        with torch._dynamo.config.patch(cache_size_limit=64):  # a graph for each step; torch 2.6 has only this name
+        with more_graphs():  # a graph for each step
             timed = measure.time_rounds(
                 lambda mode=mode: (call for _, _, call in calls(mode)), num_rounds, config.device
             )
-        for (step, flops, others), each in zip(counted, timed, strict=True):
-            peak = each.peak(num_warmup=num_warmup, others=others)
-            rows.append(Row(replace(step, mode=mode), size, flops, each.seconds[num_warmup:], each.seconds[0], peak))
+        for (step, flops, others), times in zip(counted, timed, strict=True):
+            peak = times.peak(num_warmup=num_warmup, others=others)
+            rows.append(Row(replace(step, mode=mode), size, flops, times.seconds[num_warmup:], times.seconds[0], peak))
     return rows
 
 
 def bench_models(config: ModelBenchConfig, out: OutputFolder) -> list[Row]:
     """Measure every model of the config, and write `class_to_image_{device}.json` and `.md` into `out`.
 
-    `ValueError` where the device or the compiler that the config asks for is missing, before anything is measured.
+    Raises `ValueError`, before anything is measured, if the device or a compiler that the config needs is missing.
     """
     name = f"class_to_image_{config.device}"
     with measure.benchmark(config, out, name) as environment:
@@ -187,11 +188,11 @@ def row_record(row: Row, speed: float | None) -> dict[str, object]:
 
 
 def verdict(speeds: Mapping[Step, float | None], ratios: Mapping[Step, Ratios]) -> Iterator[str]:
-    """Say what reaches its target and what does not."""
+    """Yield sentences on the targets that are reached and missed."""
     achieved = {step: values["achieved"] for step, values in ratios.items()}
     yield judge("Run speedup over its bound", achieved, measure.ACHIEVED_TARGET)
     for preset, target in BFLOAT16_TARGETS.items():
-        own = {step: x for step, x in speeds.items() if x and (step.preset, step.dtype) == (preset, "bfloat16")}
-        yield judge(f"Speed of bfloat16 over float32 of {preset}", own, target)
+        of_preset = {step: x for step, x in speeds.items() if x and (step.preset, step.dtype) == (preset, "bfloat16")}
+        yield judge(f"Speed of bfloat16 over float32 of {preset}", of_preset, target)
     overheads = [values["overhead"] for values in ratios.values()]
     yield f"A full step with the cache takes {min(overheads):.3f} to {max(overheads):.3f} times the uncached forward."

@@ -1,11 +1,11 @@
-"""How many pictures a second the training loop makes, beside a plain loop as anybody would write it.
+"""`skipdit bench train`: pictures per second of the training loop, compared with a simple loop.
 
-Two workloads: the recipe of the bundled class-to-image model, and a DiT of the paper on random latents. Every loop
-starts anew in each round, so that one model lies in memory at a time, and the loops of a round take turns.
+There are two workloads: the recipe of the bundled class-to-image model, and a DiT of the paper on random latents. The
+loops of a round take turns, and each starts from scratch, so that only one model is in memory at a time.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from skipdit.benchmark.config import Loop, Workload
 from skipdit.benchmark.config import TrainBenchConfig as TrainBenchConfig
 from skipdit.benchmark.measure import Advance, benchmark, progress_bar, seconds_of
 from skipdit.benchmark.models import check_compiler
-from skipdit.data.pictures import Draws, ShuffledForever
+from skipdit.data.pictures import Draws, LabelledItems, ShuffledForever
 from skipdit.diffusion import Objective
 from skipdit.environment import SYNCHRONIZE
 from skipdit.files.output import OutputFolder
@@ -45,17 +45,17 @@ NUM_LATENTS = 512
 
 @dataclass(frozen=True)
 class Row:
-    """What a loop makes of a workload."""
+    """The speed of a loop on a workload."""
 
     workload: Workload
     loop: Loop
     batch_size: int
     flops: float
-    """of a picture, forward and backward, in the mean of the steps that were timed"""
+    """FLOPs per picture, forward and backward, averaged over kinds of steps"""
     seconds: tuple[float, ...] = ()
-    """of a step, one per round"""
+    """seconds per step, one per round"""
     losses: tuple[float, ...] = ()
-    """of the last step of each round"""
+    """loss of the last step of each round"""
 
     @property
     def pictures_per_second(self) -> float:
@@ -67,16 +67,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class RandomLatents:
-    """As many latents (4, 32, 32) as there are labels, of 1000 classes."""
+class RandomLatents(LabelledItems):
+    """A data set of random latents (4, 32, 32), one per label, with 1000 classes."""
 
     latents: Tensor
-    labels: list[int]
+    labels: Sequence[int]
     size: int = 32
     label_names: list[str] = field(default_factory=lambda: [str(label) for label in range(1000)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     @property
     def captions(self) -> list[tuple[str, ...]]:
@@ -90,7 +87,7 @@ class RandomLatents:
 
 
 def make_config(config: TrainBenchConfig, workload: Workload, recipe: TrainConfig) -> TrainConfig:
-    """Return the settings of a run on a workload, with routing that is never dense at the end."""
+    """Return the settings of a run on a workload, with routing that does not become dense at the end."""
     settings = {"batch_size": config.batch_size(workload), "seed": config.seed, "max_steps": 10**6, "compile": False}
     if workload == "latents":
         recipe = TrainConfig(objective=Objective(), learning_rate=1e-4)
@@ -113,7 +110,8 @@ def make_task(config: TrainBenchConfig, workload: Workload, run: TrainConfig) ->
 
 @contextmanager
 def plain_loop(run: TrainConfig, task: TrainingTask, accelerator: Accelerator) -> Iterator[Callable[[int], float]]:
-    """Yield what makes a step and returns its loss: eager, in float32 or TF32, dense, loading in its own thread."""
+    """Yield a function that makes a step and returns its loss: eager and dense, in float32 or TF32, with data loaded in
+    the same thread."""
     device, precision = accelerator.device, torch.get_float32_matmul_precision()
     model = task.model.to(device).train()
     task.prepare(device)
@@ -144,16 +142,16 @@ def plain_loop(run: TrainConfig, task: TrainingTask, accelerator: Accelerator) -
 
 @contextmanager
 def our_loop(run: TrainConfig, task: TrainingTask, accelerator: Accelerator) -> Iterator[Callable[[int], Tensor]]:
-    """Yield what makes a step as `skipdit train` does, and returns its loss, which nobody waits for."""
+    """Yield a function that makes a step as `skipdit train` does, and returns its loss without waiting for it."""
     with tempfile.TemporaryDirectory() as folder:
-        made = Run(run, accelerator, task, None, Path(folder), resume=False)
-        made.begin(allow_changes=False)
+        training = Run(run, accelerator, task, None, Path(folder), resume=False)
+        training.begin(allow_changes=False)
         with load_batches(task.data, run, accelerator, 0) as batches:
-            yield lambda number: made.step(batches, number, run.learning_rate).loss
+            yield lambda number: training.step(batches, number, run.learning_rate).loss
 
 
 def time_loop(config: TrainBenchConfig, row: Row, recipe: TrainConfig) -> Row:
-    """Return the row with the seconds of one more round."""
+    """Return the row with the results of one more round."""
     run = make_config(config, row.workload, recipe)
     if not row.loop.startswith("routed"):
         run = replace(run, routing=TokenRoutingConfig())
@@ -180,7 +178,7 @@ def time_loop(config: TrainBenchConfig, row: Row, recipe: TrainConfig) -> Row:
 
 
 def matmul_rate(device: Device, num_rounds: int) -> float:
-    """Return the FLOPs per second of products of bf16 matrices, the best of some rounds: what a loop is held to."""
+    """Return the FLOPs per second of products of bf16 matrices, the best of several rounds, as the bound for a loop."""
     size = MATRIX_SIZES[device]
     first, second = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -200,7 +198,7 @@ def matmul_rate(device: Device, num_rounds: int) -> float:
 def bench_training(config: TrainBenchConfig, recipe: TrainConfig, out: OutputFolder) -> list[Row]:
     """Measure every loop on every workload, and write `training_{device}.json` and `.md` into `out`.
 
-    recipe: of the workload emoji. `ValueError` where the device or the compiler that the config asks for is missing.
+    recipe: of the workload emoji. Raises `ValueError` if the device or a compiler that the config needs is missing.
     """
     name = f"training_{config.device}"
     with benchmark(config, out, name) as environment:
@@ -228,9 +226,9 @@ def bench_training(config: TrainBenchConfig, recipe: TrainConfig, out: OutputFol
 def bench_workload(config: TrainBenchConfig, workload: Workload, recipe: TrainConfig, advance: Advance) -> list[Row]:
     rows = [Row(workload, loop, config.batch_size(workload), 0.0) for loop in config.loops]
     for _ in range(config.num_rounds):
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             advance(description=f"{workload} {row.loop}")
-            rows[place] = time_loop(config, row, recipe)
+            rows[index] = time_loop(config, row, recipe)
     return rows
 
 
@@ -251,16 +249,16 @@ def row_record(row: Row, plain: Row | None, rate: float) -> dict[str, object]:
 
 
 def verdict(config: TrainBenchConfig, rows: list[Row], rate: float) -> Iterator[str]:
-    """Say what the best loop reaches of its target, which is that of an H100."""
+    """Yield a sentence per workload on the best loop and the target, which is for an H100."""
     for workload in config.workloads:
-        own = [row for row in rows if row.workload == workload and row.loop != "plain"]
-        if not own or config.device != "cuda":
+        loops = [row for row in rows if row.workload == workload and row.loop != "plain"]
+        if not loops or config.device != "cuda":
             continue
         values = {
-            "emoji": {row.loop: row.pictures_per_second for row in own},
-            "latents": {row.loop: row.flops_per_second / rate for row in own},
+            "emoji": {row.loop: row.pictures_per_second for row in loops},
+            "latents": {row.loop: row.flops_per_second / rate for row in loops},
         }[workload]
         best = max(values, key=values.__getitem__)
-        reached = "reached" if values[best] >= TARGETS[workload] else "missed"
-        what = "pictures per second" if workload == "emoji" else "of the bf16 rate"
-        yield f"{workload}: target {TARGETS[workload]:g} {what}, {reached}: {values[best]:.3g} ({best})."
+        verdict = "reached" if values[best] >= TARGETS[workload] else "missed"
+        unit = "pictures per second" if workload == "emoji" else "of the bf16 rate"
+        yield f"{workload}: target {TARGETS[workload]:g} {unit}, {verdict}: {values[best]:.3g} ({best})."

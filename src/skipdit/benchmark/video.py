@@ -1,9 +1,8 @@
-"""What video models cost with all, a few and no long skips: full and reuse steps, whole cached runs, and memory."""
+"""`skipdit bench video`: costs of video models with all, a few and no long skips: steps, cached runs, and memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, cast
 
 import torch
 
@@ -21,6 +20,7 @@ from skipdit.cache.methods import parse_method
 from skipdit.cache.schedule import resolve
 from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import OutputFolder
+from skipdit.interfaces import Scheduler
 from skipdit.report import Report, judge, numbers, record, table
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM
@@ -33,26 +33,26 @@ NUM_INFERENCE_STEPS = 50
 
 @dataclass(frozen=True)
 class VideoRow:
-    """What a step costs."""
+    """The cost of a step."""
 
     step: VideoStep
     num_frames: int
     batch_size: int
     flops: int
-    """of the batch; a multiply-add counts two"""
+    """FLOPs of the batch; a multiply-add counts as two"""
     seconds: tuple[float, ...]
     """one per repetition"""
     bytes_held: int
-    """by the cache after a reuse step, one context"""
+    """memory that the cache holds for one context after a reuse step"""
     features_held: int
-    """how many tensors of hidden states that is"""
+    """the same as a number of tensors of hidden states"""
     num_outputs: int
-    """attentions and MLPs in the blocks"""
+    """number of attentions and MLPs in the blocks"""
     output_bytes: int
-    """what keeping the outputs of all of them would take"""
+    """memory that the outputs of all of them would take"""
     peak_bytes: int | None
-    """the most that the process held in a call, resident on a CPU, allocated on a GPU, less the weights that only the
-    other models of this size have; `None` where the system does not tell"""
+    """peak memory of the process in a call, resident on a CPU or allocated on a GPU, minus the weights that only the
+    other models of this size have; `None` if the system does not report it"""
 
     @property
     def median_seconds(self) -> float:
@@ -61,12 +61,12 @@ class VideoRow:
 
 @torch.no_grad()
 def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[VideoRow]:
-    """Return the rows of one model; `advance(description=...)` is told of each call. Counting FLOPs calls everything
-    once: the warm-up."""
+    """Return the rows of one model. Calls `advance(description=...)` before each call. FLOPs are counted in one call of
+    everything, which is also the warm-up."""
     subjects = make_subjects(config, size)
     plain = subjects[0][1].model
-    total_bytes = measure.weight_bytes(*(each.model for _, each in subjects))
-    outputs, a_feature = num_outputs(plain), feature_bytes(config, size, plain)
+    total_bytes = measure.weight_bytes(*(subject.model for _, subject in subjects))
+    outputs, bytes_per_feature = num_outputs(plain), feature_bytes(config, size, plain)
 
     def calls() -> Iterator[tuple[VideoStep, Subject, Call]]:
         for uncached, subject in subjects:
@@ -82,36 +82,35 @@ def bench_size(config: VideoBenchConfig, size: Size, advance: Advance) -> list[V
         counted.append((step, flops, held, total_bytes - measure.weight_bytes(subject.model)))
     timed = measure.time_rounds(lambda: (call for _, _, call in calls()), config.num_repetitions, config.device)
     rows = []
-    for (step, flops, held, others), each in zip(counted, timed, strict=True):
-        features, rest = divmod(held, a_feature)
-        assert rest == 0, f"{held} bytes held, {a_feature} a tensor of hidden states"
-        peak = each.peak(others=others)
-        memory = (held, features, outputs, outputs * a_feature, peak)
-        rows.append(VideoRow(step, size.num_frames, config.batch_size, flops, each.seconds, *memory))
+    for (step, flops, held, others), times in zip(counted, timed, strict=True):
+        features, remainder = divmod(held, bytes_per_feature)
+        assert remainder == 0, f"{held} bytes held, {bytes_per_feature} per tensor of hidden states"
+        memory = (held, features, outputs, outputs * bytes_per_feature, times.peak(others=others))
+        rows.append(VideoRow(step, size.num_frames, config.batch_size, flops, times.seconds, *memory))
     return rows
 
 
 def full_steps(spec: str) -> tuple[bool, ...]:
-    """Return for each step of a run with DDIM whether the schedule has it full."""
-    scheduler = cast(Any, make_scheduler(Objective(learned_variance=True), "ddim"))
+    """Return true for each step of a DDIM run that is full under a schedule."""
+    scheduler: Scheduler = make_scheduler(Objective(learned_variance=True), "ddim")
     scheduler.set_timesteps(NUM_INFERENCE_STEPS)
     return resolve(parse_method(spec).schedule, scheduler.timesteps.tolist())
 
 
 @dataclass(frozen=True)
 class CachedRun:
-    """A run with a schedule, added up from full and reuse steps."""
+    """A run with a schedule, computed from full and reuse steps."""
 
     schedule: str
     num_full: int
-    """full steps"""
+    """number of full steps"""
     ratios: Ratios
-    """as of `run_ratios`"""
+    """see `run_ratios`"""
 
 
 @dataclass(frozen=True)
 class CachedStep:
-    """A full step with k, its ratios to its reuse step and to the models without a cache, and the runs."""
+    """A full step, its ratios to the reuse step and to the models without a cache, and its runs."""
 
     step: VideoStep
     ratios: Ratios
@@ -119,8 +118,9 @@ class CachedStep:
 
 
 def cached_steps(task: VideoTask, rows: Mapping[VideoStep, VideoRow]) -> list[CachedStep]:
-    """Return the full steps among the rows of one model. Their ratios: `step_ratios`; as overhead the seconds of the
-    full step over the uncached forward; as skips_over_plain those of the uncached forward over the plain model's."""
+    """Return the full steps of one model. Their ratios are `step_ratios`, `overhead` (seconds of the full step divided
+    by those of the uncached forward) and `skips_over_plain` (those of the uncached forward divided by the plain
+    model's)."""
     schedules = {spec: full_steps(spec) for spec in SCHEDULES[task]}
     cached = []
     for full in (row for row in rows.values() if row.step.kind == "full"):
@@ -138,8 +138,8 @@ def cached_steps(task: VideoTask, rows: Mapping[VideoStep, VideoRow]) -> list[Ca
 
 
 def swap_ratios(rows: Mapping[VideoStep, VideoRow]) -> dict[str, Ratios]:
-    """Return, by model with opened units, the seconds of its forward over the plain one's, and those of the plain one,
-    measured once more, over itself."""
+    """Return, for each model with opened units, the seconds of its forward divided by the plain model's, and the same
+    ratio of two measurements of the plain model."""
     ratios = {}
     for step, opened in rows.items():
         if step.kind == "opened":
@@ -152,7 +152,7 @@ def swap_ratios(rows: Mapping[VideoStep, VideoRow]) -> dict[str, Ratios]:
 def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
     """Measure every model of the config, and write `video_{device}.json` and `.md` into `out`.
 
-    `ValueError` where the device that the config asks for is missing, before anything is measured.
+    Raises `ValueError`, before anything is measured, if the device does not exist.
     """
     name, rows, cached = f"video_{config.device}", {}, []
     with measure.benchmark(config, out, name) as environment:
@@ -160,9 +160,9 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
         num_steps = sum(linked + (3 if size.is_swapped else 1) for size in config.sizes())
         with measure.progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
             for size in config.sizes():
-                own = {row.step: row for row in bench_size(config, size, advance)}
-                rows |= own
-                cached += cached_steps(size.task, own)
+                rows_of_size = {row.step: row for row in bench_size(config, size, advance)}
+                rows |= rows_of_size
+                cached += cached_steps(size.task, rows_of_size)
     report_of(config, environment, rows, cached).write(out, name)
     return list(rows.values())
 
@@ -177,7 +177,7 @@ def report_of(
     rows: Mapping[VideoStep, VideoRow],
     cached: Sequence[CachedStep],
 ) -> Report:
-    reuse = {each.step: rows[replace(each.step, kind="reuse")] for each in cached}
+    reuse = {full.step: rows[replace(full.step, kind="reuse")] for full in cached}
     return Report(
         environment=environment,
         config=config,
@@ -190,10 +190,10 @@ def report_of(
             table([row_record(row, rows[VideoStep(row.step.model, 0, "plain")]) for row in rows.values()]),
             "A full step beside its reuse step (step_ratio; step_bound is the same ratio in FLOPs), the uncached "
             "forward (overhead), and the uncached forward beside that of the plain model (skips_over_plain).",
-            table([step_record(each, rows[each.step], reuse[each.step]) for each in cached]),
+            table([step_record(full, rows[full.step], reuse[full.step]) for full in cached]),
             f"A run has {NUM_INFERENCE_STEPS} steps of DDIM; its time is added up from the steps above. A bound is the "
             "same ratio in FLOPs.",
-            table([run_record(each.step, run) for each in cached for run in each.runs]),
+            table([run_record(full.step, run) for full in cached for run in full.runs]),
             "What the cache holds in a context after a reuse step, beside the outputs of all attentions and MLPs.",
             table([memory_record(row) for row in reuse.values()]),
             *verdict(cached, rows),
@@ -234,10 +234,10 @@ def memory_record(row: VideoRow) -> dict[str, object]:
 
 
 def verdict(cached: Sequence[CachedStep], rows: Mapping[VideoStep, VideoRow]) -> Iterator[str]:
-    """Say what reaches its target and what does not, and what the class swap costs."""
-    achieved = {f"{each.step} {run.schedule}": run.ratios["achieved"] for each in cached for run in each.runs}
+    """Yield sentences on the targets that are reached and missed, and on the cost of the class swap."""
+    achieved = {f"{full.step} {run.schedule}": run.ratios["achieved"] for full in cached for run in full.runs}
     yield judge("Run speedup over its bound", achieved, measure.ACHIEVED_TARGET)
-    overheads = [each.ratios["overhead"] for each in cached]
+    overheads = [full.ratios["overhead"] for full in cached]
     yield f"A full step with the cache takes {min(overheads):.3f} to {max(overheads):.3f} times the uncached forward."
     for model, ratios in swap_ratios(rows).items():
         yield (

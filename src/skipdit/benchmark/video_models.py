@@ -1,4 +1,4 @@
-"""Which video models are measured: with all, a few and no long skips, which share all other weights.
+"""The video models of the benchmark: with all, a few and no long skips; they share all other weights.
 
 Class-to-video is our Latte, text-to-video diffusers' LatteTransformer3DModel, whose units are opened by class swap.
 """
@@ -22,19 +22,20 @@ from skipdit.interfaces import Transformer
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkipConfig, pair_units
+from skipdit.models.modules import modules_of
 from skipdit.models.surgery import add_long_skips, open_units
 
 VideoKind = Kind | Literal["opened", "plain again"]
 
-CAPTION_CHANNELS, CAPTION_TOKENS = 4096, 120  # T5-XXL, as the released model has it
+CAPTION_CHANNELS, CAPTION_TOKENS = 4096, 120  # of T5-XXL, as in the released model
 NUM_CLASSES = 101  # UCF-101
 OUTPUT_CLASSES = (Attention, MLP, DiffusersAttention, FeedForward)
 
 
 @dataclass(frozen=True)
 class VideoStep:
-    """What is timed: a forward of the plain model (twice where its units are opened too, for the noise), of the one
-    with opened units and of the uncached long-skip model, or a step of the cached one."""
+    """A call that is timed: a forward of the plain model (twice, to see the noise, if its units are opened too), of the
+    model with opened units or of the uncached long-skip model, or a step of the cached model."""
 
     model: str
     num_pairs: int
@@ -62,7 +63,7 @@ def make_plain(config: VideoBenchConfig, size: Size) -> Subject:
         latents = torch.randn(config.batch_size, size.num_frames, 4, *sides)
         conditioning = {"class_labels": torch.randint(NUM_CLASSES, (config.batch_size,))}
     else:
-        model = LatteTransformer3DModel(  # as released (maxin-cn/Latte-1), but for the size
+        model = LatteTransformer3DModel(  # as released (maxin-cn/Latte-1), except for the size
             num_attention_heads=config.text_num_heads,
             attention_head_dim=TEXT_HEAD_SIZE,
             in_channels=4,
@@ -93,13 +94,13 @@ def make_plain(config: VideoBenchConfig, size: Size) -> Subject:
 
 
 def shared_copy(subject: Subject) -> Subject:
-    """Return a copy of the model with the very same weights, for the same inputs."""
+    """Return a copy of the model that shares its weights, with the same inputs."""
     memo = {id(weight): weight for weight in subject.model.parameters()}
     return replace(subject, model=copy.deepcopy(subject.model, memo))
 
 
 def make_subjects(config: VideoBenchConfig, size: Size) -> list[tuple[VideoStep, Subject]]:
-    """Return the models of one size, and what their uncached forward is called."""
+    """Return the models of one size, each with its uncached forward."""
     plain = make_plain(config, size)
     subjects = [(VideoStep(size.name, 0, "plain"), plain)]
     if size.is_swapped:
@@ -115,8 +116,8 @@ def make_subjects(config: VideoBenchConfig, size: Size) -> list[tuple[VideoStep,
 
 
 def num_outputs(model: nn.Module) -> int:
-    """Return how many attentions and MLPs the blocks have; the output of each is a tensor like the hidden states."""
-    return sum(isinstance(module, OUTPUT_CLASSES) for module in model.modules())
+    """Return the number of attentions and MLPs in the blocks; the output of each has the shape of the hidden states."""
+    return sum(len(modules_of(model, kind)) for kind in OUTPUT_CLASSES)
 
 
 def feature_bytes(config: VideoBenchConfig, size: Size, model: Transformer) -> int:

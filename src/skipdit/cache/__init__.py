@@ -12,7 +12,7 @@ The path of one call, from the outside in:
 
 1. `enable.CachedModel.__call__`: the model's class while a cache is on
 2. `runtime.CacheRuntime.call`: one call, under a lock
-3. `streams.Streams.next`: finds the stream that this call continues (`conditions` tells streams apart)
+3. `streams.Streams.next`: finds the stream that this call continues (`timesteps` and `conditions` identify it)
 4. `steppers`: `ScheduledSteps` or `ProbedSteps` decides on the step and runs it; `skipdit.calibration` has two more,
    which record
 5. `compiled.Call`: the model's forward under a `ForwardPlan`, eager or as one of a few whole graphs

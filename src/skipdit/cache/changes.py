@@ -1,4 +1,4 @@
-"""How much values have changed, as numbers that stay on the device until they are read together."""
+"""Measures changes of values, as numbers that stay on the device until they are read together."""
 
 import torch
 from torch import Tensor

@@ -1,14 +1,14 @@
 """One call of a model, run under one or several plans; outputs of CUDA graphs are copied."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipdit.cache.whole import WholeModel, form_of, map_tensors, restored, values_of
+from skipdit.cache.whole import form_of, map_tensors, restored, values_of
+from skipdit.interfaces import Fields, Latents, ModelOutput
 from skipdit.models.class_swap import hooked
 from skipdit.models.forward_plan import ForwardPlan, Region, Stored
 from skipdit.models.long_skip import LongSkipModel, PlannedOutput
@@ -22,32 +22,28 @@ class Call:
     """A forward call of a cached model."""
 
     model: nn.Module
-    run: Callable[..., Any]
+    run: Callable[..., ModelOutput]
     """Calls the model with `args` and `kwargs`, and takes `plan` and `stored` too."""
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Fields
     device: torch.device
     compiled_plans: set[ForwardPlan]
     """Plans whose graphs have run with these shapes."""
-    latents: Any
-    """Its noisy latents, a tensor or a list of tensors."""
+    latents: Latents
+    """Its noisy latents."""
     noise: Callable[[], float]
     """Returns the share of noise in them, from 0 to 1."""
-    forms: dict[Any, Any]
+    forms: dict[bool, ModelOutput]
     """By `return_dict`, the form of the model's output, once it is known."""
-    return_dict: Any = True
+    base: Latents | None
+    """The values from which the reuse of the whole model starts: the latents, or the output of the guidance branch that
+    was called first at this step; `None` if that branch is this call, or unknown."""
+    return_dict: bool = True
     """The argument of that name."""
-    first_output: list[Tensor] | None = None
-    """The output of the guidance branch that was called first at this step; `None` if that is this call, or unknown."""
 
     def can_reuse(self, region: Region) -> bool:
         """Return true if the model can be left out: the form of its output is known, and what it is added to."""
-        if not isinstance(region, WholeModel):
-            return True
-        return self.return_dict in self.forms and self._input_of(region) is not None
-
-    def _input_of(self, region: WholeModel) -> Any:
-        return self.first_output if region.beside_first else self.latents
+        return not region.is_whole or (self.return_dict in self.forms and self.base is not None)
 
     @property
     def is_compiled(self) -> bool:
@@ -57,35 +53,32 @@ class Call:
         """Run the model under a plan. stored: the values that the plan reuses, by region. A plan that stores or reuses
         the whole model has no other region."""
         for region in plan.reuse:
-            if isinstance(region, WholeModel):
+            if region.is_whole:
                 assert stored is not None
-                return PlannedOutput(
-                    restored(stored[region.name], self._input_of(region), self.forms[self.return_dict]), {}
-                )
+                return PlannedOutput(restored(stored[region.name], self.base, self.forms[self.return_dict]), {})
         for region in plan.store:
-            if isinstance(region, WholeModel):
-                output, entering = self.plain(), self._input_of(region)
+            if region.is_whole:
+                output = self.plain()
                 self.forms[self.return_dict] = form_of(output)
-                return PlannedOutput(output, {region.name: {} if entering is None else values_of(output, entering)})
-        replays, is_new = (
-            self.is_compiled and may_replay(self.device),
-            self.is_compiled and plan not in self.compiled_plans,
-        )
+                return PlannedOutput(output, {region.name: {} if self.base is None else values_of(output, self.base)})
+        replays = self.is_compiled and may_replay(self.device)
+        is_new = self.is_compiled and plan not in self.compiled_plans
         if replays:
             torch.compiler.cudagraph_mark_step_begin()
         with more_graphs() if is_new else nullcontext():
-            output, found = self._planned(plan, stored)
+            output, values = self._planned(plan, stored)
         if is_new:
             self.compiled_plans.add(plan)
         if torch.is_grad_enabled():
-            found = _map_stored(found, Tensor.detach)
+            values = _map_stored(values, Tensor.detach)
         if replays:  # the graph overwrites its outputs at the next replay
-            output, found = map_tensors(output, Tensor.clone), _map_stored(found, Tensor.clone)
-        return PlannedOutput(output, found)
+            output, values = map_tensors(output, Tensor.clone), _map_stored(values, Tensor.clone)
+        return PlannedOutput(output, values)
 
     def _planned(self, plan: ForwardPlan, stored: Stored | None) -> PlannedOutput:
         """Run the model under a plan. Hooks on a diffusers model, as for context parallelism, see its plain output."""
-        open_call = self.model.open_call if isinstance(self.model, LongSkipModel) else None
+        linked = LongSkipModel.find(self.model)
+        open_call = None if linked is None else linked.open_call
         if open_call is None or not hooked((self.model,)):
             return self.run(*self.args, **self.kwargs, plan=plan, stored=stored)
         open_call.aside = True
@@ -95,7 +88,7 @@ class Call:
         finally:
             open_call.aside, open_call.stored = False, {}
 
-    def plain(self) -> Any:
+    def plain(self) -> ModelOutput:
         """Run the model in full, without a plan."""
         replays = self.is_compiled and may_replay(self.device)
         if replays:
@@ -108,7 +101,7 @@ class Call:
         """True if the model or any module of it is compiled, as after `model.compile_repeated_blocks()`."""
         return any(module._compiled_call_impl is not None for module in self.model.modules())
 
-    def eager(self) -> Any:
+    def eager(self) -> ModelOutput:
         """Run the model in full and without any graphs."""
         compiled = [module for module in self.model.modules() if module._compiled_call_impl is not None]
         graphs = {module: module._compiled_call_impl for module in compiled}
@@ -130,13 +123,7 @@ def _map_stored(stored: Stored, change: Callable[[Tensor], Tensor]) -> dict[str,
     return {name: {key: change(value) for key, value in values.items()} for name, values in stored.items()}
 
 
-@contextmanager
-def more_graphs() -> Iterator[None]:
+def more_graphs() -> AbstractContextManager[None]:
     """Let torch compile up to `MAX_GRAPHS` graphs of one forward inside the block."""
-    config: Any = torch._dynamo.config
-    before = config.recompile_limit
-    config.recompile_limit = max(before, MAX_GRAPHS)
-    try:
-        yield
-    finally:
-        config.recompile_limit = before
+    config = torch._dynamo.config
+    return config.patch(recompile_limit=max(config.recompile_limit, MAX_GRAPHS))

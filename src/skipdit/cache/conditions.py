@@ -1,7 +1,6 @@
 """Compares the conditioning of calls, with as few reads from the device as possible."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,26 +28,30 @@ def checksum(tensor: Tensor) -> Tensor:
     return torch.nan_to_num(flat, nan=0.5, posinf=1e9, neginf=-1e9) @ (weights + 0.5)
 
 
-def _is_choice(value: Any) -> bool:
+def _is_choice(value: object) -> bool:
     """Return true if an argument selects what a model does, as SD3's `skip_layers`; a float is a strength instead."""
-    if isinstance(value, (list, tuple)):
-        return all(_is_choice(entry) for entry in value)
-    return value is None or isinstance(value, (bool, int, str))
+    match value:
+        case list() | tuple():
+            return all(map(_is_choice, value))
+        case None | bool() | int() | str():
+            return True
+    return False
 
 
-def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors among arguments and in their lists: Z-Image takes one text tensor per sample."""
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, list):
-            yield from _tensors({f"{name}.{index}": entry for index, entry in enumerate(value)})
+        match value:
+            case Tensor():
+                yield name, value
+            case list():
+                yield from _tensors({f"{name}.{index}": entry for index, entry in enumerate(value)})
 
 
 class Conditions:
     """The arguments of one call that tell its stream from others: tensors, and choices such as `skip_layers`."""
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, object]) -> None:
         self.choices = {name: value for name, value in arguments.items() if _is_choice(value)}
         self.tensors = dict(_tensors(arguments))
         self.versions = {name: _version(tensor) for name, tensor in self.tensors.items()}  # at the call
@@ -81,6 +84,9 @@ class Conditions:
 
     def differing(self, other: "Conditions") -> set[str]:
         """Return the names of choices that differ, and of tensors that are not the same object."""
+        same = self.tensors.keys() == other.tensors.keys() and self.versions == other.versions
+        if same and self.choices == other.choices:
+            return {name for name, tensor in self.tensors.items() if tensor is not other.tensors[name]}
         tensors = self.tensors.keys() | other.tensors.keys()
         return self._chosen(other) | {name for name in tensors if not self.same(name, other)}
 

@@ -5,9 +5,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.modular_pipelines import ModularPipeline
 from torch import nn
@@ -21,6 +20,7 @@ from skipdit.cache.site import Site
 from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import CacheRule, Stepper, make_stepper
 from skipdit.cache.streams import Stream, branch_context
+from skipdit.interfaces import ModelOutput, Transformer
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import SwapMixin, swap, swapped_class
 from skipdit.models.costs import Costs
@@ -39,7 +39,7 @@ class CachedModel(SwapMixin, nn.Module):
     _skipdit_cache: CacheRuntime
     is_cache_enabled = True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self._skipdit_cache.call(self, super().__call__, args, kwargs)
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
@@ -57,12 +57,12 @@ class CachedModel(SwapMixin, nn.Module):
     # models created through this class have no cache
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        return cast(Any, _plain_class(cls)).from_pretrained(*args, **options)
+    def from_pretrained(cls, *args: object, **options: object) -> Transformer:
+        return _plain_class(cls).from_pretrained(*args, **options)
 
     @classmethod
-    def from_config(cls, *args: Any, **options: Any) -> Any:
-        return cast(Any, _plain_class(cls)).from_config(*args, **options)
+    def from_config(cls, *args: object, **options: object) -> Transformer:
+        return _plain_class(cls).from_config(*args, **options)
 
 
 @lru_cache
@@ -72,32 +72,40 @@ def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
 
 def models_of(target: nn.Module | Pipeline) -> list[nn.Module]:
     """Return the models that a cache of this target covers: the model itself, or all transformers of a pipeline."""
-    if isinstance(target, Pipeline):
-        components = target.components
-        transformers = [components[name] for name in TRANSFORMERS if components.get(name) is not None]
-        if not transformers:
-            present = ", ".join(name for name, value in components.items() if value is not None)
-            raise ValueError(f"this {type(target).__name__} has no transformer to cache, only {present or 'nothing'}")
-        return [model for transformer in transformers for model in models_of(transformer)]
-    if isinstance(target, torch.nn.parallel.DistributedDataParallel):
-        return [target.module]
     if type(target).__module__.startswith("torch._dynamo"):
         raise ValueError(
             "torch.compile(model) would compile the cache's decision: call model.compile(fullgraph=True) instead"
         )
-    if not isinstance(target, nn.Module):
-        raise TypeError(f"a cache needs a model or a pipeline, got {type(target).__name__}")
-    return [target]
+    match target:
+        case DiffusionPipeline() | ModularPipeline():
+            components = target.components
+            transformers = [components[name] for name in TRANSFORMERS if components.get(name) is not None]
+            if not transformers:
+                present = ", ".join(name for name, value in components.items() if value is not None) or "nothing"
+                raise ValueError(f"this {type(target).__name__} has no transformer to cache, only {present}")
+            return [model for transformer in transformers for model in models_of(transformer)]
+        case nn.parallel.DistributedDataParallel():
+            return [target.module]
+        case nn.Module():
+            return [target]
+    raise TypeError(f"a cache needs a model or a pipeline, got {type(target).__name__}")
+
+
+def runtime_of(model: nn.Module) -> CacheRuntime | None:
+    """Return the cache of a model; `None` if no cache is enabled on it."""
+    return model._skipdit_cache if isinstance(model, CachedModel) else None
 
 
 def _runtimes_of(target: nn.Module | Pipeline) -> list[CacheRuntime]:
-    models = models_of(target)
-    for model in models:
-        if not isinstance(model, CachedModel):
+    runtimes = []
+    for model in models_of(target):
+        runtime = runtime_of(model)
+        if runtime is None:
             raise ValueError(
                 f"no cache is enabled on this {type(model).__name__}: call skipdit.enable_cache(target, 'N2') first"
             )
-    return [model._skipdit_cache for model in cast(list[CachedModel], models)]
+        runtimes.append(runtime)
+    return runtimes
 
 
 def enable_cache(
@@ -128,12 +136,13 @@ def enable_cache(
             prepared.append((model, _prepare(model, method, pipeline, make)))
     except BaseException:
         for model, runtime in prepared:
-            if not isinstance(model, CachedModel):
+            if runtime_of(model) is None:
                 _close(model, opened=runtime.opened)
         raise
     for model, runtime in prepared:
-        if isinstance(model, CachedModel):
-            for watched in model._skipdit_cache.streams.pipelines:
+        previous = runtime_of(model)
+        if previous is not None:
+            for watched in previous.streams.pipelines:
                 runtime.streams.watch(watched)
             _uncache(model)
         if pipeline is not None:
@@ -146,13 +155,13 @@ def _prepare(
     model: nn.Module, method: CacheMethod, pipeline: Pipeline | None, make: Callable[..., Stepper]
 ) -> CacheRuntime:
     """Open the units and branches that a cache needs and return its runtime; after an error the model is unchanged."""
-    if isinstance(model, CachedModel):
-        opened = model._skipdit_cache.opened
+    previous, linked = runtime_of(model), LongSkipModel.find(model)
+    if previous is not None:
+        opened = previous.opened
     else:
-        if isinstance(model, LongSkipModel) and model.is_cache_enabled:
+        if linked is not None and linked.is_cache_enabled:
             raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
-        knows = find_family(type(model)) is not None
-        opened = method.needs_units and not isinstance(model, LongSkipModel) and knows
+        opened = method.needs_units and linked is None and find_family(type(model)) is not None
         if opened:
             open_units(model)
     try:
@@ -161,35 +170,36 @@ def _prepare(
             check_made_for(method.made_for, model, None if scheduler is None else type(scheduler).__name__)
         return CacheRuntime(model, suited_to(method, scheduler), opened=opened, make=make)
     except BaseException:
-        if not isinstance(model, CachedModel):
+        if previous is None:
             _close(model, opened=opened)
         raise
 
 
 def _close(model: nn.Module, *, opened: bool) -> None:
     """Close the units and branches that were opened for a cache."""
+    linked = LongSkipModel.find(model)
     if opened:
         close_units(model)
-    elif isinstance(model, LongSkipModel):
-        close_branches(model)
+    elif linked is not None:
+        close_branches(linked)
 
 
 def disable_cache(target: nn.Module | Pipeline) -> None:
     """Restore the model and drop all stored values. Does nothing if no cache is enabled."""
     for model in models_of(target):
-        if isinstance(model, CachedModel):
-            opened = model._skipdit_cache.opened
+        runtime = runtime_of(model)
+        if runtime is not None:
             _uncache(model)
-            _close(model, opened=opened)
+            _close(model, opened=runtime.opened)
 
 
-def _uncache(model: CachedModel) -> None:
+def _uncache(model: nn.Module) -> None:
     swap(model, _plain_class(type(model)))
     object.__delattr__(model, "_skipdit_cache")
 
 
 @lru_cache
-def _plain_class(model_class: type) -> type:
+def _plain_class(model_class: type) -> Any:
     """Return the class without the cache's, also if `fully_shard` has put its own on top of it since."""
     first, *others = model_class.__bases__
     if first is CachedModel:
@@ -207,9 +217,9 @@ def cache_summary(target: nn.Module | Pipeline) -> CacheSummary:
 
 def last_stream(model: nn.Module) -> Stream | None:
     """Return the stream of this thread's last call of a model in the current context; `None` without a cache."""
-    if not isinstance(model, CachedModel):
+    runtime = runtime_of(model)
+    if runtime is None:
         return None
-    runtime = model._skipdit_cache
     with runtime.lock:
         run = max(runtime.streams.runs_in_context, key=lambda run: run.last_call, default=None)
     return None if run is None else run.streams[-1]
@@ -254,11 +264,18 @@ def cached(
 def recorded(
     target: nn.Module | Pipeline, site: Site, make: Callable[[nn.Module, list[CacheRule]], Steps]
 ) -> Iterator[tuple[Cache, Steps]]:
-    """Let a model make its steps by what `make` returns inside the block, for measurements; yield the cache and that.
+    """Let the stepper that `make` returns run the steps of a model inside the block, for measurements; yield the cache
+    and that stepper.
 
     target: as of `enable_cache`, with one transformer. Raises `ValueError` if it has several, or lacks the site.
     """
     if (num_models := len(models_of(target))) > 1:
         raise ValueError(f"this {type(target).__name__} has {num_models} transformers: measure each of them")
-    with cached(target, CacheMethod(schedule=IntervalSchedule(interval=1), site=site), make=make) as cache:
-        yield cache, cast(Steps, cache.runtimes[0].stepper)
+    steppers: list[Steps] = []
+
+    def keep(model: nn.Module, rules: list[CacheRule]) -> Steps:
+        steppers.append(make(model, rules))
+        return steppers[-1]
+
+    with cached(target, CacheMethod(schedule=IntervalSchedule(interval=1), site=site), make=keep) as cache:
+        yield cache, steppers[0]

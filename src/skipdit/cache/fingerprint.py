@@ -2,13 +2,12 @@
 
 import hashlib
 import warnings
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from skipdit.cache.methods import MadeFor
-from skipdit.models.long_skip import LongSkipModel
+from skipdit.cache.site import linked_model
 
 NUM_SAMPLED = 64  # entries per weight
 
@@ -38,7 +37,7 @@ def _sampled(weight: Tensor) -> Tensor:
 def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -> None:
     """Raise `ValueError` if a schedule was calibrated on another kind of model; warn if only the weights or the
     scheduler differ, as quality may then be lower. Offloaded weights are not compared."""
-    name, num_units = type(model).__name__, cast(LongSkipModel, model).long_skip_links.num_units
+    name, num_units = type(model).__name__, linked_model(model).long_skip_links.num_units
     if (name, num_units) != (made_for.model, made_for.num_units):
         raise ValueError(
             f"this schedule was calibrated on a {made_for.model} of {made_for.num_units} units, not on a {name} of "

@@ -12,10 +12,8 @@ class AdaptiveSchedule(Schedule):
     """A schedule that decides by how much values have changed. A threshold of 0 never reuses. Abstract."""
 
     is_adaptive = True
-    follows_each_step = False
-    """If true, changes are measured from the last step instead of the last full one."""
     observes = False
-    """If true, the gate is told at each full step by how much the stored values have changed."""
+    """If true, the gate observes at each full step by how much the stored values have changed."""
 
     threshold: float
     """Relative L1 change from which on a step is full."""
@@ -24,7 +22,7 @@ class AdaptiveSchedule(Schedule):
     max_reused: int | None = None
     """The largest number of reuse steps in a row; `None` for any."""
     num_last: int = 0
-    """Number of last steps that are full, where the end of the run is known, as in a pipeline."""
+    """Number of last steps that are full, if the end of the run is known, as in a pipeline."""
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -40,8 +38,12 @@ class AdaptiveSchedule(Schedule):
         return self.threshold == 0
 
     def gate(self) -> "Gate":
-        """Return a new gate, for a new stream."""
         raise NotImplementedError
+
+    def why_never(self, num_steps: int) -> str | None:
+        if self.num_first + self.num_last >= num_steps:
+            return f"its {self.num_first} first and {self.num_last} last steps are full"
+        return None if self.may_stay_full else "raise its threshold"
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         raise ValueError(f"{type(self).__name__} decides while the model runs")
@@ -91,6 +93,8 @@ class Gate:
 class ProbeSchedule(AdaptiveSchedule):
     """Reuse while the probe, taken before the decision, differs by less than `threshold` from that of the last full
     step (First-Block-Cache), or, with `accumulate`, while its changes from step to step add up to less (TeaCache)."""
+
+    has_probe = True
 
     accumulate: bool = False
     """Add up the changes from step to step."""

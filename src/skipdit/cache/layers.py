@@ -1,7 +1,7 @@
-"""Which branches reuse at which step, chosen by what each of them does to the model's output.
+"""Chooses the branches to reuse at each step, by the effect of each branch on the model's output.
 
-After Learning-to-Cache (arXiv 2406.01733), which trains that choice by gradients, for steps that are full and reuse in
-turn. Here a run in full tries each branch alone, at each step that may reuse.
+After Learning-to-Cache (arXiv 2406.01733), which learns the choice by gradients, for alternating full and reuse steps.
+Here a full run tries each branch alone, at each step that may reuse.
 
     errors = measure_layers(pipe, lambda: pipe("a cat", num_inference_steps=50))
     skipdit.enable_cache(pipe, errors.method(threshold=0.01))
@@ -9,7 +9,6 @@ turn. Here a run in full tries each branch alone, at each step that may reuse.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +20,10 @@ from skipdit.cache.compiled import Call
 from skipdit.cache.enable import recorded
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.schedule import ExplicitSchedule
-from skipdit.cache.site import BranchOutputs, Site, known_units
-from skipdit.cache.steppers import CacheRule, StepState
+from skipdit.cache.site import BranchOutputs, Site, linked_model
+from skipdit.cache.steppers import CacheRule, MeasuringStepper, StepState
 from skipdit.cache.whole import tensors_in
+from skipdit.interfaces import ModelOutput
 from skipdit.models.forward_plan import Branches, ForwardPlan, Region, Stored
 from skipdit.models.long_skip import BranchKind, LongSkipModel
 
@@ -60,9 +60,7 @@ class ChosenLayers(Site):
     variants: tuple[frozenset[Branch], ...]
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        known_units(model)
-        found: set[Branch] = {(info.kind, info.unit) for info in cast(LongSkipModel, model).branches()}
-        missing = sorted(frozenset[Branch]().union(*self.variants) - found)
+        missing = sorted(frozenset[Branch]().union(*self.variants) - _branches_of(linked_model(model)))
         if missing:
             raise ValueError(f"{type(model).__name__} has no {missing[0][0]} in unit {missing[0][1]} to reuse")
         return tuple(ChosenBranches.of(chosen) for chosen in self.variants)
@@ -70,7 +68,7 @@ class ChosenLayers(Site):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerErrors:
-    """What the reuse of each branch alone does to the output of a model."""
+    """The effect of the reuse of each branch alone on the output of a model."""
 
     errors: tuple[Mapping[Branch, float], ...]
     """For each step, by branch, the relative L1 change of the output, the largest of all streams; empty for a step
@@ -95,57 +93,61 @@ class LayerErrors:
         return CacheMethod(schedule=schedule, site=ChosenLayers(variants))
 
 
-class TryingSteps:
-    """Makes every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
+class BranchTrials(MeasuringStepper):
+    """Runs every step in full and, at all but every `interval`-th, tries the reuse of each branch alone."""
 
     def __init__(self, model: nn.Module, rules: list[CacheRule], interval: int) -> None:
-        self.rules, self.interval = rules, interval
-        linked = cast(LongSkipModel, model)
-        found: frozenset[Branch] = frozenset((info.kind, info.unit) for info in linked.branches())
-        every = ChosenBranches.of(found)
-        self.name = every.name
-        self.full = ForwardPlan.of(linked.long_skip_links, store=(every,))
+        branches = _branches_of(linked_model(model))
+        region = ChosenBranches.of(branches)
+        super().__init__(model, rules, (region,))
+        self.interval, self.name = interval, region.name
         self.alone: dict[Branch, ForwardPlan] = {
-            branch: ForwardPlan.of(linked.long_skip_links, reuse=(ChosenBranches.of(frozenset([branch])),))
-            for branch in sorted(found, key=lambda branch: (branch[1], branch[0]))
+            branch: ForwardPlan.of(self.links, reuse=(ChosenBranches.of(frozenset([branch])),))
+            for branch in sorted(branches, key=lambda branch: (branch[1], branch[0]))
         }
         self.held: WeakKeyDictionary[StepState, Stored] = WeakKeyDictionary()
         # by noise level, for each stream the errors of all branches
         self.errors: dict[float, list[Tensor]] = {}
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
-        output, stored = call(self.full)
+    def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
         errors = self.errors.setdefault(stream.levels[-1], [])
         if (len(stream.levels) - 1) % self.interval == 0:
             self.held[stream] = {self.name: stored[self.name]}
-            return output, ()
+            return output
         exact = {"output": _values(output)}
-        tried = (call(plan, self.held[stream]).output for plan in self.alone.values())
-        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in tried]))
-        return output, ()
+        outputs = (call(plan, self.held[stream]).output for plan in self.alone.values())
+        errors.append(torch.stack([changes.relative_change({"output": _values(other)}, exact) for other in outputs]))
+        return output
 
 
-def _values(output: Any) -> dict[str, Tensor]:
+def _branches_of(model: LongSkipModel) -> frozenset[Branch]:
+    return frozenset((info.kind, info.unit) for info in model.branches())
+
+
+def _values(output: ModelOutput) -> dict[str, Tensor]:
     return {str(index): tensor for index, tensor in enumerate(tensors_in(output))}
 
 
 def measure_layers(
     target: nn.Module | DiffusionPipeline, sample: Callable[[], object], *, interval: int = 2
 ) -> LayerErrors:
-    """Measure what the reuse of each branch alone does to the output, in one run, every `interval`-th step of which is
-    full. It takes as many calls of the model as there are branches, at each of the others.
+    """Measure the effect of the reuse of each branch alone on the output, in one run in which every `interval`-th step
+    is full. Each of the other steps takes as many calls of the model as there are branches.
 
     target: a model, or a pipeline with one transformer. sample: makes one run of it, with falling timesteps. Raises
     `ValueError` if skipdit does not know the branches of the model, or if `sample` does not call it.
     """
     if interval < 2:
         raise ValueError(f"interval must be at least 2, else no step could reuse, got {interval}")
-    with recorded(target, BranchOutputs(EVERY), lambda model, rules: TryingSteps(model, rules, interval)) as (_, steps):
+    with recorded(target, BranchOutputs(EVERY), lambda model, rules: BranchTrials(model, rules, interval)) as (
+        _,
+        steps,
+    ):
         sample()
     if not steps.errors:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")
     levels = sorted(steps.errors, reverse=True)
-    largest = [torch.stack(found).amax(dim=0).tolist() if (found := steps.errors[level]) else [] for level in levels]
+    largest = [torch.stack(errors).amax(dim=0).tolist() if (errors := steps.errors[level]) else [] for level in levels]
     return LayerErrors(
         errors=tuple(dict(zip(steps.alone, errors, strict=False)) for errors in largest), timesteps=tuple(levels)
     )

@@ -9,7 +9,6 @@ Path("magcache.json").write_text(json.dumps(schedule.to_fields()))  # for any la
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,9 +20,9 @@ from skipdit.cache.enable import recorded
 from skipdit.cache.methods import METHODS, CacheMethod
 from skipdit.cache.schedule import Decision, Schedule
 from skipdit.cache.site import AllUnits
-from skipdit.cache.steppers import CacheRule, StepState
-from skipdit.models.forward_plan import ForwardPlan, Region, Values
-from skipdit.models.long_skip import LongSkipModel
+from skipdit.cache.steppers import CacheRule, MeasuringStepper, StepState
+from skipdit.interfaces import Fields, ModelOutput
+from skipdit.models.forward_plan import Stored, Values
 
 NAME = next(name for name, row in METHODS.items() if row.site is not None and row.site(()) == AllUnits())
 
@@ -76,7 +75,7 @@ class MagnitudeSchedule(Schedule):
             raise ValueError("magnitudes were measured on falling timesteps, got a run in which they rise")
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
-        curve, found = self.magnitudes, list[Decision]()
+        curve, decisions = self.magnitudes, list[Decision]()
         num_retained = int(self.retention * len(curve.ratios) + 0.5)
         passed, product, error, num_reused = 0, 1.0, 0.0, 0
         for timestep in timesteps:
@@ -86,17 +85,17 @@ class MagnitudeSchedule(Schedule):
                 for ratio in curve.ratios[before:passed]:
                     product *= ratio
                 error += abs(1 - product)
-                reuses = bool(found) and 0 < self.threshold >= error and num_reused < self.max_reused
-            found.append(0 if reuses else None)
+                reuses = bool(decisions) and 0 < self.threshold >= error and num_reused < self.max_reused
+            decisions.append(0 if reuses else None)
             num_reused = num_reused + 1 if reuses else 0
             product, error = (product, error) if reuses else (1.0, 0.0)
-        return found
+        return decisions
 
     def method(self) -> CacheMethod:
         """Return the method that `skipdit.enable_cache` takes."""
         return CacheMethod(schedule=self, site=AllUnits())
 
-    def to_fields(self) -> dict[str, Any]:
+    def to_fields(self) -> Fields:
         """Return the fields of a schedule.json with the same full steps, which other step counts map to theirs."""
         timesteps = self.magnitudes.timesteps
         full_steps = [step for step, decision in enumerate(self.decisions(timesteps)) if decision is None]
@@ -111,29 +110,26 @@ class MagnitudeSchedule(Schedule):
         return f"{self.threshold:g}-r{self.max_reused}"
 
 
-class MeasuringSteps:
-    """Makes every step in full, and measures the magnitude of what the units add."""
+class MagnitudeSteps(MeasuringStepper):
+    """Measures the magnitude of what the units add at each step."""
 
     def __init__(self, model: nn.Module, rules: list[CacheRule]) -> None:
-        self.rules = rules
         (self.region,) = rules[0].regions
-        self.full = ForwardPlan.of(cast(LongSkipModel, model).long_skip_links, store=(self.region,))
+        super().__init__(model, rules, rules[0].regions)
         self.before: WeakKeyDictionary[StepState, Values] = WeakKeyDictionary()
         # by noise level, the ratio of each stream
         self.ratios: dict[float, list[Tensor]] = {}
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
-        output, stored = call(self.full)
+    def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
         values = stored[self.region.name]
-        before = self.before.get(stream)
-        ratio = magnitude_ratio(values, values if before is None else before)
+        ratio = magnitude_ratio(values, self.before.get(stream, values))
         self.ratios.setdefault(stream.levels[-1], []).append(ratio)
         self.before[stream] = values
-        return output, ()
+        return output
 
     def magnitudes(self) -> Magnitudes:
-        """Return what was measured: the mean over guidance streams."""
-        ratios = {level: torch.stack(found).mean().item() for level, found in self.ratios.items()}
+        """Return the measured magnitudes, averaged over guidance streams."""
+        ratios = {level: torch.stack(values).mean().item() for level, values in self.ratios.items()}
         levels = sorted(ratios, reverse=True)
         return Magnitudes(ratios=tuple(ratios[level] for level in levels), timesteps=tuple(levels))
 
@@ -150,7 +146,7 @@ def measure_magnitudes(target: nn.Module | DiffusionPipeline, sample: Callable[[
     target: a model, or a pipeline with one transformer. sample: makes one run of it, with falling timesteps. Raises
     `ValueError` if skipdit does not know the units of the model, or if `sample` does not call it.
     """
-    with recorded(target, AllUnits(), MeasuringSteps) as (_, steps):
+    with recorded(target, AllUnits(), MagnitudeSteps) as (_, steps):
         sample()
     if not steps.ratios:
         raise ValueError(f"sample did not call the model of this {type(target).__name__}: nothing was measured")

@@ -62,11 +62,11 @@ class CacheMethod:
             raise ValueError(
                 "an adaptive schedule decides for the whole step, so it cannot be combined with another rule"
             )
-        if (self.probe is not None) != isinstance(self.schedule, ProbeSchedule):
+        if (self.probe is not None) != self.schedule.has_probe:
             raise ValueError(
                 f"a ProbeSchedule and a probe go together, got {type(self.schedule).__name__} and probe {self.probe}"
             )
-        if self.trail is not None and not (isinstance(self.probe, UnitProbe) and isinstance(self.trail, UnitProbe)):
+        if self.trail and not (self.probe and self.probe.is_in_units and self.trail.is_in_units):
             raise ValueError(f"a trail and a probe of units go together, got probe {self.probe}, trail {self.trail}")
 
     @property
@@ -99,7 +99,7 @@ class ParsedSpec:
     shallow_units: tuple[int, ...] = ()
     """The number after -k, if there is one."""
     order: int = 0
-    """Of the prediction."""
+    """Order of the predictor."""
     predictor: type[Predictor] = TaylorPredictor
 
     @property
@@ -378,13 +378,15 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     Raises `ValueError` on a spec that is malformed, names an unknown method, or could never reuse; `FileNotFoundError`
     if the schedule does not exist.
     """
-    if isinstance(spec, CacheMethod):
-        return spec
-    if not isinstance(spec, (str, Path)):
-        raise TypeError(f"a cache is a spec, the path of a schedule or a CacheMethod, got {type(spec).__name__}")
-    if str(spec).endswith(".json"):
-        return load_schedule(Path(spec))
-    text = str(spec)
+    match spec:
+        case CacheMethod():
+            return spec
+        case str() | Path():
+            text = str(spec)
+        case _:
+            raise TypeError(f"a cache is a spec, the path of a schedule or a CacheMethod, got {type(spec).__name__}")
+    if text.endswith(".json"):
+        return load_schedule(Path(text))
     if any(len(digits) > MAX_DIGITS for digits in NUMBER.findall(text)):
         raise ValueError(f"numbers in a cache spec have at most {MAX_DIGITS} digits, got {printable(text)!r}")
     if match := AUTO.fullmatch(text):

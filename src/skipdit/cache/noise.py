@@ -5,11 +5,10 @@ Quantized activations bring noise too, but extrapolation still gains there: `ben
 
 import warnings
 from dataclasses import replace
-from typing import Any
 
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import TaylorPredictor
-from skipdit.cache.schedule import AutoSchedule
+from skipdit.interfaces import Scheduler
 
 # schedulers of diffusers that draw noise in their steps whatever their settings; eta is an argument of pipelines
 STOCHASTIC = frozenset({
@@ -21,17 +20,17 @@ STOCHASTIC = frozenset({
 })  # fmt: skip
 
 
-def draws_noise(scheduler: Any) -> bool:
+def draws_noise(scheduler: Scheduler | None) -> bool:
     """Return true if a scheduler of diffusers draws noise in its steps."""
     config = getattr(scheduler, "config", {})
     sde = str(config.get("algorithm_type", "")).startswith("sde")
     return type(scheduler).__name__ in STOCHASTIC or sde or bool(config.get("stochastic_sampling"))
 
 
-def suited_to(method: CacheMethod, scheduler: Any) -> CacheMethod:
+def suited_to(method: CacheMethod, scheduler: Scheduler | None) -> CacheMethod:
     """Return the method; `auto` without its extrapolation where the scheduler (`None` if unknown) draws noise, and warn
     of that."""
-    if not (method.predictor.order and isinstance(method.schedule, AutoSchedule) and draws_noise(scheduler)):
+    if not (method.predictor.order and method.schedule.holds_if_noisy and draws_noise(scheduler)):
         return method
     warnings.warn(
         f"{type(scheduler).__name__} draws noise in each step, which extrapolation amplifies; a deterministic solver "

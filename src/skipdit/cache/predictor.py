@@ -21,7 +21,7 @@ MAX_ORDER = 4
 
 
 class Ahead(NamedTuple):
-    """Where a reuse step is."""
+    """The position of a reuse step."""
 
     distance: float
     """Steps since the last full one; from a probe they may be a fraction."""
@@ -56,6 +56,11 @@ class Predictor:
             last = derivatives[-1]
             derivatives.append({key: (value - previous[key]) / distance for key, value in last.items()})
         return tuple(derivatives)
+
+    @property
+    def fitted_factors(self) -> Mapping[float, tuple[float, ...]]:
+        """Return the fitted factors by timestep; empty if nothing was fitted."""
+        return {}
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
         """Return the numbers by which the derivatives from the first to the `order`-th are multiplied."""
@@ -92,10 +97,10 @@ class HermitePredictor(Predictor):
     """Hermite polynomials (of probability theory) in place of powers (after HiCache, arXiv 2508.16984)."""
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        found = [1.0, float(ahead.distance)]
+        values = [1.0, float(ahead.distance)]
         for power in range(1, order):
-            found.append(ahead.distance * found[power] - power * found[power - 1])
-        return [value / math.factorial(power) for power, value in enumerate(found[: order + 1])][1:]
+            values.append(ahead.distance * values[power] - power * values[power - 1])
+        return [value / math.factorial(power) for power, value in enumerate(values[: order + 1])][1:]
 
 
 @dataclass(frozen=True)
@@ -104,10 +109,10 @@ class AdamsBashforthPredictor(Predictor):
     spaced full steps (after PrediT, arXiv 2602.18093)."""
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        found = [float(ahead.distance)]
+        values = [float(ahead.distance)]
         for power in range(2, order + 1):
-            found.append(found[-1] * (ahead.distance + (power - 1) * ahead.spacing) / power)
-        return found
+            values.append(values[-1] * (ahead.distance + (power - 1) * ahead.spacing) / power)
+        return values
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,10 @@ class FittedPredictor(Predictor):
             raise ValueError(f"there must be factors for each of {len(self.timesteps)} timesteps, got {self.factors}")
         if any(len(row) != self.order or not all(map(math.isfinite, row)) for row in self.factors):
             raise ValueError(f"factors must be {self.order} finite numbers per timestep, got {self.factors}")
+
+    @property
+    def fitted_factors(self) -> Mapping[float, tuple[float, ...]]:
+        return dict(zip(self.timesteps, self.factors, strict=True))
 
     def factors_at(self, timestep: float) -> tuple[float, ...]:
         """Return the factors of a timestep, interpolated linearly."""

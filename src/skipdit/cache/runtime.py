@@ -9,22 +9,22 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from skipdit.cache.compiled import Call, more_graphs
-from skipdit.cache.gates import AdaptiveSchedule
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
 from skipdit.cache.state import CacheSummary, Counts
 from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
 from skipdit.cache.streams import Run, Stream, Streams
-from skipdit.cache.whole import WholeModel, tensors_in
+from skipdit.cache.timesteps import Layout
+from skipdit.cache.whole import tensors_in
+from skipdit.interfaces import Fields, ModelOutput
 from skipdit.models.branches import open_branches
 from skipdit.models.costs import Costs, count_costs
 from skipdit.models.families import Family, find_family
-from skipdit.models.forward_plan import Branches
 from skipdit.models.long_skip import LongSkipModel
 
 LONG_RUN = 20  # steps, from which on it is said that too few of them are full
@@ -59,22 +59,21 @@ class CacheRuntime:
         self.names, self.conditions = arguments_of(type(model), self.family)
         rules = rules_on(method, model)
         self.stepper = make(model, rules)
-        if any(isinstance(region, Branches) for rule in rules for region in (*rule.regions, *rule.probe)):
-            open_branches(cast(LongSkipModel, model))
-        is_linked = isinstance(model, LongSkipModel)
-        self.by_guidance = any(
-            isinstance(region, WholeModel) and region.beside_first for rule in rules for region in rule.regions
-        )
-        self.num_units = model.long_skip_links.num_units if is_linked else 0
-        self.timestep_scale = (model if is_linked else self.family).timestep_scale
+        linked = LongSkipModel.find(model)
+        in_branches = any(region.is_in_branches for rule in rules for region in (*rule.regions, *rule.probe))
+        if linked is not None and in_branches:
+            open_branches(linked)
+        self.by_guidance = any(rule.method.site.beside_first for rule in rules)
+        self.num_units = 0 if linked is None else linked.long_skip_links.num_units
+        self.timestep_scale = (self.family if linked is None else linked).timestep_scale
         self.reset()
 
     def reset(self) -> None:
         self.lock = threading.RLock()  # one step at a time: threads take turns
         by_token = self.family.timestep_by_token
         self.streams = Streams(self._start, self._check_reuses, self._review, self.timestep_scale, by_token=by_token)
-        self.costs: dict[tuple[Any, ...], Costs] = {}
-        self.peak_bytes_held, self.told, self.has_branches = 0, False, False
+        self.costs: dict[Layout, Costs] = {}
+        self.peak_bytes_held, self.has_advised, self.has_branches = 0, False, False
 
     @property
     def rules(self) -> list[CacheRule]:
@@ -83,11 +82,11 @@ class CacheRuntime:
     def _start(self) -> list[RuleState]:
         return [RuleState.of(rule) for rule in self.rules]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Fields:
         """Return the state of a copy or a pickle, which caches in the same way and shares no runs."""
         return {name: value for name, value in vars(self).items() if name not in ("lock", "streams", "costs")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Fields) -> None:
         vars(self).update(state)
         self.reset()
 
@@ -100,7 +99,7 @@ class CacheRuntime:
                 copy.streams.pipelines.add(memo[id(pipeline)])
         return copy
 
-    def call(self, model: nn.Module, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, model: nn.Module, run: Callable[..., ModelOutput], args: tuple, kwargs: Fields) -> ModelOutput:
         """Call the model, through `run`, as the next step of its stream. A call that has a plan is passed to the plain
         model and is no step."""
         if model.training:
@@ -126,18 +125,18 @@ class CacheRuntime:
                 latents,
                 lambda: self.streams.noise_share(current),
                 stream.forms,
+                self._first_output(current, stream) if self.by_guidance else latents,
                 bool(arguments.get("return_dict", True)),
-                self._first_output(current, stream) if self.by_guidance else None,
             )
             try:
                 output = self._step(call, stream)
-                if self.by_guidance and call.first_output is None:
+                if self.by_guidance and call.base is None:
                     stream.output = [tensor.detach().clone() for tensor in tensors_in(output)]
             except BaseException:
                 self.streams.drop(self.streams.runs_in_context)  # the other branches of the run too
-                open_call = model.open_call if isinstance(model, LongSkipModel) else None
-                if open_call is not None:
-                    open_call.state = None
+                linked = LongSkipModel.find(model)
+                if linked is not None and linked.open_call is not None:
+                    linked.open_call.state = None
                 raise
             if self.method.schedule.is_adaptive and len(current.coming) == 1:
                 self._review(self.streams.current_runs)
@@ -151,17 +150,18 @@ class CacheRuntime:
         self.has_branches |= bool(called)
         return min(called, key=lambda branch: branch.last_call).output if called else None
 
-    def _step(self, call: Call, stream: Stream) -> Any:
+    def _step(self, call: Call, stream: Stream) -> ModelOutput:
         result, stream.costs = None, stream.costs or self.costs.get(stream.layout)
         if stream.costs is None:
-            if not isinstance(call.model, LongSkipModel):
+            linked = LongSkipModel.find(call.model)
+            if linked is None:
                 stream.costs = Costs.at_best(call.model)
             elif not self.family.counted:
-                stream.costs = Costs.by_weights(call.model)
+                stream.costs = Costs.by_weights(linked)
             elif call.has_graphs:  # a counter sees nothing in graphs, and under one torch does not compile
-                _, stream.costs = count_costs(call.model, call.eager)
+                _, stream.costs = count_costs(linked, call.eager)
             else:
-                result, stream.costs = count_costs(call.model, lambda: self.stepper.step(call, stream))
+                result, stream.costs = count_costs(linked, lambda: self.stepper.step(call, stream))
             self.costs[stream.layout] = stream.costs
         output, reused = result or self.stepper.step(call, stream)
         stream.counts += Counts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))
@@ -200,9 +200,9 @@ class CacheRuntime:
         scale = 0 if EMBEDDED in stream.conditions.tensors else scale
         distance = FAR_APART / (2 if scale >= STRONG_GUIDANCE else 1)
         far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= distance * (len(levels) - 1)
-        if self.told or not (too_few or far_apart):
+        if self.has_advised or not (too_few or far_apart):
             return None
-        self.told = True
+        self.has_advised = True
         if far_apart:
             guided = f" at guidance {scale:g}" if scale >= STRONG_GUIDANCE else ""
             return (
@@ -223,10 +223,7 @@ class CacheRuntime:
             return None if self.has_branches or self.method.may_stay_full else alone
         schedules, most, least = [rule.schedule for rule in self.rules], max(levels), min(levels)
         if self.method.schedule.is_adaptive:
-            limits = cast(AdaptiveSchedule, self.method.schedule)
-            if limits.num_first + limits.num_last >= len(levels):
-                return f"its {limits.num_first} first and {limits.num_last} last steps are full"
-            return None if self.method.may_stay_full else "raise its threshold"
+            return self.method.schedule.why_never(len(levels))
         if most <= 1.5 and any({*when.decisions([1000 * level for level in levels])} != {None} for when in schedules):
             return f"timesteps are {most:g} to {least:g}, not 1000 to 0: the timestep_scale of its Family does not fit"
         if self.method.may_stay_full:
@@ -260,7 +257,7 @@ class CacheRuntime:
         )
 
 
-def arguments_of(model_class: type[nn.Module], family: Family) -> tuple[tuple[str, ...], dict[str, Any]]:
+def arguments_of(model_class: type[nn.Module], family: Family) -> tuple[tuple[str, ...], Fields]:
     """Return the names of a forward's arguments, and the defaults of those that may tell streams apart. They are read
     from the class: a hook may leave a forward with another signature on the instance."""
     _, *parameters = inspect.signature(model_class.forward).parameters.values()

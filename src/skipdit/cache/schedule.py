@@ -8,9 +8,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from skipdit.cache.error_table import ErrorTable
+
+if TYPE_CHECKING:
+    from skipdit.cache.gates import Gate
 
 # None: a full step; a number: a reuse step, of this variant of the site (counted from 0)
 Decision = int | None
@@ -23,6 +26,20 @@ class Schedule:
     """True if it decides while the model runs, so that no decision is known in advance."""
     may_stay_full = False
     """True if a run without any reuse is acceptable."""
+    num_variants = 1
+    """Number of variants that its site must have."""
+    holds_if_noisy = False
+    """True if stored values are held, not extrapolated, where the scheduler draws noise."""
+    has_probe = False
+    """True if it compares a probe, which is taken while the first units run or before the model is called."""
+    at_rate = False
+    """True if it estimates the change of the stored values from that of the probe."""
+    follows_each_step = False
+    """True if it compares the probe with that of the last step instead of the last full one."""
+
+    def gate(self) -> "Gate | None":
+        """Return a gate for a new stream; `None` for a static schedule."""
+        return None
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         """Return the decision for each step of a run, given its timesteps; with `whole` false, those so far. Raises
@@ -36,7 +53,11 @@ class Schedule:
         """Return true if stored values are kept after a step at `timestep`."""
         return True
 
-    def for_cost(self, reuse_cost: float) -> Any:
+    def why_never(self, num_steps: int) -> str | None:
+        """Return why a run of an adaptive schedule has not reused once; `None` if that is intended."""
+        return None
+
+    def for_cost(self, reuse_cost: float) -> "Schedule":
         """Return the schedule for a reuse step that costs this share of a full one."""
         return self
 
@@ -66,14 +87,14 @@ class IntervalSchedule(Schedule):
         return self.interval == 1
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
-        found: list[Decision] = []
+        decisions: list[Decision] = []
         count, holds = 0, False
         for timestep in timesteps:
             full = not holds or count % self.interval == 0 or timestep >= self.start_timestep
-            found.append(None if full else 0)
+            decisions.append(None if full else 0)
             holds = self.stores(timestep)
             count = count + 1 if holds else 0
-        return found
+        return decisions
 
     def stores(self, timestep: float) -> bool:
         return timestep > self.stop_timestep
@@ -86,12 +107,6 @@ class IntervalSchedule(Schedule):
 ROUNDED = 0.1  # of a step, by which a timestep of low precision may be off
 
 
-def check_variants(variants: tuple[Any, ...]) -> None:
-    """Raise `ValueError` unless all are `None` or whole numbers of at least 0."""
-    if any(variant is not None and (type(variant) is not int or variant < 0) for variant in variants):
-        raise ValueError(f"variants must be whole numbers of at least 0, got {variants}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExplicitSchedule(Schedule):
     """The listed steps are full, all others reuse."""
@@ -101,12 +116,13 @@ class ExplicitSchedule(Schedule):
     num_inference_steps: int
     """Steps of the run that it was made for."""
     timesteps: tuple[float, ...] = ()
-    """Timesteps of that run, in sampling order. With them it applies to other runs too: at each timestep the same share
-    of steps is full, so that the saving is about the same; where the timesteps to come are not known, as many steps."""
+    """Timesteps of that run, in sampling order. With them the schedule applies to other runs too: at each timestep the
+    same share of steps is full, so the saving is about the same; if the timesteps to come are unknown, as many steps as
+    here are full."""
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
     table: ErrorTable | None = field(default=None, compare=False)
-    """What was measured: with it a run of another number of steps has a schedule of its own, of the same compute."""
+    """Measured errors, from which runs of other numbers of steps get schedules of their own with the same compute ratio."""
 
     def __post_init__(self) -> None:
         steps, count = self.full_steps, self.num_inference_steps
@@ -124,7 +140,8 @@ class ExplicitSchedule(Schedule):
             raise ValueError(
                 f"variants must be {count}, None for full steps and a number for others, got {self.variants}"
             )
-        check_variants(self.variants)
+        if any(variant is not None and (type(variant) is not int or variant < 0) for variant in self.variants):
+            raise ValueError(f"variants must be whole numbers of at least 0, got {self.variants}")
 
     def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
         if not self.timesteps:
@@ -191,8 +208,7 @@ class ExplicitSchedule(Schedule):
             raise ValueError("this schedule was made for falling timesteps, got a run in which they rise")
 
     @property
-    def num_variants(self) -> int:
-        """The number of variants that its site must have."""
+    def num_variants(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 1 + max((variant for variant in self.variants if variant is not None), default=0)
 
     def variant_at(self, step: int) -> int:
@@ -212,7 +228,7 @@ AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850
 AUTO_DENSE = (3.16, 0.44, 100.0, 0.53, 0.15, 0.22, 0.08, 0.28, 0.17, 1.9, 3.04, 8.29)
 AUTO_SPARSE = (11.27, 0.44, 0.99, 0.12, 0.35, 0.07, 0.68, 0.12, 0.53, 0.39, 1.03, 100.0)
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
-NOMINAL_STEPS = 50  # steps of the run that a speedup refers to where a run's own timesteps are not known
+NOMINAL_STEPS = 50  # steps of the run that a speedup refers to if the timesteps of a run are unknown
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
 MANY_STEPS = 20  # from which on a speedup refers to the run itself, as a lower bound
 COARSE = 55.0  # a mean stride of timesteps, beyond which a run has few steps, and is no part of a longer one
@@ -224,12 +240,13 @@ class AutoSchedule(Schedule):
     the steps since the last full one add up to 1."""
 
     speedup: float = 1.8
-    """Compute of all steps in full over that with the cache: where the timesteps are known, to which the densities are
-    scaled, at least this for a run of 20 steps and more, and as near as can be for one of fewer; about this for other
-    runs."""
+    """Cost of the uncached run divided by that of the cached run. If the timesteps are known, the densities are scaled
+    so that a run of at least 20 steps reaches this, and a shorter one comes as close as possible; other runs reach
+    about this."""
     reuse_cost: float = 0.0
     """Cost of a reuse step, as a share of a full one."""
-    may_stay_full = True  # a short run, as of image-to-image, may have nothing to spare
+    may_stay_full = True  # a short run, as in image-to-image, may have no step to spare
+    holds_if_noisy = True
 
     def __post_init__(self) -> None:
         if not self.speedup >= 1:
@@ -256,7 +273,7 @@ class AutoSchedule(Schedule):
 
 
 def is_coarse(timesteps: Sequence[float]) -> bool:
-    """Return true for a run of few steps, far apart."""
+    """Return true for a run of a few steps that are far apart."""
     return len(timesteps) > 1 and timesteps[0] - timesteps[-1] > COARSE * (len(timesteps) - 1)
 
 
@@ -278,14 +295,14 @@ def auto_densities(speedup: float, reuse_cost: float, timesteps: tuple[float, ..
 
 def _by_density(timesteps: Sequence[float], densities: tuple[float, ...]) -> list[Decision]:
     """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1."""
-    found: list[Decision] = []
+    decisions: list[Decision] = []
     account = 0.0
     for timestep in timesteps:
         account += _interpolate(timestep, densities)
-        full = not found or account >= 1 - 1e-9
-        found.append(None if full else 0)
+        full = not decisions or account >= 1 - 1e-9
+        decisions.append(None if full else 0)
         account = 0.0 if full else account
-    return found
+    return decisions
 
 
 def _interpolate(timestep: float, densities: tuple[float, ...]) -> float:

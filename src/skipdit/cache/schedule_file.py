@@ -51,11 +51,11 @@ class ErrorFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     nodes: Annotated[
         list[Annotated[int, msgspec.Meta(ge=1, le=MAX_SCHEDULE_STEPS)]], msgspec.Meta(max_length=MAX_NODES)
     ]
-    """As there."""
+    """Rising from 1."""
     grams: Annotated[list[Triangle], msgspec.Meta(max_length=MAX_SCHEDULE_STEPS)]
     """The lower triangle of each matrix, row by row."""
     reuse_cost: float
-    """As there."""
+    """Cost of a reuse step, in full steps."""
 
 
 class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

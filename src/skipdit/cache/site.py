@@ -1,7 +1,6 @@
 """WHAT is reused: a site selects the region of the units' work that full steps store and reuse steps leave out."""
 
 from dataclasses import dataclass
-from typing import cast
 
 from torch import Tensor, nn
 
@@ -17,6 +16,10 @@ class Site:
 
     needs_units = True
     """False if it is a site of any model, of known units or not."""
+    kinds: tuple[BranchKind, ...] = ()
+    """Kinds of the branches whose outputs it takes; empty if it takes those of whole units."""
+    beside_first = False
+    """True if it takes one guidance branch beside the one that is called first at the same step."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         """Return the regions of this model that can be reused: one per variant of a reuse step; a schedule selects by
@@ -39,12 +42,13 @@ class DeepFeatures(Site):
     """Further such numbers, one per variant that a schedule may select."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        if not isinstance(model, LongSkipModel):
+        linked = LongSkipModel.find(model)
+        if linked is None:
             raise ValueError(
                 f"{type(model).__name__} has no long skips that skipdit knows of, so a skip cache could have no "
                 "effect: declare its units with skipdit.declare_family, or add long skips with skipdit.add_long_skips"
             )
-        links = model.long_skip_links
+        links = linked.long_skip_links
         for k in self.shallow_units:
             links.check_num_shallow_units(k)
         return tuple(Units(start=k, stop=links.num_units - k) for k in self.shallow_units)
@@ -68,7 +72,7 @@ class UnitRange(Site):
     the hidden states after them."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        num_units = known_units(model)
+        num_units = linked_model(model).long_skip_links.num_units
         if self.num_shallow_units is None:
             num_first, num_last = (num_units // 2, 0) if self.at == "first" else (0, num_units - num_units // 2)
         else:
@@ -94,9 +98,8 @@ class MiddleUnits(Site):
     num_shallow_units: int = 1
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        known_units(model)
-        linked = bool(cast(LongSkipModel, model).long_skip_links.sources)
-        return (DeepFeatures if linked else UnitRange)(self.num_shallow_units).regions(model)
+        site = DeepFeatures if linked_model(model).long_skip_links.sources else UnitRange
+        return site(self.num_shallow_units).regions(model)
 
     @property
     def shallow_units(self) -> tuple[int, ...]:
@@ -111,7 +114,7 @@ class AllButFirst(Site):
     num_first: int = 1
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        num_units = known_units(model)
+        num_units = linked_model(model).long_skip_links.num_units
         if num_units < 2:
             raise ValueError(f"the model must have at least 2 units, got {num_units}")
         if not 1 <= self.num_first < num_units:
@@ -127,7 +130,7 @@ class AllUnits(Site):
     """The sum that all units add (MagCache, arXiv 2506.09045): a reuse step runs none of them."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        return (Units(start=0, stop=known_units(model), delta=True),)
+        return (Units(start=0, stop=linked_model(model).long_skip_links.num_units, delta=True),)
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,7 @@ class GuidanceDifference(Site):
     arXiv 2410.19355). The first one always runs; units need not be known."""
 
     needs_units = False
+    beside_first = True
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         return (WholeModel(beside_first=True),)
@@ -163,24 +167,28 @@ class BranchOutputs(Site):
     """Allow models that have no such branch."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
-        num_units = known_units(model)
+        linked = linked_model(model)
+        num_units = linked.long_skip_links.num_units
         units = range(num_units)
         if self.num_shallow_units is not None:
             units = [unit for unit in units if min(unit, num_units - 1 - unit) < self.num_shallow_units]
-        found = {info.kind for info in cast(LongSkipModel, model).branches() if info.unit in units}
-        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in found)
+        present = {info.kind for info in linked.branches() if info.unit in units}
+        kinds: tuple[BranchKind, ...] = tuple(kind for kind in self.kinds if kind in present)
         if not kinds and self.optional:
             return ()
         if not kinds:
             raise ValueError(
                 f"{type(model).__name__} has no {' or '.join(self.kinds)} that skipdit knows of, only "
-                f"{', '.join(sorted(found)) or 'no branches'}: nothing could be reused"
+                f"{', '.join(sorted(present)) or 'no branches'}: nothing could be reused"
             )
         return (Branches(kinds=kinds, units=tuple(units)),)
 
 
 class Probe:
     """The values that an adaptive schedule compares. Abstract."""
+
+    is_in_units = False
+    """True if it takes values of the first units."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         """Return the regions whose values it compares, of a probe that is taken while the first units run."""
@@ -195,6 +203,8 @@ class Probe:
 class UnitProbe(Probe):
     """Values of the first units: the sum that they add to the hidden states."""
 
+    is_in_units = True
+
     inputs: bool = False
     """Compare the input of the first attention instead, after the modulation by the timestep."""
     num_units: int = 1
@@ -205,7 +215,7 @@ class UnitProbe(Probe):
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         if not self.inputs:
             return (Units(start=0, stop=self.num_units, delta=not self.after, skips=False),)
-        if not any(info.unit == 0 and info.kind == "attention" for info in cast(LongSkipModel, model).branches()):
+        if not any(info.unit == 0 and info.kind == "attention" for info in linked_model(model).branches()):
             raise ValueError(
                 f"{type(model).__name__} has no attention in its first unit that skipdit knows of, which this cache "
                 "probes: name it in the branches of skipdit.declare_family"
@@ -224,7 +234,7 @@ class LatentsProbe(Probe):
     def values(self, call: Call) -> Stored:
         latents = [tensor.detach() for tensor in tensors_in(call.latents)]
         if self.filtered:
-            is_list, noise = not isinstance(call.latents, Tensor), call.noise()
+            is_list, noise = type(call.latents) in (list, tuple), call.noise()
             in_channels = getattr(getattr(call.model, "config", None), "in_channels", None)
             latents = [_filtered(tensor, noise, in_channels, is_sample=is_list) for tensor in latents]
         else:
@@ -246,11 +256,12 @@ def _filtered(latents: Tensor, noise: float, in_channels: int | None, *, is_samp
     return wiener_filter(latents, dims, noise, 3.0 if len(dims) == 3 else 2.0)
 
 
-def known_units(model: nn.Module) -> int:
-    """Return the number of units of a model; raises `ValueError` if skipdit does not know them."""
-    if not isinstance(model, LongSkipModel):
+def linked_model(model: nn.Module) -> LongSkipModel:
+    """Return a model whose units skipdit knows; raises `ValueError` for any other."""
+    linked = LongSkipModel.find(model)
+    if linked is None:
         raise ValueError(
             f"{type(model).__name__} has no units that skipdit knows of, so nothing could be reused: "
             "declare them with skipdit.declare_family"
         )
-    return model.long_skip_links.num_units
+    return linked

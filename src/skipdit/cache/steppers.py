@@ -2,26 +2,29 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from skipdit.cache import changes
 from skipdit.cache.compiled import Call
 from skipdit.cache.conditions import read
-from skipdit.cache.gates import AdaptiveSchedule, Gate, ProbeSchedule
+from skipdit.cache.gates import Gate
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Ahead, Derivatives, Values
 from skipdit.cache.ranks import all_reduce_max
-from skipdit.cache.schedule import Decision, ExplicitSchedule, Schedule
+from skipdit.cache.schedule import Decision, Schedule
+from skipdit.cache.site import linked_model
 from skipdit.cache.whole import is_output
+from skipdit.interfaces import ModelOutput
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan, Question, Region, Stored, Units
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
 
 Derived = dict[str, Derivatives]  # by the name of a region
+StepResult = tuple[ModelOutput, tuple[Region, ...]]  # the model's output, and the regions that were reused
 MAX_DECIDED = 1024  # the number of runs whose decisions are remembered
 
 
@@ -41,10 +44,6 @@ class CacheRule:
     @property
     def schedule(self) -> Schedule:
         return self.method.schedule
-
-    @property
-    def at_rate(self) -> bool:
-        return isinstance(self.schedule, ProbeSchedule) and self.schedule.at_rate
 
     def seen(self, call: Call, stored: Stored) -> Stored:
         """Return the values of the probe. stored: what the call has stored so far."""
@@ -66,11 +65,10 @@ def rules_on(method: CacheMethod, model: nn.Module) -> list[CacheRule]:
             rule.schedule.for_cost(Costs.at_best(model).of_step(regions[:1]))  # raises if out of reach
             probe = rule.probe.regions(model) if rule.probe is not None else ()
             trail = rule.trail.regions(model) if rule.trail is not None else ()
-            num_variants = rule.schedule.num_variants if isinstance(rule.schedule, ExplicitSchedule) else 1
-            if num_variants > len(regions):
+            if rule.schedule.num_variants > len(regions):
                 raise ValueError(
                     f"variants of a schedule must be below {len(regions)}, the number of its num_shallow_units, got "
-                    f"{num_variants - 1}"
+                    f"{rule.schedule.num_variants - 1}"
                 )
             rules.append(CacheRule(dataclasses.replace(rule, others=()), regions, probe, trail))
     if len(rules) > 1 and any(region.is_whole for rule in rules for region in rule.regions):
@@ -93,7 +91,8 @@ class RuleState:
     probe: Stored = field(default_factory=dict)
     """The probe of the last full step, or of the last step, as the schedule says."""
     marks: tuple[Stored, ...] = ()
-    """What an estimate needs of the last full steps, the last one first: its probe for a rate, or the trail."""
+    """Values of the last full steps, the last one first, from which changes are estimated: the probe for a rate, or the
+    trail."""
     rate: Tensor | None = None
     """The rate at which the stored values have changed with the probe, between the last two full steps."""
     spacing: int = 1
@@ -103,8 +102,7 @@ class RuleState:
 
     @classmethod
     def of(cls, rule: CacheRule) -> "RuleState":
-        schedule = rule.schedule
-        return cls(schedule.gate() if isinstance(schedule, AdaptiveSchedule) else None)
+        return cls(rule.schedule.gate())
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -116,13 +114,13 @@ class RuleState:
     def may_reuse(self, rule: CacheRule, stream: "StepState") -> bool:
         """Return true if the next step may reuse, as far as is known before any of it has run."""
         ready = self.gate is None or self.gate.opens(len(stream.coming) or None)
-        return ready and bool(self.stored) and not (rule.at_rate and self.rate is None)
+        return ready and bool(self.stored) and not (rule.schedule.at_rate and self.rate is None)
 
     def accepts(self, rule: CacheRule, call: Call, probe: Stored, trail: Stored) -> tuple[bool, float | None]:
         """Return whether a step reuses, given its probe, and how far to extrapolate, `None` for the number of steps.
         Waits for the device once."""
         assert self.gate is not None
-        if rule.at_rate:
+        if rule.schedule.at_rate:
             assert self.rate is not None
             change = changes.change_at_rate(probe, self.probe, self.rate)
         else:
@@ -138,10 +136,10 @@ class RuleState:
         """Keep the values of the rule's regions that a full step stored, and what estimates need of it."""
         fresh = {region.name: stored[region.name] for region in rule.regions if stored.get(region.name)}
         predictor = rule.method.predictor
-        if rule.at_rate and self.stored and self.marks:
+        if rule.schedule.at_rate and self.stored and self.marks:
             before = {name: derivatives[0] for name, derivatives in self.stored.items()}
             self.rate = changes.rate_of_change(_outputs(fresh), _outputs(before), probe, self.marks[0])
-        if rule.at_rate:
+        if rule.schedule.at_rate:
             self.marks = (probe,)
         elif rule.trail:
             self.marks = (rule.passed(stored), *self.marks)[:2]
@@ -163,7 +161,7 @@ class RuleState:
 
     def look(self, rule: CacheRule, probe: Stored, *, full: bool) -> None:
         """Keep the probe of a step that has run for comparisons."""
-        if full or cast(AdaptiveSchedule, rule.schedule).follows_each_step:
+        if full or rule.schedule.follows_each_step:
             self.probe = probe
 
     def count(self, rule: CacheRule, level: float, *, full: bool) -> None:
@@ -194,7 +192,7 @@ class Stepper(Protocol):
 
     rules: list[CacheRule]
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+    def step(self, call: Call, stream: StepState) -> StepResult:
         """Run the next step of a stream; return the model's output, and the regions that were reused."""
         ...
 
@@ -204,12 +202,13 @@ class ScheduledSteps:
 
     def __init__(self, model: nn.Module, rules: list[CacheRule]) -> None:
         self.rules = rules
-        self.links = model.long_skip_links if isinstance(model, LongSkipModel) else LongSkipLinks(0, {})
+        linked = LongSkipModel.find(model)
+        self.links = LongSkipLinks(0, {}) if linked is None else linked.long_skip_links
         self.plans: dict[tuple[Decision, ...], ForwardPlan] = {}
         self.schedules: dict[tuple[int, Costs | None], Schedule] = {}
         self.decided: dict[tuple[int, Costs | None, tuple[float, ...], bool], list[Decision]] = {}
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+    def step(self, call: Call, stream: StepState) -> StepResult:
         states = stream.states
         probes = [rule.seen(call, {}) for rule in self.rules]
         decisions = self.decisions(call, stream, probes)
@@ -316,7 +315,7 @@ class ProbedSteps:
                 f"a probe must be taken before unit {region.start}, from which on units are left out, got "
                 f"{', '.join(map(str, seen))}"
             )
-        links: LongSkipLinks = cast(LongSkipModel, model).long_skip_links
+        links = linked_model(model).long_skip_links
         self.region, self.head = region, Units(start=0, stop=region.start)
         self.full = ForwardPlan.of(links, store=(*seen, region), asks_at=region.start)
         self.reuse_rest = ForwardPlan.of(links, reuse=(region,))
@@ -324,7 +323,7 @@ class ProbedSteps:
         self.rest = ForwardPlan.of(links, store=(region,), reuse=(self.head,))
         self.end = ForwardPlan.of(links, reuse=(self.head, region))
 
-    def step(self, call: Call, stream: StepState) -> tuple[Any, tuple[Region, ...]]:
+    def step(self, call: Call, stream: StepState) -> StepResult:
         (rule,), (state,) = self.rules, stream.states
         full = True
         if not state.may_reuse(rule, stream):
@@ -354,7 +353,7 @@ class ProbedSteps:
 
     def _compiled(
         self, call: Call, rule: CacheRule, state: RuleState, levels: Sequence[float]
-    ) -> tuple[bool, Any, Stored]:
+    ) -> tuple[bool, ModelOutput, Stored]:
         """Run a step of a compiled model at the last of these noise levels; return whether it is full, its output, and
         what it stores."""
         held = state.predict(rule, self.region, levels, 0.0 if rule.trail else None)
@@ -368,6 +367,22 @@ class ProbedSteps:
             predicted = state.predict(rule, self.region, levels, distance)
             output, _ = call(self.end, {**head, self.region.name: predicted})
         return False, output, stored
+
+
+class MeasuringStepper:
+    """Runs every step in full and stores the values of some regions, for measurements. Abstract."""
+
+    def __init__(self, model: nn.Module, rules: list[CacheRule], store: Iterable[Region]) -> None:
+        self.rules, self.links = rules, linked_model(model).long_skip_links
+        self.full = ForwardPlan.of(self.links, store=store)
+
+    def step(self, call: Call, stream: StepState) -> StepResult:
+        output, stored = call(self.full)
+        return self.measure(call, stream, output, stored), ()
+
+    def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
+        """Measure the last of `stream.levels`, which has run; return the output to use for it."""
+        raise NotImplementedError
 
 
 def make_stepper(model: nn.Module, rules: list[CacheRule]) -> Stepper:

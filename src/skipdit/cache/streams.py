@@ -13,11 +13,11 @@ import math
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,19 +26,25 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from skipdit.cache.conditions import Conditions, read
 from skipdit.cache.state import Counts
 from skipdit.cache.steppers import RuleState
-from skipdit.diffusion import noise_levels, noise_shares
+from skipdit.cache.timesteps import Layout, Timestep, is_entry, is_near, is_single, layout_of, levels_of
+from skipdit.diffusion import noise_shares
+from skipdit.interfaces import Fields, Latents, ModelOutput, Pipeline, Scheduler
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan
 
 # more streams than this in one run cannot be guidance: the cache misreads its calls
 MAX_STREAMS = 16
+# tensors that say how strong something is, which FluxControlNetPipeline makes anew at each step. As long as none tells
+# calls of one step apart, they are not compared
+STRENGTHS = {"guidance"}
 # beyond this many runs, the least recently called are dropped
 MAX_RUNS = 64
 
 _context: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_context", default=())
 _branch: ContextVar[tuple[str, ...]] = ContextVar("skipdit_cache_branch", default=())
-_loop: ContextVar[Mapping[str, Any]] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
+_loop: ContextVar[Fields] = ContextVar("skipdit_cache_place", default={})  # noqa: B039
 
+Order = Tensor | str | None
 BY_STEP_INDEX = "step_index"  # the order of calls whose positions come from `cache_context`
 Key = tuple[int, tuple[str, ...], tuple[str, ...]]  # thread, contexts, names from the model's own `cache_context`
 
@@ -48,7 +54,7 @@ def cache_context(name: str) -> Iterator[None]:
     """Keep the calls inside, the run `name`, apart from all others. Contexts nest.
 
     Needed only if one thread alternates between steps of several runs; our own pipelines enter one by themselves, and
-    guidance streams that differ in their conditioning are told apart without it.
+    guidance streams with different conditioning are recognized without it.
     """
     with _entered(_context, (*_context.get(), name)):
         yield
@@ -84,7 +90,7 @@ def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
 class Stream:
     """The calls of one name, shape and conditioning: their stored values and their counts."""
 
-    layout: tuple
+    layout: Layout
     """Shape, dtype and device of the latents."""
     conditions: Conditions
     """The conditioning of the last call."""
@@ -102,7 +108,7 @@ class Stream:
     """Costs for its layout, once they have been counted."""
     compiled: set[ForwardPlan] = field(default_factory=set)
     """The plans whose graphs have run."""
-    forms: dict[Any, Any] = field(default_factory=dict)
+    forms: dict[bool, ModelOutput] = field(default_factory=dict)
     """By `return_dict`, the form of the model's output, for steps that do not call it."""
     output: list[Tensor] = field(default_factory=list)
     """Its last output, if other guidance branches of the step may need it."""
@@ -110,8 +116,11 @@ class Stream:
     counts: Counts = field(default_factory=Counts)
 
     def advance(self, conditions: Conditions, place: float) -> None:
-        """Record a step at this place, whose conditions equal the previous ones."""
-        conditions.sums = self.conditions.sums | conditions.sums
+        """Record a step at this place, whose conditions equal the previous ones, up to strengths."""
+        before = self.conditions
+        renewed = {name for name in STRENGTHS if not conditions.same(name, before)}
+        known = {name: value for name, value in before.sums.items() if name not in renewed}
+        conditions.sums = known | conditions.sums
         conditions.add_checksums()
         self.conditions = conditions
         if place != self.places[0]:
@@ -129,7 +138,7 @@ class Stream:
 class Run:
     """The streams of one name."""
 
-    order: Any
+    order: Order
     """The order of its steps: the list of a watched scheduler, `BY_STEP_INDEX`, or `None` for the timestep itself."""
     levels: list[float] = field(default_factory=list)
     """Noise levels of the whole list, from 0 to 1000; empty if unknown."""
@@ -213,22 +222,22 @@ class Streams:
         by_token: bool = False,
     ) -> None:
         self.start, self.check, self.over, self.scale, self.by_token = start, check, over, scale, by_token
-        self.pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
         # by watched scheduler, the list of the run that began last
-        self.begun: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()
+        self.begun: weakref.WeakKeyDictionary[Scheduler, Tensor] = weakref.WeakKeyDictionary()
         # by watched scheduler of a ddpm process, the share of noise at each timestep of training
-        self.shares: weakref.WeakKeyDictionary[Any, list[float]] = weakref.WeakKeyDictionary()
+        self.shares: weakref.WeakKeyDictionary[Scheduler, list[float]] = weakref.WeakKeyDictionary()
         self.runs: dict[Key, Run] = {}
         self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
 
-    def watch(self, pipeline: Any) -> None:
+    def watch(self, pipeline: Pipeline) -> None:
         """Follow the scheduler of a pipeline: copied timesteps belong to the lists that it makes from now on."""
         self.pipelines.add(pipeline)
         self.begun |= self._lists()
 
-    def next(self, timestep: Any, latents: Any, conditions: Mapping[str, Any]) -> tuple[Run, Stream]:
+    def next(self, timestep: Timestep, latents: Latents, conditions: Fields) -> tuple[Run, Stream]:
         """Return the run and the stream that a call continues; either may be new."""
-        key = threading.current_thread().ident or 0, _context.get(), _branch.get()
+        key = threading.get_ident(), _context.get(), _branch.get()
         current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
         run, place, stream, fitting = self._place(key, before, timestep, current, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
@@ -259,7 +268,7 @@ class Streams:
         return run, stream
 
     def _place(
-        self, key: Key, before: Run | None, timestep: Any, conditions: Conditions, layout: tuple
+        self, key: Key, before: Run | None, timestep: Timestep, conditions: Conditions, layout: Layout
     ) -> tuple[Run, float, Stream | None, list[Stream]]:
         """Return a call's run and its place there; its stream, if the same tensor objects identify it; and the streams
         of its layout. Reads the timestep and the checksums from the device together."""
@@ -267,7 +276,11 @@ class Streams:
         order, place = self._known_place(timestep, before, branches)
         run = before if before is not None and before.order is order else Run(order)
         fitting = [stream for stream in run.streams if stream.layout == layout]
-        same = [stream for stream in fitting if not conditions.differing(stream.conditions) - run.changing]
+        differing = {stream: conditions.differing(stream.conditions) - run.changing for stream in fitting}
+        same = [stream for stream in fitting if not differing[stream]]
+        alike = [stream for stream in fitting if differing[stream] <= STRENGTHS]
+        if not same and place is not None and len(alike) == 1 and alike[0].places[0] < place:
+            same = alike
         # a tensor of inference mode may have been written between two calls of one step
         unsure = None in conditions.versions.values() and (order is None or any(s.places[0] == place for s in same))
         stream = same[0] if len(same) == 1 and not unsure else None
@@ -277,7 +290,7 @@ class Streams:
             # each frame has its own scheduler, and that of the pipeline does not advance (diffusion forcing)
             order = run.follow_levels()
 
-        levels = [] if isinstance(order, Tensor) else self._levels(timestep)
+        levels = [] if _is_list(order) else self._levels(timestep)
         numbers = conditions.compare([other.conditions for other in fitting] if stream is None else [], levels)
         level = self._level(numbers) if levels else 0.0
         if order is None:
@@ -298,34 +311,34 @@ class Streams:
     # ------------------------------------------------------------------------------------------------------------------
     # Where a call stands
 
-    def _lists(self) -> dict[Any, Tensor]:
+    def _lists(self) -> dict[Scheduler, Tensor]:
         """Return the timesteps of each watched scheduler on which `set_timesteps` has been called."""
         schedulers = {id(pipeline.scheduler): pipeline.scheduler for pipeline in list(self.pipelines)}.values()
         ready = (other for other in schedulers if getattr(other, "num_inference_steps", None) is not None)
         return {scheduler: scheduler.timesteps for scheduler in ready}
 
-    def _tables(self, order: Any) -> Iterator[Tensor]:
+    def _tables(self, order: Order) -> Iterator[Tensor]:
         """Yield the list that orders a run, nearly always the right one, then those of the schedulers."""
-        if isinstance(order, Tensor):
+        if _is_list(order):
             yield order
         yield from self._lists().values()
 
-    def _known_place(self, timestep: Any, run: Run | None, branches: list[Run]) -> tuple[Any, float | None]:
+    def _known_place(self, timestep: Timestep, run: Run | None, branches: list[Run]) -> tuple[Order, float | None]:
         """Return the order of the run's calls, and the place of this call if it is known without a read from the
         device; `None` if it must be counted or read. branches: the other named branches of the same run."""
         loop, order = _loop.get(), None if run is None else run.order
         for table in self._tables(order):
             for entry in (timestep, loop.get("timestep")):
-                if _shares_memory(entry, table):
-                    return table, int(cast(Tensor, entry).storage_offset() - table.storage_offset())
+                if is_single(entry) and entry.untyped_storage().data_ptr() == table.untyped_storage().data_ptr():
+                    return table, int(entry.storage_offset() - table.storage_offset())  # a view, as pipelines pass them
         lists = self._lists()
         current = next((key for key, table in lists.items() if run is not None and table is run.order), None)
         fresh = [scheduler for scheduler, table in lists.items() if self.begun.get(scheduler) is not table]
         if current is not None and fresh and not self._continues(timestep, run, fresh):
             current = None
-        if current is None and len(fresh) == 1 and not _is_entry(timestep):
+        if current is None and len(fresh) == 1 and not is_entry(timestep):
             current = fresh[0]
-        if current is None and run is None and not _is_entry(timestep):  # a branch that begins after others
+        if current is None and run is None and not is_entry(timestep):  # a branch that begins after others
             current = next(
                 (key for key, table in lists.items() if any(table is branch.order for branch in branches)), None
             )
@@ -342,15 +355,15 @@ class Streams:
             index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
-    def _continues(self, timestep: Any, run: Run | None, fresh: list[Any]) -> bool:
+    def _continues(self, timestep: Timestep, run: Run | None, fresh: list[Scheduler]) -> bool:
         """Return true if a copied timestep, which is read, continues its run rather than starting the new list of
         another scheduler."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [_levels_of(scheduler)[0] for scheduler in fresh]
-        return any(_near(level, other) for other in coming) and not any(_near(level, other) for other in first)
+        coming, first = run.coming[:2], [levels_of(scheduler)[0] for scheduler in fresh]
+        return any(is_near(level, other) for other in coming) and not any(is_near(level, other) for other in first)
 
-    def _levels(self, timestep: Any) -> list[Tensor]:
+    def _levels(self, timestep: Timestep) -> list[Tensor]:
         """Return the highest and the lowest timestep over samples, each that of its noisiest token, as scalars."""
         known = _loop.get().get("timestep")
         timestep = torch.as_tensor(timestep if known is None else known)
@@ -375,10 +388,10 @@ class Streams:
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                run.levels = _levels_of(scheduler)
+                run.levels = levels_of(scheduler)
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
-            lists = isinstance(run.order, Tensor) and isinstance(other.order, Tensor) and other.order is not run.order
+            lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
             if name[0] not in alive or (name[:2] == key[:2] and lists):
                 del self.runs[name]
         self.check(run.coming)
@@ -393,8 +406,8 @@ class Streams:
         """Return the other guidance branches of a run: streams of the same layout, whose steps have the same order."""
         key = next(key for key, other in self.runs.items() if other is run)
         runs = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
-        found = [branch for other in runs for branch in other.streams]
-        return [branch for branch in found if branch is not stream and branch.layout == stream.layout]
+        streams = [branch for other in runs for branch in other.streams]
+        return [branch for branch in streams if branch is not stream and branch.layout == stream.layout]
 
     def noise_share(self, run: Run) -> float:
         """Return the share of noise, from 0 to 1, in the latents of a run's last call: of a process with betas by its
@@ -461,35 +474,6 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
     return run, level
 
 
-def _levels_of(scheduler: Any) -> list[float]:
-    """Return the noise levels of a scheduler's list, which is read from the device."""
-    config = scheduler.config
-    num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
-    return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
-
-
-def layout_of(latents: Any) -> tuple[Any, torch.dtype, torch.device]:
-    """Return the shape, dtype and device of latents; for a list of them (Z-Image, one per sample), all shapes."""
-    if isinstance(latents, Tensor):
-        return latents.shape, latents.dtype, latents.device
-    layouts = [layout_of(sample) for sample in latents]
-    return tuple(shape for shape, *_ in layouts), layouts[0][1], layouts[0][2]
-
-
-def _is_entry(timestep: Any) -> bool:
-    """Return true if a timestep is a view of one entry of a longer list."""
-    return _is_one(timestep) and timestep.untyped_storage().nbytes() > timestep.element_size()
-
-
-def _shares_memory(timestep: Any, table: Tensor) -> bool:
-    """Return true if a timestep is a view of an entry of this list, as pipelines pass them."""
-    return _is_one(timestep) and timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
-
-
-def _is_one(timestep: Any) -> bool:
-    return isinstance(timestep, Tensor) and (timestep.numel() == 1 or max(timestep.stride()) == 0)
-
-
-def _near(level: float, other: float) -> bool:
-    """Return true if two levels are equal up to rounding to bfloat16."""
-    return abs(level - other) < 0.01 + 0.008 * abs(other)
+def _is_list(order: Order) -> TypeGuard[Tensor]:
+    """Return true if calls are ordered by the list of a watched scheduler."""
+    return isinstance(order, Tensor)

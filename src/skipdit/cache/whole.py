@@ -1,11 +1,12 @@
 """The work of a whole model as one region: a reuse step does not call the model at all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from skipdit.interfaces import Latents, ModelOutput
 from skipdit.models.forward_plan import Region, Values
 
 INPUT = "input"
@@ -40,7 +41,7 @@ def is_output(key: str) -> bool:
     return not key.startswith(INPUT)
 
 
-def values_of(output: Any, latents: Any) -> dict[str, Tensor]:
+def values_of(output: ModelOutput, latents: Latents) -> dict[str, Tensor]:
     """Return the values of the region: each tensor of the output, and the part of the latents that it overlaps."""
     values, inputs = {}, tensors_in(latents)
     for index, tensor in enumerate(tensors_in(output)):
@@ -52,7 +53,7 @@ def values_of(output: Any, latents: Any) -> dict[str, Tensor]:
     return values
 
 
-def restored(values: Values, latents: Any, form: Any) -> Any:
+def restored(values: Values, latents: Latents, form: ModelOutput) -> ModelOutput:
     """Return the output of a reuse step, in the form of an earlier one: the stored output plus the change of the input
     since."""
     tensors, inputs = [], tensors_in(latents)
@@ -62,11 +63,11 @@ def restored(values: Values, latents: Any, form: Any) -> Any:
         if before is not None:
             overlap(tensor, before).add_(overlap(inputs[index], before) - before)
         tensors.append(tensor)
-    left = iter(tensors)
-    return map_tensors(form, lambda _: next(left))
+    remaining = iter(tensors)
+    return map_tensors(form, lambda _: next(remaining))
 
 
-def form_of(output: Any) -> Any:
+def form_of(output: ModelOutput) -> ModelOutput:
     """Return a model's output with empty tensors."""
     return map_tensors(output, lambda tensor: tensor.new_empty(0))
 
@@ -77,19 +78,19 @@ def overlap(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor[tuple(slice(min(sizes)) for sizes in zip(tensor.shape, other.shape, strict=True))]
 
 
-def tensors_in(output: Any) -> list[Tensor]:
+def tensors_in(output: ModelOutput | Latents) -> list[Tensor]:
     """Return the tensors of a model's output or input, in the order of `map_tensors`."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     map_tensors(output, keep)
-    return found
+    return tensors
 
 
-def map_tensors(output: Any, change: Any) -> Any:
+def map_tensors(output: ModelOutput, change: Callable[[Tensor], Tensor]) -> ModelOutput:
     """Return a model's output with `change` applied to every tensor in it."""
     match output:
         case Tensor():

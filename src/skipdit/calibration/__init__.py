@@ -1,6 +1,6 @@
-"""Finds the schedule of a cache that costs one model least.
+"""Finds the best cache schedules for one model.
 
-- `trials` measures what each reuse does to a run (and, for SmoothCache, how branches change)
-- `plan` searches: the cheapest schedule for an error, the least error for a cost
-- `calibrate` is `skipdit calibrate`: both, tried on held-out seeds, with a report
+- `trials` measures the effect of each reuse on a run (and, for SmoothCache, the changes of branches)
+- `plan` finds the schedules with the least error for each cost, `search` improves them, and `find` tries them in runs
+- `calibrate` is `skipdit calibrate`: all of it, tested on held-out seeds, with a report
 """

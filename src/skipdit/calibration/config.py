@@ -1,34 +1,34 @@
-"""The options of `skipdit calibrate`; nothing heavy is imported."""
+"""The options of `skipdit calibrate`. Imports nothing heavy, so that `--help` is instant."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from skipdit.options import NumInferenceSteps, check_numbers, check_option, check_range, choose
+from skipdit.options import NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
 
 if TYPE_CHECKING:
     from skipdit.cache.site import Site
 
-MAX_ORDER = 4  # of a prediction: `skipdit.cache.predictor.MAX_ORDER`, which a test compares
-BY_THRESHOLD = ("smoothcache", "magcache")  # whose rule is a threshold
+MAX_ORDER = 4  # equals `skipdit.cache.predictor.MAX_ORDER`, as a test checks
+BY_THRESHOLD = ("smoothcache", "magcache")  # methods whose schedules follow from a threshold
 KIN = ("dpcache", "l2p", "budcache")
 
 
 class Target(NamedTuple):
-    """What one schedule is asked for."""
+    """The target of one schedule."""
 
     name: str
-    """of its file"""
+    """name of its file"""
     speedup: float = 1.0
-    """by compute, or by the clock"""
+    """least speedup, by compute or by the clock"""
     seconds: float | None = None
-    """of a run, at most"""
+    """most seconds per run"""
     psnr_db: float | None = None
-    """at least"""
+    """least PSNR"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trials:
-    """What is tried at each step."""
+    """The predictions that are tried at each step."""
 
     orders: tuple[int, ...] = (1,)
     """orders of the predictions: from the last values (0), or also from their changes (1 and above)"""
@@ -48,14 +48,14 @@ class Trials:
 
     @property
     def lookback(self) -> int:
-        """The number of earlier steps whose values are tried: as far back as a prediction of the largest order and age
-        may reach."""
+        """Return the number of earlier steps whose values are tried: as far back as a prediction of the largest order
+        and age may reach."""
         return self.max_age + (self.max_age + 1) * max(self.orders)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """What `skipdit calibrate` does."""
+    """The targets and settings of a calibration."""
 
     method: str = "skip-taylor"
     """a cache method that reuses one thing (skip-taylor, delta-taylor, taylorseer, ...), or smoothcache"""
@@ -77,16 +77,17 @@ class CalibrateConfig:
     """pictures or clips per run"""
     num_held_out: int = 8
     """pictures or clips per run of the report"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of a run, for which the schedules are made"""
-    guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 disables guidance"""
+    num_inference_steps: NumInferenceStepsOrDefault = None
+    """denoising steps of a run, for which the schedules are made; by default 50, or as many as a pipeline of diffusers
+    takes"""
+    guidance_scale: float | None = None
+    """scale of classifier-free guidance; 1 disables guidance; by default 2, or that of a pipeline of diffusers"""
     seed: int = 0
     """seed of the runs in which schedules are searched"""
     held_out_seed: int = 1000
     """seed of the runs that the report measures"""
     trials: Trials = Trials()
-    """what is tried at each step"""
+    """the predictions that are tried at each step"""
     fits: bool = True
     """fit the factors of each reuse step's prediction to the measurement; otherwise they are Taylor's"""
     kin: tuple[str, ...] = ()
@@ -123,11 +124,11 @@ class CalibrateConfig:
             raise ValueError(f"speedups must be above 1, got {self.speedups}")
         if self.seed == self.held_out_seed:
             raise ValueError(f"held_out_seed must differ from seed, got {self.seed} for both")
-        known = self.site.shallow_units
-        if self.shallow_units not in (known, type(self).shallow_units):
+        used = self.site.shallow_units
+        if self.shallow_units not in (used, type(self).shallow_units):
             raise ValueError(
                 f"shallow_units of {self.method} must be "
-                f"{'one number' if known else 'left out, as all units run'}, got {self.shallow_units}"
+                f"{'one number' if used else 'left out, as all units run'}, got {self.shallow_units}"
             )
         for spec in self.rivals:
             parse_method(spec)
@@ -142,7 +143,7 @@ class CalibrateConfig:
 
     @property
     def targets(self) -> list["Target"]:
-        """What a schedule is asked for."""
+        """Return the targets, one per schedule."""
         clock = "-clock" if self.by_clock else ""
         return [
             *(Target(f"{speedup:g}x{clock}", speedup=speedup) for speedup in self.speedups),
@@ -152,7 +153,7 @@ class CalibrateConfig:
 
     @property
     def estimate_seed(self) -> int:
-        """Neither that of the search nor that of the report."""
+        """Return the seed on which quality is estimated, which differs from those of the search and of the report."""
         return next(seed for seed in range(self.seed + 1, self.seed + 3) if seed != self.held_out_seed)
 
     @property

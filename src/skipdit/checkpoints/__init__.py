@@ -16,10 +16,10 @@ module with its key tables and both conversions; this module finds the family of
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Protocol, get_args
 
 import diffusers
 import torch
@@ -35,11 +35,9 @@ from skipdit.checkpoints.runs import find_checkpoint, read_checkpoint, read_shal
 from skipdit.checkpoints.wrappings import strip_prefixes
 from skipdit.files.output import atomic_file, clean_up
 from skipdit.files.untrusted import printable
-from skipdit.interfaces import Transformer
+from skipdit.interfaces import Fields, Transformer
 from skipdit.models.families import FAMILIES
-from skipdit.models.long_skip import LongSkipConfig
-from skipdit.models.shallow_path import ShallowPath
-from skipdit.models.surgery import LONG_SKIP_VARIANT, add_long_skips, num_units_of
+from skipdit.models.surgery import LONG_SKIP_VARIANT, segment_sizes_of
 from skipdit.options import Fusion, choose
 
 __all__ = [
@@ -104,7 +102,7 @@ def load_model(
     drop: str | Sequence[str] = (),
     variant: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Any:
+) -> Transformer:
     """Load a model from a file or folder, on the CPU in eval mode: our `DiT` or `Latte`, or a diffusers transformer,
     plain or with long skips. `skipdit.checkpoints` lists the formats.
 
@@ -149,7 +147,7 @@ def load_model(
     return model
 
 
-def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torch.dtype) -> Any:
+def load_with_long_skips(model_class: type[nn.Module], folder: Path, dtype: torch.dtype) -> Transformer:
     """Load a diffusers or declared `model_class` that was saved with long skips. Errors as for `load_model`."""
     config = reading.read_config(folder)
     if config.get("long_skip") is None:
@@ -193,7 +191,7 @@ def save_official(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_file(tensors, draft, metadata={"format": "pt"})
 
 
-def to_diffusers(model: Transformer) -> Any:
+def to_diffusers(model: Transformer) -> Transformer:
     """Convert our `DiT` to diffusers' (`checkpoints.dit.to_diffusers`); return a diffusers transformer unchanged.
     `ValueError` for a `Latte`: diffusers has only the text-to-video model."""
     names = {base.__name__ for base in type(model).__mro__}
@@ -228,12 +226,12 @@ def _read_folder(
 ) -> UnloadedModel:
     if dropped:
         raise ValueError(f"drop applies to a file, got {', '.join(dropped)} for a folder")
-    if (checkpoint := find_checkpoint(folder)) is not None:
+    if (checkpoint := find_checkpoint(folder, prefer)) is not None:
         if variant is not None:
             raise ValueError(f"variant applies to a save_pretrained folder, got {variant!r} for a run's checkpoint")
         state_dict, hints = read_checkpoint(checkpoint, prefer, hints)
         unloaded = _find_format(state_dict, hints).read(state_dict, hints)
-        path = read_shallow_path(checkpoint, num_units_of(unloaded.model))
+        path = read_shallow_path(checkpoint, sum(segment_sizes_of(unloaded.model)))
         if path is not None:
             model: Transformer = unloaded.model
             model.register_to_config(shallow_path=path.to_dict())
@@ -261,7 +259,7 @@ def _read_folder(
 
 
 def _read_family(
-    model_class: type[nn.Module], config: Mapping[str, Any], tensors: StateDict, long_skip: Any
+    model_class: type[nn.Module], config: Fields, tensors: StateDict, long_skip: Fields | None
 ) -> UnloadedModel:
     """Build a diffusers transformer with the long skips of its config. Like diffusers, ignore options that its class
     does not know, or no longer knows."""
@@ -269,13 +267,4 @@ def _read_family(
     keys.check_options(options, tensors)
     unused = UNUSED_KEYS.get(model_class.__name__)
     tensors = {key: tensor for key, tensor in tensors.items() if key != unused}
-
-    def build() -> nn.Module:
-        model: Transformer = model_class(**options)
-        if long_skip is not None:
-            add_long_skips(model, LongSkipConfig.from_dict(long_skip))
-        if config.get("shallow_path") is not None:
-            model.register_to_config(shallow_path=ShallowPath.from_dict(config["shallow_path"]).to_dict())
-        return model
-
-    return keys.make_unloaded(build, tensors)
+    return keys.make_linked(model_class, options, tensors, long_skip, shallow_path=config.get("shallow_path"))

@@ -8,9 +8,9 @@ import argparse
 import pickletools
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ ALLOWED_GLOBALS = {
 OPAQUE_OPCODES = {"STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ"}
 
 
-def read_archive(path: Path) -> Any:
+def read_archive(path: Path) -> object:
     """Return the tensors in their plain containers, memory-mapped on the CPU.
 
     `ValueError` if the archive is damaged, contains anything else, or would take more memory than its size suggests.
@@ -107,19 +107,26 @@ def _is_allowed(name: str) -> bool:
     return attribute.endswith("Storage") or isinstance(getattr(torch, attribute, None), torch.dtype)
 
 
-def _tensors(content: Any) -> Iterator[Tensor]:
+def _tensors(content: object) -> Iterator[Tensor]:
     """Yield every tensor in the containers."""
     level, visited = [content], set()
     for _ in range(MAX_NESTING):
-        children: list[Any] = []
+        containers: list[Iterable[object]] = []
         for node in level:
-            if isinstance(node, Tensor):
-                yield node
-            elif isinstance(node, (Mapping, list, tuple, set, argparse.Namespace)) and id(node) not in visited:
-                visited.add(id(node))
-                fields = vars(node) if isinstance(node, argparse.Namespace) else node
-                children += fields.values() if isinstance(fields, Mapping) else fields
-        level = children
+            if id(node) in visited:
+                continue
+            match node:
+                case Tensor():
+                    yield node
+                    continue
+                case argparse.Namespace():
+                    containers.append(vars(node).values())
+                case Mapping():
+                    containers.append(node.values())
+                case list() | tuple() | set():
+                    containers.append(node)
+            visited.add(id(node))
+        level = list(chain.from_iterable(containers))
     if level:
         raise ValueError(f"it is nested deeper than {MAX_NESTING} levels")
 

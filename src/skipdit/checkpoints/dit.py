@@ -8,18 +8,18 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import Timesteps
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipdit.checkpoints import keys
 from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.interfaces import Fields
 from skipdit.models.dit import DiT, DiTBlock, sincos_position_embedding
+from skipdit.models.modules import modules_of
 from skipdit.models.presets import PRESET_SIZES
 
 # facebookresearch/DiT, models.py; Skip-DiT, class-to-image/models.py: skip 0 is the innermost
@@ -112,7 +112,7 @@ def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     )
 
 
-def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
+def read_folder(config: Fields, tensors: StateDict) -> UnloadedModel:
     """Read what `DiT.save_pretrained` wrote."""
     return _make(own_options(config), tensors)
 
@@ -158,7 +158,7 @@ def from_diffusers(model: DiTTransformer2DModel) -> DiT:
 
     `ValueError` names an option that our DiT does not have, or the block whose embedders differ from those of block 0.
     """
-    spacings = {frequencies.downscale_freq_shift for frequencies in _timestep_frequencies(model)}
+    spacings = {frequencies.downscale_freq_shift for frequencies in modules_of(model, Timesteps)}
     if len(spacings) != 1:
         raise ValueError(f"the blocks must share one downscale_freq_shift, got {sorted(spacings)}")
     unloaded = read_diffusers(model.config, model.state_dict(), spacings.pop())
@@ -187,21 +187,18 @@ def to_diffusers(model: DiT) -> DiTTransformer2DModel:
     ]
     keys.require("diffusers' DiTTransformer2DModel", needs)
     options = {name: config[ours] for name, ours in DIFFUSERS_OPTIONS}
-    norm_eps = _blocks(model)[0].norm2.eps
+    norm_eps = modules_of(model, DiTBlock)[0].norm2.eps
     converted = keys.make_model(lambda: DiTTransformer2DModel(**options, norm_eps=norm_eps))
     tensors = keys.split(model.state_dict(), QKV_PARTS)
     table = keys.expand(DIFFUSERS_KEYS, config["num_layers"])
     converted.load_state_dict({key: tensors[ours].clone() for key, ours in table.items()}, assign=True)
-    table: Any = model.position_embedding.unsqueeze(0).clone()
-    converted.pos_embed.pos_embed = table
-    for frequencies in _timestep_frequencies(converted):
+    converted.pos_embed.get_buffer("pos_embed").data = model.position_embedding.unsqueeze(0).clone()
+    for frequencies in modules_of(converted, Timesteps):
         frequencies.downscale_freq_shift = config["downscale_freq_shift"]
     return converted.eval()
 
 
-def read_diffusers(
-    config: Mapping[str, Any], state_dict: StateDict, spacing: float = DIFFUSERS_SPACING
-) -> UnloadedModel:
+def read_diffusers(config: Fields, state_dict: StateDict, spacing: float = DIFFUSERS_SPACING) -> UnloadedModel:
     """Read diffusers' DiT as ours. spacing: its `downscale_freq_shift`."""
     arguments = inspect.signature(DiTTransformer2DModel).parameters
     options = {name: config.get(name, argument.default) for name, argument in arguments.items()}
@@ -225,12 +222,12 @@ def read_diffusers(
 EMA_OPTIONS = {"decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"}
 
 
-def own_options(config: Mapping[str, Any]) -> Fields:
+def own_options(config: Fields) -> Fields:
     """Return the model's arguments from the config that `save_pretrained` wrote."""
     return {name: value for name, value in config.items() if not name.startswith("_") and name not in EMA_OPTIONS}
 
 
-def official_needs(config: Mapping[str, Any]) -> list[Need]:
+def official_needs(config: Fields) -> list[Need]:
     """Return the option values that the official format supports, except those of long skips."""
     return [
         ("null_class", config["null_class"], (True,)),
@@ -257,7 +254,7 @@ def read_block_sizes(tensors: StateDict, names: Mapping[str, str]) -> Fields:
     }
 
 
-def options_of_file(sizes: Mapping[str, Any], hints: LoadHints) -> Fields:
+def options_of_file(sizes: Fields, hints: LoadHints) -> Fields:
     """Return the model's arguments from sizes and hints; `ValueError` if one is in neither."""
     options = dict(sizes)
     hidden_size = options.pop("hidden_size")
@@ -280,17 +277,13 @@ def raise_on_other_positions(position_embedding: Tensor, hidden_size: int) -> No
 
 
 def _make(
-    options: Mapping[str, Any],
-    tensors: StateDict,
-    *,
-    names: Mapping[str, str] | None = None,
-    norm_eps: float = 1e-6,
+    options: Fields, tensors: StateDict, *, names: Mapping[str, str] | None = None, norm_eps: float = 1e-6
 ) -> UnloadedModel:
     """Build the model. norm_eps: epsilon of the norm before the MLP, 1e-6 in official models, 1e-5 by diffusers'
     default."""
     keys.check_options(options, tensors)
     unloaded = keys.make_unloaded(lambda: DiT(**options), tensors, names)
-    for block in _blocks(unloaded.model):
+    for block in modules_of(unloaded.model, DiTBlock):
         block.norm2.eps = norm_eps
     return unloaded
 
@@ -308,12 +301,3 @@ def _official_table(official_keys: Collection[str]) -> dict[str, str]:
     if has_skips and num_units % 2:
         raise ValueError(f"an official model with long skips has an even number of blocks, got {num_units}")
     return keys.expand(OFFICIAL_KEYS, num_units, range(num_units // 2, num_units) if has_skips else ())
-
-
-def _timestep_frequencies(model: DiTTransformer2DModel) -> list[Timesteps]:
-    """Return the timestep frequencies, one module per block."""
-    return [module for module in model.modules() if isinstance(module, Timesteps)]
-
-
-def _blocks(model: nn.Module) -> list[DiTBlock]:
-    return [block for block in model.modules() if isinstance(block, DiTBlock)]

@@ -53,10 +53,7 @@ HUNYUAN_KEYS = (
 )
 STYLE_KEY = ("style_embedder.weight", "time_extra_emb.style_embedder.weight")  # up to version 1.1
 # parts of each fused weight in diffusers, concatenated along the first axis
-FUSED_PARTS = {
-    "attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn2.to_kv": ("attn2.to_k", "attn2.to_v"),
-}
+FUSED_PARTS = {"attn1.to_qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn2.to_kv": ("attn2.to_k", "attn2.to_v")}
 # Tencent's rows are (shift, scale), diffusers' (scale, shift)
 SWAPPED_PREFIX = "norm_out.linear."
 # sample size of the published models; it affects no result

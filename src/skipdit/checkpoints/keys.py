@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 from accelerate import init_empty_weights
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from skipdit.checkpoints.reading import StateDict, list_first
 from skipdit.files.untrusted import printable
 from skipdit.interfaces import Fields, Transformer
+from skipdit.models.long_skip import LongSkipConfig
+from skipdit.models.shallow_path import ShallowPath
+from skipdit.models.surgery import add_long_skips
 from skipdit.options import Fusion
 
 LOGGER = logging.getLogger(__name__)
 Table = tuple[tuple[str, str], ...]
-Need = tuple[str, Any, Collection[Any]]
+Need = tuple[str, object, Collection]
 Model = TypeVar("Model", bound=nn.Module)
 SKIP_ROOTS = ("skip_norms", "skip_linears")  # in Skip-DiT's models; the released ones have all pairs, innermost first
 DROPPABLE = {"projectors"}  # of REPA (arXiv 2410.06940): heads that align features in training
@@ -66,23 +69,25 @@ def config_errors() -> Iterator[None]:
     """Turn whatever a constructor raises into `ValueError`."""
     try:
         yield
+    except ValueError as error:
+        raise ValueError(printable(str(error) or repr(error), MAX_REASON)) from error
     except Exception as error:  # untrusted options may raise any type
-        reason = printable(str(error) or repr(error), MAX_REASON)
-        raise ValueError(reason if isinstance(error, ValueError) else f"the config makes no model: {reason}") from error
+        raise ValueError(f"the config makes no model: {printable(str(error) or repr(error), MAX_REASON)}") from error
 
 
-def check_options(options: Mapping[str, Any], keys: Collection[str] = ()) -> None:
+def check_options(options: Mapping[str, object], keys: Collection[str] = ()) -> None:
     """Raise `ValueError` if a config has a list longer than `MAX_LAYERS`, or asks for more layers than that or than the
     weights with these keys have. All other sizes cost nothing until weights are allocated.
     """
     present = max((len(indices(keys, root)) for root in roots(keys)), default=MAX_LAYERS)
     for name, value in options.items():
-        if isinstance(value, list) and len(value) > MAX_LAYERS:
-            raise ValueError(f"{name} has {len(value):,} entries, at most {MAX_LAYERS} are read")
-        if "layers" in name and isinstance(value, int) and not 0 <= value <= MAX_LAYERS:
-            raise ValueError(f"{name} must be 0 to {MAX_LAYERS}, got {value}")
-        if name in COUNTED_LAYERS and isinstance(value, int) and value > present:
-            raise ValueError(f"{name} is {value}, but the weights have {present}")
+        match value:
+            case list() if len(value) > MAX_LAYERS:
+                raise ValueError(f"{name} has {len(value):,} entries, at most {MAX_LAYERS} are read")
+            case int() if "layers" in name and not 0 <= value <= MAX_LAYERS:
+                raise ValueError(f"{name} must be 0 to {MAX_LAYERS}, got {value}")
+            case int() if name in COUNTED_LAYERS and value > present:
+                raise ValueError(f"{name} is {value}, but the weights have {present}")
 
 
 def make_model(
@@ -114,7 +119,29 @@ def make_unloaded(
     return UnloadedModel(model=make_model(make, tensors, names), tensors=tensors, names=names or {})
 
 
-def assemble(unloaded: UnloadedModel, dtype: torch.dtype) -> Any:
+def make_linked(
+    model_class: type[nn.Module],
+    options: Fields,
+    tensors: StateDict,
+    long_skip: Fields | None,
+    *,
+    shallow_path: Fields | None = None,
+    names: Mapping[str, str] | None = None,
+) -> UnloadedModel:
+    """Build a transformer of diffusers with the long skips and the shallow path that its config names."""
+
+    def build() -> nn.Module:
+        model: Transformer = model_class(**options)
+        if long_skip is not None:
+            add_long_skips(model, LongSkipConfig.from_dict(long_skip))
+        if shallow_path is not None:
+            model.register_to_config(shallow_path=ShallowPath.from_dict(shallow_path).to_dict())
+        return model
+
+    return make_unloaded(build, tensors, names)
+
+
+def assemble(unloaded: UnloadedModel, dtype: torch.dtype) -> Transformer:
     """Return the model in eval mode with a copy of the weights, so that a mapped file may change or disappear.
 
     As in diffusers, half precision keeps the modules that the class lists for it in float32.
@@ -236,7 +263,7 @@ PLAIN_CLASS_COUNTS = (1, 10, 100, 101, 200, 365, 1000)
 CLASS_TABLES = ("y_embedder.embedding_table.weight", "class_embedder.weight")  # official, ours
 
 
-def find_num_classes(value: Any, tensors: StateDict) -> int | None:
+def find_num_classes(value: object, tensors: StateDict) -> int | None:
     """Return a value saved with the weights if it is a number of classes that fits their class table, else None."""
     tables = [tensors[name] for name in CLASS_TABLES if name in tensors]
     fitting = {len(table) - null for table in tables if table.ndim == 2 for null in (0, 1)}
@@ -276,7 +303,7 @@ def read_long_skip(keys: Collection[str], root: str, num_units: int) -> Fields |
     return {"num_pairs": num_pairs if num_pairs < num_units // 2 else None, "norm": norm, **fill}
 
 
-def with_fusion(long_skip: Mapping[str, Any] | None, fusion: Fusion | None) -> Fields | None:
+def with_fusion(long_skip: Fields | None, fusion: Fusion | None) -> Fields | None:
     if long_skip is None:
         return None
     if fusion is None:
@@ -296,7 +323,7 @@ def require(holder: str, needs: Iterable[Need]) -> None:
             )
 
 
-def skip_needs(long_skip: Mapping[str, Any]) -> list[Need]:
+def skip_needs(long_skip: Fields) -> list[Need]:
     """Return the long skip options that official models support."""
     return [
         ("long_skip.fusion", long_skip["fusion"], ("replace",)),

@@ -7,7 +7,6 @@ computes: loading checks them, saving writes them.
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     return keys.make_unloaded(lambda: Latte(**options, num_frames=state_dict[FRAME_KEY].shape[1]), tensors, names)
 
 
-def read_folder(config: Mapping[str, Any], tensors: StateDict) -> UnloadedModel:
+def read_folder(config: Fields, tensors: StateDict) -> UnloadedModel:
     """Read what `Latte.save_pretrained` wrote."""
     options = dit.own_options(config)
     keys.check_options(options, tensors)

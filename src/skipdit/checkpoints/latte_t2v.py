@@ -4,7 +4,6 @@ The authors' LatteT2V has the keys of diffusers' LatteTransformer3DModel, except
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 from diffusers import LatteTransformer3DModel
 from torch import Tensor
@@ -13,8 +12,6 @@ from skipdit.checkpoints import keys
 from skipdit.checkpoints.keys import LoadHints, Need, UnloadedModel
 from skipdit.checkpoints.reading import StateDict
 from skipdit.interfaces import Fields
-from skipdit.models.long_skip import LongSkipConfig
-from skipdit.models.surgery import add_long_skips
 
 # models/latte_t2v_skip.py: skip 0 is the innermost; all other keys are equal
 SKIP_KEYS = (
@@ -49,7 +46,8 @@ def read(state_dict: StateDict, hints: LoadHints) -> UnloadedModel:
     names = {ours: official for official, ours in _skip_table(state_dict).items()}
     long_skip = keys.read_long_skip(tensors, "transformer_blocks", keys.count_layers(tensors, "transformer_blocks"))
     fusion = "replace" if names else hints.fusion
-    return make(_options_of_file(tensors, names, hints), tensors, keys.with_fusion(long_skip, fusion), names)
+    options, long_skip = _options_of_file(tensors, names, hints), keys.with_fusion(long_skip, fusion)
+    return keys.make_linked(LatteTransformer3DModel, options, tensors, long_skip, names=names)
 
 
 def from_official(state_dict: StateDict) -> dict[str, Tensor]:
@@ -66,7 +64,7 @@ def to_official(model: LatteTransformer3DModel) -> dict[str, Tensor]:
     The published size has 1,024 tensors with long skips, 968 without. `ValueError` names the option that the official
     format does not support.
     """
-    config: Mapping[str, Any] = model.config
+    config: Fields = model.config
     tensors, num_units = model.state_dict(), config["num_layers"]
     targets = sorted(
         int(unit) for unit in keys.indices((key for key in tensors if ".long_skip." in key), "transformer_blocks")
@@ -82,21 +80,6 @@ def to_official(model: LatteTransformer3DModel) -> dict[str, Tensor]:
     names = {ours: official for official, ours in keys.expand(SKIP_KEYS, num_units, targets).items()}
     unused = tensors["caption_projection.linear_1.weight"].new_zeros(UNUSED_ROWS, config["caption_channels"])
     return {UNUSED_KEY: unused} | {names.get(key, key): tensor for key, tensor in tensors.items()}
-
-
-def make(
-    options: Mapping[str, Any],
-    tensors: StateDict,
-    long_skip: Mapping[str, Any] | None = None,
-    names: Mapping[str, str] | None = None,
-) -> UnloadedModel:
-    def build() -> LatteTransformer3DModel:
-        model = LatteTransformer3DModel(**options)
-        if long_skip is not None:
-            add_long_skips(model, LongSkipConfig.from_dict(long_skip))
-        return model
-
-    return keys.make_unloaded(build, tensors, names)
 
 
 def _skip_table(official_keys: Collection[str]) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast, get_args
+from typing import Annotated, Literal, NotRequired, TypedDict, TypeVar, get_args
 
 import diffusers
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from skipdit.checkpoints.keys import assemble, check_options, make_unloaded
 from skipdit.checkpoints.reading import StateDict, named, read_config, read_folder_tensors
 from skipdit.files.untrusted import as_type, printable, read_json
+from skipdit.interfaces import VAE, Fields, Scheduler
 
 INDEX_NAME = "model_index.json"
 MAX_TRAIN_TIMESTEPS = 10_000
@@ -25,8 +25,9 @@ INFINITE_OPTIONS = ("lambda_min_clipped",)  # diffusers writes -Infinity for DPM
 # names of attention weights in autoencoders before diffusers 0.17 (as in sd-vae-ft-mse): names today
 ATTENTION_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 MAX_LABELS = 100_000
+Base = TypeVar("Base")
 Autoencoder = AutoencoderKL | AutoencoderKLTemporalDecoder | AutoencoderTiny
-AUTOENCODERS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Autoencoder)}
+AUTOENCODERS = {kind.__name__: kind for kind in get_args(Autoencoder)}
 
 
 class PipelineIndex(TypedDict):
@@ -56,22 +57,22 @@ class AutoencoderConfig(TypedDict):
     latents_std: NotRequired[list[float] | None]
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> Fields:
     """Return a pipeline's model_index.json."""
     path = folder / INDEX_NAME
-    index = read_json(path, dict[str, Any])
+    index = read_json(path, Fields)
     as_type(index, PipelineIndex, printable(path))
     return index
 
 
-def part_class(index: Mapping[str, Any], name: str, folder: Path) -> str | None:
+def part_class(index: Fields, name: str, folder: Path) -> str | None:
     """Return the class name of a part, or None if the pipeline has no such part."""
     if index.get(name) in (None, [None, None]):
         return None
     return as_type(index[name], tuple[str, str], f"the {name} in {printable(folder / INDEX_NAME)}")[1]
 
 
-def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path) -> dict[str, str] | None:
+def read_labels(index: Fields, num_classes: int | None, folder: Path) -> dict[str, str] | None:
     """Return the class names by class number, each below `num_classes`; None if there are none."""
     labels = index.get("id2label")
     if labels is None:
@@ -86,14 +87,20 @@ def read_labels(index: Mapping[str, Any], num_classes: int | None, folder: Path)
     return labels
 
 
+def find_class(name: str, suffix: str, base: type[Base]) -> type[Base] | None:
+    """Return the class of diffusers with this name, if the name ends so and the class is a `base`."""
+    found = getattr(diffusers, name, None) if name.endswith(suffix) else None
+    return found if isinstance(found, type) and issubclass(found, base) else None
+
+
 def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     """Return the scheduler of a pipeline's folder, after a few trial steps on a small tensor, which reveal most bad
     configs. `ValueError` names the file."""
     path = folder / "scheduler" / SCHEDULER_CONFIG_NAME
-    scheduler_class: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
-    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+    scheduler_class = find_class(class_name, "Scheduler", SchedulerMixin)
+    if scheduler_class is None:
         raise ValueError(f"{printable(folder / INDEX_NAME)}: {printable(class_name)!r} is not a diffusers scheduler")
-    config = read_json(path, dict[str, Any], infinite=INFINITE_OPTIONS)
+    config = read_json(path, Fields, infinite=INFINITE_OPTIONS)
     checked = as_type(config, SchedulerConfig, printable(path))
     steps, betas = checked.get("num_train_timesteps", 1000), checked.get("trained_betas")
     if betas is not None and len(betas) != steps:
@@ -101,7 +108,8 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
     known = inspect.signature(scheduler_class).parameters
     try:
         options = {name: value for name, value in config.items() if name in known or name.startswith("_")}
-        scheduler = cast(Any, scheduler_class).from_config(options)
+        make: Scheduler = scheduler_class  # some of these classes are typed without `ConfigMixin`
+        scheduler = make.from_config(options)
         _try_out(copy.deepcopy(scheduler), min(TRIED_STEPS, steps))
     except Exception as error:  # untrusted options may raise any type
         raise ValueError(f"{printable(path)} makes no scheduler: {printable(str(error) or repr(error))}") from error
@@ -109,7 +117,7 @@ def read_scheduler(folder: Path, class_name: str) -> SchedulerMixin:
 
 
 @torch.no_grad()
-def _try_out(scheduler: Any, num_steps: int) -> None:
+def _try_out(scheduler: Scheduler, num_steps: int) -> None:
     learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
     sample, output = torch.ones(1, 4, 2, 2), torch.full((1, 8 if learned else 4, 2, 2), 0.1)
     with torch.random.fork_rng(devices=[]):
@@ -151,7 +159,7 @@ def read_autoencoder(folder: Path, dtype: torch.dtype) -> Autoencoder:
         return assemble(make_unloaded(lambda: kind(**options), tensors), dtype)
 
 
-def downsampling(vae: Any) -> int:
+def downsampling(vae: VAE) -> int:
     """Return the downsampling factor of an autoencoder: pixels per latent along each side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, TypedDict
 
 from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from msgspec import Meta
@@ -54,10 +54,13 @@ def read_state_dict(path: Path, prefer: Preference) -> StateDict:
 
 def read_training(path: Path, prefer: Preference) -> tuple[StateDict, Fields]:
     """Return the tensors like `read_state_dict`, and the `args` that facebookresearch's train.py saves."""
-    content = _read_tensors(path)
-    args = content.get("args") if isinstance(content, Mapping) else None
-    options = vars(args) if isinstance(args, argparse.Namespace) else args
-    return pick_weights(content, prefer), dict(options) if isinstance(options, Mapping) else {}
+    content, options = _read_tensors(path), {}
+    match content:
+        case {"args": argparse.Namespace() as args}:
+            options = vars(args)
+        case {"args": Mapping() as args}:
+            options = dict(args)
+    return pick_weights(content, prefer), options
 
 
 def read_folder_tensors(folder: Path, variant: str | None = None) -> StateDict:
@@ -125,7 +128,7 @@ def read_config(folder: Path) -> Fields:
     return read_json(folder / CONFIG_NAME, Fields)
 
 
-def _read_tensors(path: Path) -> Any:
+def _read_tensors(path: Path) -> object:
     """Read a file in the format that its first bytes show, or its suffix if they are cut off."""
     with open_regular(path) as file:
         head = file.read(9)

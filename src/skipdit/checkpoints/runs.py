@@ -1,5 +1,6 @@
 """Find the newest checkpoint of `skipdit train` (`run/checkpoint-NNNNNNN`), and read its weights and config."""
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from skipdit.files.untrusted import file_digest, printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.models.shallow_path import ShallowPath, default_shallow_units
 
-STATE_NAME = "state.json"
+LOGGER = logging.getLogger(__name__)
+
+KIND, STATE_NAME = "checkpoint", "state.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{7,12})", re.ASCII)
 
 
@@ -57,12 +60,17 @@ class RunClasses(TypedDict, total=False):
 class RunState(TypedDict):
     """The fields read from `state.json`."""
 
+    step: NotRequired[int]
     config: RunConfig
     data: NotRequired[RunClasses]
 
 
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return `folder` if it is a checkpoint, the newest checkpoint of a run without a finished pipeline, or None."""
+def find_checkpoint(folder: Path, prefer: Preference = "ema") -> Path | None:
+    """Return `folder` if it is a checkpoint, the newest whole checkpoint of a run without a finished pipeline, or None.
+
+    prefer: the weights that will be read. A warning names each newer checkpoint of which these, or `state.json`, are
+    damaged; `ValueError` if no checkpoint is whole.
+    """
     if (folder / STATE_NAME).exists():
         return folder
     if any((place / "model_index.json").exists() for place in (folder, folder / "pipeline")):
@@ -70,9 +78,36 @@ def find_checkpoint(folder: Path) -> Path | None:
     steps = {
         int(match[1]): path
         for path in folder.iterdir()
-        if (match := CHECKPOINT_NAME.fullmatch(path.name)) and (path / STATE_NAME).is_file()
+        if (match := CHECKPOINT_NAME.fullmatch(path.name))
+        and ((path / STATE_NAME).is_file() or KIND in read_marker(path)["files"])
     }
-    return steps[max(steps)] if steps else None
+    problems: list[str] = []
+    for step in sorted(steps, reverse=True):
+        try:
+            if read_json(steps[step] / STATE_NAME, RunState).get("step", step) != step:
+                raise ValueError(f"{STATE_NAME} is of another step")
+            _check_weights(steps[step], prefer)
+        except (OSError, ValueError) as error:
+            problems.append(f"{printable(steps[step])} cannot be used ({error})")
+            continue
+        if problems:
+            LOGGER.warning("%s: taking %s", "; ".join(problems), steps[step].name)
+        return steps[step]
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}: give another checkpoint")
+    return None
+
+
+def _check_weights(folder: Path, prefer: Preference) -> Path:
+    """Return the file of a checkpoint's preferred weights. `OSError` or `ValueError` if it is missing, or is not as its
+    run wrote it."""
+    weights = folder / f"{prefer}.safetensors"
+    listed = read_marker(folder)["files"].get(KIND, {}).get(weights.name)
+    if listed is None:
+        read_state_dict(weights, prefer)  # a run of an early version
+    elif file_digest(weights) != listed:
+        raise ValueError(f"{printable(weights)} has changed since its run wrote it")
+    return weights
 
 
 def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple[StateDict, LoadHints]:
@@ -82,11 +117,7 @@ def read_checkpoint(folder: Path, prefer: Preference, hints: LoadHints) -> tuple
     """
     state = read_json(folder / STATE_NAME, RunState)
     model, data = state["config"]["model"], state["config"]["data"]
-    weights = folder / f"{prefer}.safetensors"
-    listed = read_marker(folder)["files"].get("checkpoint", {}).get(weights.name)
-    if listed is not None and file_digest(weights) != listed:
-        raise ValueError(f"{printable(weights)} has changed since its run wrote it: give another checkpoint")
-    state_dict = read_state_dict(weights, prefer)
+    state_dict = read_state_dict(_check_weights(folder, prefer), prefer)
     names = state.get("data", {}).get("class_names")
     recorded = {
         "num_attention_heads": model["num_attention_heads"],

@@ -6,12 +6,12 @@ The names are those of published trainers: facebookresearch/DiT, SiT and Latte (
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
 from skipdit.files.untrusted import printable
-from skipdit.interfaces import Fields, Transformer
+from skipdit.interfaces import Fields
 
 Preference = Literal["ema", "model"]
 StateDict = Mapping[str, Tensor]
@@ -29,6 +29,7 @@ HOLDERS: dict[Preference, tuple[str, ...]] = {
     "model": ("model", "net", "transformer", "dit", "denoiser", "diffusion_model"),
 }
 MAX_DEPTH = 4  # of nested wrappings
+CONTAINERS = (Mapping, list, tuple)
 
 
 def list_first(keys: Iterable[object], num_shown: int = 3) -> str:
@@ -37,7 +38,7 @@ def list_first(keys: Iterable[object], num_shown: int = 3) -> str:
     return ", ".join(printable(key, 80) for key in texts[:num_shown]) + (", ..." if len(texts) > num_shown else "")
 
 
-def pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:
+def pick_weights(checkpoint: object, prefer: Preference) -> StateDict:
     """Return the state dict: the checkpoint itself, or the preferred one inside, under the keys of the bare model."""
     content, averages = _find(checkpoint, prefer, MAX_DEPTH)
     if averages is not None:
@@ -45,11 +46,9 @@ def pick_weights(checkpoint: Any, prefer: Preference) -> StateDict:
     return strip_prefixes(as_state_dict(content), prefer)
 
 
-def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequence[Tensor] | None]:
+def _find(checkpoint: object, prefer: Preference, depth: int) -> tuple[object, Sequence[Tensor] | None]:
     """Return the state dict unchanged, and the `shadow_params` that replace its tensors if those are preferred."""
-    if not isinstance(checkpoint, Mapping) or depth == 0:
-        return checkpoint, None
-    entries = {kind: _present(checkpoint, names) for kind, names in NAMES.items()}
+    entries = {kind: _present(checkpoint, names) if depth else {} for kind, names in NAMES.items()}
     if not any(entries.values()):
         return checkpoint, None
     other: Preference = "model" if prefer == "ema" else "ema"
@@ -57,25 +56,26 @@ def _find(checkpoint: Any, prefer: Preference, depth: int) -> tuple[Any, Sequenc
     if len(candidates) > 1:
         raise ValueError(f"has more than one state dict to choose from: {list_first(candidates)}")
     (content,) = candidates.values()
-    shadow = content.get("shadow_params") if isinstance(content, Mapping) else None
-    if isinstance(shadow, (list, tuple)):
-        model = entries["model"]
-        if not model:
-            raise ValueError(
-                "its shadow_params have no names: save the model beside them, or save EMAModel as a folder"
-            )
-        return _find(next(iter(model.values())), "model", depth - 1)[0], shadow
+    match content:
+        case {"shadow_params": list() | tuple() as shadow}:
+            if not entries["model"]:
+                raise ValueError(
+                    "its shadow_params have no names: save the model beside them, or save EMAModel as a folder"
+                )
+            return _find(next(iter(entries["model"].values())), "model", depth - 1)[0], shadow
     return _find(content, prefer, depth - 1)
 
 
-def _present(checkpoint: Mapping[Any, Any], names: Collection[str]) -> Fields:
-    """Return the entries with these names that are neither None nor empty."""
-    entries = {name: checkpoint[name] for name in names if name in checkpoint}
-    containers = (Mapping, list, tuple)
-    return {name: value for name, value in entries.items() if isinstance(value, containers) and value}
+def _present(checkpoint: object, names: Collection[str]) -> Fields:
+    """Return the containers with these names that are not empty; none if the checkpoint itself is no mapping."""
+    match checkpoint:
+        case Mapping():
+            entries = {name: checkpoint[name] for name in names if name in checkpoint}
+            return {name: value for name, value in entries.items() if isinstance(value, CONTAINERS) and value}
+    return {}
 
 
-def _name_averages(averages: Sequence[Tensor], model: Transformer) -> dict[str, Tensor]:
+def _name_averages(averages: Sequence[Tensor], model: object) -> dict[str, Tensor]:
     """Return the averages by name: `EMAModel.state_dict()` lists them in the order of the model's parameters."""
     names = as_state_dict(model)
     shapes = [getattr(average, "shape", None) for average in averages]
@@ -86,16 +86,17 @@ def _name_averages(averages: Sequence[Tensor], model: Transformer) -> dict[str, 
     return dict(zip(names, averages, strict=True))
 
 
-def as_state_dict(checkpoint: Any) -> StateDict:
+def as_state_dict(checkpoint: object) -> StateDict:
     """Return the checkpoint itself; `ValueError` unless it maps names to tensors."""
-    if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"must contain a state dict, got {type(checkpoint).__name__}")
-    foreign = [key for key, value in checkpoint.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if foreign or not checkpoint:
-        raise ValueError(
-            f"must contain tensors, or a state dict called model or ema, got {list_first(foreign) or 'nothing'}"
-        )
-    return checkpoint
+    match checkpoint:
+        case Mapping():
+            entries = checkpoint.items()
+            foreign = [key for key, value in entries if not (isinstance(key, str) and isinstance(value, Tensor))]
+            if foreign or not checkpoint:
+                found = list_first(foreign) or "nothing"
+                raise ValueError(f"must contain tensors, or a state dict called model or ema, got {found}")
+            return checkpoint
+    raise ValueError(f"must contain a state dict, got {type(checkpoint).__name__}")
 
 
 def strip_prefixes(tensors: Mapping[str, Value], prefer: Preference = "ema") -> dict[str, Value]:

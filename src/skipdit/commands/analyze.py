@@ -1,13 +1,13 @@
 """`skipdit analyze`: the stability report of one model, or of several side by side."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
 from skipdit.analysis.config import AnalyzeConfig
-from skipdit.command_options import OutputOptions, parse
+from skipdit.command_options import OutputOptions, config_of, parse
 from skipdit.files.output import output_folder
 
 
@@ -38,7 +38,7 @@ def analyze(arguments: Sequence[str]) -> None:
     from skipdit.analysis.weights import TrainingLog, find_training_log
     from skipdit.loading import BUNDLED, load_source
 
-    config = AnalyzeConfig(**{each.name: getattr(options, each.name) for each in fields(AnalyzeConfig)})
+    config = config_of(options, AnalyzeConfig)
     paths = [options.model, *options.compare]
     names = options.names or tuple(_model_name(path) for path in paths)
     if len(set(names)) != len(paths) or len(names) != len(paths):

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from skipdit.app.config import AppOptions, check_app_installed
+from skipdit.app.config import AppOptions
 from skipdit.command_options import parse
+from skipdit.options import check_installed
 
 
 def app(arguments: Sequence[str]) -> None:
@@ -14,7 +15,7 @@ def app(arguments: Sequence[str]) -> None:
     Example: skipdit app --models runs/emoji/pipeline
     """
     options = parse("app", app.__doc__, arguments, AppOptions)
-    check_app_installed()
+    check_installed("the page needs", "app", "gradio", "markdown_it")
     from skipdit.app.server import serve
 
     serve(options)

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import tyro
 
-from skipdit.command_options import OutputOptions, parse
+from skipdit.command_options import OutputOptions, config_of, parse
 from skipdit.evaluation.config import EvalConfig
 from skipdit.files.output import OutputFolder, output_folder
 
@@ -60,7 +60,7 @@ def eval(arguments: Sequence[str]) -> None:
     Example: skipdit eval samples.npz --reference VIRTUAL_imagenet256_labeled.npz --extractor inception=weights.pth
     """
     options = parse("eval", eval.__doc__, arguments, EvalOptions)
-    config = EvalConfig(**{each.name: getattr(options, each.name) for each in fields(EvalConfig)})
+    config = config_of(options, EvalConfig)
     from skipdit.evaluation.evaluate import Evaluator, open_items, write_report
     from skipdit.files.output import atomic_file
     from skipdit.metrics.statistics import check_may_be_replaced

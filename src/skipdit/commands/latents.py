@@ -1,10 +1,10 @@
 """`skipdit latents`: encode pictures, clips and captions once, for training on latents."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from skipdit.command_options import OutputOptions, parse
+from skipdit.command_options import OutputOptions, config_of, parse
 from skipdit.encoding.config import EncodeConfig
 from skipdit.files.output import check_apart, output_folder
 
@@ -27,7 +27,7 @@ def latents(arguments: Sequence[str]) -> None:
     options = parse("latents", latents.__doc__, arguments, LatentsOptions)
     from skipdit.encoding.encode import encode
 
-    config = EncodeConfig(**{each.name: getattr(options, each.name) for each in fields(EncodeConfig)})
+    config = config_of(options, EncodeConfig)
     check_apart(options.out, [path for path in map(Path, (config.source, config.vae)) if path.exists()])
     with output_folder(options.out, "latents", overwrite=options.overwrite) as out:
         info = encode(config, out, device=options.device)

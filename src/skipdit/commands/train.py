@@ -4,11 +4,11 @@ import inspect
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from skipdit.command_options import parse
+from skipdit.command_options import config_of, parse
 from skipdit.options import choose
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def train(arguments: Sequence[str]) -> None:
         """only build the model, without memory, and print the cost of its steps; needs no latents"""
 
     options = parse(f"train {name}", train.__doc__, arguments[1:], Options, Options(**vars(RECIPES[name]())))
-    config = TrainConfig(**{each.name: getattr(options, each.name) for each in fields(TrainConfig)})
+    config = config_of(options, TrainConfig)
     if options.dry_run:
         from skipdit.training.dry_run import plan_run
 

@@ -6,12 +6,14 @@ import io
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 
+from skipdit.data.picture_files import reason_of
 from skipdit.files.untrusted import open_regular, printable
 
 MAX_HEADER = 10_000  # bytes of an array's header
@@ -39,23 +41,16 @@ def map_npz(path: Path) -> UInt8[np.ndarray, "items *frames height width 3"]:
     """Return `arr_0` of a file, memory-mapped. `OSError` if it cannot be read; `ValueError` if it is damaged,
     compressed, or contains anything but pictures or clips in uint8."""
     name = printable(path)
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            info = _member(archive, "arr_0")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("its arrays are compressed: write it with numpy.savez")
-            start = info.header_offset
-            file.seek(start)
-            head = file.read(LOCAL_HEADER)
-            start += LOCAL_HEADER + sum(struct.unpack_from("<HH", head, 26))
-            file.seek(start)
-            shape, dtype, is_fortran = _read_header(file)
-            start = file.tell()
-            size = file.seek(0, io.SEEK_END)
-    except OSError:
-        raise
-    except Exception as error:  # zipfile, struct and numpy raise any type on damaged files
-        raise _unreadable(name, error) from error
+    with _opened(path) as (file, archive):
+        info = _member(archive, "arr_0")
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError("its arrays are compressed: write it with numpy.savez")
+        file.seek(info.header_offset)
+        head = file.read(LOCAL_HEADER)
+        file.seek(info.header_offset + LOCAL_HEADER + sum(struct.unpack_from("<HH", head, 26)))
+        shape, dtype, is_fortran = _read_header(file)
+        start = file.tell()
+        size = file.seek(0, io.SEEK_END)
     if dtype != np.uint8 or is_fortran or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
         actual = f"{printable(dtype)} {shape}{', in Fortran order' if is_fortran else ''}"
         raise ValueError(f"arr_0 of {name} must be uint8 (n, h, w, 3), or (n, f, h, w, 3) of clips, got {actual}")
@@ -71,22 +66,17 @@ def read_statistics(path: Path) -> dict[str, np.ndarray]:
     """Return those of `mu`, `sigma`, `mu_s` and `sigma_s` that a reference of ADM has, in float64. Errors as for
     `map_npz`."""
     name, arrays = printable(path), {}
-    try:
-        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            for key in ("mu", "sigma", "mu_s", "sigma_s"):
-                if f"{key}.npy" not in archive.namelist():
-                    continue
-                info = _member(archive, key)
-                if info.file_size > MAX_STATISTICS_BYTES:
-                    raise ValueError(f"{key} has {info.file_size:,} bytes, at most {MAX_STATISTICS_BYTES:,} are read")
-                with archive.open(info) as member:
-                    content = io.BytesIO(member.read(MAX_STATISTICS_BYTES))
-                array = np.lib.format.read_array(content, allow_pickle=False, max_header_size=MAX_HEADER)
-                arrays[key] = array.astype(np.float64)
-    except OSError:
-        raise
-    except Exception as error:
-        raise _unreadable(name, error) from error
+    with _opened(path) as (_, archive):
+        for key in ("mu", "sigma", "mu_s", "sigma_s"):
+            if f"{key}.npy" not in archive.namelist():
+                continue
+            info = _member(archive, key)
+            if info.file_size > MAX_STATISTICS_BYTES:
+                raise ValueError(f"{key} has {info.file_size:,} bytes, at most {MAX_STATISTICS_BYTES:,} are read")
+            with archive.open(info) as member:
+                content = io.BytesIO(member.read(MAX_STATISTICS_BYTES))
+            array = np.lib.format.read_array(content, allow_pickle=False, max_header_size=MAX_HEADER)
+            arrays[key] = array.astype(np.float64)
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         has_mean, has_covariance = mean in arrays, covariance in arrays
         length = arrays[mean].size if has_mean else 0
@@ -99,13 +89,23 @@ def read_statistics(path: Path) -> dict[str, np.ndarray]:
 
 def has_array(path: Path, name: str) -> bool:
     """Return True if a file has an array of this name. Errors as for `map_npz`."""
+    with _opened(path) as (_, archive):
+        return f"{name}.npy" in archive.namelist()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, zipfile.ZipFile]]:
+    """Yield a file and its archive; turn whatever is raised on a damaged one into one `ValueError`."""
+    name = printable(path)
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-            return f"{name}.npy" in archive.namelist()
+            yield file, archive
     except OSError:
         raise
-    except Exception as error:
-        raise _unreadable(printable(path), error) from error
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"cannot read {name}: it is truncated, or not an .npz file") from error
+    except Exception as error:  # zipfile, struct and numpy raise any type on damaged files
+        raise ValueError(f"cannot read {name}: {reason_of(error)}") from error
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
@@ -120,9 +120,3 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype, bool]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file, max_header_size=MAX_HEADER)
     return shape, dtype, is_fortran
-
-
-def _unreadable(name: str, error: Exception) -> ValueError:
-    lines = str(error).splitlines() or [type(error).__name__]
-    reason = "it is truncated, or not an .npz file" if isinstance(error, zipfile.BadZipFile) else printable(lines[0])
-    return ValueError(f"cannot read {name}: {reason}")

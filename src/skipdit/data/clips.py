@@ -2,41 +2,31 @@
 
 import io
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from skipdit.data.config import ClipConfig as ClipConfig
 from skipdit.data.folders import frames_in, scan_classes
 from skipdit.data.picture_files import to_rgb
 from skipdit.data.pictures import (
     MAX_CACHED_BYTES,
-    Draws,
-    as_floats,
+    LabelledItems,
     check_no_caption_column,
     emoji_captions,
-    flip_half,
     pad_captions,
     pictures_beside,
 )
 from skipdit.data.tables import Table, find_tables, read_table
 from skipdit.data.video_files import VIDEO_SUFFIXES
-from skipdit.data.videos import (
-    Frames,
-    UnreadableVideo,
-    count_frames,
-    frames_of,
-    frames_of_file,
-    frames_of_folder,
-)
+from skipdit.data.videos import Frames, UnreadableVideo, count_frames, frames_of, frames_of_file, frames_of_folder
 from skipdit.files.untrusted import open_regular, printable, printable_path
 
 LOGGER = logging.getLogger(__name__)
@@ -60,32 +50,22 @@ class ClipFiles:
     """returns what errors call a clip"""
 
 
-class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
+class LabelledClips(LabelledItems):
     """Clips (num_frames + num_pictures, 3, size, size) in [-1, 1] with their class; with pictures, an int64 tensor
     (1 + num_pictures,) of the classes of the clip and of each picture. The pictures of a clip depend only on its index,
     so that a resumed run sees the same ones.
 
     Every clip is decoded once at the start, so that `ValueError` names a broken one before training. Clips are cached
     if they fit into 1 GiB; otherwise they are decoded at each use. Classes without a readable clip are removed.
-
-    read: yields the frames of an index, or raises `UnreadableVideo`. captions: one or more per clip, padded by
-    `pad_captions`. names: returns what errors call a clip.
     """
 
     num_channels = 3
     vae = states = None  # see `LabelledLatents`
 
-    def __init__(
-        self,
-        read: Callable[[int], Iterable[UInt8[np.ndarray, "height width 3"]]],
-        labels: Sequence[int],
-        label_names: Sequence[str],
-        captions: Sequence[Sequence[str]],
-        config: ClipConfig,
-        names: Callable[[int], str] = str,
-    ) -> None:
-        self.read, self.size = read, config.image_size
+    def __init__(self, files: ClipFiles, config: ClipConfig) -> None:
+        self._files, self.size = files, config.image_size
         self.num_frames, self.num_pictures = config.num_frames, config.num_pictures
+        labels, label_names = files.labels, files.label_names
         num_bytes = len(labels) * config.num_frames * 3 * config.image_size**2
         self._decoded: list[Tensor] | None = [] if num_bytes <= MAX_CACHED_BYTES else None
         self._kept: list[int] = []
@@ -110,42 +90,29 @@ class LabelledClips(Dataset[tuple[Tensor, int | Tensor]]):
         classes = [label for label in range(len(label_names)) if label not in set(removed)]
         self.label_names = [label_names[label] for label in classes]
         self.labels = [classes.index(label) for label in kept_labels]
-        self.names = [names(index) for index in self._kept].__getitem__
-        self.captions = pad_captions([captions[index] for index in self._kept])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "all_frames 3 size size"], int | Tensor]:
-        frames, labels = self.stored(index)
-        return as_floats(frames), labels
+        self.names = [files.names(index) for index in self._kept].__getitem__
+        self.captions = pad_captions([files.captions[index] for index in self._kept])
 
     def stored(self, index: int) -> tuple[UInt8[Tensor, "all_frames 3 size size"], int | Tensor]:
-        """Return a clip as uint8, with its class or classes."""
         index = range(len(self))[index]
         others = pictures_beside(index, len(self), self.num_frames, self.num_pictures) if self.num_pictures else []
         frames = [self._clip(index), *(self._clip(other)[frame : frame + 1] for other, frame in others)]
         labels = [self.labels[index], *(self.labels[other] for other, _ in others)]
         return torch.cat(frames), torch.tensor(labels) if self.num_pictures else labels[0]
 
-    def draw(self, stored: Tensor, flip: bool, draws: Draws) -> Tensor:
-        """Return a batch of stored items as a training step sees them."""
-        return flip_half(stored, draws) if flip else stored
-
     def _clip(self, index: int) -> UInt8[Tensor, "num_frames 3 size size"]:
         return self._decode(self._kept[index]) if self._decoded is None else self._decoded[index]
 
     def _decode(self, index: int) -> UInt8[Tensor, "num_frames 3 size size"]:
-        frames = np.stack([np.asarray(to_rgb(Image.fromarray(frame), self.size)) for frame in self.read(index)])
+        frames = np.stack(
+            [np.asarray(to_rgb(Image.fromarray(frame), self.size)) for frame in self._files.read(index, 0)]
+        )
         return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
 
 
 def open_clips(config: ClipConfig) -> LabelledClips:
     """Open the data set of a config. `FileNotFoundError` / `ValueError` with a one-line message if that fails."""
-    clips = find_clips(config)
-    return LabelledClips(
-        lambda index: clips.read(index, 0), clips.labels, clips.label_names, clips.captions, config, clips.names
-    )
+    return LabelledClips(find_clips(config), config)
 
 
 def find_clips(config: ClipConfig) -> ClipFiles:

@@ -9,11 +9,10 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from skipdit.data.picture_files import PICTURE_SUFFIXES
 from skipdit.data.video_files import VIDEO_SUFFIXES
-from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_bytes
+from skipdit.files.untrusted import as_type_or_none, open_regular, parse_json, printable, printable_path, read_bytes
 from skipdit.interfaces import Fields
 
 LOGGER = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ MAX_METADATA_BYTES = 2**26
 
 
 @dataclass(frozen=True)
-class Found:
+class FolderScan:
     """The items that `scan_classes` finds."""
 
     items: list[Path]
@@ -90,7 +89,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
         yield current, folders, files
 
 
-def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_folders: bool = False) -> Found:
+def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_folders: bool = False) -> FolderScan:
     """Find the files with these suffixes: one subfolder per class, in alphabetical order; files directly in `folder`
     form one class of that name.
 
@@ -122,7 +121,7 @@ def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_fo
         labels += [label] * len(contents.items)
         captions += captions_of(contents, directory.name)
     report(folder, root, items)
-    return Found(items, labels, [child.name for child in classes or [folder]], captions)
+    return FolderScan(items, labels, [child.name for child in classes or [folder]], captions)
 
 
 def is_frames(folders: Sequence[Path], files: Sequence[Path]) -> bool:
@@ -219,7 +218,7 @@ def read_metadata(path: Path) -> dict[Path, list[str]]:
     for number, (row, texts) in enumerate(
         zip(rows, as_captions((row.get(column) for row in rows), name, column), strict=True), start=1
     ):
-        if not isinstance(file_name := row.get("file_name"), str):
+        if (file_name := as_type_or_none(row.get("file_name"), str)) is None:
             raise ValueError(f"row {number} of {name} has no file_name")
         captions[path.parent / file_name] = texts
     return captions
@@ -234,14 +233,16 @@ def _rows_of(content: bytes, suffix: str, name: str) -> Iterator[Fields]:
                 yield parse_json(line, Fields, f"line {number} of {name}")
 
 
-def as_captions(values: Iterable[Any], source: str, column: str) -> list[list[str]]:
+def as_captions(values: Iterable[object], source: str, column: str) -> list[list[str]]:
     """Return texts or lists of texts as lists. `ValueError` if a row has neither."""
-    captions = [value if isinstance(value, list) else [value] for value in values]
-    for row, texts in enumerate(captions):
-        if not texts or not all(isinstance(caption, str) and caption.strip() for caption in texts):
+    captions = []
+    for row, value in enumerate(values):
+        texts = as_type_or_none(value, list[str]) or as_type_or_none([value], list[str])
+        if not texts or not all(map(str.strip, texts)):
             raise ValueError(
-                f"{column} of {source} must be a text or a list of texts, got {printable(texts)} in row {row}"
+                f"{column} of {source} must be a text or a list of texts, got {printable(value)} in row {row}"
             )
         if max(map(len, texts)) > MAX_CAPTION_CHARACTERS:
             raise ValueError(f"{column} of {source} has more than {MAX_CAPTION_CHARACTERS:,} characters in row {row}")
+        captions.append(texts)
     return captions

@@ -13,16 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from skipdit.checkpoints.parts import Autoencoder, read_autoencoder
 from skipdit.data.config import LatentConfig as LatentConfig
-from skipdit.data.pictures import Draws, pad_captions, pictures_beside
+from skipdit.data.pictures import Draws, LabelledItems, pad_captions, pictures_beside
 from skipdit.files.untrusted import check_regular, file_digest, printable, printable_path, read_json
 from skipdit.interfaces import Fields
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates
@@ -95,7 +94,7 @@ class Texts(TypedDict):
     """texts of each item; null if they are the class names"""
 
 
-class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
+class LabelledLatents(LabelledItems):
     """Encoded pictures or clips with their class.
 
     An item is (mirrored, parts, c, h, w), or (mirrored, parts, frames + num_pictures, c, h, w) for a clip: the original
@@ -130,14 +129,10 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         """Return what errors call an item."""
         return f"{index} of {printable_path(self.folder)}"
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         return self.stored(index)
 
     def stored(self, index: int) -> tuple[Tensor, int | Tensor]:
-        """Return an item as it is stored, with its class or classes."""
         index = range(len(self))[index]
         if not self.num_pictures:
             return self._read(index), self.labels[index]
@@ -191,7 +186,7 @@ class LabelledLatents(Dataset[tuple[Tensor, int | Tensor]]):
         return PromptStates(tokens=tokens.float(), mask=mask.long(), pooled=pooled.float())
 
 
-class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
+class PlannedLatents(LabelledItems):
     """One item of zeros with the sizes of a config, for a dry run. `ValueError` if the config lacks a size."""
 
     vae = None
@@ -208,12 +203,6 @@ class PlannedLatents(Dataset[tuple[Tensor, int | Tensor]]):
 
     def names(self, index: int) -> str:
         return f"{index} of a dry run"
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
-        return self.stored(index)
 
     def stored(self, index: int) -> tuple[Tensor, int | Tensor]:
         frames = [] if self.num_frames is None else [self.num_frames + self.num_pictures]
@@ -359,7 +348,7 @@ def _read_texts(folder: Path, shard: Shard) -> Texts:
     return texts
 
 
-def _open_tensors(path: Path, shapes: Shapes) -> Any:
+def _open_tensors(path: Path, shapes: Shapes) -> safe_open:
     """Memory-map a safetensors file; `ValueError` unless it has exactly these tensors."""
     check_regular(path)
     try:

@@ -7,7 +7,11 @@ parquet.thrift (Apache Parquet): FileMetaData, RowGroup, ColumnChunk, ColumnMeta
 
 import os
 from collections.abc import Collection
-from typing import Any, BinaryIO, NamedTuple, TypeGuard
+from typing import BinaryIO, NamedTuple
+
+from skipdit.files.untrusted import as_type_or_none
+
+Struct = dict[int, object]  # by the number of the field
 
 MAX_FOOTER_BYTES = 2**22
 HEADER_BYTES = (2**10, 2**16, 2**20)  # bytes read for a page header: the next size if it is longer
@@ -42,13 +46,13 @@ def measure_columns(file: BinaryIO, columns: Collection[int], num_columns: int) 
     return Sizes(num_bytes, largest, num_values)
 
 
-def _rows_of(value: Any) -> list[dict[int, Any]]:
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+def _rows_of(value: object) -> list[Struct]:
+    if (rows := as_type_or_none(value, list[Struct])) is None:
         raise ValueError("its footer is not as expected")
-    return value
+    return rows
 
 
-def _read_footer(file: BinaryIO) -> dict[int, Any]:
+def _read_footer(file: BinaryIO) -> Struct:
     end = file.seek(-8, os.SEEK_END)
     length = int.from_bytes(file.read(4), "little")
     if length > min(end, MAX_FOOTER_BYTES):
@@ -60,13 +64,20 @@ def _read_footer(file: BinaryIO) -> dict[int, Any]:
         raise ValueError("its footer is not as expected") from error
 
 
-def _find_chunk(metadata: Any) -> tuple[int, int]:
+def _sizes_of(value: object, *numbers: int) -> list[int | None]:
+    """Return the sizes in these fields of a struct, each `None` if it is missing or below 0."""
+    fields = as_type_or_none(value, Struct) or {}
+    sizes = [as_type_or_none(fields.get(number), int) for number in numbers]
+    return [None if size is None or size < 0 else size for size in sizes]
+
+
+def _find_chunk(metadata: object) -> tuple[int, int]:
     """Return the position and the length of one chunk of a column, in bytes."""
     # total_compressed_size, data_page_offset, dictionary_page_offset
-    length, data, dictionary = (metadata.get(n) for n in (7, 9, 11)) if isinstance(metadata, dict) else (None,) * 3
-    if not (_is_size(length) and _is_size(data)):
+    length, data, dictionary = _sizes_of(metadata, 7, 9, 11)
+    if length is None or data is None:
         raise ValueError("its footer has no position of a column")
-    return dictionary if _is_size(dictionary) and 0 < dictionary < data else data, length
+    return dictionary if dictionary is not None and 0 < dictionary < data else data, length
 
 
 def _measure_chunk(file: BinaryIO, position: int, end: int) -> tuple[int, int]:
@@ -74,20 +85,17 @@ def _measure_chunk(file: BinaryIO, position: int, end: int) -> tuple[int, int]:
     num_bytes = num_values = 0
     while position < end:
         header, header_length = _read_header(file, position)
-        unpacked, packed = header.get(2), header.get(3)  # uncompressed_page_size, compressed_page_size
+        unpacked, packed = _sizes_of(header, 2, 3)  # uncompressed_page_size, compressed_page_size
         # num_values of a data page of version 1 or 2
-        count = next((header[field].get(1) for field in (5, 8) if isinstance(header.get(field), dict)), 0)
-        if not (_is_size(unpacked) and _is_size(packed) and _is_size(count)):
+        page = next((header[field] for field in (5, 8) if field in header), {1: 0})
+        (count,) = _sizes_of(page, 1)
+        if unpacked is None or packed is None or count is None:
             raise ValueError(f"the page at byte {position} has no size")
         num_bytes, num_values, position = num_bytes + unpacked, num_values + count, position + header_length + packed
     return num_bytes, num_values
 
 
-def _is_size(number: Any) -> TypeGuard[int]:
-    return isinstance(number, int) and number >= 0
-
-
-def _read_header(file: BinaryIO, position: int) -> tuple[dict[int, Any], int]:
+def _read_header(file: BinaryIO, position: int) -> tuple[Struct, int]:
     """Return the fields of the page header at `position`, and its length in bytes."""
     for num_bytes in HEADER_BYTES:
         file.seek(position)
@@ -123,15 +131,16 @@ class _Compact:
         number = self.varint()
         return number >> 1 if number % 2 == 0 else -(number >> 1) - 1
 
-    def struct(self) -> dict[int, Any]:
-        fields, field = {}, 0
+    def struct(self) -> Struct:
+        fields: Struct = {}
+        field = 0
         while (byte := self.byte()) != 0:
             field = field + (byte >> 4) if byte >> 4 else self.integer()
             kind = byte & 0x0F
             fields[field] = kind == 1 if kind in (1, 2) else self.value(kind)
         return fields
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> object:
         match kind:
             case 1 | 2 | 3:
                 return self.byte()

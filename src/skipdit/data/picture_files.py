@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -47,10 +47,11 @@ TRANSPOSES = {  # EXIF 2.32, 4.6.4 A, Orientation
 
 def reason_of(error: BaseException) -> str:
     """Return the first line of a decoder's error."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is none of {', '.join(FORMATS)}"
-    if isinstance(error, MemoryError):
-        return "it needs too much memory"
+    match error:
+        case UnidentifiedImageError():
+            return f"it is none of {', '.join(FORMATS)}"
+        case MemoryError():
+            return "it needs too much memory"
     return printable((str(error).splitlines() or [type(error).__name__])[0])
 
 
@@ -61,7 +62,7 @@ def open_picture(source: Path | bytes, name: str) -> Image.Image:
     """
     with _opened(source, name) as picture:
         picture.load()
-        transpose = TRANSPOSES.get(_orientation(picture))
+        transpose = TRANSPOSES.get(_orientation(picture) or 0)
         return picture if transpose is None else picture.transpose(transpose)
 
 
@@ -123,7 +124,7 @@ def _notes_of(file: BinaryIO) -> Iterator[int]:
     raise ValueError(f"it has more than {MAX_PNG_CHUNKS:,} chunks")
 
 
-def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
+def _shrink_jpeg(picture: Image.Image, file: BinaryIO) -> None:
     """Have a large JPEG decoded at a half, a quarter or an eighth of its size, unless it is progressive: that needs
     memory for all coefficients, and the time of a whole picture per scan. `ValueError` if there are too many scans."""
     if picture.format not in ("JPEG", "MPO"):
@@ -142,7 +143,7 @@ def _shrink_jpeg(picture: Image.Image, file: Any) -> None:
         picture.draft(picture.mode, (max(1, width // scale), max(1, height // scale)))
 
 
-def _orientation(picture: Image.Image) -> Any:
+def _orientation(picture: Image.Image) -> int | None:
     """Return the EXIF orientation of a decoded picture; None if there is none or the block is damaged."""
     try:
         return picture.getexif().get(ExifTags.Base.Orientation)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from skipdit.data.config import DataConfig as DataConfig
 from skipdit.data.folders import as_captions, scan_classes
 from skipdit.data.picture_files import PICTURE_SUFFIXES, check_picture, open_picture, reason_of, to_rgb
-from skipdit.data.tables import find_tables, read_cell, read_table, to_classes
+from skipdit.data.tables import find_tables, label_names_of, read_cell, read_table, to_classes, undecoded
 from skipdit.files.untrusted import printable, printable_path
 
 MAX_CACHED_BYTES = 2**30
@@ -26,7 +26,31 @@ MAX_CAPTION_TAGS = 3
 MAX_CAPTIONS = 2**24  # of a data set, after padding: see `pad_captions`
 
 
-class LabelledPictures(Dataset[tuple[Tensor, int]]):
+class LabelledItems(Dataset[tuple[Tensor, int | Tensor]]):
+    """Pictures, clips or latents with their class. Abstract."""
+
+    labels: Sequence[int]
+    """class of each item"""
+    content = ""
+    """SHA-256 of the files of latents"""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
+        stored, label = self.stored(index)
+        return as_floats(stored), label
+
+    def stored(self, index: int) -> tuple[Tensor, int | Tensor]:
+        """Return an item as it is stored (pixels as uint8), with its class or classes."""
+        raise NotImplementedError
+
+    def draw(self, stored: Tensor, flip: bool, draws: "Draws") -> Tensor:
+        """Return a batch of stored items as a training step sees them."""
+        return flip_half(stored, draws) if flip else stored
+
+
+class LabelledPictures(LabelledItems):
     """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are cached if they fit into 1 GiB; up to
     10,000 are decoded immediately, so that `ValueError` names a broken one before training starts.
 
@@ -56,15 +80,7 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
         if self._decoded is not None and len(labels) <= MAX_DECODED_AT_ONCE:
             self._decoded = {index: self._decode(index) for index in range(len(labels))}
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Float[Tensor, "3 size size"], int]:
-        pixels, label = self.stored(index)
-        return as_floats(pixels), label
-
     def stored(self, index: int) -> tuple[UInt8[Tensor, "3 size size"], int]:
-        """Return a picture as uint8, with its class."""
         if self._decoded is None:
             pixels = self._decode(index)
         else:
@@ -72,10 +88,6 @@ class LabelledPictures(Dataset[tuple[Tensor, int]]):
                 self._decoded[index] = self._decode(index)
             pixels = self._decoded[index]
         return pixels, self.labels[index]
-
-    def draw(self, stored: Tensor, flip: bool, draws: "Draws") -> Tensor:
-        """Return a batch of stored items as a training step sees them."""
-        return flip_half(stored, draws) if flip else stored
 
     def _decode(self, index: int) -> Tensor:
         picture = self.read(index)
@@ -227,8 +239,7 @@ def from_table(
 
 
 def from_datasets(config: DataConfig) -> LabelledPictures:
-    """Open a data set of the `datasets` library, local or from the hub. Pictures are decoded here, because the library
-    would try every format of Pillow."""
+    """Open a data set of the `datasets` library, local or from the hub."""
     import datasets
 
     source = printable_path(config.source)
@@ -243,13 +254,11 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
     for column in (image, label, *([caption] if caption is not None else [])):
         if column not in rows.column_names:
             raise ValueError(f"{source} has no column {column!r}, only {printable(', '.join(rows.column_names))}")
-    kind, feature = rows.features[image], rows.features[label]
-    if isinstance(kind, datasets.Image):
-        rows = rows.cast_column(image, datasets.Image(decode=False))
-    elif kind not in (datasets.Value("binary"), datasets.Value("large_binary")):
+    rows = undecoded(rows, image, rows.features[image])
+    kind = rows.features[image]
+    if kind not in (datasets.Image(decode=False), datasets.Value("binary"), datasets.Value("large_binary")):
         raise ValueError(f"{image} of {source} must contain pictures, got {printable(kind, 60)}")
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
-    labels, label_names = to_classes(list(rows[label]), label, source, names)
+    labels, label_names = to_classes(list(rows[label]), label, source, label_names_of(rows.features[label]))
     captions = as_captions(rows[caption], source, caption) if caption is not None else None
     rows = rows.select_columns([image])
 

@@ -8,14 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, TypedDict
+
+from msgspec import Meta
 
 from skipdit.data.folders import as_captions, walk
 from skipdit.data.parquet_pages import measure_columns
 from skipdit.data.picture_files import PICTURE_SUFFIXES, reason_of
 from skipdit.data.video_files import VIDEO_SUFFIXES
-from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path, read_json
+from skipdit.files.untrusted import as_type_or_none, open_regular, parse_json, printable, printable_path, read_json
 from skipdit.interfaces import Fields
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 MAX_ROWS = 2**21  # of a data set
 MAX_VALUES = 2**23  # of a column, which may have lists
@@ -30,6 +35,19 @@ class SavedState(TypedDict):
     _data_files: list[dict[str, str]]
 
 
+class ClassLabel(TypedDict):
+    """A column of classes in the schema that `datasets` writes."""
+
+    _type: Literal["ClassLabel"]
+    names: Annotated[list[str], Meta(min_length=1)]
+
+
+class SchemaInfo(TypedDict):
+    """The columns in that schema."""
+
+    features: Fields
+
+
 class SavedSplits(TypedDict):
     """Contents of `dataset_dict.json`."""
 
@@ -42,7 +60,7 @@ class Table:
 
     name: str
     """what errors call it"""
-    columns: Mapping[str, Any]
+    columns: "Mapping[str, pa.ChunkedArray]"
     """pyarrow arrays by column"""
     class_names: Mapping[str, list[str]]
     """class names by column, if the schema has them (`ClassLabel` of `datasets`)"""
@@ -57,7 +75,7 @@ class Table:
             raise ValueError(f"row {row} of {self.name} has no bytes in {column} (a path alone is not read)")
         return content
 
-    def values(self, column: str) -> list[Any]:
+    def values(self, column: str) -> list:
         """Return a column as Python values."""
         with _arrow_errors(self.name):
             return self.columns[column].to_pylist()
@@ -71,9 +89,16 @@ class Table:
         return as_captions(self.values(column), self.name, column)
 
 
-def read_cell(cell: Any) -> tuple[bytes | None, str | None]:
+def read_cell(cell: object) -> tuple[bytes | None, str | None]:
     """Return the bytes and the path in a cell of pictures or videos: plain bytes, or `{bytes, path}`."""
-    return (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+    match cell:
+        case bytes():
+            return cell, None
+        case {"bytes": bytes(content)} if content:
+            return content, None
+        case {"path": str(path)}:
+            return None, path
+    return None, None
 
 
 @contextmanager
@@ -86,22 +111,40 @@ def _arrow_errors(name: str) -> Iterator[None]:
 
 
 def to_classes(
-    values: Sequence[Any], column: str, source: str, names: Sequence[str] | None = None
+    values: Sequence, column: str, source: str, names: Sequence[str] | None = None
 ) -> tuple[list[int], list[str]]:
     """Return the class of each row and the class names: labels of any simple type in sorted order, or, if `names` are
     given, indices into them. `ValueError` if a row has no label."""
     if any(value is None or value != value or (names is not None and value == -1) for value in values):
         raise ValueError(f"{source} has rows without {column}")
     if names is not None:
-        wrong = next((value for value in values if not isinstance(value, int) or not 0 <= value < len(names)), None)
-        if wrong is not None:
-            raise ValueError(f"{column} of {source} must be 0 to {len(names) - 1}, got {printable(wrong)}")
+        labels = [as_type_or_none(value, int) for value in values]
+        for value, label in zip(values, labels, strict=True):
+            if label is None or not 0 <= label < len(names):
+                raise ValueError(f"{column} of {source} must be 0 to {len(names) - 1}, got {printable(value)}")
         return list(values), list(names)
-    if isinstance(next(iter(values), None), (bytes, dict, list, tuple)):
-        raise ValueError(f"{column} of {source} must contain numbers or texts, got {printable(values[0], 40)}")
+    match values:
+        case [bytes() | dict() | list() | tuple() as first, *_]:
+            raise ValueError(f"{column} of {source} must contain numbers or texts, got {printable(first, 40)}")
     unique = sorted(set(values))
     classes = {name: label for label, name in enumerate(unique)}
     return [classes[value] for value in values], [str(name) for name in unique]
+
+
+def label_names_of(feature: object) -> list[str] | None:
+    """Return the class names of a column of `datasets`, if it has them."""
+    import datasets
+
+    return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def undecoded(rows: Any, column: str, feature: object) -> Any:
+    """Return rows of `datasets` whose pictures or videos in a column stay encoded, because the library would try every
+    format of Pillow."""
+    import datasets
+
+    is_decoded = isinstance(feature, (datasets.Image, datasets.Video))
+    return rows.cast_column(column, type(feature)(decode=False)) if is_decoded else rows
 
 
 def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), plain: Sequence[str] = ()) -> Table:
@@ -113,7 +156,7 @@ def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), pl
     import pyarrow as pa
 
     selected = list(dict.fromkeys([*encoded, *plain]))
-    chunks: dict[str, list[Any]] = {column: [] for column in selected}
+    chunks: dict[str, list[pa.Array]] = {column: [] for column in selected}
     class_names: dict[str, list[str]] = {}
     num_rows = 0
     for path in paths:
@@ -144,7 +187,7 @@ def read_table(paths: Sequence[Path], name: str, encoded: Sequence[str] = (), pl
         return Table(name, {column: pa.chunked_array(parts) for column, parts in chunks.items()}, class_names)
 
 
-def check_columns(schema: Any, encoded: Sequence[str], plain: Sequence[str]) -> None:
+def check_columns(schema: "pa.Schema", encoded: Sequence[str], plain: Sequence[str]) -> None:
     """Raise `ValueError` if a column is missing or has an unsupported type."""
     from pyarrow import types
 
@@ -161,7 +204,7 @@ def check_columns(schema: Any, encoded: Sequence[str], plain: Sequence[str]) -> 
             raise ValueError(f"{column} must contain numbers or texts, got {printable(kind, 60)}")
 
 
-def _holds_bytes(kind: Any) -> bool:
+def _holds_bytes(kind: "pa.DataType") -> bool:
     from pyarrow import types
 
     if types.is_struct(kind):
@@ -171,22 +214,15 @@ def _holds_bytes(kind: Any) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def class_names_of(schema: Any, name: str) -> dict[str, list[str]]:
+def class_names_of(schema: "pa.Schema", name: str) -> dict[str, list[str]]:
     """Return the class names, by column, that `datasets` writes into a schema."""
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return {}
-    info = parse_json(content, Fields, f"the schema of {name}").get("info")
-    features = info.get("features") if isinstance(info, dict) else None
-    return {
-        column: feature["names"]
-        for column, feature in (features.items() if isinstance(features, dict) else ())
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and _are_texts(feature.get("names"))
-    }
-
-
-def _are_texts(names: Any) -> bool:
-    return isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
+    info = as_type_or_none(parse_json(content, Fields, f"the schema of {name}").get("info"), SchemaInfo)
+    features = {} if info is None else info["features"]
+    labels = {column: as_type_or_none(feature, ClassLabel) for column, feature in features.items()}
+    return {column: label["names"] for column, label in labels.items() if label is not None}
 
 
 class _Parquet:
@@ -199,7 +235,7 @@ class _Parquet:
         self.file = ParquetFile(file, pre_buffer=False)
         self.schema = self.file.schema_arrow
 
-    def batches(self, encoded: Sequence[str], columns: Sequence[str], max_bytes: int) -> Iterable[Any]:
+    def batches(self, encoded: Sequence[str], columns: Sequence[str], max_bytes: int) -> "Iterable[pa.RecordBatch]":
         from pyarrow import types
 
         metadata = self.file.metadata
@@ -233,7 +269,7 @@ class _Stream:
         self.file = pa.memory_map(str(path))
         self.schema = pa.ipc.open_stream(self.file).schema
 
-    def batches(self, encoded: Sequence[str], columns: Sequence[str], max_bytes: int) -> Iterable[Any]:
+    def batches(self, encoded: Sequence[str], columns: Sequence[str], max_bytes: int) -> "Iterable[pa.RecordBatch]":
         import pyarrow as pa
 
         self.file.seek(0)
@@ -246,7 +282,7 @@ class _Stream:
             yield batch
 
 
-def _is_compressed(message: Any) -> bool:
+def _is_compressed(message: "pa.Message") -> bool:
     """Return True if the buffers of an Arrow message are compressed, so that their size is unknown until they are
     unpacked. Arrow's Message.fbs: Message.header, DictionaryBatch.data, RecordBatch.compression."""
     content = message.metadata.to_pybytes()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from skipdit.data.config import FrameChoice as FrameChoice
 from skipdit.data.picture_files import on_white, open_picture, reason_of
-from skipdit.data.video_files import VIDEO_SUFFIXES, timed_frames
+from skipdit.data.video_files import timed_frames
 from skipdit.files.output import atomic_file
 from skipdit.files.untrusted import open_regular, printable_path
 from skipdit.pictures import MARGIN, labelled_grid, load_font
@@ -45,21 +45,6 @@ def frames_of_file(path: Path, choice: FrameChoice, start: int = 0) -> Frames:
         raise UnreadableVideo(f"cannot read the video {printable_path(path)}: {reason_of(error)}") from error
     with stream:
         yield from frames_of(stream, printable_path(path), choice, start)
-
-
-def read_video(
-    path: Path | str, num_frames: int, frame_interval: int = 1, start: int = 0, fps: float | None = None
-) -> UInt8[np.ndarray, "num_frames height width 3"]:
-    """Return the frames of a file that a `FrameChoice` of these arguments takes. `ValueError` if it is not a video, is
-    broken or too short, or its frames differ in size."""
-    path = Path(path)
-    if path.suffix.lower() not in VIDEO_SUFFIXES:
-        raise ValueError(f"{printable_path(path)} is not a video, allowed: {', '.join(sorted(VIDEO_SUFFIXES))}")
-    choice = FrameChoice(num_frames=num_frames, interval=frame_interval, fps=fps)
-    frames = list(frames_of_file(path, choice, start))
-    if len({frame.shape for frame in frames}) > 1:
-        raise UnreadableVideo(f"the frames of {printable_path(path)} differ in size")
-    return np.stack(frames)
 
 
 def frames_of(stream: BinaryIO, name: str, choice: FrameChoice, start: int = 0) -> Frames:
@@ -117,9 +102,7 @@ def _too_short(name: str, indices: range, position: int) -> UnreadableVideo:
     )
 
 
-def to_frames(
-    clip: Float[Tensor, "*batch 3 height width"],
-) -> UInt8[Tensor, "*batch height width 3"]:
+def to_frames(clip: Float[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch height width 3"]:
     """Convert pixels in [0, 1] to uint8, channels last."""
     return (clip.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous()
 

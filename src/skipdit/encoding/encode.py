@@ -4,11 +4,11 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from diffusers import AutoencoderTiny
@@ -42,7 +42,7 @@ class Fingerprint(TypedDict):
 
 
 @dataclass(frozen=True)
-class Moments:
+class LatentMoments:
     """The distribution of latents that an autoencoder returns."""
 
     mean: Tensor
@@ -151,7 +151,7 @@ def _finish(
         settings=asdict(config),
         shape=writer.shape,
         dtype=config.dtype,
-        has_std=not isinstance(vae, AutoencoderTiny),
+        has_std=returns_std(vae),
         flipped=config.flip,
         scale=latents.Scale(
             scaling_factor=float(vae.config.scaling_factor),
@@ -263,18 +263,22 @@ class _Writer:
         self.waiting = []
 
 
+def returns_std(vae: VAE) -> bool:
+    return not isinstance(vae, AutoencoderTiny)
+
+
 @torch.no_grad()
-def encode_pixels(vae: VAE, pixels: Tensor, batch_size: int) -> Moments:
+def encode_pixels(vae: VAE, pixels: Tensor, batch_size: int) -> LatentMoments:
     """Return the latents of uint8 pixels (b 3 h w), encoded in batches on the autoencoder's device, on the CPU."""
     means, stds = [], []
     for batch in pixels.split(batch_size):
-        encoded: Any = vae.encode(batch.to(vae.device).float() / 127.5 - 1)
-        if isinstance(vae, AutoencoderTiny):
-            means.append(encoded.latents.cpu())
-        else:
+        encoded = vae.encode(batch.to(vae.device).float() / 127.5 - 1)
+        if returns_std(vae):
             means.append(encoded.latent_dist.mean.cpu())
             stds.append(encoded.latent_dist.std.cpu())
-    return Moments(torch.cat(means), torch.cat(stds) if stds else None)
+        else:
+            means.append(encoded.latents.cpu())
+    return LatentMoments(torch.cat(means), torch.cat(stds) if stds else None)
 
 
 def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -287,12 +291,12 @@ def encode_texts(encoder: SentenceEncoder, captions: Sequence[str], dtype: torch
 def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterator[tuple[int, Sample | None]]:
     """Yield (end, sample) in order while threads read ahead; the sample is None if it is broken and left out."""
     threads = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
-    waiting: deque[tuple[int, Future[Sample] | Job]] = deque()
+    waiting: deque[tuple[int, Job]] = deque()
 
     def take() -> tuple[int, Sample | None]:
         end, work = waiting.popleft()
         try:
-            return end, work.result() if isinstance(work, Future) else work()
+            return end, work()
         except ValueError as error:
             if config.on_broken == "refuse":
                 raise
@@ -302,7 +306,7 @@ def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterat
     with threads or nullcontext():
         try:
             for end, job in jobs:
-                waiting.append((end, threads.submit(job) if threads else job))
+                waiting.append((end, threads.submit(job).result if threads else job))
                 if len(waiting) >= max(1, AHEAD * config.num_workers):
                     yield take()
             while waiting:

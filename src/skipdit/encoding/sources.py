@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from skipdit.data.clips import ClipConfig, find_clips
+from skipdit.command_options import config_of
+from skipdit.data.clips import ClipConfig, ClipFiles, find_clips
 from skipdit.data.folders import as_captions
 from skipdit.data.picture_files import adm_crop, open_picture, reason_of, to_rgb
-from skipdit.data.pictures import DataConfig, open_pictures
-from skipdit.data.tables import read_cell
+from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
+from skipdit.data.tables import label_names_of, read_cell, undecoded
 from skipdit.data.videos import FrameChoice, UnreadableVideo, count_frames, frames_of
 from skipdit.encoding.config import EncodeConfig
-from skipdit.encoding.tars import MAX_VIDEO_BYTES, Member, find_tars, scan_tars
-from skipdit.files.untrusted import printable, printable_path, read_bytes
+from skipdit.encoding.tars import MAX_VIDEO_BYTES, class_text, find_tars, scan_tars
+from skipdit.files.untrusted import as_type_or_none, printable, printable_path, read_bytes
 from skipdit.interfaces import Fields
 
 COUNTS = 2**12  # videos whose number of frames is cached: several clips of a video are read one after the other
@@ -66,29 +67,24 @@ def open_source(config: EncodeConfig) -> Source:
     return picture_source(config) if config.num_frames is None else clip_source(config)
 
 
-def numbered(num_jobs: int, job_of: Callable[[int], Job]) -> Callable[[int], Iterator[tuple[int, Job]]]:
-    """Return the `jobs` of a source whose samples are numbered."""
-    return lambda start: ((number + 1, job_of(number)) for number in range(start, num_jobs))
+def jobs_of(
+    num_items: int, read: Callable[[int, int], Sample], config: EncodeConfig
+) -> Callable[[int], Iterator[tuple[int, Job]]]:
+    """Return the `jobs` of a source whose items are numbered. read: takes the index of an item, and the number of the
+    sample that is cut from it."""
+    crops = max(1, config.num_crops)
+    return lambda start: ((n + 1, partial(read, n // crops, n)) for n in range(start, num_items * crops))
 
 
 def picture_source(config: EncodeConfig) -> Source:
     """Open pictures as `skipdit train` reads them."""
-    items = open_pictures(
-        DataConfig(
-            source=config.source,
-            image_size=config.image_size,
-            image_column=config.image_column,
-            label_column=_label_column(config),
-            caption_column=config.caption_column,
-            split=config.split,
-        )
-    )
+    items = open_pictures(config_of(replace(config, label_column=_label_column(config)), DataConfig))
 
-    def job_of(index: int) -> Job:
+    def read(index: int, _: int) -> Sample:
         name = items.label_names[items.labels[index]]
-        return lambda: Sample(cut(items.read(index), items.names(index), config), name, list(items.captions[index]))
+        return Sample(cut(items.read(index), items.names(index), config), name, list(items.captions[index]))
 
-    return Source(numbered(len(items), job_of), len(items), items.label_names, _digest_of(items))
+    return Source(jobs_of(len(items), read, config), len(items), items.label_names, _digest_of(items))
 
 
 def clip_source(config: EncodeConfig) -> Source:
@@ -106,45 +102,35 @@ def clip_source(config: EncodeConfig) -> Source:
             caption_column=config.caption_column,
         )
     )
-    num_crops = max(1, config.num_crops)
     count = lru_cache(COUNTS)(clips.count)
 
-    def job_of(number: int) -> Job:
-        index = number // num_crops
+    def read(index: int, number: int) -> Sample:
+        start = draw_start(lambda: count(index), clips.names(index), number, config)
+        frames = clips.read(index, start)
+        name = clips.label_names[clips.labels[index]]
+        return Sample(cut_frames(frames, clips.names(index), config), name, list(clips.captions[index]))
 
-        def job() -> Sample:
-            start = draw_start(lambda: count(index), clips.names(index), number, config)
-            frames = clips.read(index, start)
-            name = clips.label_names[clips.labels[index]]
-            return Sample(cut_frames(frames, clips.names(index), config), name, list(clips.captions[index]))
-
-        return job
-
-    num_jobs = len(clips.labels) * num_crops
-    return Source(numbered(num_jobs, job_of), num_jobs, clips.label_names, _digest_of(clips))
+    num_items = len(clips.labels)
+    num_jobs = num_items * max(1, config.num_crops)
+    return Source(jobs_of(num_items, read, config), num_jobs, clips.label_names, _digest_of(clips))
 
 
 def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
     """Open webdataset tars: a sample is a picture or video with its texts in .cls, .txt or .json."""
     members = scan_tars(paths, clips=config.num_frames is not None)
-    num_crops = max(1, config.num_crops)
 
     @lru_cache(COUNTS)
     def count(index: int) -> int:
         return count_frames(io.BytesIO(members[index].content()), members[index].name, config.fps)
 
-    def job_of(number: int) -> Job:
-        index = number // num_crops
-        return lambda: _read_member(members[index], lambda: count(index), number, config)
+    def read(index: int, number: int) -> Sample:
+        member = members[index]
+        class_name, captions = member.texts()
+        pixels = cut_content(member.content(), member.name, lambda: count(index), number, config)
+        return Sample(pixels, class_name, captions)
 
     digest = hashlib.sha256(json.dumps([member.identity for member in members]).encode()).hexdigest()
-    num_jobs = len(members) * num_crops
-    return Source(numbered(num_jobs, job_of), num_jobs, None, digest)
-
-
-def _read_member(member: Member, count: Callable[[], int], number: int, config: EncodeConfig) -> Sample:
-    class_name, captions = member.texts()
-    return Sample(cut_content(member.content(), member.name, count, number, config), class_name, captions)
+    return Source(jobs_of(len(members), read, config), len(members) * max(1, config.num_crops), None, digest)
 
 
 def stream_source(config: EncodeConfig) -> Source:
@@ -165,10 +151,8 @@ def stream_source(config: EncodeConfig) -> Source:
     for name in columns:
         if name not in features:
             raise ValueError(f"{source} has no column {name!r}, only {printable(', '.join(features))}")
-    if isinstance(features[column], (datasets.Image, datasets.Video)):
-        rows = rows.cast_column(column, type(features[column])(decode=False))
-    feature = None if config.label_column is None else features[config.label_column]
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    rows = undecoded(rows, column, features[column])
+    names = None if config.label_column is None else label_names_of(features[config.label_column])
     rows = rows.select_columns(columns)
     num_crops = max(1, config.num_crops)
 
@@ -197,8 +181,6 @@ def _read_row(
     content, file = read_cell(row[column])
     if not content and not (file and Path(file).is_file()):
         raise ValueError(f"cannot read {row_name}: the row has no bytes in {column}")
-    if not isinstance(content or b"", bytes):
-        raise ValueError(f"cannot read {row_name}: {column} must contain bytes, got {printable(content, 60)}")
     class_name = "all" if config.label_column is None else _class_of(row[config.label_column], names, row_name)
     caption = config.caption_column
     captions = None if caption is None else as_captions([row[caption]], row_name, caption)[0]
@@ -207,13 +189,13 @@ def _read_row(
     return Sample(cut_content(content, row_name, count, number, config), class_name, captions)
 
 
-def _class_of(label: Any, names: list[str] | None, row_name: str) -> str:
-    if names is not None and isinstance(label, int) and 0 <= label < len(names):
-        return names[label]
-    if names is not None or not isinstance(label, (int, str)):
-        allowed = f"0 to {len(names) - 1}" if names else "a number or a text"
-        raise ValueError(f"cannot read {row_name}: its class must be {allowed}, got {printable(label, 60)}")
-    return str(label)
+def _class_of(label: object, names: list[str] | None, row_name: str) -> str:
+    number = as_type_or_none(label, int)
+    if names is None:
+        return class_text(label, f"the class of {row_name}")
+    if number is None or not 0 <= number < len(names):
+        raise ValueError(f"the class of {row_name} must be 0 to {len(names) - 1}, got {printable(label, 60)}")
+    return names[number]
 
 
 def cut(picture: Image.Image, name: str, config: EncodeConfig) -> Tensor:
@@ -257,6 +239,6 @@ def _label_column(config: EncodeConfig) -> str:
     return config.label_column
 
 
-def _digest_of(items: Any) -> str:
+def _digest_of(items: LabelledPictures | ClipFiles) -> str:
     content = [list(items.label_names), list(items.labels), list(map(list, items.captions))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from skipdit.data.folders import as_captions, walk
 from skipdit.data.picture_files import MAX_PICTURE_BYTES, PICTURE_SUFFIXES
 from skipdit.data.video_files import VIDEO_SUFFIXES
-from skipdit.files.untrusted import open_regular, parse_json, printable, printable_path
+from skipdit.files.untrusted import as_type_or_none, open_regular, parse_json, printable, printable_path
 from skipdit.interfaces import Fields
 
 LOGGER = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Member:
     """text files by suffix, without the dot"""
 
     @property
-    def identity(self) -> list[Any]:
+    def identity(self) -> list[object]:
         """The name and the sizes of the parts, which identify a sample when an encoding is resumed."""
         assert self.media is not None
         sizes = {suffix: part.size for suffix, part in self.others.items()}
@@ -77,11 +77,12 @@ class Member:
             content = self.others["json"].read(self.name, MAX_TEXT_BYTES)
             texts = parse_json(content, Fields, f"the json of {self.name}") | texts
         label = next((texts[key] for key in CLASS_KEYS if texts.get(key) is not None), "all")
-        if isinstance(label, bool) or not isinstance(label, (int, str)) or not str(label).strip():
-            raise ValueError(f"the class of {self.name} must be a number or a text, got {printable(label, 60)}")
         caption = next((texts[key] for key in CAPTION_KEYS if texts.get(key) is not None), None)
         captions = None if caption is None else as_captions([caption], self.name, "the caption")[0]
-        return str(label).strip(), captions
+        class_name = class_text(label, f"the class of {self.name}").strip()
+        if not class_name:
+            raise ValueError(f"the class of {self.name} must be a number or a text, got {printable(label, 60)}")
+        return class_name, captions
 
     def _text(self, suffix: str) -> str:
         content = self.others[suffix].read(self.name, MAX_TEXT_BYTES)
@@ -89,6 +90,13 @@ class Member:
             return (content.decode("utf-8-sig").strip().splitlines() or [""])[0]
         except UnicodeDecodeError as error:
             raise ValueError(f"the {suffix} of {self.name} is not UTF-8: {error}") from error
+
+
+def class_text(label: object, name: str) -> str:
+    """Return a class, a number or a text, as text. `ValueError` if it is neither. name: what errors call it."""
+    if as_type_or_none(label, int) is None and as_type_or_none(label, str) is None:
+        raise ValueError(f"{name} must be a number or a text, got {printable(label, 60)}")
+    return str(label)
 
 
 def find_tars(path: Path) -> list[Path]:
@@ -166,10 +174,10 @@ def _files(path: Path, left_out: Counter[str]) -> Iterator[tuple[str, Part]]:
     """Yield the regular files of a tar; count links and devices as left out."""
     name = printable_path(path)
     try:
-        with open_regular(path) as file, tarfile.open(fileobj=cast(Any, _Headers(file)), mode="r:") as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as archive:
             end = path.stat().st_size
             while (member := archive.next()) is not None:
-                cast(Any, archive).members = []  # otherwise it keeps all of them
+                archive.members = []  # pyright: ignore[reportAttributeAccessIssue] otherwise it keeps all of them
                 if member.size < 0:  # would seek backward
                     raise ValueError(f"{printable(member.name, 60)} has a negative size")
                 if not member.isreg() or member.issparse():

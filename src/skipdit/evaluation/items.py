@@ -1,13 +1,13 @@
-"""Sets of pictures or clips to measure, read one by one: an .npz, a folder, a .parquet, or the bundled data."""
+"""Sets of pictures or clips to evaluate, read one by one: an .npz file, a folder, a .parquet file, or bundled data."""
 
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from jaxtyping import UInt8
@@ -23,35 +23,45 @@ from skipdit.evaluation.config import EvalConfig, SetKind
 from skipdit.files.untrusted import open_regular, parse_json, printable_path, read_bytes, read_json
 
 BUNDLED = {"emoji": "fluent_emoji_64.parquet", "emoji-clips": "fluent_emoji_clips_16x64.parquet"}
-COLUMNS = {"image": "pictures", "clip": "clips"}  # those that are looked for, and what they hold
+COLUMNS = {"image": "pictures", "clip": "clips"}  # default columns of a .parquet file, and their content
 MAX_METADATA_BYTES = 2**26
-HEAD_BYTES = 4096  # of a PNG, in which an animation says so
+HEAD_BYTES = 4096  # of a PNG file, within which an animated one is marked
 Item = UInt8[np.ndarray, "*frames height width 3"]
 
 
-class Told(TypedDict):
-    """The part of `samples.json` that is read: what `skipdit sample --npz` wrote."""
+class SamplesFields(TypedDict):
+    """The fields read from `samples.json`, which `skipdit sample --npz` writes."""
 
     prompts: list[str]
 
 
+class MetadataLine(TypedDict, total=False):
+    """The fields read from a line of `metadata.jsonl`."""
+
+    file_name: str
+    text: str | None
+
+
 @dataclass(frozen=True)
 class Items:
-    """A set. read: returns a picture (h w 3) or a clip (f h w 3) in bytes; `ValueError` names a broken one."""
+    """A set of pictures or clips."""
 
     source: str
+    """path or name of the set"""
     num: int
+    """number of items"""
     is_clips: bool
     read: Callable[[int], Item]
+    """returns a picture (h w 3) or a clip (f h w 3) as bytes; raises `ValueError` with the name of a broken item"""
     name: Callable[[int], str]
-    """name of an item in errors and in pairs"""
+    """returns the name of an item, for errors and pairs"""
     has_names: bool = False
-    """whether items are files, which two sets may be paired by"""
+    """true if items are files, so that two sets may be paired by their names"""
     texts: Callable[[], list[str]] | None = None
-    """one text per item, where there are any"""
+    """returns one text per item; `None` if there are no texts"""
 
     def batch(self, indices: Sequence[int]) -> UInt8[np.ndarray, "items *frames height width 3"]:
-        """Return some items, as one array. `ValueError` where they are of several sizes."""
+        """Return some items as one array. Raises `ValueError` if their sizes differ."""
         items = [self.read(index) for index in indices]
         for index, item in zip(indices, items, strict=True):
             if item.shape != items[0].shape:
@@ -68,12 +78,12 @@ def digest_items(batch: UInt8[np.ndarray, "items *frames height width 3"]) -> li
 
 
 def join_digests(digests: Sequence[bytes]) -> str:
-    """Return the SHA-256 of a set, which is that of its items in sorted order."""
+    """Return the SHA-256 of a set, that of the sorted digests of its items."""
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def open_items(source: str, config: EvalConfig) -> Items:
-    """Open a set. `OSError` / `ValueError` in one line that names it where it cannot be read."""
+    """Open a set. Raises `OSError` or `ValueError` with one line that names the set if it cannot be read."""
     path = Path(source)
     if source in BUNDLED:
         with as_file(files("skipdit") / "assets" / "emoji" / BUNDLED[source]) as bundled:
@@ -86,8 +96,8 @@ def open_items(source: str, config: EvalConfig) -> Items:
     if path.is_dir():
         return _of_folder(path, config)
     if not path.exists():
-        raise FileNotFoundError(f"{printable_path(path)} is not there: give an .npz, a folder, a .parquet, or emoji")
-    raise ValueError(f"{printable_path(path)} is no set: give an .npz, a folder, a .parquet, or emoji")
+        raise FileNotFoundError(f"{printable_path(path)} does not exist: give an .npz, a folder, a .parquet, or emoji")
+    raise ValueError(f"{printable_path(path)} is not a set: give an .npz, a folder, a .parquet, or emoji")
 
 
 def _of_npz(path: Path, config: EvalConfig) -> Items:
@@ -108,16 +118,17 @@ def _of_npz(path: Path, config: EvalConfig) -> Items:
 
 
 def _texts_of_npz(path: Path, num: int) -> list[str]:
-    """Return the prompt of each sample of a set that `skipdit sample --npz` made: `arr_1` says which."""
-    told = read_json(path.with_suffix(".json"), Told)
+    """Return the prompt of each sample of a set by `skipdit sample --npz`, whose `arr_1` holds the indices of
+    prompts."""
+    prompts = read_json(path.with_suffix(".json"), SamplesFields)["prompts"]
     with zipfile.ZipFile(path) as archive:
         if "arr_1.npy" not in archive.namelist():
             raise ValueError(f"{printable_path(path)} has no arr_1, which says which prompt each sample is of")
         with archive.open("arr_1.npy") as file:
-            chosen = np.lib.format.read_array(file, allow_pickle=False)
-    if len(chosen) != num or chosen.dtype.kind != "i" or chosen.min() < 0 or chosen.max() >= len(told["prompts"]):
+            indices = np.lib.format.read_array(file, allow_pickle=False)
+    if len(indices) != num or indices.dtype.kind != "i" or indices.min() < 0 or indices.max() >= len(prompts):
         raise ValueError(f"arr_1 of {printable_path(path)} does not say which of its prompts each sample is of")
-    return [told["prompts"][index] for index in chosen]
+    return [prompts[index] for index in indices]
 
 
 def _of_table(paths: Sequence[Path], name: str, config: EvalConfig) -> Items:
@@ -126,7 +137,7 @@ def _of_table(paths: Sequence[Path], name: str, config: EvalConfig) -> Items:
     column = config.column
     if column is None:
         names = read_schema(paths[0]).names if paths[0].suffix == ".parquet" else list(COLUMNS)
-        column = next((each for each in COLUMNS if each in names), "image")
+        column = next((name for name in COLUMNS if name in names), "image")
     table = read_table(paths, name, [column])
     is_clips = config.kind == "clips" or (config.kind == "auto" and COLUMNS.get(column) == "clips")
 
@@ -143,30 +154,30 @@ def _of_table(paths: Sequence[Path], name: str, config: EvalConfig) -> Items:
 
 
 def _of_folder(folder: Path, config: EvalConfig) -> Items:
-    kind, found = _find(folder, config.kind)
-    if not found:
+    kind, paths = _find(folder, config.kind)
+    if not paths:
         raise ValueError(f"there are no pictures or clips in {printable_path(folder)}")
 
     def item_name(index: int) -> str:
-        return printable_path(found[index].relative_to(folder).with_suffix(""))
+        return printable_path(paths[index].relative_to(folder).with_suffix(""))
 
     def read(index: int) -> Item:
-        path, shown = found[index], printable_path(found[index])
+        path, name = paths[index], printable_path(paths[index])
         if kind == "pictures":
-            return _picture(open_picture(path, shown), config.image_size, shown)
+            return _picture(open_picture(path, name), config.image_size, name)
         choice = _choice(config)
-        frames = frames_of_folder(frames_in(path), shown, choice) if path.is_dir() else frames_of_file(path, choice)
-        return _clip(frames, config, shown)
+        frames = frames_of_folder(frames_in(path), name, choice) if path.is_dir() else frames_of_file(path, choice)
+        return _clip(frames, config, name)
 
     def texts() -> list[str]:
-        return _texts_of_folder(folder, found)
+        return _texts_of_folder(folder, paths)
 
-    return Items(printable_path(folder), len(found), kind == "clips", read, item_name, has_names=True, texts=texts)
+    return Items(printable_path(folder), len(paths), kind == "clips", read, item_name, has_names=True, texts=texts)
 
 
 def _find(folder: Path, kind: SetKind) -> tuple[str, list[Path]]:
-    """Return whether a folder holds pictures or clips, and which. A folder of pictures is a clip only where clips are
-    asked for: it may be a class just as well."""
+    """Return the kind of items in a folder, and their paths. A folder of pictures counts as a clip only if `kind` is
+    clips, as it could also be a class of pictures."""
     pictures: list[Path] = []
     clips: list[Path] = []
     for current, subfolders, names in walk(folder):
@@ -188,21 +199,22 @@ def _find(folder: Path, kind: SetKind) -> tuple[str, list[Path]]:
 
 
 def _is_animated(path: Path) -> bool:
-    """Return whether a PNG is a clip, as `skipdit sample --png` writes those: PNG, third edition, 11.3.6.1."""
+    """Return true if a PNG file is animated, as the clips of `skipdit sample --png` are (PNG, third edition,
+    11.3.6.1)."""
     with open_regular(path) as file:
         return b"acTL" in file.read(HEAD_BYTES)
 
 
-def _texts_of_folder(folder: Path, found: Sequence[Path]) -> list[str]:
-    """Return the text of each file as `metadata.jsonl` tells it."""
+def _texts_of_folder(folder: Path, paths: Sequence[Path]) -> list[str]:
+    """Return the text of each file, from `metadata.jsonl`."""
     path = folder / "metadata.jsonl"
     content = read_bytes(path, MAX_METADATA_BYTES).splitlines()
-    lines = [parse_json(line, dict[str, Any], printable_path(path)) for line in content if line.strip()]
-    by_name = {str(line.get("file_name")): line.get("text") for line in lines}
-    texts = [by_name.get(file.relative_to(folder).as_posix()) for file in found]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{printable_path(path)} has no text for each of the {len(found)} files beside it")
-    return [str(text) for text in texts]
+    lines = [parse_json(line, MetadataLine, printable_path(path)) for line in content if line.strip()]
+    by_name = {line.get("file_name"): line.get("text") for line in lines}
+    texts = [by_name.get(file.relative_to(folder).as_posix()) or "" for file in paths]
+    if not all(texts):
+        raise ValueError(f"{printable_path(path)} has no text for each of the {len(paths)} files beside it")
+    return texts
 
 
 def _choice(config: EvalConfig) -> FrameChoice:
@@ -216,7 +228,7 @@ def _picture(picture: Image.Image, size: int | None, name: str) -> Item:
         raise ValueError(f"cannot read the picture {name}: {reason_of(error)}") from error
 
 
-def _clip(frames: Any, config: EvalConfig, name: str) -> Item:
+def _clip(frames: Iterable[np.ndarray], config: EvalConfig, name: str) -> Item:
     pictures = list(frames)
     if config.image_size is not None:
         return _resized(np.stack(pictures), config.image_size, name) if pictures else np.empty(0)

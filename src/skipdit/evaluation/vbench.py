@@ -1,4 +1,4 @@
-"""Clips as VBench reads them: one `{prompt}-{index}.mp4` per clip, index 0 to 4 of each prompt's samples
+"""Writes clips for VBench: one `{prompt}-{index}.mp4` per clip, with indices 0 to 4 for the samples of each prompt
 (github.com/Vchitect/VBench, "Sampled Videos"; its own sampling scripts write the same names).
 """
 
@@ -16,8 +16,9 @@ MARKER_LIMIT = 200_000  # clips in one folder
 
 
 def write_vbench(items: Items, folder: Path, fps: float) -> int:
-    """Write every clip of a set under its prompt's name; return how many. The folder is replaced as a whole, if it was
-    written so. `ValueError` where the set is not of clips with texts, or a text cannot be the name of a file."""
+    """Write every clip of a set under the name of its prompt; return their number. A folder that this function wrote
+    before is replaced as a whole. Raises `ValueError` if the set has no clips with texts, or if a text cannot be the
+    name of a file."""
     if not items.is_clips or items.texts is None:
         raise ValueError(f"VBench is for clips with their prompts, which {items.source} is not")
     texts = items.texts()
@@ -26,9 +27,9 @@ def write_vbench(items: Items, folder: Path, fps: float) -> int:
     for text in set(texts):
         if "/" in text or "\0" in text or text.startswith(".") or len(text.encode()) > MAX_NAME_BYTES:
             raise ValueError(f"VBench names files by their prompts, which cannot be done with {printable(text)!r}")
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with atomic_folder(folder, KIND) as draft:
         for index, text in enumerate(texts):
-            write_mp4(draft / f"{text}-{seen[text]}.mp4", items.read(index), fps)
-            seen[text] += 1
+            write_mp4(draft / f"{text}-{counts[text]}.mp4", items.read(index), fps)
+            counts[text] += 1
     return len(texts)

@@ -18,7 +18,7 @@ from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from skipdit.files.processes import Process, locked, this_process
 from skipdit.files.untrusted import file_digest, printable, read_bytes, read_json
@@ -71,12 +71,12 @@ def write_text(path: Path, text: str) -> None:
         draft.write_text(text, encoding="utf-8")
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Return valid JSON: non-finite numbers become null, paths become strings, dataclasses become objects."""
     return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     match value:
         case float():
             return value if math.isfinite(value) else None
@@ -269,7 +269,8 @@ def read_marker(folder: Path) -> Marker:
         marker = read_json(folder / MARKER, Marker, max_bytes=2**26)
     except (OSError, ValueError):
         return Marker(skipdit="", files={})
-    is_safe = all(_is_inside(name) for names in marker["files"].values() for name in names)
+    names = [name for names in marker["files"].values() for name in names]
+    is_safe = all(Path(name).parts and not Path(name).is_absolute() and ".." not in Path(name).parts for name in names)
     return marker if is_safe else Marker(skipdit="", files={})
 
 
@@ -292,11 +293,6 @@ def check_whole(folder: Path, kind: str) -> None:
 def write_marker(folder: Path, files: Mapping[str, Mapping[str, str]]) -> None:
     """Write a folder's marker. files: see `Marker`."""
     write_text(folder / MARKER, to_json({"skipdit": version("skipdit"), "files": files}))
-
-
-def _is_inside(name: str) -> bool:
-    path = Path(name)
-    return not path.is_absolute() and ".." not in path.parts and name not in ("", ".")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

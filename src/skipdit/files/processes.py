@@ -1,5 +1,6 @@
 """Identify the processes that own drafts and locks on disk, and lock folders."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -126,8 +127,8 @@ def _lock(handle: int, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:  # the lock is held, or the file system has no locks: then rely on the file's contents
-        is_here = holder and holder != this_process() and holder.host == this_process().host
-        if isinstance(error, BlockingIOError) or (holder and is_here and not holder.has_ended()):
+        is_here = holder is not None and holder != this_process() and holder.host == this_process().host
+        if error.errno == errno.EWOULDBLOCK or (holder and is_here and not holder.has_ended()):
             raise BlockingIOError(f"{printable(path.parent)} is in use {_by(holder)}: give another --out") from error
     if holder is None or holder == this_process():
         return

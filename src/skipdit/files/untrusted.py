@@ -10,8 +10,9 @@ import math
 import os
 import stat
 from collections.abc import Collection
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar, cast
+from typing import NoReturn, TypeVar
 
 import msgspec
 
@@ -39,7 +40,7 @@ def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
     return printable(whole, limit) if len(whole) <= limit else "…" + printable(whole[-limit:], limit)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading.
 
     `OSError` if it does not exist; `ValueError` for a FIFO (which would block forever), a device, a socket, a folder,
@@ -76,7 +77,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a regular file."""
     with open_regular(path) as file:
-        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_hash(path: Path, sha256: str) -> None:
@@ -91,7 +92,7 @@ def check_hash(path: Path, sha256: str) -> None:
 def read_json(
     path: Path, kind: type[Content], *, max_bytes: int = MAX_JSON_BYTES, infinite: Collection[str] = ()
 ) -> Content:
-    """Return the contents of a JSON file, checked against a type: a TypedDict, a dataclass, `dict[str, Any]`, ...
+    """Return the contents of a JSON file, checked against a type: a TypedDict, a dataclass, `Fields`, ...
 
     infinite: keys of objects whose values may be infinite. `OSError` if the file cannot be read. `ValueError` if it is
     too large, not JSON, of another type, nested deeper than 64, or has a duplicate key, a non-finite number or an
@@ -100,16 +101,15 @@ def read_json(
     return parse_json(read_bytes(path, max_bytes), kind, printable(path), infinite=infinite)
 
 
-def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite: Collection[str] = ()) -> Content:
+def parse_json(content: bytes, kind: type[Content], name: str, *, infinite: Collection[str] = ()) -> Content:
     """Return the contents of JSON text, with the checks of `read_json`. name: what errors call it."""
 
-    def pairs_hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def pairs_hook(pairs: list[tuple[str, object]]) -> dict[str, object]:
         return _check_infinite(_to_unique(pairs), infinite)
 
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(
-            text,
+            content.decode("utf-8-sig"),
             object_pairs_hook=pairs_hook,
             parse_constant=_INFINITIES.__getitem__ if infinite else _raise_on_constant,
             parse_float=_finite,
@@ -124,7 +124,7 @@ def parse_json(content: bytes | str, kind: type[Content], name: str, *, infinite
     return as_type(value, kind, name)
 
 
-def as_type(value: Any, kind: type[Content], name: str) -> Content:
+def as_type(value: object, kind: type[Content], name: str) -> Content:
     """Return parsed JSON, checked against a type; keys that a TypedDict does not declare are dropped.
 
     name: what errors call it.
@@ -135,7 +135,15 @@ def as_type(value: Any, kind: type[Content], name: str) -> Content:
         raise ValueError(f"{name} is not as expected: {printable(error)}") from error
 
 
-def _to_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def as_type_or_none(value: object, kind: type[Content]) -> Content | None:
+    """Return parsed data as `as_type` does, or `None` if it is of another type. A bool is not a number."""
+    try:
+        return msgspec.convert(value, type=kind, strict=True)
+    except msgspec.ValidationError:
+        return None
+
+
+def _to_unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique = dict(pairs)
     if len(unique) != len(pairs):
         keys = [key for key, _ in pairs]
@@ -146,10 +154,10 @@ def _to_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
-def _check_infinite(fields: dict[str, Any], allowed: Collection[str]) -> dict[str, Any]:
+def _check_infinite(fields: dict[str, object], allowed: Collection[str]) -> dict[str, object]:
     for key, value in fields.items() if allowed else ():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number) and (key not in allowed or math.isnan(number)):
+        for number in as_type_or_none(value, list) or [value]:
+            if number in _INFINITIES.values() and (key not in allowed or number != number):
                 raise ValueError(f"{key!r} must be finite, got {number}")
     return fields
 
@@ -170,15 +178,17 @@ def _bounded(text: str) -> int:
     return number
 
 
-def _depth_exceeds(value: Any, limit: int) -> bool:
+def _depth_exceeds(value: object, limit: int) -> bool:
     level = [value]
     for _ in range(limit):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, (dict, list))
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-        ]
-        if not level:
+        children: list[object] = []
+        for parent in level:
+            match parent:
+                case dict():
+                    children += parent.values()
+                case list():
+                    children += parent
+        if not children:
             return False
+        level = children
     return True

@@ -1,11 +1,10 @@
-"""What turns pictures or clips into features: a network, the rule by which its input is resized, and their names.
+"""Extractors of features from pictures or clips: a network, the resize rule of its input, and their names.
 
-An extractor is one entry of `EXTRACTORS`; `Extractor` takes any network. A figure is called as its network is: FID only
-where Inception and its own resize rule are used.
+An extractor is one entry of `EXTRACTORS`; `Extractor` takes any network. A metric is named after the network: only one
+with Inception and its own resize rule is called FID.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,33 +14,34 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from skipdit.files.untrusted import check_hash, file_digest, open_regular, printable
+from skipdit.files.untrusted import check_hash, file_digest
 from skipdit.metrics import i3d, inception
 from skipdit.metrics.inception import NetworkOutput
 from skipdit.metrics.perceptual import (
+    CLASSIFIER,
     WEIGHTS_SHA256,
     EfficientNetLite0,
     SameConv,
     check_metrics_installed,
     norm,
 )
+from skipdit.metrics.weights import reading_weights
 from skipdit.options import choose
 
 ResizeRule = Literal["tf1", "bilinear", "antialias", "bicubic", "none"]
 Kind = Literal["pictures", "clips"]
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-MAX_WEIGHTS_BYTES = 2**30
 LITE0_SPATIAL = 3  # of the layers of the perceptual distance: 112 channels at a sixteenth of the side
 LITE0_SIZE = 224
 
 
 @dataclass(frozen=True)
 class Resize:
-    """How a picture becomes as large as a network wants it."""
+    """A rule that resizes pictures to the size that a network takes."""
 
     rule: ResizeRule
-    """tf1: bilinear without half a pixel's shift or smoothing, as TensorFlow 1; bilinear: with the shift; antialias and
-    bicubic: smoothed where it shrinks; none: as it is"""
+    """tf1: bilinear without a half-pixel shift or smoothing, as in TensorFlow 1; bilinear: with the shift; antialias
+    and bicubic: smoothed when shrinking; none: unchanged"""
     size: int
     """side in pixels"""
 
@@ -51,13 +51,13 @@ class Resize:
     def __call__(
         self, pictures: Float[Tensor, "items 3 old_height old_width"]
     ) -> Float[Tensor, "items 3 height width"]:
-        """Return the pictures, resized to a square."""
-        if self.rule == "none" or tuple(pictures.shape[-2:]) == (self.size, self.size):
+        """Return the pictures, resized to squares."""
+        sides = (self.size, self.size)
+        if self.rule == "none" or tuple(pictures.shape[-2:]) == sides:
             return pictures
         if self.rule == "tf1":
             return tf1_bilinear(pictures, self.size)
         mode = "bicubic" if self.rule == "bicubic" else "bilinear"
-        sides = (self.size, self.size)
         resized = interpolate(pictures, sides, mode=mode, align_corners=False, antialias=self.rule != "bilinear")
         return resized.clamp(0, 1)
 
@@ -65,45 +65,47 @@ class Resize:
 def tf1_bilinear(
     pictures: Float[Tensor, "items channels height width"], size: int
 ) -> Float[Tensor, "items channels size size"]:
-    """Return pictures resized as `tf.image.resize_bilinear` of TensorFlow 1 does, which FID is defined with: place i
-    of the result is place i · (old size / new size) of the picture."""
+    """Return pictures resized as by `tf.image.resize_bilinear` of TensorFlow 1, with which FID is defined: pixel i of
+    the result is at i · (old size / new size) in the picture."""
     for axis in (2, 3):
         length = pictures.shape[axis]
-        places = torch.arange(size, dtype=pictures.dtype, device=pictures.device) * (length / size)
-        lower = places.floor().long().clamp(max=length - 1)
-        share = (places - lower).view(-1, *[1] * (3 - axis))
-        before, after = (pictures.index_select(axis, each) for each in (lower, (lower + 1).clamp(max=length - 1)))
+        positions = torch.arange(size, dtype=pictures.dtype, device=pictures.device) * (length / size)
+        lower = positions.floor().long().clamp(max=length - 1)
+        share = (positions - lower).view(-1, *[1] * (3 - axis))
+        before = pictures.index_select(axis, lower)
+        after = pictures.index_select(axis, (lower + 1).clamp(max=length - 1))
         pictures = before + (after - before) * share
     return pictures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """A network that features come from. network: takes pictures (n 3 h w) or clips (n f 3 h w) in [0, 1]."""
+    """A network that computes features."""
 
     name: str
-    """its name in reports: a figure is called after it"""
+    """name in reports, after which metrics are named"""
     network: Callable[[Tensor], NetworkOutput]
+    """takes pictures (n 3 h w) or clips (n f 3 h w) in [0, 1]"""
     resize: Resize
     takes: Kind = "pictures"
-    """what its network takes; clips are measured frame by frame by one that takes pictures"""
+    """input of the network; one that takes pictures measures clips frame by frame"""
     digest: str = ""
     """SHA-256 of the weights"""
     batch_size: int = 32
-    """pictures or clips at once"""
+    """pictures or clips per batch"""
     standard: Resize | None = None
-    """the resize rule with which figures have the names that papers give them, where there are such names"""
+    """the resize rule with which metrics have the names used in papers, if there are such names"""
     min_size: int = 1
-    """smallest side of a picture that the network takes, in pixels"""
+    """smallest side in pixels of a picture that the network takes"""
 
     @property
     def is_standard(self) -> bool:
-        """Whether a figure may have the name that papers give it."""
+        """Return true if metrics may have the names used in papers."""
         return self.resize == self.standard
 
     @property
     def identity(self) -> dict[str, str]:
-        """What two figures must share to be compared."""
+        """Return the properties that two values must share to be compared."""
         return {"extractor": self.name, "weights_sha256": self.digest, "resize": str(self.resize)}
 
     @torch.inference_mode()
@@ -117,9 +119,9 @@ class Extractor:
             raise ValueError(f"{self.name} needs pictures of at least {self.min_size} pixels a side, got {side}")
         if self.takes == "clips":
             resized = resized.unflatten(0, items.shape[:2])
-        found = self.network(resized)
-        spatial, logits = (None if each is None else each.float().cpu() for each in (found.spatial, found.logits))
-        return NetworkOutput(found.pooled.float().cpu(), spatial, logits)
+        pooled, *others = self.network(resized)
+        spatial, logits = (None if values is None else values.float().cpu() for values in others)
+        return NetworkOutput(pooled.float().cpu(), spatial, logits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ class Extractor:
 
 
 class Lite0(nn.Module):
-    """EfficientNet-Lite0 to 1,280 pooled features, 7 channels of places, and 1,000 logits."""
+    """EfficientNet-Lite0 with 1,280 pooled features, 7 channels of spatial features, and 1,000 logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,44 +144,29 @@ class Lite0(nn.Module):
         return NetworkOutput(pooled, layers[LITE0_SPATIAL][:, : inception.NUM_SPATIAL].flatten(1), self._fc(pooled))
 
 
-@contextmanager
-def _told_of(file: Path, what: str) -> Iterator[None]:
-    """Refuse a file that is too large, and say of any failure to read it that it is not the weights of a network."""
-    with open_regular(file) as opened:
-        if (size := opened.seek(0, 2)) > MAX_WEIGHTS_BYTES:
-            raise ValueError(f"{printable(file)} has {size:,} bytes, at most {MAX_WEIGHTS_BYTES:,} are read")
-    try:
-        yield
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch, zipfile and pickle raise of every kind
-        reason = printable(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        raise ValueError(f"{printable(file)} is not the weights of {what}: {reason}") from error
-
-
 def load_lite0(path: Path | None) -> Extractor:
-    """Return EfficientNet-Lite0. path: its weights, named as in its package; by default those of the package.
-    `ValueError` where they are not installed, or the file is not such weights."""
+    """Return EfficientNet-Lite0. path: its weights, named as in its package, by default those of the package. Raises
+    `ValueError` if they are not installed, or if the file holds something else."""
     file = path or check_metrics_installed()
     if path is None:
         check_hash(file, WEIGHTS_SHA256)
-    own = ("_conv_head.", "_bn1.", "_fc.")
     network = Lite0()
-    with _told_of(file, "EfficientNet-Lite0"):
+    with reading_weights(file, "EfficientNet-Lite0"):
         weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
-        named = {name if name.startswith(own) else f"trunk.{name}": each for name, each in weights.items()}
-        network.load_state_dict(named)
+        network.load_state_dict(
+            {name if name.startswith(CLASSIFIER) else f"trunk.{name}": value for name, value in weights.items()}
+        )
+    for weight in network.eval().requires_grad_(False).parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     resize = Resize("antialias", LITE0_SIZE)
-    frozen = network.eval().requires_grad_(False)
-    for weight in frozen.parameters():
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight.data
     digest = WEIGHTS_SHA256 if path is None else file_digest(path)
-    return Extractor(name="EffNetLite0", network=frozen, resize=resize, digest=digest)
+    return Extractor(name="EffNetLite0", network=network, resize=resize, digest=digest)
 
 
 def load_i3d(path: Path | None) -> Extractor:
-    """Return I3D. path: its weights as its package holds them; by default those of the package. `ValueError` where they
-    are not installed, or the file is not such weights."""
+    """Return I3D. path: its weights, in the format of its package, by default those of the package. Raises `ValueError`
+    if they are not installed, or if the file holds something else."""
     resize = Resize("bilinear", i3d.SIZE)
     network, digest = i3d.load_i3d(path), i3d.SHA256 if path is None else file_digest(path)
     return Extractor(
@@ -188,14 +175,15 @@ def load_i3d(path: Path | None) -> Extractor:
 
 
 def find_inception() -> Path | None:
-    """Return the weights of Inception that torch-fidelity or pytorch-fid have downloaded, where they have."""
+    """Return the weights of Inception that torch-fidelity or pytorch-fid have downloaded; `None` if they have not."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     return next((folder / name for name in INCEPTION_FILES if (folder / name).is_file()), None)
 
 
 def load_inception(path: Path | None) -> Extractor:
-    """Return Inception in the variant of FID. path: its weights; by default those that torch-fidelity or pytorch-fid
-    have downloaded. `ValueError` where there are none, or the file is not such weights; nothing in it is called."""
+    """Return Inception in the variant of FID. path: its weights, by default those that torch-fidelity or pytorch-fid
+    have downloaded. Raises `ValueError` if there are none, or if the file holds something else; no code in it is
+    run."""
     file = path or find_inception()
     if file is None:
         raise ValueError(
@@ -203,15 +191,15 @@ def load_inception(path: Path | None) -> Extractor:
             "github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
         )
     network = inception.InceptionV3()
-    with _told_of(file, "Inception for FID"):
+    with reading_weights(file, "Inception for FID"):
         weights = torch.load(file, map_location="cpu", weights_only=True)
-        counters = {name: each for name, each in network.state_dict().items() if name.endswith("num_batches_tracked")}
+        state = network.state_dict()
+        counters = {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
         network.load_state_dict(counters | dict(weights))
     resize = Resize("tf1", inception.SIZE)
-    frozen = network.eval().requires_grad_(False)
     return Extractor(
         name="Inception",
-        network=frozen,
+        network=network.eval().requires_grad_(False),
         resize=resize,
         digest=file_digest(file),
         standard=resize,
@@ -229,8 +217,8 @@ EXTRACTORS: dict[str, Callable[[Path | None], Extractor]] = {
 def open_extractor(
     name: str, *, rule: ResizeRule | None = None, size: int | None = None, device: torch.device | None = None
 ) -> Extractor:
-    """Return an extractor: lite0, i3d or inception, or one of these with =PATH, of its weights. rule, size: its
-    resize rule, by default its own. `ValueError` with what is missing."""
+    """Return an extractor: lite0, i3d or inception, or one of these with =PATH of its weights. rule, size: the resize
+    rule, by default the extractor's own. Raises `ValueError` if the name is unknown or its weights are missing."""
     kind, _, path = name.partition("=")
     extractor = EXTRACTORS[choose("the extractor", kind, EXTRACTORS)](Path(path) if path else None)
     resize = Resize(rule or extractor.resize.rule, size or extractor.resize.size)

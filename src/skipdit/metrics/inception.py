@@ -2,8 +2,8 @@
 github.com/toshas/torch-fidelity (`weights-inception-2015-12-05-6726825d.pth`) and github.com/mseitzer/pytorch-fid
 (`pt_inception-2015-12-05-6726825d.pth`), the same file. Names of weights are those of that file.
 
-It differs from torchvision's: average pooling does not count padding, the last block takes the maximum, and there are
-1,008 classes.
+It differs from torchvision's network: average pooling does not count padding, the last block uses max pooling, and
+there are 1,008 classes.
 """
 
 from typing import NamedTuple
@@ -14,28 +14,29 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 NUM_SPATIAL = 7  # channels of sFID: github.com/openai/guided-diffusion, evaluations/evaluator.py
-SIZE, MIN_SIZE = 299, 75  # below, nothing is left for the last block
+SIZE, MIN_SIZE = 299, 75  # a smaller picture leaves nothing for the last block
 
 
 class NetworkOutput(NamedTuple):
-    """What set metrics need of a batch."""
+    """The features of a batch that set metrics use."""
 
     pooled: Float[Tensor, "items features"]
     """pooled features"""
-    spatial: Float[Tensor, "items places"] | None = None
-    """features that keep where things are"""
+    spatial: Float[Tensor, "items positions"] | None = None
+    """features at each position"""
     logits: Float[Tensor, "items classes"] | None = None
-    """of a classifier, without bias where the network's own score leaves it out"""
+    """logits of a classifier, without bias if the network's usual score omits it"""
 
 
 class Conv(nn.Module):
-    """Convolution without bias, normalization, ReLU."""
+    """A convolution without bias, a normalization and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int], stride: int = 1) -> None:
         super().__init__()
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = (0, 0) if stride > 1 else (sides[0] // 2, sides[1] // 2)
-        self.conv = nn.Conv2d(in_channels, out_channels, sides, stride, padding, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, bias=False)
+        if stride == 1:
+            height, width = self.conv.kernel_size
+            self.conv.padding = (height // 2, width // 2)
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-3)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class Conv(nn.Module):
 
 
 def unpadded(conv: Conv) -> Conv:
-    """Return a convolution of the stem, which takes no padding."""
+    """Return a convolution without its padding, as in the stem."""
     conv.conv.padding = (0, 0)
     return conv
 
@@ -127,8 +128,8 @@ class MixedE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures (n 3 299 299) in [0, 1] to 2,048 pooled features, 7 channels of 17 x 17 places, and logits without
-    bias, as the scores of torch-fidelity and ADM take them."""
+    """Maps pictures (n 3 299 299) in [0, 1] to 2,048 pooled features, 7 channels of 17 x 17 positions, and logits
+    without bias, as the scores of torch-fidelity and ADM use them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
-"""LPIPS (Zhang et al. 2018, arXiv 1801.03924, version 0.1) on AlexNet. The weights of its five layers come with
-torchmetrics; those of AlexNet are torchvision's, in a file of yours: nothing is downloaded, nor is torchvision needed.
+"""LPIPS (Zhang et al. 2018, arXiv 1801.03924, version 0.1) on AlexNet. The weights of its five linear layers come with
+torchmetrics. Those of AlexNet are torchvision's and are read from a file of the user's: nothing is downloaded, and
+torchvision is not needed.
 """
 
 from pathlib import Path
@@ -11,16 +12,17 @@ from torch import Tensor, nn
 from skipdit.files.untrusted import check_regular, printable
 from skipdit.metrics.paired import Pictures
 from skipdit.metrics.table import Metric
+from skipdit.metrics.weights import errors_named
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
-EPSILON = 1e-8  # of torchmetrics; the official 1e-10 stands outside of the root
+EPSILON = 1e-8  # as in torchmetrics; the official 1e-10 is outside the root
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of the official ScalingLayer
 AFTER = (1, 4, 7, 9, 11)  # ReLUs of AlexNet whose outputs are compared
-MIN_SIZE = 35  # pixels that are left after all poolings
+MIN_SIZE = 35  # pixels; a smaller picture does not survive all poolings
 
 
 class AlexNet(nn.Module):
-    """The convolutions of torchvision's AlexNet: pictures in [-1, 1] to the outputs of five ReLUs."""
+    """The convolutions of torchvision's AlexNet; maps pictures in [-1, 1] to the outputs of five ReLUs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class AlexNet(nn.Module):
 
 
 class Lpips(nn.Module):
-    """Two batches of pictures in [0, 1] to one distance per picture."""
+    """Maps two batches of pictures in [0, 1] to one distance per picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,30 +58,25 @@ class Lpips(nn.Module):
         total = torch.zeros(len(pictures), device=pictures.device)
         pairs = zip(self.network(pictures * 2 - 1), self.network(reference * 2 - 1), strict=True)
         for weight, features in zip(self.layers, pairs, strict=True):
-            first, second = (each / (each.square().sum(dim=1, keepdim=True) + EPSILON).sqrt() for each in features)
+            first, second = (maps / (maps.square().sum(dim=1, keepdim=True) + EPSILON).sqrt() for maps in features)
             total += ((first - second).square() * weight).sum(dim=1).mean(dim=(1, 2))
         return total
 
 
 def load_lpips(path: Path | None, device: torch.device | None = None) -> Metric:
-    """Return LPIPS as a metric. path: the weights of AlexNet; by default those in torch's folder of downloads.
-    `ValueError` where there are none, or the file is another one."""
+    """Return LPIPS as a metric. path: the weights of AlexNet, by default those in torch's download folder. Raises
+    `ValueError` if there is no such file, or if it holds something else."""
     file = path or Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
     if path is None and not file.is_file():
         raise ValueError(f"the weights of AlexNet are not here: give --lpips PATH of torchvision's {ALEXNET_FILE}")
     check_regular(file)
     network = Lpips()
     layers = Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / "alex.pth"
-    try:
+    with errors_named(f"{printable(file)} does not hold the weights of torchvision's AlexNet"):
         weights = torch.load(file, map_location="cpu", weights_only=True)
         convolutions = {name: value for name, value in weights.items() if name.startswith("features.")}
         network.network.load_state_dict(convolutions)
         linear = torch.load(layers, map_location="cpu", weights_only=True)
         network.layers.load_state_dict({str(index): linear[f"lin{index}.model.1.weight"] for index in range(5)})
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # torch, zipfile and pickle raise of every kind
-        reason = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
-        raise ValueError(f"{printable(file)} is not the weights of torchvision's AlexNet: {reason}") from error
     network.to(device or "cpu").eval().requires_grad_(False)
     return Metric("lpips", "LPIPS", network, digits=4, min_size=MIN_SIZE)

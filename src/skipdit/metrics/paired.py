@@ -1,4 +1,4 @@
-"""Distances between two pictures of the same thing, as pure functions of (b c h w) tensors in [0, 1]."""
+"""Distances between pictures and their references, as pure functions of (b c h w) tensors in [0, 1]."""
 
 import math
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 Pictures = Float[Tensor, "batch channels height width"]
-SSIM_WINDOW = 11  # pixels a side (Wang et al. 2004)
+SSIM_WINDOW = 11  # pixels per side (Wang et al. 2004)
 
 
 def psnr_db(pictures: Pictures, reference: Pictures) -> Float[Tensor, " batch"]:
-    """Return the peak signal-to-noise ratio of each picture in dB; infinite where the two are equal."""
+    """Return the peak signal-to-noise ratio of each picture in dB; infinite if the two are equal."""
     return peak_signal_noise_ratio(pictures, reference, data_range=1.0, dim=(1, 2, 3), reduction="none")
 
 
 def ssim(pictures: Pictures, reference: Pictures) -> Float[Tensor, " batch"]:
-    """Return the structural similarity of each picture where the Gaussian window (sigma 1.5) lies inside (Wang et al.
-    2004); `ValueError` on pictures smaller than the window."""
+    """Return the structural similarity of each picture, over positions at which the Gaussian window (sigma 1.5) lies
+    inside it (Wang et al. 2004). Raises `ValueError` if pictures are smaller than the window."""
     check_ssim_size(*pictures.shape[-2:])
     _, similarity = structural_similarity_index_measure(
         pictures, reference, data_range=1.0, reduction="none", return_full_image=True
@@ -27,27 +27,28 @@ def ssim(pictures: Pictures, reference: Pictures) -> Float[Tensor, " batch"]:
 
 
 def check_ssim_size(*sides: int) -> None:
-    """Raise `ValueError` where a picture is too small for SSIM: before anything is sampled."""
+    """Raise `ValueError` if a picture is too small for SSIM, before anything is sampled. sides: in pixels."""
     if min(sides) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs pictures of at least {SSIM_WINDOW} pixels, got {' x '.join(map(str, sides))}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairedScore:
-    """Mean and standard deviation of a distance over those of `num` pictures where it is finite."""
+    """Mean and standard deviation of a distance, over the pictures for which it is finite."""
 
     mean: float
-    """infinite if all pictures are equal and the distance is PSNR; NaN if any is broken"""
+    """infinite if the distance is PSNR and all pictures are equal; NaN if any picture is broken"""
     std: float
     num: int
+    """number of all pictures"""
     num_equal: int = 0
-    """pictures that are equal to the bit, whose PSNR is infinite"""
+    """number of pictures that are bit-equal, whose PSNR is infinite"""
     num_broken: int = 0
-    """pictures with NaN or infinite pixels"""
+    """number of pictures with NaN or infinite pixels"""
 
     @classmethod
     def of(cls, values: Float[Tensor, " batch"]) -> "PairedScore":
-        """Of each picture's PSNR, SSIM or other distance."""
+        """Return the score of these values of PSNR, SSIM or another distance."""
         finite, num_equal = values[values.isfinite()].double(), int((values == math.inf).sum())
         num_broken = len(values) - len(finite) - num_equal
         if num_broken or not len(finite):
@@ -62,11 +63,11 @@ class PairedScore:
 
     @property
     def rank(self) -> float:
-        """What to compare by: a score with broken pictures is below every other."""
+        """Return the value to compare scores by: one with broken pictures is below every other."""
         return -math.inf if self.num_broken else self.mean
 
     def text(self, digits: int = 2) -> str:
-        """As every table shows it."""
+        """Return the score as tables show it."""
         if self.num_broken:
             return f"not finite ({self.num_broken} of {self.num})"
         if self.num_equal == self.num:

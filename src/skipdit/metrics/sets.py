@@ -1,5 +1,5 @@
 """Distances between two sets of pictures or clips, as pure functions of the features of a network: in float64, and in
-blocks of rows, so that a set of 50,000 needs no matrix of its square.
+blocks of rows, so that a set of 50,000 items needs no 50,000 x 50,000 matrix.
 """
 
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Gaussian:
 
     mean: Float[Tensor, " features"]
     covariance: Float[Tensor, "features features"]
-    """with n - 1 in the denominator, as numpy.cov"""
+    """with n - 1 in the denominator, as in numpy.cov"""
     num: int
-    """how many they were measured on"""
+    """number of items measured"""
 
 
 class Moments:
-    """Sums of features and of their products in float64, which grow batch by batch."""
+    """Running sums of features and of their products, in float64."""
 
     def __init__(self, num_features: int) -> None:
         self.num = 0
@@ -39,7 +39,7 @@ class Moments:
         self.products = torch.zeros(num_features, num_features, dtype=torch.float64)
 
     def add(self, features: Features) -> None:
-        """Count a batch."""
+        """Add a batch."""
         values = features.double()
         self.num += len(values)
         self.total += values.sum(dim=0)
@@ -53,7 +53,7 @@ class Moments:
         return both
 
     def gaussian(self) -> Gaussian:
-        """Return mean and covariance; `ValueError` below two items."""
+        """Return the mean and the covariance. Raises `ValueError` if there are fewer than two items."""
         if self.num < 2:
             raise ValueError(f"a covariance needs at least 2 items, got {self.num}")
         mean = self.total / self.num
@@ -63,12 +63,12 @@ class Moments:
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Return the squared Fréchet distance of two Gaussians (Heusel et al. 2017, arXiv 1706.08500, equation 6).
 
-    The trace of the root of the product of two covariances is that of a symmetric matrix with the same eigenvalues, so
-    that nothing complex appears and a singular covariance needs no offset. `ValueError` where the two are of different
-    numbers of features.
+    The trace of the root of the product of the covariances is computed from a symmetric matrix with the same
+    eigenvalues, so no complex numbers appear and a singular covariance needs no offset. Raises `ValueError` if the two
+    have different numbers of features.
     """
     if first.mean.shape != second.mean.shape:
-        sizes = " and ".join(" x ".join(map(str, each.mean.shape)) for each in (first, second))
+        sizes = " and ".join(" x ".join(map(str, gaussian.mean.shape)) for gaussian in (first, second))
         raise ValueError(f"means and covariances are of different networks: they have {sizes} features")
     values, vectors = _eigenvectors(first.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
@@ -79,8 +79,8 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 
 
 def _eigenvectors(matrix: Float[Tensor, "size size"]) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues and eigenvectors of a symmetric matrix; on a CPU by numpy, because MKL's divide and
-    conquer, which torch calls, gives up where most features are constant."""
+    """Return the eigenvalues and eigenvectors of a symmetric matrix; on a CPU by numpy, as MKL's divide and conquer,
+    which torch calls, fails if most features are constant."""
     values, vectors = (
         torch.linalg.eigh(matrix) if matrix.is_cuda else map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
     )
@@ -93,50 +93,51 @@ def _eigenvalues(matrix: Float[Tensor, "size size"]) -> Tensor:
 
 def kernel_distance(first: Samples, second: Reference) -> float:
     """Return the unbiased estimate of the squared maximum mean discrepancy under the kernel (x·y / d + 1)³
-    (arXiv 1801.01401, equation 4). It may be slightly below 0. `ValueError` below two items."""
+    (arXiv 1801.01401, equation 4), which may be slightly below 0. Raises `ValueError` if a set has fewer than two
+    items."""
     if min(len(first), len(second)) < 2:
         raise ValueError(f"a kernel distance needs at least 2 items of each, got {len(first)} and {len(second)}")
 
     def total(one: Tensor, other: Tensor, *, is_same: bool) -> float:
-        kept = 0.0
+        result = 0.0
         for start in range(0, len(one), BLOCK_ROWS):
             kernel = (one[start : start + BLOCK_ROWS] @ other.mT / one.shape[1] + 1) ** KERNEL_DEGREE
-            kept += (kernel.sum() - (kernel.diagonal(start).sum() if is_same else 0)).item()
-        return kept
+            result += (kernel.sum() - (kernel.diagonal(start).sum() if is_same else 0)).item()
+        return result
 
     one, other = first.double(), second.double()
-    own = [total(each, each, is_same=True) / (len(each) * (len(each) - 1)) for each in (one, other)]
-    return sum(own) - 2 * total(one, other, is_same=False) / (len(one) * len(other))
+    within = [total(rows, rows, is_same=True) / (len(rows) * (len(rows) - 1)) for rows in (one, other)]
+    return sum(within) - 2 * total(one, other, is_same=False) / (len(one) * len(other))
 
 
 def kernel_distances(
     first: Samples, second: Reference, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Float[Tensor, " subsets"]:
-    """Return the kernel distances of random subsets, each without repetition: their mean and spread are what papers
-    report as KID. `ValueError` where a set is smaller than a subset."""
+    """Return the kernel distances of random subsets, drawn without replacement; papers report their mean and standard
+    deviation as KID. Raises `ValueError` if a set is smaller than a subset."""
     if min(len(first), len(second)) < subset_size:
         raise ValueError(f"subsets of {subset_size} need as many items, got {len(first)} and {len(second)}")
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(num_subsets):
-        drawn = [each[torch.randperm(len(each), generator=generator)[:subset_size]] for each in (first, second)]
-        values.append(kernel_distance(drawn[0], drawn[1]))
+        subsets = (rows[torch.randperm(len(rows), generator=generator)[:subset_size]] for rows in (first, second))
+        values.append(kernel_distance(*subsets))
     return torch.tensor(values, dtype=torch.float64)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How sure a classifier is, and of how many classes
+# The inception score
 
 
 class ScoreSums:
-    """What the inception score of one part of a set needs, batch by batch."""
+    """Running sums for the inception score of one part of a set."""
 
     def __init__(self, num_classes: int) -> None:
         self.num, self.log_total = 0, 0.0
         self.total = torch.zeros(num_classes, dtype=torch.float64)
 
     def add(self, logits: Float[Tensor, "items classes"]) -> None:
-        """Count a batch."""
+        """Add a batch."""
         log_probabilities = logits.double().log_softmax(dim=1)
         probabilities = log_probabilities.exp()
         self.num += len(logits)
@@ -144,46 +145,48 @@ class ScoreSums:
         self.log_total += (probabilities * log_probabilities).sum().item()
 
     def score(self) -> float:
-        """Return exp of the mean divergence of the items' classes from those of all (arXiv 1606.03498, section 4)."""
+        """Return the exponential of the mean divergence between the class distribution of an item and that of all
+        items (arXiv 1606.03498, section 4)."""
         marginal = self.total / self.num
         return torch.tensor(self.log_total / self.num - (marginal * marginal.log()).nansum().item()).exp().item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fidelity and diversity apart
+# Fidelity and diversity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """Of which part of one set the other holds neighbors."""
+    """Metrics of the nearest neighbors of two sets."""
 
     precision: float
-    """share of samples within the reach of a reference's nearest neighbors"""
+    """share of samples within the neighborhood of a reference item"""
     recall: float
-    """share of references within the reach of a sample's nearest neighbors"""
+    """share of reference items within the neighborhood of a sample"""
     density: float
-    """how many references a sample is a neighbor of, over how many each has; above 1 where samples crowd"""
+    """mean number of neighborhoods of reference items that a sample lies in, divided by the number of neighbors; above
+    1 if samples are crowded"""
     coverage: float
-    """share of references that have a sample among their nearest neighbors"""
+    """share of reference items with a sample in their neighborhood"""
 
 
 def neighbour_metrics(samples: Samples, reference: Reference) -> Coverage:
     """Return precision and recall (k = 3; arXiv 1904.06991, equation 1), density and coverage (k = 5; arXiv
-    2002.09797, equations 3 and 4). `ValueError` on at most five items."""
-    least = DENSITY_NEIGHBOURS + 1
-    if min(len(samples), len(reference)) < least:
-        raise ValueError(f"neighbors need at least {least} items of each, got {len(samples)} and {len(reference)}")
+    2002.09797, equations 3 and 4). Raises `ValueError` if a set has fewer than six items."""
+    min_items = DENSITY_NEIGHBOURS + 1
+    if min(len(samples), len(reference)) < min_items:
+        raise ValueError(f"neighbors need at least {min_items} items of each, got {len(samples)} and {len(reference)}")
     made, real = samples.double(), reference.double()
-    reach_made, reach_real = (_reaches(each) for each in (made, real))
-    is_precise, num_within = (made.new_zeros(len(made), dtype=kind) for kind in (torch.bool, torch.int64))
+    made_radii, real_radii = _radii(made), _radii(real)
+    is_precise, num_within = (made.new_zeros(len(made), dtype=dtype) for dtype in (torch.bool, torch.int64))
     is_recalled, nearest = [], []
     for start in range(0, len(real), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         distances = _squared_distances(real[rows], made)
-        is_precise |= (distances <= reach_real[0][rows, None]).any(dim=0)
-        num_within += (distances <= reach_real[1][rows, None]).sum(dim=0)
-        is_recalled.append((distances <= reach_made[0]).any(dim=1))
-        nearest.append(distances.amin(dim=1) <= reach_real[1][rows])
+        is_precise |= (distances <= real_radii[0][rows, None]).any(dim=0)
+        num_within += (distances <= real_radii[1][rows, None]).sum(dim=0)
+        is_recalled.append((distances <= made_radii[0]).any(dim=1))
+        nearest.append(distances.amin(dim=1) <= real_radii[1][rows])
     return Coverage(
         precision=is_precise.double().mean().item(),
         recall=torch.cat(is_recalled).double().mean().item(),
@@ -197,12 +200,12 @@ def _squared_distances(rows: Tensor, columns: Tensor) -> Tensor:
     return (squares - 2 * rows @ columns.mT).clamp_(min=0)
 
 
-def _reaches(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each item's squared distance to its third and to its fifth neighbor, itself not counted."""
-    found = []
+def _radii(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each item's squared distance to its third and to its fifth nearest neighbor, not counting itself."""
+    blocks = []
     for start in range(0, len(features), BLOCK_ROWS):
         distances = _squared_distances(features[start : start + BLOCK_ROWS], features)
         distances.diagonal(start).zero_()
-        found.append(distances.topk(DENSITY_NEIGHBOURS + 1, dim=1, largest=False).values)
-    nearest = torch.cat(found)
+        blocks.append(distances.topk(DENSITY_NEIGHBOURS + 1, dim=1, largest=False).values)
+    nearest = torch.cat(blocks)
     return nearest[:, MANIFOLD_NEIGHBOURS], nearest[:, DENSITY_NEIGHBOURS]

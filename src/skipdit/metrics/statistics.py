@@ -1,4 +1,4 @@
-"""What is known of a set: moments, some features, scores; gathered batch by batch, and saved as safetensors."""
+"""Statistics of a set: moments, some features and scores, collected batch by batch and saved as safetensors."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from safetensors import safe_open
@@ -14,20 +14,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from skipdit.files.untrusted import as_type, check_regular, parse_json, printable
+from skipdit.interfaces import Fields
 from skipdit.metrics.inception import NetworkOutput
 from skipdit.metrics.sets import SCORE_SPLITS, Gaussian, Moments, ScoreSums
 
-KIND = "skipdit statistics 1"  # of the file
-MAX_FEATURES = 10_000  # of a set, that are kept for distances between items
+KIND = "skipdit statistics 1"  # marks the file
+MAX_FEATURES = 10_000  # items of a set whose features are kept for distances between items
 MAX_STORED_BYTES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """A set, as the metrics see it; `None` is what was not measured."""
+    """The statistics of a set; `None` for those that were not measured."""
 
     num: int
-    """items"""
+    """number of items"""
     pooled: Gaussian | None = None
     spatial: Gaussian | None = None
     features: Tensor | None = None
@@ -35,21 +36,22 @@ class Statistics:
     scores: tuple[float, ...] = ()
     """inception scores of ten parts"""
     halves: tuple["Statistics", "Statistics"] | None = None
-    """the same of two random halves, for what two sets of real items differ by"""
+    """statistics of two random halves, which show how much two sets of real items differ"""
     floors: Mapping[str, float] = field(default_factory=dict)
-    """what the halves gave, by metric, where only that was saved"""
+    """metrics of the two halves, by name, if only those were saved"""
     floor_num: int | None = None
-    """items of a half"""
+    """number of items in a half"""
     digest: str = ""
-    """SHA-256 of the items, in whatever order and file they are"""
+    """SHA-256 of the items, independent of their order and file format"""
     identity: Mapping[str, str] = field(default_factory=dict)
     """extractor, weights and resize rule"""
     source: str = ""
-    """where they came from"""
+    """path or name of the set"""
 
 
 class Collector:
-    """Gathers the statistics of a set of `num` items batch by batch, in order: the first half of them is one half."""
+    """Collects the statistics of a set of `num` items, batch by batch in order: first all of one half, then the
+    other."""
 
     def __init__(self, num: int) -> None:
         self.num, self.seen = num, 0
@@ -59,7 +61,7 @@ class Collector:
         self.scores: list[ScoreSums] = []
 
     def add(self, batch: NetworkOutput, half: int) -> None:
-        """Count a batch of one half."""
+        """Add a batch of one half."""
         if not self.pooled:
             self.pooled = [Moments(batch.pooled.shape[1]) for _ in range(2)]
             self.spatial = [Moments(batch.spatial.shape[1]) for _ in range(2)] if batch.spatial is not None else []
@@ -79,13 +81,14 @@ class Collector:
             self.scores[part].add(batch.logits[index : index + 1])
         self.seen += len(batch.pooled)
 
-    def statistics(self, **about: Any) -> Statistics:
-        """Return what was gathered. about: further fields."""
-        kept = [torch.cat(each) if each else torch.empty(0, self.pooled[0].total.numel()) for each in self.features]
+    def statistics(
+        self, *, digest: str = "", identity: Mapping[str, str] | None = None, source: str = ""
+    ) -> Statistics:
+        """Return the statistics. digest, identity, source: further fields of them."""
+        num_first = sum(map(len, self.features[0]))
+        features = torch.cat([torch.empty(0, self.pooled[0].total.numel()), *self.features[0], *self.features[1]])
         self.features = [[], []]
-        features = torch.cat(kept)
-        first = len(kept[0])
-        parts = (features[:first], features[first:])
+        parts = (features[:num_first], features[num_first:])
         halves = [
             Statistics(
                 num=self.pooled[half].num,
@@ -100,15 +103,17 @@ class Collector:
             pooled=_gaussian(self.pooled[0].joined(self.pooled[1])),
             spatial=_gaussian(self.spatial[0].joined(self.spatial[1])) if self.spatial else None,
             features=features,
-            scores=tuple(each.score() for each in self.scores),
-            halves=(halves[0], halves[1]) if min(each.num for each in halves) > 1 else None,
+            scores=tuple(sums.score() for sums in self.scores),
+            halves=(halves[0], halves[1]) if min(half.num for half in halves) > 1 else None,
             floor_num=halves[1].num,
-            **about,
+            digest=digest,
+            identity=identity or {},
+            source=source,
         )
 
 
 def check_finite(features: Tensor) -> None:
-    """Raise `ValueError` where a network gives NaN or infinity: one of them would spoil every figure."""
+    """Raise `ValueError` if features are NaN or infinite, as a single one would spoil every metric."""
     if not features.isfinite().all():
         raise ValueError("the extractor's features are not finite")
 
@@ -122,7 +127,7 @@ def _gaussian(moments: Moments) -> Gaussian | None:
 
 
 class Stored(TypedDict):
-    """The metadata of a file."""
+    """The metadata of a file, see `Statistics`."""
 
     num: int
     floor_num: int | None
@@ -136,15 +141,15 @@ class Stored(TypedDict):
 
 
 def save_statistics(path: Path, statistics: Statistics, floors: Mapping[str, float]) -> None:
-    """Write a set's statistics as safetensors: mean and covariance in float64, the kept features, and in the metadata
-    the SHA-256 of the data, the extractor, the resize rule, n and the floors."""
+    """Write the statistics of a set as safetensors: mean and covariance in float64, the kept features, and everything
+    else as metadata."""
     assert statistics.pooled is not None
     tensors = {"pooled.mean": statistics.pooled.mean, "pooled.covariance": statistics.pooled.covariance}
     if statistics.spatial is not None:
         tensors |= {"spatial.mean": statistics.spatial.mean, "spatial.covariance": statistics.spatial.covariance}
     if statistics.features is not None:
         tensors["features"] = statistics.features
-    told = Stored(
+    metadata = Stored(
         num=statistics.num,
         floor_num=statistics.floor_num,
         digest=statistics.digest,
@@ -156,11 +161,11 @@ def save_statistics(path: Path, statistics: Statistics, floors: Mapping[str, flo
         pooled_num=statistics.pooled.num,
     )
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"kind": KIND, "about": json.dumps(told)})
+    save_file(contiguous, path, metadata={"kind": KIND, "about": json.dumps(metadata)})
 
 
 def check_may_be_replaced(path: Path) -> None:
-    """Raise `FileExistsError` where statistics would be written over a file that is anything else."""
+    """Raise `FileExistsError` if a path exists and does not hold statistics, which may be replaced."""
     if path.is_file():
         try:
             with safe_open(path, framework="pt") as file:
@@ -170,11 +175,12 @@ def check_may_be_replaced(path: Path) -> None:
         if kind == KIND:
             return
     if os.path.lexists(path):
-        raise FileExistsError(f"{printable(path)} is there, and holds no statistics of a set: choose another name")
+        raise FileExistsError(f"{printable(path)} exists and holds no statistics of a set: choose another name")
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Return what `save_statistics` wrote. `OSError` if it cannot be read, `ValueError` if it is anything else."""
+    """Return the statistics that `save_statistics` wrote. Raises `OSError` if the file cannot be read, and `ValueError`
+    if it holds anything else."""
     name = printable(path)
     check_regular(path)
     if path.stat().st_size > MAX_STORED_BYTES:
@@ -189,7 +195,7 @@ def load_statistics(path: Path) -> Statistics:
         raise ValueError(f"cannot read {name}: {printable(error)}") from error
     if metadata.get("kind") != KIND:
         raise ValueError(f"{name} holds no statistics of a set: they are written by --save-reference")
-    about = as_type(parse_json(metadata.get("about", ""), dict[str, Any], name), Stored, name)
+    about = as_type(parse_json(metadata.get("about", "").encode(), Fields, name), Stored, name)
     pooled = _stored_gaussian(tensors, "pooled", about["pooled_num"], name)
     if pooled is None:
         raise ValueError(f"{name} has no pooled features")

@@ -1,4 +1,4 @@
-"""Which metrics every report shows: a distance between two pictures is one entry of `METRICS`, one between two sets one
+"""The metrics of all reports: a distance between two pictures is an entry of `METRICS`, a distance between two sets an
 entry of `SET_METRICS`."""
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,20 +23,20 @@ from skipdit.metrics.statistics import Statistics
 
 @dataclass(frozen=True)
 class Metric:
-    """A distance between two pictures of the same thing."""
+    """A distance between a picture and its reference."""
 
     name: str
     """key in JSON"""
     title: str
     """column of a table"""
     function: Callable[[Pictures, Pictures], Tensor]
-    """of pictures and their reference (b c h w) in [0, 1]; one number per picture"""
+    """returns one number per picture, given pictures and their references (b c h w) in [0, 1]"""
     digits: int = 2
-    """after the point"""
+    """digits after the decimal point"""
     min_size: int = 1
     """smallest side of a picture in pixels"""
     check: Callable[[], object] | None = None
-    """raises `ValueError` where an optional package is missing; `None` for a metric that needs none"""
+    """raises `ValueError` if an optional package is missing; `None` for a metric that needs none"""
 
 
 def lpips_like(pictures: Pictures, reference: Pictures) -> Tensor:
@@ -56,27 +56,28 @@ Scores = Mapping[str, PairedScore]
 
 
 def compare_pictures(pictures: Pictures, reference: Pictures, metrics: Sequence[Metric] = ALWAYS) -> dict[str, Tensor]:
-    """Return one number per picture (b c h w), by the name of each metric that pictures of this size have."""
+    """Return one number per picture (b c h w), by the name of each metric that is defined for pictures of this size."""
     size = min(pictures.shape[-2:])
-    return {each.name: each.function(pictures, reference) for each in metrics if size >= each.min_size}
+    return {metric.name: metric.function(pictures, reference) for metric in metrics if size >= metric.min_size}
 
 
-def score_pictures(
-    pictures: Pictures, reference: Pictures, metrics: Sequence[Metric] = ALWAYS
-) -> dict[str, PairedScore]:
-    """Return the mean and the standard deviation over pictures (b c h w), by the name of each metric."""
-    return {name: PairedScore.of(each) for name, each in compare_pictures(pictures, reference, metrics).items()}
+def score_pictures(pictures: Pictures, reference: Pictures) -> dict[str, PairedScore]:
+    """Return the mean and the standard deviation over pictures (b c h w), by the name of each metric that needs no
+    optional package."""
+    return {name: PairedScore.of(values) for name, values in compare_pictures(pictures, reference).items()}
 
 
 def join_values(batches: Sequence[Values]) -> dict[str, PairedScore]:
-    """Return the scores of all pictures of several batches, each as `compare_pictures` returns it."""
+    """Return the scores over all pictures of several batches, each as returned by `compare_pictures`."""
     names = batches[0] if batches else ()
-    return {name: PairedScore.of(torch.cat([each[name] for each in batches])) for name in names}
+    return {name: PairedScore.of(torch.cat([batch[name] for batch in batches])) for name in names}
 
 
 def score_cells(scores: Scores, metrics: Sequence[Metric] = METRICS) -> dict[str, object]:
-    """Return the cells of a table's row, by title; those of a metric that was not measured are empty."""
-    return {each.title: scores[each.name].text(each.digits) if each.name in scores else "" for each in metrics}
+    """Return the cells of a row, by title; a metric that was not measured has an empty cell."""
+    return {
+        metric.title: scores[metric.name].text(metric.digits) if metric.name in scores else "" for metric in metrics
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,11 +86,11 @@ def score_cells(scores: Scores, metrics: Sequence[Metric] = METRICS) -> dict[str
 
 @dataclass(frozen=True)
 class Figure:
-    """What a metric says of two sets."""
+    """The value of a metric of two sets."""
 
     value: float
     spread: float | None = None
-    """standard deviation over subsets or parts, where there are some"""
+    """standard deviation over subsets or parts, if there are any"""
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,18 @@ class SetMetric:
     name: str
     """key in JSON"""
     title: str
-    """what it is called, of an extractor whose figures have no name of their own"""
+    """name with an extractor for which papers have no name"""
     names: Mapping[str, str]
-    """what papers call it, by extractor"""
+    """names used in papers, by extractor"""
     function: Callable[[Statistics, Statistics], Figure | None]
-    """of the samples and the reference; `None` where a set lacks what it needs"""
+    """takes the samples and the reference; returns `None` if a set lacks the statistics that it needs"""
     better: str
     """lower or higher"""
     digits: int = 3
-    """after the point"""
+    """digits after the decimal point"""
 
     def called(self, extractor: str, *, is_standard: bool) -> str:
-        """Return the metric's name for figures of this extractor."""
+        """Return the name of the metric with this extractor."""
         return self.names[extractor] if is_standard and extractor in self.names else f"{self.title}-{extractor}"
 
 
@@ -126,27 +127,28 @@ def _spatial(samples: Statistics, reference: Statistics) -> Figure | None:
     return Figure(frechet_distance(samples.spatial, reference.spatial))
 
 
-def _have_features(samples: Statistics, reference: Statistics, least: int) -> bool:
-    kept = [0 if each.features is None else len(each.features) for each in (samples, reference)]
-    return min(kept) >= least
+def _of_features(
+    function: Callable[[Tensor, Tensor], Figure], min_items: int = 2
+) -> Callable[[Statistics, Statistics], Figure | None]:
+    """Return a metric of the features of items, which both sets must have kept at least `min_items` of."""
+
+    def metric(samples: Statistics, reference: Statistics) -> Figure | None:
+        first, second = samples.features, reference.features
+        if first is None or second is None or min(len(first), len(second)) < min_items:
+            return None
+        return function(first, second)
+
+    return metric
 
 
-def _kernel(samples: Statistics, reference: Statistics) -> Figure | None:
-    if not _have_features(samples, reference, 2):
-        return None
-    assert samples.features is not None
-    assert reference.features is not None
-    size = max(2, min(1000, min(len(samples.features), len(reference.features)) // 2))
-    distances = kernel_distances(samples.features, reference.features, subset_size=size)
+def _kernel(samples: Tensor, reference: Tensor) -> Figure:
+    size = max(2, min(1000, min(len(samples), len(reference)) // 2))
+    distances = kernel_distances(samples, reference, subset_size=size)
     return Figure(distances.mean().item(), distances.std(correction=0).item())
 
 
-def _kernel_full(samples: Statistics, reference: Statistics) -> Figure | None:
-    if not _have_features(samples, reference, 2):
-        return None
-    assert samples.features is not None
-    assert reference.features is not None
-    return Figure(kernel_distance(samples.features, reference.features))
+def _kernel_full(samples: Tensor, reference: Tensor) -> Figure:
+    return Figure(kernel_distance(samples, reference))
 
 
 def _score(samples: Statistics, reference: Statistics) -> Figure | None:
@@ -157,26 +159,24 @@ def _score(samples: Statistics, reference: Statistics) -> Figure | None:
 
 
 def _neighbours(name: str) -> Callable[[Statistics, Statistics], Figure | None]:
-    def figure(samples: Statistics, reference: Statistics) -> Figure | None:
-        if not _have_features(samples, reference, DENSITY_NEIGHBOURS + 1):
-            return None
-        assert samples.features is not None
-        assert reference.features is not None
-        return Figure(getattr(_neighbours_of(samples.features, reference.features), name))
-
-    return figure
+    """Return the metric that is this field of `Coverage`."""
+    return _of_features(
+        lambda samples, reference: Figure(getattr(_neighbours_of(samples, reference), name)), DENSITY_NEIGHBOURS + 1
+    )
 
 
 @lru_cache(maxsize=2)
 def _neighbours_of(samples: Tensor, reference: Tensor) -> Coverage:
-    """One search for all four, of the two sets and of the halves in turn; tensors are told apart by identity."""
+    """Search once for all four metrics, for the two sets and for the halves in turn; tensors are compared by
+    identity."""
     return neighbour_metrics(samples, reference)
 
 
+KID_FULL = {"Inception": "KID-full", "I3D": "KVD-full"}
 SET_METRICS = (
     SetMetric("fd", "FD", {"Inception": "FID", "I3D": "FVD"}, _frechet, "lower"),
-    SetMetric("kd", "KD", {"Inception": "KID", "I3D": "KVD"}, _kernel, "lower", digits=5),
-    SetMetric("kd_full", "KD-full", {"Inception": "KID-full", "I3D": "KVD-full"}, _kernel_full, "lower", digits=5),
+    SetMetric("kd", "KD", {"Inception": "KID", "I3D": "KVD"}, _of_features(_kernel), "lower", digits=5),
+    SetMetric("kd_full", "KD-full", KID_FULL, _of_features(_kernel_full), "lower", digits=5),
     SetMetric("sfd", "sFD", {"Inception": "sFID"}, _spatial, "lower"),
     SetMetric("is", "IS", {"Inception": "IS"}, _score, "higher"),
     *(

@@ -19,7 +19,7 @@ class UnitBranch(SwapMixin, nn.Module):
     _branch: tuple[str, int, str]  # kind, unit, name
     _open: OpenCall
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         state = self._open.state
         if state is None or not state.plan.has_branches:
             return super().forward(*args, **kwargs)
@@ -39,24 +39,25 @@ def open_branches(model: LongSkipModel) -> None:
     Raises `ValueError` if the forward of a branch is hooked: set up offloading afterwards.
     """
     branches = model.branches()
-    refuse_hooked(branch.module for branch in branches if not isinstance(branch.module, UnitBranch))
+    modules = dict.fromkeys(branch.module for branch in branches)
+    closed = [module for module in modules if not isinstance(module, UnitBranch)]
+    refuse_hooked(closed)
     model.open_call = model.open_call or OpenCall(for_branches=True)
+    for module in closed:
+        swap(module, _branch_class(type(module)))
     for branch in branches:
-        module = cast(Any, branch.module)
-        if not isinstance(module, UnitBranch):
-            swap(module, _branch_class(type(module)))
+        module = cast(UnitBranch, branch.module)
         module._branch, module._open = (branch.kind, branch.unit, branch.name), model.open_call
 
 
 def close_branches(model: LongSkipModel) -> None:
     """Undo `open_branches`. A branch that has since been hooked or given another class (`fully_shard`) stays open,
     which does not change its output."""
-    still_open = False
     for branch in model.branches():
-        module = cast(Any, branch.module)
+        module = branch.module
         if type(module).__bases__[0] is UnitBranch and hooked([module]) is None:
             swap(module, type(module).__bases__[1])
             del module._branch, module._open
-        still_open |= isinstance(module, UnitBranch)
+    still_open = any(isinstance(branch.module, UnitBranch) for branch in model.branches())
     if model.open_call is not None and model.open_call.for_branches and not still_open:
         del model.open_call

@@ -1,6 +1,6 @@
 """Checks that a declared family fits its class by running plain, storing and reusing steps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -34,14 +34,14 @@ class FamilyCheck:
         return f"{self.num_units} units; branches: {kinds}" + ("; writes in place" if self.writes_in_place else "")
 
 
-def check_family(model: nn.Module, example_inputs: Mapping[str, Any]) -> FamilyCheck:
+def check_family(model: nn.Module, example_inputs: Fields) -> FamilyCheck:
     """Check that a transformer's family fits, by running plain, storing and reusing steps.
 
     example_inputs: the arguments that a pipeline passes to the model's forward, by name. The model is unchanged
     afterwards. Raises `ValueError` with one line on what does not fit.
     """
     name, family = type(model).__name__, get_family(type(model))
-    if isinstance(model, LongSkipModel):
+    if LongSkipModel.find(model) is not None:
         raise ValueError(f"this {name} is already open: pass a plain model, before add_long_skips and enable_cache")
     _check_arguments(name, family, example_inputs)
     was_training = model.training
@@ -53,7 +53,7 @@ def check_family(model: nn.Module, example_inputs: Mapping[str, Any]) -> FamilyC
         model.train(was_training)
 
 
-def _check_arguments(name: str, family: Family, inputs: Mapping[str, Any]) -> None:
+def _check_arguments(name: str, family: Family, inputs: Fields) -> None:
     for role in ("latents", "timestep"):
         if (argument := getattr(family, role)) not in inputs:
             raise ValueError(f"the family's {role} is {argument!r}, but the inputs of {name} are {', '.join(inputs)}")
@@ -105,9 +105,10 @@ def _check(model: nn.Module, name: str, inputs: Fields) -> FamilyCheck:
 
 def first_tensor(output: Any) -> Tensor:
     """Return the first tensor of a model's output, which is the prediction."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+    match output:
+        case Tensor():
+            return output
+    return first_tensor(output[0])
 
 
 def _check_reuse(model: LongSkipModel, name: str, inputs: Fields, expected: Tensor, region: Region, fault: str) -> None:
@@ -130,8 +131,8 @@ def _counted(model: LongSkipModel) -> Iterator[list[int]]:
     """Count how often the first block of each unit runs inside the `with` block."""
     counts = [0] * len(model.unit_entries())
 
-    def count(unit: int) -> Any:
-        def hook(*_: Any) -> None:
+    def count(unit: int) -> Callable[..., None]:
+        def hook(*_: object) -> None:
             counts[unit] += 1
 
         return hook

@@ -26,8 +26,8 @@ def swap(module: nn.Module, new_class: type) -> None:
         attributes["_old_forward"] = MethodType(new_class.forward, module)
 
 
-def _is_own_method(module: nn.Module, value: Any) -> bool:
-    return isinstance(value, MethodType) and value.__self__ is module
+def _is_own_method(module: nn.Module, value: object) -> bool:
+    return getattr(value, "__self__", None) is module
 
 
 def refuse_hooked(modules: Iterable[nn.Module]) -> None:
@@ -67,7 +67,10 @@ def _recipe(cls: type) -> Any:
 
 
 def _class_of(recipe: Any) -> type:
-    return recipe[0](_class_of(recipe[1])) if isinstance(recipe, tuple) else recipe
+    match recipe:
+        case (make, base):
+            return make(_class_of(base))
+    return recipe
 
 
 def _remake(recipe: Any, *rest: Any) -> Any:

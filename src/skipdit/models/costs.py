@@ -4,7 +4,7 @@ layers outside the blocks.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from skipdit.models.forward_plan import Region
 from skipdit.models.long_skip import LongSkipModel
+from skipdit.models.modules import modules_of
+
+Output = TypeVar("Output")
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,10 @@ class Costs:
         return max(1.0 - saved, 0.0)
 
     @classmethod
-    def _from(cls, model: nn.Module, total: float, cost_of: Callable[[nn.Module], float]) -> "Costs":
-        open_model = cast(LongSkipModel, model)
-        units = tuple(sum(map(cost_of, blocks)) / total for blocks in open_model.units())
+    def _from(cls, model: LongSkipModel, total: float, cost_of: Callable[[nn.Module], float]) -> "Costs":
+        units = tuple(sum(map(cost_of, blocks)) / total for blocks in model.units())
         branches: dict[tuple[str, int], float] = {}
-        for branch in open_model.branches():
+        for branch in model.branches():
             key = branch.kind, branch.unit
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / total
         return cls(units, branches)
@@ -62,20 +65,20 @@ class Costs:
         def cost_of(module: nn.Module) -> float:
             return float(sum(weight.numel() for weight in module.parameters()))
 
-        if not isinstance(model, LongSkipModel):
+        linked = LongSkipModel.find(model)
+        if linked is None:
             return cls((), {})
-        open_model = cast(LongSkipModel, model)
-        units = open_model.units()
+        units = linked.units()
         branches: dict[tuple[str, int], float] = {}
-        for branch in open_model.branches():
+        for branch in linked.branches():
             key, whole = (branch.kind, branch.unit), sum(map(cost_of, units[branch.unit])) or 1.0
             branches[key] = branches.get(key, 0.0) + cost_of(branch.module) / whole / len(units)
         return cls((1 / len(units),) * len(units), branches)
 
     @classmethod
-    def by_weights(cls, model: nn.Module) -> "Costs":
+    def by_weights(cls, model: LongSkipModel) -> "Costs":
         """Estimate the costs as proportional to the number of weights, for a step whose FLOPs cannot be counted."""
-        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        tables = {id(table.weight) for table in modules_of(model, nn.Embedding)}
 
         def cost_of(module: nn.Module) -> float:
             return float(
@@ -92,15 +95,15 @@ def flop_counter() -> FlopCounterMode:
     )
 
 
-def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
+def count_flops(model: nn.Module, call: Callable[[], object]) -> int:
     """Return the FLOPs of a model's forwards during a call, such as one of its pipeline. Compiled graphs count as 0."""
     counter, flops = flop_counter(), 0
 
-    def enter(*_: Any) -> None:
+    def enter(*_: object) -> None:
         nonlocal flops
         flops -= counter.get_total_flops()
 
-    def leave(*_: Any) -> None:
+    def leave(*_: object) -> None:
         nonlocal flops
         flops += counter.get_total_flops()
 
@@ -114,25 +117,24 @@ def count_flops(model: nn.Module, call: Callable[[], Any]) -> int:
     return flops
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _attention_flops(query: Shape, key: Shape, value: Shape, *args: object, **kwargs: object) -> int:
     return sdpa_flop_count(query, key, value)
 
 
-def count_costs(model: nn.Module, call: Callable[[], Any]) -> tuple[Any, Costs]:
+def count_costs(model: LongSkipModel, call: Callable[[], Output]) -> tuple[Output | None, Costs]:
     """Return the output of `call`, a full forward of a model, and the costs of its units and branches.
 
     Returns `None` and an estimate if torch cannot count: flex attention on a CPU, sharded weights. The counter
     is read by hooks on these modules, because its own module hooks are global and would see the work of other threads.
     """
-    open_model = cast(LongSkipModel, model)
-    blocks = {block for blocks in open_model.units() for block in blocks}
-    flops = dict.fromkeys((*blocks, *(branch.module for branch in open_model.branches())), 0)
+    blocks = {block for blocks in model.units() for block in blocks}
+    flops = dict.fromkeys((*blocks, *(branch.module for branch in model.branches())), 0)
     counter = flop_counter()
 
-    def enter(module: nn.Module, *_: Any) -> None:
+    def enter(module: nn.Module, *_: object) -> None:
         flops[module] -= counter.get_total_flops()
 
-    def leave(module: nn.Module, *_: Any) -> None:
+    def leave(module: nn.Module, *_: object) -> None:
         flops[module] += counter.get_total_flops()
 
     hooks = [module.register_forward_pre_hook(enter) for module in flops]

@@ -1,7 +1,7 @@
 """Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from skipdit.interfaces import Fields
+from skipdit.interfaces import Config, Fields
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, ForwardState, Stored, kind_in
 from skipdit.models.long_skip import (
     BranchInfo,
@@ -22,6 +22,7 @@ from skipdit.models.long_skip import (
     LongSkipOutput,
     PlannedOutput,
 )
+from skipdit.models.modules import modules_of
 from skipdit.models.presets import PRESETS as PRESETS
 from skipdit.models.presets import preset_sizes
 from skipdit.models.shallow_path import ShallowPath
@@ -160,7 +161,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
     _no_split_modules: ClassVar[list[str]] = ["DiTBlock"]
     _repeated_blocks: ClassVar[list[str]] = ["DiTBlock"]
     _gradient_checkpointing_func: Callable[..., Tensor]  # None until enable_gradient_checkpointing()
-    config: Any  # its entries are also attributes, which diffusers does not declare
+    config: Config
     blocks_per_unit: ClassVar[int] = 1
     position_embedding: Tensor
     patch_size: int
@@ -177,11 +178,7 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
         sample_size, self.patch_size = config.sample_size, config.patch_size
         if sample_size % self.patch_size:
             raise ValueError(f"sample_size must be divisible by patch_size {self.patch_size}, got {sample_size}")
-        long_skip, shallow_path = config.long_skip, config.shallow_path
-        if isinstance(long_skip, dict):
-            long_skip = LongSkipConfig.from_dict(long_skip)
-        if isinstance(shallow_path, dict):
-            shallow_path = ShallowPath.from_dict(shallow_path)
+        long_skip, shallow_path = LongSkipConfig.of(config.long_skip), ShallowPath.of(config.shallow_path)
         self.register_to_config(
             out_channels=config.out_channels or config.in_channels,
             long_skip=None if long_skip is None else long_skip.to_dict(),
@@ -271,16 +268,15 @@ def run_block(model: PatchTransformer, block: nn.Module, *args: Tensor | None) -
 
 def init_adaln_zero(model: PatchTransformer) -> None:
     """Initialize every block as the identity and the output as zero (DiT paper, section 3.2)."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+    for layer in modules_of(model, nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
     nn.init.xavier_uniform_(model.patch_embed.proj.weight.view(model.patch_embed.proj.out_channels, -1))
     nn.init.zeros_(model.patch_embed.get_parameter("proj.bias"))
     for embedding in (model.timestep_embedder.linear_1, model.timestep_embedder.linear_2):
         nn.init.normal_(embedding.weight, std=0.02)
-    modulations = [module.modulation for module in model.modules() if isinstance(module, (DiTBlock, FinalLayer))]
-    for layer in (*modulations, model.final_layer.proj):
+    modulations = [block.modulation for block in model.dit_blocks]
+    for layer in (*modulations, model.final_layer.modulation, model.final_layer.proj):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
 

@@ -368,22 +368,16 @@ BY_TOKEN: dict[str, Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]] =
 
 
 def _with_tokens(family: Family, by_token: Mapping[str, ByToken] | tuple[Mapping[str, ByToken], ...]) -> Family:
-    inputs = by_token if isinstance(by_token, tuple) else (by_token,) * len(family.segments)
+    match by_token:
+        case tuple():
+            inputs = by_token
+        case _:
+            inputs = (by_token,) * len(family.segments)
     segments = zip(family.segments, inputs, strict=True)
     return replace(family, segments=tuple(replace(segment, by_token=names) for segment, names in segments))
 
 
 FAMILIES |= {name: _with_tokens(FAMILIES[name], by_token) for name, by_token in BY_TOKEN.items()}
-
-# transformers of diffusers 0.42 without a row, and why
-OUT_OF_SCOPE: dict[str, str] = {
-    "DreamLiteTransformer2DModel": "part of a U-Net",
-    "MiniMaxMusic3RVQDepthDecoder": "an autoregressive decoder: it does not denoise",
-    "RFD4ProteinaTransformer": "its blocks run several times per forward, and half of its work is outside them",
-    "T5FilmDecoder": "no pipeline of diffusers uses it",
-    "Transformer2DModel": "part of a U-Net",
-    "TransformerTemporalModel": "part of a U-Net",
-}
 
 
 def declare_family(model_class: type[nn.Module], family: Family) -> None:

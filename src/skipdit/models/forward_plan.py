@@ -9,7 +9,7 @@ actions at each unit as booleans and names; a `ForwardState` carries them out.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -160,13 +160,7 @@ def _unit_plan(
 
     def passes(region: Region) -> bool:
         """Return true if the region includes this unit's skip: it leaves out the unit but not the target."""
-        return (
-            isinstance(region, Units)
-            and region.skips
-            and target is not None
-            and region.leaves_out(unit)
-            and not region.leaves_out(target)
-        )
+        return region.skips and target is not None and region.leaves_out(unit) and not region.leaves_out(target)
 
     def ends(ranges: list[Units]) -> tuple[End, ...]:
         return tuple(End(name=units.name, delta=units.delta) for units in ranges if units.stop <= unit)
@@ -177,7 +171,9 @@ def _unit_plan(
 
     runs = not any(region.leaves_out(unit) for region in reuse)
     stored_skip = next((region.name for region in reuse if passes(region)), None)
-    stored, reused = ([region for region in regions if isinstance(region, Units)] for regions in (store, reuse))
+    stored, reused = (
+        [cast(Units, region) for region in regions if region.bounds is not None] for regions in (store, reuse)
+    )
     is_due = unit in links.segment_starts or any(
         unit == units.stop or (units.delta and unit == units.start) for units in stored + reused
     )
@@ -334,7 +330,7 @@ class ForwardState:
             if actions.sheds:
                 stream = self.tokens.leave(stream, self._keep(str(unit), stream))
             else:
-                stream = self.tokens.come_back(stream)
+                stream = self.tokens.restore(stream, self.tokens.fill)
             streams = (*streams[:routed], stream, *streams[routed + 1 :])
         for end in actions.takes:
             if end.name not in self.done:

@@ -3,25 +3,25 @@ from a trained image model.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import HunyuanDiT2DModel, LatteTransformer3DModel
 from torch import nn
 
-from skipdit.models.dit import DiT, DiTBlock, sincos, sincos_position_embedding
+from skipdit.interfaces import Config
+from skipdit.models.dit import DiT, DiTBlock, PatchTransformer, sincos, sincos_position_embedding
 from skipdit.models.latte import Latte
 from skipdit.models.long_skip import LongSkip
+from skipdit.models.modules import modules_of
 
 
 def init_linears(model: nn.Module) -> None:
     """Initialize linear layers with Xavier weights and zero biases."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+    for layer in modules_of(model, nn.Linear):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def init_hunyuan(model: HunyuanDiT2DModel) -> None:
@@ -48,7 +48,7 @@ def init_latte_t2v(model: LatteTransformer3DModel) -> None:
     nn.init.zeros_(model.proj_out.bias)
 
 
-def resize_grid(model: DiT | Latte, **sizes: int) -> None:
+def resize_grid(model: PatchTransformer, **sizes: int) -> None:
     """Change a model's `sample_size` or `num_frames`, on which only its fixed position tables depend.
 
     Raises `ValueError` if `sample_size` is not a multiple of the patch size.
@@ -59,13 +59,9 @@ def resize_grid(model: DiT | Latte, **sizes: int) -> None:
         raise ValueError(f"sample_size must be divisible by patch_size {config.patch_size}, got {sizes['sample_size']}")
     model.register_to_config(**sizes)
     model.position_embedding = sincos_position_embedding(table.shape[1], side, side).to(table)
-    if isinstance(model, Latte):
+    if "num_frames" in sizes:
         frames = torch.arange(sizes["num_frames"], dtype=torch.float64)
-        model.frame_embedding = sincos(table.shape[1], frames).to(table)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A video model from an image model
+        model.register_buffer("frame_embedding", sincos(table.shape[1], frames).to(table), persistent=False)
 
 
 def outermost_blocks(picture: DiT, num_units: int) -> list[DiTBlock]:
@@ -133,7 +129,7 @@ def inflate_text_latte(video: LatteTransformer3DModel, picture: DiT) -> None:
     from it over timesteps (the re-parametrization of PixArt, arXiv 2310.00426, section 2.3, there at one timestep). The
     class embedding is that of the null class. So the result is close to the image model, not equal to it.
     """
-    config: Any = video.config
+    config: Config = video.config
     dim = picture.config.num_attention_heads * picture.config.attention_head_dim
     names = ("num_attention_heads", "attention_head_dim", "patch_size", "in_channels")
     constants = {"out_channels": config.in_channels, "mlp_ratio": 4.0, "downscale_freq_shift": 0.0, "qk_norm": False}

@@ -20,23 +20,10 @@ class Latte(PatchTransformer):
     """Class-to-video diffusion transformer: spatial blocks, which see one frame, alternate with temporal blocks, which
     see one patch over time. A unit is a (spatial, temporal) pair, and a long skip links two units.
 
-    Args:
-        sample_size (`int`): height and width of the latents (or pixels) it is trained on; other sizes work too.
+    Args: those of `DiT`, except for the scale and the shift of the time, and
         num_frames (`int`): frames of the clips it is trained on; shorter ones work too.
-        patch_size (`int`): side of the square patch that becomes one token.
-        in_channels (`int`), out_channels (`int`, *optional*, defaults to `in_channels`): twice `in_channels` if the
-            model also predicts a variance.
         num_layers (`int`): number of blocks, even; two blocks are one unit.
-        num_attention_heads (`int`), attention_head_dim (`int`): their product is the hidden size, which must be
-            divisible by 4.
-        mlp_ratio (`float`): ratio of the MLP's hidden size to that of the block.
-        num_classes (`int`, *optional*): number of classes; `None` for the unconditional model. null_class (`bool`):
-            adds class `num_classes`, which means "no class" and which guidance needs.
-        downscale_freq_shift (`float`): 0 is the official spacing of the timestep's frequencies.
-        qk_norm (`bool`): RMSNorm of the queries and keys of each head.
-        long_skip (`LongSkipConfig`, *optional*): `None` for the plain Latte.
-        shallow_path (`ShallowPath`, *optional*): the first and last units, if they were trained to predict without the
-            others; only guidance uses this.
+        num_classes (`int`, *optional*): number of classes; `None` for the unconditional model.
     """
 
     blocks_per_unit = 2  # spatial, temporal

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from diffusers.utils import BaseOutput
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from skipdit.interfaces import Config, Transformer
 from skipdit.models.pairing import LongSkipConfig as LongSkipConfig
 from skipdit.models.pairing import LongSkipLinks as LongSkipLinks
 from skipdit.models.pairing import pair_segments
@@ -129,7 +130,7 @@ class LongSkipModel(nn.Module):
     """A model made of units. Its forward takes a `plan` and `stored` values (see `skipdit.models.forward_plan`), and
     with a plan returns a `PlannedOutput`."""
 
-    config: Any  # its entries are also attributes, which diffusers does not declare
+    config: Config
     long_skip_links: LongSkipLinks
     fill_token: nn.Parameter | None
     """(dim); `None` if `LongSkipConfig.fill_token` is off."""
@@ -140,6 +141,11 @@ class LongSkipModel(nn.Module):
     open_call: OpenCall | None = None
     """The current call, for blocks and branches; `None` if none are open."""
     is_cache_enabled: bool = False
+
+    @classmethod
+    def find(cls, model: nn.Module) -> Self | None:
+        """Return the model if it is of this class, otherwise `None`: a `LongSkipModel` is one whose units are known."""
+        return model if isinstance(model, cls) else None
 
     def units(self) -> list[tuple[LinkedBlock, ...]]:
         """Return the blocks of each unit in the order in which they run; the first one fuses the unit's skip."""
@@ -166,19 +172,17 @@ class LongSkipModel(nn.Module):
             block.long_skip = LongSkip(hidden_size, config) if is_target and config is not None else None
         self.fill_token = nn.Parameter(torch.zeros(hidden_size)) if config is not None and config.fill_token else None
 
-    def update_config(self, **options: Any) -> None:
+    def update_config(self, **options: object) -> None:
         """Set entries of the config that diffusers' ConfigMixin keeps."""
-        cast(Any, self).register_to_config(**options)
+        model: Transformer = self
+        model.register_to_config(**options)
 
     def set_links(self, sources: Mapping[int, int]) -> None:
         """Link units. sources: the source of each target unit."""
         *starts, num_units = accumulate(self.segment_sizes())
         self.long_skip_links = LongSkipLinks(num_units, sources, tuple(starts))
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # The verbs of diffusers' CacheMixin
-
-    def enable_cache(self, spec: Any) -> None:
+    def enable_cache(self, spec: object) -> None:
         """Call `skipdit.enable_cache(model, spec)`."""
         carry_out("enable_cache", self, spec)
 
@@ -186,7 +190,7 @@ class LongSkipModel(nn.Module):
         """Call `skipdit.disable_cache(model)`."""
         carry_out("disable_cache", self)
 
-    def cache_context(self, name: str, **position: Any) -> AbstractContextManager[None]:
+    def cache_context(self, name: str, **position: object) -> AbstractContextManager[None]:
         """Keep the calls of a guidance stream apart in an enabled cache. position: the state of the loop, such as
         `step_index`, which diffusers' pipelines may pass."""
         context = getattr(super(), "cache_context", None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal, Self
 
 from skipdit.interfaces import Fields
 from skipdit.options import Fusion, check_fields, check_range
@@ -12,7 +12,24 @@ Init = Literal["default", "xavier", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongSkipConfig:
+class ConfigEntry:
+    """Options that a model keeps in its config, as a dict. Abstract."""
+
+    def to_dict(self) -> Fields:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Fields) -> Self:
+        return cls(**fields)
+
+    @classmethod
+    def of(cls, value: Self | Fields | None) -> Self | None:
+        """Return the options that an argument of a model, or an entry of its config, stands for."""
+        return cls.from_dict(value) if isinstance(value, dict) else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongSkipConfig(ConfigEntry):
     """Which pairs of units are linked, and how a skip is fused."""
 
     num_pairs: int | None = None
@@ -39,13 +56,6 @@ class LongSkipConfig:
     @property
     def resolved_init(self) -> Init:
         return self.init or ("default" if self.fusion == "replace" else "zero")
-
-    def to_dict(self) -> Fields:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LongSkipConfig":
-        return cls(**fields)
 
 
 def pair_units(num_units: int, config: LongSkipConfig | None) -> dict[int, int]:

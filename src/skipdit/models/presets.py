@@ -7,17 +7,18 @@ from skipdit.options import choose
 
 # name: (num_layers, hidden size, num_attention_heads), DiT paper, Table 1
 PRESET_SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PRESETS = {
-    f"DiT-{size}/{patch_size}": (*shape, patch_size) for size, shape in PRESET_SIZES.items() for patch_size in (2, 4, 8)
-}
-LATTE_PRESETS = {
-    f"Latte-{size}/{patch_size}": (*shape, patch_size)
-    for size, shape in PRESET_SIZES.items()
-    for patch_size in (2, 4, 8)
-}
+Presets = Mapping[str, tuple[int, int, int, int]]
 
 
-def preset_sizes(name: str, presets: Mapping[str, tuple[int, int, int, int]]) -> Fields:
+def _with_patches(model: str) -> Presets:
+    sizes = PRESET_SIZES.items()
+    return {f"{model}-{size}/{patch}": (*shape, patch) for size, shape in sizes for patch in (2, 4, 8)}
+
+
+PRESETS, LATTE_PRESETS = _with_patches("DiT"), _with_patches("Latte")
+
+
+def preset_sizes(name: str, presets: Presets) -> Fields:
     """Return the constructor arguments of a published size. Raises `ValueError` if it is unknown."""
     num_layers, hidden_size, num_attention_heads, patch_size = presets[choose("preset", name, presets)]
     return {

@@ -18,6 +18,10 @@ class Region:
 
     is_whole = False
     """True if the region is the whole model, which is then not called at all."""
+    skips = False
+    """True if the region includes the skips from its units to units that still run."""
+    is_in_branches = False
+    """True if the region consists of inputs or outputs of branches."""
 
     @property
     def name(self) -> str:
@@ -79,6 +83,7 @@ class Units(Region):
 class Branches(Region):
     """The outputs of all branches of these kinds in these units."""
 
+    is_in_branches = True
     kinds: tuple[BranchKind, ...]
     units: tuple[int, ...]
     inputs: bool = False

@@ -113,10 +113,6 @@ class RoutedTokens:
         images = others if self.kept is None else scatter_tokens(images, others, self.kept)
         return torch.cat([texts, images] if self.texts_first else [images, texts], dim=1)
 
-    def come_back(self, stream: Tensor) -> Tensor:
-        """Return all tokens at the unit where those that left the stream return."""
-        return self.restore(stream, self.fill)
-
     def keep(self, value: Any, by_token: "ByToken") -> Any:
         """Return the entries of a block's input that belong to the kept tokens."""
         assert self.passed is not None

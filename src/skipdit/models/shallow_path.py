@@ -4,20 +4,20 @@ Training that leaves out the deep units in some of its steps (`routing.deep_drop
 It can then make the unconditional prediction of guidance at a fraction of the cost (arXiv 2510.21986).
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, get_args
+from typing import get_args
 
-from skipdit.interfaces import Fields
+from skipdit.files.untrusted import as_type_or_none
 from skipdit.models.forward_plan import ForwardPlan
 from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
+from skipdit.models.pairing import ConfigEntry
 from skipdit.models.routing import TokenRoute
 from skipdit.options import Guidance
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShallowPath:
+class ShallowPath(ConfigEntry):
     """The units of the shallow path that a model was trained with, kept in its config as `shallow_path`."""
 
     num_shallow_units: int
@@ -26,18 +26,11 @@ class ShallowPath:
     """Feed the model's `fill_token` to the last units instead of the output of the first ones."""
 
     def __post_init__(self) -> None:
-        number: Any = self.num_shallow_units
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        number = self.num_shallow_units
+        if as_type_or_none(number, int) is None or number < 1:
             raise ValueError(f"num_shallow_units must be a whole number of at least 1, got {number!r}")
-        if not isinstance(self.fill, bool):
+        if as_type_or_none(self.fill, bool) is None:
             raise ValueError(f"fill must be true or false, got {self.fill!r}")
-
-    def to_dict(self) -> Fields:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "ShallowPath":
-        return cls(**fields)
 
     def plan(self, links: LongSkipLinks) -> ForwardPlan:
         """Return the plan for a model with these links; always the same object, so that a compiled model has one graph
@@ -79,8 +72,7 @@ def guidance_plan(
         return None
     if guidance_scale <= 1:
         raise ValueError(f"guidance 'shallow' needs a guidance_scale above 1, got {guidance_scale:g}")
-    fields = model.config.get("shallow_path")
-    trained = None if fields is None else ShallowPath.from_dict(fields)
+    trained = ShallowPath.of(model.config.get("shallow_path"))
     if num_shallow_units is None:
         if trained is None:
             raise ValueError(

@@ -19,6 +19,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
+from skipdit.interfaces import Config, Transformer
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import SwapMixin, hooked, refuse_hooked, swap, swapped_class
 from skipdit.models.families import Family, Segment, find_family, get_family
@@ -29,7 +30,6 @@ from skipdit.models.long_skip import (
     LongSkipConfig,
     LongSkipModel,
     OpenCall,
-    PlannedOutput,
     pair_segments,
 )
 from skipdit.models.unit_block import UnitBlock, UnitBlockInfo
@@ -45,9 +45,9 @@ class RunsUnits(SwapMixin, LongSkipModel):
 
     open_call: OpenCall  # pyright: ignore[reportIncompatibleVariableOverride]
     _family: Family
-    _below: Any  # the class of diffusers: up to torch 2.11, super() cannot be compiled after a graph break
+    _below: Transformer  # the class of diffusers: up to torch 2.11, super() cannot be compiled after a graph break
 
-    def forward(self, *args: Any, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: object, plan: ForwardPlan = PLAIN, stored: Stored | None = None, **kwargs: object) -> Any:
         if self.open_call.state is not None:
             raise RuntimeError("this model is already in a forward call: give each thread its own copy.deepcopy of it")
         if plan.route is not None:
@@ -57,11 +57,10 @@ class RunsUnits(SwapMixin, LongSkipModel):
             output = self._below.forward(self, *args, **kwargs)
         finally:
             self.open_call.state = None
-        planned = state.finish(output)
-        if not self.open_call.aside or not isinstance(planned, PlannedOutput):
-            return planned
-        self.open_call.stored = planned.stored
-        return planned.output
+        if not self.open_call.aside or not plan.units:
+            return state.finish(output)
+        _, self.open_call.stored = state.finish(output)
+        return output
 
     @property
     def shares_tokens(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -86,7 +85,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
             if name in children
         ]
 
-    def enable_cache(self, spec: Any) -> None:
+    def enable_cache(self, spec: object) -> None:
         """Call `skipdit.enable_cache(model, spec)`, or enable a cache of diffusers if `spec` is one of its configs."""
         enable = getattr(super(LongSkipModel, self), "enable_cache", None)
         if enable is None or not type(spec).__module__.startswith("diffusers."):
@@ -103,7 +102,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
 
     def disable_cache(self) -> None:
         """Call `skipdit.disable_cache(model)`, and also disable a cache of diffusers."""
-        mixin: Any = super(LongSkipModel, self)
+        mixin: Transformer = super(LongSkipModel, self)
         if getattr(mixin, "is_cache_enabled", False):
             mixin.disable_cache()
         super().disable_cache()
@@ -114,7 +113,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
     def _gradient_checkpointing_func(self) -> Callable[..., Any]:
         checkpoint, open_call = self.__dict__["_gradient_checkpointing_func"], self.open_call
 
-        def in_this_call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def in_this_call(block: nn.Module, *args: object, **kwargs: object) -> Any:
             return checkpoint(_InCall(open_call, open_call.state, block), *args, **kwargs)
 
         return in_this_call
@@ -129,7 +128,7 @@ class RunsUnits(SwapMixin, LongSkipModel):
         *,
         safe_serialization: bool = True,
         max_shard_size: int | str = "10GB",
-        **options: Any,
+        **options: object,
     ) -> None:
         """Save as diffusers does. If skipdit added long skips, the name of the weight file contains `long_skip`;
         `skipdit.load_model` and `long_skip_class(...).from_pretrained` read it."""
@@ -137,22 +136,23 @@ class RunsUnits(SwapMixin, LongSkipModel):
             if options.get("variant") is not None or not safe_serialization:
                 raise ValueError("weights with long skips can be saved only as safetensors of the variant 'long_skip'")
             options["variant"] = LONG_SKIP_VARIANT
-        cast(Any, super()).save_pretrained(
+        plain: Transformer = super()
+        plain.save_pretrained(
             save_directory, safe_serialization=safe_serialization, max_shard_size=max_shard_size, **options
         )
 
     @classmethod
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, subfolder: str = "", dtype: torch.dtype = torch.float32
-    ) -> Any:
+    ) -> Transformer:
         """Load a model that `save_pretrained` wrote, on the CPU, in eval mode. Raises `ValueError` if the folder holds
         no long skips, or if keys are missing, unknown or misshapen."""
         return carry_out("load_with_long_skips", _plain_class(cls), Path(folder) / subfolder, dtype)
 
     @classmethod
-    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **options: Any) -> Any:
+    def from_config(cls, config: Config, return_unused_kwargs: bool = False, **options: object) -> Transformer:
         """Build as diffusers does, with long skips if the config has `long_skip`."""
-        plain: Any = _plain_class(cls)
+        plain: Transformer = _plain_class(cls)
         fields = dict(config if isinstance(config, Mapping) else plain.load_config(config))
         long_skip, shallow_path = fields.pop("long_skip", None), fields.pop("shallow_path", None)
         model, unused = plain.from_config(fields, return_unused_kwargs=True, **options)
@@ -171,7 +171,7 @@ class _InCall:
     state: ForwardState | None
     block: nn.Module
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         outer, self.open_call.state = self.open_call.state, self.state
         try:
             return self.block(*args, **kwargs)
@@ -185,7 +185,7 @@ class _InCall:
 
 @lru_cache
 def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Transformer, *args: object, **kwargs: object) -> object:
         return UnitBlock.forward(self, *args, **kwargs)
 
     # context parallelism of diffusers splits arguments by their names
@@ -193,7 +193,7 @@ def _block_class(base: type[nn.Module]) -> type[UnitBlock]:
     return swapped_class(UnitBlock, base, forward=forward, _made_by=(_block_class, base))
 
 
-def long_skip_class(base: type[nn.Module]) -> Any:
+def long_skip_class(base: type[nn.Module]) -> type[RunsUnits]:
     """Return the class that a transformer of this class has once it has long skips; its `from_pretrained` reads what
     such a model saved. Raises `ValueError` if skipdit does not know the units of `base`."""
     get_family(base)
@@ -201,7 +201,7 @@ def long_skip_class(base: type[nn.Module]) -> Any:
 
 
 @lru_cache
-def _running_class(base: type[nn.Module]) -> Any:
+def _running_class(base: type[nn.Module]) -> type[RunsUnits]:
     signature = inspect.signature(base.forward)
     plan_parameters = [
         parameter
@@ -212,7 +212,7 @@ def _running_class(base: type[nn.Module]) -> Any:
     positional = [*first, last] if last.kind is not inspect.Parameter.VAR_KEYWORD else first
     parameters = [*positional, *plan_parameters] if positional[-1] is last else [*positional, *plan_parameters, last]
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Transformer, *args: object, **kwargs: Any) -> object:
         return RunsUnits.forward(self, *args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
@@ -233,14 +233,11 @@ def _segments(model: nn.Module, family: Family) -> list[list[tuple[nn.Module, ..
     return segments
 
 
-def num_units_of(model: nn.Module) -> int:
-    """Return the number of units of one of our models, or of a transformer of diffusers, open or not."""
-    return sum(_segment_sizes(model))
-
-
-def _segment_sizes(model: nn.Module) -> list[int]:
-    if isinstance(model, LongSkipModel):
-        return model.segment_sizes()
+def segment_sizes_of(model: nn.Module) -> list[int]:
+    """Return the number of units per segment of one of our models, or of a transformer of diffusers, open or not."""
+    linked = LongSkipModel.find(model)
+    if linked is not None:
+        return linked.segment_sizes()
     return [len(units) for units in _segments(model, get_family(type(model)))]
 
 
@@ -251,8 +248,9 @@ def open_units(model: nn.Module) -> LongSkipModel:
     Raises `ValueError` if its family is unknown or does not fit, its forward is hooked (set up offloading afterwards),
     or its blocks are compiled. The model is then unchanged.
     """
-    if isinstance(model, LongSkipModel):
-        return model
+    linked = LongSkipModel.find(model)
+    if linked is not None:
+        return linked
     family, model_class = get_family(type(model)), long_skip_class(type(model))
     blocks = list(_block_infos(family, _segments(model, family)))
     refuse_hooked((model, *(block for block, _ in blocks)))
@@ -320,16 +318,17 @@ def _positions(block: nn.Module, segment: Segment) -> dict[str, int]:
 def close_units(model: nn.Module) -> None:
     """Undo `open_units`. Units that have since been hooked or given another class (`fully_shard`) stay open, which does
     not change outputs. Raises `ValueError` if the model has long skips that skipdit added."""
-    if not isinstance(model, RunsUnits):
+    swapped = RunsUnits.find(model)
+    if swapped is None:
         return
-    blocks = [cast(UnitBlock, block) for blocks in model.units() for block in blocks]
-    if hooked((model, *blocks)) is not None:
+    blocks = [cast(UnitBlock, block) for blocks in swapped.units() for block in blocks]
+    if hooked((swapped, *blocks)) is not None:
         return
-    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock) for module in (model, *blocks)):
+    if any(type(module).__bases__[0] not in (RunsUnits, UnitBlock) for module in (swapped, *blocks)):
         return
-    if any(block.long_skip is not None for block in model.unit_entries()):
+    if any(block.long_skip is not None for block in swapped.unit_entries()):
         raise ValueError("this model has long skips: call skipdit.remove_long_skips(model)")
-    close_branches(model)
+    close_branches(swapped)
     for block in blocks:
         del block._info, block._open, block.long_skip
         compiled: Any = block._compiled_call_impl
@@ -337,8 +336,8 @@ def close_units(model: nn.Module) -> None:
         if compiled is not None:
             args, options = compiled.options
             block.compile(*args, **options)
-    del model.open_call, model._family, model.timestep_scale, model.long_skip_links, model.fill_token
-    swap(model, type(model).__bases__[1])
+    del swapped.open_call, swapped._family, swapped.timestep_scale, swapped.long_skip_links, swapped.fill_token
+    swap(swapped, type(swapped).__bases__[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -356,17 +355,18 @@ def add_long_skips(model: nn.Module, config: LongSkipConfig | None = None) -> No
     `config` links no pair or more than there are; the model is then unchanged.
     """
     _refuse_cached(model)
-    config, family = config or LongSkipConfig(), find_family(type(model))
+    config, family, plain = config or LongSkipConfig(), find_family(type(model)), cast(Transformer, model)
     if family is not None and family.native_pairs:
         raise ValueError(
             f"{type(model).__name__} has long skips of its own: call skipdit.enable_cache(model, ...) directly"
         )
-    if isinstance(model, LongSkipModel):
-        if model.long_skip_links.sources:
+    linked = LongSkipModel.find(model)
+    if linked is not None:
+        if linked.long_skip_links.sources:
             raise ValueError("this model already has long skips: call skipdit.remove_long_skips(model) first")
-    elif family is not None and "long_skip" in cast(Any, model).config:
+    elif family is not None and "long_skip" in plain.config:
         raise ValueError(f"the config of {type(model).__name__} has an entry 'long_skip' of its own")
-    sizes = _segment_sizes(model)
+    sizes = segment_sizes_of(model)
     if not pair_segments(sizes, config):
         raise ValueError(
             f"there must be at least one pair to link, got num_pairs {config.num_pairs} for segments of {sizes} units"
@@ -388,34 +388,38 @@ def add_fill_token(model: nn.Module) -> None:
 
     Raises `ValueError` if the model has no long skips that skipdit added.
     """
-    if not isinstance(model, LongSkipModel) or model.config.get("long_skip") is None:
+    linked = LongSkipModel.find(model)
+    if linked is None or linked.config.get("long_skip") is None:
         raise ValueError(f"a fill token needs long skips that skipdit added: this {type(model).__name__} has none")
-    if model.fill_token is None:
-        long_skip = next(block.long_skip for block in model.unit_entries() if block.long_skip)
-        model.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
-        model.update_config(long_skip={**model.config["long_skip"], "fill_token": True})
+    if linked.fill_token is None:
+        long_skip = next(block.long_skip for block in linked.unit_entries() if block.long_skip)
+        linked.fill_token = nn.Parameter(torch.zeros_like(long_skip.proj.weight[:, 0]))
+        linked.update_config(long_skip={**linked.config["long_skip"], "fill_token": True})
 
 
 def remove_long_skips(model: nn.Module) -> None:
     """Remove a model's long skips, in place; a transformer of diffusers is then as it was before `add_long_skips`.
     Raises `ValueError` if it has no long skips that skipdit added."""
-    if not isinstance(model, LongSkipModel) or not model.long_skip_links.sources:
+    linked = LongSkipModel.find(model)
+    if linked is None or not linked.long_skip_links.sources:
         raise ValueError(f"this {type(model).__name__} has no long skips that skipdit added")
     _refuse_cached(model)
-    if isinstance(model, RunsUnits):
-        if model._family.native_pairs:
-            raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
-        hooked_module = hooked((model, *(block for blocks in model.units() for block in blocks)))
-        if hooked_module is not None:
-            raise ValueError(f"the forward of this {type(hooked_module).__name__} is hooked: remove the hooks first")
-        for block in model.unit_entries():
-            block.long_skip = None
-        model.fill_token = None
-        close_units(model)
-        cast(Any, model)._internal_dict = FrozenDict({k: v for k, v in model.config.items() if k != "long_skip"})
-    else:
-        model.set_long_skips(0, None)
-        model.update_config(long_skip=None)
+    swapped = RunsUnits.find(model)
+    if swapped is None:
+        linked.set_long_skips(0, None)
+        linked.update_config(long_skip=None)
+        return
+    if swapped._family.native_pairs:
+        raise ValueError(f"the long skips of {type(model).__name__} are part of it and cannot be removed")
+    hooked_module = hooked((model, *(block for blocks in swapped.units() for block in blocks)))
+    if hooked_module is not None:
+        raise ValueError(f"the forward of this {type(hooked_module).__name__} is hooked: remove the hooks first")
+    for block in swapped.unit_entries():
+        block.long_skip = None
+    swapped.fill_token = None
+    config = FrozenDict({name: value for name, value in swapped.config.items() if name != "long_skip"})
+    close_units(model)
+    cast(Transformer, model)._internal_dict = config
 
 
 def _refuse_cached(model: nn.Module) -> None:

@@ -1,13 +1,16 @@
 """A block of a transformer of diffusers whose units are open: it carries out a plan around its own forward."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from skipdit.interfaces import Fields
 from skipdit.models.class_swap import SwapMixin
 from skipdit.models.forward_plan import ForwardState
 from skipdit.models.long_skip import LinkedBlock, OpenCall
@@ -35,8 +38,15 @@ class UnitBlockInfo:
     by_token: Mapping[str, ByToken]
     """Other arguments that have an entry per token."""
 
-    def input_streams(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    @cached_property
+    def named_streams(self) -> Callable[[Fields], Any]:
+        """Return the streams among arguments that are all given by name, in the form of the block's output."""
+        return itemgetter(*self.streams)
+
+    def input_streams(self, args: Sequence, kwargs: Fields) -> Any:
         """Return the streams among the arguments, in the form of the block's output."""
+        if not args:
+            return self.named_streams(kwargs)
         streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
 
@@ -48,11 +58,11 @@ class UnitBlock(SwapMixin, LinkedBlock):
     _info: UnitBlockInfo
     _open: OpenCall
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         state, info = self._open.state, self._info
-        if state is None or info.unit not in state.plan.idle or self._is_hooked():
-            return self._call_impl(*args, **kwargs)
-        return info.input_streams(args, kwargs)
+        if state is not None and info.unit in state.plan.idle and not self._is_hooked():
+            return info.input_streams(args, kwargs)
+        return self._call_impl(*args, **kwargs)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the forward of the block's own class, without the actions of a plan, so that all blocks of the class

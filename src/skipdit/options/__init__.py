@@ -1,13 +1,17 @@
-"""The names that options take, and checks that name a bad value in the same words; nothing heavy is imported."""
+"""Names that options take, and checks with uniform messages; nothing heavy is imported."""
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from functools import lru_cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal, get_args, get_origin, get_type_hints
 
 import tyro
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Device = Literal["cpu", "cuda"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
@@ -16,6 +20,7 @@ Guidance = Literal["full", "shallow"]
 Fusion = Literal["replace", "residual"]
 OnBroken = Literal["refuse", "skip"]
 NumInferenceSteps = Annotated[int, tyro.conf.arg(aliases=("--steps",))]
+NumInferenceStepsOrDefault = Annotated[int | None, tyro.conf.arg(aliases=("--steps",))]
 
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 50 * 2**20  # of a decoded picture
@@ -23,7 +28,7 @@ MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
 
 
 def choose(what: str, name: str, allowed: Iterable[str]) -> str:
-    """Return a name that is allowed; else raise `ValueError` with all that are, and the nearest one."""
+    """Return a name if it is allowed; otherwise raise `ValueError` with the allowed names, and the nearest one."""
     if name in (names := list(allowed)):
         return name
     near = difflib.get_close_matches(name[:100].lower(), names, n=1)
@@ -32,8 +37,14 @@ def choose(what: str, name: str, allowed: Iterable[str]) -> str:
     )
 
 
-def check_numbers(config: Any) -> None:
-    """Raise `ValueError` where a field, or an entry of one, is NaN or infinite, or a seed is none of PyTorch's."""
+def check_installed(what: str, extra: str, *modules: str) -> None:
+    """Raise `ValueError`, with the command to install them, if optional modules are missing. what: who needs them."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ValueError(f'{what} {" and ".join(missing)}: pip install "skipdit[{extra}]"')
+
+
+def check_numbers(config: "DataclassInstance") -> None:
+    """Raise `ValueError` if a field, or an entry of one, is NaN or infinite, or a seed is out of PyTorch's range."""
     for field in fields(config):
         value = getattr(config, field.name)
         for each in value if isinstance(value, tuple) else (value,):
@@ -44,7 +55,7 @@ def check_numbers(config: Any) -> None:
 
 
 @lru_cache
-def _choices(kind: type) -> dict[str, tuple[Any, bool]]:
+def _choices(kind: type) -> dict[str, tuple[tuple, bool]]:
     """Return, by field of a dataclass, the values that its type lists, and whether it is a tuple of them."""
     found = {}
     for name, hint in get_type_hints(kind).items():
@@ -55,8 +66,8 @@ def _choices(kind: type) -> dict[str, tuple[Any, bool]]:
     return found
 
 
-def check_fields(config: Any) -> None:
-    """Raise `ValueError` on what `check_numbers` refuses, and on values that the type of a field does not list."""
+def check_fields(config: "DataclassInstance") -> None:
+    """Raise `ValueError` as `check_numbers` does, and on values that the `Literal` of a field does not list."""
     check_numbers(config)
     for name, (allowed, is_tuple) in _choices(type(config)).items():
         if is_tuple:
@@ -65,29 +76,29 @@ def check_fields(config: Any) -> None:
             check_option(config, name, allowed)
 
 
-def check_choice(name: str, chosen: Sequence[Any], allowed: Sequence[Any]) -> None:
-    """Raise `ValueError` unless each of what was chosen is allowed and there once."""
+def check_choice(name: str, chosen: Sequence, allowed: Sequence) -> None:
+    """Raise `ValueError` unless all choices are allowed and different, and there is at least one."""
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(allowed):
         raise ValueError(f"{name} must be one or more of {', '.join(map(str, allowed))}, each once, got {chosen!r}")
 
 
-def check_range(config: Any, *names: str, least: float = 1, most: float = math.inf) -> None:
-    """Raise `ValueError` where one of these fields is below `least` or above `most`; `None` passes."""
+def check_range(config: "DataclassInstance", *names: str, least: float = 1, most: float = math.inf) -> None:
+    """Raise `ValueError` if one of these fields is below `least` or above `most`; `None` passes."""
     for name in names:
         if (value := getattr(config, name)) is not None and not least <= value <= most:
             bound = f"at least {least}" if value < least else f"at most {most}"
             raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def check_above(config: Any, *names: str, bound: float = 0) -> None:
-    """Raise `ValueError` where one of these fields is not above the bound; `None` passes."""
+def check_above(config: "DataclassInstance", *names: str, bound: float = 0) -> None:
+    """Raise `ValueError` if one of these fields is not above the bound; `None` passes."""
     for name in names:
         if (value := getattr(config, name)) is not None and not value > bound:
             raise ValueError(f"{name} must be above {bound}, got {value}")
 
 
-def check_option(config: Any, name: str, allowed: Sequence[Any]) -> None:
-    """Raise `ValueError` unless this field is one of the values that are allowed; `None` passes."""
+def check_option(config: "DataclassInstance", name: str, allowed: Sequence) -> None:
+    """Raise `ValueError` unless this field is one of the allowed values; `None` passes."""
     value = getattr(config, name)
     if value is not None and value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")

@@ -1,1 +1,1 @@
-"""What `skipdit sample` does: a comparison of runs, or a set of samples for evaluation."""
+"""`skipdit sample`: a comparison of runs, or a set of samples for evaluation."""

@@ -1,19 +1,19 @@
-"""The options of `skipdit sample`; nothing heavy is imported, so that its help appears at once."""
+"""The options of `skipdit sample`. Imports nothing heavy, so that `--help` is instant."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from skipdit.command_options import OutputOptions, PipelineOptions, WeightsOptions
-from skipdit.options import DTypeName, Guidance, NumInferenceSteps, check_range
+from skipdit.options import DTypeName, Guidance, NumInferenceStepsOrDefault, check_range
 from skipdit.tasks import TaskName
 
-MAX_FILES = 500_000  # PNG files of a set, in one folder, whose marker lists them
+MAX_FILES = 500_000  # PNG files in the folder of a set, all of which are listed in its marker file
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
-    """What to sample, from which model, how, and where the results go."""
+    """The samples, the model, the settings of the runs, and the output."""
 
     task: TaskName | None = None
     """kind of input and output; by default the task of the model"""
@@ -27,13 +27,13 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
     prompt: tuple[str, ...] = ()
     """texts, repeated in turn; for the text tasks"""
     num_samples: int | None = None
-    """pictures or clips; by default 16 pictures or 4 clips, one of a pipeline of diffusers"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of the full and of the cached run"""
-    guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 is none"""
+    """number of pictures or clips; by default 16 pictures or 4 clips, and 1 for a pipeline of diffusers"""
+    num_inference_steps: NumInferenceStepsOrDefault = None
+    """denoising steps of the full and of the cached run; by default 50, or the default of a pipeline of diffusers"""
+    guidance_scale: float | None = None
+    """scale of classifier-free guidance; 1 disables guidance; by default 2, or that of a pipeline of diffusers"""
     guidance_channels: int | None = None
-    """guide only the first channels, this many; the official DiT sampler guides 3 of its 4"""
+    """number of channels, from the first, that are guided; the official DiT sampler guides 3 of 4"""
     guidance: Guidance = "full"
     """units that make the unconditional prediction: all (full), or only the first and the last ones (shallow), for a
     model trained with routing.deep_drop; shallow guidance gets a run of its own, and the cached run uses it too"""
@@ -45,7 +45,8 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
     """auto; auto:2 for another speedup; a spec such as N3 or skip-taylor:N3-o1; the path of a schedule.json; calibrated
     or calibrated:2x for a schedule that comes with the model; or none. `skipdit info` lists the methods"""
     fewer_steps: int | None = None
-    """denoising steps of the run that is compared with the cached one; by default as many as fit into its wall time"""
+    """denoising steps of the uncached run that the cached run is compared with; by default as many as take the same
+    time"""
     vae: Path | None = None
     """folder of an AutoencoderKL, or of a pipeline with one, for a checkpoint of latents"""
     dtype: DTypeName = "float32"
@@ -58,9 +59,9 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
     """the same seed gives the same samples on the same machine"""
     npz: bool = False
     """write num_samples samples of one setting to samples.npz, in the format of ADM's evaluation, instead of comparing
-    runs; by one process, or by several under torchrun"""
+    runs; in one process, or in several under torchrun"""
     png: bool = False
-    """the same as a folder of PNG files; may be combined with --npz"""
+    """write them as a folder of PNG files; may be combined with --npz"""
     batch_size: int | None = None
     """samples per batch in a set; by default 50 pictures or 4 clips"""
     random_labels: bool = False
@@ -102,5 +103,5 @@ class SampleConfig(WeightsOptions, PipelineOptions, OutputOptions):
 
     @property
     def makes_set(self) -> bool:
-        """True for many samples of one setting instead of a comparison."""
+        """Return true if many samples of one setting are made instead of a comparison."""
         return self.npz or self.png

@@ -1,7 +1,7 @@
-"""Many samples of one model with one setting, for evaluation: the same whatever the number of processes.
+"""Makes many samples of one model with one setting, for evaluation; they do not depend on the number of processes.
 
-Processes share nothing but the folder of blocks, and what was stopped goes on with those that are missing. In the end
-the main process makes one file of them.
+Processes share only the folder of blocks, and a run that was interrupted continues with those that are missing. At the
+end the main process joins them.
 """
 
 import hashlib
@@ -9,16 +9,15 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypedDict
 
 import numpy as np
 from rich.progress import track
-from torch import nn
 
 from skipdit.cache.enable import enable_cache
 from skipdit.data.arrays import write_npz
@@ -49,91 +48,96 @@ from skipdit.terminal import progress_bar
 
 LOGGER = logging.getLogger(__name__)
 
-NPZ, PNG, TOLD = "samples.npz", "samples", "samples.json"
+NPZ, PNG, INFO = "samples.npz", "samples", "samples.json"
 
 
-class Told(TypedDict):
-    """`samples.json`. settings: what a set must be, to go on with its blocks. report: `None` before all are there."""
+class SetInfo(TypedDict):
+    """The fields of `samples.json`."""
 
     settings: Fields
+    """the settings of the set, which a run that continues must share"""
     prompts: list[str]
     report: Fields | None
+    """`None` until all blocks are complete"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetReport:
-    """What a set is and what it took."""
+    """A set of samples, and the cost of making it."""
 
     num_samples: int
     num_broken: int
-    """of them, those that are not finite"""
+    """number of samples that are not finite"""
     shape: list[int]
-    """of a sample: (h w 3), or (f h w 3) of a clip"""
+    """shape of a sample: (h w 3) for a picture, (f h w 3) for a clip"""
     batch_size: int
     num_processes: int
     num_made: int
-    """by the last call, which may have found some"""
+    """number of samples that the last call made; the others were there before"""
     seconds: float
-    """of the last call, all its processes together, without loading, with compiling"""
+    """wall-clock time of the last call, including compilation but not loading"""
     samples_per_second: float
-    """the same"""
+    """samples per second of the last call, all processes together"""
     steps: int
-    """denoising steps of a sample"""
+    """denoising steps per sample"""
     steps_full: float
-    """of them, those that ran every unit; the mean over blocks"""
+    """number of full steps, averaged over blocks"""
     steps_reused: float
-    """of them, those that took deep features from the cache; the mean over blocks"""
+    """number of reuse steps, averaged over blocks"""
     compute_ratio: float
-    """FLOPs with ordinary guidance and no cache over those spent"""
+    """FLOPs with ordinary guidance and no cache divided by those spent"""
     peak_memory_bytes: int
-    """the most that the main process has held, on its device"""
+    """peak memory of the main process on its device"""
     machine: dict[str, str | int]
     """device, its name, threads, system"""
     versions: dict[str, str]
-    """of Python and packages, by name"""
+    """versions of Python and packages, by name"""
 
     def text(self) -> str:
-        """Say it in one line."""
+        """Return a summary in one line."""
         size = " x ".join(map(str, self.shape))
         speed = f"{self.samples_per_second:.2f} per second by {self.num_processes} process(es)"
         return f"{self.num_samples:,} samples of {size}, {self.steps} steps, compute {self.compute_ratio:.2f}x; {speed}"
 
 
 def sample_set(config: SampleConfig) -> SetReport | None:
-    """Make `config.num_samples` samples and write `samples.npz`, the folder `samples`, or both, and `samples.json`,
-    into `config.out`. In one process or, started by torchrun, in several, of which the main one returns the report.
+    """Make `config.num_samples` samples and write `samples.npz`, the folder `samples`, or both, and `samples.json` into
+    `config.out`. Runs in one process or, under torchrun, in several; the main process returns the report.
 
-    `samples.npz` is as ADM's evaluation reads it: `arr_0`, uint8 (n h w 3) or (n f h w 3), and `arr_1`, class numbers,
-    or which of the prompts in `samples.json`; none for a model without classes. `samples` holds a PNG per sample and
-    `metadata.jsonl`. The same call goes on where one was stopped, and returns the report of one that is done.
+    `samples.npz` has the format of ADM's evaluation: `arr_0`, uint8 (n h w 3) or (n f h w 3), and `arr_1`, class
+    numbers or indices of the prompts in `samples.json`; models without classes have no `arr_1`. `samples` holds a PNG
+    per sample and `metadata.jsonl`. The same call continues an interrupted run, and returns the report of a complete
+    one.
 
-    `ValueError` on what `sample_and_compare` refuses, and where `out` holds a set of other settings; `OSError` where
-    `out` cannot be written, is in use, or holds such files of somebody else. All of it before anything is sampled.
+    Raises, before anything is sampled, `ValueError` as `sample_and_compare` does or if `out` holds a set with other
+    settings, and `OSError` if `out` cannot be written, is in use, or has files in the way that skipdit did not write.
     """
     if not config.makes_set or config.num_samples is None:
         raise ValueError("a set of samples needs num_samples, and npz or png")
-    with process_group() as group, ExitStack() as held:
+    with process_group() as group, ExitStack() as stack:
         device = own_device(resolve_device(config.device))
         folders: list[OutputFolder] = []
         folder = output.output_folder(config.out, KIND, overwrite=config.overwrite)
-        group.from_main(lambda: folders.append(held.enter_context(folder)))
+        group.from_main(lambda: folders.append(stack.enter_context(folder)))
         source = load(replace(config, device=str(device)))
         run = SetRun(config, source, group, folders[0] if folders else None)
         return run()
 
 
 class SetRun:
-    """One call of `sample_set` in one process. out: in the main process only."""
+    """One call of `sample_set` in one process. out: the folder, in the main process only."""
 
     def __init__(self, config: SampleConfig, source: Source, group: ProcessGroup, out: OutputFolder | None) -> None:
+        config = source.complete(config)
         self.config, self.source, self.group, self.out = config, source, group, out
         self.num_samples = config.num_samples or 0
         self.batch_size = min(config.batch_size or source.sampler.task.batch_size, self.num_samples)
         self.num_blocks = -(-self.num_samples // self.batch_size)
         self.method = source.cache(config.cache)
         self.conditions = Conditions.of(source, config)
+        self.run = runner_of(source, config, self.conditions.choices[:1], seed=seed_of(config.seed, 0))
         if self.method is not None:
-            check_method(source.sampler.pipeline, self.method, config.num_inference_steps)
+            check_method(self.run.pipeline, self.method, self.run.num_inference_steps)
         self.folder = config.out.absolute() if out is None else out.path
         self.overwritten = ("*.png", "metadata.jsonl") if config.overwrite else ()
 
@@ -148,7 +152,7 @@ class SetRun:
         return self.finish(settings, num_made, seconds)
 
     def indices(self, number: int) -> range:
-        """Return the samples of a block."""
+        """Return the indices of the samples of a block."""
         return range(number * self.batch_size, min((number + 1) * self.batch_size, self.num_samples))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -160,16 +164,15 @@ class SetRun:
         return self.out
 
     def begin(self) -> tuple[str, list[int] | None]:
-        """Return the SHA-256 of the settings and which blocks are missing, `None` where the set is done."""
-        wanted = [TOLD] + [NPZ] * self.config.npz
-        self.files.claim(wanted)
+        """Return the SHA-256 of the settings and the numbers of the missing blocks, `None` if the set is complete."""
+        self.files.claim([INFO] + [NPZ] * self.config.npz)
         settings = settings_of(self.source, self.method, self.config, self.batch_size)
-        told = self.read() if self.files.holds(TOLD) else None
-        if told is not None and self.has_begun(told) and (changed := _difference(told["settings"], settings)):
-            what = ", ".join(changed)
-            raise ValueError(f"{printable(self.folder)} holds samples of other settings ({what}): give another --out")
+        info = self.read() if self.files.holds(INFO) else None
+        if info is not None and self.has_begun(info) and (changed := _difference(info["settings"], settings)):
+            names = ", ".join(changed)
+            raise ValueError(f"{printable(self.folder)} holds samples of other settings ({names}): give another --out")
         digest = hashlib.sha256(output.to_json(settings).encode()).hexdigest()
-        if told is not None and told["report"] is not None and self.has_results():
+        if info is not None and info["report"] is not None and self.has_results():
             self.remove_blocks()
             return digest, None
         if self.config.png:
@@ -180,13 +183,13 @@ class SetRun:
             output.check_replaceable(paths[number], KIND, even_damaged=True)
         self.write(settings, None)
         if len(missing) < self.num_blocks:
-            LOGGER.warning("goes on with %d of %d blocks that are there", self.num_blocks - len(missing), len(paths))
+            LOGGER.warning("continues with %d of %d blocks complete", self.num_blocks - len(missing), len(paths))
         return digest, missing
 
-    def has_begun(self, told: Told) -> bool:
-        """Return whether anything is there that other settings would throw away."""
+    def has_begun(self, info: SetInfo) -> bool:
+        """Return true if there is anything that a run with other settings would discard."""
         blocks = (self.folder / BLOCKS).glob("block-*")
-        return told["report"] is not None or any(KIND in output.read_marker(path)["files"] for path in blocks)
+        return info["report"] is not None or any(KIND in output.read_marker(path)["files"] for path in blocks)
 
     def has_results(self) -> bool:
         with suppress(OSError, ValueError):
@@ -195,20 +198,20 @@ class SetRun:
             return self.files.holds(NPZ) or not self.config.npz
         return False
 
-    def read(self) -> Told:
-        return read_json(self.folder / TOLD, Told)
+    def read(self) -> SetInfo:
+        return read_json(self.folder / INFO, SetInfo)
 
     def read_report(self) -> SetReport:
-        LOGGER.warning("%s holds these samples already", printable(self.folder))
+        LOGGER.warning("%s already holds these samples", printable(self.folder))
         return SetReport(**(self.read()["report"] or {}))
 
     def write(self, settings: Fields, report: SetReport | None) -> None:
-        prompts = list(self.conditions.choices) if isinstance(self.conditions.choices[0], str) else []
-        told = Told(settings=settings, prompts=prompts, report=None if report is None else asdict(report))
-        self.files.write_text(TOLD, output.to_json(told))
+        fields = None if report is None else asdict(report)
+        info = SetInfo(settings=settings, prompts=list(self.conditions.prompts), report=fields)
+        self.files.write_text(INFO, output.to_json(info))
 
     def finish(self, settings: str, num_made: int, seconds: float) -> SetReport:
-        """Write the results of all blocks, then the report; then the blocks go."""
+        """Write the samples of all blocks, then the report; then remove the blocks."""
         paths = [block_path(self.folder, number) for number in range(self.num_blocks)]
         infos = [read_block(path, settings) for path in paths]
         shape = np.load(paths[0] / "samples.npy", mmap_mode="r").shape[1:]
@@ -229,7 +232,7 @@ class SetRun:
             num_made=num_made,
             seconds=seconds,
             samples_per_second=num_made / seconds,
-            steps=self.config.num_inference_steps,
+            steps=self.run.num_inference_steps,
             steps_full=sum(info["steps_full"] for info in infos) / len(infos),
             steps_reused=sum(info["steps_reused"] for info in infos) / len(infos),
             compute_ratio=len(infos) / sum(1 / info["compute_ratio"] for info in infos),
@@ -242,11 +245,11 @@ class SetRun:
         return report
 
     def write_files(self, paths: Sequence[Path], labels: Sequence[int | None]) -> None:
-        """Gather the PNG files of all blocks in one folder, beside what they show."""
+        """Collect the PNG files of all blocks in one folder, with their labels and captions."""
         with output.atomic_folder(self.folder / PNG, KIND, overwritten=self.overwritten) as draft:
             with (draft / "metadata.jsonl").open("w", encoding="utf-8") as lines:
                 for index, label in enumerate(labels):
-                    text = self.conditions.captions[self.conditions.place(index)]
+                    text = self.conditions.captions[self.conditions.choice_of(index)]
                     line = {"file_name": png_name(index), "label": label, "text": text}
                     lines.write(json.dumps(line) + "\n")
             for number, path in enumerate(paths):
@@ -265,17 +268,16 @@ class SetRun:
     # In every process
 
     def make(self, settings: str, missing: list[int]) -> float:
-        """Make this process's share of the missing blocks, and wait for the others; return the seconds it took."""
+        """Make this process's share of the missing blocks, and wait for the other processes; return the seconds."""
         pipeline = self.source.sampler.pipeline
         pipeline.set_progress_bar_config(disable=True)
-        run = runner_of(self.source, self.config, self.conditions.choices[:1], seed=seed_of(self.config.seed, 0))
-        ratio = cost_ratio(run, self.config)
+        ratio = cost_ratio(self.run, self.config)
         if self.config.compile:
-            cast(nn.Module, pipeline.transformer).compile(fullgraph=True)
+            pipeline.transformer.compile(fullgraph=True)
         if self.method is not None:
             enable_cache(pipeline, self.method)
         maker = BlockMaker(
-            run=run,
+            run=self.run,
             conditions=self.conditions,
             config=self.config,
             folder=self.folder,
@@ -302,39 +304,33 @@ class SetRun:
             update()
         return max(time.perf_counter() - started, 1e-9)
 
-    def progress(self, missing: Sequence[int]) -> "_Shown":
-        done = self.num_samples - sum(len(self.indices(number)) for number in missing)
+    @contextmanager
+    def progress(self, missing: Sequence[int]) -> Iterator[Callable[[], None]]:
+        """Show, in the main process, a progress bar of the blocks of all processes; yield a function that updates
+        it."""
         waiting = {block_path(self.folder, number): len(self.indices(number)) for number in missing}
-        return _Shown(self.num_samples, done, waiting, shown=self.group.is_main)
+        done = self.num_samples - sum(waiting.values())
+        with progress_bar(shown=self.group.is_main) as bar:
+            task = bar.add_task("sampling", total=self.num_samples, completed=done)
 
+            def update() -> None:
+                nonlocal done
+                if self.group.is_main:
+                    for path in [path for path in waiting if path.is_dir()]:
+                        done += waiting.pop(path)
+                    bar.update(task, completed=done)
 
-class _Shown:
-    """A progress bar of all processes' blocks, in the main one. waiting: samples of each block that is not there."""
-
-    def __init__(self, total: int, done: int, waiting: dict[Path, int], *, shown: bool) -> None:
-        self.done, self.waiting, self.shown = done, waiting, shown
-        self.bar = progress_bar(shown=shown)
-        self.task = self.bar.add_task("sampling", total=total, completed=done)
-
-    def __enter__(self) -> Callable[[], None]:
-        self.bar.start()
-        return self.update
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.bar.stop()
-        if self.shown and isinstance(error, KeyboardInterrupt):
-            self.update()
-            error.add_note(f"{self.done:,} samples are there; the same command goes on with them")
-
-    def update(self) -> None:
-        if self.shown:
-            for path in [path for path in self.waiting if path.is_dir()]:
-                self.done += self.waiting.pop(path)
-            self.bar.update(self.task, completed=self.done)
+            try:
+                yield update
+            except KeyboardInterrupt as interrupt:
+                update()
+                if self.group.is_main:
+                    interrupt.add_note(f"{done:,} samples are complete; the same command continues with them")
+                raise
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; copy it where the file system cannot do that."""
+    """Give a file a second name; copy it if the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:

@@ -3,7 +3,6 @@
 `Task.build` makes a model from them.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +51,15 @@ class TransformerConfig:
 
     def sizes(self) -> Fields:
         """Return the sizes of a new model."""
-        given = {name: getattr(self, name) for name in FRESH}
-        return {name: default if given[name] is None else given[name] for name, default in FRESH.items()}
+        sizes = {name: getattr(self, name) for name in FRESH}
+        return {name: default if sizes[name] is None else sizes[name] for name, default in FRESH.items()}
 
-    def check_sizes(self, start: Mapping[str, Any]) -> None:
+    def check_sizes(self, start: Fields) -> None:
         """Raise `ValueError` if a model to start from, with this config, has other sizes than these."""
-        asked = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_OF_A_START}
-        wrong = [name for name, value in asked.items() if value is not None and value != start.get(name)]
+        sizes = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in NOT_OF_A_START}
+        wrong = [name for name, value in sizes.items() if value is not None and value != start.get(name)]
         if wrong:
-            named = ", ".join(f"{name} {start.get(name)}, not {asked[name]}" for name in wrong)
+            named = ", ".join(f"{name} {start.get(name)}, not {sizes[name]}" for name in wrong)
             raise ValueError(f"start_from has {named}: give model.{wrong[0]} that value or None")
 
     def build(self, items: "Items", objective: "Objective", start: "nn.Module | None" = None) -> "TrainingTask[Any]":

@@ -1,6 +1,6 @@
 """Shared code of the class-conditional tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,7 +33,7 @@ class LabelTask(Task):
     ) -> Chosen:
         """Return class numbers, or `None` per sample for a model without classes. values: names or numbers of classes;
         `ValueError` if one is unknown."""
-        num_classes: int | None = pipeline.transformer.config.num_classes
+        num_classes = self.num_classes(pipeline)
         values = values if count is None else values or showcase
         count = count or len(values) or num_classes or 1
         if num_classes is None:
@@ -45,13 +45,16 @@ class LabelTask(Task):
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(conditions, [names.get(number, str(number)) for number in conditions])
 
+    def num_classes(self, pipeline: ClassPipeline) -> int | None:
+        return pipeline.transformer.config.num_classes
+
     def sampler(
         self, transformer: Transformer, scheduler: Scheduler, vae: VAE = None, names: LabelNames = None
     ) -> Sampler:
         names = None if transformer.config.num_classes is None else names
         return Sampler(self, self.pipeline_class(transformer, scheduler, vae, names))
 
-    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Fields) -> LabelNames:
         return read_labels(index, transformer.config.num_classes, folder)
 
     def link(self, config: LabelModelConfig, model: nn.Module) -> None:
@@ -98,9 +101,9 @@ class LabelTraining(TrainingTask[Tensor]):
         """Whether the model takes classes."""
         return self.model.config.num_classes is not None
 
-    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Tensor:
-        dropped = draw_dropped(given, dropout, draws).view(-1, *[1] * (given.ndim - 1))
-        return torch.where(dropped, self.model.null_class_label, given) if self.knows_classes else given
+    def draw_conditions(self, labels: Tensor, dropout: float, draws: Draws) -> Tensor:
+        dropped = draw_dropped(labels, dropout, draws).view(-1, *[1] * (labels.ndim - 1))
+        return torch.where(dropped, self.model.null_class_label, labels) if self.knows_classes else labels
 
     def showcase(self, count: int) -> tuple[list[Any], list[str]]:
         if not self.knows_classes:

@@ -2,10 +2,9 @@
 states of prompts from the sentence encoder of `skipdit.text`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from skipdit.files.untrusted import printable
 from skipdit.interfaces import VAE, Fields, Pipeline, Scheduler, Transformer
 from skipdit.pipelines import SamplingOptions
 from skipdit.tasks.split_guidance import split_guidance
-from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, spread
+from skipdit.tasks.task import Chosen, LabelNames, Sampler, Task, choose_prompts, spread
 from skipdit.tasks.training import StoredItems, TrainingTask, draw_dropped
 from skipdit.text import MAX_PROMPT_TOKENS, WIDTH, PromptStates, check_text_installed, load_encoder, quiet
 
@@ -40,12 +39,7 @@ class PromptTask(Task):
     def choose_from(
         self, pipeline: Pipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
     ) -> Chosen:
-        """Return prompts. `ValueError` if there are none."""
-        prompts = list(values or showcase)
-        if not prompts:
-            raise ValueError(f"a {self.name} model needs prompts, got none")
-        prompts = prompts if count is None else list(islice(cycle(prompts), count))
-        return Chosen(prompts, prompts)
+        return choose_prompts(values or showcase, count, f"{self.name} model")
 
     def check_installed(self) -> None:
         check_text_installed()
@@ -60,7 +54,7 @@ class PromptTask(Task):
         pipeline.register_modules(vae=vae)  # only now, so that its downsampling does not count: see `LATENT_SCALE`
         return Sampler(self, pipeline)
 
-    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> None:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Fields) -> None:
         """Refuse a pipeline whose transformer was trained with another text encoder."""
         if transformer.config.get(self.width_option) != WIDTH:
             raise ValueError(
@@ -70,6 +64,7 @@ class PromptTask(Task):
     def sample(self, pipeline: Pipeline, conditions: Sequence[str], options: SamplingOptions) -> Tensor:
         if options.guidance_channels is not None:
             raise ValueError(f"guidance_channels is for class-conditional models, got {options.guidance_channels}")
+        assert options.guidance_scale is not None
         model, count = pipeline.transformer, len(conditions)
         length = model.config.get("text_len_t5", MAX_PROMPT_TOKENS)
         states = load_encoder().encode([*conditions, ""], length).to(model.device, model.dtype)
@@ -96,10 +91,6 @@ class PromptTask(Task):
     def decode(self, vae: VAE, output: Any) -> Tensor:
         """Return pictures (b c h w) or clips (b f c h w) in [-1, 1] from the output of the pipeline."""
         raise NotImplementedError
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
 
 
 @dataclass(frozen=True)
@@ -156,18 +147,18 @@ class PromptTraining(TrainingTask[PromptStates]):
             raise ValueError(f"states of captions must be {MAX_PROMPT_TOKENS} x {WIDTH}: encode them again")
         return CaptionStates(stored, num_variants)
 
-    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> PromptStates:
-        captions, variants = self.captions_on(given.device), torch.zeros_like(given)
+    def draw_conditions(self, labels: Tensor, dropout: float, draws: Draws) -> PromptStates:
+        captions, variants = self.captions_on(labels.device), torch.zeros_like(labels)
         if captions.num_variants > 1:
-            variants = draws.randint(captions.num_variants).to(given.device, non_blocking=True)
-        return captions.select(given, variants, draw_dropped(given, dropout, draws))
+            variants = draws.randint(captions.num_variants).to(labels.device, non_blocking=True)
+        return captions.select(labels, variants, draw_dropped(labels, dropout, draws))
 
     def showcase(self, count: int) -> tuple[list[str], list[str]]:
         captions = [self.items.captions[index][0] for index in spread(count, len(self.items))]
         return captions, captions
 
 
-def encode_captions(captions: Sequence[Sequence[str]], names: Any) -> PromptStates:
+def encode_captions(captions: Sequence[Sequence[str]], names: Callable[[int], str]) -> PromptStates:
     """Return the states of all captions, item by item, and then of the empty prompt.
 
     names: returns what errors call an item. `ValueError` if a caption is too long.

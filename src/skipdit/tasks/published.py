@@ -6,8 +6,8 @@ signature of the pipeline's call.
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,18 +19,23 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
-from skipdit.checkpoints.parts import INDEX_NAME
+from skipdit.checkpoints.parts import INDEX_NAME, find_class
 from skipdit.checkpoints.reading import read_config
 from skipdit.command_options import PipelineOptions
-from skipdit.files.untrusted import as_type, printable
-from skipdit.options import check_range
+from skipdit.diffusion import scheduler_like
+from skipdit.files.untrusted import as_type, as_type_or_none, printable
+from skipdit.interfaces import Fields, Pipeline, Transformer
+from skipdit.options import check_installed, check_range
 from skipdit.pipelines import SamplingOptions, keep_broken
-from skipdit.tasks.task import Chosen, Sampler, Task, spread
+from skipdit.tasks.task import Chosen, RunDefaults, Sampler, Task, choose_prompts, spread
 
 LIBRARIES = ("diffusers", "transformers")  # allowed for parts, as are the modules of `diffusers.pipelines`
 # arguments of pipelines that edit or follow an input
 GIVEN = ("image", "images", "video", "control_image", "control_video")
 FRAMES = ("num_frames", "video_length", "frames")  # what pipelines of clips call their number
+# arguments for the guidance scale: the first whose default is a number is the one that guides
+SCALES = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
+GUIDERS = ("guider", "ocr_guider")  # parts of pipelines that guide, in place of an argument
 ANY_SIZE = 2**16  # stands for the size of pictures if only the pipeline knows it
 
 
@@ -53,43 +58,45 @@ class PublishedTask(Task):
     def __init__(self, size: Mapping[str, int]) -> None:
         self.size = size
 
-    def count_of(self, num_asked: int) -> int:
-        return max(self.num_samples, num_asked)
+    def count_of(self, num_conditions: int) -> int:
+        return max(self.num_samples, num_conditions)
 
-    def picture_size(self, pipeline: Any) -> int:
+    def picture_size(self, pipeline: Pipeline) -> int:
         return min((self.size[name] for name in ("height", "width") if name in self.size), default=ANY_SIZE)
 
-    def sample(self, pipeline: Any, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
+    def sample(self, pipeline: Pipeline, conditions: Sequence[Any], options: SamplingOptions) -> Tensor:
         if options.guidance != "full":
             raise ValueError(f"guidance {options.guidance!r} is for models of skipdit train")
         if options.guidance_channels is not None:
             raise ValueError(f"guidance_channels is for models of skipdit, got {options.guidance_channels}")
-        output = pipeline(
-            **{self.argument: list(conditions)},
-            **self.guidance(pipeline, options.guidance_scale, len(conditions)),
-            **self.size,
-            num_inference_steps=options.num_inference_steps,
-            generator=options.generator,
-            output_type="pt",
-        )
+        with guided(pipeline, options, len(conditions)) as guidance:
+            output = pipeline(
+                **{self.argument: list(conditions)},
+                **guidance,
+                **self.size,
+                num_inference_steps=options.num_inference_steps,
+                generator=options.generator,
+                output_type="pt",
+            )
         samples = output.frames if self.is_video else output.images
         if isinstance(samples, np.ndarray):  # (b h w c)
             samples = torch.from_numpy(samples).movedim(-1, 1)
         return keep_broken(samples.float())
+
+    def replace_scheduler(self, pipeline: Pipeline, name: str) -> None:
+        pipeline.scheduler = scheduler_like(pipeline.scheduler, name)
 
     @property
     def argument(self) -> str:
         """The argument of the pipeline's call for the conditions."""
         return "prompt"
 
-    def guidance(self, pipeline: Any, scale: float, count: int) -> dict[str, Any]:
-        """Return the call's arguments for a guidance scale. Qwen-Image guides only with a negative prompt."""
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        if "guidance_scale" in parameters and parameters["guidance_scale"].default is not None:
-            return {"guidance_scale": scale}
-        if "true_cfg_scale" in parameters:
-            return {"true_cfg_scale": scale, "negative_prompt": [" "] * count}
-        return {}
+    def run_defaults(self, pipeline: Pipeline) -> RunDefaults:
+        """Return the defaults of the pipeline's call, and the scale of its guider if it has one."""
+        parameters = _parameters(pipeline)
+        scales = [guider.config.guidance_scale for guider in _guiders(pipeline).values()]
+        scales += [parameters[name].default for name in _scale_arguments(parameters)]
+        return RunDefaults(parameters["num_inference_steps"].default, scales[0] if scales else None)
 
 
 class PublishedPictures(PublishedTask):
@@ -97,12 +104,10 @@ class PublishedPictures(PublishedTask):
 
     name, option = "text-to-image", "prompt"
 
-    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
-        """Return prompts. `ValueError` if there are none."""
-        if not values:
-            raise ValueError(f"a {type(pipeline).__name__} needs --prompt, got none")
-        prompts = list(values if count is None else islice(cycle(values), count))
-        return Chosen(prompts, prompts)
+    def choose_from(
+        self, pipeline: Pipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
+    ) -> Chosen:
+        return choose_prompts(values, count, type(pipeline).__name__)
 
 
 class PublishedClips(PublishedPictures):
@@ -120,15 +125,74 @@ class PublishedClasses(PublishedTask):
     def argument(self) -> str:
         return "class_labels"
 
-    def choose_from(self, pipeline: Any, values: Sequence[str], count: int | None, showcase: Sequence[str]) -> Chosen:
+    def choose_from(
+        self, pipeline: Pipeline, values: Sequence[str], count: int | None, showcase: Sequence[str]
+    ) -> Chosen:
         """Return class numbers for names or numbers, by default spread over all classes. `ValueError` if a class is
         unknown."""
-        num_classes = pipeline.transformer.config.num_embeds_ada_norm
+        num_classes = self.num_classes(pipeline)
         labels = [_find_class(value, pipeline.labels, num_classes) for value in values]
         labels = labels or spread(count or num_classes, num_classes)
         labels = labels if count is None else list(islice(cycle(labels), count))
         names = {number: name for name, number in pipeline.labels.items()}
         return Chosen(labels, [names.get(label, str(label)) for label in labels])
+
+    def num_classes(self, pipeline: Any) -> int:
+        return pipeline.transformer.config.num_embeds_ada_norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+
+def _parameters(pipeline: Pipeline) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _scale_arguments(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    return [name for name in SCALES if name in parameters and parameters[name].default is not None]
+
+
+def _guiders(pipeline: Pipeline) -> Fields:
+    """Return the pipeline's guiders that have a guidance scale, by the name of the part."""
+    parts = {name: pipeline.components.get(name) for name in GUIDERS}
+    return {name: part for name, part in parts.items() if part is not None and "guidance_scale" in part.config}
+
+
+@contextmanager
+def guided(pipeline: Pipeline, options: SamplingOptions, count: int) -> Iterator[Fields]:
+    """Give the pipeline's guiders the guidance scale inside the `with` block, or yield the arguments of its call for
+    it. count: samples. `ValueError` if a scale is given and the pipeline has none.
+
+    Qwen-Image guides only with a negative prompt. Ideogram 4 takes a scale per step instead, by default for the default
+    number of steps; other runs take those of the same share of the run.
+    """
+    scale, parameters, guiders = options.guidance_scale, _parameters(pipeline), _guiders(pipeline)
+    argument = next(iter(_scale_arguments(parameters)), None)
+    arguments: Fields = {}
+    if "guidance_schedule" in parameters:
+        own, steps = parameters["guidance_schedule"].default, options.num_inference_steps
+        arguments = {"guidance_scale": scale, "guidance_schedule": None}
+        if scale is None:
+            arguments = {"guidance_schedule": [own[step * len(own) // steps] for step in range(steps)]}
+    elif scale is not None and not guiders:
+        if argument is None:
+            kind = type(pipeline).__name__
+            raise ValueError(f"the guidance of a {kind} is its own: leave guidance_scale out, got {scale:g}")
+        arguments = {argument: scale}
+        if argument == "true_cfg_scale":
+            arguments["negative_prompt"] = [" "] * count
+    for name, guider in guiders.items():
+        setattr(pipeline, name, guider if scale is None else guider.new(guidance_scale=scale))
+    try:
+        yield arguments
+    finally:
+        for name, guider in guiders.items():
+            setattr(pipeline, name, guider)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Classes, and opening
 
 
 def _find_class(value: str, labels: Mapping[str, int], num_classes: int) -> int:
@@ -143,7 +207,7 @@ def _find_class(value: str, labels: Mapping[str, int], num_classes: int) -> int:
     return int(value)
 
 
-def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, options: PipelineOptions) -> Sampler:
+def open_published(folder: Path, index: Fields, dtype: torch.dtype, options: PipelineOptions) -> Sampler:
     """Return the sampler of the pipeline in a folder, which diffusers opens from local files only.
 
     index: its `model_index.json`. options: another transformer, and the size of samples.
@@ -165,7 +229,7 @@ def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, o
     size = _size(kind, parameters, options)
     replaced = {} if options.transformer is None else {"transformer": _load_instead(options.transformer, folder, dtype)}
     try:
-        pipeline: Any = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **replaced)
+        pipeline: Pipeline = kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **replaced)
     except Exception as error:  # untrusted configs may raise any type
         raise ValueError(f"{printable(folder)} is not a complete {kind.__name__}: {printable(str(error))}") from error
     if pipeline.components.get("transformer") is None:
@@ -173,19 +237,18 @@ def open_published(folder: Path, index: Mapping[str, Any], dtype: torch.dtype, o
     return Sampler(task_class(size), pipeline)
 
 
-def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPipeline]:
+def _pipeline_class(folder: Path, index: Fields) -> type[DiffusionPipeline]:
     name = index["_class_name"]
     for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or value == [None, None]:
+        if part.startswith("_") or as_type_or_none(value, list) is None or value == [None, None]:
             continue
-        library = value[0] if len(value) == 2 else None
-        if library not in LIBRARIES and not (isinstance(library, str) and hasattr(diffusers.pipelines, library)):
+        library, _ = as_type_or_none(value, tuple[str, object]) or ("", None)
+        if library not in LIBRARIES and not (library and hasattr(diffusers.pipelines, library)):
             raise ValueError(f"the {printable(part)} in {printable(folder / INDEX_NAME)} is of an unknown library")
-        if library == "transformers" and find_spec("transformers") is None:
-            what = f"the {printable(part)} of a {printable(name)}"  # such a class is a stand-in then
-            raise ValueError(f'{what} needs transformers: pip install "skipdit[pipelines]"')
-    kind: Any = getattr(diffusers, name, None) if name.endswith("Pipeline") else None
-    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        if library == "transformers":  # otherwise such a class is a stand-in
+            check_installed(f"the {printable(part)} of a {printable(name)} needs", "pipelines", "transformers")
+    kind = find_class(name, "Pipeline", DiffusionPipeline)
+    if kind is None:
         raise ValueError(
             f"{printable(folder)} is a {printable(name)}, which is a pipeline neither of skipdit nor of diffusers "
             f"{diffusers.__version__}"
@@ -193,7 +256,7 @@ def _pipeline_class(folder: Path, index: Mapping[str, Any]) -> type[DiffusionPip
     return kind
 
 
-def _load_instead(path: str, folder: Path, dtype: torch.dtype) -> Any:
+def _load_instead(path: str, folder: Path, dtype: torch.dtype) -> Transformer:
     """Return the transformer in a checkpoint, with sizes from the config of the folder's transformer. `ValueError` if
     it is of another class."""
     config = read_config(folder / "transformer")
@@ -223,7 +286,7 @@ def _needs_more(parameters: Mapping[str, inspect.Parameter]) -> bool:
     return bool(others) or "num_inference_steps" not in parameters or any(name in parameters for name in GIVEN)
 
 
-def _task_class(parameters: Mapping[str, Any]) -> type[PublishedTask] | None:
+def _task_class(parameters: Mapping[str, inspect.Parameter]) -> type[PublishedTask] | None:
     if "class_labels" in parameters:
         return PublishedClasses
     if "prompt" in parameters:
@@ -231,7 +294,9 @@ def _task_class(parameters: Mapping[str, Any]) -> type[PublishedTask] | None:
     return None
 
 
-def _size(kind: type[DiffusionPipeline], parameters: Mapping[str, Any], options: PipelineOptions) -> dict[str, int]:
+def _size(
+    kind: type[DiffusionPipeline], parameters: Mapping[str, inspect.Parameter], options: PipelineOptions
+) -> dict[str, int]:
     """Return the size of samples under the argument names of the pipeline's call."""
     size: dict[str, int] = {}
     for name, value in (("height", options.height), ("width", options.width), ("num_frames", options.num_frames)):

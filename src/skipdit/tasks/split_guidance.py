@@ -1,9 +1,8 @@
 """Shallow guidance in pipelines of diffusers that make both predictions in one batch."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ class SplitGuidance(nn.Module):
     def __init__(self, model: nn.Module, plan: ForwardPlan) -> None:
         super().__init__()
         self.model, self.shallow = model, ShallowGuidance(model, plan)
-        self.known: dict[int | str, tuple[Any, tuple[Any, Any]]] = {}
+        self.known: dict[int | str, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,40 +34,40 @@ class SplitGuidance(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """Return the output of the transformer with `return_dict=False`."""
-        num_rows = (args[0] if args else kwargs["hidden_states"]).shape[0]
-        arguments = {name: self._halves(name, value, num_rows) for name, value in (*enumerate(args), *kwargs.items())}
-        first, second = ({name: halves[index] for name, halves in arguments.items()} for index in range(2))
-        (conditional,) = _call(self.model, second)
-        conditional, unconditional = _call(partial(self.shallow, conditional), first)
+        num_rows = len(args[0] if args else kwargs["hidden_states"])
+        positional = [self._halves(name, value, num_rows) for name, value in enumerate(args)]
+        named = {name: self._halves(name, value, num_rows) for name, value in kwargs.items()}
+        first, second = (
+            ([halves[index] for halves in positional], {name: halves[index] for name, halves in named.items()})
+            for index in range(2)
+        )
+        (conditional,) = self.model(*second[0], **second[1])
+        conditional, unconditional = self.shallow(conditional, *first[0], **first[1])
         return (torch.cat([unconditional, conditional]),)
 
-    def _halves(self, name: int | str, value: Any, num_rows: int) -> tuple[Any, Any]:
+    def _halves(self, name: int | str, value: object, num_rows: int) -> tuple[object, object]:
         """Return the value of an argument for each of the two calls. While the argument is the same object, so are its
         halves, by which a cache recognizes its streams."""
-        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != num_rows:
-            return value, value
-        if name not in self.known or self.known[name][0] is not value:
-            first, second = value.chunk(2)
-            # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's list; a
-            # single timestep expanded over the rows is one
-            halves = (first.clone(), second.clone()) if value.stride(0) else (first, second)
-            self.known[name] = value, halves
-        return self.known[name][1]
-
-
-def _call(function: Callable[..., Any], arguments: dict[int | str, Any]) -> Any:
-    args = [value for name, value in arguments.items() if isinstance(name, int)]
-    return function(*args, **{name: value for name, value in arguments.items() if isinstance(name, str)})
+        match value:
+            case Tensor() if value.ndim and value.shape[0] == num_rows:
+                if name not in self.known or self.known[name][0] is not value:
+                    first, second = value.chunk(2)
+                    # copied, because a cache would take half of a batch of timesteps for an entry in a scheduler's
+                    # list; a single timestep expanded over the rows is one
+                    halves = (first.clone(), second.clone()) if value.stride(0) else (first, second)
+                    self.known[name] = value, halves
+                return self.known[name][1]
+        return value, value
 
 
 @contextmanager
 def split_guidance(
     pipeline: Pipeline, guidance: Guidance, num_shallow_units: int | None, guidance_scale: float
-) -> Iterator[Any]:
+) -> Iterator[Pipeline]:
     """Yield a diffusers pipeline: itself for `"full"` guidance, otherwise a copy that shares all parts and makes its
     unconditional predictions with few units. `ValueError` if its transformer cannot."""
     model: nn.Module = pipeline.transformer
-    is_opened_here = guidance != "full" and not isinstance(model, LongSkipModel)
+    is_opened_here = guidance != "full" and LongSkipModel.find(model) is None
     if is_opened_here:
         open_units(model)
     try:

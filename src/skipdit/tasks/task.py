@@ -1,7 +1,8 @@
 """The interface of a task, and how its pipelines are sampled, saved and opened."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.checkpoints.parts import downsampling, part_class, read_autoencoder, read_scheduler
+from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.files.untrusted import printable
-from skipdit.interfaces import VAE, Pipeline, Scheduler, Transformer
+from skipdit.interfaces import VAE, Fields, Pipeline, Scheduler, Transformer
 from skipdit.models.surgery import open_units
 from skipdit.options.objective import Objective
 from skipdit.pipelines import SamplingOptions
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 LabelNames = dict[str, str] | None  # by class number, `None` for a task or data without
 
 
+def learns_variance(model: Transformer) -> bool:
+    """Return True if half of the output is the variance, as in the official models, which predict epsilon on a ddpm
+    process."""
+    return model.config.out_channels == 2 * model.config.in_channels
+
+
 class Chosen(NamedTuple):
     """The conditions to sample (class numbers, `None` or prompts), and one caption for each."""
 
@@ -29,9 +37,25 @@ class Chosen(NamedTuple):
     captions: list[str]
 
 
+class RunDefaults(NamedTuple):
+    """How a pipeline is run if nothing else is asked for."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float | None = 2.0
+    """`None` if the pipeline has no scale to set, but guides in a way of its own"""
+
+
 def spread(count: int, total: int) -> list[int]:
     """Return `count` evenly spaced numbers from 0 to `total - 1`."""
     return [index * total // count for index in range(count)]
+
+
+def choose_prompts(prompts: Sequence[str], count: int | None, what: str) -> Chosen:
+    """Return prompts in turn, or all of them without a count. `ValueError` if there are none. what: needs them."""
+    if not prompts:
+        raise ValueError(f"a {what} needs --prompt, got none")
+    chosen = list(prompts if count is None else islice(cycle(prompts), count))
+    return Chosen(chosen, chosen)
 
 
 class Task:
@@ -60,18 +84,18 @@ class Task:
     learned variance to the scheduler, and need only a transformer and its objective"""
 
     def choose(
-        self, pipeline: Pipeline, asked: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
+        self, pipeline: Pipeline, options: Mapping[str, Sequence[str]], count: int | None, showcase: Sequence[str] = ()
     ) -> Chosen:
         """Return the conditions of `count` samples: the requested ones in turn, or else those of `showcase`, or else
         some of all that the model knows. Without a count, return all requested ones, or all that it knows.
 
-        asked: the values of each option of `skipdit sample` for conditions. `ValueError` if another option than this
+        options: the values of each option of `skipdit sample` for conditions. `ValueError` if another option than this
         task's has values, or there are more values than samples.
         """
-        for option, values in asked.items():
+        for option, values in options.items():
             if values and option != self.option:
                 raise ValueError(f"a {self.name} model takes --{self.option}, not --{option}")
-        values = asked.get(self.option, ())
+        values = options.get(self.option, ())
         if count is not None and len(values) > count:
             raise ValueError(f"num_samples must be at least the number of --{self.option}, {len(values)}, got {count}")
         return self.choose_from(pipeline, values, count, showcase)
@@ -82,9 +106,28 @@ class Task:
         """Return the conditions for the values of this task's option; see `choose`."""
         raise NotImplementedError
 
-    def count_of(self, num_asked: int) -> int:
-        """Return how many samples are made by default. num_asked: values of its option."""
+    def count_of(self, num_conditions: int) -> int:
+        """Return how many samples are made by default. num_conditions: values of its option."""
         return self.num_samples
+
+    def fits(self, transformer: nn.Module) -> bool:
+        """Return True if a transformer is one of this task's."""
+        return isinstance(transformer, self.model_class)
+
+    def replace_scheduler(self, pipeline: Pipeline, name: str) -> None:
+        """Give a pipeline another scheduler for its objective. `ValueError` if there is none of that name."""
+        objective = objective_of(pipeline.scheduler)
+        is_epsilon = self.has_own_pipeline and objective.prediction_type == "epsilon"
+        learned = is_epsilon and learns_variance(pipeline.transformer)
+        pipeline.scheduler = make_scheduler(replace(objective, learned_variance=learned), name)
+
+    def run_defaults(self, pipeline: Pipeline) -> RunDefaults:
+        """Return the number of steps and the guidance scale of a run by default."""
+        return RunDefaults()
+
+    def num_classes(self, pipeline: Pipeline) -> int | None:
+        """Return the number of classes that a model can be asked for; `None` if it knows none."""
+        return None
 
     def check_installed(self) -> None:
         """Raise `ValueError`, with the command to install it, if an optional package that the task needs is missing."""
@@ -104,12 +147,12 @@ class Task:
         """Return the sampler of a pipeline around a transformer. names: of its classes."""
         raise NotImplementedError
 
-    def open(self, folder: Path, transformer: Transformer, index: Mapping[str, Any], dtype: torch.dtype) -> "Sampler":
+    def open(self, folder: Path, transformer: Transformer, index: Fields, dtype: torch.dtype) -> "Sampler":
         """Return the sampler of the pipeline in a folder, around its transformer. index: its `model_index.json`.
 
         `ValueError` names the folder if something in it is missing, foreign or broken.
         """
-        if not isinstance(transformer, self.model_class):
+        if not self.fits(transformer):
             raise ValueError(
                 f"{printable(folder)} is not a complete {self.pipeline_name}: its transformer is of another class"
             )
@@ -120,7 +163,7 @@ class Task:
             raise ValueError(f"{printable(folder)} is not a complete {self.pipeline_name}: it has no scheduler")
         return self.sampler(transformer, read_scheduler(folder, scheduler_class), vae, label_names)
 
-    def read_label_names(self, folder: Path, transformer: Transformer, index: Mapping[str, Any]) -> LabelNames:
+    def read_label_names(self, folder: Path, transformer: Transformer, index: Fields) -> LabelNames:
         """Return the class names of a pipeline. `ValueError` if this task does not support the pipeline."""
         raise NotImplementedError
 
@@ -165,7 +208,7 @@ class Task:
     def check_start(self, start: Transformer, items: "Items") -> None:
         """Raise `ValueError` if the model to start from is of another class, or has other channels than the data."""
         num_channels = start.config.in_channels
-        if not isinstance(start, self.model_class) or num_channels != items.num_channels:
+        if not self.fits(start) or num_channels != items.num_channels:
             expected = f"a {self.model_class.__name__} of {items.num_channels} channels"
             raise ValueError(f"start_from must be {expected}, got a {type(start).__name__} of {num_channels}")
 

@@ -1,6 +1,7 @@
 """A task in training: how a batch reaches the model."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,11 +15,10 @@ from torch.utils.data import Dataset
 from skipdit.data.clips import ClipConfig, LabelledClips, open_clips
 from skipdit.data.latents import LabelledLatents, LatentConfig, PlannedLatents, is_latents, open_latents
 from skipdit.data.pictures import DataConfig, Draws, LabelledPictures, open_pictures
-from skipdit.diffusion import SCHEDULERS, Objective, make_scheduler
 from skipdit.files.untrusted import printable_path
 from skipdit.interfaces import VAE, Transformer
 from skipdit.models.forward_plan import PLAIN, ForwardPlan, Stored
-from skipdit.models.long_skip import LongSkipConfig, LongSkipModel, PlannedOutput
+from skipdit.models.long_skip import LongSkipConfig, LongSkipModel
 from skipdit.models.surgery import add_long_skips
 from skipdit.tasks.config import LinkedConfig
 from skipdit.tasks.task import Sampler, Task
@@ -27,19 +27,22 @@ LOGGER = logging.getLogger(__name__)
 
 Items = LabelledPictures | LabelledClips | LabelledLatents | PlannedLatents
 Conditions = TypeVar("Conditions")
+OPENERS: dict[type, Callable[..., Items]] = {
+    DataConfig: open_pictures,
+    ClipConfig: open_clips,
+    LatentConfig: open_latents,
+}
 
 
 def open_items(config: DataConfig | ClipConfig | LatentConfig) -> Items:
     """Open the pictures, clips or latents of a config."""
-    if isinstance(config, LatentConfig):
-        return open_latents(config)
-    if is_latents(Path(config.source)):
+    if type(config) is not LatentConfig and is_latents(Path(config.source)):
         raise ValueError(f"{printable_path(config.source)} contains latents: give it to a recipe for latents")
-    return open_clips(config) if isinstance(config, ClipConfig) else open_pictures(config)
+    return OPENERS[type(config)](config)
 
 
 @dataclass(frozen=True)
-class StoredItems(Dataset[tuple[Tensor, Any]]):
+class StoredItems(Dataset[tuple[Tensor, int | Tensor]]):
     """Items as stored (pixels as uint8), each with its class or its index."""
 
     items: Items
@@ -50,13 +53,9 @@ class StoredItems(Dataset[tuple[Tensor, Any]]):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int | Tensor]:
         stored, label = self.items.stored(index)
         return stored, index if self.numbered else label
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A model and its data
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class TrainingTask(Generic[Conditions]):
         return StoredItems(self.items, numbered=False)
 
     @property
-    def vae(self) -> Any:
+    def vae(self) -> VAE:
         """The autoencoder of latents, on the device of the model; `None` for pixels."""
         vae: VAE = self.items.vae
         return None if vae is None else vae.to(next(self.model.parameters()).device)
@@ -91,10 +90,10 @@ class TrainingTask(Generic[Conditions]):
     def prepare(self, device: torch.device) -> None:
         """Compute what all steps need on a device in advance; otherwise the first step would."""
 
-    def draw_conditions(self, given: Tensor, dropout: float, draws: Draws) -> Conditions:
+    def draw_conditions(self, labels: Tensor, dropout: float, draws: Draws) -> Conditions:
         """Return the conditions of a batch, each dropped with probability `dropout`.
 
-        given: (b) or (b n), the class or index of each item in `data`, on the device of the batch.
+        labels: (b) or (b n), the class or index of each item in `data`, on the device of the batch.
         """
         raise NotImplementedError
 
@@ -112,7 +111,7 @@ class TrainingTask(Generic[Conditions]):
         wrapper of it. plan, stored: arguments of its forward.
         """
         output = self.call(model, noisy, timesteps, conditions, plan=plan, stored=stored)
-        return self.prediction(output.output.sample if isinstance(output, PlannedOutput) else output.sample)
+        return self.prediction(output.output.sample if plan.units else output.sample)
 
     def call(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, conditions: Conditions, **plan: Any) -> Any:
         """Return the output of the model. plan: arguments passed on to its forward."""
@@ -132,14 +131,9 @@ class TrainingTask(Generic[Conditions]):
         return self.task.sampler(model, scheduler, self.vae, names)
 
 
-def draw_dropped(given: Tensor, share: float, draws: Draws) -> Bool[Tensor, " batch"]:
-    """Return, per item of a batch, whether its condition is dropped, on the device of `given`."""
-    return (draws.rand() < share).to(given.device, non_blocking=True)
-
-
-def make_task_scheduler(objective: Objective) -> SchedulerMixin:
-    """Return the first scheduler of the objective's process."""
-    return make_scheduler(objective, SCHEDULERS[objective.process][0])
+def draw_dropped(labels: Tensor, share: float, draws: Draws) -> Bool[Tensor, " batch"]:
+    """Return, per item of a batch, whether its condition is dropped, on the device of `labels`."""
+    return (draws.rand() < share).to(labels.device, non_blocking=True)
 
 
 def add_missing_links(model: Transformer, config: LinkedConfig) -> None:

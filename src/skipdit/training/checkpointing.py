@@ -14,9 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from skipdit.data.latents import LabelledLatents
 from skipdit.files import output
-from skipdit.files.untrusted import printable, read_json
+from skipdit.files.untrusted import as_type_or_none, printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
@@ -76,8 +75,7 @@ def fingerprint(items: Items) -> Fingerprint:
     digest = hashlib.sha256()
     for label, captions in zip(items.labels, items.captions, strict=True):
         digest.update(json.dumps([int(label), *captions]).encode())
-    if isinstance(items, LabelledLatents):
-        digest.update(items.content.encode())
+    digest.update(items.content.encode())
     return Fingerprint(num_items=len(items), class_names=list(items.label_names), digest=digest.hexdigest())
 
 
@@ -142,11 +140,12 @@ def written(path: Path) -> Iterator[None]:
     """Make errors of writing name the file or folder."""
     try:
         yield
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, FileExistsError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise OSError(f"{printable(path)} could not be written: {reason}") from error
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"{printable(path)} could not be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise OSError(f"{printable(path)} could not be written: {error}") from error
 
 
 def save_checkpoint(
@@ -185,7 +184,7 @@ def save_checkpoint(
 # Reading
 
 
-def go_on(
+def resume(
     folder: Path, learner: Learner, config: TrainConfig, data: Fingerprint, *, allow_changes: bool = False
 ) -> tuple[int, float, list[str]]:
     """Restore the last usable checkpoint; return its step (0 if there is no checkpoint), the FLOPs so far, and messages
@@ -206,11 +205,11 @@ def go_on(
         except (OSError, ValueError, SafetensorError) as error:
             problems.append(f"{path.name} cannot be used ({error})")
             continue
-        learner.take(tensors, state["ema_step"])
+        learner.restore(tensors, state["ema_step"])
         if learner.guard is not None and "guard" in state:
-            learner.guard.take(state["guard"])
+            learner.guard.restore(state["guard"])
         if learner.loss_scale is not None and "loss_scale" in state:
-            learner.loss_scale.take(state["loss_scale"])
+            learner.loss_scale.restore(state["loss_scale"])
         if problems:
             notes.insert(0, f"{'; '.join(problems)}: the run resumes from {path.name}")
         return state["step"], state.get("flops", 0.0), notes
@@ -238,11 +237,10 @@ def check_settings(
     # a setting that is newer than the checkpoint had its default value
     before: Fields = json.loads(json.dumps(asdict(TrainConfig()))) | state["config"]
     for name in ("model", "objective"):
-        if isinstance(part := before.get(name), dict):
+        if (part := as_type_or_none(before.get(name), Fields)) is not None:
             before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
-    data_before = before.get("data")
-    data_before = data_before if isinstance(data_before, dict) else {}
+    data_before = as_type_or_none(before.get("data"), Fields) or {}
     changed += [
         f"data.{name}" for name, value in now["data"].items() if name != "source" and data_before.get(name) != value
     ]

@@ -179,10 +179,10 @@ class TrainConfig:
             raise ValueError(f"gradient_guard must be above 1, or 0 for none, got {self.gradient_guard}")
         if self.spectral and self.stage == "long-skips-only" and self.spectral.on == "blocks":
             raise ValueError("in the stage long-skips-only the blocks are frozen: set spectral.on to 'long_skips'")
-        for name in ("label_dropout", "ema_decay", "adam_betas"):
-            value = getattr(self, name)
-            if not all(0 <= number < 1 for number in (value if isinstance(value, tuple) else (value,))):
-                raise ValueError(f"{name} must be in [0, 1), got {value}")
+        shares = {"label_dropout": (self.label_dropout,), "ema_decay": (self.ema_decay,), "adam_betas": self.adam_betas}
+        for name, values in shares.items():
+            if not all(0 <= value < 1 for value in values):
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
 def learning_rate_at(config: TrainConfig, step: int) -> float:

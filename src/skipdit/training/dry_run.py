@@ -60,7 +60,7 @@ def plan_run(config: TrainConfig) -> RunPlan:
     of the latents, or of the model if `start_from` does not exist.
     """
     data = config.data
-    items = PlannedLatents(data) if isinstance(data, LatentConfig) else open_items(data)
+    items = PlannedLatents(data) if type(data) is LatentConfig else open_items(data)
     model_config = config.model
     if getattr(model_config, "inflate", None) is not None:
         model_config = replace(model_config, inflate=None)  # it changes weights, but no sizes

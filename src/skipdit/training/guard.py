@@ -1,6 +1,6 @@
 """Guard the gradient norm: the device decides which steps to skip, and nothing waits for it."""
 
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, TypedDict
 
 import torch
 from msgspec import Meta
@@ -9,11 +9,11 @@ from torch import Tensor
 WINDOW = 100  # norms
 
 
-def leave_out(optimizer: torch.optim.Optimizer, flags: list[Tensor]) -> None:
+def skip_if_any(optimizer: torch.optim.Optimizer, flags: list[Tensor]) -> None:
     """Make the next `step` of a fused optimizer change nothing, not even moments and their count, if a flag is 1.
     torch's GradScaler uses the same attribute for this; a test pins it."""
     if flags:
-        cast(Any, optimizer).found_inf = torch.stack(flags).amax()
+        vars(optimizer)["found_inf"] = torch.stack(flags).amax()
 
 
 class GuardState(TypedDict):
@@ -35,7 +35,7 @@ class GradientGuard:
     def __init__(self, factor: float, device: torch.device) -> None:
         self.factor = factor
         self.norms = torch.full((WINDOW,), torch.inf, device=device)
-        self.left_out = torch.zeros((), device=device)
+        self.num_skipped = torch.zeros((), device=device)
 
     def update(self, norm: Tensor) -> Tensor:
         """Add the norm of a step to the window; return 1 if it is too large, else 0.
@@ -46,15 +46,15 @@ class GradientGuard:
         too_large = (finite & (norm > self.factor * self.norms.sort().values[WINDOW // 2])).float()
         window = torch.cat([self.norms[1:], norm.float().reshape(1)])
         self.norms = torch.where(finite, window, self.norms)
-        self.left_out += too_large
+        self.num_skipped += too_large
         return too_large
 
     def state(self) -> GuardState:
         norms = self.norms[self.norms.isfinite()].tolist()
-        return GuardState(norms=norms, left_out=int(self.left_out.item()))
+        return GuardState(norms=norms, left_out=int(self.num_skipped.item()))
 
-    def take(self, state: GuardState) -> None:
+    def restore(self, state: GuardState) -> None:
         """Restore a state."""
         norms = [torch.inf] * (WINDOW - len(state["norms"])) + state["norms"]
         self.norms = torch.tensor(norms, device=self.norms.device)
-        self.left_out.fill_(state["left_out"])
+        self.num_skipped.fill_(state["left_out"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.training.config import SpectralConfig, TrainConfig
-from skipdit.training.guard import GradientGuard, leave_out
+from skipdit.training.guard import GradientGuard, skip_if_any
 from skipdit.training.posthoc_ema import PowerAverages
 from skipdit.training.precision import LossScale
 from skipdit.training.sharding import as_shard, gather, gradient_norms, local, local_parameters, shard_like
@@ -43,13 +43,10 @@ class Learner:
         """The names of the saved files, without suffix."""
         return FILES if self.powers is None else (*FILES, POWERS)
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # A step
-
     def update(self, norm: Tensor, done: int) -> None:
         """Apply the gradients of a step. norm: of the gradients. done: number of the step; the first is 1."""
         checks = [check for check in (self.guard, self.loss_scale) if check is not None]
-        leave_out(self.optimizer, [check.update(norm) for check in checks])
+        skip_if_any(self.optimizer, [check.update(norm) for check in checks])
         self.optimizer.step()
         self.optimizer.zero_grad()
         weights = local_parameters(self.model)
@@ -57,7 +54,7 @@ class Learner:
         if self.powers is not None:
             self.powers.step(weights, done)
 
-    def can_go_on(self, norm: Tensor) -> Tensor:
+    def can_continue(self, norm: Tensor) -> Tensor:
         """Return whether a step's gradient is finite, or may be at a smaller loss scale. Call this before `update`."""
         finite = norm.isfinite()
         return finite if self.loss_scale is None else finite | (self.loss_scale.value > 1)
@@ -65,12 +62,9 @@ class Learner:
     def counts(self) -> Tensor:
         """Return (3,) on the device: the steps skipped by the guard, the steps that overflowed, and the loss scale."""
         zero = torch.zeros((), device=next(self.model.parameters()).device)
-        left_out = zero if self.guard is None else self.guard.left_out
+        num_skipped = zero if self.guard is None else self.guard.num_skipped
         scale = self.loss_scale
-        return torch.stack([left_out, *((zero, zero + 1) if scale is None else (scale.overflows, scale.value))])
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Saving
+        return torch.stack([num_skipped, *((zero, zero + 1) if scale is None else (scale.overflows, scale.value))])
 
     def parts(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (file, name, value) of all that is saved; the value is the part that lies in this process."""
@@ -102,7 +96,7 @@ class Learner:
             parts[file][name] = local(part)
         return all_finite(parts)
 
-    def take(self, tensors: Tensors, ema_step: int) -> None:
+    def restore(self, tensors: Tensors, ema_step: int) -> None:
         """Restore whole tensors from `tensors`."""
         parameters = dict(self.model.named_parameters())
 
@@ -116,7 +110,7 @@ class Learner:
         self.ema.optimization_step = ema_step
         if self.powers is not None:
             names = {f"{length}.{name}": name for length in self.powers.averages for name in parameters}
-            self.powers.take(parameters, {key: part(tensors[POWERS][key], name) for key, name in names.items()})
+            self.powers.restore(parameters, {key: part(tensors[POWERS][key], name) for key, name in names.items()})
         moments = tensors["optimizer"]
         entries = {
             index: {

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -23,13 +23,13 @@ FREE_SHARE = 0.25  # of a device's free memory that data may fill
 CHUNK = 64  # items read at a time
 MANY_WORKERS = 16
 
-Stored = tuple[Tensor, Tensor]  # stored items, and their classes or indices
+StoredBatch = tuple[Tensor, Tensor]  # stored items, and their classes or indices
 
 
 @contextmanager
 def load_batches(
     data: StoredItems, config: TrainConfig, accelerator: Accelerator, first_step: int
-) -> Iterator[Iterator[Stored]]:
+) -> Iterator[Iterator[StoredBatch]]:
     """Yield an endless iterator of this process's batches on its device, from `first_step` on. They do not depend on
     how they are loaded; at the end no worker is left.
 
@@ -92,7 +92,7 @@ class DeviceBatches:
     def __iter__(self) -> "DeviceBatches":
         return self
 
-    def __next__(self) -> Stored:
+    def __next__(self) -> StoredBatch:
         device = self.stored.device
         while len(self.rest) < self.size:
             indices = torch.from_numpy(next(self.epochs).copy())
@@ -103,7 +103,7 @@ class DeviceBatches:
         return self.stored[index], self.labels[index]
 
 
-def read_all(data: StoredItems, device: torch.device, num_workers: int, *, shows: bool) -> Stored:
+def read_all(data: StoredItems, device: torch.device, num_workers: int, *, shows: bool) -> StoredBatch:
     """Return all of a data set on a device. shows: show a progress bar if it is large."""
     length = len(data)
     stored, labels = (
@@ -111,7 +111,7 @@ def read_all(data: StoredItems, device: torch.device, num_workers: int, *, shows
         for first in default_collate([data[0]])
     )
     with reading(data, device, num_workers, batch_size=CHUNK) as chunks:
-        starts: Any = range(0, length, CHUNK)
+        starts: Iterable[int] = range(0, length, CHUNK)
         if length > MAX_DECODED_AT_ONCE and shows:
             starts = track(starts, "reading data", transient=True)
         for start, chunk in zip(starts, chunks, strict=True):
@@ -120,13 +120,15 @@ def read_all(data: StoredItems, device: torch.device, num_workers: int, *, shows
     return stored, labels
 
 
-def move(batch: Sequence[Tensor], device: torch.device) -> Stored:
+def move(batch: Sequence[Tensor], device: torch.device) -> StoredBatch:
     stored, labels = batch
     return stored.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 @contextmanager
-def reading(data: StoredItems, device: torch.device, num_workers: int, **options: Any) -> Iterator[Iterator[Any]]:
+def reading(
+    data: StoredItems, device: torch.device, num_workers: int, **options: Any
+) -> Iterator[Iterator[Sequence[Tensor]]]:
     """Yield the batches of a `DataLoader` with these options, in pinned memory for a GPU; at the end no worker is left.
     `ChildProcessError` if a worker died."""
     pinned = device.type == "cuda"

@@ -12,28 +12,23 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from signal import Signals
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
 from skipdit.environment import resolve_device
 from skipdit.files.untrusted import printable
+from skipdit.interfaces import Transformer
 from skipdit.models.surgery import add_fill_token
+from skipdit.options import check_installed
 from skipdit.spectral import cap_spectral_norm, spectral_penalty, weighted
 from skipdit.tasks.training import TrainingTask, open_items
 from skipdit.training import checkpointing
-from skipdit.training.batches import (
-    BATCH,
-    KIND,
-    BatchShare,
-    batch_loss,
-    find_step_kinds,
-    prepare_batch,
-    step_generator,
-)
+from skipdit.training.batches import BATCH, KIND, BatchShare, batch_loss, find_step_kinds, prepare_batch, step_generator
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
 from skipdit.training.devices import in_main, start_processes
 from skipdit.training.learner import (
@@ -43,9 +38,10 @@ from skipdit.training.learner import (
     make_learner,
     unit_gradient_norms,
 )
-from skipdit.training.loader import Stored, items_of_step, load_batches
+from skipdit.training.loader import StoredBatch, items_of_step, load_batches
+from skipdit.training.posthoc_ema import snapshot_name
 from skipdit.training.precision import autocast_dtype
-from skipdit.training.reporter import Reporter, RunFolder, StepSummary, check_tensorboard_installed, run_folder
+from skipdit.training.reporter import Reporter, RunFolder, StepSummary, run_folder
 from skipdit.training.routing import StepKind, shallow_path_of
 from skipdit.training.sharding import clip_gradients, shard, whole
 from skipdit.training.showing import draw_samples, release, with_weights, without_weights
@@ -86,7 +82,7 @@ def train(
         OSError: a file that is not ours is in the way, another run writes into `out`, or writing failed.
     """
     if config.tensorboard:
-        check_tensorboard_installed()
+        check_installed("events for TensorBoard need", "tensorboard", "tensorboard")
     accelerator = start_processes(resolve_device(device))
     num_parts = accelerator.num_processes * config.num_accumulation_steps
     if config.batch_size % num_parts:
@@ -179,7 +175,8 @@ class Run:
         if config.spectral and self.constrained and config.spectral.form == "cap":
             cap_spectral_norm(self.constrained, config.spectral.maximum)
         if config.gradient_checkpointing:
-            cast(Any, model).enable_gradient_checkpointing()
+            transformer: Transformer = model
+            transformer.enable_gradient_checkpointing()
         self.shown = without_weights(model)
         if self.sharded:
             shard(model, self.device)
@@ -189,7 +186,7 @@ class Run:
         """Return the first step to run: that after the last checkpoint, or 0."""
         first_step = 0
         if self.resume:
-            first_step, self.flops, notes = checkpointing.go_on(
+            first_step, self.flops, notes = checkpointing.resume(
                 self.out, self.learner, self.config, self.data, allow_changes=allow_changes
             )
             for note in notes if self.accelerator.is_main_process else ():
@@ -226,12 +223,14 @@ class Run:
                         report(done, self.flops, rate, summary)
                 self.write(due, stopped, done, report)
                 if stopped:
-                    raise Stopped(stopped, self.how_to_go_on(stopped, done))
+                    raise Stopped(stopped, self.stop_message(stopped, done))
 
     # ------------------------------------------------------------------------------------------------------------------
     # A step; nothing here waits for the device
 
-    def step(self, batches: Iterator[Stored], step: int, rate: float, *, norms_of_units: bool = False) -> StepResult:
+    def step(
+        self, batches: Iterator[StoredBatch], step: int, rate: float, *, norms_of_units: bool = False
+    ) -> StepResult:
         """Run one step: compute, limit and apply the gradients."""
         config, learner = self.config, self.learner
         for group in learner.optimizer.param_groups:
@@ -240,17 +239,17 @@ class Run:
         loss = self.backward(batches, step, kind)
         self.flops += self.kinds.flops[kind] * config.batch_size
         if learner.loss_scale is not None:
-            learner.loss_scale.unscale(learner.optimizer)
+            learner.loss_scale.scaler.unscale_(learner.optimizer)
         if config.spectral is not None and config.spectral.form == "penalty":
             self.add_penalty(config.spectral)
         unit_norms = unit_gradient_norms(learner.model, self.device) if norms_of_units else loss.new_empty(0)
         limit = config.gradient_clip or torch.finfo(torch.float32).max
         norm = clip_gradients(learner.model.parameters(), limit, self.device)
-        finite = loss.isfinite() & learner.can_go_on(norm)
+        finite = loss.isfinite() & learner.can_continue(norm)
         learner.update(norm, step + 1)
         return StepResult(loss, finite, norm, unit_norms)
 
-    def backward(self, batches: Iterator[Stored], step: int, kind: StepKind) -> Tensor:
+    def backward(self, batches: Iterator[StoredBatch], step: int, kind: StepKind) -> Tensor:
         """Compute the gradients of one step, multiplied by the loss scale in fp16; return the loss of this process."""
         config, accelerator, scale = self.config, self.accelerator, self.learner.loss_scale
         kept_share = config.routing.share if kind == "routed" else None
@@ -310,11 +309,7 @@ class Run:
         if self.learner.loss_scale is not None:
             norms = norms.nan_to_num(0.0, 0.0)
         numbers = torch.cat(
-            [
-                torch.stack([result.loss, first_bad, torch.full_like(result.loss, signal)]),
-                self.learner.counts(),
-                norms,
-            ]
+            [torch.stack([result.loss, first_bad, torch.full_like(result.loss, signal)]), self.learner.counts(), norms]
         )
         gathered = self.gathered(numbers).tolist()
         losses, bad_steps, signals = zip(*(row[:3] for row in gathered), strict=True)
@@ -322,8 +317,8 @@ class Run:
             first = int(min(bad_steps))
             what = f"the loss or its gradient at step {first}"
             raise ValueError(f"{self.not_finite(what)}; {self.learned_at(first)}")
-        left_out, overflows, scale, norm, *unit_norms = gathered[0][3:]
-        summary = StepSummary(sum(losses) / len(losses), norm, int(left_out), int(overflows), scale, unit_norms)
+        num_skipped, overflows, scale, norm, *unit_norms = gathered[0][3:]
+        summary = StepSummary(sum(losses) / len(losses), norm, int(num_skipped), int(overflows), scale, unit_norms)
         return summary, int(max(signals))
 
     def check_weights(self, due: Due, stopped: int, done: int) -> None:
@@ -346,7 +341,7 @@ class Run:
         accelerator, learner, keeps = self.accelerator, self.learner, self.accelerator.is_main_process
         if due.snapshot:  # before the checkpoint, so that no snapshot is missing when a run resumes from it
             snapshot = learner.tensors(keeps=keeps, file=POWERS)[POWERS]
-            in_main(accelerator, lambda: self.files.write_snapshot(done, snapshot))
+            in_main(accelerator, lambda: self.write_snapshot(done, snapshot))
         if due.checkpoint or stopped:
             tensors = learner.tensors(keeps=keeps)
             state = (self.flops, learner, tensors, self.config, self.data)
@@ -356,6 +351,10 @@ class Run:
             in_main(
                 accelerator, lambda: report.grid(done, draw_samples(self.averaged(averages), self.config, self.task))
             )
+
+    def write_snapshot(self, done: int, tensors: dict[str, Tensor]) -> None:
+        with self.files.file(snapshot_name(done)) as draft:
+            save_file(tensors, draft)
 
     def averaged(self, averages: dict[str, Tensor]) -> nn.Module:
         """Return the model with these averaged weights."""
@@ -392,7 +391,7 @@ class Run:
         more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
         return f"its batch had the items {names}{more}"
 
-    def how_to_go_on(self, number: int, done: int) -> str:
+    def stop_message(self, number: int, done: int) -> str:
         """Return a message on where a run stopped, and how to resume it."""
         command = "the same command" if self.resume else "the same command without --no-resume"
         return (

@@ -54,16 +54,12 @@ class PowerAverages:
             decay = (1 - 1 / done) ** (self.exponents[length] + 1)
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
-    def take(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    def restore(self, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
         """Restore saved averages, whose keys are `{length}.{name}`."""
         names = list(names)
         for length, averages in self.averages.items():
             for name, average in zip(names, averages, strict=True):
                 average.copy_(tensors[f"{length}.{name}"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# After training
 
 
 @dataclass(frozen=True)

@@ -51,10 +51,6 @@ class LossScale:
     def scale(self, loss: Tensor) -> Tensor:
         return self.scaler.scale(loss)
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide the gradients, averaged or in shards, by the scale."""
-        self.scaler.unscale_(optimizer)
-
     def update(self, norm: Tensor) -> Tensor:
         """Update the scale after a step; return 1 if its gradient norm shows an overflow, else 0."""
         overflowed = (~norm.isfinite()).float()
@@ -68,7 +64,7 @@ class LossScale:
             scale=state["scale"], good_steps=state["_growth_tracker"], overflows=int(self.overflows.item())
         )
 
-    def take(self, state: ScaleState) -> None:
+    def restore(self, state: ScaleState) -> None:
         """Restore a state."""
         scaler_state = {"scale": state["scale"], "_growth_tracker": state["good_steps"]}
         self.scaler.load_state_dict(self.scaler.state_dict() | scaler_state)

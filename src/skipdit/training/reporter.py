@@ -1,7 +1,6 @@
 """Write the files of a run other than checkpoints: `config.json`, `log.jsonl`, `samples/`, `pipeline/`, snapshots of
 averages, and events for TensorBoard in `tensorboard/`."""
 
-import importlib.util
 import json
 import logging
 import re
@@ -10,18 +9,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import BinaryIO, TextIO, TypedDict
 
 import numpy as np
 from accelerate import Accelerator
 from PIL.Image import Image
-from safetensors.torch import save_file
-from torch import Tensor
 
 from skipdit.files import output
 from skipdit.files.output import OutputFolder
 from skipdit.files.processes import locked
-from skipdit.files.untrusted import open_regular, printable
+from skipdit.files.untrusted import as_type_or_none, open_regular, printable
 from skipdit.interfaces import Fields
 from skipdit.terminal import progress_bar
 from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
@@ -34,7 +31,15 @@ LOGGER = logging.getLogger(__name__)
 
 CONFIG, LOG, SAMPLES, PIPELINE = "config.json", "log.jsonl", "samples", "pipeline"
 BOARD = "tensorboard"
+UNIT_NORMS = "unit_gradient_norms"
 PIPELINE_FILES = ("model_index.json", "transformer/*", "scheduler/*")
+
+
+class LogLine(TypedDict):
+    """What every line of `log.jsonl` has."""
+
+    step: int
+    loss: float | None
 
 
 class RunFolder:
@@ -77,15 +82,11 @@ class RunFolder:
                     new.writelines(line for line in whole_lines(old) if not is_of_later_step(line, first_step))
         return path.open("a", encoding="utf-8")
 
-    def write_sample(self, step: int, grid: Image) -> None:
-        name = f"{SAMPLES}/step-{step:07d}.png"
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """Yield a draft of a file of the run."""
         with written(self.path / name), self.files.file(name) as draft:
-            grid.save(draft)
-
-    def write_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
-        name = snapshot_name(step)
-        with written(self.path / name), self.files.file(name) as draft:
-            save_file(tensors, draft)
+            yield draft
 
     def drop_snapshots(self, first_step: int) -> None:
         """Delete our snapshots of steps that will run again."""
@@ -146,7 +147,7 @@ def whole_lines(file: BinaryIO) -> Iterator[bytes]:
             yield line + b"\n"
 
 
-def parse(line: bytes) -> Any:
+def parse(line: bytes) -> object:
     """Return the contents of a line of JSON; `None` if it is not valid."""
     try:
         return json.loads(line)
@@ -156,14 +157,8 @@ def parse(line: bytes) -> Any:
 
 def is_of_later_step(line: bytes, step: int) -> bool:
     """Return True if a line is one of ours and of a later step than this."""
-    entry = parse(line)
-    return isinstance(entry, dict) and "loss" in entry and isinstance(entry.get("step"), int) and entry["step"] > step
-
-
-def check_tensorboard_installed() -> None:
-    """Raise `ValueError`, with the command to install it, if TensorBoard is missing."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError('events for TensorBoard need tensorboard: pip install "skipdit[tensorboard]"')
+    entry = as_type_or_none(parse(line), LogLine)
+    return entry is not None and entry["step"] > step
 
 
 class Board:
@@ -179,13 +174,10 @@ class Board:
 
     def line(self, entry: Fields) -> None:
         with written(self.folder):
-            for name, value in entry.items():
-                values = (
-                    {f"{name}/{i}": item for i, item in enumerate(value)} if isinstance(value, list) else {name: value}
-                )
-                for tag, number in values.items():
-                    if name != "step":
-                        self.writer.add_scalar(tag, number, entry["step"], new_style=True)
+            numbers = {name: value for name, value in entry.items() if name not in ("step", UNIT_NORMS)}
+            numbers |= {f"{UNIT_NORMS}/{unit}": norm for unit, norm in enumerate(entry[UNIT_NORMS])}
+            for tag, number in numbers.items():
+                self.writer.add_scalar(tag, number, entry["step"], new_style=True)
             self.writer.flush()
 
     def grid(self, step: int, grid: Image) -> None:
@@ -203,7 +195,7 @@ class StepSummary:
 
     loss: float
     gradient_norm: float
-    left_out: int
+    num_skipped: int
     """steps skipped by the guard so far"""
     overflows: int
     """steps that overflowed in fp16 so far"""
@@ -215,9 +207,9 @@ class StepSummary:
 class Reporter:
     """`config.json`, `log.jsonl`, the grids, TensorBoard's events and the progress bar, in the main process only."""
 
-    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int, left_out: int = 0) -> None:
+    def __init__(self, folder: RunFolder | None, config: TrainConfig, first_step: int, num_skipped: int = 0) -> None:
         self.folder, self.config, self.first_step = folder, config, first_step
-        self.left_out = left_out  # as in the last line of the log
+        self.num_skipped = num_skipped  # as in the last line of the log
         self.board: Board | None = None
 
     def __enter__(self) -> "Reporter":
@@ -255,18 +247,18 @@ class Reporter:
             "gradient_norm": summary.gradient_norm,
             "learning_rate": learning_rate,
             "images_per_second": round(images / elapsed, 2) if elapsed > 0 else 0.0,
-            "unit_gradient_norms": [float(f"{norm:.4g}") for norm in summary.unit_norms],
+            UNIT_NORMS: [float(f"{norm:.4g}") for norm in summary.unit_norms],
         }
         if self.config.gradient_guard:
-            entry["steps_left_out"] = summary.left_out
-            if summary.left_out > self.left_out:
+            entry["steps_left_out"] = summary.num_skipped
+            if summary.num_skipped > self.num_skipped:
                 LOGGER.warning(
                     "up to step %d, %d more step(s) skipped: the gradient norm was above %g times its median",
                     step,
-                    summary.left_out - self.left_out,
+                    summary.num_skipped - self.num_skipped,
                     self.config.gradient_guard,
                 )
-            self.left_out = summary.left_out
+            self.num_skipped = summary.num_skipped
         if self.config.precision == "fp16":
             entry |= {"loss_scale": summary.loss_scale, "steps_overflowed": summary.overflows}
         with written(self.folder.path / LOG):
@@ -279,6 +271,7 @@ class Reporter:
     def grid(self, step: int, grid: Image) -> None:
         """Write a grid of samples."""
         assert self.folder is not None
-        self.folder.write_sample(step, grid)
+        with self.folder.file(f"{SAMPLES}/step-{step:07d}.png") as draft:
+            grid.save(draft)
         if self.board is not None:
             self.board.grid(step, grid)

@@ -4,7 +4,7 @@ These functions return whatever is not sharded unchanged, so that the training l
 """
 
 from collections.abc import Iterable
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -24,9 +24,13 @@ def shard(model: LongSkipModel, device: torch.device) -> None:
     fully_shard(model, mesh=mesh)
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    return isinstance(tensor, DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -37,7 +41,7 @@ def local_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def as_shard(part: Tensor, parameter: Tensor) -> Tensor:
     """Return this process's part of a tensor as a DTensor that is sharded like the parameter."""
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return part
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(part, mesh, placements, shape=parameter.shape, stride=parameter.stride())
@@ -46,7 +50,7 @@ def as_shard(part: Tensor, parameter: Tensor) -> Tensor:
 def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
     """Return a whole tensor on the device of the parameter, sharded like it."""
     whole = whole.to(parameter.device)
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return whole
     # every process has the whole tensor; without the copy, the part would keep all of it in memory
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).clone()
@@ -54,13 +58,13 @@ def shard_like(whole: Tensor, parameter: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole tensor, differentiably; all processes must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gather(tensor: Tensor, *, keeps: bool) -> Tensor | None:
     """Return the whole tensor if `keeps` is true, on the CPU if it was sharded; otherwise `None`. All processes must
     call this."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor.contiguous() if keeps else None
     complete = tensor.full_tensor()
     return complete.cpu() if keeps else None
@@ -72,7 +76,7 @@ def gradient_norms(groups: Iterable[Iterable[nn.Parameter]], device: torch.devic
     norms, sharded = [], False
     for parameters in groups:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        sharded = sharded or any(isinstance(gradient, DTensor) for gradient in gradients)
+        sharded = sharded or any(map(is_sharded, gradients))
         # torch returns the norm of an empty list on the CPU
         parts = [local(gradient) for gradient in gradients]
         norms.append(nn.utils.get_total_norm(parts) if parts else torch.zeros((), device=device))

@@ -8,10 +8,11 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from skipdit.data.videos import frame_grid
+from skipdit.diffusion import make_scheduler
 from skipdit.pictures import labelled_grid, to_pictures
 from skipdit.spectral import fold_spectral_caps
 from skipdit.tasks.task import Sampler
-from skipdit.tasks.training import TrainingTask, make_task_scheduler
+from skipdit.tasks.training import TrainingTask
 from skipdit.training.config import TrainConfig
 
 RELEASE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,13 +41,13 @@ def release(model: nn.Module, config: TrainConfig, task: TrainingTask) -> Sample
     fold_spectral_caps(released)
     # not model.to: ModelMixin.to warns about every cast
     nn.Module.to(released, RELEASE_DTYPES[config.release_dtype])
-    return task.sampler(released, make_task_scheduler(config.objective))
+    return task.sampler(released, make_scheduler(config.objective))
 
 
 def draw_samples(model: nn.Module, config: TrainConfig, task: TrainingTask) -> Image:
     """Return a labelled grid of samples, whose conditions are spread over the data, from the run's seed. Of clips, it
     shows some frames."""
-    sampler: Sampler = task.sampler(model, make_task_scheduler(config.objective))
+    sampler: Sampler = task.sampler(model, make_scheduler(config.objective))
     sampler.pipeline.set_progress_bar_config(disable=True)
     conditions, captions = task.showcase(config.num_samples)
     samples = sampler.sample(

@@ -1,13 +1,13 @@
-"""`skipdit bench compile`: what `torch.compile` makes of a model under every cache, ours and others: graphs, breaks,
-seconds.
+"""`skipdit bench compile`: graphs, breaks and seconds of a model compiled by `torch.compile`, under our caches and
+others.
 
-Each cache is measured by itself, in a fresh compiler, and its compiled runs take turns with uncached ones.
+Each cache is measured separately in a fresh compiler, and its compiled runs take turns with uncached ones.
 """
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,12 @@ from skipdit.benchmark.config import BY_KIND, MIXED
 from skipdit.benchmark.config import CompileBenchConfig as CompileBenchConfig
 from skipdit.benchmark.measure import Advance, benchmark, compiled, progress_bar
 from skipdit.benchmark.models import check_compiler
+from skipdit.cache.compiled import more_graphs
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures
 from skipdit.files.output import OutputFolder
-from skipdit.interfaces import Pipeline
+from skipdit.interfaces import ModelOutput, Pipeline
 from skipdit.loading import Source, load_source
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
@@ -34,17 +35,17 @@ CLASS_TO_IMAGE = "the benchmark of compilation runs a class-to-image DiT with lo
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is compiled
+# Models and caches
 
 
 def own_method(spec: str, num_steps: int) -> CacheMethod:
-    """Return the method of a spec, or a schedule as calibration writes them: one chooses between numbers of shallow
-    units, one between kinds of branches (SmoothCache)."""
+    """Return the method of a spec, or a schedule like those of a calibration: `MIXED` chooses between numbers of
+    shallow units, `BY_KIND` between kinds of branches (SmoothCache)."""
 
     def every(interval: int, variants: tuple[int, ...] = (0,)) -> ExplicitSchedule:
         full = tuple(range(0, num_steps, interval))
-        chosen = (None if step in full else variants[step % len(variants)] for step in range(num_steps))
-        return ExplicitSchedule(full_steps=full, num_inference_steps=num_steps, variants=tuple(chosen))
+        of_steps = (None if step in full else variants[step % len(variants)] for step in range(num_steps))
+        return ExplicitSchedule(full_steps=full, num_inference_steps=num_steps, variants=tuple(of_steps))
 
     if spec == MIXED:
         return CacheMethod(schedule=every(4, (0, 1)), site=DeepFeatures(1, others=(2,)), spec=spec)
@@ -56,19 +57,20 @@ def own_method(spec: str, num_steps: int) -> CacheMethod:
 
 @dataclass(frozen=True)
 class Subject:
-    """A pipeline with a cache or none."""
+    """A pipeline with a cache or without."""
 
     library: str
-    """whose cache, or whose model"""
+    """library of the cache, or of the model"""
     setting: str
     pipeline: Pipeline
     cache: RunCache | None = None
     timed_as: str = ""
-    """what the config calls the setting"""
+    """name of the setting in the config"""
 
 
 def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
-    """Return the model without a cache and with ours, the same in diffusers' blocks without a cache and with others."""
+    """Return our model without a cache and with our caches, and the same model in diffusers' blocks without a cache and
+    with others."""
     pipeline = source.sampler.pipeline
     subjects = [Subject("skipdit", "no cache", pipeline)]
     for spec in config.specs:
@@ -101,18 +103,18 @@ def runner_of(subject: Subject, config: CompileBenchConfig) -> Runner:
 
 
 class CountingBackend:
-    """Compiles nothing and counts."""
+    """Counts graphs and compiles nothing."""
 
     def __init__(self) -> None:
         self.num_graphs = 0
 
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., ModelOutput]:
         self.num_graphs += 1
         return graph.forward
 
 
 def count_graphs(subject: Subject, config: CompileBenchConfig) -> GraphRow:
-    """Run in full and reuse steps; the counts do not depend on what would compile the graphs."""
+    """Count the graphs of a run; they do not depend on the backend that would compile them."""
     row = GraphRow(library=subject.library, setting=subject.setting)
     try:
         expected = runner_of(subject, config)(subject.cache)
@@ -121,7 +123,7 @@ def count_graphs(subject: Subject, config: CompileBenchConfig) -> GraphRow:
     row = replace(row, steps=expected.steps)
     try:
         return with_counts(row, subject, config, expected.samples, fullgraph=True)
-    except Exception as failure:  # what the compiler raises has no public class in common
+    except Exception as failure:  # errors of the compiler have no common public class
         if not type(failure).__module__.startswith("torch._dynamo"):
             raise
         row = replace(row, fullgraph_error=in_few_words(failure))
@@ -150,7 +152,7 @@ def with_counts(
 
 
 def in_few_words(failure: BaseException) -> str:
-    """Say why a model does not compile as a whole."""
+    """Return why a model does not compile as one graph."""
     text = str(failure).strip()
     if type(failure).__name__ == "FailOnRecompileLimitHit":
         return "more graphs than PyTorch allows for one function"
@@ -168,8 +170,8 @@ def in_few_words(failure: BaseException) -> str:
 
 
 def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool) -> Timing:
-    """Time runs: the cached ones in a row of their own, between two rows of uncached ones: a cache of others changes
-    the model when it is switched, so that it would be compiled again."""
+    """Time all cached runs between two series of uncached ones, as enabling a cache of another library changes the
+    model, which would then be compiled again."""
     run = runner_of(subject, config)
 
     def times(cache: RunCache | None) -> tuple[float, list[float]]:
@@ -177,19 +179,16 @@ def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool)
             first, *others = (run().seconds for _ in range(1 + config.num_runs))
         return first, others
 
-    def both() -> tuple[list[float], float, list[float]]:
+    with ExitStack() as stack:
+        if compile_it:
+            stack.enter_context(more_graphs())
+            stack.enter_context(compiled(subject.pipeline.transformer))
         _, before = times(None)
-        first, made = times(subject.cache)
+        first, cached = times(subject.cache)
         _, after = times(None)
-        return [(a + b) / 2 for a, b in zip(before, after, strict=True)], first, made
-
-    if compile_it:
-        with torch._dynamo.config.patch(cache_size_limit=64), compiled(subject.pipeline.transformer):
-            uncached, first, made = both()
-    else:
-        uncached, first, made = both()
-    mode = "compiled" if compile_it else "eager"
-    return Timing(subject.library, subject.setting, mode, tuple(uncached), tuple(made), first if compile_it else None)
+    uncached = tuple((a + b) / 2 for a, b in zip(before, after, strict=True))
+    mode, first_seconds = ("compiled", first) if compile_it else ("eager", None)
+    return Timing(subject.library, subject.setting, mode, uncached, tuple(cached), first_seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,15 +196,15 @@ def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool)
 
 
 def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
-    """Write `compile.md` and `compile.json` into `out`. Without a C++ compiler nothing compiled is timed.
+    """Write `compile.md` and `compile.json` into `out`. Without a C++ compiler, compiled runs are not timed.
 
-    `ValueError` where the model is no class-to-image DiT with long skips; a cache that it refuses is a row with the
-    reason.
+    Raises `ValueError` if the model is not a class-to-image DiT with long skips; a cache that it refuses gets a row
+    with the reason.
     """
     with benchmark(config, out, COMPILE) as environment:
         source = load_source(config.model, device="cpu", decodes=False)
         model = source.sampler.pipeline.transformer
-        if not isinstance(model, DiT):
+        if source.sampler.task.model_class is not DiT:
             raise ValueError(f"{CLASS_TO_IMAGE}, got {type(model).__name__}")
         if not model.long_skip_links.sources:
             raise ValueError(f"{CLASS_TO_IMAGE}, got one without")

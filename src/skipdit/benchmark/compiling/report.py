@@ -1,41 +1,41 @@
-"""The report of what `torch.compile` makes of caches: rows, tables, and in words what holds."""
+"""The report of `skipdit bench compile`: rows, tables and conclusions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
+from skipdit.interfaces import Fields
 from skipdit.report import Report, listed, record, table
 
-COMPILE = "compile"  # what its files are called
+COMPILE = "compile"  # name of its files
 OVERHEAD = "reuse step over its bare units"
 TIMESTEP, CONDITIONING = "timestep embedding over a full step", "all conditioning over a full step"
-OVERHEAD_TARGET = 1.03  # seconds of a reuse step over those of the units that it runs
+OVERHEAD_TARGET = 1.03  # seconds of a reuse step divided by those of the units that it runs
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRow:
-    """What the compiler makes of the runs of one cache."""
+    """The graphs of compiled runs with one cache."""
 
     library: str
-    """whose cache, or whose model"""
+    """library of the cache, or of the model"""
     setting: str
     steps: tuple[float, float] | None = None
-    """full and reuse steps of a run"""
+    """number of full steps and of reuse steps in a run"""
     graphs: int = 0
-    """compiled in the first run"""
+    """number of graphs compiled in the first run"""
     breaks: int = 0
-    """places at which the compiler stops and Python goes on"""
+    """number of positions at which the compiler stops and Python continues"""
     recompiled: int = 0
-    """compiled in the second run"""
+    """number of graphs compiled in the second run"""
     limit_hit: bool = False
-    """whether PyTorch gave up to compile one function anew"""
+    """true if PyTorch refused to compile a function again"""
     equal: bool = False
-    """whether the pictures are those of the run without compilation, to the bit"""
+    """true if the pictures are bit-equal to those without compilation"""
     fullgraph_error: str | None = None
     """why `fullgraph=True` fails; the other fields are then of a run without it"""
     refused: str | None = None
-    """why the model cannot have the cache"""
+    """why the model refuses the cache"""
 
     def cells(self) -> dict[str, object]:
         """Return the row of a table."""
@@ -54,7 +54,7 @@ class GraphRow:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every run, uncached and cached in turn."""
+    """Seconds of uncached and cached runs."""
 
     library: str
     setting: str
@@ -63,7 +63,7 @@ class Timing:
     uncached: tuple[float, ...]
     cached: tuple[float, ...]
     first_seconds: float | None = None
-    """of the first compiled run, compilation and all"""
+    """seconds of the first compiled run, including compilation"""
 
     @property
     def speedup(self) -> float:
@@ -84,7 +84,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class StepRow:
-    """Two calls in turn: what is looked at, and what it is measured by."""
+    """Two calls that are timed in turn, the second as the base of the ratio."""
 
     what: str
     model: str
@@ -94,7 +94,7 @@ class StepRow:
     seconds: tuple[float, ...]
     """one per repetition"""
     base_seconds: tuple[float, ...]
-    """of the other call, one per repetition"""
+    """seconds of the base, one per repetition"""
 
     @property
     def ratio(self) -> float:
@@ -118,7 +118,7 @@ class StepRow:
 COLUMNS = {
     "graphs": "compiled in the first run; the model without a cache has 1",
     "new": "compiled in a second run, of other pictures",
-    "breaks": "places at which the compiler has to stop and Python goes on; few graphs beside breaks mean that most of "
+    "breaks": "positions at which the compiler stops and Python continues; few graphs beside breaks mean that most of "
     "the model runs uncompiled",
     "whole": "`fullgraph=True` works, which promises that there are none; where it does not, the numbers are of runs "
     "without it",
@@ -137,13 +137,13 @@ STEPS = {
 
 def report_of(
     environment: Mapping[str, str],
-    settings: Mapping[str, Any],
+    settings: Fields,
     graphs: Sequence[GraphRow],
     timings: Sequence[Timing],
     steps: Sequence[StepRow],
     no_compiler: str | None,
 ) -> Report:
-    """no_compiler: why nothing compiled was timed."""
+    """Return the report. no_compiler: why compiled runs were not timed."""
     failed = {f"{row.library} {row.setting}": row.fullgraph_error for row in graphs if row.fullgraph_error}
     refused = {f"{row.library} {row.setting}": row.refused for row in graphs if row.refused}
     return Report(
@@ -168,7 +168,7 @@ def report_of(
             "## Seconds of a run" if timings else "",
             f"Medians of {settings['num_runs']} runs, as they are and compiled by Inductor (`model.compile()` without "
             "options). The speedup is over the uncached runs of the same model in the same mode, before and after. The "
-            "first run has the compilation in it, where the disk has nothing of an earlier one."
+            "first run includes the compilation, unless the disk has the result of an earlier one."
             if timings
             else "",
             table([row.cells() for row in timings]),
@@ -183,7 +183,7 @@ def report_of(
 
 
 def verdict(graphs: Sequence[GraphRow], steps: Sequence[StepRow]) -> Iterator[str]:
-    """Say what holds."""
+    """Yield conclusions."""
     ran = [row for row in graphs if row.steps is not None]
     ours = [row for row in ran if row.library == "skipdit"]
     whole = [row for row in ours if not (row.fullgraph_error or row.breaks or row.recompiled)]

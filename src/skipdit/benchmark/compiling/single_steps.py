@@ -1,8 +1,6 @@
-"""Single steps of a class-to-image DiT: what a cache adds to the units that a reuse step runs, and what conditioning
-costs."""
+"""Times single steps of a class-to-image DiT: the overhead of a cache at a reuse step, and the cost of conditioning."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from skipdit.benchmark.compiling.report import CONDITIONING, OVERHEAD, TIMESTEP, StepRow
 from skipdit.benchmark.measure import compiled, seconds_of
-from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import cache_summary, disable_cache, enable_cache, last_stream
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
@@ -19,7 +17,8 @@ from skipdit.models.dit import DiT
 
 @torch.no_grad()
 def bare_reuse_step(model: DiT, inputs: Mapping[str, Tensor], deep_features: Tensor, k: int) -> Tensor:
-    """The modules that a reuse step runs, called directly: the k first and last units, embeddings, the final layer."""
+    """Call the modules that a reuse step runs directly: embeddings, the k first and the k last units, the final
+    layer."""
     hidden_states, grid = model.embed_patches(inputs["hidden_states"])
     conditioning = condition(model, inputs)
     skips: list[Tensor] = []
@@ -43,7 +42,8 @@ def condition(model: DiT, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def condition_all(model: DiT, inputs: Mapping[str, Tensor]) -> None:
-    """All that a step computes of timestep and class alone: their embeddings and every modulation by them."""
+    """Compute everything in a step that depends only on the timestep and the class: their embeddings and
+    modulations."""
     conditioning = condition(model, inputs)
     for module in (*model.dit_blocks, model.final_layer):
         module.modulation(F.silu(conditioning))
@@ -61,14 +61,16 @@ def step_inputs(model: DiT, batch_size: int, timestep: float) -> dict[str, Tenso
 
 @torch.no_grad()
 def time_overhead(name: str, model: DiT, batch_size: int, num_repetitions: int, *, compile_it: bool) -> StepRow:
-    """As pipelines of diffusers call a model. The outputs of both are equal to the bit where nothing is compiled."""
-    bare: Any = torch.compile(bare_reuse_step, fullgraph=True) if compile_it else bare_reuse_step
+    """Time reuse steps, called as by a diffusers pipeline, and their bare units in turn. Without compilation the
+    outputs of both are bit-equal."""
+    bare = torch.compile(bare_reuse_step, fullgraph=True) if compile_it else bare_reuse_step
     enable_cache(model, CacheMethod(schedule=IntervalSchedule(interval=10**6), site=DeepFeatures(1)))
     try:
         inputs = step_inputs(model, batch_size, 999.0)
         model(**inputs, return_dict=False)
-        (run,) = cast(Any, model)._skipdit_cache.streams.runs.values()
-        (((values,),),) = (state.stored.values() for state in run.streams[0].states)
+        stream = last_stream(model)
+        assert stream is not None
+        (((values,),),) = (state.stored.values() for state in stream.states)
         (deep_features,) = values.values()
         seconds, base_seconds, outputs = [], [], []
         calls = [
@@ -77,8 +79,8 @@ def time_overhead(name: str, model: DiT, batch_size: int, num_repetitions: int, 
         ]
         for repetition in range(num_repetitions + 2):
             inputs["timestep"] = torch.tensor(998.0 - 900.0 * repetition / (num_repetitions + 2))
-            for kept, call in calls if repetition % 2 else calls[::-1]:
-                kept.append(seconds_of(call))
+            for times, call in calls if repetition % 2 else calls[::-1]:
+                times.append(seconds_of(call))
             assert compile_it or torch.equal(*outputs[-2:]), "the bare units are not those of the reuse step"
         assert cache_summary(model).steps_reused == num_repetitions + 2
     finally:
@@ -98,8 +100,8 @@ def time_conditioning(name: str, model: DiT, batch_size: int, num_repetitions: i
             seconds[what].append(seconds_of(lambda run=run: run(model, inputs)))
         base_seconds.append(seconds_of(lambda: model(**inputs)))
     return [
-        StepRow(what, name, "eager", batch_size, tuple(kept[2:]), tuple(base_seconds[2:]))
-        for what, kept in seconds.items()
+        StepRow(what, name, "eager", batch_size, tuple(times[2:]), tuple(base_seconds[2:]))
+        for what, times in seconds.items()
     ]
 
 
