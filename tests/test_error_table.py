@@ -83,11 +83,12 @@ def test_a_plan_has_the_least_error_of_all_schedules(num_full: int, num_steps: i
     assert error(plan) == pytest.approx(min(error((0, *rest)) for rest in every))
 
 
-def test_a_plan_for_a_run_that_can_only_be_full_is_none() -> None:
+def test_where_there_is_no_plan() -> None:
     table = table_of(waves)
     assert table.plan([1000.0], 2.0) is None
     assert table.plan([1000.0, 500.0], 1.0) is None
     assert table.plan(list(TIMESTEPS), 10.5) is None  # a run of reuse steps alone costs more
+    assert table.plan([1000 * (1 - step / 101) for step in range(101)], 2.0) is None  # too many steps
 
 
 # ----------------------------------------------------------------------------------------------------------------------

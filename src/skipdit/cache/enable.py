@@ -168,7 +168,7 @@ def _prepare(
         scheduler = None if pipeline is None else pipeline.scheduler
         if method.made_for is not None:
             check_made_for(method.made_for, model, None if scheduler is None else type(scheduler).__name__)
-        return CacheRuntime(model, suited_to(method, model, scheduler), opened=opened, make=make)
+        return CacheRuntime(model, suited_to(method, scheduler), opened=opened, make=make)
     except BaseException:
         if previous is None:
             _close(model, opened=opened)

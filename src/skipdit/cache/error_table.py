@@ -1,7 +1,7 @@
-"""What reuse was measured to do to a model at each timestep, and the schedules that follow for runs of fewer steps.
+"""What reuse was measured to do to a model at each timestep, and the schedules that follow for other runs.
 
-A calibrated schedule.json keeps this table, so that it serves runs of fewer steps than its own too: the schedule is
-planned anew, at the same compute, when such a run begins.
+A calibrated schedule.json keeps this table, so that it serves runs of more or fewer steps than its own too: the
+schedule is planned anew, at the same compute, when such a run begins.
 """
 
 import math
@@ -28,6 +28,7 @@ NODES = (
     21,
 )  # steps back at which changes are kept; between them they are interpolated
 COHERENCE = 0.5  # how the errors of the steps between two full ones add up: between power (0) and amplitude (1)
+FINEST = 4  # times as many steps as the calibrated run, beyond which none are planned: rests would outgrow MAX_LOOKBACK
 MAX_LOOKBACK = 48  # steps of a run, between a reuse step and a full one
 
 
@@ -186,7 +187,7 @@ class ErrorTable:
         """Return the full steps of least error for a run of these timesteps, so many of them that it is as near as can
         be to `speedup` times as fast as without a cache; `None` where none are known."""
         count = len(timesteps)
-        if count < 2:
+        if not 2 <= count <= FINEST * len(self.timesteps):
             return None
         num_full = round((count / speedup - self.reuse_cost * count) / (1 - self.reuse_cost))
         if not 1 <= num_full < count:

@@ -122,7 +122,7 @@ class ExplicitSchedule(Schedule):
     variants: tuple[int | None, ...] = ()
     """The variant of each reuse step, `None` for full ones; by default 0."""
     table: ErrorTable | None = field(default=None, compare=False)
-    """Measured errors, from which runs of fewer steps get their own schedules with the same compute ratio."""
+    """Measured errors, from which runs of other lengths get schedules of their own with the same compute ratio."""
 
     def __post_init__(self) -> None:
         steps, count = self.full_steps, self.num_inference_steps
