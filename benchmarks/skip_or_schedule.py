@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.calibration.calibrate import Row as Measured
