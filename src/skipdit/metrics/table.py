@@ -44,11 +44,11 @@ def lpips_like(pictures: Pictures, reference: Pictures) -> Tensor:
     return perceptual_distance(pictures, reference, load_feature_network(pictures.device))
 
 
-METRICS = (
+METRICS = [
     Metric("psnr", "PSNR dB", psnr_db),
     Metric("ssim", "SSIM", ssim, digits=4, min_size=SSIM_WINDOW),
     Metric("perceptual", "LPIPS-like", lpips_like, digits=4, check=check_metrics_installed),
-)
+]
 ALWAYS = tuple(metric for metric in METRICS if metric.check is None)
 
 Values = Mapping[str, Tensor]
