@@ -15,8 +15,10 @@ OTHER = re.compile(rf"(!?)\[([^\]]*)\]\(((?:\.\./)+(?:{ELSEWHERE})[^)]*)\)")
 def on_files(files: Any, *, config: Any, **_: Any) -> Any:
     """Add what was measured."""
     folder = Path(config.docs_dir).parent / "benchmarks"
-    for path in sorted((*folder.glob("*.md"), *folder.glob("*.png"))):
-        files.append(File.generated(config, f"benchmarks/{path.name}", abs_src_path=str(path)))
+    for path in sorted((*folder.rglob("*.md"), *folder.rglob("*.png"))):
+        files.append(
+            File.generated(config, f"benchmarks/{path.relative_to(folder).as_posix()}", abs_src_path=str(path))
+        )
     return files
 
 

@@ -125,7 +125,7 @@ def test_the_probe_lies_before_what_is_reused() -> None:
         with pytest.raises(ValueError, match="must be "):
             enable_cache(model, spec)
     method = CacheMethod(schedule=ProbeSchedule(threshold=0.1), site=AllButFirst(1), probe=UnitProbe(num_units=2))
-    with pytest.raises(ValueError, match="a probe must be taken before unit 1, from which on units are left out"):
+    with pytest.raises(ValueError, match="a probe must be taken before unit 1, the first that is left out"):
         enable_cache(model, method)
     with pytest.raises(ValueError, match="a trail and a probe of units go together"):
         CacheMethod(schedule=ProbeSchedule(threshold=0.1), site=AllButFirst(), probe=LatentsProbe(), trail=UnitProbe())

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(command: str = "--help", *arguments: str) -> None:
     if command in ("-h", "--help"):
         listing = "\n".join(f"  {name:<10}{(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items())
-        print(f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with long skips.\n\n{listing}\n")
+        print(f"usage: skipdit COMMAND [OPTIONS]\n\nDiffusion transformers with caches and long skips.\n\n{listing}\n")
         print("`skipdit COMMAND --help` shows its options.")
         return
     choose("the command", command, COMMANDS)

@@ -321,9 +321,10 @@ class CacheBenchConfig(BenchConfig):
     schedules: Path | None = None
     """a folder of more schedules, as written by skipdit calibrate"""
     labels: tuple[str, ...] = ()
-    """class names or numbers, repeated in turn; by default the model's showcase, else spread over its classes"""
+    """class names or numbers, repeated in turn; by default classes that the bundled model draws well, or
+    else classes spread over all"""
     prompt: tuple[str, ...] = ()
-    """texts, repeated in turn; for the text tasks; by default the model's showcase"""
+    """texts, repeated in turn; for the text tasks; by default those that the bundled model draws well"""
     num_seeds: int = 64
     """samples, each with a seed of its own, from --seed on"""
     batch_size: int = 8

@@ -42,8 +42,8 @@ MOST_PACE = 1.5  # as in DiCache's code
 
 
 def pace_of(trail: Stored, last: Stored, before_last: Stored) -> Number:
-    """Return how far a probe has come along its way between the last two full steps: 1 at the last one, and at most
-    1.5 (gamma of DiCache, arXiv 2508.17356)."""
+    """Return how far a probe has moved since the full step before the last one, over how far it had moved at the last
+    one; from 1 to 1.5 (gamma of DiCache, arXiv 2508.17356)."""
     whole = l1_distance(last, before_last)
     pace = (l1_distance(trail, before_last) / whole).clamp(1.0, MOST_PACE)
     return torch.where(whole == 0, torch.ones_like(pace), pace)

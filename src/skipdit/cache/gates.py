@@ -16,7 +16,7 @@ class AdaptiveSchedule(Schedule):
     """If true, the gate observes at each full step by how much the stored values have changed."""
 
     threshold: float
-    """Relative L1 change from which on a step is full."""
+    """A step is full if the relative L1 change is at least this."""
     num_first: int = 0
     """Number of first steps that are full."""
     max_reused: int | None = None

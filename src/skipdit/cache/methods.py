@@ -48,8 +48,8 @@ class CacheMethod:
     probe: Probe | None = None
     """The values that an adaptive schedule compares before it decides."""
     trail: Probe | None = None
-    """Values of the first units whose way since the last full steps tells how far to extrapolate (DiCache); by default
-    the number of steps does."""
+    """Values of the first units: how far they have moved since the last full steps tells how far to extrapolate
+    (DiCache); by default the number of steps does."""
     others: tuple["CacheMethod", ...] = ()
     """Further rules."""
     made_for: MadeFor | None = field(default=None, compare=False)
@@ -174,7 +174,8 @@ class MethodEntry:
 
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
-AUTO_FACTORS = (1.54, 0.1, 0.31, 0.87, 1.31, 0.75, 1.03, 0.71, 0.65, 0.47, 0.58, 1.38)  # of `auto`, learned
+# of the prediction of `auto` at each of `AUTO_TIMESTEPS`, learned by `benchmarks/learn_auto.py`
+AUTO_FACTORS = (1.54, 0.1, 0.31, 0.87, 1.31, 0.75, 1.03, 0.71, 0.65, 0.47, 0.58, 1.38)
 NEVER_AGAIN = 10**6  # an interval longer than any run
 FIRST_ADDED, FIRST_INPUT = UnitProbe(), UnitProbe(inputs=True)
 LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec

@@ -27,11 +27,11 @@ from skipdit.models.costs import Costs, count_costs
 from skipdit.models.families import Family, find_family
 from skipdit.models.long_skip import LongSkipModel
 
-LONG_RUN = 20  # steps, from which on it is said that too few of them are full
-STRONG_GUIDANCE = 6  # from which on they have little in common at half that distance
-FAR_APART = 150  # timesteps per step, from which on steps have little in common: `benchmarks/where_caching_fails.md`
-EMBEDDED = "guidance"  # argument by which distilled models are told a scale that multiplies no difference
-MOST_PER_FULL = 2.5  # full steps' cost of a run per full step: `benchmarks/calibration.md`, where `auto` ends
+LONG_RUN = 20  # runs of at least so many steps warn if too few of them are full
+FAR_APART = 150  # timesteps between two steps that have little in common: `benchmarks/where_caching_fails.md`
+STRONG_GUIDANCE = 6  # with a scale of at least this, half that distance is enough
+EMBEDDED = "guidance"  # argument of distilled models for a scale that multiplies no difference of predictions
+MOST_PER_FULL = 2.5  # a run's cost, in full steps, over the number of its full steps: `benchmarks/calibration.md`
 
 
 class FewerStepsWarning(UserWarning):

@@ -230,8 +230,8 @@ AUTO_SPARSE = (11.27, 0.44, 0.99, 0.12, 0.35, 0.07, 0.68, 0.12, 0.53, 0.39, 1.03
 MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
 NOMINAL_STEPS = 50  # steps of the run that a speedup refers to if the timesteps of a run are unknown
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
-MANY_STEPS = 20  # from which on a speedup refers to the run itself, as a lower bound
-COARSE = 55.0  # a mean stride of timesteps, beyond which a run has few steps, and is no part of a longer one
+MANY_STEPS = 20  # a run of at least so many reaches its speedup; a shorter one comes close
+COARSE = 55.0  # a run with a larger mean stride of timesteps has few steps, and is no part of a longer run
 
 
 @dataclass(frozen=True, kw_only=True)

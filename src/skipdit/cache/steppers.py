@@ -39,7 +39,7 @@ class CacheRule:
     probe: tuple[Region, ...]
     """The regions that an adaptive schedule compares; empty for a static one."""
     trail: tuple[Region, ...] = ()
-    """The regions whose way since the last full steps tells how far to extrapolate; empty for the number of steps."""
+    """The regions of the method's `trail`; empty if the number of steps tells how far to extrapolate."""
 
     @property
     def schedule(self) -> Schedule:
@@ -152,11 +152,11 @@ class RuleState:
     def predict(
         self, rule: CacheRule, region: Region, levels: Sequence[float], distance: float | None = None
     ) -> Values:
-        """Return the values of a region at the next step, the last of these noise levels. distance: steps from the last
-        full one, by default their number."""
-        steps = self.steps_since_full if distance is None else distance
+        """Return the values of a region at the next step, whose noise level is the last of `levels`. distance: how
+        far to extrapolate, in steps from the last full one; by default to this step."""
+        distance = self.steps_since_full if distance is None else distance
         stride = levels[-2] - levels[-1] if len(levels) > 1 else 0.0
-        ahead = Ahead(steps, self.spacing, levels[-1], stride, self.full_levels)
+        ahead = Ahead(distance, self.spacing, levels[-1], stride, self.full_levels)
         return rule.method.predictor.predict(self.stored[region.name], ahead)
 
     def look(self, rule: CacheRule, probe: Stored, *, full: bool) -> None:
@@ -312,7 +312,7 @@ class ProbedSteps:
         seen = [*rule.probe, *rule.trail]
         if any(unit >= region.start for probe in seen for unit in probe.covered):
             raise ValueError(
-                f"a probe must be taken before unit {region.start}, from which on units are left out, got "
+                f"a probe must be taken before unit {region.start}, the first that is left out, got "
                 f"{', '.join(map(str, seen))}"
             )
         links = linked_model(model).long_skip_links
@@ -354,8 +354,8 @@ class ProbedSteps:
     def _compiled(
         self, call: Call, rule: CacheRule, state: RuleState, levels: Sequence[float]
     ) -> tuple[bool, ModelOutput, Stored]:
-        """Run a step of a compiled model at the last of these noise levels; return whether it is full, its output, and
-        what it stores."""
+        """Run a step of a compiled model, whose noise level is the last of `levels`; return whether it is full, its
+        output, and what it stores."""
         held = state.predict(rule, self.region, levels, 0.0 if rule.trail else None)
         output, stored = call(self.reuse, {self.region.name: held})
         accepted, distance = state.accepts(rule, call, rule.seen(call, stored), rule.passed(stored))

@@ -2,9 +2,9 @@
 in `pairing`.
 
 An isotropic transformer has L units. Unit i of the first half hands its output to unit L-1-i, which fuses it with its
-own input before it runs (arXiv 2411.17616; U-ViT, arXiv 2209.12152). Because the deepest units see fresh shallow
-features through the skips, a *reuse* step may take the hidden states that enter unit L-k from an earlier step and run
-only the k shallowest and the k deepest units.
+own input before it runs (arXiv 2411.17616; U-ViT, arXiv 2209.12152). Because the last units see the fresh features of
+the first ones through the skips, a *reuse* step may take the hidden states that enter unit L-k from an earlier step and
+run only the first k and the last k units.
 """
 
 from collections.abc import Mapping

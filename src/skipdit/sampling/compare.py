@@ -26,7 +26,7 @@ from skipdit.tasks.task import Chosen
 
 NUM_COMPARED = 6  # pictures per row of comparison.png
 CLIP_FPS, CLIP_SCALE = 8, 3  # frames per second of videos, and the factor by which they are enlarged
-LARGE = 256  # pixels per side, from which on videos are not enlarged
+LARGE = 256  # videos of at least so many pixels per side are not enlarged
 
 
 @dataclass(frozen=True, kw_only=True)
