@@ -3,9 +3,10 @@
     python benchmarks/schedule_transfer.py emoji --steps 20 30 100 --out runs/schedule_transfer --report benchmarks
 
 `skipdit calibrate` runs once for `--from-steps` and once for each of `--steps`, into folders of `--out`; a calibration
-that is there is not made again, nor is a row; `settings.json` in `--out` keeps what all of them share. Rows are measured with noise that no calibration has seen: PSNR to the
-full run of as many steps, and an uncached run of fewer steps that costs no less. `--report` writes the table of all
-rows in `--out`, by itself or after measuring. Without a model nothing is measured.
+that is there is not made again, nor is a row; `settings.json` in `--out` keeps what all of them share. Rows are
+measured with noise that no calibration has seen: PSNR to the full run of as many steps, and an uncached run of fewer
+steps that costs no less. `--report` writes the table of all rows in `--out`, by itself or after measuring. Without a
+model nothing is measured.
 """
 
 import argparse
