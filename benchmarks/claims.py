@@ -299,6 +299,7 @@ class Bench:
             for each, pair in groups
         ]
         jobs = [each for each in jobs if each]
+        self.check_settings(self.asked())
         if not jobs:
             return results
         known: dict[str, Any] = {}
@@ -382,18 +383,30 @@ class Bench:
             kept = pixels[: self.options.keep_samples].cpu().numpy()
             np.savez_compressed(folder / f"{kind}{pair}-{setting.file}.npz", arr_0=kept)
 
-    def write_about(self, reference: Mapping[str, Any]) -> None:
-        """Write what a report says of all rows. `SystemExit` where other settings made those that are there."""
-        path, options = self.out / ABOUT, self.options
-        told = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    def asked(self) -> dict[str, Any]:
+        """Return the settings that all rows of one entry of `about.json` share."""
         fixed = ("dtype", "device", "batch_size", "seed", "num_seeds", "size", "plain", "skip")
-        asked = {name: getattr(options, name) for name in fixed} | {"reference": dict(reference)}
-        found = told.get(self.about, asked)
-        asked = json.loads(json.dumps(asked))
+        return json.loads(json.dumps({name: getattr(self.options, name) for name in fixed}))
+
+    def told(self) -> dict[str, Any]:
+        """Return what `about.json` says of earlier calls."""
+        path = self.out / ABOUT
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def check_settings(self, asked: Mapping[str, Any]) -> None:
+        """`SystemExit` where other settings made the rows that are there."""
+        found = self.told().get(self.about, asked)
         if changed := [name for name, value in asked.items() if found.get(name) != value]:
             raise SystemExit(
                 f"claims.py: {self.out} holds results of other settings ({', '.join(changed)}): give another --out"
             )
+
+    def write_about(self, reference: Mapping[str, Any]) -> None:
+        """Write what a report says of all rows. `SystemExit` where other settings made those that are there."""
+        path, options, told = self.out / ABOUT, self.options, self.told()
+        asked = self.asked() | {"reference": json.loads(json.dumps(dict(reference)))}
+        self.check_settings(asked)
+        found = told.get(self.about, asked)
         sizes = {kind: self.size_of(self.paths[0][kind]) for kind in KINDS}
         told[self.about] = asked | {
             "environment": describe_environment("cuda" if self.machine.device.type == "cuda" else "cpu", options.seed),

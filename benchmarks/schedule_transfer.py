@@ -3,9 +3,10 @@
     python benchmarks/schedule_transfer.py emoji --steps 20 30 100 --out runs/schedule_transfer --report benchmarks
 
 `skipdit calibrate` runs once for `--from-steps` and once for each of `--steps`, into folders of `--out`; a calibration
-that is there is not made again, nor is a row. Rows are measured with noise that no calibration has seen: PSNR to the
-full run of as many steps, and an uncached run of fewer steps that costs no less. `--report` writes the table of all
-rows in `--out`, by itself or after measuring. Without a model nothing is measured.
+that is there is not made again, nor is a row; `settings.json` in `--out` keeps what all of them share. Rows are
+measured with noise that no calibration has seen: PSNR to the full run of as many steps, and an uncached run of fewer
+steps that costs no less. `--report` writes the table of all rows in `--out`, by itself or after measuring. Without a
+model nothing is measured.
 """
 
 import argparse
@@ -14,19 +15,21 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from skipdit.calibration.calibrate import calibrate, make_runner
 from skipdit.calibration.config import CalibrateConfig
 from skipdit.environment import check_device, describe_environment
-from skipdit.files.output import output_folder
+from skipdit.files.output import output_folder, to_json, write_text
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import psnr_db
 from skipdit.report import Report, table
 from skipdit.runs import OwnCache, Runner
 
-RESULTS = "results.jsonl"
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
+SHARED = ("method", "speedups", "num_samples", "num_held_out", "guidance")  # of all rows in one folder
 NAME = "schedule_transfer"
 
 
@@ -66,6 +69,24 @@ def schedules(source: Source, options: argparse.Namespace, steps: int) -> Path:
         with output_folder(folder, "calibrate") as out:
             calibrate(source, config_of(options, steps), out)
     return folder
+
+
+def settle(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what `--out` keeps of all its rows, written if a model is to be measured. `SystemExit` where other
+    settings, or another model of that name, made what is there."""
+    path = options.out / SETTINGS
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if options.model is None:
+        return kept
+    asked, models = {name: getattr(options, name) for name in SHARED}, kept.get("models", {})
+    name = Path(options.model).name
+    is_known = bool(kept) or not any(options.out.iterdir())
+    if not is_known or kept.get("config", asked) != asked or models.get(name, options.model) != options.model:
+        raise SystemExit(f"{options.out} holds schedules of other models or settings: give another --out")
+    environment = describe_environment(options.device, CalibrateConfig().held_out_seed)
+    kept = {"config": asked, "models": models | {name: options.model}, "environment": environment}
+    write_text(path, to_json(kept))
+    return kept
 
 
 def decibel(samples: Tensor, reference: Tensor) -> float:
@@ -154,7 +175,7 @@ def main() -> None:
         parser.error("give a model, or --report")
     check_device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(options.out)
+    kept, rows = settle(options), read_rows(options.out)
     if options.model is not None:
         for row in measure(load_source(options.model, device=options.device), options, rows):
             print(row, flush=True)
@@ -162,12 +183,14 @@ def main() -> None:
                 file.write(f"\n{json.dumps(asdict(row))}\n")
             rows.append(row)
     if options.report is not None:
+        if not kept:
+            parser.error(f"{options.out} holds no results")
         rows.sort(key=lambda row: (row.model, row.steps, row.speedup))
         with output_folder(options.report, "bench") as out:
             Report(
                 title="Schedules in runs of other numbers of steps",
-                config={"method": options.method, "guidance": options.guidance, "num_held_out": options.num_held_out},
-                environment=describe_environment(options.device, CalibrateConfig().held_out_seed),
+                config=kept["config"],
+                environment=kept["environment"],
                 data={"rows": [asdict(row) | {"model": Path(row.model).name} for row in rows]},
                 parts=[table([cells(row) for row in rows])],
             ).write(out, NAME)

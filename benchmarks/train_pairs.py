@@ -11,6 +11,7 @@ alone at a batch of 32 (85).
 """
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def config_of(kind: str, data: str, seed: int, steps: int | None = None, batch_s
     )
 
 
+def is_trained(config: TrainConfig, folder: Path) -> bool:
+    """Return whether a run is finished. `SystemExit` where it had other steps or another batch."""
+    if not (folder / "pipeline").exists():
+        return False
+    made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("max_steps", "batch_size"):
+        if made[name] != (asked := getattr(config, name)):
+            raise SystemExit(
+                f"train_pairs.py: {folder} was trained with {name} {made[name]}, not {asked}: give another --out"
+            )
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", choices=BASES, help="what the models draw")
@@ -74,9 +88,9 @@ def main() -> None:
         for seed in arguments.seeds:
             for kind in KINDS:
                 folder = arguments.out / f"{kind}-{data}-{seed}"
-                if not (folder / "pipeline").exists():
+                config = config_of(kind, data, seed, arguments.steps, arguments.batch_size)
+                if not is_trained(config, folder):
                     print(folder)
-                    config = config_of(kind, data, seed, arguments.steps, arguments.batch_size)
                     train(config, folder, device=arguments.device)
 
 

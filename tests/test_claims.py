@@ -131,6 +131,14 @@ def test_a_stop_leaves_whole_pairs_and_says_what_is_left(
     assert "stochastic" in said
 
 
+def test_finished_results_of_other_settings_are_refused(
+    claims: ModuleType, pair: dict[str, str], tmp_path: Path
+) -> None:
+    claims.Bench(["images"], options_of(claims, pair, tmp_path, only=["none"])).run()
+    with pytest.raises(SystemExit, match=r"other settings \(seed\)"):
+        claims.Bench(["images"], options_of(claims, pair, tmp_path, only=["none"], seed=1)).run()
+
+
 def test_a_stochastic_sampler_draws_the_same_noise_each_time(
     claims: ModuleType, pair: dict[str, str], tmp_path: Path
 ) -> None:

@@ -423,6 +423,20 @@ def test_streams_are_encoded_in_their_order_and_go_on(tmp_path: Path, caplog: py
     assert one.label_names == ["all"]
 
 
+def test_a_stream_has_classes_of_booleans(tmp_path: Path) -> None:
+    """As the same file has where it is read as a table."""
+    import datasets
+
+    contents = [path.read_bytes() for path in sorted(make_pictures(tmp_path / "data").glob("*/*.png"))[:2]]
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"image": contents, "label": [True, False]}).to_parquet(str(path))
+    options: dict[str, Any] = {"source": str(path), "vae": str(make_vae(tmp_path / "vae")), "image_size": 16}
+    for streaming in (False, True):
+        items = encode_into(tmp_path / str(streaming), **options, streaming=streaming)
+        assert items.label_names == ["False", "True"]
+        assert items.labels == [1, 0]
+
+
 def test_what_is_no_stream_is_refused_in_one_line(tmp_path: Path) -> None:
     vae = make_vae(tmp_path / "vae")
     with pytest.raises(ValueError, match="is not a `datasets` set that can be streamed here") as caught:

@@ -190,9 +190,11 @@ def _read_row(
 
 
 def _class_of(label: object, names: list[str] | None, row_name: str) -> str:
-    number = as_type_or_none(label, int)
     if names is None:
-        return class_text(label, f"the class of {row_name}")
+        # a column of booleans has classes too, as in a table
+        is_boolean = as_type_or_none(label, bool) is not None
+        return str(label) if is_boolean else class_text(label, f"the class of {row_name}")
+    number = as_type_or_none(label, int)
     if number is None or not 0 <= number < len(names):
         raise ValueError(f"the class of {row_name} must be 0 to {len(names) - 1}, got {printable(label, 60)}")
     return names[number]
