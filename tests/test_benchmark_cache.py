@@ -93,7 +93,7 @@ def out(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "METRICS", (*ALWAYS, dataclasses.replace(METRICS[-1], check=None)))
-        patch.setattr("skipdit.metrics.table.load_feature_network", Network)
+        patch.setattr("skipdit.metrics.table.load_feature_network", lambda device: Network())
         bench_caches(config(folder), OutputFolder(path, "bench"))
     return path
 

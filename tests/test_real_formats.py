@@ -227,7 +227,7 @@ def test_a_set_goes_on_with_the_weights_of_all_its_parts_only(
         assert "set holds samples of other settings (model): give another --out" in capsys.readouterr().err
         path.write_bytes(whole)
     main(command)
-    assert "holds these samples already" in capsys.readouterr().err
+    assert "already holds these samples" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -238,7 +238,7 @@ class Page:
     def offer_made(self, name: str, own: Schedules, made: tuple[str, str] | None) -> Changes:
         """Choose the schedule that has just been made, if its model is still the one that is chosen."""
         if made is None or made[0] != name:
-            return {}
+            return {self.other: gr.update()}  # Gradio takes an empty one for a missing output
         names = cache_names(self.models.open(name), own[name])
         return {self.other: gr.update(choices=names, value=made[1]), self.budget: OTHER}
 
@@ -256,7 +256,7 @@ class Page:
     def show_report(self, is_reported: bool) -> Changes:
         """Show an existing report, once; one made on this page stays."""
         if is_reported:
-            return {}
+            return {self.is_reported: True}
         try:
             report = find_report(self.folders)
         except (ValueError, OSError) as error:

@@ -1,9 +1,7 @@
 """A block of a transformer of diffusers whose units are open: it carries out a plan around its own forward."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -38,15 +36,8 @@ class UnitBlockInfo:
     by_token: Mapping[str, ByToken]
     """Other arguments that have an entry per token."""
 
-    @cached_property
-    def named_streams(self) -> Callable[[Fields], Any]:
-        """Return the streams among arguments that are all given by name, in the form of the block's output."""
-        return itemgetter(*self.streams)
-
     def input_streams(self, args: Sequence, kwargs: Fields) -> Any:
         """Return the streams among the arguments, in the form of the block's output."""
-        if not args:
-            return self.named_streams(kwargs)
         streams = [kwargs[name] if name in kwargs else args[self.positions[name]] for name in self.streams]
         return streams[0] if len(streams) == 1 else tuple(streams)
 
