@@ -45,7 +45,6 @@ from claims_report import (
     Result,
     Setting,
     about_key,
-    append_line,
     read_results,
     write_report,
 )
@@ -57,7 +56,7 @@ from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.environment import describe_environment, resolve_device
 from skipdit.evaluation.config import EvalConfig
 from skipdit.evaluation.items import digest_items, join_digests, open_items
-from skipdit.files.output import to_json
+from skipdit.files.json_lines import append_line
 from skipdit.interfaces import Pipeline
 from skipdit.loading import Source, load_source
 from skipdit.metrics.extractors import Extractor, open_extractor
@@ -316,7 +315,7 @@ class Bench:
             for kind, pair, setting in group:
                 print(f"{number + 1}/{len(jobs)} {kind} {pair}: {setting}", flush=True)
                 result = self.measure(kind, pair, setting)
-                append_line(self.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
+                append_line(self.out / RESULTS, result)
                 results.append(result)
             longest = max(longest, time.monotonic() - before)
         return results

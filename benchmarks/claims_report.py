@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from skipdit.files.json_lines import read_lines
 from skipdit.files.output import output_folder
 from skipdit.report import Report, listed, table
 
@@ -155,26 +156,9 @@ def about_key(extractor: str, num_samples: int) -> str:
     return f"{extractor}-{num_samples}"
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line, below one that a kill has cut."""
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            line = line if file.read() == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
-
-
 def read_results(out: Path) -> list[Result]:
     """Return what was measured; a line that a kill has cut is left out."""
-    path = out / RESULTS
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        found.append(Result(**content | {"setting": Setting(**content["setting"])}))
-    return found
+    return [Result(**line | {"setting": Setting(**line["setting"])}) for line in read_lines(out / RESULTS)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

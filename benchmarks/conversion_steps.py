@@ -12,7 +12,6 @@ was stopped goes on.
 """
 
 import argparse
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +23,8 @@ from typing import Any, Literal
 from skipdit.benchmark.config import ConversionBenchConfig
 from skipdit.benchmark.conversion import build, draw_batch, losses_of, runner_of
 from skipdit.environment import describe_environment
-from skipdit.files.output import output_folder, to_json
+from skipdit.files.json_lines import append_line, read_lines
+from skipdit.files.output import output_folder
 from skipdit.metrics.paired import PairedScore
 from skipdit.recipes import convert_plain, convert_stage_one, convert_stage_two
 from skipdit.report import Report, listed, table
@@ -120,12 +120,8 @@ class Conversion:
 
 def read_results(runs: Path) -> tuple[list[Line], dict[str, str]]:
     """Return what was measured, the last time each, and the environment."""
-    path, found, environment = runs / RESULTS, {}, {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError:  # cut by a kill
-            continue
+    found, environment = {}, {}
+    for content in read_lines(runs / RESULTS):
         environment = content.pop("environment")
         line = Line(**content)
         found[line.kind, line.seed, line.model, line.steps, line.cache] = line
@@ -220,9 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment = describe_environment(options.device, 0)
     for seed in options.seeds:
         for line in Conversion(seed, options).run():
-            text = " ".join(to_json(asdict(line) | {"environment": environment}).split())
-            with (options.runs / RESULTS).open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            append_line(options.runs / RESULTS, asdict(line) | {"environment": environment})
             print(f"seed {line.seed} {line.model} {line.cache or line.steps}: {line.value:.4f}", flush=True)
     if options.report is not None:
         write_report(options)

@@ -22,6 +22,7 @@ from torch import Tensor
 from skipdit.calibration.calibrate import calibrate, make_runner
 from skipdit.calibration.config import CalibrateConfig
 from skipdit.environment import check_device, describe_environment
+from skipdit.files.json_lines import append_line, read_lines
 from skipdit.files.output import output_folder, to_json, write_text
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import psnr_db
@@ -133,13 +134,7 @@ def row_of(
 
 def read_rows(out: Path) -> list[Row]:
     """Return what was measured; a line that a kill has cut is left out."""
-    path, rows = out / RESULTS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            rows.append(Row(**json.loads(line)))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return [Row(**line) for line in read_lines(out / RESULTS)]
 
 
 def cells(row: Row) -> dict[str, object]:
@@ -179,8 +174,7 @@ def main() -> None:
     if options.model is not None:
         for row in measure(load_source(options.model, device=options.device), options, rows):
             print(row, flush=True)
-            with (options.out / RESULTS).open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(asdict(row))}\n")
+            append_line(options.out / RESULTS, row)
             rows.append(row)
     if options.report is not None:
         if not kept:

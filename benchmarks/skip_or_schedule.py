@@ -16,7 +16,6 @@ itself or after measuring. Without `--skip` and `--plain` nothing is measured.
 """
 
 import argparse
-import json
 import math
 import os
 import time
@@ -34,8 +33,10 @@ from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.find import check_finite, find_schedules
 from skipdit.calibration.trials import measure
 from skipdit.environment import check_device, describe_environment
-from skipdit.files.output import output_folder, to_json
+from skipdit.files.json_lines import append_line, read_lines
+from skipdit.files.output import output_folder
 from skipdit.loading import Source, load_source
+from skipdit.options import Device
 from skipdit.report import Report, listed, table
 
 RESULTS = "results.jsonl"
@@ -162,7 +163,7 @@ class Job:
     site: str
     settings: Settings
     path: str
-    device: str
+    device: Device
 
     def __call__(self) -> Result:
         started = time.perf_counter()
@@ -206,23 +207,10 @@ def measured_by(jobs: Sequence[Job], num_processes: int) -> Iterator[Result]:
             yield future.result()
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line, below one that a kill has cut."""
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            line = line if file.read() == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
-
-
 def read_results(out: Path) -> list[Result]:
     """Return what was measured; a line that a kill has cut is left out."""
-    path, found = out / RESULTS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            content = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    found = []
+    for content in read_lines(out / RESULTS):
         settings = Settings(**content["settings"] | {"speedups": tuple(content["settings"]["speedups"])})
         rows = [Row(**row) for row in content["rows"]]
         found.append(Result(**content | {"settings": settings, "rows": rows}))
@@ -349,7 +337,7 @@ def main() -> None:
         fields = ("num_samples", "num_held_out", "steps", "guidance", "seed", "held_out_seed")
         settings = Settings(speedups=tuple(options.speedups), **{name: getattr(options, name) for name in fields})
         for result in measured_by(jobs_of(options, settings, results), options.num_processes):
-            append_line(options.out / RESULTS, json.dumps(json.loads(to_json(asdict(result)))))
+            append_line(options.out / RESULTS, result)
             results.append(result)
             print(f"pair {result.pair}, {result.model} at {result.site}: {result.seconds:.0f} s", flush=True)
     if options.report is not None:

@@ -11,7 +11,6 @@ group, and each group beside the first; of `--out` it needs `results.jsonl`.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +23,8 @@ from skipdit.analysis.measure import Measured, measure
 from skipdit.analysis.sections import geometric_mean, holds, norms_of, projection_norms
 from skipdit.analysis.weights import TrainingLog, find_training_log
 from skipdit.environment import describe_environment, resolve_device
-from skipdit.files.output import output_folder, to_json
+from skipdit.files.json_lines import append_line, read_lines
+from skipdit.files.output import output_folder
 from skipdit.loading import load_source
 from skipdit.report import Report, listed, table
 
@@ -65,7 +65,7 @@ def figures_of(measured: Measured) -> dict[str, float]:
 def measure_missing(options: argparse.Namespace, config: AnalyzeConfig) -> None:
     """Measure every model that the results lack; each is a line when it is done."""
     options.out.mkdir(parents=True, exist_ok=True)
-    done = {(each["group"], each["model"]) for each in read_results(options.out)}
+    done = {(each["group"], each["model"]) for each in read_lines(options.out / RESULTS)}
     device = resolve_device(options.device)
     for group, *paths in options.group:
         for path in paths:
@@ -85,19 +85,7 @@ def measure_missing(options: argparse.Namespace, config: AnalyzeConfig) -> None:
                 "config": asdict(config),
                 "environment": describe_environment("cuda" if device.type == "cuda" else "cpu", config.seed),
             }
-            with (options.out / RESULTS).open("a", encoding="utf-8") as file:
-                file.write(" ".join(to_json(line).split()) + "\n")
-
-
-def read_results(out: Path) -> list[dict[str, Any]]:
-    """Return what was measured; a line that a kill has cut is left out."""
-    path, found = out / RESULTS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+            append_line(options.out / RESULTS, line)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +125,7 @@ def rows_of(results: Sequence[Mapping[str, Any]]) -> list[dict[str, object]]:
 
 def write_report(options: argparse.Namespace) -> None:
     """Write stability_pairs.md and .json. `SystemExit` where nothing, or not alike, was measured."""
-    results = read_results(options.out)
+    results = read_lines(options.out / RESULTS)
     if not results:
         raise SystemExit(f"stability_pairs.py: {options.out} holds no results")
     config = results[0]["config"]

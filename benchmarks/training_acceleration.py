@@ -32,6 +32,7 @@ from skipdit.cache.enable import cached
 from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
 from skipdit.diffusion import training_loss
 from skipdit.environment import machine, versions
+from skipdit.files.json_lines import append_line, read_lines
 from skipdit.files.output import output_folder
 from skipdit.loading import load_source
 from skipdit.metrics.paired import PairedScore, psnr_db
@@ -241,15 +242,7 @@ class Trials:
 
 
 def read_runs(path: Path) -> list[Run]:
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Run(**{**row, "curve": [tuple(point) for point in row["curve"]]}) for row in rows]
-
-
-def append(path: Path, row: Run) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    return [Run(**{**row, "curve": [tuple(point) for point in row["curve"]]}) for row in read_lines(path)]
 
 
 # ------------------------------------------------------------------------------------------------- quality under caches
@@ -433,9 +426,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="train nothing, write what was measured to this folder")
     options = parser.parse_args()
     results, cached_results = options.out / "results.jsonl", options.out / "cached.jsonl"
-    cached_rows = []
-    if cached_results.exists():
-        cached_rows = [CachedQuality(**json.loads(line)) for line in cached_results.read_text("utf-8").splitlines()]
+    cached_rows = [CachedQuality(**line) for line in read_lines(cached_results)]
     if options.report is not None:
         write_report(read_runs(results), cached_rows, options.report)
         return
@@ -448,7 +439,7 @@ def main() -> None:
                 run = next((run for run in read_runs(results) if run.key == key), None)
                 if run is None:
                     run = trial.run(arm, seed)
-                    append(results, run)
+                    append_line(results, run)
                     curve = " ".join(f"{share:.2f}:{loss:.4f}" for share, loss in run.curve)
                     print(f"{run.data}, {arm}, seed {seed}: {run.steps} steps, {run.cpu_seconds:.0f} s of CPU: {curve}",
                           flush=True)  # fmt: skip
@@ -456,8 +447,7 @@ def main() -> None:
                 if options.cache and key[:3] not in measured:
                     for row in measure_cached(run, trial.folder(arm, seed)):
                         cached_rows.append(row)
-                        with cached_results.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(asdict(row)) + "\n")
+                        append_line(cached_results, row)
                         print(row, flush=True)
 
 
