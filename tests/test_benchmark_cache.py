@@ -20,6 +20,7 @@ from skipdit.benchmark.cache import CacheBenchConfig, Cost, Tally, bench_caches,
 from skipdit.benchmark.cache_methods import KIN, METHODS, SpecCache, method_of, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import (
     AXES,
+    RATIOS,
     TARGET_DB,
     Group,
     Row,
@@ -27,6 +28,7 @@ from skipdit.benchmark.cache_report import (
     front,
     psnr_at,
     standing,
+    standings_table,
     verdict,
 )
 from skipdit.cache.enable import cache_summary
@@ -165,8 +167,8 @@ def test_files(report: Report, out: Path) -> None:
     stem = "cache_quality_tiny_model"
     assert listing(out) == [f"{stem}.json", f"{stem}.md", f"{stem}.png"]
     text = (out / f"{stem}.md").read_text(encoding="utf-8")
-    table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + len(report["rows"]) - 1
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(report["rows"]) - 1 + 2 * (2 + len(RATIOS))
     assert "| others | skip | N2 | 3 + 3 |" in text
     assert "| control | no cache | once more | 6 + 0 |" in text
     assert all(sentence in text for sentence in report["verdict"])
@@ -528,6 +530,8 @@ ROWS = [
     row("c", "others", 2.0, 33.0, flops=4.0),
     row("d", "others", 1.5, 32.0),
     row("d", "others", 2.5, 34.5),
+    row("l2p", "kin", 1.5, 48.0, flops=1.5),
+    row("l2p", "kin", 2.5, 48.0, flops=2.5),
     row("fewer steps", "fewer steps", 1.5, 39.0, flops=1.5),
     row("fewer steps", "fewer steps", 3.0, 31.0, flops=3.0),
     row("second order", "second order", 1.0, 30.0, flops=1.0),
@@ -558,7 +562,7 @@ def test_the_verdict_is_at_equal_speedup() -> None:
     fewer = 39 - 8 * math.log(2 / 1.5) / math.log(3 / 1.5)
     second = 29 - 9 * math.log(2 / 1.6) / math.log(4 / 1.6)
     own = 45 - 15 * math.log(2 / 1.6) / math.log(4 / 1.6)
-    assert list(times.gains_db.values()) == pytest.approx([40 - 34.5, 40 - fewer, 40 - second, 40 - own])
+    assert list(times.gains_db.values()) == pytest.approx([40 - 34.5, 40 - 48, 40 - fewer, 40 - second, 40 - own])
     assert times.rivals["the best other cache"] == ("d", 34.5)
     assert flops.rivals["the best other cache"] == ("c", 40.0)
     first, second, noise = verdict(ROWS)
@@ -569,6 +573,14 @@ def test_the_verdict_is_at_equal_speedup() -> None:
     )
     assert second.startswith("At 2x in FLOPs")
     assert "median 1.000, 0.900 to 1.200" in noise
+
+
+def test_standings_at_every_ratio() -> None:
+    standings = [standing(ROWS, "speedup", ratio) for ratio in (1.5, 2.0, 4.0)]
+    header, _, *lines = standings_table(standings).splitlines()
+    assert header.startswith("| wall-clock time | the best of ours | the best other cache | ")
+    assert lines[1].startswith("| 2x | 40.0 (a) | 34.5 (d) | - | 48.0 (l2p) | ")
+    assert lines[2].startswith("| 4x | 30.0 (a) | - | - | - | - | 20.0 (second order) | 30.0 (second order) |")
 
 
 def test_a_verdict_names_the_missing_measurements() -> None:

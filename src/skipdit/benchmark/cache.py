@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipdit.benchmark.cache_methods import Runnable, schedules_in, spec_cache
+from skipdit.benchmark.cache_methods import KIN, Runnable, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
 from skipdit.benchmark.checkout import load_rivals
@@ -53,10 +53,16 @@ def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnab
         sampler = cache.sampler or main
         if all(sampler is not plan.sampler for plan in baselines):
             baselines.append(Plan("no cache", f"the pipeline of {cache.name}", "control", sampler, steps))
-        others: Group = "others, calibrated" if cache.name.endswith(", calibrated") else "others"
-        group = "ours" if cache.ours else others
-        plans.append(Plan(cache.name, cache.setting, group, sampler, steps, cache=cache))
+        plans.append(Plan(cache.name, cache.setting, group_of(cache), sampler, steps, cache=cache))
     return baselines, plans
+
+
+def group_of(cache: Runnable) -> Group:
+    if cache.ours:
+        return "ours"
+    if cache.name.endswith(", calibrated"):
+        return "others, calibrated"
+    return "kin" if cache.name.partition(",")[0] in KIN else "others"
 
 
 @dataclass(frozen=True)

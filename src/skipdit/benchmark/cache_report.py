@@ -14,14 +14,16 @@ from skipdit.metrics.table import METRICS, Scores, score_cells
 from skipdit.plots import Tradeoffs, save_png
 from skipdit.report import Report, record, table
 
-Group = Literal["control", "fewer steps", "second order", "ours", "others", "others, calibrated"]
+Group = Literal["control", "fewer steps", "second order", "ours", "others", "others, calibrated", "kin"]
 Axis = Literal["speedup", "flop_ratio"]
 AXES: dict[Axis, str] = {"speedup": "wall-clock time", "flop_ratio": "FLOPs"}
 OWN_PSNR = "own_psnr"
 ONCE_MORE = "once more"  # setting of the control, the reference run repeated
 AT_RATIO = 2.0
+RATIOS = (1.3, 1.5, 1.8, AT_RATIO, 2.5, 3.0, 4.0)
 TARGET_DB = 6.0  # gain of the best of ours over each rival
 CALIBRATED = "the best other site under a calibrated schedule"  # the gain of schedules without long skips: no target
+KIN_RULES = "the best rule of kin on our measurement"  # their choice of steps, on our parts: no target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +129,9 @@ class Standing:
             if rival is not None
         ]
         parts += [f"{name} has no settings on both sides" for name, rival in self.rivals.items() if rival is None]
-        missed = [name for name, gain in gains.items() if gain < TARGET_DB and name != CALIBRATED]
-        reached = [name for name, gain in gains.items() if gain >= TARGET_DB and name != CALIBRATED]
+        judged = {name: gain for name, gain in gains.items() if name not in (CALIBRATED, KIN_RULES)}
+        missed = [name for name, gain in judged.items() if gain < TARGET_DB]
+        reached = [name for name, gain in judged.items() if gain >= TARGET_DB]
         return (
             f"{point} the best of ours is {self.ours[0]}, {self.ours[1]:.2f} dB: {'; '.join(parts)}. Target "
             f"{TARGET_DB:+g} dB: reached over {', '.join(reached) or 'none'}; missed over "
@@ -136,18 +139,32 @@ class Standing:
         )
 
 
-def standing(rows: Sequence[Row], axis: Axis) -> Standing:
+def standing(rows: Sequence[Row], axis: Axis, ratio: float = AT_RATIO) -> Standing:
     def best(group: Group, *, own: bool = False) -> tuple[str, float] | None:
-        return best_at(points_of([row for row in rows if row.group == group], axis, own=own), AT_RATIO)
+        return best_at(points_of([row for row in rows if row.group == group], axis, own=own), ratio)
 
     rivals = {
         "the best other cache": best("others"),
         CALIBRATED: best("others, calibrated"),
+        KIN_RULES: best("kin"),
         "fewer steps": best("fewer steps"),
         "fewer second-order steps": best("second order"),
         "fewer second-order steps beside their own run": best("second order", own=True),
     }
-    return Standing(axis, AT_RATIO, best("ours"), rivals)
+    return Standing(axis, ratio, best("ours"), rivals)
+
+
+def standings_table(standings: Sequence[Standing]) -> str:
+    """Return a table with a row per ratio: the best of ours, and the best of each kind of rival."""
+
+    def cell(best: tuple[str, float] | None) -> str:
+        return "-" if best is None else f"{best[1]:.1f} ({best[0]})"
+
+    return table([
+        {AXES[each.axis]: f"{each.ratio:g}x", "the best of ours": cell(each.ours)}
+        | {name: cell(rival) for name, rival in each.rivals.items()}
+        for each in standings
+    ])  # fmt: skip
 
 
 def verdict(rows: Sequence[Row]) -> Iterator[str]:
@@ -174,14 +191,15 @@ def write_cache_report(
     rows = sorted(rows, key=lambda row: order.index(row.group))
     save_png(draw(name, rows, settings), out)
     no_scores = dict.fromkeys((*(metric.name for metric in METRICS), OWN_PSNR))
-    sentences, standings = list(verdict(rows)), [standing(rows, axis) for axis in AXES]
+    sentences = list(verdict(rows))
+    standings = {axis: [standing(rows, axis, ratio) for ratio in RATIOS] for axis in AXES}
     refused = [f"- {row.method}, `{row.setting}`: {row.refused}" for row in rows if row.refused is not None]
     report = Report(
         environment=environment,
         config=settings,
         data={
             "rows": [no_scores | record(row, "speedup") for row in rows],
-            "standings": [record(standing, "gains_db") for standing in standings],
+            "standings": [record(each, "gains_db") for at_axis in standings.values() for each in at_axis],
             "verdict": sentences,
         },
         parts=[
@@ -197,6 +215,9 @@ def write_cache_report(
             "Refused by this model:" if refused else "",
             "\n".join(refused),
             *sentences,
+            "At equal speedup, PSNR in dB between the two nearest settings of a method; a dash where no method has "
+            "settings on both sides:",
+            *(standings_table(at_axis) for at_axis in standings.values()),
             "Settings that another of the same method beats in both are not drawn.",
             f"![PSNR over speedup]({name}.png)",
         ],

@@ -333,7 +333,7 @@ class CacheBenchConfig(BenchConfig):
     """denoising steps of the uncached run and of the cached ones"""
     guidance_scale: float = 2.0
     """scale of classifier-free guidance; 1 disables guidance"""
-    fewer_steps: tuple[int, ...] = (33, 25, 20, 15)
+    fewer_steps: tuple[int, ...] = (38, 33, 25, 20, 15, 12)
     """denoising steps of the runs without a cache to compare with"""
     perceptual: bool = True
     """also measure the LPIPS-like distance, which needs the extra skipdit[metrics]"""
