@@ -50,6 +50,7 @@ SMALL: dict[str, Any] = {
     "num_seeds": 3,
     "batch_size": 2,
     "num_inference_steps": 6,
+    "guidance_scale": 2.0,
     "fewer_steps": (4, 2),
     "num_threads": 1,
     "rivals": False,
@@ -86,7 +87,7 @@ def config(folder: Path, **options: Any) -> CacheBenchConfig:
 
 def rows_of(config: CacheBenchConfig, rivals: Callable[[Source], Sequence[Any]] = lambda source: ()) -> list[Row]:
     source = load_source(config.model, device="cpu")
-    plans = bench.make_plans(config, source, rivals(source))
+    plans = bench.make_plans(config, source, config.num_inference_steps or 50, rivals(source))
     return bench.measure(config, *plans, bench.make_batches(config, source))
 
 
@@ -196,9 +197,16 @@ def test_clips_are_measured_by_frames(tmp_path: Path) -> None:
     assert all(row.scores["psnr"].finite_mean and "perceptual" not in row.scores for row in rows[2:])
 
 
+def test_fewer_steps_follow_the_number_of_steps(folder: Path) -> None:
+    default = config(folder, fewer_steps=None)
+    assert default.shorter_runs(50) == (38, 33, 25, 20, 15, 12)
+    assert default.shorter_runs(4) == (3, 2, 1)
+    assert config(folder, fewer_steps=(5, 2)).shorter_runs(6) == (5, 2)
+
+
 def test_a_second_order_sampler_has_no_other(folder: Path, sampler: Sampler) -> None:
     sampler.pipeline.scheduler = make_scheduler(FLOW, "dpm")
-    baselines, plans = bench.make_plans(config(folder), Source(sampler), ())
+    baselines, plans = bench.make_plans(config(folder), Source(sampler), 6, ())
     assert {plan.group for plan in (*baselines, *plans)} == {"control", "fewer steps", "ours", "others"}
 
 
@@ -287,7 +295,7 @@ def test_rivals_are_held_against_their_own_pipeline(folder: Path) -> None:
 
 def test_an_error_of_a_run_without_a_cache_is_an_error(folder: Path, sampler: Sampler) -> None:
     settings = config(folder, perceptual=False)
-    baselines, plans = bench.make_plans(settings, Source(sampler), ())
+    baselines, plans = bench.make_plans(settings, Source(sampler), 6, ())
     batches = [bench.Batch([99], [0])]
     with pytest.raises(ValueError, match="class labels must be between 0 and 9"):
         bench.measure(settings, baselines, plans, batches)
@@ -494,7 +502,7 @@ def test_report_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_seeds", 0), ("batch_size", 0), ("num_inference_steps", 1), ("num_inference_steps", 1001),
-     ("specs", ("N2", "N2")), ("fewer_steps", (50,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)),
+     ("specs", ("N2", "N2")), ("fewer_steps", (1000,)), ("fewer_steps", (0,)), ("fewer_steps", (4, 4)),
      ("device", "tpu"), ("num_threads", 0)],
 )  # fmt: skip
 def test_a_bad_value_is_named(field: str, value: object) -> None:

@@ -162,6 +162,24 @@ def test_a_schedule_of_the_authors_is_the_documented_one() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_caches_are_measured_on_a_folder_of_diffusers(
+    made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype, size, steps and guidance that its users take."""
+    made("FLUX.1-dev", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    few = ["--num-seeds", "1", "--specs", "delta:N2", "--fewer-steps", "14", "--no-perceptual", "--no-rivals"]
+    size = ["--height", "32", "--width", "32", "--dtype", "bfloat16"]
+    main(["bench", "cache", "--model", "FLUX.1-dev", "--prompt", "a cat", *size, *few, "--out", "out"])
+    report = json.loads(Path("out", "cache_quality_FLUX.1_dev.json").read_text())
+    assert report["config"]["num_inference_steps"] == 28
+    rows = {row["setting"]: row for row in report["rows"]}
+    assert (rows["delta:N2"]["steps_full"], rows["delta:N2"]["steps_reused"]) == (14, 14)
+    assert rows["14 steps"]["flop_ratio"] == pytest.approx(2, rel=0.05)
+    assert "28 steps, guidance 3.5" in Path("out", "cache_quality_FLUX.1_dev.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_other_weights_of_tencent_and_the_weights_of_the_folder_sample_alike(
     made: Callable[[str, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

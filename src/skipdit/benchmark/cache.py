@@ -34,16 +34,18 @@ SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
 # The plans
 
 
-def make_plans(config: CacheBenchConfig, source: Source, rivals: Sequence[Runnable]) -> tuple[list[Plan], list[Plan]]:
+def make_plans(
+    config: CacheBenchConfig, source: Source, steps: int, rivals: Sequence[Runnable]
+) -> tuple[list[Plan], list[Plan]]:
     """Return the uncached runs with all steps, that of the model's own sampler first, and the runs to compare."""
-    main, steps = source.sampler, config.num_inference_steps
+    main, shorter_runs = source.sampler, config.shorter_runs(steps)
     baselines = [Plan("no cache", "the reference", "control", main, steps)]
     plans = [Plan("no cache", ONCE_MORE, "control", main, steps)]
-    plans += [Plan("fewer steps", f"{n} steps", "fewer steps", main, n) for n in config.fewer_steps]
-    if main.pipeline.scheduler.config.get("solver_order") != 2:
+    plans += [Plan("fewer steps", f"{n} steps", "fewer steps", main, n) for n in shorter_runs]
+    scheduler = main.pipeline.scheduler.config
+    if "prediction_type" in scheduler and scheduler.get("solver_order") != 2:  # else none can take its place
         second_order = [
-            Plan("second order", f"{n} steps", "second order", main, n, SECOND_ORDER)
-            for n in (steps, *config.fewer_steps)
+            Plan("second order", f"{n} steps", "second order", main, n, SECOND_ORDER) for n in (steps, *shorter_runs)
         ]
         baselines.append(second_order[0])
         plans += second_order[1:]
@@ -210,14 +212,17 @@ def bench_caches(config: CacheBenchConfig, out: OutputFolder) -> None:
     name = report_name(config.model)
     draft_name = f"{name}.draft.json"
     with benchmark(config, out, name, f"{name}.png", draft_name) as environment:
-        source = load_source(config.model, device=config.device)
+        source = load_source(config.model, device=config.device, dtype=config.dtype, published=config)
+        config = source.complete(config)
+        steps = config.num_inference_steps
+        assert steps is not None, "every model has a default"
         check_ssim_size(source.sampler.picture_size)
         batches = make_batches(config, source)
         machine = {key: text for key, text in environment.items() if key not in ("command", "date")}
         draft = Draft(out, draft_name, of=machine | asdict(config))
         try:
-            rivals = [] if library is None else library.rivals_of(source, config.num_inference_steps)
-            rows = measure(config, *make_plans(config, source, rivals), batches, draft)
+            rivals = [] if library is None else library.rivals_of(source, steps)
+            rows = measure(config, *make_plans(config, source, steps, rivals), batches, draft)
         except KeyboardInterrupt as stopped:
             stopped.add_note(f"the same command continues after the last complete batch, from {draft_name}")
             raise

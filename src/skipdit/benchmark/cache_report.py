@@ -187,7 +187,8 @@ def write_cache_report(
     out: OutputFolder, name: str, *, environment: Mapping[str, str], settings: Fields, rows: Sequence[Row]
 ) -> None:
     """Write `{name}.md`, `.json` and `.png`. settings: fields of the config."""
-    order = get_args(Group)
+    order, scale = get_args(Group), settings["guidance_scale"]
+    guidance = "of the pipeline" if scale is None else f"{scale:g}"
     rows = sorted(rows, key=lambda row: order.index(row.group))
     save_png(draw(name, rows, settings), out)
     no_scores = dict.fromkeys((*(metric.name for metric in METRICS), OWN_PSNR))
@@ -204,13 +205,13 @@ def write_cache_report(
         },
         parts=[
             f"Model {settings['model']}: {settings['num_seeds']} samples with seeds from {settings['seed']} on, "
-            f"{settings['batch_size']} at a time, {settings['num_inference_steps']} steps, guidance "
-            f"{settings['guidance_scale']:g}. Each row stands beside the uncached run of the same seeds in the same "
-            "batch. Speedup: in wall-clock time, the median of the batches, and the least and the largest. FLOPs: of "
-            "the uncached run over those of this one. Held: by a cache at most, for a whole batch. PSNR, SSIM and the "
-            "LPIPS-like distance (equal weights, EfficientNet-Lite0): mean and standard deviation over samples, of "
-            "clips over frames. A second-order sampler ends elsewhere: its own PSNR is that to its own run with all "
-            "steps. A bare N is the paper's cache.",
+            f"{settings['batch_size']} at a time, {settings['num_inference_steps']} steps, guidance {guidance}. Each "
+            "row stands beside the uncached run of the same seeds in the same batch. Speedup: in wall-clock time, the "
+            "median of the batches, and the least and the largest. FLOPs: of the uncached run over those of this one. "
+            "Held: by a cache at most, for a whole batch. PSNR, SSIM and the LPIPS-like distance (equal weights, "
+            "EfficientNet-Lite0): mean and standard deviation over samples, of clips over frames. A second-order "
+            "sampler ends elsewhere: its own PSNR is that to its own run with all steps. A bare N is the paper's "
+            "cache.",
             table([cells(row) for row in rows if row.refused is None]),
             "Refused by this model:" if refused else "",
             "\n".join(refused),

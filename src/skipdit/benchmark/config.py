@@ -4,11 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from skipdit.command_options import PipelineOptions
 from skipdit.models.pairing import LongSkipConfig, LongSkipLinks, pair_units
 from skipdit.models.presets import LATTE_PRESETS, PRESETS
 from skipdit.options import (
     Device,
+    DTypeName,
     NumInferenceSteps,
+    NumInferenceStepsOrDefault,
     check_above,
     check_choice,
     check_fields,
@@ -310,12 +313,18 @@ METHODS: dict[str, Method] = {
 }
 
 
+SAVINGS = (1.3, 1.5, 2, 2.5, 3.3, 4)  # of the runs with fewer steps
+
+
 @dataclass(frozen=True, kw_only=True)
-class CacheBenchConfig(BenchConfig):
+class CacheBenchConfig(PipelineOptions, BenchConfig):
     """The model, the caches, and the runs to measure."""
 
     model: str = "emoji"
-    """a bundled model (emoji, emoji-clips, emoji-text, emoji-text-clips), or the folder of a pipeline"""
+    """a bundled model (emoji, emoji-clips, emoji-text, emoji-text-clips), or the folder of a pipeline, of skipdit or of
+    diffusers"""
+    dtype: DTypeName = "float32"
+    """of the weights and of the computation"""
     specs: tuple[str, ...] = tuple(spec for method in METHODS.values() for spec in method.specs)
     """caches, or paths of schedules; calibrated:2x is a schedule that comes with the model"""
     schedules: Path | None = None
@@ -329,12 +338,13 @@ class CacheBenchConfig(BenchConfig):
     """samples, each with a seed of its own, from --seed on"""
     batch_size: int = 8
     """samples per batch"""
-    num_inference_steps: NumInferenceSteps = 50
-    """denoising steps of the uncached run and of the cached ones"""
-    guidance_scale: float = 2.0
-    """scale of classifier-free guidance; 1 disables guidance"""
-    fewer_steps: tuple[int, ...] = (38, 33, 25, 20, 15, 12)
-    """denoising steps of the runs without a cache to compare with"""
+    num_inference_steps: NumInferenceStepsOrDefault = None
+    """denoising steps of the uncached run and of the cached ones; by default 50, or as many as a pipeline of diffusers
+    takes"""
+    guidance_scale: float | None = None
+    """scale of classifier-free guidance; 1 disables guidance; by default 2, or that of a pipeline of diffusers"""
+    fewer_steps: tuple[int, ...] | None = None
+    """denoising steps of the runs without a cache to compare with; by default those that save 1.3 to 4 times"""
     perceptual: bool = True
     """also measure the LPIPS-like distance, which needs the extra skipdit[metrics]"""
     rivals: bool = True
@@ -346,11 +356,16 @@ class CacheBenchConfig(BenchConfig):
         check_range(self, "num_inference_steps", least=2, most=1000)
         if len(set(self.specs)) < len(self.specs):
             raise ValueError(f"specs must differ from one another, got {self.specs}")
-        steps = self.num_inference_steps
-        if len(set(self.fewer_steps)) < len(self.fewer_steps) or not all(1 <= n < steps for n in self.fewer_steps):
-            raise ValueError(
-                f"fewer_steps must be below num_inference_steps, {steps}, and each once, got {self.fewer_steps}"
-            )
+        steps, fewer = self.num_inference_steps, self.fewer_steps or ()
+        if len(set(fewer)) < len(fewer) or not all(1 <= n < (steps or 1000) for n in fewer):
+            most = "num_inference_steps" if steps is None else f"num_inference_steps, {steps}"
+            raise ValueError(f"fewer_steps must be below {most}, and each once, got {fewer}")
+
+    def shorter_runs(self, num_inference_steps: int) -> tuple[int, ...]:
+        """Return the numbers of steps of the runs without a cache to compare with."""
+        if self.fewer_steps is not None:
+            return self.fewer_steps
+        return tuple(sorted({max(1, round(num_inference_steps / saving)) for saving in SAVINGS}, reverse=True))
 
 
 MIXED, BY_KIND = "schedule of k1 and k2", "schedule by kind"
