@@ -284,7 +284,7 @@ class Method:
     """settings of the cache, fast ones last"""
 
 
-def intervals(form: str, *numbers: int) -> tuple[str, ...]:
+def intervals(form: str, *numbers: float) -> tuple[str, ...]:
     """Return specs of one form, one per number."""
     return tuple(form.format(number) for number in numbers)
 
@@ -293,8 +293,8 @@ METHODS: dict[str, Method] = {
     "skip-taylor": Method(ours=True, specs=intervals("skip-taylor:N{}-o1", 2, 3, 4)),
     "skip-taylor, window": Method(ours=True, specs=intervals("skip-taylor:N{}-800-100-o1", 4, 8)),
     "skip-branch": Method(ours=True, specs=intervals("skip-branch:N{}", 2)),
-    "auto": Method(ours=True, specs=("auto:1.5", "auto:2", "auto:2.5")),
-    "calibrated": Method(ours=True, specs=("calibrated:1.5x", "calibrated:2x", "calibrated:2.5x", "calibrated:3x")),
+    "auto": Method(ours=True, specs=intervals("auto:{}", 1.3, 1.5, 1.8, 2, 2.5, 3)),
+    "calibrated": Method(ours=True, specs=intervals("calibrated:{}x", 1.3, 1.5, 1.8, 2, 2.5, 3, 4)),
     "skip": Method(ours=False, specs=intervals("N{}", 2, 3)),
     "delta-dit": Method(ours=False, specs=intervals("delta-dit:N{}", 2, 3)),
     "delta": Method(ours=False, specs=intervals("delta:N{}", 2, 3)),
