@@ -9,6 +9,7 @@ from skipdit.benchmark.config import METHODS as METHODS
 from skipdit.cache.enable import disable_cache
 from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
+from skipdit.files.output import MARKER
 from skipdit.interfaces import Pipeline
 from skipdit.loading import Source
 from skipdit.runs import Counts, OwnCache, RunCache, counts_of
@@ -43,7 +44,7 @@ def _method_of_schedule(path: str) -> tuple[str, bool]:
 
 def schedules_in(folder: Path) -> tuple[str, ...]:
     """Return the paths of the schedules that `skipdit calibrate` has written into a folder and its subfolders."""
-    return tuple(str(path) for path in sorted(folder.rglob("*.json")) if path.name != "report.json")
+    return tuple(str(path) for path in sorted(folder.rglob("*.json")) if path.name not in ("report.json", MARKER))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
