@@ -52,6 +52,7 @@ SMALL: dict[str, Any] = {
     "num_inference_steps": 6,
     "guidance_scale": 2.0,
     "fewer_steps": (4, 2),
+    "specs_of_shorter_runs": (),
     "num_threads": 1,
     "rivals": False,
 }
@@ -202,6 +203,16 @@ def test_fewer_steps_follow_the_number_of_steps(folder: Path) -> None:
     assert default.shorter_runs(50) == (38, 33, 25, 20, 15, 12)
     assert default.shorter_runs(4) == (3, 2, 1)
     assert config(folder, fewer_steps=(5, 2)).shorter_runs(6) == (5, 2)
+
+
+def test_a_cache_and_fewer_steps_together(folder: Path) -> None:
+    rows = rows_of(config(folder, specs=("N2",), specs_of_shorter_runs=("N2", "calibrated:2x"), perceptual=False))
+    whole, shorter, half, *refused = rows[-5:]
+    assert [row.setting for row in (shorter, half)] == ["4 steps, N2", "3 steps, N2"]
+    assert {(row.method, row.group) for row in (shorter, half)} == {("skip, fewer steps", "others")}
+    assert [(row.steps_full, row.steps_reused) for row in (whole, shorter, half)] == [(3, 3), (2, 2), (2, 1)]
+    assert shorter.flop_ratio == pytest.approx(1.5 * (whole.flop_ratio or 0), rel=1e-6)
+    assert all(row.refused and row.method == "calibrated, fewer steps" for row in refused)
 
 
 def test_a_second_order_sampler_has_no_other(folder: Path, sampler: Sampler) -> None:

@@ -56,6 +56,11 @@ def make_plans(
         if all(sampler is not plan.sampler for plan in baselines):
             baselines.append(Plan("no cache", f"the pipeline of {cache.name}", "control", sampler, steps))
         plans.append(Plan(cache.name, cache.setting, group_of(cache), sampler, steps, cache=cache))
+    for spec in config.specs_of_shorter_runs:
+        cache = spec_cache(spec, source)
+        for n in sorted({round(steps / 1.5), round(steps / 2)} - {0, steps}, reverse=True):
+            name, setting = f"{cache.name}, fewer steps", f"{n} steps, {cache.setting}"
+            plans.append(Plan(name, setting, group_of(cache), main, n, cache=cache))
     return baselines, plans
 
 

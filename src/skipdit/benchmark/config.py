@@ -345,6 +345,8 @@ class CacheBenchConfig(PipelineOptions, BenchConfig):
     """scale of classifier-free guidance; 1 disables guidance; by default 2, or that of a pipeline of diffusers"""
     fewer_steps: tuple[int, ...] | None = None
     """denoising steps of the runs without a cache to compare with; by default those that save 1.3 to 4 times"""
+    specs_of_shorter_runs: tuple[str, ...] = ("auto:1.5", "auto:2", "calibrated:1.5x", "calibrated:2x")
+    """caches that also run with two thirds and with half of the steps"""
     perceptual: bool = True
     """also measure the LPIPS-like distance, which needs the extra skipdit[metrics]"""
     rivals: bool = True
