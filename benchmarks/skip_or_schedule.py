@@ -197,14 +197,20 @@ def jobs_of(options: argparse.Namespace, settings: Settings, known: Sequence[Res
 
 
 def measured_by(jobs: Sequence[Job], num_processes: int) -> Iterator[Result]:
-    """Yield the results, of several processes as they come."""
+    """Yield the results, of several processes as they come; an error of one is raised when the others are done."""
     if num_processes == 1:
         yield from (job() for job in jobs)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process
     with ProcessPoolExecutor(num_processes, get_context("spawn")) as pool:
+        errors = []
         for future in as_completed([pool.submit(job) for job in jobs]):
-            yield future.result()
+            if (error := future.exception()) is not None:
+                errors.append(error)
+            else:
+                yield future.result()
+        for error in errors:
+            raise error
 
 
 def read_results(out: Path) -> list[Result]:

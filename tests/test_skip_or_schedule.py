@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -100,3 +101,14 @@ def test_the_published_table_is_that_of_the_results(
     script.main()
     for name in ("skip_or_schedule.md", "skip_or_schedule.json"):
         assert (tmp_path / name).read_text() == (folder / name).read_text()
+
+
+def test_an_error_of_one_process_keeps_what_the_others_measured(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets where nobody has
+    jobs = [partial(int, text) for text in ("no number", "3", "4")]
+    results = script.measured_by(jobs, 2)
+    assert {next(results), next(results)} == {3, 4}
+    with pytest.raises(ValueError, match="no number"):
+        next(results)
