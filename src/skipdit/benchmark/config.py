@@ -305,10 +305,10 @@ METHODS: dict[str, Method] = {
     "faster-diffusion": Method(ours=False, specs=intervals("faster-diffusion:N{}", 2, 8)),
     "tgate": Method(ours=False, specs=intervals("tgate:N{}-900-600", 5)),
     "fbcache": Method(ours=False, specs=("fbcache:0.1", "fbcache:0.2")),
-    "teacache": Method(ours=False, specs=("teacache:0.1", "teacache:0.2")),
-    "dicache": Method(ours=False, specs=("dicache:0.1", "dicache:0.2")),
-    "seacache": Method(ours=False, specs=("seacache:0.1", "seacache:0.2")),
-    "easycache": Method(ours=False, specs=("easycache:0.05", "easycache:0.1")),
+    "teacache": Method(ours=False, specs=("teacache:0.05", "teacache:0.1", "teacache:0.2")),
+    "dicache": Method(ours=False, specs=("dicache:0.03", "dicache:0.05", "dicache:0.1", "dicache:0.2")),
+    "seacache": Method(ours=False, specs=("seacache:0.05", "seacache:0.1", "seacache:0.2")),
+    "easycache": Method(ours=False, specs=("easycache:0.02", "easycache:0.05", "easycache:0.1")),
     "adacache": Method(ours=False, specs=("adacache:0.05", "adacache:0.1")),
 }
 
