@@ -496,6 +496,8 @@ def test_schedules_are_lines_by_what_they_reuse(tmp_path: Path) -> None:
         path.write_text(json.dumps(written))
     for name in ("report.json", "skipdit.json"):  # what a calibration writes beside them
         (tmp_path / "skip" / name).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no schedules in .*nowhere: skipdit calibrate"):
+        schedules_in(tmp_path / "nowhere")
     found = schedules_in(tmp_path)
     source: Any = None
     assert {spec_cache(path, source).setting: method_of(path) for path in found} == {

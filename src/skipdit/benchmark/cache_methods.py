@@ -10,6 +10,7 @@ from skipdit.cache.enable import disable_cache
 from skipdit.cache.methods import METHODS as PUBLISHED
 from skipdit.cache.methods import parse_method
 from skipdit.files.output import MARKER
+from skipdit.files.untrusted import printable
 from skipdit.interfaces import Pipeline
 from skipdit.loading import Source
 from skipdit.runs import Counts, OwnCache, RunCache, counts_of
@@ -43,8 +44,12 @@ def _method_of_schedule(path: str) -> tuple[str, bool]:
 
 
 def schedules_in(folder: Path) -> tuple[str, ...]:
-    """Return the paths of the schedules that `skipdit calibrate` has written into a folder and its subfolders."""
-    return tuple(str(path) for path in sorted(folder.rglob("*.json")) if path.name not in ("report.json", MARKER))
+    """Return the paths of the schedules that `skipdit calibrate` has written into a folder and its subfolders.
+    `FileNotFoundError` if there is none."""
+    found = tuple(str(path) for path in sorted(folder.rglob("*.json")) if path.name not in ("report.json", MARKER))
+    if not found:
+        raise FileNotFoundError(f"no schedules in {printable(folder)}: skipdit calibrate --out {printable(folder)}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
