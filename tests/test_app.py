@@ -210,7 +210,7 @@ def test_a_calibrated_schedule_is_taken_where_it_suits_the_run() -> None:
     assert find_cache(emoji, "2x", 30, {})[0] == "auto:2"
     assert find_cache(emoji, "2.2x", 50, {})[0] == "auto:2.2"
     assert find_cache(emoji, "calibrated:3x", 30, {})[0] == "calibrated:3x"
-    assert cache_names(emoji)[0] == "calibrated:1.5x"
+    assert cache_names(emoji)[0] == "calibrated:1.3x"
 
 
 @pytest.mark.parametrize(
