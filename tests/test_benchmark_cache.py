@@ -195,6 +195,13 @@ def test_fewer_steps_follow_the_number_of_steps(folder: Path) -> None:
     assert config(folder, fewer_steps=(5, 2)).shorter_runs(6) == (5, 2)
 
 
+def test_fewer_steps_are_fewer_than_the_default_of_the_model(folder: Path) -> None:
+    """They can be checked once the model has said how many steps it takes."""
+    unknown = config(folder, num_inference_steps=None, fewer_steps=(50,))
+    with pytest.raises(ValueError, match=r"fewer_steps must be below num_inference_steps, 50, .*\(50,\)"):
+        load_source(unknown.model, device="cpu").complete(unknown)
+
+
 def test_a_cache_and_fewer_steps_together(folder: Path) -> None:
     rows = rows_of(config(folder, specs=("N2",), specs_of_shorter_runs=("N2", "calibrated:2x"), perceptual=False))
     whole, shorter, half, *refused = rows[-5:]
