@@ -65,6 +65,8 @@ TABLE: dict[str, Row] = {
     "delta-taylor": Row(
         spec="delta-taylor:N3-800-50-o2", control="delta-taylor:N1-o2", full=(0, 1, 3, 6), absolute=False
     ),
+    "output": Row(spec="output:N2", control="output:N1", full=(0, 2, 4, 6)),
+    "output-taylor": Row(spec="output-taylor:N3-o2", control="output-taylor:N1-o2", full=(0, 3, 6)),
     # at 450 the first units take over from the last ones, with what they added at 575
     "delta-dit": Row(spec="delta-dit:N3", control="delta-dit:N1", full=(0, 3, 6), absolute=False),
     "faster-diffusion": Row(spec="faster-diffusion:N2", control="faster-diffusion:N1", full=(0, 2, 4, 6)),

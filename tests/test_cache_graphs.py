@@ -57,6 +57,9 @@ TABLE: dict[str, Row] = {
     "skip-branch": Row(spec="skip-branch:N3", other="skip-branch:N5", graphs=4),
     "delta": Row(spec="delta:N2", other="delta:N3", graphs=2),
     "delta-taylor": Row(spec="delta-taylor:N2", other="delta-taylor:N3-o2", graphs=2, like="delta"),
+    # a reuse step calls no graph
+    "output": Row(spec="output:N2", other="output:N3", graphs=1),
+    "output-taylor": Row(spec="output-taylor:N2", other="output-taylor:N3-o2", graphs=1, like="output"),
     # full, the first units alone, the last units alone
     "delta-dit": Row(spec="delta-dit:N2", other="delta-dit:N3", graphs=3, num_units=5),
     "faster-diffusion": Row(spec="faster-diffusion:N2", other="faster-diffusion:N3", graphs=2),
@@ -78,7 +81,6 @@ TABLE: dict[str, Row] = {
     # and the end alone, behind what the probe has told
     "dicache": Row(spec="dicache:0.05", other="dicache:0.04", graphs=4),
     "seacache": Row(spec="seacache:0.5", other="seacache:0.4-o0", graphs=2),
-    # a reuse step calls no graph
     "easycache": Row(spec="easycache:0.5-w0", other="easycache:0.4-w0", graphs=1),
     "adacache": Row(spec="adacache:0.5", other="adacache:0.4", graphs=2),
     "auto": Row(spec="auto:1.3", other="auto:1.2", graphs=2, like="skip"),

@@ -11,9 +11,9 @@ import torch
 from tiny import tiny_pipeline
 
 from skipdit.cache.enable import cache_summary, enable_cache
-from skipdit.cache.error_table import COHERENCE, NODES, ErrorTable, factor_at, fit_factors
+from skipdit.cache.error_table import COHERENCE, NODES, ErrorTable, factors_at, fit_factors
 from skipdit.cache.methods import load_schedule
-from skipdit.cache.predictor import Ahead, FittedPredictor
+from skipdit.cache.predictor import Ahead, FittedPredictor, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.schedule_file import fields_of
 from skipdit.pipelines import ClassToImagePipeline
@@ -54,9 +54,25 @@ def test_errors_are_those_of_fitted_linear_predictions(timesteps: tuple[float, .
         expected.append(np.square(terms[0] + factor * terms[1]).sum() * stride**2)
         found.append(errors[step, age - 1, spacing - 1])
         levels = timesteps[step], timesteps[step - age], timesteps[step - age - spacing]
-        off.append(abs(factor_at(table, *levels) - factor))
+        off.append(abs(factors_at(table, *levels)[0] - factor))
     off.extend(np.abs(np.log(np.array(found) / np.array(expected))) / 4)
     assert np.median(off) < (1e-6 if timesteps is TIMESTEPS else 0.05)
+
+
+@pytest.mark.parametrize("full", [(6, 8, 11), (5, 8, 9), (7, 8, 9), (9, 11), (2, 11)])
+def test_factors_are_those_of_fitted_predictions_of_their_order(full: tuple[int, ...]) -> None:
+    """After three full steps there are two. 7 steps back changes are interpolated, and factors nearly exact."""
+    step, predictor, stored = 12, TaylorPredictor(2), ()
+    values = [torch.tensor(waves(timestep)) for timestep in TIMESTEPS]
+    for index, one in enumerate(full):
+        stored = predictor.update(stored, {"": values[one]}, one - full[index - 1] if index else 1)
+    coefficients = (1.0, *predictor.coefficients(len(full) - 1, Ahead(step - full[-1])))
+    terms = torch.stack([c * kept[""] for c, kept in zip(coefficients, stored, strict=True)]).numpy()
+    terms[0] -= values[step].numpy()
+    levels = [TIMESTEPS[one] for one in reversed(full)]
+    found = factors_at(table_of(waves), TIMESTEPS[step], *levels)
+    assert len(found) == len(full) - 1
+    np.testing.assert_allclose(found, fit_factors(terms @ terms.T), rtol=5e-3)
 
 
 @pytest.mark.parametrize("num_full", [3, 5, 7])
@@ -133,7 +149,7 @@ def test_its_own_run_has_the_listed_steps_and_others_are_planned(tmp_path: Path)
     assert schedule.decisions(finer, whole=False).count(None) == 12
     predictor = method.predictor
     assert isinstance(predictor, FittedPredictor)
-    expected = factor_at(table, 500.0, 550.0, 640.0)
+    (expected,) = factors_at(table, 500.0, 550.0, 640.0)
     assert predictor.coefficients(1, Ahead(2, 3, 500.0, 45.0, (550.0, 640.0)))[0] == pytest.approx(
         2 * expected, rel=1e-3
     )
@@ -183,7 +199,7 @@ def test_a_pipeline_runs_what_was_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "fault"), [
-    ({"order": 0, "factors": []}, "errors need an order of 1"),
+    ({"order": 0, "factors": []}, "errors need an order of 1 or 2"),
     ({"errors": fields_of(table_of(waves)) | {"nodes": [1, 2]}}, "triangle of a matrix of 2 rows"),
     ({"errors": fields_of(table_of(waves)) | {"nodes": [2, *NODES[1:]]}}, "rising from 1"),
     ({"errors": fields_of(table_of(waves)) | {"grams": fields_of(table_of(waves))["grams"][1:]}}, "of 25 steps"),

@@ -26,7 +26,10 @@ NODES = (
     13,
     17,
     21,
+    26,
+    32,
 )  # steps back at which changes are kept; between them they are interpolated
+TABLE_ORDERS = (1, 2)  # of the predictions whose factors a table tells well
 COHERENCE = 0.5  # how the errors of the steps between two full ones add up: between power (0) and amplitude (1)
 FINEST = 4  # times as many steps as the calibrated run, beyond which none are planned: rests would outgrow MAX_LOOKBACK
 MAX_LOOKBACK = 48  # steps of a run, between a reuse step and a full one
@@ -48,7 +51,8 @@ def fit_factors(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ErrorTable:
-    """What the values of earlier steps in place of those of a step do to the final sample, for predictions of order 1.
+    """What the values of earlier steps in place of those of a step do to the final sample. Schedules are planned
+    by predictions of order 1, and any order has factors.
 
     grams: of each step of the calibrated run, the inner products of the changes of the final sample that the values of
         `nodes` steps before make, of shape (steps, nodes, nodes); where that is before the first step, those of the
@@ -109,22 +113,33 @@ class ErrorTable:
             found[np.arange(len(back)), first + one] = factor
         return found[:, 1:]
 
-    def products(
-        self, place: float, last: Float[np.ndarray, " many"], before: Float[np.ndarray, " many"]
-    ) -> Float[np.ndarray, "many 2 2"]:
-        """Return the inner products of what both terms of a linear prediction do: the last values, and what the change
-        since the values before them adds. All arguments are places; `last` and `before` may be equal, for no change."""
-        distance, spacing = place - last, last - before
-        ahead = np.where(spacing > 0, distance / np.where(spacing > 0, spacing, 1), 0)[:, None]
+    def terms(
+        self, place: float, full: Sequence[Float[np.ndarray, " many"]], row: int
+    ) -> Float[np.ndarray, "many terms nodes"]:
+        """Return the weights of the nodes of a step in the terms of Taylor's expansion at `place`, which are made as
+        `skipdit.cache.predictor` makes them. full: places of the last full steps, the last one first; two that are
+        equal have no change."""
+        derivatives: list[Float[np.ndarray, "many nodes"]] = []
+        for index in reversed(range(len(full))):
+            previous, derivatives = derivatives, [self.weights(np.minimum(place - full[index], row))]
+            if previous:
+                spacing = (full[index] - full[index + 1])[:, None]
+                inverse = np.where(spacing > 0, 1 / np.where(spacing > 0, spacing, 1), 0)
+                for before in previous:
+                    derivatives.append((derivatives[-1] - before) * inverse)
+        distance = (place - full[0])[:, None]
+        return np.stack([distance**n / math.factorial(n) * value for n, value in enumerate(derivatives)], axis=1)
+
+    def products(self, place: float, *full: Float[np.ndarray, " many"]) -> Float[np.ndarray, "many terms terms"]:
+        """Return the inner products of what the terms of a prediction do: the last values, and what their changes add.
+        full: as of `terms`."""
         # the third step is the first with the values of two steps before it, whose directions differ
         measured = min(max(place, 2.0), len(self.grams) - 1.0)
         low = math.floor(measured)
-        mixed, size = np.zeros((len(last), 2, 2)), np.zeros(len(last))
+        mixed, size = np.zeros((len(full[0]), len(full), len(full))), np.zeros(len(full[0]))
         for row, share in ((low, 1 - (measured - low)), (low + 1, measured - low)):
             if share > 0:
-                held = self.weights(np.minimum(distance, row))
-                change = ahead * (held - self.weights(np.minimum(place - before, row)))
-                terms = np.stack([held, change], axis=1)
+                terms = self.terms(place, full, row)
                 found = terms @ self.grams[row] @ terms.swapaxes(1, 2)
                 trace = np.maximum(np.trace(found, axis1=1, axis2=2), 1e-30)
                 mixed += share * found / trace[:, None, None]
@@ -173,15 +188,15 @@ class ErrorTable:
         factors = np.concatenate([np.ones((len(products), 1)), fit_factors(products)], axis=1)
         return np.maximum(np.einsum("ni,nij,nj->n", factors, products, factors), 0)
 
-    def widened(
-        self, place: float, last: Float[np.ndarray, " many"], before: Float[np.ndarray, " many"]
-    ) -> tuple[Float[np.ndarray, " many"], Float[np.ndarray, " many"]]:
-        """Return the places of full steps, moved away from `place` in proportion where both are nearer than a step of
-        the calibrated run. What is nearer was not measured, and is taken for no better: features are not smooth."""
+    def widened(self, place: float, *full: Float[np.ndarray, " many"]) -> tuple[Float[np.ndarray, " many"], ...]:
+        """Return the places of full steps, moved away from `place` in proportion where the last two are nearer than a
+        step of the calibrated run. What is nearer was not measured, and is taken for no better: features are not
+        smooth."""
+        last, before = full[:2]
         widest = np.maximum(np.maximum(place - last, last - before), 1e-9)
-        most = place / np.maximum(place - before, 1e-9)  # as far as there are steps
+        most = place / np.maximum(place - full[-1], 1e-9)  # as far as there are steps
         scale = np.where(last > before, np.maximum(np.minimum(1 / widest, most), 1.0), 1.0)
-        return place - scale * (place - last), place - scale * (place - before)
+        return tuple(place - scale * (place - one) for one in full)
 
     def plan(self, timesteps: Sequence[float], speedup: float) -> tuple[int, ...] | None:
         """Return the full steps of least error for a run of these timesteps, so many of them that it is as near as can
@@ -196,11 +211,12 @@ class ErrorTable:
 
 
 @lru_cache(maxsize=1024)
-def factor_at(table: ErrorTable, timestep: float, last: float, before: float) -> float:
-    """Return the factor of the linear term at a timestep, given those of the last two full steps."""
+def factors_at(table: ErrorTable, timestep: float, *full: float) -> tuple[float, ...]:
+    """Return the factors of the terms at a timestep, but the first. full: timesteps of the last full steps, two or
+    more, the last one first."""
     place = table.place(timestep)
-    places = table.widened(place, np.array([table.place(last)]), np.array([table.place(before)]))
-    return float(fit_factors(table.products(place, *places))[0, 0])
+    places = table.widened(place, *(np.array([table.place(one)]) for one in full))
+    return tuple(fit_factors(table.products(place, *places))[0].tolist())
 
 
 @lru_cache(maxsize=32)

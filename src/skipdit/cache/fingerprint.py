@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from skipdit.cache.methods import MadeFor
-from skipdit.cache.site import linked_model
+from skipdit.cache.site import links_of
 
 NUM_SAMPLED = 64  # entries per weight
 
@@ -37,11 +37,11 @@ def _sampled(weight: Tensor) -> Tensor:
 def check_made_for(made_for: MadeFor, model: nn.Module, scheduler: str | None) -> None:
     """Raise `ValueError` if a schedule was calibrated on another kind of model; warn if only the weights or the
     scheduler differ, as quality may then be lower. Offloaded weights are not compared."""
-    name, num_units = type(model).__name__, linked_model(model).long_skip_links.num_units
-    if (name, num_units) != (made_for.model, made_for.num_units):
+    name, num_units = type(model).__name__, links_of(model).num_units
+    if name != made_for.model or 0 < num_units != made_for.num_units > 0:
         raise ValueError(
-            f"this schedule was calibrated on a {made_for.model} of {made_for.num_units} units, not on a {name} of "
-            f"{num_units}: run skipdit calibrate on this model"
+            f"this schedule was calibrated on a {made_for.model} of {made_for.num_units or 'unknown'} units, not on a "
+            f"{name} of {num_units or 'unknown'}: run skipdit calibrate on this model"
         )
     changes = []
     weights = list(model.parameters())

@@ -190,6 +190,10 @@ def _offset(ks: tuple[int, ...]) -> Site:
     return UnitRange(ks[0]) if ks else UnitRange()
 
 
+def _output(ks: tuple[int, ...]) -> Site:
+    return WholeOutput()
+
+
 def _branches(ks: tuple[int, ...]) -> Site:
     return BranchOutputs(EVERY)
 
@@ -242,34 +246,32 @@ def _dicache(spec: AdaptiveSpec) -> CacheMethod:
     )
 
 
-def _in_basis(predictor: type[Predictor], source: str) -> MethodEntry:
-    source = f"Skip-Cache with a prediction by {source}"
-    return MethodEntry(source=source, order=2, predictor=predictor, rules=_one(_deep), site=_deep)
+def _static(
+    site: Callable[[tuple[int, ...]], Site],
+    source: str,
+    *,
+    order: int = 0,
+    predictor: type[Predictor] = TaylorPredictor,
+    takes_k: bool = True,
+) -> MethodEntry:
+    """Return the row of a method that reuses one site at an interval, or by a schedule.json."""
+    return MethodEntry(source=source, order=order, predictor=predictor, rules=_one(site), site=site, takes_k=takes_k)
 
 
 METHODS: dict[str, MethodEntry] = {
-    "skip": MethodEntry(source="Skip-Cache, arXiv 2411.17616", rules=_one(_deep), site=_deep),
-    "skip-taylor": MethodEntry(
-        source="Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1, rules=_one(_deep), site=_deep
-    ),
-    "skip-hermite": _in_basis(HermitePredictor, "Hermite's polynomials (after HiCache, arXiv 2508.16984)"),
-    "skip-adams": _in_basis(
-        AdamsBashforthPredictor, "the rule of Adams and Bashforth (after PrediT, arXiv 2602.18093)"
-    ),
+    "skip": _static(_deep, "Skip-Cache, arXiv 2411.17616"),
+    "skip-taylor": _static(_deep, "Skip-Cache with TaylorSeer's prediction (arXiv 2503.06923)", order=1),
+    "skip-hermite": _static(_deep, "after HiCache, arXiv 2508.16984", order=2, predictor=HermitePredictor),
+    "skip-adams": _static(_deep, "after PrediT, arXiv 2602.18093", order=2, predictor=AdamsBashforthPredictor),
     "skip-branch": MethodEntry(
         source="Skip-Cache (arXiv 2411.17616); attention of the shallow units runs at every second step",
         rules=_skip_branch,
     ),
-    "delta": MethodEntry(
-        source="Delta-DiT's offset (arXiv 2406.01125) of the units in the middle, at all steps",
-        rules=_one(_offset),
-        site=_offset,
-    ),
-    "delta-taylor": MethodEntry(
-        source="Delta-DiT's offset (arXiv 2406.01125) of the units in the middle, with TaylorSeer's prediction",
-        order=1,
-        rules=_one(_offset),
-        site=_offset,
+    "delta": _static(_offset, "Delta-DiT's offset (arXiv 2406.01125) of the units in the middle, at all steps"),
+    "delta-taylor": _static(_offset, "Delta-DiT's offset with TaylorSeer's prediction (arXiv 2503.06923)", order=1),
+    "output": _static(_output, "what EasyCache reuses (arXiv 2507.02860), at an interval", takes_k=False),
+    "output-taylor": _static(
+        _output, "what EasyCache reuses, with TaylorSeer's prediction (arXiv 2503.06923)", order=1, takes_k=False
     ),
     "delta-dit": MethodEntry(
         source="Delta-DiT, arXiv 2406.01125: offset of the last units down to timestep 500, of the first ones below",
@@ -280,10 +282,8 @@ METHODS: dict[str, MethodEntry] = {
         rules=lambda options: (options.rule(UnitRange(None, at="last", delta=False)),),
         takes_k=False,
     ),
-    "fora": MethodEntry(source="FORA, arXiv 2407.01425", rules=_one(_branches), site=_branches, takes_k=False),
-    "taylorseer": MethodEntry(
-        source="TaylorSeer, arXiv 2503.06923", order=1, rules=_one(_branches), site=_branches, takes_k=False
-    ),
+    "fora": _static(_branches, "FORA, arXiv 2407.01425", takes_k=False),
+    "taylorseer": _static(_branches, "TaylorSeer, arXiv 2503.06923", order=1, takes_k=False),
     "pab": MethodEntry(
         source="Pyramid Attention Broadcast, arXiv 2408.12588: attention every N, over time 2N, cross 3N; no MLPs",
         rules=_pab,

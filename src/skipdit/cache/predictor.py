@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from skipdit.cache.error_table import ErrorTable, factor_at
+from skipdit.cache.error_table import ErrorTable, factors_at
 
 Values = Mapping[str, Tensor]
 Derivatives = tuple[Values, ...]
@@ -155,6 +155,8 @@ class FittedPredictor(Predictor):
         if ahead.stride > self.coarse:
             return [0.0] * order
         if self.table is not None and len(ahead.full) > 1:
-            return [ahead.distance * factor_at(self.table, ahead.timestep, *ahead.full[:2])]
-        pairs = zip(expand(order, ahead.distance), self.factors_at(ahead.timestep), strict=False)
+            factors = factors_at(self.table, ahead.timestep, *ahead.full[: order + 1])
+        else:
+            factors = self.factors_at(ahead.timestep)
+        pairs = zip(expand(order, ahead.distance), factors, strict=False)
         return [coefficient * factor for coefficient, factor in pairs]

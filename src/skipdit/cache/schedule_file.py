@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 import msgspec
 import numpy as np
 
-from skipdit.cache.error_table import ErrorTable
+from skipdit.cache.error_table import TABLE_ORDERS, ErrorTable
 from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.models.long_skip import BranchKind
@@ -84,8 +84,8 @@ def table_of(fields: ScheduleFields) -> ErrorTable | None:
     """Return the errors that a schedule.json lists; `None` if it has none."""
     if fields.errors is None:
         return None
-    if fields.order != 1 or not fields.factors or any(fields.variants):
-        raise ValueError("errors need an order of 1, factors and a single variant")
+    if fields.order not in TABLE_ORDERS or not fields.factors or any(fields.variants):
+        raise ValueError("errors need an order of 1 or 2, factors and a single variant")
     nodes, rows = tuple(fields.errors.nodes), fields.errors.grams
     if any(len(row) != len(nodes) * (len(nodes) + 1) // 2 for row in rows):
         raise ValueError(f"each of grams must be the triangle of a matrix of {len(nodes)} rows")

@@ -8,7 +8,7 @@ from skipdit.cache.compiled import Call
 from skipdit.cache.spectrum import wiener_filter
 from skipdit.cache.whole import WholeModel, tensors_in
 from skipdit.models.forward_plan import Branches, Region, Stored, Units
-from skipdit.models.long_skip import BranchKind, LongSkipModel
+from skipdit.models.long_skip import BranchKind, LongSkipLinks, LongSkipModel
 
 
 class Site:
@@ -20,6 +20,9 @@ class Site:
     """Kinds of the branches whose outputs it takes; empty if it takes those of whole units."""
     beside_first = False
     """True if it takes one guidance branch beside the one that is called first at the same step."""
+
+    fitted_order = 1
+    """Order of the predictions that a calibration fits."""
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         """Return the regions of this model that can be reused: one per variant of a reuse step; a schedule selects by
@@ -139,6 +142,7 @@ class WholeOutput(Site):
     model, whose units need not be known."""
 
     needs_units = False
+    fitted_order = 2
 
     def regions(self, model: nn.Module) -> tuple[Region, ...]:
         return (WholeModel(),)
@@ -265,3 +269,9 @@ def linked_model(model: nn.Module) -> LongSkipModel:
             "declare them with skipdit.declare_family"
         )
     return linked
+
+
+def links_of(model: nn.Module) -> LongSkipLinks:
+    """Return the long skips of a model; those of no units if its units are not known."""
+    linked = LongSkipModel.find(model)
+    return LongSkipLinks(0, {}) if linked is None else linked.long_skip_links

@@ -16,12 +16,11 @@ from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Ahead, Derivatives, Values
 from skipdit.cache.ranks import all_reduce_max
 from skipdit.cache.schedule import Decision, Schedule
-from skipdit.cache.site import linked_model
+from skipdit.cache.site import linked_model, links_of
 from skipdit.cache.whole import is_output
 from skipdit.interfaces import ModelOutput
 from skipdit.models.costs import Costs
 from skipdit.models.forward_plan import ForwardPlan, Question, Region, Stored, Units
-from skipdit.models.long_skip import LongSkipLinks, LongSkipModel
 
 Derived = dict[str, Derivatives]  # by the name of a region
 StepResult = tuple[ModelOutput, tuple[Region, ...]]  # the model's output, and the regions that were reused
@@ -202,8 +201,7 @@ class ScheduledSteps:
 
     def __init__(self, model: nn.Module, rules: list[CacheRule]) -> None:
         self.rules = rules
-        linked = LongSkipModel.find(model)
-        self.links = LongSkipLinks(0, {}) if linked is None else linked.long_skip_links
+        self.links = links_of(model)
         self.plans: dict[tuple[Decision, ...], ForwardPlan] = {}
         self.schedules: dict[tuple[int, Costs | None], Schedule] = {}
         self.decided: dict[tuple[int, Costs | None, tuple[float, ...], bool], list[Decision]] = {}
@@ -373,7 +371,7 @@ class MeasuringStepper:
     """Runs every step in full and stores the values of some regions, for measurements. Abstract."""
 
     def __init__(self, model: nn.Module, rules: list[CacheRule], store: Iterable[Region]) -> None:
-        self.rules, self.links = rules, linked_model(model).long_skip_links
+        self.rules, self.links = rules, links_of(model)
         self.full = ForwardPlan.of(self.links, store=store)
 
     def step(self, call: Call, stream: StepState) -> StepResult:

@@ -274,13 +274,14 @@ def report_of(
     rows: Sequence[Row], candidates: Sequence[Candidate], config: CalibrateConfig, made_for: MadeFor
 ) -> Report:
     guidance = "of its own" if config.guidance_scale is None else f"{config.guidance_scale:g}"
+    units = f" of {made_for.num_units} units" if made_for.num_units else ""
     missed = [name for name, *_ in config.targets if name not in {candidate.name for candidate in candidates}]
     return Report(
         config=config,
         data={"rows": [record(row) for row in rows], "made_for": made_for},
         parts=[
-            f"`skipdit calibrate`, method {config.method}, {made_for.model} of {made_for.num_units} units, weights "
-            f"{made_for.weights}, {made_for.scheduler}, {config.num_inference_steps} steps, guidance "
+            f"`skipdit calibrate`, method {config.method}, {made_for.model}{units}, "
+            f"weights {made_for.weights}, {made_for.scheduler}, {config.num_inference_steps} steps, guidance "
             f"{guidance}; schedules found on {config.num_samples} samples of seed {config.seed}, rows "
             f"measured on {config.num_held_out} of seed {config.held_out_seed}. Distances to the full run. "
             + ", ".join(f"{name} {number}" for name, number in versions().items()),

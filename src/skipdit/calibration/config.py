@@ -1,6 +1,6 @@
 """The options of `skipdit calibrate`. Imports nothing heavy, so that `--help` is instant."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from skipdit.options import NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
@@ -30,8 +30,9 @@ class Target(NamedTuple):
 class Trials:
     """The predictions that are tried at each step."""
 
-    orders: tuple[int, ...] = (1,)
-    """orders of the predictions: from the last values (0), or also from their changes (1 and above)"""
+    orders: tuple[int, ...] = ()
+    """orders of the predictions: from the last values (0), or also from their changes (1 and above); by default 1, or 2
+    for the output of the whole model, which is small"""
     max_age: int = 10
     """largest age of a prediction, in steps"""
     num_probed: int = 8
@@ -41,16 +42,20 @@ class Trials:
         for name in ("max_age", "num_probed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.orders or len(set(self.orders)) < len(self.orders):
-            raise ValueError(f"orders must be one or more, each once, got {self.orders}")
-        if not 0 <= min(self.orders) <= max(self.orders) <= MAX_ORDER:
+        if len(set(self.orders)) < len(self.orders):
+            raise ValueError(f"orders must be given once each, got {self.orders}")
+        if any(not 0 <= order <= MAX_ORDER for order in self.orders):
             raise ValueError(f"orders must be between 0 (hold) and {MAX_ORDER}, got {self.orders}")
 
     @property
     def lookback(self) -> int:
         """Return the number of earlier steps whose values are tried: as far back as a prediction of the largest order
         and age may reach."""
-        return self.max_age + (self.max_age + 1) * max(self.orders)
+        return self.max_age + (self.max_age + 1) * max(self.orders, default=1)
+
+    def of(self, site: "Site") -> "Trials":
+        """Return these trials with the orders of a site, if none are given."""
+        return self if self.orders else replace(self, orders=(site.fitted_order,))
 
 
 @dataclass(frozen=True, kw_only=True)

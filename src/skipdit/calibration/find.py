@@ -140,7 +140,7 @@ def find_schedules(
     """
     searches = [
         Search(measurement, order, coherence, fits=config.fits)
-        for order in config.trials.orders
+        for order in config.trials.of(config.site).orders
         for coherence in COHERENCES
     ]
     fronts = [plan(search.errors(), coherence=search.coherence) for search in searches]

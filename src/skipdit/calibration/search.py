@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from skipdit.cache.error_table import ErrorTable, fit_factors
+from skipdit.cache.error_table import TABLE_ORDERS, ErrorTable, fit_factors
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import Ahead, Derivatives, FittedPredictor, Predictor, TaylorPredictor
 from skipdit.cache.schedule import ExplicitSchedule
@@ -110,7 +110,7 @@ class Search:
 
     def method(self, variants: Variants) -> CacheMethod:
         """Return the cache with this schedule."""
-        table = self.measurement.table if self.fits and self.order == 1 else None
+        table = self.measurement.table if self.fits and self.order in TABLE_ORDERS else None
         schedule = ExplicitSchedule(
             full_steps=tuple(step for step, variant in enumerate(variants) if variant is None),
             num_inference_steps=len(variants),

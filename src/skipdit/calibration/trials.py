@@ -57,7 +57,7 @@ class Measurement:
 
     @cached_property
     def table(self) -> ErrorTable | None:
-        """Return the table by which schedules of order 1 are planned for runs with other timesteps; `None` if there is
+        """Return the table by which schedules are planned for runs with other timesteps; `None` if there is
         more than one variant."""
         num_variants, num_steps, lookback, size = self.changes.shape
         if num_variants > 1 or num_steps < 3:
@@ -214,7 +214,7 @@ def measure(run: Runner, site: Site, trials: Trials, *, advance: Callable[[], ob
     advance: called after each call of the model in the first run. Raises `ValueError` if the model lacks the site, or
     if a run has fewer than 3 steps.
     """
-    pipeline = run.pipeline
+    pipeline, trials = run.pipeline, trials.of(site)
 
     def make_trials(model: nn.Module, rules: list[CacheRule]) -> ReuseTrials:
         return ReuseTrials(model, rules, trials, advance)
@@ -223,7 +223,7 @@ def measure(run: Runner, site: Site, trials: Trials, *, advance: Callable[[], ob
         with before_steps(pipeline.scheduler, recorder.solver_steps.observe):
             reference = run().samples
         costs = tuple(cache.costs().of_step((region,)) for region in recorder.regions)
-        num_units = len(cache.costs().units)
+        num_units = max(len(cache.costs().units), 1)
     num_steps = len(recorder.levels)
     if num_steps < 3:
         raise ValueError(f"calibration needs a run of at least 3 steps, got {num_steps}")
