@@ -18,6 +18,7 @@ from skipdit.tasks.task import Sampler
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*(?=[:-]|$)")  # of a spec; a bare N is the paper's cache
 
+OURS = {"skip": "calibrated", "output": "calibrated output"}  # calibrated schedules by what they reuse
 KIN = ("dpcache", "l2p", "budcache")  # of `skipdit calibrate --kin`, by whose rules it names its files
 
 
@@ -36,11 +37,10 @@ def method_of(spec: str) -> tuple[str, bool]:
 def _method_of_schedule(path: str) -> tuple[str, bool]:
     method = parse_method(path)
     name = next((name for name, row in PUBLISHED.items() if row.matches(method)), "smoothcache")
-    ours = name.startswith("skip")
-    rule = Path(path).stem.partition("-")[0]
+    site, rule = name.partition("-")[0], Path(path).stem.partition("-")[0]
     if rule in KIN:
-        return (f"{rule}, skip" if ours else rule), False
-    return ("calibrated" if ours else name if name == "smoothcache" else f"{name}, calibrated"), ours
+        return (f"{rule}, {site}" if site in OURS else rule), False
+    return OURS.get(site, name if name == "smoothcache" else f"{name}, calibrated"), site in OURS
 
 
 def schedules_in(folder: Path) -> tuple[str, ...]:

@@ -279,7 +279,7 @@ class Method:
     """A line of the plot."""
 
     ours: bool
-    """True if it needs long skips, and its prediction or its schedule comes from this project"""
+    """True if its schedule comes from this project, or its use of long skips does"""
     specs: tuple[str, ...] = ()
     """settings of the cache, fast ones last"""
 
@@ -295,10 +295,12 @@ METHODS: dict[str, Method] = {
     "skip-branch": Method(ours=True, specs=intervals("skip-branch:N{}", 2)),
     "auto": Method(ours=True, specs=intervals("auto:{}", 1.3, 1.5, 1.8, 2, 2.5, 3)),
     "calibrated": Method(ours=True, specs=intervals("calibrated:{}x", 1.3, 1.5, 1.8, 2, 2.5, 3, 4)),
+    "calibrated output": Method(ours=True, specs=intervals("calibrated:output-{}x", 1.5, 2, 2.5, 3, 4, 5)),
     "skip": Method(ours=False, specs=intervals("N{}", 2, 3)),
     "delta-dit": Method(ours=False, specs=intervals("delta-dit:N{}", 2, 3)),
     "delta": Method(ours=False, specs=intervals("delta:N{}", 2, 3)),
     "delta-taylor": Method(ours=False, specs=intervals("delta-taylor:N{}-o1", 2, 3)),
+    "output-taylor": Method(ours=False, specs=intervals("output-taylor:N{}-o1", 2, 3)),
     "fora": Method(ours=False, specs=intervals("fora:N{}", 2, 3)),
     "taylorseer": Method(ours=False, specs=intervals("taylorseer:N{}-o1", 2, 3, 4)),
     "pab": Method(ours=False, specs=intervals("pab:N{}", 8)),
