@@ -268,6 +268,7 @@ def test_the_command_writes_schedules_that_are_checked_when_used(
     pipeline: ClassToImagePipeline, tmp_path: Path
 ) -> None:
     config = CalibrateConfig(
+        method="skip-taylor",
         speedups=(1.3, 1.6),
         num_inference_steps=NUM_STEPS,
         num_samples=2,
@@ -329,7 +330,6 @@ def test_the_output_of_a_model_calibrates_while_its_units_stay_closed(tmp_path: 
     source = load_source(str(flux_dev(tmp_path / "flux")), published=PipelineOptions(height=16, width=16))
     pipeline = source.sampler.pipeline
     config = CalibrateConfig(
-        method="output-taylor",
         prompt=("a cat",),
         speedups=(1.5,),
         num_inference_steps=NUM_STEPS,
@@ -399,7 +399,7 @@ def test_a_schedule_by_the_clock_is_a_calibrated_one_in_the_report(pipeline: Cla
         )
         for name in ("1.3x-clock", "dpcache-1.3x")
     ]
-    config = CalibrateConfig(num_inference_steps=NUM_STEPS, by_clock=True, rivals=())
+    config = CalibrateConfig(method="skip-taylor", num_inference_steps=NUM_STEPS, by_clock=True, rivals=())
     first, second, *_ = held_out(found, config, runner(pipeline))
     assert (first.group, first.name) == ("calibrated skip-taylor", "1.3x-clock")
     assert (second.group, second.name) == ("rule of dpcache", "1.3x")
@@ -441,6 +441,7 @@ def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> No
         ({"kin": ("dbcache",)}, "'dbcache'.*dpcache"),
         ({"rivals": ("N0",)}, "interval must be at least 1"),
         ({"method": "fora", "shallow_units": (2,)}, r"shallow_units of fora must be left out, as all units run"),
+        ({"shallow_units": (1, 3)}, "shallow_units of output-taylor must be left out, as no unit runs"),
         ({"method": "smoothcache", "shallow_units": (1, 3)}, r"shallow_units of smoothcache must be left out"),
         ({"method": "delta-taylor", "shallow_units": (1, 3)}, r"of delta-taylor must be one number, got \(1, 3\)"),
     ],
@@ -499,6 +500,7 @@ def test_a_schedule_with_the_first_step_alone_in_full_is_not_refined(
     pipeline: ClassToImagePipeline, tmp_path: Path
 ) -> None:
     config = CalibrateConfig(
+        method="skip-taylor",
         speedups=(2.3,),
         num_samples=1,
         num_inference_steps=NUM_STEPS,

@@ -62,10 +62,11 @@ class Trials:
 class CalibrateConfig:
     """The targets and settings of a calibration."""
 
-    method: str = "skip-taylor"
-    """a cache method that reuses one thing (skip-taylor, delta-taylor, taylorseer, ...), or smoothcache"""
+    method: str = "output-taylor"
+    """a cache method that reuses one thing (output-taylor, skip-taylor, delta-taylor, ...), or smoothcache"""
     shallow_units: tuple[int, ...] = (1,)
-    """numbers of units at each end that run at a reuse step; a schedule may choose among them"""
+    """numbers of units at each end that run at a reuse step, for methods that have such units; a schedule may choose
+    among them"""
     speedups: tuple[float, ...] = (1.5, 1.8, 2.0, 2.5, 3.0)
     """by compute; a schedule is written for each"""
     by_clock: bool = False
@@ -131,9 +132,10 @@ class CalibrateConfig:
             raise ValueError(f"held_out_seed must differ from seed, got {self.seed} for both")
         used = self.site.shallow_units
         if self.shallow_units not in (used, type(self).shallow_units):
+            running = "all units run" if self.site.needs_units else "no unit runs at a reuse step"
             raise ValueError(
                 f"shallow_units of {self.method} must be "
-                f"{'one number' if used else 'left out, as all units run'}, got {self.shallow_units}"
+                f"{'one number' if used else f'left out, as {running}'}, got {self.shallow_units}"
             )
         for spec in self.rivals:
             parse_method(spec)
