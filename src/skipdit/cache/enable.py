@@ -156,6 +156,8 @@ def _prepare(
 ) -> CacheRuntime:
     """Open the units and branches that a cache needs and return its runtime; after an error the model is unchanged."""
     previous, linked = runtime_of(model), LongSkipModel.find(model)
+    scheduler = None if pipeline is None else pipeline.scheduler
+    method = suited_to(method, model, scheduler)
     if previous is not None:
         opened = previous.opened
     else:
@@ -165,10 +167,9 @@ def _prepare(
         if opened:
             open_units(model)
     try:
-        scheduler = None if pipeline is None else pipeline.scheduler
         if method.made_for is not None:
             check_made_for(method.made_for, model, None if scheduler is None else type(scheduler).__name__)
-        return CacheRuntime(model, suited_to(method, scheduler), opened=opened, make=make)
+        return CacheRuntime(model, method, opened=opened, make=make)
     except BaseException:
         if previous is None:
             _close(model, opened=opened)

@@ -449,7 +449,8 @@ def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     factors = tuple((factor,) for factor in reversed(AUTO_FACTORS))
     learned = FittedPredictor(1, AUTO_TIMESTEPS[::-1], factors, coarse=COARSE)
     predictor = learned if order is None else TaylorPredictor(int(order))
-    return CacheMethod(schedule=schedule, site=MiddleUnits(int(k or 1)), predictor=predictor, spec=spec)
+    site = WholeOutput() if k is None else MiddleUnits(int(k))
+    return CacheMethod(schedule=schedule, site=site, predictor=predictor, spec=spec)
 
 
 def _combine(rules: tuple[CacheMethod, ...]) -> CacheMethod:

@@ -6,9 +6,14 @@ Quantized activations bring noise too, but extrapolation still gains there: `ben
 import warnings
 from dataclasses import replace
 
+from torch import nn
+
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.predictor import TaylorPredictor
+from skipdit.cache.site import MiddleUnits
 from skipdit.interfaces import Scheduler
+from skipdit.models.families import find_family
+from skipdit.models.long_skip import LongSkipModel
 
 # schedulers of diffusers that draw noise in their steps whatever their settings; eta is an argument of pipelines
 STOCHASTIC = frozenset({
@@ -27,9 +32,9 @@ def draws_noise(scheduler: Scheduler | None) -> bool:
     return type(scheduler).__name__ in STOCHASTIC or sde or bool(config.get("stochastic_sampling"))
 
 
-def suited_to(method: CacheMethod, scheduler: Scheduler | None) -> CacheMethod:
-    """Return the method; `auto` without its extrapolation where the scheduler (`None` if unknown) draws noise, and warn
-    of that."""
+def suited_to(method: CacheMethod, model: nn.Module, scheduler: Scheduler | None) -> CacheMethod:
+    """Return the method; where the scheduler (`None` if unknown) draws noise, `auto` without its extrapolation, and with
+    the first and the last unit fresh if the model's units are known, as they see the noise. Warn of that."""
     if not (method.predictor.order and method.schedule.holds_if_noisy and draws_noise(scheduler)):
         return method
     warnings.warn(
@@ -37,4 +42,6 @@ def suited_to(method: CacheMethod, scheduler: Scheduler | None) -> CacheMethod:
         f"would cache far better: cache {method} holds stored values instead (-o0 asks for that)",
         stacklevel=4,
     )
-    return replace(method, predictor=TaylorPredictor(0), spec=f"{method}, held")
+    knows_units = LongSkipModel.find(model) is not None or find_family(type(model)) is not None
+    site = MiddleUnits() if knows_units and not method.site.needs_units else method.site
+    return replace(method, site=site, predictor=TaylorPredictor(0), spec=f"{method}, held")
