@@ -33,7 +33,7 @@ from skipdit.runs import OwnCache, Runner
 from skipdit.tasks.task import Sampler
 
 BATCH_SIZE, NUM_SUBSETS, SUBSET_SIZE = 64, 50, 200
-CACHES = ("N2", "auto")
+CACHES = ("N2", "auto-k1")
 FEWER_FULL = "N4"  # with ordinary guidance it costs what N2 does with shallow guidance
 
 

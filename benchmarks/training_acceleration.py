@@ -247,7 +247,7 @@ def read_runs(path: Path) -> list[Run]:
 
 # ------------------------------------------------------------------------------------------------- quality under caches
 
-CACHES = ("delta:N2", "N2", "delta-taylor:N2-o1", "auto:1.8")  # N2 needs a long skip
+CACHES = ("delta:N2", "N2", "delta-taylor:N2-o1", "auto:1.8-k1")  # N2 needs a long skip
 NUM_SAMPLES, NUM_STEPS, GUIDANCE_SCALE = 16, 50, 2.0
 
 

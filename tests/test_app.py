@@ -206,7 +206,8 @@ def test_a_speedup_or_a_name_finds_a_cache(source: Source) -> None:
 
 def test_a_calibrated_schedule_is_taken_where_it_suits_the_run() -> None:
     emoji = load_source("emoji")
-    assert find_cache(emoji, "2x", 50, {})[0] == "calibrated:2x"
+    assert find_cache(emoji, "2x", 50, {})[0] == "calibrated:output-2x"
+    assert find_cache(emoji, "1.8x", 50, {})[0] == "calibrated:1.8x"
     assert find_cache(emoji, "2x", 30, {})[0] == "auto:2"
     assert find_cache(emoji, "2.2x", 50, {})[0] == "auto:2.2"
     assert find_cache(emoji, "calibrated:3x", 30, {})[0] == "calibrated:3x"

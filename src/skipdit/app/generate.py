@@ -129,11 +129,11 @@ def find_cache(
         speedup = float(match[1])
         if not speedup > 1:
             raise ValueError(f"a speedup must be above 1, got {printable(text)}")
-        name = f"{speedup:g}x"
-        calibrated = source.schedules.get(name)
-        # for runs of other lengths than it was calibrated on, `auto` is often better
-        if calibrated is not None and explicit(calibrated).num_inference_steps == num_inference_steps:
-            return f"calibrated:{name}", calibrated
+        for name in (f"output-{speedup:g}x", f"{speedup:g}x"):  # the first is the better one, where there are both
+            calibrated = source.schedules.get(name)
+            # for runs of other lengths than it was calibrated on, `auto` is often better
+            if calibrated is not None and explicit(calibrated).num_inference_steps == num_inference_steps:
+                return f"calibrated:{name}", calibrated
         text = f"auto:{speedup:g}"
     method = own.get(text) or _parse(source, text)
     check_method(pipeline, method, num_inference_steps)
