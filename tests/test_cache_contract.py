@@ -95,7 +95,8 @@ TABLE: dict[str, Row] = {
     # two full steps tell how the output answers to the input
     "easycache": Row(spec="easycache:0.5-w0", control="easycache:0-w0", full=None, settles=2),
     "adacache": Row(spec="adacache:0.5", control="adacache:0", full=None, settles=2),
-    "auto": Row(spec="auto:1.3", control="auto:1", full=None, absolute=False),
+    "auto": Row(spec="auto:2", control="auto:1", full=None, absolute=False),
+    "auto-k": Row(spec="auto:1.3-k1", control="auto:1-k1", full=None, absolute=False),
 }
 VARIANTS = [
     (name, long_skips)
@@ -216,7 +217,7 @@ def spec_of(spec: str | dict[str, Any], folder: Path) -> str:
 
 
 def test_the_table_is_complete() -> None:
-    assert {*TABLE, "guidance"} == {*METHODS, "auto"}  # which has a contract of its own, at the end
+    assert {*TABLE, "guidance"} == {*METHODS, "auto", "auto-k"}  # which has a contract of its own, at the end
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,15 @@ def test_variants_written_by_hand_are_checked(variants: list[Any], message: str,
 @pytest.mark.parametrize(("num_units", "speedup", "most"), [(28, 13, "11.1"), (6, 3, "2.9")])
 def test_auto_refuses_what_one_full_step_cannot_reach(num_units: int, speedup: float, most: str) -> None:
     with pytest.raises(ValueError, match=f"at most {most} is possible"):
-        enable_cache(tiny_dit(num_units), f"auto:{speedup}")
-    enable_cache(tiny_dit(num_units), f"auto:{float(most) - 0.1:.1f}")
+        enable_cache(tiny_dit(num_units), f"auto:{speedup}-k1")
+    enable_cache(tiny_dit(num_units), f"auto:{float(most) - 0.1:.1f}-k1")
+    enable_cache(tiny_dit(num_units), f"auto:{speedup}")  # reuses the output of the whole model
 
 
 def test_what_counting_puts_out_of_reach_is_said_once() -> None:
     """On a bare model each step is decided anew."""
     model, (latents, labels) = tiny_dit(8), inputs()
-    enable_cache(model, "auto:3.7")
+    enable_cache(model, "auto:3.7-k1")
     with warnings.catch_warnings(record=True) as warned, torch.no_grad():
         warnings.simplefilter("always")
         for timestep in (900, 800, 700, 600):
@@ -106,6 +107,32 @@ def test_whatever_goes_wrong_a_model_of_diffusers_is_what_it_was(tmp_path: Path)
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="other weights"):
             enable_cache(model, tmp_path / "other.json")
+    assert type(model) is kind
+
+
+def test_a_cache_that_needs_units_follows_one_that_does_not() -> None:
+    """The model was cached already, so its units stayed closed: "no units that skipdit knows of"."""
+    model = TINY_FAMILIES[PIXART].build(6)
+    kind, given = type(model), TINY_FAMILIES[PIXART].arguments()
+
+    def reused(spec: str | None = None) -> tuple[torch.Tensor, int]:
+        if spec is not None:
+            enable_cache(model, spec)
+        with torch.no_grad():
+            model(**given, return_dict=False)
+            return model(**given, return_dict=False)[0], cache_summary(model).steps_reused
+
+    alone, _ = reused("delta:N2")
+    disable_cache(model)
+    first, _ = reused("output:N2")
+    with pytest.raises(ValueError, match="no long skips"):
+        enable_cache(model, "N2")
+    again, count = reused()  # the one before is still on, with its count of steps
+    assert (again.equal(first), count) == (True, 2)
+    follower, count = reused("delta:N2")
+    assert (follower.equal(alone), count) == (True, 1)
+    assert reused("output:N2")[0].equal(first)
+    disable_cache(model)
     assert type(model) is kind
 
 

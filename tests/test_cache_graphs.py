@@ -83,7 +83,8 @@ TABLE: dict[str, Row] = {
     "seacache": Row(spec="seacache:0.5", other="seacache:0.4-o0", graphs=2),
     "easycache": Row(spec="easycache:0.5-w0", other="easycache:0.4-w0", graphs=1),
     "adacache": Row(spec="adacache:0.5", other="adacache:0.4", graphs=2),
-    "auto": Row(spec="auto:1.3", other="auto:1.2", graphs=2, like="skip"),
+    "auto": Row(spec="auto:1.3", other="auto:1.2", graphs=1, like="output"),
+    "auto-k": Row(spec="auto:1.3-k1", other="auto:1.2-k1", graphs=2, like="skip"),
     "json": Row(spec=schedule(full_steps=[0, 3, 5]), other=schedule(full_steps=[0, 4], order=1), graphs=2, like="skip"),
     # full, and one for each number of shallow units
     "mixed json": Row(
@@ -178,7 +179,7 @@ def test_blocks_that_are_compiled_already_are_refused() -> None:
 
 def test_the_table_is_complete() -> None:
     others = {"guidance"}  # which runs the graph of the plain model
-    assert {*TABLE} | others == {*METHODS, "auto", "json", "mixed json"}
+    assert {*TABLE} | others == {*METHODS, "auto", "auto-k", "json", "mixed json"}
 
 
 @pytest.mark.parametrize("first", [name for name, row in TABLE.items() if row.like is None])

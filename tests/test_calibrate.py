@@ -518,7 +518,7 @@ def test_a_model_of_three_units_calibrates_where_auto_has_no_speedup(tmp_path: P
         make_scheduler(Objective(process="flow", prediction_type="flow_prediction"), "euler"),
     )
     with pytest.raises(ValueError, match=r"a speedup of 1\.8 is out of reach"):
-        enable_cache(pipeline, "auto")
+        enable_cache(pipeline, "auto-k1")
     config = CalibrateConfig(
         method="fora",
         speedups=(1.2,),

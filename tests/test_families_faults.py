@@ -88,8 +88,8 @@ def test_auto_aims_at_what_is_counted() -> None:
     with torch.no_grad(), flop_counter() as counter:
         model(**tiny.inputs(0, 50))
     full = counter.get_total_flops()
-    for speedup in (1.5, 2.5):
-        enable_cache(model, f"auto:{speedup}")
+    for speedup, fresh in ((1.5, ""), (2.5, ""), (1.5, "-k1"), (2.5, "-k1")):
+        enable_cache(model, f"auto:{speedup}{fresh}")
         with torch.no_grad(), flop_counter() as counter:
             for step in range(50):
                 model(**tiny.inputs(step, 50))
@@ -386,7 +386,7 @@ class NoFamily(nn.Module):
         return hidden_states * timestep
 
 
-@pytest.mark.parametrize("spec", ["N2", "delta:N2", "auto", "fora:N2", "fbcache:0.1"])
+@pytest.mark.parametrize("spec", ["N2", "delta:N2", "auto-k1", "fora:N2", "fbcache:0.1"])
 def test_what_is_refused_names_the_way_out(spec: str) -> None:
     with pytest.raises(ValueError, match=r"NoFamily has no .*skipdit\.declare_family"):
         enable_cache(NoFamily(), spec)

@@ -136,8 +136,7 @@ def enable_cache(
             prepared.append((model, _prepare(model, method, pipeline, make)))
     except BaseException:
         for model, runtime in prepared:
-            if runtime_of(model) is None:
-                _close(model, opened=runtime.opened)
+            _undo(model, opened=runtime.opened)
         raise
     for model, runtime in prepared:
         previous = runtime_of(model)
@@ -158,22 +157,41 @@ def _prepare(
     previous, linked = runtime_of(model), LongSkipModel.find(model)
     scheduler = None if pipeline is None else pipeline.scheduler
     method = suited_to(method, model, scheduler)
-    if previous is not None:
-        opened = previous.opened
-    else:
-        if linked is not None and linked.is_cache_enabled:
-            raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
-        opened = method.needs_units and linked is None and find_family(type(model)) is not None
-        if opened:
+    if previous is None and linked is not None and linked.is_cache_enabled:
+        raise ValueError("a cache of diffusers is enabled on this model: call model.disable_cache() first")
+    opens = method.needs_units and linked is None and find_family(type(model)) is not None
+    opened = opens or (previous is not None and previous.opened)
+    if opens:
+        with _without_cache(model):
             open_units(model)
     try:
         if method.made_for is not None:
             check_made_for(method.made_for, model, None if scheduler is None else type(scheduler).__name__)
         return CacheRuntime(model, method, opened=opened, make=make)
     except BaseException:
-        if previous is None:
-            _close(model, opened=opened)
+        _undo(model, opened=opened)
         raise
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Give a model its class without a cache inside the block, if one is on."""
+    is_cached = isinstance(model, CachedModel)
+    if is_cached:
+        swap(model, _plain_class(type(model)))
+    try:
+        yield
+    finally:
+        if is_cached:
+            swap(model, _cached_class(type(model)))
+
+
+def _undo(model: nn.Module, *, opened: bool) -> None:
+    """Close what was opened for a cache that is not switched on; what an earlier one needs stays open."""
+    previous = runtime_of(model)
+    if previous is None or (opened and not previous.opened):
+        with _without_cache(model):
+            _close(model, opened=opened)
 
 
 def _close(model: nn.Module, *, opened: bool) -> None:

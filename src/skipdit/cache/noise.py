@@ -33,8 +33,8 @@ def draws_noise(scheduler: Scheduler | None) -> bool:
 
 
 def suited_to(method: CacheMethod, model: nn.Module, scheduler: Scheduler | None) -> CacheMethod:
-    """Return the method; where the scheduler (`None` if unknown) draws noise, `auto` without its extrapolation, and with
-    the first and the last unit fresh if the model's units are known, as they see the noise. Warn of that."""
+    """Return the method; where the scheduler (`None` if unknown) draws noise, `auto` without its extrapolation, and if
+    the model's units are known, with the first and the last of them fresh, as they see the noise. Warn of that."""
     if not (method.predictor.order and method.schedule.holds_if_noisy and draws_noise(scheduler)):
         return method
     warnings.warn(
