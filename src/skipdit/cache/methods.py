@@ -177,7 +177,6 @@ ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
 # of the prediction of `auto` at each of `AUTO_TIMESTEPS`, learned by `benchmarks/learn_auto.py`
 AUTO_FACTORS = (1.54, 0.1, 0.31, 0.87, 1.31, 0.75, 1.03, 0.71, 0.65, 0.47, 0.58, 1.38)
 NEVER_AGAIN = 10**6  # an interval longer than any run
-FIRST_ADDED, FIRST_INPUT = UnitProbe(), UnitProbe(inputs=True)
 LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec
 LIMITS_FORM = "[-w{first}][-r{most}][-e{last}]"
 
@@ -310,13 +309,13 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "fbcache": MethodEntry(
         source="First-Block-Cache, ParaAttention (github.com/chengzeyi/ParaAttention), after arXiv 2411.19108",
-        adaptive=lambda spec: CacheMethod(schedule=spec.by_probe(), site=AllButFirst(), probe=FIRST_ADDED),
+        adaptive=lambda spec: CacheMethod(schedule=spec.by_probe(), site=AllButFirst(), probe=UnitProbe()),
         takes_k=False,
     ),
     "teacache": MethodEntry(
         source="TeaCache, arXiv 2411.19108, without a fitted polynomial; the first unit runs too",
         adaptive=lambda spec: CacheMethod(
-            schedule=spec.by_probe(accumulate=True), site=AllButFirst(), probe=FIRST_INPUT
+            schedule=spec.by_probe(accumulate=True), site=AllButFirst(), probe=UnitProbe(inputs=True)
         ),
         takes_k=False,
     ),
@@ -448,8 +447,8 @@ def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
     factors = tuple((factor,) for factor in reversed(AUTO_FACTORS))
     learned = FittedPredictor(1, AUTO_TIMESTEPS[::-1], factors, coarse=COARSE)
-    predictor = learned if order is None else TaylorPredictor(int(order))
-    site = WholeOutput() if k is None else MiddleUnits(int(k))
+    predictor = TaylorPredictor(int(order)) if order else learned
+    site = MiddleUnits(int(k)) if k else WholeOutput()
     return CacheMethod(schedule=schedule, site=site, predictor=predictor, spec=spec)
 
 

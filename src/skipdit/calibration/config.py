@@ -32,7 +32,7 @@ class Trials:
 
     orders: tuple[int, ...] = ()
     """orders of the predictions: from the last values (0), or also from their changes (1 and above); by default 1, or 2
-    for the output of the whole model, which is small"""
+    for the output of the whole model"""
     max_age: int = 10
     """largest age of a prediction, in steps"""
     num_probed: int = 8
