@@ -239,7 +239,7 @@ def test_a_wrong_input_is_a_message(page: Page) -> None:
     for cache, message in (
         ("no-such-cache:N2", "cache method must be one of skip"),
         ("/etc/passwd.json", "a cache is a speedup or a name here, not a file"),
-        ("50x", "out of reach"),
+        ("60x", "out of reach"),
         ("<img src=x>", "<img src=x>"),
     ):
         page.get_by_label("Other cache").fill(cache)
