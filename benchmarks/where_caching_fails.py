@@ -4,8 +4,8 @@
 
 Each row is one setting of the bundled class-to-image model: the PSNR of `auto:2-k1` to the run in full, beside that of
 an uncached run of fewer steps that costs as much. All start from the same noise. The stochastic solver draws noise in
-each step; a cached run draws what the run in full draws, one of fewer steps cannot. `other draws` is what a run in full gets
-that starts from the same noise and draws other noise on the way: nothing below it is alike.
+each step; a cached run draws what the run in full draws, one of fewer steps cannot. `other draws` is what a run in
+full gets that starts from the same noise and draws other noise on the way: nothing below it is alike.
 Settings that the .json in `--out` already has are not measured again: interrupted, it goes on where it was.
 """
 
