@@ -2,10 +2,11 @@
 
     python benchmarks/learn_auto.py emoji emoji-text emoji-clips emoji-text-clips --out out/auto
 
-The effect of reuse at each step is measured once per model, as by `skipdit calibrate`, and stored in `--out`. Then
-densities and factors are changed at random, and a change is kept if the schedules come closer to the best ones with
-equal compute: in the mean over models and speedups of the squared difference in predicted dB. `--without MODEL` leaves
-a model out, to test the rule on it.
+The effect of reuse at each step is measured once per model, as by `skipdit calibrate --method skip-taylor`, and stored
+in `--out`: what is learned is measured with the first and the last unit fresh, and `auto` uses it for the output too.
+Then densities and factors are changed at random, and a change is kept if the schedules come closer to the best ones
+with equal compute: in the mean over models and speedups of the squared difference in predicted dB. `--without MODEL`
+leaves a model out, to test the rule on it.
 """
 
 import argparse

@@ -119,7 +119,7 @@ def enable_cache(
     target: a pipeline, all of whose transformers are cached, with timesteps from its scheduler; or a model, whose
         timesteps are read from its calls: one of ours, or a transformer of diffusers whose units skipdit knows, with
         long skips of its own (HunyuanDiT), with those of `add_long_skips`, or with none (for `delta:`); for
-        `easycache:`, any model.
+        `auto`, `output:`, `output-taylor:` and `easycache:`, any model.
     spec: `"auto"`, `"N2-700-50"`, any other spec of `skipdit.cache.methods`, a `CacheMethod`, or the path of a
         schedule.json.
     make: builds the stepper, in place of the one that the spec needs; for measurements.
