@@ -532,6 +532,7 @@ def test_other_sites_and_broken_addresses_are_refused(host: str, origin: str | N
 FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
 
+@pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/run/predict"])
 @pytest.mark.parametrize(
     ("body", "status"),
     [
@@ -544,7 +545,7 @@ FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
         ("{", 400),
     ],
 )
-def test_a_page_sends_no_files(body: object, status: int) -> None:
+def test_a_page_sends_no_files(path: str, body: object, status: int) -> None:
     """Gradio would copy a file of the machine, or of another one, into its folder."""
     pytest.importorskip("uvicorn", reason='needs the page: pip install "skipdit[app]"')
     from starlette.applications import Starlette
@@ -558,9 +559,9 @@ def test_a_page_sends_no_files(body: object, status: int) -> None:
     async def echo(request: Request) -> Response:
         return Response(await request.body())
 
-    app = Guard(Starlette(routes=[Route("/gradio_api/queue/join", echo, methods=["POST"])]), loopback=True)
+    app = Guard(Starlette(routes=[Route(path, echo, methods=["POST"])]), loopback=True)
     sent = body if isinstance(body, str) else json.dumps(body)
-    answer = TestClient(app, base_url="http://localhost").post("/gradio_api/queue/join", content=sent)
+    answer = TestClient(app, base_url="http://localhost").post(path, content=sent)
     assert answer.status_code == status
     assert answer.text == (sent if status == 200 else "")
 

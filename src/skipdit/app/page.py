@@ -365,8 +365,9 @@ class Page:
             yield changes
 
 
-QUIET: Fields = {"show_progress": "hidden", "api_visibility": "private"}
-JOB: Fields = {**QUIET, "concurrency_limit": None}
+# Only jobs go through Gradio's queue: its page stops listening between two events, which can lose the second one.
+QUIET: Fields = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+JOB: Fields = {**QUIET, "queue": True, "concurrency_limit": None, "trigger_mode": "multiple"}
 
 
 def owner_of(request: gr.Request) -> str:

@@ -32,7 +32,7 @@ READ = re.compile(
     rf"|{API}/(?:info|app_id|startup-events|theme\.css|queue/data|heartbeat/\w+)"
 )
 MAX_BODY = 2**20  # bytes of a request
-WRITTEN = re.compile(rf"{API}/(?:queue/join|cancel|reset)/?")
+WRITTEN = re.compile(rf"{API}/(?:queue/join|run/predict|cancel|reset)/?")
 HEADERS = {
     # the page's own scripts and styles, and pictures that are in the page itself
     "Content-Security-Policy": (
