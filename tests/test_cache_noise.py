@@ -10,10 +10,10 @@ import torch
 from tiny import TINY_FAMILIES, tiny_pipeline
 from torch import nn
 
+from skipdit.cache.auto import MANY_STEPS, AutoSchedule
 from skipdit.cache.enable import cached, enable_cache
 from skipdit.cache.noise import draws_noise
 from skipdit.cache.runtime import FewerStepsWarning
-from skipdit.cache.schedule import MANY_STEPS, AutoSchedule
 from skipdit.calibration.calibrate import warned_once
 from skipdit.pipelines import ClassToImagePipeline
 

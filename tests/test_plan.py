@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from skipdit.cache.schedule import AutoSchedule, resolve
+from skipdit.cache.auto import AutoSchedule
+from skipdit.cache.schedule import resolve
 from skipdit.calibration.plan import PlannedSchedule, ReuseErrors, choose, plan
 
 Variants = tuple[int | None, ...]

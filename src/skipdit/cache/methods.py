@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from skipdit.cache.auto import RULE, AutoSchedule
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.predictor import (
     AdamsBashforthPredictor,
@@ -14,7 +15,7 @@ from skipdit.cache.predictor import (
     Predictor,
     TaylorPredictor,
 )
-from skipdit.cache.schedule import AUTO_TIMESTEPS, COARSE, AutoSchedule, IntervalSchedule, Schedule
+from skipdit.cache.schedule import IntervalSchedule, Schedule
 from skipdit.cache.schedule_file import MadeFor, ScheduleFields, explicit_of, single_of
 from skipdit.cache.site import (
     AllButFirst,
@@ -174,8 +175,6 @@ class MethodEntry:
 
 EVERY: tuple[BranchKind, ...] = ("attention", "temporal_attention", "cross_attention", "mlp")
 ATTENTION: tuple[BranchKind, ...] = ("attention", "temporal_attention")
-# of the prediction of `auto` at each of `AUTO_TIMESTEPS`, learned by `benchmarks/learn_auto.py`
-AUTO_FACTORS = (1.54, 0.1, 0.31, 0.87, 1.31, 0.75, 1.03, 0.71, 0.65, 0.47, 0.58, 1.38)
 NEVER_AGAIN = 10**6  # an interval longer than any run
 LIMITS = {"w": "num_first", "r": "max_reused", "e": "num_last"}  # by the letter in a spec
 LIMITS_FORM = "[-w{first}][-r{most}][-e{last}]"
@@ -445,9 +444,7 @@ def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
 def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
-    factors = tuple((factor,) for factor in reversed(AUTO_FACTORS))
-    learned = FittedPredictor(1, AUTO_TIMESTEPS[::-1], factors, coarse=COARSE)
-    predictor = TaylorPredictor(int(order)) if order else learned
+    predictor = TaylorPredictor(int(order)) if order else RULE.predictor
     site = MiddleUnits(int(k)) if k else WholeOutput()
     return CacheMethod(schedule=schedule, site=site, predictor=predictor, spec=spec)
 

@@ -6,8 +6,7 @@ Timesteps are falling noise levels on a scale from 0 to 1000. Schedules that dec
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from skipdit.cache.error_table import ErrorTable
@@ -220,97 +219,6 @@ class ExplicitSchedule(Schedule):
 
     def __str__(self) -> str:
         return f"{len(self.full_steps)}of{self.num_inference_steps}"
-
-
-# The densities of full steps at each timestep, where many and where few steps are full, learned from the bundled models
-# by `benchmarks/learn_auto.py`; `benchmarks/calibration.md` shows how near they come to what a calibration finds.
-AUTO_TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
-AUTO_DENSE = (3.16, 0.44, 100.0, 0.53, 0.15, 0.22, 0.08, 0.28, 0.17, 1.9, 3.04, 8.29)
-AUTO_SPARSE = (11.27, 0.44, 0.99, 0.12, 0.35, 0.07, 0.68, 0.12, 0.53, 0.39, 1.03, 100.0)
-MANY, FEW = 0.6, 0.2  # shares of full steps at which they apply; between them they are mixed
-NOMINAL_STEPS = 50  # steps of the run that a speedup refers to if the timesteps of a run are unknown
-NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
-MANY_STEPS = 20  # a run of at least so many reaches its speedup; a shorter one comes close
-COARSE = 55.0  # a run with a larger mean stride of timesteps has few steps, and is no part of a longer run
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoSchedule(Schedule):
-    """Full steps are dense at the start and at the end, and sparse in the middle: a step is full once the densities of
-    the steps since the last full one add up to 1."""
-
-    speedup: float = 1.8
-    """Cost of the uncached run divided by that of the cached run. If the timesteps are known, the densities are scaled
-    so that a run of at least 20 steps reaches this, and a shorter one comes as close as possible; other runs reach
-    about this."""
-    reuse_cost: float = 0.0
-    """Cost of a reuse step, as a share of a full one."""
-    may_stay_full = True  # a short run, as in image-to-image, may have no step to spare
-    holds_if_noisy = True
-
-    def __post_init__(self) -> None:
-        if not self.speedup >= 1:
-            raise ValueError(f"the speedup must be at least 1, got {self.speedup:g}")
-
-    def for_cost(self, reuse_cost: float) -> "AutoSchedule":
-        most = NOMINAL_STEPS / (1 + reuse_cost * (NOMINAL_STEPS - 1))  # with a single full step
-        if self.speedup > most:
-            raise ValueError(
-                f"a speedup of {self.speedup:g} is out of reach: a reuse step costs {reuse_cost:.2f} of a full one, so "
-                f"at most {most:.1f} is possible"
-            )
-        return replace(self, reuse_cost=reuse_cost)
-
-    def decisions(self, timesteps: Sequence[float], *, whole: bool = True) -> list[Decision]:
-        if self.reuse_cost >= 1:
-            return [None] * len(timesteps)
-        is_known = whole and (len(timesteps) >= MANY_STEPS or is_coarse(timesteps))
-        solved_for = tuple(timesteps) if is_known else NOMINAL_RUN
-        return _by_density(timesteps, auto_densities(self.speedup, self.reuse_cost, solved_for))
-
-    def __str__(self) -> str:
-        return f"{self.speedup:g}"
-
-
-def is_coarse(timesteps: Sequence[float]) -> bool:
-    """Return true for a run of a few steps that are far apart."""
-    return len(timesteps) > 1 and timesteps[0] - timesteps[-1] > COARSE * (len(timesteps) - 1)
-
-
-@lru_cache
-def auto_densities(speedup: float, reuse_cost: float, timesteps: tuple[float, ...] = NOMINAL_RUN) -> tuple[float, ...]:
-    """Return the densities at `AUTO_TIMESTEPS` with which a run of these timesteps reaches this speedup."""
-    target = max((len(timesteps) / speedup - reuse_cost * len(timesteps)) / (1 - reuse_cost), 1)
-    if len(timesteps) < MANY_STEPS:
-        target = max(round(target), 1)
-    sparse = min(max((MANY - target / len(timesteps)) / (MANY - FEW), 0.0), 1.0)
-    shape = [many ** (1 - sparse) * few**sparse for many, few in zip(AUTO_DENSE, AUTO_SPARSE, strict=True)]
-    low, high = 0.0, 100.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        full = _by_density(timesteps, tuple(middle * density for density in shape)).count(None)
-        low, high = (middle, high) if full <= target + 1e-9 else (low, middle)
-    return tuple(low * density for density in shape)
-
-
-def _by_density(timesteps: Sequence[float], densities: tuple[float, ...]) -> list[Decision]:
-    """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1."""
-    decisions: list[Decision] = []
-    account = 0.0
-    for timestep in timesteps:
-        account += _interpolate(timestep, densities)
-        full = not decisions or account >= 1 - 1e-9
-        decisions.append(None if full else 0)
-        account = 0.0 if full else account
-    return decisions
-
-
-def _interpolate(timestep: float, densities: tuple[float, ...]) -> float:
-    """Return the density at a timestep, linear between `AUTO_TIMESTEPS`."""
-    right = min(max(bisect_left(AUTO_TIMESTEPS, timestep), 1), len(AUTO_TIMESTEPS) - 1)
-    low, high = AUTO_TIMESTEPS[right - 1], AUTO_TIMESTEPS[right]
-    share = min(max((timestep - low) / (high - low), 0.0), 1.0)
-    return densities[right - 1] * (1 - share) + densities[right] * share
 
 
 def resolve(schedule: Schedule, timesteps: Sequence[float]) -> tuple[bool, ...]:

@@ -10,10 +10,11 @@ from typing import cast
 import numpy as np
 from torch import Tensor
 
+from skipdit.cache.auto import AutoSchedule
 from skipdit.cache.enable import recorded
 from skipdit.cache.magnitudes import MagnitudeSchedule, MagnitudeSteps
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.schedule import AutoSchedule, ExplicitSchedule, IntervalSchedule, resolve
+from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import Site
 from skipdit.calibration.config import CalibrateConfig
 from skipdit.calibration.plan import PlannedSchedule, choose, plan
