@@ -9,7 +9,7 @@ from skipdit.app.drawing import escape, table
 from skipdit.app.quality import Measurements, Point, Series
 
 BASELINES = ("fewer steps", "second order")
-NUM_COLORS = 6
+NUM_COLORS = 8
 
 
 @dataclass(frozen=True)
