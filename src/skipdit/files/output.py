@@ -55,7 +55,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     path = absolute(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _draft(path.parent, path.suffix) as draft:
+    with _draft(path.parent) as work:
+        work.mkdir(mode=0o777)  # for what a library writes beside the draft: safetensors has a temporary file there
+        draft = work / f"new{path.suffix}"
         os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = draft.stat().st_mode & 0o666
         yield draft
@@ -436,9 +438,9 @@ def _is_over(draft: Path, process: Process) -> bool:
 
 
 @contextmanager
-def _draft(folder: Path, suffix: str = "") -> Iterator[Path]:
+def _draft(folder: Path) -> Iterator[Path]:
     """Yield a unique draft path, and remove whatever is there at the end."""
-    draft = folder / f"{DRAFT}{this_process()}.{secrets.token_hex(4)}{suffix}"
+    draft = folder / f"{DRAFT}{this_process()}.{secrets.token_hex(4)}"
     _live_drafts.add(draft.name)
     try:
         yield draft
