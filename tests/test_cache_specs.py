@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -199,6 +200,8 @@ def test_fitted_factors_multiply_the_terms_of_taylor() -> None:
     for timestep, (first, second) in {950: (0.5, 2), 900: (0.5, 2), 700: (0.75, 1), 500: (1, 0), 20: (1, 0)}.items():
         found = float(fitted.predict(stored, Ahead(3, 1, timestep))["value"])
         assert found == pytest.approx(5 + first * 2 * 3 + second * 4 * 9 / 2)
+        found = float(replace(fitted, damping=0.9).predict(stored, Ahead(3, 1, timestep))["value"])
+        assert found == pytest.approx(5 + 0.9 * (first * 2 * 3 + second * 4 * 9 / 2))
 
 
 @pytest.mark.parametrize(
@@ -214,6 +217,12 @@ def test_fitted_factors_multiply_the_terms_of_taylor() -> None:
 def test_bad_factors_are_refused(timesteps: tuple, factors: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FittedPredictor(1, timesteps, factors)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, 1.1, math.nan])
+def test_damping_only_damps(damping: float) -> None:
+    with pytest.raises(ValueError, match="damping must be above 0 and at most 1"):
+        FittedPredictor(1, (900.0,), ((1.0,),), damping=damping)
 
 
 def test_second_derivative_by_hand() -> None:

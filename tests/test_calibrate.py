@@ -16,12 +16,13 @@ from tiny import flops_of, listing, randomize, tiny_dit
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache, recorded
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.methods import CacheMethod, parse_method
+from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import BranchOutputs, DeepFeatures, Site, UnitRange, WholeOutput
 from skipdit.cache.steppers import CacheRule
 from skipdit.calibration.calibrate import Row, at_compute, calibrate, held_out
 from skipdit.calibration.config import CalibrateConfig
-from skipdit.calibration.find import Candidate, Clock, find_schedules, search_for
+from skipdit.calibration.find import Candidate, Check, Clock, damp, find_schedules, search_for
 from skipdit.calibration.plan import GRID, choose, plan
 from skipdit.calibration.search import Search, Variants
 from skipdit.calibration.trials import (
@@ -403,6 +404,25 @@ def test_a_schedule_by_the_clock_is_a_calibrated_one_in_the_report(pipeline: Cla
     first, second, *_ = held_out(found, config, runner(pipeline))
     assert (first.group, first.name) == ("calibrated skip-taylor", "1.3x-clock")
     assert (second.group, second.name) == ("rule of dpcache", "1.3x")
+
+
+@pytest.mark.parametrize("scale", [1.5, 0.5])
+def test_factors_that_are_too_large_are_damped(pipeline: ClassToImagePipeline, scale: float) -> None:
+    measured = measure(runner(pipeline), WholeOutput(), Trials(orders=(1,), max_age=3, num_probed=2))
+    method = Search(measured, 1).method(tuple(None if step in (0, 1, 2, 4, 6) else 0 for step in range(NUM_STEPS)))
+    fitted = method.predictor
+    assert isinstance(fitted, FittedPredictor)
+    scaled = tuple(tuple(scale * factor for factor in row) for row in fitted.factors)
+    method = replace(method, predictor=replace(fitted, factors=scaled, table=None))
+    check = Check(replace(runner(pipeline), seed=1))
+    damped = damp(method, check)
+    assert isinstance(damped.predictor, FittedPredictor)
+    assert damped.predictor.factors == scaled
+    if scale > 1:
+        assert damped.predictor.damping < 1
+        assert check.psnr_db(damped) > check.psnr_db(method)
+    else:
+        assert damped == method
 
 
 def test_budgets_in_seconds_and_in_quality(pipeline: ClassToImagePipeline) -> None:

@@ -156,6 +156,13 @@ def test_its_own_run_has_the_listed_steps_and_others_are_planned(tmp_path: Path)
     assert predictor.coefficients(1, Ahead(2, 3, 500.0)) == [2 * 0.5]
 
 
+def test_a_file_damps_factors_that_are_listed_and_those_of_its_errors(tmp_path: Path) -> None:
+    plain = load_schedule(write(tmp_path)).predictor
+    damped = load_schedule(write(tmp_path, damping=0.8)).predictor
+    for ahead in (Ahead(2, 3, 500.0), Ahead(2, 3, 500.0, 45.0, (550.0, 640.0))):
+        assert damped.coefficients(1, ahead) == [0.8 * plain.coefficients(1, ahead)[0]]
+
+
 @pytest.mark.parametrize("speedup", [2.0, 2.5, 3.0])
 def test_a_plan_for_finer_steps_is_near_that_of_a_run_that_was_measured(speedup: float) -> None:
     """A model that predicts the sample: what it says at the last step stays, at others it is diluted. The same share of
@@ -200,6 +207,8 @@ def test_a_pipeline_runs_what_was_planned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "fault"), [
     ({"order": 0, "factors": []}, "errors need an order of 1 or 2"),
+    ({"errors": None, "factors": [], "damping": 0.9}, "damping needs factors"),
+    ({"damping": 2.0}, "at most 1"),
     ({"errors": fields_of(table_of(waves)) | {"nodes": [1, 2]}}, "triangle of a matrix of 2 rows"),
     ({"errors": fields_of(table_of(waves)) | {"nodes": [2, *NODES[1:]]}}, "rising from 1"),
     ({"errors": fields_of(table_of(waves)) | {"grams": fields_of(table_of(waves))["grams"][1:]}}, "of 25 steps"),

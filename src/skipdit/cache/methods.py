@@ -478,9 +478,9 @@ def load_schedule(path: Path) -> CacheMethod:
 def _read_rules(fields: ScheduleFields) -> Iterator[CacheMethod]:
     if fields.parts is not None:
         kinds = [kind for part in fields.parts for kind in part.kinds]
-        replaced = (fields.variants, fields.factors, fields.errors, len(set(kinds)) < len(kinds))
+        replaced = (fields.variants, fields.factors, fields.errors, fields.damping != 1, len(set(kinds)) < len(kinds))
         if fields.full_steps is not None or any(replaced):
-            raise ValueError("parts replace full_steps, variants, factors and errors, and name each kind once")
+            raise ValueError("parts replace full_steps, variants, factors, damping and errors, and name each kind once")
         for part in fields.parts:
             schedule = explicit_of(fields, part.full_steps, part.variants)
             yield CacheMethod(

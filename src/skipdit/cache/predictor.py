@@ -125,6 +125,8 @@ class FittedPredictor(Predictor):
     """At each of them, one per order; all 1 is Taylor's expansion."""
     coarse: float = math.inf
     """Strides beyond this are too long to extrapolate over: the stored values are held."""
+    damping: float = 1.0
+    """Multiplies all factors. An error stays in the latents over reuse steps, where large factors feed it."""
     table: ErrorTable | None = field(default=None, compare=False)
     """Tells the factors at any timestep and after any full steps, in place of the listed ones."""
 
@@ -136,6 +138,8 @@ class FittedPredictor(Predictor):
             raise ValueError(f"there must be factors for each of {len(self.timesteps)} timesteps, got {self.factors}")
         if any(len(row) != self.order or not all(map(math.isfinite, row)) for row in self.factors):
             raise ValueError(f"factors must be {self.order} finite numbers per timestep, got {self.factors}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must be above 0 and at most 1, got {self.damping:g}")
 
     @property
     def fitted_factors(self) -> Mapping[float, tuple[float, ...]]:
@@ -159,4 +163,4 @@ class FittedPredictor(Predictor):
         else:
             factors = self.factors_at(ahead.timestep)
         pairs = zip(expand(order, ahead.distance), factors, strict=False)
-        return [coefficient * factor for coefficient, factor in pairs]
+        return [self.damping * coefficient * factor for coefficient, factor in pairs]

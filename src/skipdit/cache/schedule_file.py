@@ -69,6 +69,7 @@ class ScheduleFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     timesteps: Timesteps = []
     variants: Variants = []
     factors: Factors = []
+    damping: float = 1.0
     errors: ErrorFields | None = None
     parts: Annotated[list[PartFields], msgspec.Meta(min_length=1, max_length=NUM_KINDS)] | None = None
     made_for: MadeFor | None = None
@@ -107,11 +108,13 @@ def fields_of(table: ErrorTable) -> dict[str, Any]:
 def predictor_of(fields: ScheduleFields, kind: type[Predictor], table: ErrorTable | None) -> Predictor:
     """Return the predictor that a schedule.json describes. kind: that of its method. table: of its errors."""
     if not fields.factors:
+        if fields.damping != 1:
+            raise ValueError("damping needs factors")
         return kind(fields.order)
     if len(fields.factors) != len(fields.timesteps):
         raise ValueError(f"factors must be one entry per timestep, got {len(fields.factors)}")
     rows = {at: tuple(row) for at, row in zip(fields.timesteps, fields.factors, strict=True) if row is not None}
-    return FittedPredictor(fields.order, tuple(rows), tuple(rows.values()), table=table)
+    return FittedPredictor(fields.order, tuple(rows), tuple(rows.values()), damping=fields.damping, table=table)
 
 
 def single_of(fields: ScheduleFields, kind: type[Predictor]) -> tuple[ExplicitSchedule, Predictor]:

@@ -126,6 +126,7 @@ def to_fields(candidate: Candidate, config: CalibrateConfig, made_for: MadeFor) 
         "full_steps": schedule.full_steps,
         "variants": schedule.variants,
         "factors": factors_of(candidate.method),
+        "damping": candidate.damping,
         "errors": None if schedule.table is None else fields_of(schedule.table),
     } | common
 

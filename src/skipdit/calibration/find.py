@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from statistics import median
 from typing import cast
 
@@ -14,6 +14,7 @@ from skipdit.cache.auto import AutoSchedule
 from skipdit.cache.enable import recorded
 from skipdit.cache.magnitudes import MagnitudeSchedule, MagnitudeSteps
 from skipdit.cache.methods import CacheMethod
+from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import Site
 from skipdit.calibration.config import CalibrateConfig
@@ -26,6 +27,7 @@ from skipdit.runs import OwnCache, Runner
 HEAT_DB = 2.0  # of annealing at its start
 NUM_BISECTIONS = 6  # of the speedup, between 1 and the largest, for a target of quality
 COHERENCES = (0.5, 1.0)  # tried for a search, see there
+DAMPINGS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of fitted factors
 MAX_THRESHOLD = 10.0  # for a rule with a threshold
 
 
@@ -59,6 +61,12 @@ class Candidate:
         """Return true if no sample has NaN or infinite pixels."""
         return not self.measured.num_broken
 
+    @property
+    def damping(self) -> float:
+        """Return the number by which all fitted factors are multiplied; 1 if nothing was fitted."""
+        predictor = self.method.predictor
+        return predictor.damping if isinstance(predictor, FittedPredictor) else 1.0
+
     @classmethod
     def on_seed(
         cls, name: str, method: CacheMethod, reference: Tensor, run: Runner, predicted_psnr_db: float = math.nan
@@ -79,6 +87,7 @@ class Candidate:
             "schedule": self.name,
             "order": self.method.predictor.order,
             "full steps": self.method.schedule,
+            "damping": f"{self.damping:g}",
             "compute": f"{self.compute_ratio:.2f}",
             "predicted dB": "" if math.isnan(self.predicted_psnr_db) else f"{self.predicted_psnr_db:.1f}",
             "on the calibration seed dB": self.measured.text(1),
@@ -130,14 +139,30 @@ class Clock:
 # Our own search
 
 
+@dataclass(frozen=True)
+class Check:
+    """Runs on a seed that the search does not see."""
+
+    run: Runner
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """The samples of the full run."""
+        return self.run().samples
+
+    def psnr_db(self, method: CacheMethod) -> float:
+        """Return the PSNR of a cached run in dB; less than any other if it is broken."""
+        return self.run(OwnCache(method)).scores(self.reference)["psnr"].rank
+
+
 def find_schedules(
     measurement: Measurement, config: CalibrateConfig, run: Runner, clock: Clock | None = None
 ) -> list[Candidate]:
     """Return a schedule for each target: the one that is best on the calibration seed, among those that the searches of
     each order and each coherence find.
 
-    Targets of quality are checked on one more seed. clock: for targets of time. A target that is out of reach has no
-    schedule. Raises `ValueError` if all are out of reach.
+    How much factors are damped is found on one more seed, and targets of quality are checked on it. clock: for targets
+    of time. A target that is out of reach has no schedule. Raises `ValueError` if all are out of reach.
     """
     searches = [
         Search(measurement, order, coherence, fits=config.fits)
@@ -145,17 +170,21 @@ def find_schedules(
         for coherence in COHERENCES
     ]
     fronts = [plan(search.errors(), coherence=search.coherence) for search in searches]
+    check = Check(replace(run, seed=config.estimate_seed))
     candidates: list[Candidate | None] = []
     reasons = ["nothing can be reused so well"]
 
     def at_speedup(name: str, speedup: float) -> Candidate | None:
         best = best_of(name, speedup, searches, fronts, run, reasons)
-        return None if best is None else refine(*best, config.refine, run, config.seed)
+        if best is None:
+            return None
+        found = refine(*best, config.refine, run, config.seed)
+        damped = damp(found.method, check)
+        return replace(found, measured=run(OwnCache(damped)).scores(measurement.reference)["psnr"], method=damped)
 
     for name, speedup, seconds, decibel in config.targets:
         if decibel is not None:
-            estimate = replace(run, seed=config.estimate_seed)
-            candidates.append(find_by_quality(name, decibel, at_speedup, fronts, estimate))
+            candidates.append(find_by_quality(name, decibel, at_speedup, fronts, check))
             continue
         try:
             if config.needs_clock and (seconds is not None or config.by_clock):
@@ -199,18 +228,16 @@ def find_by_quality(
     decibel: float,
     at_speedup: Callable[[str, float], Candidate | None],
     fronts: Sequence[Sequence[PlannedSchedule]],
-    estimate: Runner,
+    check: Check,
 ) -> Candidate | None:
-    """Return, by bisection, the fastest schedule whose PSNR in the runs of `estimate` is at least `decibel`; `None` if
+    """Return, by bisection, the fastest schedule whose PSNR on the seed of `check` is at least `decibel`; `None` if
     there is none."""
-    reference, best = estimate().samples, None
+    best = None
     low, high = 1.0, max(schedule.speedup for front in fronts for schedule in front)
     for _ in range(NUM_BISECTIONS):
         middle = (low * high) ** 0.5
         candidate = at_speedup(name, middle)
-        reached = (
-            candidate is not None and estimate(OwnCache(candidate.method)).scores(reference)["psnr"].rank >= decibel
-        )
+        reached = candidate is not None and check.psnr_db(candidate.method) >= decibel
         low, high, best = (middle, high, candidate) if reached else (low, middle, best)
     return best
 
@@ -282,6 +309,20 @@ def refine(
         if loss < 0 or (heat > 0 and generator.random() < math.exp(-loss / heat)):
             current = other
         best = max(best, current, key=lambda candidate: candidate.measured.rank)
+    return best
+
+
+def damp(method: CacheMethod, check: Check) -> CacheMethod:
+    """Damp the fitted factors by a little more at a time, as long as the schedule gets better on the seed of
+    `check`."""
+    if not isinstance(predictor := method.predictor, FittedPredictor):
+        return method
+    best, most = method, check.psnr_db(method)
+    for damping in DAMPINGS:
+        damped = replace(method, predictor=replace(predictor, damping=damping))
+        if (psnr := check.psnr_db(damped)) <= most:
+            break
+        best, most = damped, psnr
     return best
 
 
