@@ -224,7 +224,7 @@ def test_a_wrong_input_is_a_message(page: Page) -> None:
     fill(page, Seed=0)
     page.get_by_label("Other", exact=True).check()
     for cache, message in (
-        ("no-such-cache:N2", "cache method must be one of skip"),
+        ("no-such-cache:N2", "cache method must be one of auto, skip"),
         ("/etc/passwd.json", "a cache is a speedup or a name here, not a file"),
         ("60x", "out of reach"),
         ("<img src=x>", "<img src=x>"),

@@ -111,6 +111,8 @@ def test_limits_of_a_spec() -> None:
         ("teacache:0.1-k2", "teacache has no shallow units"),
         ("dicache:0.1-w-3", "a cache spec is"),
         ("magcache:0.1", "a spec of magcache is magcache:json"),
+        ("auto:N2", "a spec of auto is auto:{speedup}, got 'auto:N2'"),
+        ("atuo:2", "got 'atuo'; did you mean 'auto'"),
         ("N2-w3", "a cache spec is"),
     ],
 )

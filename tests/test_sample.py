@@ -518,7 +518,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--steps", "1"], "would never reuse in 1 steps"),
         (["--cache", "calibrated"], "this model came without calibrated schedules: run skipdit calibrate"),
         (["--cache", "X2"], "a cache spec is"),
-        (["--cache", "foray:N3"], "cache method must be one of skip, skip-taylor, "),
+        (["--cache", "foray:N3"], "cache method must be one of auto, skip, skip-taylor, "),
         (["--cache", "N2-k5"], "num_shallow_units must be between 1 and 3 for 8 units with 4 linked pairs, got 5"),
         (["--cache", "missing.json"], "no schedule at missing.json"),
         (["--scheduler", "heun"], "scheduler of a flow model must be one of euler, dpm, got 'heun'"),

@@ -393,8 +393,9 @@ def parse_method(spec: "str | Path | CacheMethod") -> CacheMethod:
     match = SPEC.fullmatch(text) or THRESHOLD.fullmatch(text)
     if match is None:
         raise ValueError(f"a cache spec is {SPEC_FORM}, or the path of a schedule.json; got {printable(text)!r}")
-    name = match["name"] or "skip"
-    row = METHODS[choose("cache method", name, METHODS)]
+    if (name := choose("cache method", match["name"] or "skip", ("auto", *METHODS))) == "auto":
+        raise ValueError(f"a spec of auto is auto:{{speedup}}, got {printable(text)!r}")
+    row = METHODS[name]
     if match.re is THRESHOLD and row.adaptive is not None:
         method = row.adaptive(_adaptive_options(row, match, text))
     elif match.re is SPEC and row.rules is not None:
