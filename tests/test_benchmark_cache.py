@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -392,6 +393,26 @@ def test_batches_of_an_adaptive_cache_are_averaged() -> None:
     assert row.scores["psnr"].text() == "40.00 ± 0.00 (3 of 4 equal)"
     tally.values[1]["psnr"] = torch.tensor([math.nan, 30.0])
     assert tally.row(plan, uncached, uncached).scores["psnr"].text() == "not finite (1 of 4)"
+
+
+def test_the_drift_of_the_machine_is_taken_out(folder: Path, sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached run looked up to 25% slower than it was, as the machine had slowed down since the uncached run."""
+    settings, runs, original = config(folder, perceptual=False), itertools.count(), bench.run
+
+    def slowing(plan: bench.Plan, settings: CacheBenchConfig, batch: bench.Batch) -> Sampled:
+        return dataclasses.replace(
+            original(plan, settings, batch), seconds=plan.num_inference_steps * (1 + 0.01 * next(runs))
+        )
+
+    monkeypatch.setattr(bench, "run", slowing)
+    steps = [6, 5, 4, 3, 2, 1] * 4
+    plans = [bench.Plan("fewer steps", f"{n} steps", "fewer steps", sampler, n) for n in steps]
+    batch = bench.make_batches(settings, Source(sampler))[0]
+    turns, base = [(plan, bench.Tally()) for plan in plans], bench.Plan("no cache", "", "control", sampler, 6)
+    bench.run_batch(settings, batch, [(base, bench.Tally())], turns, (), lambda plan: None)
+    for plan, tally in turns:
+        assert tally.speedups == [pytest.approx(6 / plan.num_inference_steps, rel=0.05)]
+    assert next(runs) == 1 + len(plans) + 3
 
 
 def test_an_interrupted_benchmark_continues_after_the_last_complete_batch(

@@ -1,12 +1,14 @@
 """`skipdit bench cache`: the quality and the cost of every cache on a trained model, compared with fewer steps.
 
 Each run is compared with the uncached run of the same seeds. As machines drift, runs take turns within a batch, in an
-order that rotates from batch to batch, and a speedup is the median of the ratios within a batch.
+order that rotates from batch to batch, the uncached run is timed anew every few runs, and a speedup is the median over
+batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,15 @@ from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_re
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
 from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.config import CacheBenchConfig as CacheBenchConfig
-from skipdit.benchmark.measure import benchmark, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark, progress_bar
 from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
-from skipdit.metrics.table import ALWAYS, METRICS
+from skipdit.metrics.table import ALWAYS, METRICS, Metric
 from skipdit.plots import check_plots_installed
 from skipdit.runs import Conditioning, Runner, Sampled, before_steps, scheduled, switched_on
 
+RUNS_BETWEEN = 8  # two timings of the uncached run
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
 
 
@@ -138,7 +141,7 @@ def count_flops(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
 def measure(
     config: CacheBenchConfig,
     baselines: Sequence[Plan],
-    plans: Sequence[Plan],
+    plans: list[Plan],
     batches: Sequence[Batch],
     draft: Draft | None = None,
 ) -> list[Row]:
@@ -151,7 +154,9 @@ def measure(
     costs: dict[int, Cost] = {}
     done, base_tallies, tallies = begun or (0, [Tally() for _ in baselines], [Tally() for _ in plans])
     cached = [(plan, tally) for plan, tally in zip(plans, tallies, strict=True) if plan.cache is not None]
-    with progress_bar(len(cached) + (len(batches) - done) * (len(baselines) + len(plans))) as advance:
+    num_timings = -(-len(plans) // RUNS_BETWEEN)
+    num_runs = (len(batches) - done) * (len(baselines) + len(plans) + num_timings)
+    with progress_bar(len(cached) + num_runs) as advance:
         for plan in baselines:
             if plan.scheduler is None:
                 costs[id(plan.sampler)] = count_flops(plan, config, batches[0])
@@ -163,20 +168,10 @@ def measure(
             with refusals(plan, tally):
                 tally.cost = count_flops(plan, config, batches[0])
         for index, batch in enumerate(batches[done:], start=done):
-            references: dict[tuple[int, str | None], Sampled] = {}
-            for plan, tally in zip(baselines, base_tallies, strict=True):
-                advance(description=f"{index + 1}/{len(batches)} {plan.method}, {plan.setting}")
-                sampled = references[plan.baseline] = run(plan, config, batch)
-                tally.add(sampled, references[baselines[0].baseline], sampled if plan.scheduler else None, metrics)
-            first = index * len(plans) // len(batches)
-            for number in (*range(first, len(plans)), *range(first)):
-                plan, tally = plans[number], tallies[number]
-                advance(description=f"{index + 1}/{len(batches)} {plan.method}, {plan.setting}")
-                if tally.refused is None:
-                    with refusals(plan, tally):
-                        sampled = run(plan, config, batch)
-                        own = references[plan.baseline] if plan.scheduler else None
-                        tally.add(sampled, references[id(plan.sampler), None], own, metrics)
+            first, label = index * len(plans) // len(batches), f"{index + 1}/{len(batches)}"
+            turns = [*zip(plans[first:] + plans[:first], tallies[first:] + tallies[:first], strict=True)]
+            pairs = [*zip(baselines, base_tallies, strict=True)]
+            run_batch(config, batch, pairs, turns, metrics, partial(show, advance, label))
             if draft is not None:
                 draft.save(index + 1, (*base_tallies, *tallies))
     main = costs[id(baselines[0].sampler)]
@@ -185,6 +180,46 @@ def measure(
         own_cost = costs[id(plan.sampler)]
         rows.append(tally.row(plan, own_cost, own_cost))
     return rows[1:]
+
+
+def show(advance: Advance, label: str, plan: Plan) -> None:
+    advance(description=f"{label} {plan.method}, {plan.setting}")
+
+
+def run_batch(
+    config: CacheBenchConfig,
+    batch: Batch,
+    baselines: Sequence[tuple[Plan, Tally]],
+    turns: Sequence[tuple[Plan, Tally]],
+    metrics: Sequence[Metric],
+    advance: Callable[[Plan], object],
+) -> None:
+    """Run the uncached runs, then all others in turn, and add the results to their tallies.
+
+    The first uncached run is timed again after every `RUNS_BETWEEN` others; how much slower the machine has become is
+    taken out of their speedups.
+    """
+    references: dict[tuple[int, str | None], Sampled] = {}
+    main = baselines[0][0]
+    for plan, tally in baselines:
+        advance(plan)
+        sampled = references[plan.baseline] = run(plan, config, batch)
+        tally.add(sampled, references[main.baseline], sampled if plan.scheduler else None, metrics)
+    slowdown, seconds = 1.0, references[main.baseline].seconds
+    for start in range(0, len(turns), RUNS_BETWEEN):
+        timed: list[Tally] = []
+        for plan, tally in turns[start : start + RUNS_BETWEEN]:
+            advance(plan)
+            if tally.refused is None:
+                with refusals(plan, tally):
+                    sampled = run(plan, config, batch)
+                    own = references[plan.baseline] if plan.scheduler else None
+                    tally.add(sampled, references[id(plan.sampler), None], own, metrics)
+                    timed.append(tally)
+        advance(main)
+        before, slowdown = slowdown, run(main, config, batch).seconds / seconds
+        for tally in timed:
+            tally.speedups[-1] *= (before + slowdown) / 2
 
 
 @contextmanager

@@ -206,12 +206,12 @@ def write_cache_report(
         parts=[
             f"Model {settings['model']}: {settings['num_seeds']} samples with seeds from {settings['seed']} on, "
             f"{settings['batch_size']} at a time, {settings['num_inference_steps']} steps, guidance {guidance}. Each "
-            "row stands beside the uncached run of the same seeds in the same batch. Speedup: in wall-clock time, the "
-            "median of the batches, and the least and the largest. FLOPs: of the uncached run over those of this one. "
-            "Held: by a cache at most, for a whole batch. PSNR, SSIM and the LPIPS-like distance (equal weights, "
-            "EfficientNet-Lite0): mean and standard deviation over samples, of clips over frames. A second-order "
-            "sampler ends elsewhere: its own PSNR is that to its own run with all steps. A bare N is the paper's "
-            "cache.",
+            "row stands beside the uncached run of the same seeds in the same batch. Speedup: in wall-clock time, less "
+            "the drift of the machine, the median of the batches, and the least and the largest. FLOPs: of the "
+            "uncached run over those of this one. Held: by a cache at most, for a whole batch. PSNR, SSIM and the "
+            "LPIPS-like distance (equal weights, EfficientNet-Lite0): mean and standard deviation over samples, of "
+            "clips over frames. A second-order sampler ends elsewhere: its own PSNR is that to its own run with all "
+            "steps. A bare N is the paper's cache.",
             table([cells(row) for row in rows if row.refused is None]),
             "Refused by this model:" if refused else "",
             "\n".join(refused),
