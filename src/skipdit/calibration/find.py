@@ -28,6 +28,7 @@ HEAT_DB = 2.0  # of annealing at its start
 NUM_BISECTIONS = 6  # of the speedup, between 1 and the largest, for a target of quality
 COHERENCES = (0.5, 1.0)  # tried for a search, see there
 DAMPINGS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of fitted factors
+LEAST_GAIN_DB = 0.2  # by damping: what is less may be chance
 MAX_THRESHOLD = 10.0  # for a rule with a threshold
 
 
@@ -313,17 +314,18 @@ def refine(
 
 
 def damp(method: CacheMethod, check: Check) -> CacheMethod:
-    """Damp the fitted factors by a little more at a time, as long as the schedule gets better on the seed of
-    `check`."""
+    """Damp the fitted factors by a little more at a time, as long as the schedule gets better on the seed of `check`;
+    leave them as they are if little is gained."""
     if not isinstance(predictor := method.predictor, FittedPredictor):
         return method
     best, most = method, check.psnr_db(method)
+    least = most + LEAST_GAIN_DB
     for damping in DAMPINGS:
         damped = replace(method, predictor=replace(predictor, damping=damping))
         if (psnr := check.psnr_db(damped)) <= most:
             break
         best, most = damped, psnr
-    return best
+    return best if most >= least else method
 
 
 # ----------------------------------------------------------------------------------------------------------------------
