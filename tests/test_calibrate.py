@@ -406,8 +406,10 @@ def test_a_schedule_by_the_clock_is_a_calibrated_one_in_the_report(pipeline: Cla
     assert (second.group, second.name) == ("rule of dpcache", "1.3x")
 
 
-@pytest.mark.parametrize("scale", [1.5, 0.5])
-def test_factors_that_are_too_large_are_damped(pipeline: ClassToImagePipeline, scale: float) -> None:
+@pytest.mark.parametrize(("scale", "is_damped"), [(4.0, True), (1.5, False), (0.5, False)])
+def test_factors_that_are_much_too_large_are_damped(
+    pipeline: ClassToImagePipeline, scale: float, is_damped: bool
+) -> None:
     measured = measure(runner(pipeline), WholeOutput(), Trials(orders=(1,), max_age=3, num_probed=2))
     method = Search(measured, 1).method(tuple(None if step in (0, 1, 2, 4, 6) else 0 for step in range(NUM_STEPS)))
     fitted = method.predictor
@@ -418,9 +420,9 @@ def test_factors_that_are_too_large_are_damped(pipeline: ClassToImagePipeline, s
     damped = damp(method, check)
     assert isinstance(damped.predictor, FittedPredictor)
     assert damped.predictor.factors == scaled
-    if scale > 1:
+    if is_damped:
         assert damped.predictor.damping < 1
-        assert check.psnr_db(damped) > check.psnr_db(method)
+        assert check.psnr_db(damped) > check.psnr_db(method) + 0.2
     else:
         assert damped == method
 
