@@ -17,7 +17,7 @@ the reason.
 
 The settings come in order of interest, of several experiments in turn, those of a pair one after the other. The command
 ends when `--max-seconds` are over, says what is left, and goes on where it stopped: a finished setting is not made
-again, nor one that another experiment has measured.
+again, nor one that another experiment has measured. Processes with other `--pairs` may write into one `--out`.
 
 `--report` writes the tables of all that `--out` holds, by itself, on any machine, or after measuring; of `--out` it
 needs `results.jsonl` and `about.json`.
@@ -292,7 +292,8 @@ class Bench:
         """Measure what is missing, in order, until the time is over; return all results."""
         results = read_results(self.out)
         done = {each.key for each in results}
-        groups = [(setting, pair) for setting in self.settings for pair in range(len(self.paths))]
+        pairs = self.options.pairs or range(len(self.paths))
+        groups = [(setting, pair) for setting in self.settings for pair in pairs]
         jobs = [
             [(kind, pair, each) for kind in KINDS if (self.about, kind, pair, each) not in done]
             for each, pair in groups
@@ -439,6 +440,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("experiments", nargs="+", choices=EXPERIMENTS, help="several share what they have in common")
     parser.add_argument("--plain", nargs="+", default=[], help="plain models, one per pair: runs or pipelines")
     parser.add_argument("--skip", nargs="+", default=[], help="models with long skips, in the same order")
+    parser.add_argument("--pairs", nargs="+", type=int, default=(), help="which to measure, from 0 on; by default all")
     parser.add_argument("--reference", default="emoji", help="the data, as skipdit eval takes it")
     parser.add_argument("--num-samples", type=int, default=5000, help="of each set")
     parser.add_argument("--num-seeds", type=int, default=64, help="samples whose fidelity is measured")
@@ -472,6 +474,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if len(options.plain) != len(options.skip) or not (options.plain or options.report):
         parser.error("give as many --plain as --skip, or --report alone")
+    if wrong := [each for each in options.pairs if not 0 <= each < len(options.plain)]:
+        parser.error(f"--pairs {wrong[0]}: --plain and --skip give {len(options.plain)} pairs, counted from 0 on")
     if options.num_samples <= DENSITY_NEIGHBOURS and options.extractor != NO_EXTRACTOR:
         parser.error(f"--num-samples must be above {DENSITY_NEIGHBOURS}: coverage looks at so many neighbors")
     if options.plain and len({options.extractor or EXPERIMENTS[name].extractor for name in options.experiments}) > 1:

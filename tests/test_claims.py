@@ -131,6 +131,18 @@ def test_a_stop_leaves_whole_pairs_and_says_what_is_left(
     assert "stochastic" in said
 
 
+def test_processes_share_pairs(claims: ModuleType, pair: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    models = {kind: [pair[kind]] * 2 for kind in ("plain", "skip")}
+    for number in (1, 0):
+        options = options_of(claims, pair, tmp_path, extractor="none", only=("N2",), pairs=(number,), **models)
+        results = claims.Bench(["images"], options).run()
+        assert {each.pair for each in results} == set(range(number, 2))
+    assert len(results) == 2 * 2 * 2
+    with pytest.raises(SystemExit):
+        claims.parse(["images", "--plain", "a", "--skip", "b", "--pairs", "1"])
+    assert "--pairs 1: --plain and --skip give 1 pairs" in capsys.readouterr().err
+
+
 def test_finished_results_of_other_settings_are_refused(
     claims: ModuleType, pair: dict[str, str], tmp_path: Path
 ) -> None:
