@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -10,9 +11,10 @@ import torch
 from tiny import TINY_FAMILIES, tiny_pipeline
 from torch import nn
 
-from skipdit.cache.auto import MANY_STEPS, AutoSchedule
+from skipdit.cache.auto import MANY_STEPS, RULE, AutoSchedule, weights_of
 from skipdit.cache.enable import cached, enable_cache
 from skipdit.cache.noise import draws_noise
+from skipdit.cache.predictor import Ahead
 from skipdit.cache.runtime import FewerStepsWarning
 from skipdit.calibration.calibrate import warned_once
 from skipdit.pipelines import ClassToImagePipeline
@@ -111,14 +113,51 @@ def test_auto_reaches_its_speedup_in_a_run_of_few_steps(num_steps: int) -> None:
     assert abs(num_steps / (full + 0.1 * (num_steps - full)) - 2) <= 2 / num_steps + 0.3
 
 
-def test_auto_holds_what_is_stored_where_steps_are_far_apart() -> None:
-    def run(spec: str, num_steps: int) -> torch.Tensor:
-        with cached(pipeline, spec):
-            return latents_of(pipeline, num_steps)
+def test_auto_holds_what_is_stored_where_steps_are_long_and_noisy() -> None:
+    predictor = RULE.predictor
+    assert predictor.coefficients(1, Ahead(1, 1, 650.0, 80.0, (730.0, 810.0))) == [0.0]
+    (after,) = predictor.coefficients(1, Ahead(1, 1, 550.0, 80.0, (630.0, 710.0)))
+    (short,) = predictor.coefficients(1, Ahead(1, 1, 650.0, 20.0, (670.0, 690.0)))
+    assert after > 0.5
+    assert short > 0.5
 
-    pipeline = tiny_pipeline()
-    assert torch.equal(run("auto:1.4", 12), run("auto:1.4-o0", 12))
-    assert not torch.equal(run("auto:1.4", 30), run("auto:1.4-o0", 30))
+
+def test_auto_extrapolates_over_timesteps() -> None:
+    """Under a shifted schedule a step may be twice as long as the one before."""
+    predictor = RULE.predictor
+    even = predictor.coefficients(1, Ahead(1, 1, 300.0, 20.0, (320.0, 340.0)))
+    long = predictor.coefficients(1, Ahead(1, 1, 300.0, 40.0, (340.0, 360.0)))
+    assert long == [pytest.approx(2 * even[0])]
+    # a probe's distance, a timestep that comes again, or unknown ones: steps are counted
+    assert predictor.coefficients(1, Ahead(1, 1, 300.0)) == even
+    assert predictor.coefficients(1, Ahead(1, 1, 300.0, 0.0, (300.0, 300.0))) == even
+
+
+def shifted(shift: float, num_steps: int) -> list[float]:
+    shares = [1 - step / num_steps for step in range(num_steps)]
+    return [1000 * shift * share / (1 + (shift - 1) * share) for share in shares]
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+@pytest.mark.parametrize("num_steps", [28, 50])
+def test_auto_spends_full_steps_where_a_shifted_schedule_is_coarse(shift: float, num_steps: int) -> None:
+    """It counted steps alone, left most of the long ones at the end to reuse, and lost 10 dB to fewer steps."""
+    timesteps = shifted(shift, num_steps)
+    decisions = AutoSchedule(speedup=2).for_cost(0.0).decisions(timesteps)
+    assert decisions.count(None) == num_steps // 2
+    full = [*(timestep for timestep, each in zip(timesteps, decisions, strict=True) if each is None), 0.0]
+    gaps = [before - timestep for before, timestep in pairwise(full)]
+    longest = max(before - timestep for before, timestep in pairwise([*timesteps, 0.0]))
+    assert max(gaps) < 3 * longest
+    whole_numbers = [round(1000 * (1 - step / num_steps)) for step in range(num_steps)]
+    assert AutoSchedule(speedup=2).decisions(whole_numbers) == AutoSchedule(speedup=2).decisions(shifted(1, num_steps))
+
+
+def test_weights_of_steps() -> None:
+    assert weights_of([900.0]) == [1.0]
+    assert weights_of([900.0, 900.0, 900.0]) == [1.0, 1.0, 1.0]
+    assert weights_of([900.0, 600.0, 600.0, 300.0]) == pytest.approx([1.0, 1.5**1.5, 1.5**1.5, 1.5**1.5])
+    assert weights_of([0.0, 500.0, 1000.0]) == [1.0, 1.0, 1.0]  # rising, as some schedulers count
 
 
 @pytest.mark.parametrize("spec", ["auto:1.4", "N2"])

@@ -7,8 +7,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise, repeat
 
-from skipdit.cache.predictor import FittedPredictor
+from skipdit.cache.predictor import Ahead, FittedPredictor
 from skipdit.cache.schedule import Decision, Schedule
 
 MANY, FEW = 0.6, 0.2  # shares of full steps at which `dense` and `sparse` apply; between them they are mixed
@@ -16,7 +17,23 @@ NOMINAL_STEPS = 50  # steps of the run that a speedup refers to if the timesteps
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
 MANY_STEPS = 20  # a run of at least so many reaches its speedup; a shorter one comes close
 COARSE = 55.0  # a run with a larger mean stride of timesteps has few steps, and is no part of a longer run
+NOISY = 600.0  # above it, strides beyond COARSE are too long to extrapolate over: the stored values are held
+POWER = 1.5  # of the stride of timesteps, by which densities grow: shifted schedules end in long strides
+ROUNDING = 2.0  # strides that differ by less are taken for even, as whole timesteps round them
 TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class AutoPredictor(FittedPredictor):
+    """Extrapolates over timesteps, in place of steps, as the strides of a shifted schedule differ by a factor of 10."""
+
+    def coefficients(self, order: int, ahead: Ahead) -> list[float]:
+        if ahead.stride > COARSE and ahead.timestep > NOISY:
+            return [0.0] * order
+        last, before = ahead.full[:2] if len(ahead.full) > 1 else (0.0, 0.0)
+        if before > last:
+            ahead = ahead._replace(distance=(last - ahead.timestep) / (before - last) * ahead.spacing)
+        return super().coefficients(order, ahead)
 
 
 @dataclass(frozen=True)
@@ -31,9 +48,9 @@ class AutoRule:
     """of the first, the second, ... term of the prediction"""
 
     @property
-    def predictor(self) -> FittedPredictor:
+    def predictor(self) -> AutoPredictor:
         rows = tuple(zip(*self.factors, strict=True))
-        return FittedPredictor(len(self.factors), TIMESTEPS[::-1], rows[::-1], coarse=COARSE)
+        return AutoPredictor(len(self.factors), TIMESTEPS[::-1], rows[::-1])
 
 
 # learned with the first and the last unit fresh: the rule learned at the output was worse (benchmarks/calibration.md)
@@ -46,8 +63,8 @@ RULE = AutoRule(
 
 @dataclass(frozen=True, kw_only=True)
 class AutoSchedule(Schedule):
-    """Full steps are dense at the start and at the end, and sparse in the middle: a step is full once the densities of
-    the steps since the last full one add up to 1."""
+    """Full steps are dense at the start, at the end, and where steps are long; they are sparse in the middle. A step is
+    full once the densities of the steps since the last full one add up to 1."""
 
     speedup: float = 1.8
     """Cost of the uncached run divided by that of the cached run. If the timesteps are known, the densities are scaled
@@ -76,7 +93,7 @@ class AutoSchedule(Schedule):
             return [None] * len(timesteps)
         is_known = whole and (len(timesteps) >= MANY_STEPS or is_coarse(timesteps))
         solved_for = tuple(timesteps) if is_known else NOMINAL_RUN
-        return _by_density(timesteps, densities(RULE, self.speedup, self.reuse_cost, solved_for))
+        return _by_density(timesteps, densities(RULE, self.speedup, self.reuse_cost, solved_for), whole=whole)
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
@@ -103,12 +120,30 @@ def densities(rule: AutoRule, speedup: float, reuse_cost: float, timesteps: tupl
     return tuple(low * density for density in shape)
 
 
-def _by_density(timesteps: Sequence[float], densities: tuple[float, ...]) -> list[Decision]:
-    """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1."""
+def weights_of(timesteps: Sequence[float]) -> list[float]:
+    """Return the weight of each step, which is 1 for a step of mean length. A repeated timestep, as Heun's method has
+    them, has the weight of its first call."""
+    mean = (timesteps[0] - timesteps[-1]) / max(len(timesteps) - 1, 1)
+    weights = [1.0]
+    for before, timestep in pairwise(timesteps):
+        stride = before - timestep
+        if stride == 0:
+            weights.append(weights[-1])
+        elif abs(stride - mean) < ROUNDING or mean <= 0:
+            weights.append(1.0)
+        else:
+            weights.append(max(stride / mean, 0.0) ** POWER)
+    return weights
+
+
+def _by_density(timesteps: Sequence[float], densities: tuple[float, ...], *, whole: bool = True) -> list[Decision]:
+    """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1. whole:
+    whether these are all timesteps of a run, so that their strides can be compared."""
     decisions: list[Decision] = []
     account = 0.0
-    for timestep in timesteps:
-        account += _interpolate(timestep, densities)
+    weights = weights_of(timesteps) if whole else repeat(1.0)
+    for timestep, weight in zip(timesteps, weights, strict=False):
+        account += _interpolate(timestep, densities) * weight
         full = not decisions or account >= 1 - 1e-9
         decisions.append(None if full else 0)
         account = 0.0 if full else account

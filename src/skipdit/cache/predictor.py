@@ -123,8 +123,6 @@ class FittedPredictor(Predictor):
     """Noise levels of the factors, falling; between them factors are interpolated."""
     factors: tuple[tuple[float, ...], ...] = ()
     """At each of them, one per order; all 1 is Taylor's expansion."""
-    coarse: float = math.inf
-    """Strides beyond this are too long to extrapolate over: the stored values are held."""
     damping: float = 1.0
     """Multiplies all factors. An error stays in the latents over reuse steps, where large factors feed it."""
     table: ErrorTable | None = field(default=None, compare=False)
@@ -156,8 +154,6 @@ class FittedPredictor(Predictor):
         return tuple(before + share * (then - before) for before, then in pairs)
 
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        if ahead.stride > self.coarse:
-            return [0.0] * order
         if self.table is not None and len(ahead.full) > 1:
             factors = factors_at(self.table, ahead.timestep, *ahead.full[: order + 1])
         else:
