@@ -2,7 +2,7 @@
 
     python benchmarks/where_caching_fails.py --out benchmarks
 
-Each row is one setting of the bundled class-to-image model: the PSNR of `auto:2-k1` to the run in full, beside that of
+Each row is one setting of the bundled class-to-image model: the PSNR of `auto:2` to the run in full, beside that of
 an uncached run of fewer steps that costs as much. All start from the same noise. The stochastic solver draws noise in
 each step; a cached run draws what the run in full draws, one of fewer steps cannot. `other draws` is what a run in
 full gets that starts from the same noise and draws other noise on the way: nothing below it is alike.
@@ -130,7 +130,7 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: str) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="auto:2-k1", help="its spec")
+    parser.add_argument("--cache", default="auto:2", help="its spec")
     parser.add_argument("--num-samples", type=int, default=8, help="pictures a run")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the runs")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="of guidance")
