@@ -573,7 +573,7 @@ def test_bundled_models_bring_their_schedules(name: str) -> None:
     source = load_source(name)
     assert {"1.5x", "1.8x", "2x"} <= set(source.schedules)
     method = source.cache("calibrated")
-    assert method == source.schedules["1.8x"]
+    assert method == source.schedules["output-2x"]
     enable_cache(source.sampler.pipeline, method)  # made for these weights: no warning
     with pytest.raises(ValueError, match=r"calibrated schedules of this model are .*, got '9x'"):
         source.cache("calibrated:9x")

@@ -100,7 +100,7 @@ CONVENTIONS: dict[str, Convention] = {
 
 HUB = re.compile(r"[\w-]+/[\w.-]+", re.ASCII)  # what may be a repository on the Hugging Face Hub
 SCHEDULES = "schedules"  # folder in a pipeline's folder
-DEFAULT_SCHEDULE = "1.8x"
+DEFAULT_SCHEDULES = "output-2x", "1.8x"  # the first of them that a model has
 MAX_SCHEDULES = 100
 
 
@@ -125,7 +125,7 @@ class Source:
             return parse_method(spec)
         if not self.schedules:
             raise ValueError("this model came without calibrated schedules: run skipdit calibrate, or use --cache auto")
-        name = name or (DEFAULT_SCHEDULE if DEFAULT_SCHEDULE in self.schedules else next(iter(self.schedules)))
+        name = name or next(name for name in (*DEFAULT_SCHEDULES, *self.schedules) if name in self.schedules)
         if name not in self.schedules:
             raise ValueError(f"the calibrated schedules of this model are {', '.join(self.schedules)}, got {name!r}")
         return self.schedules[name]
