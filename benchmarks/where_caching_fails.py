@@ -2,7 +2,7 @@
 
     python benchmarks/where_caching_fails.py --out benchmarks
 
-Each row is one setting of the bundled class-to-image model: the PSNR of `auto:2` to the run in full, beside that of
+Each row is one setting of the bundled class-to-image model: the PSNR of a cache to the run in full, beside that of
 an uncached run of fewer steps that costs as much. All start from the same noise. The stochastic solver draws noise in
 each step; a cached run draws what the run in full draws, one of fewer steps cannot. `other draws` is what a run in
 full gets that starts from the same noise and draws other noise on the way: nothing below it is alike.
@@ -36,6 +36,7 @@ MODEL = "emoji"
 class Row:
     """One setting."""
 
+    cache: str
     solver: str
     guidance_scale: float
     num_steps: int
@@ -55,6 +56,7 @@ class Row:
         is_shorter = self.fewer_steps != self.num_steps
         has_gain = is_shorter and self.other_draws_db is None
         return {
+            "cache": self.cache,
             "solver": self.solver,
             "guidance": f"{self.guidance_scale:g}",
             "steps": self.num_steps,
@@ -90,37 +92,39 @@ def other_draws(run: Runner) -> Tensor:
 
 def measure(source: Source, options: argparse.Namespace, known: list[Row]) -> Iterator[Row]:
     """Yield a row per setting; `known` ones are not measured again."""
-    by_setting = {(row.solver, row.guidance_scale, row.num_steps): row for row in known}
+    done = {(row.cache, row.solver, row.guidance_scale, row.num_steps) for row in known}
     pipeline = source.sampler.pipeline
     pipeline.set_progress_bar_config(disable=True)
-    own, cache = pipeline.scheduler.config, OwnCache.of(options.cache)
+    own = pipeline.scheduler.config
     conditions, _ = source.choose({}, options.num_samples)
     for solver, scale, num_steps in product(SOLVERS, options.scales, options.steps):
-        if (solver, scale, num_steps) in by_setting:
+        caches = options.caches if solver == "deterministic" else options.caches[:1]
+        missing = [cache for cache in caches if (cache, solver, scale, num_steps) not in done]
+        if not missing:
             continue
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own, algorithm_type=SOLVERS[solver])
         run = Runner.of(
             source.sampler, conditions, num_inference_steps=num_steps, guidance_scale=scale, seed=options.seed
         )
-        full, made = run().samples, run(cache)
-        fewer = max(round(num_steps / made.compute_ratio), 1)
-        other = None
-        if solver == "stochastic":
-            other = mean_psnr(other_draws(run), full)
-        row = Row(
-            solver, scale, num_steps, int(made.steps[0]), made.compute_ratio, mean_psnr(made.samples, full),
-            fewer, mean_psnr(run(num_inference_steps=fewer).samples, full), other,
-        )  # fmt: skip
-        print(row, flush=True)
-        yield row
+        full = run().samples
+        other = mean_psnr(other_draws(run), full) if solver == "stochastic" else None
+        for cache in missing:
+            made = run(OwnCache.of(cache))
+            fewer = max(round(num_steps / made.compute_ratio), 1)
+            row = Row(
+                cache, solver, scale, num_steps, int(made.steps[0]), made.compute_ratio, mean_psnr(made.samples, full),
+                fewer, mean_psnr(run(num_inference_steps=fewer).samples, full), other,
+            )  # fmt: skip
+            print(row, flush=True)
+            yield row
 
 
 def to_markdown(rows: list[Row], options: argparse.Namespace, about: str) -> str:
     return "\n\n".join((
         "# Where caching does not pay",
-        f"`python benchmarks/where_caching_fails.py --num-samples {options.num_samples}`: `{options.cache}` on the "
-        f"bundled class-to-image model, {options.num_samples} pictures, seed {options.seed}, PSNR to the run in full "
-        f"of the same number of steps, solver and guidance. {about}.",
+        f"`python benchmarks/where_caching_fails.py --num-samples {options.num_samples}`: caches on the bundled "
+        f"class-to-image model, {options.num_samples} pictures, seed {options.seed}, PSNR to the run in full of the "
+        f"same number of steps, solver and guidance. Under a stochastic solver `auto:2` is `auto:2-k1`. {about}.",
         "*Fewer steps*: as many uncached steps as the cached run cost, rounded. *Other draws*: a run in full from the "
         "same start noise, with other noise in its steps, which shows what PSNR gives two pictures that only start "
         "alike. Fewer steps of a stochastic solver draw other noise too, so that no gain is told there.",
@@ -130,7 +134,7 @@ def to_markdown(rows: list[Row], options: argparse.Namespace, about: str) -> str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", default="auto:2", help="its spec")
+    parser.add_argument("--caches", nargs="+", default=["auto:2", "auto:2-k1"], help="their specs")
     parser.add_argument("--num-samples", type=int, default=8, help="pictures a run")
     parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 12, 20, 50], help="of the runs")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="of guidance")
@@ -143,11 +147,11 @@ def main() -> None:
     path = options.out / "where_caching_fails.json"
     rows = [Row(**row) for row in json.loads(path.read_text("utf-8"))["rows"]] if path.exists() else []
     place = machine(torch.device(options.device))
-    settings = {"cache": options.cache, "num_samples": options.num_samples}
+    settings = {"num_samples": options.num_samples}
     about = f"{place['name']}, {place['threads']} threads, " + ", ".join(f"{n} {v}" for n, v in versions().items())
 
     def write() -> None:
-        rows.sort(key=lambda row: (row.solver, row.guidance_scale, row.num_steps))
+        rows.sort(key=lambda row: (row.solver, row.guidance_scale, row.num_steps, row.cache))
         data = {"rows": [asdict(row) for row in rows], **settings, "machine": place, "versions": versions()}
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(to_markdown(rows, options, about), encoding="utf-8")

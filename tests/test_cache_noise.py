@@ -114,17 +114,19 @@ def test_auto_reaches_its_speedup_in_a_run_of_few_steps(num_steps: int) -> None:
 
 
 def test_auto_holds_what_is_stored_where_steps_are_long_and_noisy() -> None:
-    predictor = RULE.predictor
+    predictor = RULE.predictor(of_output=True)
     assert predictor.coefficients(1, Ahead(1, 1, 650.0, 80.0, (730.0, 810.0))) == [0.0]
     (after,) = predictor.coefficients(1, Ahead(1, 1, 550.0, 80.0, (630.0, 710.0)))
     (short,) = predictor.coefficients(1, Ahead(1, 1, 650.0, 20.0, (670.0, 690.0)))
     assert after > 0.5
     assert short > 0.5
+    # with units fresh at the ends, at any timestep
+    assert RULE.predictor(of_output=False).coefficients(1, Ahead(1, 1, 550.0, 80.0, (630.0, 710.0))) == [0.0]
 
 
 def test_auto_extrapolates_over_timesteps() -> None:
     """Under a shifted schedule a step may be twice as long as the one before."""
-    predictor = RULE.predictor
+    predictor = RULE.predictor(of_output=True)
     even = predictor.coefficients(1, Ahead(1, 1, 300.0, 20.0, (320.0, 340.0)))
     long = predictor.coefficients(1, Ahead(1, 1, 300.0, 40.0, (340.0, 360.0)))
     assert long == [pytest.approx(2 * even[0])]

@@ -17,7 +17,7 @@ NOMINAL_STEPS = 50  # steps of the run that a speedup refers to if the timesteps
 NOMINAL_RUN = tuple(1000 * (1 - step / NOMINAL_STEPS) for step in range(NOMINAL_STEPS))
 MANY_STEPS = 20  # a run of at least so many reaches its speedup; a shorter one comes close
 COARSE = 55.0  # a run with a larger mean stride of timesteps has few steps, and is no part of a longer run
-NOISY = 600.0  # above it, strides beyond COARSE are too long to extrapolate over: the stored values are held
+NOISY = 600.0  # above it, strides beyond COARSE are too long to extrapolate the model's output over
 POWER = 1.5  # of the stride of timesteps, by which densities grow: shifted schedules end in long strides
 ROUNDING = 2.0  # strides that differ by less are taken for even, as whole timesteps round them
 TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 925.0, 1000.0)
@@ -27,8 +27,11 @@ TIMESTEPS = (0.0, 25.0, 50.0, 100.0, 200.0, 300.0, 450.0, 600.0, 750.0, 850.0, 9
 class AutoPredictor(FittedPredictor):
     """Extrapolates over timesteps, in place of steps, as the strides of a shifted schedule differ by a factor of 10."""
 
+    noisy: float = 0.0
+    """Timestep above which strides beyond `COARSE` are too long to extrapolate over: the stored values are held."""
+
     def coefficients(self, order: int, ahead: Ahead) -> list[float]:
-        if ahead.stride > COARSE and ahead.timestep > NOISY:
+        if ahead.stride > COARSE and ahead.timestep > self.noisy:
             return [0.0] * order
         last, before = ahead.full[:2] if len(ahead.full) > 1 else (0.0, 0.0)
         if before > last:
@@ -47,10 +50,11 @@ class AutoRule:
     factors: tuple[tuple[float, ...], ...]
     """of the first, the second, ... term of the prediction"""
 
-    @property
-    def predictor(self) -> AutoPredictor:
+    def predictor(self, *, of_output: bool) -> AutoPredictor:
+        """Return the predictor of the model's output, or of what the middle units add, where units at the ends are
+        fresh."""
         rows = tuple(zip(*self.factors, strict=True))
-        return AutoPredictor(len(self.factors), TIMESTEPS[::-1], rows[::-1])
+        return AutoPredictor(len(self.factors), TIMESTEPS[::-1], rows[::-1], noisy=NOISY if of_output else 0.0)
 
 
 # learned with the first and the last unit fresh: the rule learned at the output was worse (benchmarks/calibration.md)

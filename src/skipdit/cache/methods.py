@@ -445,7 +445,7 @@ def _options(row: MethodEntry, match: re.Match[str], text: str) -> ParsedSpec:
 def _auto(speedup: str | None, k: str | None, order: str | None) -> CacheMethod:
     schedule = AutoSchedule() if speedup is None else AutoSchedule(speedup=float(speedup))
     spec = f"auto:{schedule}" + (f"-k{k}" if k else "") + (f"-o{order}" if order else "")
-    predictor = TaylorPredictor(int(order)) if order else RULE.predictor
+    predictor = TaylorPredictor(int(order)) if order else RULE.predictor(of_output=not k)
     site = MiddleUnits(int(k)) if k else WholeOutput()
     return CacheMethod(schedule=schedule, site=site, predictor=predictor, spec=spec)
 
