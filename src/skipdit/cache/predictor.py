@@ -44,6 +44,7 @@ class Predictor:
 
     order: int = 0
     """From 0 (hold the stored values) to 4."""
+    damping = 1.0  # multiplies fitted factors
 
     def __post_init__(self) -> None:
         if not 0 <= self.order <= MAX_ORDER:
