@@ -14,6 +14,7 @@ from skipdit.analysis.record import record_inputs
 from skipdit.models.dit import DiT, DiTBlock, HeadNorm, modulate
 from skipdit.spectral import JacobianNorms, jacobian_norms
 
+TOLERANCE, MAX_ITERATIONS = 1e-2, 30  # of every Jacobian norm
 GELU_SLOPE = 1.13  # the largest derivative of GELU, 1.1290 in its tanh form
 
 
@@ -89,8 +90,6 @@ def jacobian_profile(
     timestep: Tensor,
     class_labels: Tensor,
     *,
-    tolerance: float = 1e-2,
-    max_iterations: int = 30,
     advance: Callable[[], object] = lambda: None,
 ) -> JacobianProfile:
     """Return all Jacobian norms of a model at latents (batch channels height width) and one timestep. Calls `advance`
@@ -99,7 +98,7 @@ def jacobian_profile(
     middle = len(model.blocks) // 2
 
     def measure(function: Callable[[Tensor], Tensor], point: Tensor) -> JacobianNorms:
-        norms = jacobian_norms(function, point, tolerance=tolerance, max_iterations=max_iterations)
+        norms = jacobian_norms(function, point, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
         advance()
         return norms
 

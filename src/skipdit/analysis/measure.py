@@ -12,6 +12,7 @@ from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile, jacobian_profile
 from skipdit.analysis.surface import Quantity, perturbation_surface
 from skipdit.analysis.trajectory import (
+    NUM_PICTURES,
     ErrorGrowth,
     Run,
     RunSettings,
@@ -160,7 +161,7 @@ def jacobians_along(
     steps = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique()
     return {
         full.timesteps[step].item(): jacobian_profile(
-            model, full.latents[step, :2], full.timesteps[step], labels[:2], advance=advance
+            model, full.latents[step, :NUM_PICTURES], full.timesteps[step], labels[:NUM_PICTURES], advance=advance
         )
         for step in steps.tolist()
     }

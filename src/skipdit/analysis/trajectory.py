@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipdit.analysis.jacobian import MAX_ITERATIONS, TOLERANCE
 from skipdit.analysis.record import record_inputs, record_outputs
 from skipdit.cache.methods import CacheMethod
 from skipdit.diffusion import guide
@@ -16,6 +17,8 @@ from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.runs import OwnCache, Runner, before_steps
 from skipdit.spectral import jacobian_norms
+
+NUM_PICTURES = 2  # of those sampled, whose Jacobian norms are measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +184,10 @@ def step_jacobian_norms(
     full: Run,
     *,
     num_timesteps: int,
-    num_pictures: int = 2,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Return the norm L (steps,) of the Jacobian of each solver step along the full run, the largest over
-    `num_pictures` pictures. It is measured at `num_timesteps` evenly spread steps; a step between two of them gets the
+    two pictures. It is measured at `num_timesteps` evenly spread steps; a step between two of them gets the
     larger norm. Calls `advance` after each measurement."""
     num_steps = len(full.timesteps)
     solver = SolverSteps.of(pipeline, num_steps)
@@ -196,9 +198,9 @@ def step_jacobian_norms(
         a, b = solver.a[step], solver.b[step]
         norms = jacobian_norms(
             lambda latents, a=a, b=b, predict=predict: a * latents + b * predict(latents),
-            full.latents[step, :num_pictures],
-            tolerance=1e-2,
-            max_iterations=30,
+            full.latents[step, :NUM_PICTURES],
+            tolerance=TOLERANCE,
+            max_iterations=MAX_ITERATIONS,
         )
         measured_norms[step] = norms.value.max().item()
         advance()
