@@ -39,9 +39,7 @@ class Trials:
     """number of steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
 
     def __post_init__(self) -> None:
-        for name in ("max_age", "num_probed"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_range(self, "max_age", "num_probed")
         if len(set(self.orders)) < len(self.orders):
             raise ValueError(f"orders must be given once each, got {self.orders}")
         if any(not 0 <= order <= MAX_ORDER for order in self.orders):
