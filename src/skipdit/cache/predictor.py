@@ -14,10 +14,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from skipdit.cache.error_table import ErrorTable, factors_at
+from skipdit.options import MAX_ORDER as MAX_ORDER
 
 Values = Mapping[str, Tensor]
 Derivatives = tuple[Values, ...]
-MAX_ORDER = 4
 
 
 class Ahead(NamedTuple):

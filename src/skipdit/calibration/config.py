@@ -3,12 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from skipdit.options import NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
+from skipdit.options import MAX_ORDER, NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
 
 if TYPE_CHECKING:
     from skipdit.cache.site import Site
 
-MAX_ORDER = 4  # equals `skipdit.cache.predictor.MAX_ORDER`, as a test checks
 BY_THRESHOLD = ("smoothcache", "magcache")  # methods whose schedules follow from a threshold
 KIN = ("dpcache", "l2p", "budcache")
 

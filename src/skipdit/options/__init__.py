@@ -25,6 +25,7 @@ NumInferenceStepsOrDefault = Annotated[int | None, tyro.conf.arg(aliases=("--ste
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 50 * 2**20  # of a decoded picture
 MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
+MAX_ORDER = 4  # of the predictions of a cache
 
 
 def choose(what: str, name: str, allowed: Iterable[str]) -> str:
