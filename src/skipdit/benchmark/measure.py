@@ -17,8 +17,6 @@ import torch
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.benchmark.config import BenchConfig
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -27,6 +25,7 @@ from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.environment import SYNCHRONIZE, check_device, describe_environment, threads
 from skipdit.files.output import OutputFolder
+from skipdit.models.costs import flop_counter
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import Device
 
@@ -105,9 +104,8 @@ def weight_bytes(*models: nn.Module) -> int:
 
 
 def flops_of(call: Call) -> int:
-    """Return the FLOPs of one call; a multiply-add counts as two. Attention runs unfused, as the counter misses a CPU's
-    fused kernel."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Return the FLOPs of one call; a multiply-add counts as two."""
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
 
