@@ -12,12 +12,12 @@ from tiny import inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
 from skipdit.analysis.jacobian import (
-    UnitInputs,
     half_function,
     jacobian_profile,
     model_function,
     unit_bound,
     unit_function,
+    unit_inputs,
 )
 from skipdit.analysis.measure import AnalyzeConfig, measure
 from skipdit.analysis.record import record_inputs, record_outputs
@@ -117,12 +117,12 @@ def test_jacobian_norms_equal_dense_ones_and_stay_below_their_bounds(name: str) 
     model = nn.Module.to(tiny_dit(4, SKIPS[name]), torch.float64)
     latents, labels = inputs(size=4)
     latents, timestep = latents.double(), torch.tensor(500.0)
-    given = UnitInputs.of(model, latents, timestep, labels)
+    given = unit_inputs(model, latents, timestep, labels)
     functions = {
-        "unit 1": (unit_function(model, given, 1), given.units[1][0]),
-        "unit 3": (unit_function(model, given, 3), given.units[3][0]),
-        "first half": (half_function(model, given, second=False), given.units[0][0]),
-        "second half": (half_function(model, given, second=True), given.units[2][0]),
+        "unit 1": (unit_function(model, given, 1), given[1][0]),
+        "unit 3": (unit_function(model, given, 3), given[3][0]),
+        "first half": (half_function(model, given, second=False), given[0][0]),
+        "second half": (half_function(model, given, second=True), given[2][0]),
         "model": (model_function(model, timestep, labels), latents),
     }
     for what, (function, point) in functions.items():
@@ -130,8 +130,8 @@ def test_jacobian_norms_equal_dense_ones_and_stay_below_their_bounds(name: str) 
         for sample in range(2):
             assert found.value[sample].item() == pytest.approx(dense_norm(function, point, sample), rel=1e-3), what
     for unit in range(4):
-        function, point = unit_function(model, given, unit), given.units[unit][0]
-        bound = unit_bound(model.blocks[unit], *given.units[unit])
+        function, point = unit_function(model, given, unit), given[unit][0]
+        bound = unit_bound(model.blocks[unit], *given[unit])
         for sample in range(2):
             assert dense_norm(function, point, sample) <= bound[sample].item()
 
@@ -144,23 +144,23 @@ def test_no_unit_exceeds_its_bound_whatever_the_weights(seed: int) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02 * 3**seed / 3)
     latents, labels = inputs()
-    given = UnitInputs.of(model, latents.double(), torch.tensor(40.0 + 150 * seed), labels)
+    given = unit_inputs(model, latents.double(), torch.tensor(40.0 + 150 * seed), labels)
     for unit in range(4):
-        norms = jacobian_norms(unit_function(model, given, unit), given.units[unit][0], tolerance=1e-3)
-        assert (norms.value <= unit_bound(model.blocks[unit], *given.units[unit])).all()
+        norms = jacobian_norms(unit_function(model, given, unit), given[unit][0], tolerance=1e-3)
+        assert (norms.value <= unit_bound(model.blocks[unit], *given[unit])).all()
 
 
 def test_halves_are_what_the_model_runs() -> None:
     for num_layers in (5, 6):
         model = tiny_dit(num_layers)
         latents, labels = inputs()
-        given = UnitInputs.of(model, latents, torch.tensor(77), labels)
+        given = unit_inputs(model, latents, torch.tensor(77), labels)
         middle = num_layers // 2
         with record_outputs(model, [f"blocks.{num_layers - 1}"]) as recorded, torch.no_grad():
             model(latents, torch.tensor(77), labels)
         with torch.no_grad():
-            first = half_function(model, given, second=False)(given.units[0][0])
-            assert torch.equal(first, given.units[middle][0])
+            first = half_function(model, given, second=False)(given[0][0])
+            assert torch.equal(first, given[middle][0])
             assert torch.equal(half_function(model, given, second=True)(first), recorded[f"blocks.{num_layers - 1}"][0])
 
 
