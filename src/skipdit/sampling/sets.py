@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-import torch
 from rich.progress import track
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from skipdit.files.output import OutputFolder
 from skipdit.files.untrusted import printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.loading import Source
+from skipdit.pictures import to_frames
 from skipdit.process_group import ProcessGroup, own_device, process_group
 from skipdit.runs import Counts, check_method, counts_of, guidance_options
 from skipdit.sampling.blocks import (
@@ -305,8 +305,7 @@ class SetRun:
         indices = range(number * self.batch_size, (number + 1) * self.batch_size)
         samples = self.samples_of(indices)[: self.num_samples - indices.start]
         broken = (~samples.isfinite()).flatten(1).any(dim=1).sum()
-        levels = (samples.nan_to_num(0.0).movedim(-3, -1) * 255).round().clamp(0, 255).to(torch.uint8)
-        pixels, counts = levels.contiguous().numpy(), Counts(self.run.num_inference_steps, 0, ratio)
+        counts = Counts(self.run.num_inference_steps, 0, ratio)
         if self.method is not None:
             counts = counts_of(self.run.pipeline)
         info = BlockInfo(
@@ -316,7 +315,7 @@ class SetRun:
             steps_reused=int(counts.steps_reused),
             compute_ratio=counts.compute_ratio or 1.0,
         )
-        return writer.submit(self.write_block, number, pixels, info)
+        return writer.submit(self.write_block, number, to_frames(samples.nan_to_num(0.0)).numpy(), info)
 
     def samples_of(self, indices: Sequence[int]) -> Tensor:
         """Return the samples of these indices. They may lie beyond the last sample, so that all batches have the same
