@@ -19,7 +19,7 @@ from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_re
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
 from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.config import CacheBenchConfig as CacheBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark
 from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
@@ -27,6 +27,7 @@ from skipdit.metrics.table import ALWAYS, METRICS, Metric
 from skipdit.models.costs import flop_counter
 from skipdit.plots import check_plots_installed
 from skipdit.runs import Conditioning, Runner, Sampled, before_steps, scheduled, switched_on
+from skipdit.terminal import counting
 
 RUNS_BETWEEN = 8  # two timings of the uncached run
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
@@ -154,7 +155,7 @@ def measure(
     cached = [(plan, tally) for plan, tally in zip(plans, tallies, strict=True) if plan.cache is not None]
     num_timings = -(-len(plans) // RUNS_BETWEEN)
     num_runs = (len(batches) - done) * (len(baselines) + len(plans) + num_timings)
-    with progress_bar(len(cached) + num_runs) as advance:
+    with counting("", len(cached) + num_runs) as advance:
         for plan in baselines:
             if plan.scheduler is None:
                 costs[id(plan.sampler)] = cost_of(plan, config, batches[0])

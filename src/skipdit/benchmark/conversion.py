@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from skipdit.benchmark.config import ConversionBenchConfig as ConversionBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, flops_of, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark, flops_of
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import make_scheduler, training_loss
 from skipdit.files.output import OutputFolder
@@ -30,6 +30,7 @@ from skipdit.runs import OwnCache, Runner, Sampled
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.task import spread
 from skipdit.tasks.training import Items, TrainingTask, open_items
+from skipdit.terminal import counting
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 
 PLAIN, STAGE_ONE, STAGE_TWO, CONTROL = "convert-plain", "convert-stage-one", "convert-stage-two", "convert-control"
@@ -270,7 +271,7 @@ def all_run_rows(
     """Return the rows of every model, and the pictures of its full run."""
     rows, full_runs = [], {}
     num_runs = sum(1 + sum(1 + len(specs_of(task, n)) for n in config.intervals) for task in models.values())
-    with progress_bar(num_runs) as advance:
+    with counting("", num_runs) as advance:
         for name, task in models.items():
             model_rows, full_runs[name] = run_rows(name, task, trained, config, advance)
             rows += model_rows

@@ -8,13 +8,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -31,7 +29,7 @@ from skipdit.options import Device
 
 Kind = Literal["plain", "uncached", "full", "reuse"]
 Call = Callable[[], Tensor]
-Advance = Callable[..., object]
+Advance = Callable[..., object]  # of `skipdit.terminal.counting`
 Ratios = dict[str, float]
 
 ACHIEVED_TARGET = 0.95  # share of the speedup by FLOPs that a cached run should achieve
@@ -147,13 +145,6 @@ def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: De
     """Make all calls in turn in each round; return one entry per call."""
     rounds = [[time_call(call, device) for call in calls()] for _ in range(num_rounds)]
     return [Timed(*zip(*timed, strict=True)) for timed in zip(*rounds, strict=True)]
-
-
-@contextmanager
-def progress_bar(num_calls: int) -> Iterator[Advance]:
-    """Show a progress bar inside the block; yield `advance(description=...)`, to be called before each call."""
-    with Progress() as progress:
-        yield partial(progress.update, progress.add_task("", total=num_calls), advance=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

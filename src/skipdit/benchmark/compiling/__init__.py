@@ -18,7 +18,7 @@ from skipdit.benchmark.compiling.report import COMPILE, GraphRow, Timing, report
 from skipdit.benchmark.compiling.single_steps import time_steps
 from skipdit.benchmark.config import BY_KIND, MIXED
 from skipdit.benchmark.config import CompileBenchConfig as CompileBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, compiled, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark, compiled
 from skipdit.benchmark.models import check_compiler
 from skipdit.cache.compiled import more_graphs
 from skipdit.cache.methods import CacheMethod, parse_method
@@ -30,6 +30,7 @@ from skipdit.loading import Source, load_source
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.runs import OwnCache, RunCache, Runner, switched_on
+from skipdit.terminal import counting
 
 CLASS_TO_IMAGE = "the benchmark of compilation runs a class-to-image DiT with long skips"
 
@@ -216,7 +217,7 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
         subjects = make_subjects(config, source)
         timed = [subject for subject in subjects if subject.timed_as in config.timed]
         modes = (False,) if no_compiler else (False, True)
-        with progress_bar(len(subjects) + len(timed) * len(modes) + 1 + len(config.step_presets)) as advance:
+        with counting("", len(subjects) + len(timed) * len(modes) + 1 + len(config.step_presets)) as advance:
             graphs, timings = measure(config, subjects, timed, modes, advance)
             has_compiler = no_compiler is None
             advance(description="single steps")
