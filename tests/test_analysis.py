@@ -25,7 +25,7 @@ from skipdit.analysis.report import analyze
 from skipdit.analysis.sections import figure_names, holds
 from skipdit.analysis.surface import filter_normalised, perturbation_surface, sample_normalised
 from skipdit.analysis.trajectory import (
-    SolverSteps,
+    LinearSteps,
     cosine_similarity,
     error_growth,
     guided_prediction,
@@ -264,7 +264,7 @@ def test_solver_steps_make_the_pipelines_run(scheduler: str) -> None:
     else:
         pipeline = tiny_pipeline()
     run = sample_run(runner_of(pipeline))
-    solver = SolverSteps.of(pipeline, 8)
+    solver = LinearSteps.of(pipeline, 8)
     with torch.no_grad():
         for step, timestep in enumerate(run.timesteps):
             predict = guided_prediction(runner_of(pipeline), timestep)
@@ -275,7 +275,7 @@ def test_solver_steps_make_the_pipelines_run(scheduler: str) -> None:
 def test_samplers_whose_steps_are_no_function_are_refused() -> None:
     for name in ("dpm", "ddpm"):
         with pytest.raises(ValueError, match="first-order"):
-            SolverSteps.of(tiny_pipeline(name), 8)
+            LinearSteps.of(tiny_pipeline(name), 8)
 
 
 def test_errors_stay_below_their_bound_and_a_control_makes_none() -> None:

@@ -14,7 +14,7 @@ from skipdit.analysis.surface import Quantity, perturbation_surface
 from skipdit.analysis.trajectory import (
     NUM_PICTURES,
     ErrorGrowth,
-    Run,
+    Trajectory,
     error_growth,
     sample_run,
     similarity_over_steps,
@@ -155,7 +155,7 @@ def measure(
 
 
 def jacobians_along(
-    model: DiT, full: Run, labels: Tensor, num_timesteps: int, advance: Callable[[], object]
+    model: DiT, full: Trajectory, labels: Tensor, num_timesteps: int, advance: Callable[[], object]
 ) -> dict[float, JacobianProfile]:
     """Return the Jacobian norms of units and halves on two pictures, at timesteps spread evenly over a run."""
     num_steps = len(full.timesteps)
@@ -170,7 +170,7 @@ def jacobians_along(
 
 def growth_by_method(
     runner: Runner,
-    full: Run,
+    full: Trajectory,
     step_norms: Tensor,
     methods: Sequence[str],
     advance: Callable[[], object],
@@ -190,7 +190,7 @@ def growth_by_method(
 
 
 def surfaces_of(
-    model: DiT, full: Run, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
+    model: DiT, full: Trajectory, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
 ) -> dict[tuple[str, int], NDArray]:
     """Return a perturbation surface for weights and for inputs at each timestep."""
     radii: dict[Quantity, float] = {"weights": config.weight_radius, "inputs": config.input_radius}

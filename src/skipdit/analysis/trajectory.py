@@ -22,7 +22,7 @@ NUM_PICTURES = 2  # of those sampled, whose Jacobian norms are measured
 
 
 @dataclass(frozen=True)
-class Run:
+class Trajectory:
     """The intermediate results of a run."""
 
     timesteps: Tensor
@@ -41,7 +41,7 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
     return F.cosine_similarity(first.float(), second.float(), dim=-1).mean(dim=-1)
 
 
-def sample_run(runner: Runner, method: CacheMethod | None = None) -> Run:
+def sample_run(runner: Runner, method: CacheMethod | None = None) -> Trajectory:
     """Sample once, with or without a cache, and keep the intermediate results. runner: as `Runner.of_latents` makes."""
     pipeline, head = runner.pipeline, "final_layer"
     before: list[Tensor] = []
@@ -58,7 +58,7 @@ def sample_run(runner: Runner, method: CacheMethod | None = None) -> Run:
         result = runner(method and OwnCache(method))
     latents = torch.stack([*before, result.samples.to(before[0].device).float()])
     timesteps = pipeline.scheduler.timesteps.float().cpu()
-    return Run(timesteps, latents, torch.stack(features), result.compute_ratio)
+    return Trajectory(timesteps, latents, torch.stack(features), result.compute_ratio)
 
 
 def similarity_over_steps(runner: Runner) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ def similarity_over_steps(runner: Runner) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class SolverSteps:
+class LinearSteps:
     """The steps of a first-order solver, x' = a x + b F(x)."""
 
     a: list[float]
@@ -105,7 +105,7 @@ class SolverSteps:
     """b of each step"""
 
     @classmethod
-    def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "SolverSteps":
+    def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "LinearSteps":
         """Probe a scheduler with ones and zeros. Raises `ValueError` if a step depends on earlier ones or draws
         noise."""
         if getattr(pipeline.scheduler.config, "solver_order", 1) != 1 or "DDPM" in type(pipeline.scheduler).__name__:
@@ -162,7 +162,7 @@ def guided_prediction(runner: Runner, timestep: Tensor) -> Callable[[Tensor], Te
 
 def step_jacobian_norms(
     runner: Runner,
-    full: Run,
+    full: Trajectory,
     *,
     num_timesteps: int,
     advance: Callable[[], object] = lambda: None,
@@ -171,7 +171,7 @@ def step_jacobian_norms(
     two pictures. It is measured at `num_timesteps` evenly spread steps; a step between two of them gets the larger
     norm. Calls `advance` after each measurement."""
     num_steps = len(full.timesteps)
-    solver = SolverSteps.of(runner.pipeline, num_steps)
+    solver = LinearSteps.of(runner.pipeline, num_steps)
     measured_steps = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique().tolist()
     measured_norms = {}
     for step in measured_steps:
@@ -194,10 +194,10 @@ def step_jacobian_norms(
 
 
 @torch.no_grad()
-def error_growth(runner: Runner, full: Run, step_norms: Tensor, method: CacheMethod) -> ErrorGrowth:
+def error_growth(runner: Runner, full: Trajectory, step_norms: Tensor, method: CacheMethod) -> ErrorGrowth:
     """Run with the cache, then run the full model on the latents of that run to see what each step adds."""
     cached = sample_run(runner, method)
-    solver = SolverSteps.of(runner.pipeline, len(full.timesteps))
+    solver = LinearSteps.of(runner.pipeline, len(full.timesteps))
 
     def size(difference: Tensor) -> float:
         return difference.double().flatten(1).norm(dim=1).square().mean().sqrt().item()

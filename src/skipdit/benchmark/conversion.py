@@ -45,7 +45,7 @@ VANILLA, BEFORE, RESIDUAL, FIRST, SECOND, TRAINED_ON = (
     "control",
 )
 SHOWN = (VANILLA, BEFORE, FIRST, SECOND, TRAINED_ON)
-METHODS = ("", "delta:")  # the paper's cache, which needs long skips, and one that needs none
+PREFIXES = ("", "delta:")  # the paper's cache, which needs long skips, and one that needs none
 FEWER = "fewer"
 PICTURE = "conversion.png"
 PICTURE_SCALE = 4
@@ -243,7 +243,7 @@ def specs_of(task: TrainingTask, interval: int) -> list[str]:
     """Return the caches with this interval that the model can have; they run equally many units."""
     model: Transformer = task.model
     has_long_skips = bool(model.long_skip_links.sources)
-    return [f"{method}N{interval}" for method in METHODS if method or has_long_skips]
+    return [f"{method}N{interval}" for method in PREFIXES if method or has_long_skips]
 
 
 def run_rows(
@@ -389,7 +389,7 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
     psnr = {(row.model, row.run): row.scores["psnr"].mean for row in rows}
     delta, fewer, control = (
         {f"N{n}": psnr[SECOND, f"N{n}"] - psnr[model, f"{run}N{n}"] for n in config.intervals}
-        for model, run in ((SECOND, METHODS[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, METHODS[1]))
+        for model, run in ((SECOND, PREFIXES[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, PREFIXES[1]))
     )
     beyond = [name for name, difference in control.items() if abs(difference) > CHANCE_DB]
     yield (
