@@ -12,12 +12,12 @@ from tiny import inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
 from skipdit.analysis.jacobian import (
-    UnitInputs,
     half_function,
     jacobian_profile,
     model_function,
     unit_bound,
     unit_function,
+    unit_inputs,
 )
 from skipdit.analysis.measure import AnalyzeConfig, measure
 from skipdit.analysis.record import record_inputs, record_outputs
@@ -25,8 +25,7 @@ from skipdit.analysis.report import analyze
 from skipdit.analysis.sections import figure_names, holds
 from skipdit.analysis.surface import filter_normalised, perturbation_surface, sample_normalised
 from skipdit.analysis.trajectory import (
-    RunSettings,
-    SolverSteps,
+    LinearSteps,
     cosine_similarity,
     error_growth,
     guided_prediction,
@@ -41,9 +40,9 @@ from skipdit.cli import main
 from skipdit.files.output import OutputFolder
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.runs import Runner
 from skipdit.spectral import jacobian_norms
 
-SETTINGS = RunSettings(labels=(1, 7), num_inference_steps=8)
 CONFIG = AnalyzeConfig(
     num_pictures=2,
     num_inference_steps=6,
@@ -117,12 +116,12 @@ def test_jacobian_norms_equal_dense_ones_and_stay_below_their_bounds(name: str) 
     model = nn.Module.to(tiny_dit(4, SKIPS[name]), torch.float64)
     latents, labels = inputs(size=4)
     latents, timestep = latents.double(), torch.tensor(500.0)
-    given = UnitInputs.of(model, latents, timestep, labels)
+    given = unit_inputs(model, latents, timestep, labels)
     functions = {
-        "unit 1": (unit_function(model, given, 1), given.units[1][0]),
-        "unit 3": (unit_function(model, given, 3), given.units[3][0]),
-        "first half": (half_function(model, given, second=False), given.units[0][0]),
-        "second half": (half_function(model, given, second=True), given.units[2][0]),
+        "unit 1": (unit_function(model, given, 1), given[1][0]),
+        "unit 3": (unit_function(model, given, 3), given[3][0]),
+        "first half": (half_function(model, given, second=False), given[0][0]),
+        "second half": (half_function(model, given, second=True), given[2][0]),
         "model": (model_function(model, timestep, labels), latents),
     }
     for what, (function, point) in functions.items():
@@ -130,8 +129,8 @@ def test_jacobian_norms_equal_dense_ones_and_stay_below_their_bounds(name: str) 
         for sample in range(2):
             assert found.value[sample].item() == pytest.approx(dense_norm(function, point, sample), rel=1e-3), what
     for unit in range(4):
-        function, point = unit_function(model, given, unit), given.units[unit][0]
-        bound = unit_bound(model.blocks[unit], *given.units[unit])
+        function, point = unit_function(model, given, unit), given[unit][0]
+        bound = unit_bound(model.blocks[unit], *given[unit])
         for sample in range(2):
             assert dense_norm(function, point, sample) <= bound[sample].item()
 
@@ -144,23 +143,23 @@ def test_no_unit_exceeds_its_bound_whatever_the_weights(seed: int) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02 * 3**seed / 3)
     latents, labels = inputs()
-    given = UnitInputs.of(model, latents.double(), torch.tensor(40.0 + 150 * seed), labels)
+    given = unit_inputs(model, latents.double(), torch.tensor(40.0 + 150 * seed), labels)
     for unit in range(4):
-        norms = jacobian_norms(unit_function(model, given, unit), given.units[unit][0], tolerance=1e-3)
-        assert (norms.value <= unit_bound(model.blocks[unit], *given.units[unit])).all()
+        norms = jacobian_norms(unit_function(model, given, unit), given[unit][0], tolerance=1e-3)
+        assert (norms.value <= unit_bound(model.blocks[unit], *given[unit])).all()
 
 
 def test_halves_are_what_the_model_runs() -> None:
     for num_layers in (5, 6):
         model = tiny_dit(num_layers)
         latents, labels = inputs()
-        given = UnitInputs.of(model, latents, torch.tensor(77), labels)
+        given = unit_inputs(model, latents, torch.tensor(77), labels)
         middle = num_layers // 2
         with record_outputs(model, [f"blocks.{num_layers - 1}"]) as recorded, torch.no_grad():
             model(latents, torch.tensor(77), labels)
         with torch.no_grad():
-            first = half_function(model, given, second=False)(given.units[0][0])
-            assert torch.equal(first, given.units[middle][0])
+            first = half_function(model, given, second=False)(given[0][0])
+            assert torch.equal(first, given[middle][0])
             assert torch.equal(half_function(model, given, second=True)(first), recorded[f"blocks.{num_layers - 1}"][0])
 
 
@@ -189,9 +188,13 @@ def test_the_transcribed_theorem_needs_gamma_below_one(gamma: float, below: bool
 # Along a run
 
 
+def runner_of(pipeline: ClassToImagePipeline) -> Runner:
+    return Runner.of_latents(pipeline, (1, 7), num_inference_steps=8, guidance_scale=2.0)
+
+
 def test_a_run_keeps_what_the_pipeline_saw() -> None:
     pipeline = tiny_pipeline()
-    run = sample_run(pipeline, SETTINGS)
+    run = sample_run(runner_of(pipeline))
     assert run.latents.shape == (9, 2, 4, 8, 8)
     assert run.features.shape[:2] == (8, 4)
     expected = pipeline(
@@ -202,7 +205,7 @@ def test_a_run_keeps_what_the_pipeline_saw() -> None:
         output_type="latent",
     ).images
     assert torch.equal(run.latents[-1], expected)
-    cached = sample_run(pipeline, SETTINGS, parse_method("N2"))
+    cached = sample_run(runner_of(pipeline), parse_method("N2"))
     assert torch.equal(cached.latents[1], run.latents[1])
     assert not torch.equal(cached.latents[2], run.latents[2])
     assert type(pipeline.transformer).__call__ is nn.Module.__call__
@@ -225,13 +228,13 @@ def test_a_run_is_followed_under_every_cache(spec: str) -> None:
     """Also where the last unit is left out, or a reuse is refused after the first unit."""
     torch.manual_seed(0)
     pipeline = tiny_pipeline()
-    full, method = sample_run(pipeline, SETTINGS), parse_method(spec)
-    cached = sample_run(pipeline, SETTINGS, method)
+    full, method = sample_run(runner_of(pipeline)), parse_method(spec)
+    cached = sample_run(runner_of(pipeline), method)
     assert cached.latents.shape == full.latents.shape
     assert cached.features.shape == full.features.shape
     assert cached.compute_ratio > 1
     assert torch.equal(cached.features[0], full.features[0])
-    growth = error_growth(pipeline, SETTINGS, full, torch.ones(SETTINGS.num_inference_steps), method)
+    growth = error_growth(runner_of(pipeline), full, torch.ones(8), method)
     assert growth.injected[0] < 1e-6
     assert growth.injected.max() > 1e-4
     assert growth.feature_similarity.isfinite().all()
@@ -239,8 +242,8 @@ def test_a_run_is_followed_under_every_cache(spec: str) -> None:
 
 def test_similarity_over_steps_by_hand() -> None:
     pipeline = tiny_pipeline()
-    run = sample_run(pipeline, SETTINGS)
-    timesteps, similarity, pairs = similarity_over_steps(pipeline, SETTINGS)
+    run = sample_run(runner_of(pipeline))
+    timesteps, similarity, pairs = similarity_over_steps(runner_of(pipeline))
     assert similarity.shape == (6, 7)
     assert timesteps.tolist() == run.timesteps[1:].tolist()
     by_hand = cosine_similarity(run.features[1:], run.features[:-1]).mean(dim=1)
@@ -260,11 +263,11 @@ def test_solver_steps_make_the_pipelines_run(scheduler: str) -> None:
         pipeline.set_progress_bar_config(disable=True)
     else:
         pipeline = tiny_pipeline()
-    run = sample_run(pipeline, SETTINGS)
-    solver = SolverSteps.of(pipeline, 8)
+    run = sample_run(runner_of(pipeline))
+    solver = LinearSteps.of(pipeline, 8)
     with torch.no_grad():
         for step, timestep in enumerate(run.timesteps):
-            predict = guided_prediction(pipeline.transformer, SETTINGS, timestep)
+            predict = guided_prediction(runner_of(pipeline), timestep)
             made = solver.a[step] * run.latents[step] + solver.b[step] * predict(run.latents[step])
             torch.testing.assert_close(made, run.latents[step + 1], atol=1e-3, rtol=1e-4)
 
@@ -272,22 +275,22 @@ def test_solver_steps_make_the_pipelines_run(scheduler: str) -> None:
 def test_samplers_whose_steps_are_no_function_are_refused() -> None:
     for name in ("dpm", "ddpm"):
         with pytest.raises(ValueError, match="first-order"):
-            SolverSteps.of(tiny_pipeline(name), 8)
+            LinearSteps.of(tiny_pipeline(name), 8)
 
 
 def test_errors_stay_below_their_bound_and_a_control_makes_none() -> None:
     pipeline = tiny_pipeline()
-    run = sample_run(pipeline, SETTINGS)
-    norms = step_jacobian_norms(pipeline, SETTINGS, run, num_timesteps=8)
+    run = sample_run(runner_of(pipeline))
+    norms = step_jacobian_norms(runner_of(pipeline), run, num_timesteps=8)
     assert norms.shape == (8,)
-    growth = error_growth(pipeline, SETTINGS, run, norms, parse_method("N2"))
+    growth = error_growth(runner_of(pipeline), run, norms, parse_method("N2"))
     assert growth.measured[0] < 1e-6
     assert growth.measured[-1] > 1e-4
     assert (growth.geometric >= growth.predicted * 0.999).all()
     torch.testing.assert_close(growth.measured[1], growth.injected[1], rtol=1e-2, atol=1e-6)
     assert holds(growth.measured, 1.05 * growth.predicted)
     assert growth.feature_similarity[0] == pytest.approx(1, abs=1e-6)
-    control = error_growth(pipeline, SETTINGS, run, norms, parse_method("N1"))
+    control = error_growth(runner_of(pipeline), run, norms, parse_method("N1"))
     assert control.measured.max() == 0
     assert not holds(growth.measured, control.predicted)
 
@@ -296,7 +299,7 @@ def test_errors_stay_below_their_bound_and_a_control_makes_none() -> None:
 def test_errors_are_measured_under_any_cache(method: str) -> None:
     """Also where one leaves out the last unit, or calls the model twice in a step."""
     pipeline = tiny_pipeline()
-    run = sample_run(pipeline, SETTINGS)
+    run = sample_run(runner_of(pipeline))
     row = METHODS[method]
     specs = [spec for spec in (f"{method}:N2", f"{method}:0.9", f"{method}:1.5") if is_spec(spec)]
     for spec in specs:
@@ -305,7 +308,7 @@ def test_errors_are_measured_under_any_cache(method: str) -> None:
             rules_on(parsed, pipeline.transformer)
         except ValueError:
             continue
-        growth = error_growth(pipeline, SETTINGS, run, torch.ones(8, dtype=torch.float64), parsed)
+        growth = error_growth(runner_of(pipeline), run, torch.ones(8, dtype=torch.float64), parsed)
         assert growth.measured.shape == growth.feature_similarity.shape == (8,), row
         assert growth.compute_ratio > 1
         assert growth.measured[-1] > 0

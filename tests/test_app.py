@@ -21,8 +21,8 @@ pytest.importorskip("markdown_it", reason='needs the page: pip install "skipdit[
 from skipdit.app import chart, drawing
 from skipdit.app.downloads import Downloads
 from skipdit.app.generate import (
-    Comparison,
     SampleRequest,
+    Shown,
     Side,
     cache_names,
     difference,
@@ -269,7 +269,7 @@ def test_models_that_were_named_have_the_dtype_asked_for(folder: Path) -> None:
 
 
 def test_both_runs_are_told_step_by_step(source: Source) -> None:
-    seen: list[tuple[str, int, Comparison]] = []
+    seen: list[tuple[str, int, Shown]] = []
 
     class Watched(Job):
         def tell(self, **fields: object) -> None:
@@ -345,9 +345,9 @@ def test_what_cannot_be_sampled_is_refused(fields: dict[str, object], message: s
 def test_the_difference_is_amplified_and_shows_what_is_broken() -> None:
     full = torch.full((1, 3, 2, 2), 0.5)
     cached = full + torch.tensor([0.01, -0.01, math.nan, 0.5]).view(2, 2)
-    shown = Comparison(Side("full", 4, samples=full, seconds=1), Side("cached", 4, samples=cached), ["cat"], "N2")
+    shown = Shown(Side("full", 4, samples=full, seconds=1), Side("cached", 4, samples=cached), ["cat"], "N2")
     assert difference(shown, 10) is None
-    shown = Comparison(shown.full, Side("cached", 4, samples=cached, seconds=1), ["cat"], "N2")
+    shown = Shown(shown.full, Side("cached", 4, samples=cached, seconds=1), ["cat"], "N2")
     found = difference(shown, 10)
     assert found is not None
     torch.testing.assert_close(found[0, 0], torch.tensor([[0.1, 0.1], [1.0, 1.0]]))
@@ -357,7 +357,7 @@ def test_the_difference_is_amplified_and_shows_what_is_broken() -> None:
 
 def test_texts_are_escaped_and_clips_move() -> None:
     clips = torch.rand(1, 4, 3, 8, 8)
-    shown = Comparison(Side("full", 4, samples=clips), Side("cached", 4), [HOSTILE], HOSTILE)
+    shown = Shown(Side("full", 4, samples=clips), Side("cached", 4), [HOSTILE], HOSTILE)
     page = drawing.comparison(shown) + drawing.note("failed", HOSTILE)
     assert HOSTILE not in page
     assert "&lt;img src=x" in page

@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason='needs the page: pip install "skipdit[app]"
 
 import skipdit.app.models
 from skipdit.app.downloads import Downloads
-from skipdit.app.generate import Comparison, Side
+from skipdit.app.generate import Shown, Side
 from skipdit.app.jobs import Jobs
 from skipdit.app.models import Models, labels_of
 from skipdit.app.page import NUM_KEPT, Page
@@ -49,7 +49,7 @@ def test_the_samples_of_the_last_comparisons_stay_in_memory(folder: Path) -> Non
     page = page_of(folder)
     samples = torch.rand(1, 3, 8, 8)
     sides = Side("full", 4, samples=samples, seconds=1), Side("cached", 4, samples=samples / 2, seconds=1)
-    tokens = [page.comparisons.keep(Comparison(*sides, [f"number {number}"], "N2")) for number in range(NUM_KEPT + 2)]
+    tokens = [page.comparisons.keep(Shown(*sides, [f"number {number}"], "N2")) for number in range(NUM_KEPT + 2)]
     assert len(page.comparisons.kept) == NUM_KEPT
     for number, token in enumerate(tokens):
         drawn = page.amplify(token, 10)

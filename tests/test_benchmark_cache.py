@@ -317,7 +317,7 @@ def test_a_failed_run_leaves_the_pipeline_as_it_was(folder: Path, sampler: Sampl
     with pytest.raises(ValueError, match="class labels"):
         bench.run(plan, config(folder), bench.Batch([99], [0]))
     with pytest.raises(ValueError, match="class labels"):
-        bench.count_flops(dataclasses.replace(plan, scheduler=None), config(folder), bench.Batch([99], [0]))
+        bench.cost_of(dataclasses.replace(plan, scheduler=None), config(folder), bench.Batch([99], [0]))
     assert pipeline.scheduler is scheduler
     assert "step" not in vars(scheduler)
     assert type(pipeline.transformer) is model_class
@@ -366,9 +366,9 @@ def test_flops_are_those_of_the_kinds_of_step(folder: Path, sampler: Sampler) ->
 
     def cost(spec: str) -> Cost:
         plan = bench.Plan("m", spec, "others", sampler, 6, cache=SpecCache("m", spec, False, Source(sampler)))
-        return bench.count_flops(plan, settings, batch)
+        return bench.cost_of(plan, settings, batch)
 
-    uncached = bench.count_flops(bench.Plan("", "", "control", sampler, 6), settings, batch)
+    uncached = bench.cost_of(bench.Plan("", "", "control", sampler, 6), settings, batch)
     assert uncached.at(3, 0) == pytest.approx(uncached.flops / 2)
     every_second, every_third = cost("N2"), cost("N3")
     assert (every_second.steps, every_third.steps) == ((3, 3), (2, 4))

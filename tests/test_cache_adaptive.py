@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skipdit.cache.enable import cache_summary, enable_cache
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
-from skipdit.cache.steppers import relative_change
+from skipdit.cache.steppers import relative_change_number
 from skipdit.models.costs import flop_counter
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
@@ -186,7 +186,7 @@ def test_a_second_run_decides_as_the_first(method: str) -> None:
 
 
 def change_of(values: dict[str, Tensor], before: dict[str, Tensor]) -> float:
-    return relative_change({"region": values}, {"region": before})
+    return relative_change_number({"region": values}, {"region": before})
 
 
 def test_the_relative_change_is_of_all_values_together() -> None:

@@ -10,8 +10,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 import tyro
 
-import skipdit.calibration.config as calibration_config
-from skipdit.cache import predictor
 from skipdit.cli import COMMANDS
 from skipdit.command_options import explain_fields, parse
 from skipdit.commands.benches import BENCHES
@@ -119,10 +117,6 @@ def test_help_needs_no_pytorch(command: str) -> None:
 
 def test_training_offers_the_model_of_every_task() -> None:
     assert list(MODEL_CONFIGS) == [task.model_config for task in TASKS.values()]
-
-
-def test_limits_that_help_needs_are_those_of_the_code() -> None:
-    assert calibration_config.MAX_ORDER == predictor.MAX_ORDER
 
 
 def test_groups_hold_every_option_and_change_no_value() -> None:

@@ -112,6 +112,14 @@ def test_files_and_functions_are_short(repo_root: Path) -> None:
     assert too_long == []
 
 
+def test_few_places_ask_for_a_type(repo_root: Path) -> None:
+    calls = 0
+    for path in (repo_root / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            calls += isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance"
+    assert calls < 50
+
+
 def test_tracked_files_name_no_machine_path(repo_root: Path) -> None:
     listing = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

@@ -13,7 +13,7 @@ from tiny import inputs, tiny_dit, tiny_latte
 from torch import nn
 from training_runs import make_config, make_data
 
-from skipdit.analysis.jacobian import UnitInputs, jacobian_norms, unit_bound, unit_function
+from skipdit.analysis.jacobian import jacobian_norms, unit_bound, unit_function, unit_inputs
 from skipdit.checkpoints import load_model, to_diffusers, to_official
 from skipdit.models.dit import Attention, DiT, DiTBlock
 from skipdit.models.inflate import inflate_latte
@@ -110,10 +110,10 @@ def test_no_unit_exceeds_its_bound(seed: int) -> None:
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02 * 3**seed)
     latents, labels = inputs()
-    given = UnitInputs.of(model, latents.double(), torch.tensor(40.0 + 150 * seed), labels)
+    given = unit_inputs(model, latents.double(), torch.tensor(40.0 + 150 * seed), labels)
     for unit in range(4):
-        norms = jacobian_norms(unit_function(model, given, unit), given.units[unit][0], tolerance=1e-3)
-        assert (norms.value <= unit_bound(cast(DiTBlock, model.blocks[unit]), *given.units[unit])).all()
+        norms = jacobian_norms(unit_function(model, given, unit), given[unit][0], tolerance=1e-3)
+        assert (norms.value <= unit_bound(cast(DiTBlock, model.blocks[unit]), *given[unit])).all()
 
 
 def test_half_precision_keeps_its_type() -> None:

@@ -217,14 +217,14 @@ def test_a_killed_run_continues_with_equal_samples(config: SampleConfig, tmp_pat
 
 
 def test_an_interrupted_run_reports_the_complete_samples(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = skipdit.sampling.sets.BlockMaker.make
+    make_block = skipdit.sampling.sets.SetRun.make_block
 
-    def stops(maker: Any, number: int, writer: Any) -> Any:
+    def stops(run: Any, number: int, *options: Any) -> Any:
         if number == 2:
             raise KeyboardInterrupt
-        return make(maker, number, writer)
+        return make_block(run, number, *options)
 
-    monkeypatch.setattr(skipdit.sampling.sets.BlockMaker, "make", stops)
+    monkeypatch.setattr(skipdit.sampling.sets.SetRun, "make_block", stops)
     with pytest.raises(KeyboardInterrupt) as stopped:
         sample_set(config)
     assert "16 samples are complete; the same command continues with them" in stopped.value.__notes__
@@ -235,7 +235,7 @@ def test_an_interrupted_run_reports_the_complete_samples(config: SampleConfig, m
 def test_what_is_done_is_not_done_again(config: SampleConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     report, _ = made(config, num_samples=9)
     before = (config.out / "samples.npz").stat()
-    monkeypatch.setattr(skipdit.sampling.sets, "BlockMaker", None)
+    monkeypatch.setattr(skipdit.sampling.sets.SetRun, "make_block", None)
     again, _ = made(config, num_samples=9)
     assert again == report
     assert (config.out / "samples.npz").stat() == before

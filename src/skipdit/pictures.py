@@ -4,8 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -13,10 +12,14 @@ MARGIN = 6
 MOST_PER_PIXEL = 4  # characters measured per pixel of width: a text may have any number of characters without width
 
 
+def to_frames(pixels: Float[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch height width 3"]:
+    """Convert pixels in [0, 1] to uint8, channels last."""
+    return (pixels.detach().cpu().float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).contiguous()
+
+
 def to_pictures(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
     """Convert pixels in [0, 1] to 8-bit pictures."""
-    levels = (pixels.permute(0, 2, 3, 1).cpu().float() * 255).round().clamp(0, 255).byte().numpy()
-    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in levels]
+    return [Image.fromarray(picture) for picture in to_frames(pixels).numpy()]
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:

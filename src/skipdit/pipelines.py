@@ -26,7 +26,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from skipdit.cache.enable import last_stream
-from skipdit.cache.state import Counts
+from skipdit.cache.state import StepCounts
 from skipdit.cache.streams import Stream, cache_context
 from skipdit.diffusion import guide
 from skipdit.interfaces import VAE, Config, Fields
@@ -60,13 +60,13 @@ class ShallowGuidance:
         same shape. args, kwargs: the model's arguments for the latter."""
         stream = last_stream(self.model)
         if stream is not None and self.held is not None and self.held[:2] == (stream, stream.counts.full):
-            stream.counts += Counts(held=1)
+            stream.counts += StepCounts(held=1)
             return conditional, conditional - self.held[2]
         conditional = conditional.clone()  # the next call of a CUDA graph would overwrite it
         unconditional = self.model(*args, **kwargs, plan=self.plan).output[0].to(conditional.dtype)
         if stream is not None:
             assert stream.costs is not None
-            stream.counts += Counts(shallow=1, cost=stream.costs.of_step((self.left_out,)))
+            stream.counts += StepCounts(shallow=1, cost=stream.costs.of_step((self.left_out,)))
             self.held = stream, stream.counts.full, conditional - unconditional
         return conditional, unconditional
 

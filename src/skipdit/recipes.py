@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from skipdit.data.config import ClipConfig, DataConfig, LatentConfig
 from skipdit.models.pairing import LongSkipConfig
-from skipdit.models.presets import PRESET_SIZES
+from skipdit.models.presets import LATTE_PRESETS, PRESETS, preset_sizes
 from skipdit.options.objective import Objective
 from skipdit.tasks.config import ModelConfig, TextToImageModelConfig, TextToVideoModelConfig, VideoModelConfig
 from skipdit.training.config import TokenRoutingConfig, TrainConfig
@@ -19,6 +19,18 @@ PIXELS = Objective(
     logit_std=0.8,
     min_sigma=0.1,
 )
+
+# what the recipes in pixels have in common
+IN_PIXELS = TrainConfig(
+    objective=PIXELS,
+    batch_size=32,
+    learning_rate=8e-4,
+    warmup_steps=200,
+    weight_decay=0.01,
+    ema_decay=0.999,
+)
+
+LATTE_XL = preset_sizes("Latte-XL/2", LATTE_PRESETS)
 
 # what the recipes on latents have in common: AdamW at a constant rate, as in facebookresearch/DiT, train.py
 ON_LATENTS = TrainConfig(
@@ -45,16 +57,12 @@ def emoji() -> TrainConfig:
     about 55 pictures per second where nothing else ran. `benchmarks/emoji_training.jsonl` is the log; the first
     2,000 steps had max_steps 8000, and it was paused now and then, which its speed includes.
     """
-    return TrainConfig(
+    return replace(
+        IN_PIXELS,
         data=DataConfig(source="emoji", image_size=64),
         model=ModelConfig(num_layers=24, num_attention_heads=4, attention_head_dim=44, patch_size=8),
-        objective=PIXELS,
         routing=TokenRoutingConfig(mode="bypass"),
         max_steps=7000,
-        batch_size=32,
-        learning_rate=8e-4,
-        warmup_steps=200,
-        weight_decay=0.01,
         ema_decay=0.9995,
         release_dtype="bfloat16",
     )
@@ -66,23 +74,12 @@ def stability() -> TrainConfig:
     `skipdit train stability --out runs/skip`; with a spectral cap
     `skipdit train stability --out runs/cap1 spectral:spectral-config --spectral.maximum 1`.
     """
-    return TrainConfig(
+    return replace(
+        IN_PIXELS,
         data=DataConfig(source="emoji", image_size=32),
         model=ModelConfig(num_layers=12, num_attention_heads=4, attention_head_dim=32, patch_size=4),
-        objective=Objective(
-            process="flow",
-            prediction_type="sample",
-            timestep_sampling="logit_normal",
-            logit_mean=0.4,
-            logit_std=1.0,
-            min_sigma=0.1,
-        ),
+        objective=replace(PIXELS, logit_mean=0.4, logit_std=1.0),
         max_steps=1600,
-        batch_size=32,
-        learning_rate=8e-4,
-        warmup_steps=200,
-        weight_decay=0.01,
-        ema_decay=0.999,
     )
 
 
@@ -106,17 +103,16 @@ def emoji_clips() -> TrainConfig:
     over the last 100, 1 to 2 clips per second. `benchmarks/emoji_clips_training.jsonl` is the log; steps 1 to 250 had
     max_steps 900 and steps 251 to 300 had 520.
     """
-    return TrainConfig(
+    return replace(
+        IN_PIXELS,
         data=ClipConfig(num_frames=8, frame_interval=2, num_pictures=2),
         model=VideoModelConfig(
             num_layers=16, num_attention_heads=4, attention_head_dim=44, patch_size=8, inflate="emoji"
         ),
-        objective=PIXELS,
         max_steps=700,
         batch_size=4,
         learning_rate=5e-4,
         warmup_steps=50,
-        weight_decay=0.01,
         ema_decay=0.995,
         num_samples=6,
         release_dtype="bfloat16",
@@ -134,17 +130,13 @@ def emoji_text() -> TrainConfig:
     around step 900, 0.090 over the last 100, 4 to 18 pictures per second. `benchmarks/emoji_text_training.jsonl` is the
     log; max_steps was 2500, 1100, 1900 and 1700 in turn, from steps 1, 401, 501 and 1301.
     """
-    return TrainConfig(
+    return replace(
+        IN_PIXELS,
         data=DataConfig(source="emoji", image_size=64),
         model=TextToImageModelConfig(num_layers=10, num_attention_heads=4, attention_head_dim=44, patch_size=8),
-        objective=PIXELS,
         routing=TokenRoutingConfig(mode="bypass"),
         max_steps=1700,
-        batch_size=32,
         learning_rate=1e-3,
-        warmup_steps=200,
-        weight_decay=0.01,
-        ema_decay=0.999,
         release_dtype="bfloat16",
     )
 
@@ -160,17 +152,16 @@ def emoji_text_clips() -> TrainConfig:
     over the last 100, about 2 clips per second. `benchmarks/emoji_text_clips_training.jsonl` is the log; up to step 250
     max_steps was 900.
     """
-    return TrainConfig(
+    return replace(
+        IN_PIXELS,
         data=ClipConfig(num_frames=8, frame_interval=2),
         model=TextToVideoModelConfig(
             num_layers=6, num_attention_heads=4, attention_head_dim=44, patch_size=8, inflate="emoji"
         ),
-        objective=PIXELS,
         max_steps=750,
         batch_size=4,
         learning_rate=5e-4,
         warmup_steps=50,
-        weight_decay=0.01,
         ema_decay=0.995,
         num_samples=6,
         release_dtype="bfloat16",
@@ -186,16 +177,11 @@ def convert_plain() -> TrainConfig:
     `benchmarks/conversion_cpu.md`, which `skipdit bench conversion` makes: the averaged weights on the same 512
     pictures of the training data.
     """
-    return TrainConfig(
+    return replace(
+        IN_PIXELS,
         data=DataConfig(source="emoji", image_size=32),
         model=ModelConfig(num_layers=12, num_attention_heads=4, attention_head_dim=32, patch_size=8, long_skip=None),
-        objective=PIXELS,
         max_steps=1500,
-        batch_size=32,
-        learning_rate=8e-4,
-        warmup_steps=200,
-        weight_decay=0.01,
-        ema_decay=0.999,
     )
 
 
@@ -255,16 +241,10 @@ def convert_control() -> TrainConfig:
 def dit_on_latents(size: str, max_steps: int) -> TrainConfig:
     """A DiT of this size, patches of 2, with long skips, on latents of ImageNet at 256 pixels, as Skip-DiT trains it:
     AdamW at a constant 1e-4, batches of 256, mirrored halves (facebookresearch/DiT, train.py)."""
-    num_layers, hidden_size, num_attention_heads = PRESET_SIZES[size]
     return replace(
         ON_LATENTS,
         data=LatentConfig(source="latents/imagenet-256", num_channels=4, sample_size=32, num_classes=1000),
-        model=ModelConfig(
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=hidden_size // num_attention_heads,
-            patch_size=2,
-        ),
+        model=ModelConfig(**preset_sizes(f"DiT-{size}/2", PRESETS)),
         max_steps=max_steps,
         batch_size=256,
         gradient_clip=0.0,
@@ -314,7 +294,6 @@ def dit_xl() -> TrainConfig:
 def latte_on_latents(name: str, num_classes: int | None, max_steps: int, *, flip: bool) -> TrainConfig:
     """A Latte-XL/2 with long skips on latents of 16 frames of 256 pixels and 8 single pictures beside each clip (Latte,
     arXiv 2401.03048; Skip-DiT's train_with_img.py): AdamW at a constant 1e-4, gradient norms clipped at 0.1."""
-    num_layers, hidden_size, num_attention_heads = PRESET_SIZES["XL"]
     return replace(
         ON_LATENTS,
         data=LatentConfig(
@@ -325,13 +304,7 @@ def latte_on_latents(name: str, num_classes: int | None, max_steps: int, *, flip
             num_classes=num_classes,
             num_pictures=8,
         ),
-        model=VideoModelConfig(
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=hidden_size // num_attention_heads,
-            patch_size=2,
-            conditional=num_classes is not None,
-        ),
+        model=VideoModelConfig(**LATTE_XL, conditional=num_classes is not None),
         max_steps=max_steps,
         gradient_clip=0.1,
         flip=flip,
@@ -391,9 +364,7 @@ def latte_text() -> TrainConfig:
     return replace(
         ON_LATENTS,
         data=LatentConfig(source="latents/text", num_channels=4, sample_size=64, num_frames=16),
-        model=TextToVideoModelConfig(
-            num_layers=28, num_attention_heads=16, attention_head_dim=72, patch_size=2, long_skip=None
-        ),
+        model=TextToVideoModelConfig(**LATTE_XL, long_skip=None),
         objective=Objective(),
         max_steps=300_000,
         num_accumulation_steps=2,
@@ -411,9 +382,13 @@ def latte_text_stage_one() -> TrainConfig:
     `skipdit train latte-text-stage-one --out runs/latte-text-stage-one` (after `latte-text`, or with `--start-from`).
     Not yet run.
     """
-    plain = latte_text()
-    model = TextToVideoModelConfig(num_layers=28, num_attention_heads=16, attention_head_dim=72, patch_size=2)
-    return replace(plain, model=model, start_from="runs/latte-text/pipeline", stage="long-skips-only", max_steps=30_000)
+    return replace(
+        latte_text(),
+        model=TextToVideoModelConfig(**LATTE_XL),
+        start_from="runs/latte-text/pipeline",
+        stage="long-skips-only",
+        max_steps=30_000,
+    )
 
 
 def latte_text_stage_two() -> TrainConfig:

@@ -66,9 +66,9 @@ def listed(items: Mapping[str, object]) -> str:
     return "\n".join(f"- {name}: {text}" for name, text in items.items())
 
 
-def numbers(values: Mapping[str, float], digits: int = 3) -> dict[str, object]:
-    """Return the numbers as cells of a table, with `digits` digits after the decimal point."""
-    return {name: f"{value:.{digits}f}" for name, value in values.items()}
+def numbers(values: Mapping[str, float]) -> dict[str, object]:
+    """Return the numbers as cells of a table, with three digits after the decimal point."""
+    return {name: f"{value:.3f}" for name, value in values.items()}
 
 
 def judge(what: str, values: Mapping[Any, float], target: float) -> str:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -80,6 +80,19 @@ def progress_bar(*, shown: bool = True) -> "Progress":
         progress.TextColumn("{task.description}"),
     )
     return progress.Progress(*columns, disable=not shown)
+
+
+@contextlib.contextmanager
+def counting(description: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a progress bar inside the block; yield `advance(count=1, description=...)`, which counts items that are done
+    and may name the next one."""
+    with progress_bar(shown=shown) as bar:
+        task = bar.add_task(description, total=total)
+
+        def advance(count: int = 1, description: str | None = None) -> None:
+            bar.update(task, advance=count, description=description)
+
+        yield advance
 
 
 def say_stopped(stopped: KeyboardInterrupt) -> int:

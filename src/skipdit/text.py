@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
+from skipdit.files.packages import find_in_package
 from skipdit.files.untrusted import check_hash, printable
 from skipdit.interfaces import Transformer
 
@@ -137,9 +138,8 @@ def check_prompt(prompt: str) -> None:
 
 def find_weights() -> Path | None:
     """Return the folder of the weights if their package is installed, without importing it, which is slow."""
-    spec = importlib.util.find_spec(WEIGHTS_PACKAGE)
-    folders = [Path(location) / "model" for location in (spec and spec.submodule_search_locations) or ()]
-    return next((folder for folder in folders if (folder / "model.safetensors").is_file()), None)
+    file = find_in_package(WEIGHTS_PACKAGE, "model", "model.safetensors")
+    return file and file.parent
 
 
 def check_text_installed() -> Path:

@@ -2,8 +2,9 @@
 and a closed-form bound for units.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,34 +15,37 @@ from skipdit.analysis.record import record_inputs
 from skipdit.models.dit import DiT, DiTBlock, HeadNorm, modulate
 from skipdit.spectral import JacobianNorms, jacobian_norms
 
+TOLERANCE, MAX_ITERATIONS = 1e-2, 30  # of every Jacobian norm
 GELU_SLOPE = 1.13  # the largest derivative of GELU, 1.1290 in its tanh form
 
 
-@dataclass(frozen=True)
-class UnitInputs:
-    """The inputs of all blocks in one call."""
+class UnitInput(NamedTuple):
+    """The input of a block in one call."""
 
-    units: list[tuple[Tensor, Tensor, Tensor | None]]
-    """hidden_states (batch tokens dim), conditioning (batch dim), skip"""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: DiT, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> "UnitInputs":
-        """Call the model and return the inputs of its blocks."""
-        names = [f"blocks.{unit}" for unit in range(len(model.blocks))]
-        with record_inputs(model, names) as recorded:
-            model(latents, timestep, class_labels)
-        return cls([recorded[name][0] for name in names])
+    hidden_states: Tensor
+    """(batch tokens dim)"""
+    conditioning: Tensor
+    """(batch dim)"""
+    skip: Tensor | None
 
 
-def unit_function(model: DiT, inputs: UnitInputs, unit: int) -> Callable[[Tensor], Tensor]:
+@torch.no_grad()
+def unit_inputs(model: DiT, latents: Tensor, timestep: Tensor, class_labels: Tensor) -> list[UnitInput]:
+    """Call the model and return the inputs of its blocks."""
+    names = [f"blocks.{unit}" for unit in range(len(model.blocks))]
+    with record_inputs(model, names) as recorded:
+        model(latents, timestep, class_labels)
+    return [UnitInput(*recorded[name][0]) for name in names]
+
+
+def unit_function(model: DiT, inputs: Sequence[UnitInput], unit: int) -> Callable[[Tensor], Tensor]:
     """Return unit `unit` as a function of its hidden states, with its skip and conditioning held constant."""
-    _, conditioning, skip = inputs.units[unit]
+    _, conditioning, skip = inputs[unit]
     block = model.blocks[unit]
     return lambda hidden_states: block(hidden_states, conditioning, skip)
 
 
-def half_function(model: DiT, inputs: UnitInputs, *, second: bool) -> Callable[[Tensor], Tensor]:
+def half_function(model: DiT, inputs: Sequence[UnitInput], *, second: bool) -> Callable[[Tensor], Tensor]:
     """Return the first or the second half as a function of the hidden states that enter it.
 
     The second half's skips come from the first half and are held constant, except the middle unit's skip, which is the
@@ -54,7 +58,7 @@ def half_function(model: DiT, inputs: UnitInputs, *, second: bool) -> Callable[[
     def function(hidden_states: Tensor) -> Tensor:
         half_input = hidden_states
         for unit in units:
-            _, conditioning, skip = inputs.units[unit]
+            _, conditioning, skip = inputs[unit]
             is_middle_pair = unit == middle and sources.get(unit) == middle - 1
             hidden_states = model.blocks[unit](hidden_states, conditioning, half_input if is_middle_pair else skip)
         return hidden_states
@@ -89,30 +93,27 @@ def jacobian_profile(
     timestep: Tensor,
     class_labels: Tensor,
     *,
-    tolerance: float = 1e-2,
-    max_iterations: int = 30,
     advance: Callable[[], object] = lambda: None,
 ) -> JacobianProfile:
     """Return all Jacobian norms of a model at latents (batch channels height width) and one timestep. Calls `advance`
     after each."""
-    inputs = UnitInputs.of(model, latents, timestep, class_labels)
+    inputs = unit_inputs(model, latents, timestep, class_labels)
     middle = len(model.blocks) // 2
 
     def measure(function: Callable[[Tensor], Tensor], point: Tensor) -> JacobianNorms:
-        norms = jacobian_norms(function, point, tolerance=tolerance, max_iterations=max_iterations)
+        norms = jacobian_norms(function, point, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
         advance()
         return norms
 
-    units = [measure(unit_function(model, inputs, unit), inputs.units[unit][0]) for unit in range(len(model.blocks))]
-    first = measure(half_function(model, inputs, second=False), inputs.units[0][0])
-    second = measure(half_function(model, inputs, second=True), inputs.units[middle][0])
+    units = [
+        measure(unit_function(model, inputs, unit), inputs[unit].hidden_states) for unit in range(len(model.blocks))
+    ]
+    first = measure(half_function(model, inputs, second=False), inputs[0].hidden_states)
+    second = measure(half_function(model, inputs, second=True), inputs[middle].hidden_states)
     whole = measure(model_function(model, timestep, class_labels), latents)
     return JacobianProfile(
         units=[norms.value.mean().item() for norms in units],
-        bounds=[
-            unit_bound(block, *unit_inputs).mean().item()
-            for block, unit_inputs in zip(model.dit_blocks, inputs.units, strict=True)
-        ],
+        bounds=[unit_bound(block, *given).mean().item() for block, given in zip(model.dit_blocks, inputs, strict=True)],
         first_half=first.value.mean().item(),
         second_half=second.value.mean().item(),
         model=whole.value.mean().item(),

@@ -12,9 +12,9 @@ from skipdit.analysis.config import AnalyzeConfig
 from skipdit.analysis.jacobian import JacobianProfile, jacobian_profile
 from skipdit.analysis.surface import Quantity, perturbation_surface
 from skipdit.analysis.trajectory import (
+    NUM_PICTURES,
     ErrorGrowth,
-    Run,
-    RunSettings,
+    Trajectory,
     error_growth,
     sample_run,
     similarity_over_steps,
@@ -26,6 +26,7 @@ from skipdit.cache.runtime import rules_on
 from skipdit.diffusion import make_scheduler, objective_of
 from skipdit.models.dit import DiT
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.runs import Runner
 from skipdit.tasks.task import spread
 
 
@@ -81,14 +82,15 @@ class Measured:
         return arrays
 
 
-def settings_of(config: AnalyzeConfig, pipeline: ClassToImagePipeline) -> RunSettings:
-    """Return the settings of a model's runs. Raises `ValueError` if the model lacks one of the labels."""
+def runner_of(config: AnalyzeConfig, pipeline: ClassToImagePipeline) -> Runner:
+    """Return what makes a model's runs. Raises `ValueError` if the model lacks one of the labels."""
     num_classes = pipeline.transformer.config.num_classes
     for label in config.labels:
         if not 0 <= label < num_classes:
             raise ValueError(f"class labels must be between 0 and {num_classes - 1}, got {label}")
-    return RunSettings(
-        labels=config.labels or tuple(spread(config.num_pictures, num_classes)),
+    return Runner.of_latents(
+        pipeline,
+        config.labels or tuple(spread(config.num_pictures, num_classes)),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale if pipeline.transformer.config.null_class else 1.0,
         seed=config.seed,
@@ -118,22 +120,22 @@ def measure(
     function of the latents alone. The pipeline and its model are left unchanged. Raises `ValueError` if the model
     samples latents that are not finite.
     """
-    model, settings = pipeline.transformer, settings_of(config, pipeline)
-    objective = objective_of(pipeline.scheduler)
-    first_order = ClassToImagePipeline(model, make_scheduler(objective))
+    model = pipeline.transformer
+    first_order = ClassToImagePipeline(model, make_scheduler(objective_of(pipeline.scheduler)))
     first_order.set_progress_bar_config(disable=True)
-    labels = torch.tensor(settings.labels, device=model.device)
+    runner = runner_of(config, first_order)
+    labels = torch.tensor(runner.conditions, device=model.device)
 
-    timesteps, similarity, pairs = similarity_over_steps(first_order, settings)
+    timesteps, similarity, pairs = similarity_over_steps(runner)
     advance()
-    full = sample_run(first_order, settings)
+    full = sample_run(runner)
     if not full.latents.isfinite().all():
         raise ValueError("the model samples latents that are not finite: nothing can be measured along such a run")
     advance()
     jacobians = jacobians_along(model, full, labels, config.jacobian_timesteps, advance)
     num_timesteps = config.growth_timesteps
-    step_norms = step_jacobian_norms(first_order, settings, full, num_timesteps=num_timesteps, advance=advance)
-    growth, left_out = growth_by_method(first_order, settings, full, step_norms, config.methods, advance)
+    step_norms = step_jacobian_norms(runner, full, num_timesteps=num_timesteps, advance=advance)
+    growth, left_out = growth_by_method(runner, full, step_norms, config.methods, advance)
     return Measured(
         num_units=len(model.blocks),
         num_parameters=sum(weight.numel() for weight in model.parameters()),
@@ -153,23 +155,22 @@ def measure(
 
 
 def jacobians_along(
-    model: DiT, full: Run, labels: Tensor, num_timesteps: int, advance: Callable[[], object]
+    model: DiT, full: Trajectory, labels: Tensor, num_timesteps: int, advance: Callable[[], object]
 ) -> dict[float, JacobianProfile]:
     """Return the Jacobian norms of units and halves on two pictures, at timesteps spread evenly over a run."""
     num_steps = len(full.timesteps)
     steps = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique()
     return {
         full.timesteps[step].item(): jacobian_profile(
-            model, full.latents[step, :2], full.timesteps[step], labels[:2], advance=advance
+            model, full.latents[step, :NUM_PICTURES], full.timesteps[step], labels[:NUM_PICTURES], advance=advance
         )
         for step in steps.tolist()
     }
 
 
 def growth_by_method(
-    pipeline: ClassToImagePipeline,
-    settings: RunSettings,
-    full: Run,
+    runner: Runner,
+    full: Trajectory,
     step_norms: Tensor,
     methods: Sequence[str],
     advance: Callable[[], object],
@@ -179,17 +180,17 @@ def growth_by_method(
     for spec in methods:
         method = parse_method(spec)
         try:
-            rules_on(method, pipeline.transformer)
+            rules_on(method, runner.pipeline.transformer)
         except ValueError as error:
             left_out[spec] = str(error)
         else:
-            growth[spec] = error_growth(pipeline, settings, full, step_norms, method)
+            growth[spec] = error_growth(runner, full, step_norms, method)
         advance()
     return growth, left_out
 
 
 def surfaces_of(
-    model: DiT, full: Run, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
+    model: DiT, full: Trajectory, labels: Tensor, config: AnalyzeConfig, advance: Callable[[], object]
 ) -> dict[tuple[str, int], NDArray]:
     """Return a perturbation surface for weights and for inputs at each timestep."""
     radii: dict[Quantity, float] = {"weights": config.weight_radius, "inputs": config.input_radius}

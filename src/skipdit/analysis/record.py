@@ -1,7 +1,7 @@
 """Records named intermediates of a model through hooks that are removed when the `with` block ends."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,12 +42,8 @@ def _recording(
     def hook(name: str, _: nn.Module, arguments: tuple, output: Any = None) -> None:
         recorded[name].append(keep(arguments, output))
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name in names:
             register = modules[name].register_forward_pre_hook if inputs else modules[name].register_forward_hook
-            handles.append(register(partial(hook, name)))
+            hooks.enter_context(register(partial(hook, name)))
         yield recorded
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from skipdit.analysis.config import AnalyzeConfig
-from skipdit.analysis.measure import Measured, measure, num_parts, settings_of
+from skipdit.analysis.measure import Measured, measure, num_parts, runner_of
 from skipdit.analysis.sections import SECTIONS, Models, Section, figure_names, geometric_mean, holds, norms_of
 from skipdit.analysis.weights import TrainingLog
 from skipdit.files.output import OutputFolder
@@ -49,7 +49,7 @@ def analyze(
     claim(out, config, len(pipelines))
     for name, pipeline in pipelines.items():
         check_weights(name, pipeline)
-        settings_of(config, pipeline)
+        runner_of(config, pipeline)
     total = sum(num_parts(config, len(pipeline.transformer.blocks)) for pipeline in pipelines.values())
     with progress_bar() as progress:
         task = progress.add_task("", total=total)

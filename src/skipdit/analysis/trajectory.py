@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skipdit.analysis.jacobian import MAX_ITERATIONS, TOLERANCE
 from skipdit.analysis.record import record_inputs, record_outputs
 from skipdit.cache.methods import CacheMethod
 from skipdit.diffusion import guide
@@ -17,20 +18,11 @@ from skipdit.pipelines import ClassToImagePipeline
 from skipdit.runs import OwnCache, Runner, before_steps
 from skipdit.spectral import jacobian_norms
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """One sampling run."""
-
-    labels: tuple[int, ...]
-    """class numbers, one per picture"""
-    num_inference_steps: int = 50
-    guidance_scale: float = 2.0
-    seed: int = 0
+NUM_PICTURES = 2  # of those sampled, whose Jacobian norms are measured
 
 
 @dataclass(frozen=True)
-class Run:
+class Trajectory:
     """The intermediate results of a run."""
 
     timesteps: Tensor
@@ -49,19 +41,9 @@ def cosine_similarity(first: Tensor, second: Tensor) -> Tensor:
     return F.cosine_similarity(first.float(), second.float(), dim=-1).mean(dim=-1)
 
 
-def runner_of(pipeline: ClassToImagePipeline, settings: RunSettings) -> Runner:
-    return Runner.of_latents(
-        pipeline,
-        settings.labels,
-        num_inference_steps=settings.num_inference_steps,
-        guidance_scale=settings.guidance_scale,
-        seed=settings.seed,
-    )
-
-
-def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: CacheMethod | None = None) -> Run:
-    """Sample once, with or without a cache, and keep the intermediate results."""
-    model, head = pipeline.transformer, "final_layer"
+def sample_run(runner: Runner, method: CacheMethod | None = None) -> Trajectory:
+    """Sample once, with or without a cache, and keep the intermediate results. runner: as `Runner.of_latents` makes."""
+    pipeline, head = runner.pipeline, "final_layer"
     before: list[Tensor] = []
     features: list[Tensor] = []
 
@@ -70,21 +52,22 @@ def sample_run(pipeline: ClassToImagePipeline, settings: RunSettings, method: Ca
         features.append(head_inputs[head][-1])  # within a step a cache may leave units out, or call the model twice
 
     with (
-        record_inputs(model, [head], lambda inputs: inputs[0].detach().float()) as head_inputs,
+        record_inputs(pipeline.transformer, [head], lambda inputs: inputs[0].detach().float()) as head_inputs,
         before_steps(pipeline.scheduler, observe),
     ):
-        result = runner_of(pipeline, settings)(method and OwnCache(method))
+        result = runner(method and OwnCache(method))
     latents = torch.stack([*before, result.samples.to(before[0].device).float()])
     timesteps = pipeline.scheduler.timesteps.float().cpu()
-    return Run(timesteps, latents, torch.stack(features), result.compute_ratio)
+    return Trajectory(timesteps, latents, torch.stack(features), result.compute_ratio)
 
 
-def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings) -> tuple[Tensor, Tensor, Tensor]:
+def similarity_over_steps(runner: Runner) -> tuple[Tensor, Tensor, Tensor]:
     """Return the timesteps (steps - 1,), the cosine similarity (num_units, steps - 1) of each unit's output to its
     output one step before, and that of the last unit's outputs for all pairs of steps (steps, steps). Similarities are
     means over tokens and pictures.
     """
-    model, names = pipeline.transformer, [f"blocks.{unit}" for unit in range(len(pipeline.transformer.blocks))]
+    pipeline = runner.pipeline
+    names = [f"blocks.{unit}" for unit in range(len(pipeline.transformer.blocks))]
     previous: dict[str, Tensor] = {}
     rows: dict[str, list[float]] = {name: [] for name in names}
     ends: list[Tensor] = []
@@ -101,8 +84,8 @@ def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings)
 
     with ExitStack() as stack:
         for name in names:
-            stack.enter_context(record_outputs(model, [name], compare(name)))
-        runner_of(pipeline, settings)()
+            stack.enter_context(record_outputs(pipeline.transformer, [name], compare(name)))
+        runner()
     stacked = torch.stack(ends)
     pairs = torch.einsum("snd,tnd->st", stacked, stacked) / stacked.shape[1]
     return pipeline.scheduler.timesteps[1:].float().cpu(), torch.tensor([rows[name] for name in names]), pairs.cpu()
@@ -113,7 +96,7 @@ def similarity_over_steps(pipeline: ClassToImagePipeline, settings: RunSettings)
 
 
 @dataclass(frozen=True)
-class SolverSteps:
+class LinearSteps:
     """The steps of a first-order solver, x' = a x + b F(x)."""
 
     a: list[float]
@@ -122,7 +105,7 @@ class SolverSteps:
     """b of each step"""
 
     @classmethod
-    def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "SolverSteps":
+    def of(cls, pipeline: ClassToImagePipeline, num_inference_steps: int) -> "LinearSteps":
         """Probe a scheduler with ones and zeros. Raises `ValueError` if a step depends on earlier ones or draws
         noise."""
         if getattr(pipeline.scheduler.config, "solver_order", 1) != 1 or "DDPM" in type(pipeline.scheduler).__name__:
@@ -160,45 +143,45 @@ class ErrorGrowth:
         return {name: value for name, value in vars(self).items() if name != "compute_ratio"}
 
 
-def guided_prediction(model: DiT, settings: RunSettings, timestep: Tensor) -> Callable[[Tensor], Tensor]:
+def guided_prediction(runner: Runner, timestep: Tensor) -> Callable[[Tensor], Tensor]:
     """Return F of a step: the guided prediction, without a learned variance, as a function of the latents."""
-    channels = model.config.in_channels
+    model: DiT = runner.pipeline.transformer
+    channels, scale = model.config.in_channels, runner.guidance_scale
+    assert scale is not None, "a pipeline of ours has no scale of its own"
 
     def function(latents: Tensor) -> Tensor:
-        labels = torch.tensor(settings.labels, device=latents.device)[: len(latents)]
-        if settings.guidance_scale <= 1:
+        labels = torch.tensor(runner.conditions, device=latents.device)[: len(latents)]
+        if scale <= 1:
             return model(latents, timestep, labels).sample[:, :channels]
         labels = torch.cat([labels, torch.full_like(labels, model.null_class_label)])
         output = model(torch.cat([latents, latents]), timestep, labels).sample[:, :channels]
-        return guide(output, settings.guidance_scale)
+        return guide(output, scale)
 
     return function
 
 
 def step_jacobian_norms(
-    pipeline: ClassToImagePipeline,
-    settings: RunSettings,
-    full: Run,
+    runner: Runner,
+    full: Trajectory,
     *,
     num_timesteps: int,
-    num_pictures: int = 2,
     advance: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """Return the norm L (steps,) of the Jacobian of each solver step along the full run, the largest over
-    `num_pictures` pictures. It is measured at `num_timesteps` evenly spread steps; a step between two of them gets the
-    larger norm. Calls `advance` after each measurement."""
+    two pictures. It is measured at `num_timesteps` evenly spread steps; a step between two of them gets the larger
+    norm. Calls `advance` after each measurement."""
     num_steps = len(full.timesteps)
-    solver = SolverSteps.of(pipeline, num_steps)
+    solver = LinearSteps.of(runner.pipeline, num_steps)
     measured_steps = torch.linspace(0, num_steps - 1, min(num_timesteps, num_steps)).round().long().unique().tolist()
     measured_norms = {}
     for step in measured_steps:
-        predict = guided_prediction(pipeline.transformer, settings, full.timesteps[step])
+        predict = guided_prediction(runner, full.timesteps[step])
         a, b = solver.a[step], solver.b[step]
         norms = jacobian_norms(
             lambda latents, a=a, b=b, predict=predict: a * latents + b * predict(latents),
-            full.latents[step, :num_pictures],
-            tolerance=1e-2,
-            max_iterations=30,
+            full.latents[step, :NUM_PICTURES],
+            tolerance=TOLERANCE,
+            max_iterations=MAX_ITERATIONS,
         )
         measured_norms[step] = norms.value.max().item()
         advance()
@@ -211,16 +194,10 @@ def step_jacobian_norms(
 
 
 @torch.no_grad()
-def error_growth(
-    pipeline: ClassToImagePipeline,
-    settings: RunSettings,
-    full: Run,
-    step_norms: Tensor,
-    method: CacheMethod,
-) -> ErrorGrowth:
+def error_growth(runner: Runner, full: Trajectory, step_norms: Tensor, method: CacheMethod) -> ErrorGrowth:
     """Run with the cache, then run the full model on the latents of that run to see what each step adds."""
-    cached = sample_run(pipeline, settings, method)
-    solver = SolverSteps.of(pipeline, len(full.timesteps))
+    cached = sample_run(runner, method)
+    solver = LinearSteps.of(runner.pipeline, len(full.timesteps))
 
     def size(difference: Tensor) -> float:
         return difference.double().flatten(1).norm(dim=1).square().mean().sqrt().item()
@@ -228,7 +205,7 @@ def error_growth(
     measured, injected, predicted = [], [], []
     bound = 0.0
     for step, timestep in enumerate(full.timesteps):
-        predict = guided_prediction(pipeline.transformer, settings, timestep)
+        predict = guided_prediction(runner, timestep)
         full_step = solver.a[step] * cached.latents[step] + solver.b[step] * predict(cached.latents[step])
         injected.append(size(cached.latents[step + 1] - full_step))
         measured.append(size(cached.latents[step + 1] - full.latents[step + 1]))

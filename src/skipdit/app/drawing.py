@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from markdown_it import MarkdownIt
 from torch import Tensor
 
-from skipdit.app.generate import Comparison, Side, difference
+from skipdit.app.generate import Shown, Side, difference
 from skipdit.app.jobs import Job
 from skipdit.app.quality import MadeSchedule
 from skipdit.app.stability import FIGURE, StabilityReport
@@ -82,7 +82,7 @@ def cards(figures: Mapping[str, str]) -> str:
     return f'<dl class="sd-cards">{inside}</dl>'
 
 
-def comparison(shown: Comparison | None) -> str:
+def comparison(shown: Shown | None) -> str:
     """Return both runs side by side, with the steps so far."""
     if shown is None:
         return '<div class="sd-hint">Full and cached results appear here, side by side.</div>'
@@ -105,7 +105,7 @@ def detail_of(side: Side) -> str:
     return f"step {len(side.is_full)} of {side.num_steps}" if side.is_full else ""
 
 
-def figures_of(shown: Comparison) -> dict[str, str]:
+def figures_of(shown: Shown) -> dict[str, str]:
     figures = {"speedup": f"{shown.speedup:.2f}x", "PSNR, dB": shown.psnr or "…"}
     if shown.ssim:
         figures["SSIM"] = shown.ssim
@@ -120,7 +120,7 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.2f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.2f} GiB"
 
 
-def differences(shown: Comparison | None, amplification: float) -> str:
+def differences(shown: Shown | None, amplification: float) -> str:
     """Return how far the cached samples are from the full ones; nothing before both are there. shown: `None` of samples
     that are no longer in memory."""
     if shown is None:

@@ -80,7 +80,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Shown:
     """Both runs so far, and at the end the figures of the cache."""
 
     full: Side
@@ -158,7 +158,7 @@ class Watch:
 
     job: Job
     sampler: Sampler
-    comparison: Comparison
+    comparison: Shown
     side: str
     num_samples: int
     steps_full: float = 0
@@ -179,7 +179,7 @@ class Watch:
         )
         self.job.tell(done=len(self.is_full), shown=replace(self.comparison, **{self.side: run}))
 
-    def end(self, result: Sampled) -> Comparison:
+    def end(self, result: Sampled) -> Shown:
         run = replace(getattr(self.comparison, self.side), samples=result.samples, seconds=result.seconds)
         return replace(self.comparison, **{self.side: replace(run, is_full=tuple(self.is_full))})
 
@@ -212,7 +212,7 @@ def estimate(objective: Objective, output: Tensor, latents: Tensor, timesteps: T
     return output
 
 
-def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str, CacheMethod]) -> Comparison:
+def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str, CacheMethod]) -> Shown:
     """Sample in full and cached, and report every step to the job. `ValueError` if a label or the cache is unknown."""
     request = source.complete(request)
     sampler, steps = source.sampler, request.num_inference_steps
@@ -221,7 +221,7 @@ def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str,
     run = Runner.of(
         sampler, conditions, num_inference_steps=steps, guidance_scale=request.guidance_scale, seed=request.seed
     )
-    shown = Comparison(Side("full", steps), Side("cached", steps), captions, name)
+    shown = Shown(Side("full", steps), Side("cached", steps), captions, name)
     job.tell(doing="warming up", shown=shown)
     run(num_inference_steps=1)  # the first calls allocate memory, and are not timed
     for side, doing, cache in (("full", "sampling in full", None), ("cached", "sampling cached", OwnCache(method))):
@@ -240,7 +240,7 @@ def generate(job: Job, source: Source, request: SampleRequest, own: Mapping[str,
     return replace(shown, psnr=scores["psnr"].text(1), ssim=ssim)
 
 
-def difference(shown: Comparison, amplification: float) -> Tensor | None:
+def difference(shown: Shown, amplification: float) -> Tensor | None:
     """Return the absolute difference of both samples per channel, times `amplification`, clipped to [0, 1]; `None`
     until both are done. Broken pixels are white."""
     if not shown.is_whole or shown.full.samples is None or shown.cached.samples is None:

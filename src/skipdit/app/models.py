@@ -3,10 +3,11 @@
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.utils.hooks import RemovableHandle
 
 from skipdit.app.jobs import Job
 from skipdit.files.untrusted import printable
@@ -107,11 +108,6 @@ def labels_of(source: Source) -> list[str]:
     return list(sampler.pipeline.labels) or [str(number) for number in range(num_classes)]
 
 
-@contextmanager
-def cancellable(pipeline: Pipeline, job: Job) -> Iterator[None]:
-    """Make calls of a pipeline's transformer raise `Cancelled` in the block once the job is cancelled."""
-    hook = pipeline.transformer.register_forward_pre_hook(lambda *_: job.check())
-    try:
-        yield
-    finally:
-        hook.remove()
+def cancellable(pipeline: Pipeline, job: Job) -> RemovableHandle:
+    """Make calls of a pipeline's transformer raise `Cancelled` in a `with` block once the job is cancelled."""
+    return pipeline.transformer.register_forward_pre_hook(lambda *_: job.check())

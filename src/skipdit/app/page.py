@@ -12,7 +12,7 @@ from gradio.components import Component
 
 from skipdit.app import chart, drawing
 from skipdit.app.downloads import Downloads, Latest
-from skipdit.app.generate import BUDGETS, OTHER, Comparison, SampleRequest, cache_names, generate
+from skipdit.app.generate import BUDGETS, OTHER, SampleRequest, Shown, cache_names, generate
 from skipdit.app.jobs import Job, Jobs
 from skipdit.app.models import Models, labels_of
 from skipdit.app.quality import MadeSchedule, ScheduleRequest, calibrate, find_measurements, with_schedule
@@ -90,7 +90,7 @@ class Page:
     folders: Sequence[Path]
     """folders that are searched for reports"""
     parts: dict[str, Part] = field(default_factory=dict)
-    comparisons: Latest[Comparison] = field(default_factory=lambda: Latest(NUM_KEPT))
+    comparisons: Latest[Shown] = field(default_factory=lambda: Latest(NUM_KEPT))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Components
@@ -323,7 +323,7 @@ class Page:
             drawn = job.shown
             return {results: drawing.comparison(drawn), self.difference_box: gr.update(visible=False)}
 
-        def finish(result: Comparison) -> Changes:
+        def finish(result: Shown) -> Changes:
             return {
                 results: drawing.comparison(result),
                 self.shown: self.comparisons.keep(result),

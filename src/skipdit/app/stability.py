@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from skipdit.analysis.config import AnalyzeConfig
-from skipdit.analysis.measure import measure, num_parts, settings_of
+from skipdit.analysis.measure import measure, num_parts, runner_of
 from skipdit.analysis.report import check_weights, write_report
 from skipdit.app.jobs import Job
 from skipdit.app.models import cancellable
@@ -87,7 +87,7 @@ def make_report(job: Job, source: Source, name: str, effort: Effort) -> Stabilit
         raise ValueError(f"stability is measured of {TASK} models, {name} is a {source.sampler.task.name} model")
     config, pipeline = EFFORTS[effort], source.sampler.pipeline
     check_weights(name, pipeline)
-    settings_of(config, pipeline)
+    runner_of(config, pipeline)
     job.tell(doing="measuring", done=0, total=num_parts(config, len(pipeline.transformer.blocks)))
     with cancellable(pipeline, job):
         measured = measure(pipeline, config, None, job.advance)

@@ -13,21 +13,21 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.benchmark.cache_methods import KIN, Runnable, schedules_in, spec_cache
 from skipdit.benchmark.cache_report import ONCE_MORE, Group, Row, write_cache_report
 from skipdit.benchmark.cache_tally import Cost, Draft, Plan, Tally
 from skipdit.benchmark.checkout import load_rivals
 from skipdit.benchmark.config import CacheBenchConfig as CacheBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark
 from skipdit.files.output import OutputFolder
 from skipdit.loading import Source, load_source
 from skipdit.metrics.paired import check_ssim_size
 from skipdit.metrics.table import ALWAYS, METRICS, Metric
+from skipdit.models.costs import flop_counter
 from skipdit.plots import check_plots_installed
 from skipdit.runs import Conditioning, Runner, Sampled, before_steps, scheduled, switched_on
+from skipdit.terminal import counting
 
 RUNS_BETWEEN = 8  # two timings of the uncached run
 SECOND_ORDER = "dpm"  # DPM-Solver++ of order 2, for every objective
@@ -110,9 +110,9 @@ def run(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Sampled:
     return runner_of(plan, config, batch)(plan.cache, scheduler=plan.scheduler)
 
 
-def count_flops(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
-    """Return the FLOPs of a run of the first sample; a multiply-add counts as two. Attention runs unfused, as the
-    counter misses a CPU's fused kernel. Each step is counted separately, when the scheduler makes it."""
+def cost_of(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
+    """Return the FLOPs of a run of the first sample; a multiply-add counts as two. Each step is counted separately,
+    when the scheduler makes it."""
     pipeline, marks = plan.sampler.pipeline, [(0, 0.0, 0.0)]
     once = runner_of(plan, config, Batch(batch.conditions[:1], batch.seeds[:1]))
 
@@ -125,8 +125,7 @@ def count_flops(plan: Plan, config: CacheBenchConfig, batch: Batch) -> Cost:
         scheduled(pipeline, plan.scheduler),
         switched_on(pipeline, plan.cache),
         before_steps(pipeline.scheduler, mark),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
+        flop_counter() as counter,
     ):
         once()
     added = np.diff(np.array(marks, dtype=np.float64), axis=0)
@@ -156,17 +155,17 @@ def measure(
     cached = [(plan, tally) for plan, tally in zip(plans, tallies, strict=True) if plan.cache is not None]
     num_timings = -(-len(plans) // RUNS_BETWEEN)
     num_runs = (len(batches) - done) * (len(baselines) + len(plans) + num_timings)
-    with progress_bar(len(cached) + num_runs) as advance:
+    with counting("", len(cached) + num_runs) as advance:
         for plan in baselines:
             if plan.scheduler is None:
-                costs[id(plan.sampler)] = count_flops(plan, config, batches[0])
+                costs[id(plan.sampler)] = cost_of(plan, config, batches[0])
             runner_of(plan, config, batches[0])(num_inference_steps=1)  # first calls allocate memory
         for plan, tally in cached:
             advance(description=f"FLOPs of {plan.setting}")
             if tally.refused is not None:
                 continue
             with refusals(plan, tally):
-                tally.cost = count_flops(plan, config, batches[0])
+                tally.cost = cost_of(plan, config, batches[0])
         for index, batch in enumerate(batches[done:], start=done):
             first, label = index * len(plans) // len(batches), f"{index + 1}/{len(batches)}"
             turns = [*zip(plans[first:] + plans[:first], tallies[first:] + tallies[:first], strict=True)]

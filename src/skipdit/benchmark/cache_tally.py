@@ -64,20 +64,13 @@ class Cost:
 Number = float | Literal["nan", "inf", "-inf"]  # JSON has no numbers for the last three
 
 
-class CountsFields(TypedDict):
-    steps_full: float
-    steps_reused: float
-    compute_ratio: float | None
-    bytes_held: int | None
-
-
 class TallyFields(TypedDict):
     """A tally in a draft."""
 
     values: list[dict[str, list[Number]]]
     """for each batch, by metric, one number per picture"""
     speedups: list[float]
-    counts: list[CountsFields]
+    counts: list[Counts]
     refused: str | None
 
 
@@ -118,8 +111,7 @@ class Tally:
             {name: torch.tensor([*map(float, numbers)]) for name, numbers in batch.items()}
             for batch in fields["values"]
         ]
-        counts = [Counts(**numbers) for numbers in fields["counts"]]
-        return cls(speedups=fields["speedups"], counts=counts, values=values, refused=fields["refused"])
+        return cls(speedups=fields["speedups"], counts=fields["counts"], values=values, refused=fields["refused"])
 
     def add(self, sampled: Sampled, reference: Sampled, own: Sampled | None, metrics: Sequence[Metric]) -> None:
         """Add the run of a batch. own: the run with all steps of the same second-order sampler."""

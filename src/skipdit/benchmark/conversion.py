@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from skipdit.benchmark.config import ConversionBenchConfig as ConversionBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, flops_of, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark, flops_of
 from skipdit.checkpoints import load_model
 from skipdit.diffusion import make_scheduler, training_loss
 from skipdit.files.output import OutputFolder
@@ -30,6 +30,7 @@ from skipdit.runs import OwnCache, Runner, Sampled
 from skipdit.tasks.class_to_image import ModelConfig
 from skipdit.tasks.task import spread
 from skipdit.tasks.training import Items, TrainingTask, open_items
+from skipdit.terminal import counting
 from skipdit.training import Batch, TrainConfig, prepare_batch, train
 
 PLAIN, STAGE_ONE, STAGE_TWO, CONTROL = "convert-plain", "convert-stage-one", "convert-stage-two", "convert-control"
@@ -44,7 +45,7 @@ VANILLA, BEFORE, RESIDUAL, FIRST, SECOND, TRAINED_ON = (
     "control",
 )
 SHOWN = (VANILLA, BEFORE, FIRST, SECOND, TRAINED_ON)
-METHODS = ("", "delta:")  # the paper's cache, which needs long skips, and one that needs none
+PREFIXES = ("", "delta:")  # the paper's cache, which needs long skips, and one that needs none
 FEWER = "fewer"
 PICTURE = "conversion.png"
 PICTURE_SCALE = 4
@@ -242,7 +243,7 @@ def specs_of(task: TrainingTask, interval: int) -> list[str]:
     """Return the caches with this interval that the model can have; they run equally many units."""
     model: Transformer = task.model
     has_long_skips = bool(model.long_skip_links.sources)
-    return [f"{method}N{interval}" for method in METHODS if method or has_long_skips]
+    return [f"{method}N{interval}" for method in PREFIXES if method or has_long_skips]
 
 
 def run_rows(
@@ -270,7 +271,7 @@ def all_run_rows(
     """Return the rows of every model, and the pictures of its full run."""
     rows, full_runs = [], {}
     num_runs = sum(1 + sum(1 + len(specs_of(task, n)) for n in config.intervals) for task in models.values())
-    with progress_bar(num_runs) as advance:
+    with counting("", num_runs) as advance:
         for name, task in models.items():
             model_rows, full_runs[name] = run_rows(name, task, trained, config, advance)
             rows += model_rows
@@ -388,7 +389,7 @@ def verdict(config: ConversionBenchConfig, losses: Sequence[ModelRow], rows: Seq
     psnr = {(row.model, row.run): row.scores["psnr"].mean for row in rows}
     delta, fewer, control = (
         {f"N{n}": psnr[SECOND, f"N{n}"] - psnr[model, f"{run}N{n}"] for n in config.intervals}
-        for model, run in ((SECOND, METHODS[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, METHODS[1]))
+        for model, run in ((SECOND, PREFIXES[1]), (SECOND, f"{FEWER} than "), (TRAINED_ON, PREFIXES[1]))
     )
     beyond = [name for name, difference in control.items() if abs(difference) > CHANCE_DB]
     yield (

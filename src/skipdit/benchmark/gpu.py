@@ -24,6 +24,7 @@ from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.pipelines import ClassToImagePipeline
 from skipdit.report import Report, judge, record, table
+from skipdit.terminal import counting
 
 SMALL_BATCH, SMALL_BATCH_TARGET = 8, 0.90  # for batches below this size in eager mode
 
@@ -138,12 +139,12 @@ def bench_gpu(config: GpuBenchConfig, out: OutputFolder, clock: Callable[[], flo
     for spec in (*config.specs, *config.compiled_specs):
         parse_method(spec)
     rows, pending = [], config.rows()
-    with measure.benchmark(config, out, config.device) as environment, measure.progress_bar(len(pending)) as advance:
+    with measure.benchmark(config, out, config.device) as environment, counting("", len(pending)) as advance:
         start, runs = clock(), Runs(config)
         for mode in config.modes:
             with nullcontext() if mode == "eager" else measure.compiled(runs.model, fullgraph=True, mode=mode):
                 while pending and pending[0][0] == mode and clock() - start < config.max_seconds:
-                    advance(advance=0, description=_name(*pending[0]))
+                    advance(0, description=_name(*pending[0]))
                     rows.append(runs.measure(*pending.pop(0)))
                     report_of(config, environment, rows, pending).write(out, config.device)
                     advance()

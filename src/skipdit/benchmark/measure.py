@@ -8,17 +8,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, Protocol
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from skipdit.benchmark.config import BenchConfig
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
@@ -27,12 +23,13 @@ from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import DeepFeatures
 from skipdit.environment import SYNCHRONIZE, check_device, describe_environment, threads
 from skipdit.files.output import OutputFolder
+from skipdit.models.costs import flop_counter
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.options import Device
 
 Kind = Literal["plain", "uncached", "full", "reuse"]
 Call = Callable[[], Tensor]
-Advance = Callable[..., object]
+Advance = Callable[..., object]  # of `skipdit.terminal.counting`
 Ratios = dict[str, float]
 
 ACHIEVED_TARGET = 0.95  # share of the speedup by FLOPs that a cached run should achieve
@@ -105,9 +102,8 @@ def weight_bytes(*models: nn.Module) -> int:
 
 
 def flops_of(call: Call) -> int:
-    """Return the FLOPs of one call; a multiply-add counts as two. Attention runs unfused, as the counter misses a CPU's
-    fused kernel."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """Return the FLOPs of one call; a multiply-add counts as two."""
+    with flop_counter() as counter:
         call()
     return counter.get_total_flops()
 
@@ -149,13 +145,6 @@ def time_rounds(calls: Callable[[], Iterable[Call]], num_rounds: int, device: De
     """Make all calls in turn in each round; return one entry per call."""
     rounds = [[time_call(call, device) for call in calls()] for _ in range(num_rounds)]
     return [Timed(*zip(*timed, strict=True)) for timed in zip(*rounds, strict=True)]
-
-
-@contextmanager
-def progress_bar(num_calls: int) -> Iterator[Advance]:
-    """Show a progress bar inside the block; yield `advance(description=...)`, to be called before each call."""
-    with Progress() as progress:
-        yield partial(progress.update, progress.add_task("", total=num_calls), advance=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.options import Device
 from skipdit.report import Report, judge, numbers, record, table
+from skipdit.terminal import counting
 
 BFLOAT16_TARGETS = {"DiT-XL/2": 1.8}  # speed over float32
 SCHEDULE = IntervalSchedule(interval=2, start_timestep=1000, stop_timestep=20)  # the authors', arXiv 2411.17616
@@ -151,7 +152,7 @@ def bench_models(config: ModelBenchConfig, out: OutputFolder) -> list[Row]:
             check_compiler(config.device)
         num_steps = len(config.dtypes) * (2 + 2 * len(config.num_shallow_units))
         num_rounds = 1 + len(config.modes) * (config.num_warmup + config.num_repetitions)
-        with measure.progress_bar(len(config.presets) * num_rounds * num_steps) as advance:
+        with counting("", len(config.presets) * num_rounds * num_steps) as advance:
             rows = [row for preset in config.presets for row in bench_preset(config, preset, advance)]
     by_step = {row.step: row for row in rows}
     ratios = {row.step: ratios_of(row, by_step) for row in rows if row.step.kind == "full"}

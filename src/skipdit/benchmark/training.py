@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from skipdit.benchmark.config import Loop, Workload
 from skipdit.benchmark.config import TrainBenchConfig as TrainBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, progress_bar, seconds_of
+from skipdit.benchmark.measure import Advance, benchmark, seconds_of
 from skipdit.benchmark.models import check_compiler
 from skipdit.data.pictures import Draws, LabelledItems, ShuffledForever
 from skipdit.diffusion import Objective
@@ -32,6 +32,7 @@ from skipdit.options import Device
 from skipdit.report import Report, record, table
 from skipdit.tasks.class_to_image import TASK, ClassToImageTraining
 from skipdit.tasks.training import TrainingTask
+from skipdit.terminal import counting
 from skipdit.training import TokenRoutingConfig, TrainConfig
 from skipdit.training.batches import batch_loss, find_step_kinds, prepare_batch, step_generator
 from skipdit.training.devices import start_processes
@@ -205,7 +206,7 @@ def bench_training(config: TrainBenchConfig, recipe: TrainConfig, out: OutputFol
         if any(loop.endswith("compiled") for loop in config.loops):
             check_compiler(config.device)
         rate = matmul_rate(config.device, config.num_rounds)
-        with progress_bar(len(config.workloads) * len(config.loops) * config.num_rounds) as advance:
+        with counting("", len(config.workloads) * len(config.loops) * config.num_rounds) as advance:
             rows = [row for workload in config.workloads for row in bench_workload(config, workload, recipe, advance)]
     baselines = {row.workload: row for row in rows if row.loop == "plain"}
     report = Report(

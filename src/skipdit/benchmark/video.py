@@ -22,6 +22,7 @@ from skipdit.diffusion import Objective, make_scheduler
 from skipdit.files.output import OutputFolder
 from skipdit.interfaces import Scheduler
 from skipdit.report import Report, judge, numbers, record, table
+from skipdit.terminal import counting
 
 # the authors' (arXiv 2411.17616), who sample both with 50 steps of DDIM
 SCHEDULES: dict[VideoTask, tuple[str, ...]] = {
@@ -158,7 +159,7 @@ def bench_videos(config: VideoBenchConfig, out: OutputFolder) -> list[VideoRow]:
     with measure.benchmark(config, out, name) as environment:
         linked = len(config.num_pairs) * (1 + 2 * len(config.num_shallow_units))
         num_steps = sum(linked + (3 if size.is_swapped else 1) for size in config.sizes())
-        with measure.progress_bar(num_steps * (1 + config.num_repetitions)) as advance:
+        with counting("", num_steps * (1 + config.num_repetitions)) as advance:
             for size in config.sizes():
                 rows_of_size = {row.step: row for row in bench_size(config, size, advance)}
                 rows |= rows_of_size

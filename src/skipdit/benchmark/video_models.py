@@ -18,6 +18,7 @@ from skipdit.benchmark.config import Size as Size
 from skipdit.benchmark.config import VideoBenchConfig as VideoBenchConfig
 from skipdit.benchmark.config import VideoTask as VideoTask
 from skipdit.benchmark.measure import Kind, Subject, fill_zeros
+from skipdit.checkpoints.latte_t2v import FIXED_OPTIONS
 from skipdit.interfaces import Transformer
 from skipdit.models.dit import MLP, Attention
 from skipdit.models.latte import Latte
@@ -64,20 +65,15 @@ def make_plain(config: VideoBenchConfig, size: Size) -> Subject:
         conditioning = {"class_labels": torch.randint(NUM_CLASSES, (config.batch_size,))}
     else:
         model = LatteTransformer3DModel(  # as released (maxin-cn/Latte-1), except for the size
+            **FIXED_OPTIONS,
             num_attention_heads=config.text_num_heads,
             attention_head_dim=TEXT_HEAD_SIZE,
             in_channels=4,
             out_channels=8,
             num_layers=size.num_units,
             cross_attention_dim=config.text_num_heads * TEXT_HEAD_SIZE,
-            attention_bias=True,
             sample_size=config.sample_size,
             patch_size=TEXT_PATCH_SIZE,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=1000,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
             caption_channels=CAPTION_CHANNELS,
             video_length=size.num_frames,
         )

@@ -28,7 +28,7 @@ from skipdit.models.families import find_family
 from skipdit.models.long_skip import LongSkipModel
 from skipdit.models.surgery import close_units, open_units
 
-Pipeline = DiffusionPipeline | ModularPipeline
+AnyPipeline = DiffusionPipeline | ModularPipeline
 Steps = TypeVar("Steps", bound=Stepper)
 TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline; Wan 2.2 has two, for high and low noise
 
@@ -70,7 +70,7 @@ def _cached_class(model_class: type[nn.Module]) -> type[CachedModel]:
     return swapped_class(CachedModel, model_class, _made_by=(_cached_class, model_class))
 
 
-def models_of(target: nn.Module | Pipeline) -> list[nn.Module]:
+def models_of(target: nn.Module | AnyPipeline) -> list[nn.Module]:
     """Return the models that a cache of this target covers: the model itself, or all transformers of a pipeline."""
     if type(target).__module__.startswith("torch._dynamo"):
         raise ValueError(
@@ -96,7 +96,7 @@ def runtime_of(model: nn.Module) -> CacheRuntime | None:
     return model._skipdit_cache if isinstance(model, CachedModel) else None
 
 
-def _runtimes_of(target: nn.Module | Pipeline) -> list[CacheRuntime]:
+def _runtimes_of(target: nn.Module | AnyPipeline) -> list[CacheRuntime]:
     runtimes = []
     for model in models_of(target):
         runtime = runtime_of(model)
@@ -109,7 +109,7 @@ def _runtimes_of(target: nn.Module | Pipeline) -> list[CacheRuntime]:
 
 
 def enable_cache(
-    target: nn.Module | Pipeline,
+    target: nn.Module | AnyPipeline,
     spec: str | Path | CacheMethod,
     *,
     make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
@@ -129,7 +129,7 @@ def enable_cache(
     an error the target is unchanged.
     """
     method, models = parse_method(spec), models_of(target)
-    pipeline = target if isinstance(target, Pipeline) else None
+    pipeline = target if isinstance(target, AnyPipeline) else None
     prepared: list[tuple[nn.Module, CacheRuntime]] = []
     try:
         for model in models:
@@ -151,7 +151,7 @@ def enable_cache(
 
 
 def _prepare(
-    model: nn.Module, method: CacheMethod, pipeline: Pipeline | None, make: Callable[..., Stepper]
+    model: nn.Module, method: CacheMethod, pipeline: AnyPipeline | None, make: Callable[..., Stepper]
 ) -> CacheRuntime:
     """Open the units and branches that a cache needs and return its runtime; after an error the model is unchanged."""
     previous, linked = runtime_of(model), LongSkipModel.find(model)
@@ -203,7 +203,7 @@ def _close(model: nn.Module, *, opened: bool) -> None:
         close_branches(linked)
 
 
-def disable_cache(target: nn.Module | Pipeline) -> None:
+def disable_cache(target: nn.Module | AnyPipeline) -> None:
     """Restore the model and drop all stored values. Does nothing if no cache is enabled."""
     for model in models_of(target):
         runtime = runtime_of(model)
@@ -228,7 +228,7 @@ def _plain_class(model_class: type) -> Any:
     return type(model_class.__name__, tuple(bases), namespace)
 
 
-def cache_summary(target: nn.Module | Pipeline) -> CacheSummary:
+def cache_summary(target: nn.Module | AnyPipeline) -> CacheSummary:
     """Return the summary of the current run, or of the last one; for a pipeline of two transformers, of both together.
     Raises `ValueError` if no cache is enabled."""
     return Cache(_runtimes_of(target)).summary()
@@ -263,7 +263,7 @@ class Cache:
 
 @contextmanager
 def cached(
-    target: nn.Module | Pipeline,
+    target: nn.Module | AnyPipeline,
     spec: str | Path | CacheMethod,
     *,
     make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
@@ -281,7 +281,7 @@ def cached(
 
 @contextmanager
 def recorded(
-    target: nn.Module | Pipeline, site: Site, make: Callable[[nn.Module, list[CacheRule]], Steps]
+    target: nn.Module | AnyPipeline, site: Site, make: Callable[[nn.Module, list[CacheRule]], Steps]
 ) -> Iterator[tuple[Cache, Steps]]:
     """Let the stepper that `make` returns run the steps of a model inside the block, for measurements; yield the cache
     and that stepper.

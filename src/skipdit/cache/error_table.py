@@ -35,9 +35,7 @@ FINEST = 4  # times as many steps as the calibrated run, beyond which none are p
 MAX_LOOKBACK = 48  # steps of a run, between a reuse step and a full one
 
 
-def fit_factors(
-    products: Float[np.ndarray, "*many terms terms"], ridge: float = RIDGE
-) -> Float[np.ndarray, "*many terms_but_first"]:
+def fit_factors(products: Float[np.ndarray, "*many terms terms"]) -> Float[np.ndarray, "*many terms_but_first"]:
     """Return the factors of the terms of an expansion, but the first, for which its error is least.
 
     products: inner products of the errors that each term makes; their sum is the error of Taylor's expansion.
@@ -46,7 +44,7 @@ def fit_factors(
     size = inner.shape[-1]
     scale = np.maximum(np.trace(inner, axis1=-2, axis2=-1) / size, 1e-30)
     towards = products[..., 1:, :].sum(axis=-1)
-    return 1 - np.linalg.solve(inner + ridge * scale[..., None, None] * np.eye(size), towards[..., None])[..., 0]
+    return 1 - np.linalg.solve(inner + RIDGE * scale[..., None, None] * np.eye(size), towards[..., None])[..., 0]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

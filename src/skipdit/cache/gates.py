@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skipdit.cache.schedule import Decision, Schedule
+from skipdit.options import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +28,7 @@ class AdaptiveSchedule(Schedule):
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
             raise ValueError(f"the threshold must be at least 0, got {self.threshold:g}")
-        for name in ("num_first", "num_last"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_range(self, "num_first", "num_last", least=0)
         if self.max_reused is not None and self.max_reused < 1:
             raise ValueError(f"max_reused must be at least 1, else no step could reuse, got {self.max_reused}")
 

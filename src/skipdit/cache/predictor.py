@@ -14,10 +14,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from skipdit.cache.error_table import ErrorTable, factors_at
+from skipdit.options import MAX_ORDER as MAX_ORDER
 
 Values = Mapping[str, Tensor]
 Derivatives = tuple[Values, ...]
-MAX_ORDER = 4
 
 
 class Ahead(NamedTuple):
@@ -44,6 +44,7 @@ class Predictor:
 
     order: int = 0
     """From 0 (hold the stored values) to 4."""
+    damping = 1.0  # multiplies fitted factors
 
     def __post_init__(self) -> None:
         if not 0 <= self.order <= MAX_ORDER:

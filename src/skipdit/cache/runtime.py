@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from skipdit.cache.compiled import Call, more_graphs
 from skipdit.cache.methods import CacheMethod
 from skipdit.cache.schedule import resolve
-from skipdit.cache.state import CacheSummary, Counts
+from skipdit.cache.state import CacheSummary, StepCounts
 from skipdit.cache.steppers import CacheRule, RuleState, Stepper, make_stepper, rules_on
-from skipdit.cache.streams import Run, Stream, Streams
+from skipdit.cache.streams import PipelineRun, Stream, Streams
 from skipdit.cache.timesteps import Layout
 from skipdit.cache.whole import tensors_in
 from skipdit.interfaces import Fields, ModelOutput
@@ -142,7 +142,7 @@ class CacheRuntime:
                 self._review(self.streams.current_runs)
         return output
 
-    def _first_output(self, run: Run, stream: Stream) -> list[Tensor] | None:
+    def _first_output(self, run: PipelineRun, stream: Stream) -> list[Tensor] | None:
         """Return the output of the guidance branch that was called first at this step; `None` if that is this stream,
         which then runs in full."""
         branches, stream.output = self.streams.branches(run, stream), []
@@ -164,7 +164,7 @@ class CacheRuntime:
                 result, stream.costs = count_costs(linked, lambda: self.stepper.step(call, stream))
             self.costs[stream.layout] = stream.costs
         output, reused = result or self.stepper.step(call, stream)
-        stream.counts += Counts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))
+        stream.counts += StepCounts(int(not reused), int(bool(reused)), cost=stream.costs.of_step(reused))
         if not reused:
             self.peak_bytes_held = max(self.peak_bytes_held, self.streams.bytes_held)
         return output
@@ -176,7 +176,7 @@ class CacheRuntime:
         if all(all(resolve(rule.schedule, levels)) for rule in self.rules):
             raise ValueError(f"cache {self.method} would never reuse in {len(levels)} steps")
 
-    def _review(self, runs: list[Run]) -> None:
+    def _review(self, runs: list[PipelineRun]) -> None:
         """Warn once, and name the cause, if runs of several steps that are over have never reused, or in nearly all."""
         streams = [stream for run in runs for stream in run.streams]
         longest = max(streams, key=lambda stream: stream.counts.full, default=None)
@@ -241,7 +241,7 @@ class CacheRuntime:
     def summary(self, others: Sequence["CacheRuntime"] = ()) -> CacheSummary:
         """Return the summary. others: caches of other models of the same pipeline, whose steps are added."""
         caches = (self, *others)
-        counts = sum((cache.streams.counts for cache in caches), Counts())
+        counts = sum((cache.streams.counts for cache in caches), StepCounts())
         return CacheSummary(
             method=str(self.method),
             model=self.model_name,

@@ -7,9 +7,10 @@ import msgspec
 import numpy as np
 
 from skipdit.cache.error_table import TABLE_ORDERS, ErrorTable
-from skipdit.cache.predictor import MAX_ORDER, FittedPredictor, Predictor
+from skipdit.cache.predictor import FittedPredictor, Predictor
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.models.long_skip import BranchKind
+from skipdit.options import MAX_ORDER
 
 MAX_SCHEDULE_STEPS = 1000  # per run; `skipdit sample --num-inference-steps` has the same limit
 NUM_KINDS = len(get_args(BranchKind))

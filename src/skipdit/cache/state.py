@@ -5,7 +5,7 @@ from operator import add
 from typing import Any, NamedTuple
 
 
-class Counts(NamedTuple):
+class StepCounts(NamedTuple):
     """Numbers of steps, and of unconditional predictions made in other ways."""
 
     full: int = 0
@@ -21,8 +21,8 @@ class Counts(NamedTuple):
     def predictions(self) -> int:
         return self.full + self.reused + self.shallow + self.held
 
-    def __add__(self, other: "Counts") -> "Counts":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Counts._make(map(add, self, other))
+    def __add__(self, other: "StepCounts") -> "StepCounts":  # pyright: ignore[reportIncompatibleMethodOverride]
+        return StepCounts._make(map(add, self, other))
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,8 @@ class ScheduledSteps:
                 if state.gate is not None and state.gate.schedule.observes and state.stored:
                     now = {name: stored[name] for name in state.stored}
                     before = {name: derivatives[0] for name, derivatives in state.stored.items()}
-                    state.gate.observe(all_reduce_max(relative_change(now, before), call.model), state.steps_since_full)
+                    change = all_reduce_max(relative_change_number(now, before), call.model)
+                    state.gate.observe(change, state.steps_since_full)
                 state.keep(rule, stored, probe)
             if state.gate is not None:
                 state.look(rule, probe, full=full)
@@ -387,6 +388,6 @@ def make_stepper(model: nn.Module, rules: list[CacheRule]) -> Stepper:
     return ProbedSteps(model, rules) if rules[0].probe else ScheduledSteps(model, rules)
 
 
-def relative_change(stored: Stored, before: Stored) -> float:
+def relative_change_number(stored: Stored, before: Stored) -> float:
     """Return `changes.relative_change` as a number; waits for the device once."""
     return changes.relative_change(stored, before).item()

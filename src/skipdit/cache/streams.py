@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from skipdit.cache.conditions import Conditions, read
-from skipdit.cache.state import Counts
+from skipdit.cache.state import StepCounts
 from skipdit.cache.steppers import RuleState
 from skipdit.cache.timesteps import Layout, Timestep, is_entry, is_near, is_single, layout_of, levels_of
 from skipdit.diffusion import noise_shares
@@ -113,7 +113,7 @@ class Stream:
     output: list[Tensor] = field(default_factory=list)
     """Its last output, if other guidance branches of the step may need it."""
     last_call: int = 0
-    counts: Counts = field(default_factory=Counts)
+    counts: StepCounts = field(default_factory=StepCounts)
 
     def advance(self, conditions: Conditions, place: float) -> None:
         """Record a step at this place, whose conditions equal the previous ones, up to strengths."""
@@ -135,7 +135,7 @@ class Stream:
 
 
 @dataclass(eq=False)
-class Run:
+class PipelineRun:
     """The streams of one name."""
 
     order: Order
@@ -153,13 +153,13 @@ class Run:
     streams: list[Stream] = field(default_factory=list)
     changing: set[str] = field(default_factory=set)
     """Arguments that are new at each call, and so are no conditioning."""
-    dropped: Counts = field(default_factory=Counts)
+    dropped: StepCounts = field(default_factory=StepCounts)
     """Counts of streams that were dropped."""
     last_call: int = 0
     warned: bool = False
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> StepCounts:
         return sum((stream.counts for stream in self.streams), self.dropped)
 
     @property
@@ -180,7 +180,7 @@ class Run:
     def make_room(self) -> None:
         """Drop the least recently called stream if there is no room for one more, with a warning the first time."""
         if len(self.streams) == MAX_STREAMS:
-            if self.dropped == Counts():
+            if self.dropped == StepCounts():
                 warnings.warn("labels, text states or options change at each call: no step can reuse", stacklevel=5)
             self.drop(self.streams[0])
 
@@ -216,7 +216,7 @@ class Streams:
         self,
         start: Callable[[], list[RuleState]],
         check: Callable[[list[float]], None],
-        over: Callable[[list[Run]], None],
+        over: Callable[[list[PipelineRun]], None],
         scale: float,
         *,
         by_token: bool = False,
@@ -227,21 +227,21 @@ class Streams:
         self.begun: weakref.WeakKeyDictionary[Scheduler, Tensor] = weakref.WeakKeyDictionary()
         # by watched scheduler of a ddpm process, the share of noise at each timestep of training
         self.shares: weakref.WeakKeyDictionary[Scheduler, list[float]] = weakref.WeakKeyDictionary()
-        self.runs: dict[Key, Run] = {}
-        self.num_calls, self.ended_at, self.ended_counts = 0, 0, Counts()
+        self.runs: dict[Key, PipelineRun] = {}
+        self.num_calls, self.ended_at, self.ended_counts = 0, 0, StepCounts()
 
     def watch(self, pipeline: Pipeline) -> None:
         """Follow the scheduler of a pipeline: copied timesteps belong to the lists that it makes from now on."""
         self.pipelines.add(pipeline)
         self.begun |= self._lists()
 
-    def next(self, timestep: Timestep, latents: Latents, conditions: Fields) -> tuple[Run, Stream]:
+    def next(self, timestep: Timestep, latents: Latents, conditions: Fields) -> tuple[PipelineRun, Stream]:
         """Return the run and the stream that a call continues; either may be new."""
         key = threading.get_ident(), _context.get(), _branch.get()
         current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
         run, place, stream, fitting = self._place(key, before, timestep, current, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
-            run, place = Run(run.order, run.levels, level=run.level), place if place < run.place else 0
+            run, place = PipelineRun(run.order, run.levels, level=run.level), place if place < run.place else 0
         if not run.streams:
             stream, fitting, run.place = None, [], place
             self.over([] if before is None else [before])
@@ -268,13 +268,13 @@ class Streams:
         return run, stream
 
     def _place(
-        self, key: Key, before: Run | None, timestep: Timestep, conditions: Conditions, layout: Layout
-    ) -> tuple[Run, float, Stream | None, list[Stream]]:
+        self, key: Key, before: PipelineRun | None, timestep: Timestep, conditions: Conditions, layout: Layout
+    ) -> tuple[PipelineRun, float, Stream | None, list[Stream]]:
         """Return a call's run and its place there; its stream, if the same tensor objects identify it; and the streams
         of its layout. Reads the timestep and the checksums from the device together."""
         branches = [other for name, other in self.runs.items() if key[2] and name[2] and name[:2] == key[:2]]
         order, place = self._known_place(timestep, before, branches)
-        run = before if before is not None and before.order is order else Run(order)
+        run = before if before is not None and before.order is order else PipelineRun(order)
         fitting = [stream for stream in run.streams if stream.layout == layout]
         differing = {stream: conditions.differing(stream.conditions) - run.changing for stream in fitting}
         same = [stream for stream in fitting if not differing[stream]]
@@ -301,7 +301,7 @@ class Streams:
         assert place is not None
         return run, place, stream, fitting
 
-    def _keep(self, key: Key, run: Run) -> None:
+    def _keep(self, key: Key, run: PipelineRun) -> None:
         self.runs[key] = run
         if len(self.runs) > MAX_RUNS:
             del self.runs[next(iter(self.runs))]
@@ -323,7 +323,9 @@ class Streams:
             yield order
         yield from self._lists().values()
 
-    def _known_place(self, timestep: Timestep, run: Run | None, branches: list[Run]) -> tuple[Order, float | None]:
+    def _known_place(
+        self, timestep: Timestep, run: PipelineRun | None, branches: list[PipelineRun]
+    ) -> tuple[Order, float | None]:
         """Return the order of the run's calls, and the place of this call if it is known without a read from the
         device; `None` if it must be counted or read. branches: the other named branches of the same run."""
         loop, order = _loop.get(), None if run is None else run.order
@@ -355,7 +357,7 @@ class Streams:
             index = max(begun, default=getattr(current, "begin_index", None) or 0)
         return table, index if index is not None and 0 <= index < len(table) else None
 
-    def _continues(self, timestep: Timestep, run: Run | None, fresh: list[Scheduler]) -> bool:
+    def _continues(self, timestep: Timestep, run: PipelineRun | None, fresh: list[Scheduler]) -> bool:
         """Return true if a copied timestep, which is read, continues its run rather than starting the new list of
         another scheduler."""
         assert run is not None
@@ -383,7 +385,7 @@ class Streams:
         # 0.7 in float32 is a timestep of 700, not of 699.99999
         return values[0] if scale == 1 else round(values[0] * scale + (1000 if scale < 0 else 0), 3)
 
-    def _begin(self, key: Key, run: Run) -> None:
+    def _begin(self, key: Key, run: PipelineRun) -> None:
         """Drop runs that can no longer be continued: branches under another list, and runs of threads that ended."""
         for scheduler, table in self._lists().items():
             if table is run.order:
@@ -396,20 +398,20 @@ class Streams:
                 del self.runs[name]
         self.check(run.coming)
 
-    def _others_stepped(self, key: Key, run: Run, last: float, place: float) -> bool:
+    def _others_stepped(self, key: Key, run: PipelineRun, last: float, place: float) -> bool:
         """Return true if other streams of the run made a step between these two places."""
         others = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
         places = (between for other in (run, *others) for stream in other.streams for between in stream.places)
         return any(last < between < place for between in places)
 
-    def branches(self, run: Run, stream: Stream) -> list[Stream]:
+    def branches(self, run: PipelineRun, stream: Stream) -> list[Stream]:
         """Return the other guidance branches of a run: streams of the same layout, whose steps have the same order."""
         key = next(key for key, other in self.runs.items() if other is run)
         runs = [other for name, other in self.runs.items() if name[:2] == key[:2] and other.order is run.order]
         streams = [branch for other in runs for branch in other.streams]
         return [branch for branch in streams if branch is not stream and branch.layout == stream.layout]
 
-    def noise_share(self, run: Run) -> float:
+    def noise_share(self, run: PipelineRun) -> float:
         """Return the share of noise, from 0 to 1, in the latents of a run's last call: of a process with betas by its
         scheduler, if that is watched, otherwise the noise level."""
         scheduler = next((scheduler for scheduler, table in self._lists().items() if table is run.order), None)
@@ -430,17 +432,17 @@ class Streams:
         self.over(runs)
 
     @property
-    def runs_in_context(self) -> list[Run]:
+    def runs_in_context(self) -> list[PipelineRun]:
         """This thread's runs in the current context, all branches; outside of any context, those called outside."""
         thread, path = threading.get_ident(), _context.get()
         keys = [key for key in self.runs if key[0] == thread and (key[1][: len(path)] == path if path else not key[1])]
         return [self.runs[key] for key in keys]
 
-    def drop(self, runs: list[Run]) -> None:
+    def drop(self, runs: list[PipelineRun]) -> None:
         """Drop these runs and their stores; their counts stay for the summary."""
         if runs:
             self.ended_at = self.num_calls
-            self.ended_counts = sum((run.counts for run in runs), Counts())
+            self.ended_counts = sum((run.counts for run in runs), StepCounts())
         self.runs = {key: run for key, run in self.runs.items() if run not in runs}
 
     @property
@@ -448,18 +450,18 @@ class Streams:
         return sum(stream.bytes_held for run in list(self.runs.values()) for stream in run.streams)
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> StepCounts:
         """Counts of the current runs, or of those that ended last."""
         current = [run.counts for run in self.current_runs]
-        return sum(current, Counts()) if current else self.ended_counts
+        return sum(current, StepCounts()) if current else self.ended_counts
 
     @property
-    def current_runs(self) -> list[Run]:
+    def current_runs(self) -> list[PipelineRun]:
         """Runs that were called since others ended."""
         return [run for run in list(self.runs.values()) if run.last_call > self.ended_at]
 
 
-def _by_level(run: Run, level: float) -> tuple[Run, float]:
+def _by_level(run: PipelineRun, level: float) -> tuple[PipelineRun, float]:
     """Return the run of a bare model at this noise level, and the place there. In a run noise falls; after two steps
     in which it rose, as in an inversion by hand, it rises."""
     place = level if run.rises else -level
@@ -467,7 +469,7 @@ def _by_level(run: Run, level: float) -> tuple[Run, float]:
         return run, place
     single = not run.rises and all(stream.counts.full + stream.counts.reused == 1 for stream in run.streams)
     if not (single and run.risen):
-        return Run(None, risen=single), -level
+        return PipelineRun(None, risen=single), -level
     run.rises = True
     for stream in run.streams:
         stream.places = (run.level, run.level)

@@ -3,14 +3,12 @@
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-from rich.progress import Progress
 
 from skipdit.cache.enable import cached
 from skipdit.cache.fingerprint import fingerprint
@@ -37,6 +35,7 @@ from skipdit.metrics.table import ALWAYS, Scores, score_cells
 from skipdit.plots import Tradeoffs, check_plots_installed, save_png
 from skipdit.report import Report, record, table
 from skipdit.runs import OwnCache, Runner
+from skipdit.terminal import counting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +63,6 @@ class Row:
         """Return the row of a table."""
         cells = {"group": self.group, "run": self.name, "full steps": self.steps_full}
         return cells | {"compute": f"{self.compute_ratio:.2f}"} | score_cells(self.scores, ALWAYS)
-
-
-@contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[], object]]:
-    """Show a progress bar inside the block; yield a function that advances it by one."""
-    with Progress() as bar:
-        yield partial(bar.advance, bar.add_task(description, total=total))
 
 
 @contextmanager
@@ -158,7 +150,7 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
     clock = Clock.of(run, config.site) if config.needs_clock else None
     if clock is not None:
         clock.check(config.target_seconds)
-    with progress("measuring", None if has_threshold else run.num_inference_steps + num_runs) as advance:
+    with counting("measuring", None if has_threshold else run.num_inference_steps + num_runs) as advance:
         run = replace(run, advance=advance)
         if has_threshold:
             candidates = find_by_threshold(config, run)
@@ -170,7 +162,7 @@ def calibrate(source: Source, config: CalibrateConfig, out: OutputFolder) -> lis
         fields = to_fields(candidate, config, made_for)
         lines = [f" {json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in fields.items()]
         out.write_text(f"{candidate.name}.json", "{\n" + ",\n".join(lines) + "\n}\n")
-    with progress("checking", len(candidates) + 2 * len(config.rivals) + 1) as advance:
+    with counting("checking", len(candidates) + 2 * len(config.rivals) + 1) as advance:
         rows = held_out(candidates, config, replace(held_out_run, advance=advance))
     report_of(rows, candidates, config, made_for).write(out, "report")
     if plot := draw(rows, config, made_for):

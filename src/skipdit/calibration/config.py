@@ -3,12 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from skipdit.options import NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
+from skipdit.options import MAX_ORDER, NumInferenceStepsOrDefault, check_numbers, check_option, check_range, choose
 
 if TYPE_CHECKING:
     from skipdit.cache.site import Site
 
-MAX_ORDER = 4  # equals `skipdit.cache.predictor.MAX_ORDER`, as a test checks
 BY_THRESHOLD = ("smoothcache", "magcache")  # methods whose schedules follow from a threshold
 KIN = ("dpcache", "l2p", "budcache")
 
@@ -39,9 +38,7 @@ class Trials:
     """number of steps whose effect on the final sample is measured, spread over the run and denser at both ends"""
 
     def __post_init__(self) -> None:
-        for name in ("max_age", "num_probed"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_range(self, "max_age", "num_probed")
         if len(set(self.orders)) < len(self.orders):
             raise ValueError(f"orders must be given once each, got {self.orders}")
         if any(not 0 <= order <= MAX_ORDER for order in self.orders):

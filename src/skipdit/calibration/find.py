@@ -14,7 +14,6 @@ from skipdit.cache.auto import AutoSchedule
 from skipdit.cache.enable import recorded
 from skipdit.cache.magnitudes import MagnitudeSchedule, MagnitudeSteps
 from skipdit.cache.methods import CacheMethod
-from skipdit.cache.predictor import FittedPredictor
 from skipdit.cache.schedule import ExplicitSchedule, IntervalSchedule, resolve
 from skipdit.cache.site import Site
 from skipdit.calibration.config import CalibrateConfig
@@ -65,8 +64,7 @@ class Candidate:
     @property
     def damping(self) -> float:
         """Return the number by which all fitted factors are multiplied; 1 if nothing was fitted."""
-        predictor = self.method.predictor
-        return predictor.damping if isinstance(predictor, FittedPredictor) else 1.0
+        return self.method.predictor.damping
 
     @classmethod
     def on_seed(
@@ -318,7 +316,8 @@ def refine(
 def damp(method: CacheMethod, check: Check) -> CacheMethod:
     """Damp the fitted factors by a little more at a time, as long as the schedule gets better on the seed of `check`;
     leave them as they are if little is gained."""
-    if not isinstance(predictor := method.predictor, FittedPredictor):
+    predictor = method.predictor
+    if not predictor.fitted_factors:
         return method
     best, most = method, check.psnr_db(method)
     least = most + LEAST_GAIN_DB

@@ -23,7 +23,7 @@ from skipdit.cache.error_table import NODES, ErrorTable
 from skipdit.cache.methods import EVERY, CacheMethod
 from skipdit.cache.schedule import ExplicitSchedule
 from skipdit.cache.site import BranchOutputs, Site, linked_model
-from skipdit.cache.steppers import CacheRule, MeasuringStepper, StepState, relative_change
+from skipdit.cache.steppers import CacheRule, MeasuringStepper, StepState, relative_change_number
 from skipdit.calibration.config import Trials as Trials
 from skipdit.interfaces import ModelOutput
 from skipdit.models.check import first_tensor
@@ -305,7 +305,7 @@ class BranchHistory(HistorySteps):
     def compare(self, call: Call, step: int, output: ModelOutput, stored: Stored, history: Sequence[Stored]) -> None:
         for age, before in enumerate(history, start=1):
             for kind, region in self.kinds.items():
-                change = relative_change({region.name: stored[region.name]}, before)
+                change = relative_change_number({region.name: stored[region.name]}, before)
                 self.changes.setdefault((kind, step, age), []).append(change)
 
 

@@ -23,7 +23,7 @@ SKIP_KEYS = (
 UNUSED_KEY = "caption_projection.y_embedding"
 UNUSED_ROWS = 120
 # options that shapes do not show; the official format supports these values only
-FIXED_OPTIONS = {
+FIXED_OPTIONS: Fields = {
     "attention_bias": True,
     "activation_fn": "gelu-approximate",
     "num_embeds_ada_norm": 1000,

@@ -21,6 +21,7 @@ from skipdit.data.video_files import timed_frames
 from skipdit.files.output import atomic_file
 from skipdit.files.untrusted import open_regular, printable_path
 from skipdit.pictures import MARGIN, labelled_grid, load_font
+from skipdit.pictures import to_frames as to_frames
 
 ENCODERS = ("libx264", "mpeg4")
 MAX_GIF_FPS = 50
@@ -100,11 +101,6 @@ def _too_short(name: str, indices: range, position: int) -> UnreadableVideo:
         f"the video {name} is too short: frame {indices[position]} is needed "
         f"({len(indices)} frames, interval {indices.step}, start {indices.start})"
     )
-
-
-def to_frames(clip: Float[Tensor, "*batch 3 height width"]) -> UInt8[Tensor, "*batch height width 3"]:
-    """Convert pixels in [0, 1] to uint8, channels last."""
-    return (clip.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous()
 
 
 def write_mp4(

@@ -8,7 +8,7 @@ skipdit does.
 
 import os
 
-from skipdit.cache.enable import Pipeline, enable_cache
+from skipdit.cache.enable import AnyPipeline, enable_cache
 from skipdit.cache.methods import parse_method
 
 VARIABLE = "SKIPDIT_CACHE"
@@ -24,7 +24,7 @@ def asked_for() -> str | None:
     return spec
 
 
-def enable(pipeline: Pipeline, spec: str, *, other: str | None = None) -> None:
+def enable(pipeline: AnyPipeline, spec: str, *, other: str | None = None) -> None:
     """Switch the cache on. other: a cache of the engine's own that is on too, by its option: `ValueError`, as a model
     can have only one."""
     if other is not None:

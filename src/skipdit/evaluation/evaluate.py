@@ -1,8 +1,7 @@
 """`skipdit eval`: compares samples with a reference, as sets or one by one, and reports the metrics."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from skipdit.metrics.table import ALWAYS, METRICS, SET_METRICS, SetMetric
 from skipdit.metrics.texts import load_clip
 from skipdit.process_group import ProcessGroup, own_device
 from skipdit.report import Report, listed, table
-from skipdit.terminal import progress_bar
+from skipdit.terminal import counting
 
 STORED = ".safetensors"
 SHORT_NAMES = {"EffNetLite0": "lite0", "Inception": "inception", "I3D": "i3d"}
@@ -202,7 +201,7 @@ class Evaluator:
         if metrics:
             size = self.config.batch_size or (1 if samples.is_clips else 32)
             num = min(self.config.num_samples or samples.num, samples.num)
-            with self.progress("pairs", num) as advance:
+            with counting("pairs", num, shown=self.group.is_main) as advance:
                 scores = compare_items(
                     samples, reference, metrics, self.group, self.device, num=num, batch_size=size, advance=advance
                 )
@@ -217,7 +216,7 @@ class Evaluator:
         encoders = load_clip(self.config.clip, self.device)
         num = min(self.config.num_samples or samples.num, samples.num)
         size = self.config.batch_size or (2 if samples.is_clips else 32)
-        with self.progress("texts", num) as advance:
+        with counting("texts", num, shown=self.group.is_main) as advance:
             score = score_texts(samples, encoders, self.group, self.device, num=num, batch_size=size, advance=advance)
         pairs = self.group.from_main(lambda: {} if score is None else {f"CLIP score ({encoders.name})": score})
         source = evaluation.samples or {"source": samples.source}
@@ -227,7 +226,7 @@ class Evaluator:
         """Return the statistics of a set in the main process. label: of the progress bar."""
         num = min(self.config.num_samples or items.num, items.num)
         size, seed = self.config.batch_size, self.config.seed
-        with self.progress(label, num) as advance:
+        with counting(label, num, shown=self.group.is_main) as advance:
             return measure_set(
                 items, extractor, self.group, self.device, num=num, batch_size=size, seed=seed, advance=advance
             )
@@ -240,13 +239,6 @@ class Evaluator:
             name = SHORT_NAMES.get(stored.identity.get("extractor", ""))
         name = name or ("i3d" if items is not None and items.is_clips else "lite0")
         return open_extractor(name, rule=self.config.resize, size=self.config.size, device=self.device)
-
-    @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Callable[[int], object]]:
-        """Show a progress bar in the main process; yield a function that advances it by a number of items."""
-        with progress_bar(shown=self.group.is_main) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda count: bar.advance(task, count)
 
 
 def is_stored(source: str) -> bool:

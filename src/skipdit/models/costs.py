@@ -3,6 +3,7 @@ layers outside the blocks.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -107,13 +108,8 @@ def count_flops(model: nn.Module, call: Callable[[], object]) -> int:
         nonlocal flops
         flops += counter.get_total_flops()
 
-    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
-    try:
-        with counter:
-            call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with model.register_forward_pre_hook(enter), model.register_forward_hook(leave), counter:
+        call()
     return flops
 
 
@@ -137,16 +133,15 @@ def count_costs(model: LongSkipModel, call: Callable[[], Output]) -> tuple[Outpu
     def leave(module: nn.Module, *_: object) -> None:
         flops[module] += counter.get_total_flops()
 
-    hooks = [module.register_forward_pre_hook(enter) for module in flops]
-    hooks += [module.register_forward_hook(leave) for module in flops]
-    try:
-        with counter:
-            result = call()
-    except Exception:  # the caller runs an uncounted call again, and an error of the call itself is raised there
-        return None, Costs.by_weights(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for module in flops:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        try:
+            with counter:
+                result = call()
+        except Exception:  # the caller runs an uncounted call again, and an error of the call itself is raised there
+            return None, Costs.by_weights(model)
     total = counter.get_total_flops()
     if not total:
         return result, Costs.by_weights(model)

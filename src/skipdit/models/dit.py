@@ -31,9 +31,9 @@ from skipdit.models.shallow_path import ShallowPath
 class HeadNorm(nn.Module):
     """RMSNorm (arXiv 1910.07467) of the queries or keys of each head, with one scale for all heads."""
 
-    def __init__(self, head_dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = 1e-6
         self.weight = nn.Parameter(torch.ones(head_dim))
 
     def forward(self, heads: Float[Tensor, "batch heads tokens dim"]) -> Float[Tensor, "batch heads tokens dim"]:

@@ -25,6 +25,7 @@ NumInferenceStepsOrDefault = Annotated[int | None, tyro.conf.arg(aliases=("--ste
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 50 * 2**20  # of a decoded picture
 MAX_SIDE = math.isqrt(MAX_PIXELS)  # of resized pictures
+MAX_ORDER = 4  # of the predictions of a cache
 
 
 def choose(what: str, name: str, allowed: Iterable[str]) -> str:
@@ -90,11 +91,11 @@ def check_range(config: "DataclassInstance", *names: str, least: float = 1, most
             raise ValueError(f"{name} must be {bound}, got {value}")
 
 
-def check_above(config: "DataclassInstance", *names: str, bound: float = 0) -> None:
-    """Raise `ValueError` if one of these fields is not above the bound; `None` passes."""
+def check_above(config: "DataclassInstance", *names: str) -> None:
+    """Raise `ValueError` if one of these fields is not above 0; `None` passes."""
     for name in names:
-        if (value := getattr(config, name)) is not None and not value > bound:
-            raise ValueError(f"{name} must be above {bound}, got {value}")
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def check_option(config: "DataclassInstance", name: str, allowed: Sequence) -> None:

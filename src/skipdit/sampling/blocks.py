@@ -7,7 +7,6 @@ depend on the process that makes its block.
 import hashlib
 import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypedDict
@@ -15,14 +14,14 @@ from typing import TypedDict
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from skipdit.cache.methods import CacheMethod
-from skipdit.files.output import atomic_folder, check_whole, to_json
+from skipdit.files.output import check_whole, to_json
 from skipdit.files.untrusted import printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.loading import Source
-from skipdit.runs import Conditioning, Counts, Runner, counts_of, guidance_options
+from skipdit.runs import Conditioning
 from skipdit.sampling.compare import CLIP_FPS
 from skipdit.sampling.config import SampleConfig
 
@@ -142,58 +141,6 @@ def is_block(path: Path, settings: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockMaker:
-    """Makes blocks in one process; one is written while the next is made."""
-
-    run: Runner
-    conditions: Conditions
-    config: SampleConfig
-    folder: Path
-    settings: str
-    """SHA-256 of the settings of the set"""
-    batch_size: int
-    num_samples: int
-    is_cached: bool
-    """true if a cache is enabled"""
-    ratio: float
-    """FLOPs of a step with ordinary guidance divided by those of a step with the config's, for sets without a cache"""
-
-    def make(self, number: int, writer: ThreadPoolExecutor) -> "Future[None]":
-        """Make a block and start to write it."""
-        indices = range(number * self.batch_size, (number + 1) * self.batch_size)
-        samples = self.sample(indices)[: self.num_samples - indices.start]
-        broken = (~samples.isfinite()).flatten(1).any(dim=1).sum()
-        levels = (samples.nan_to_num(0.0).movedim(-3, -1) * 255).round().clamp(0, 255).to(torch.uint8)
-        pixels, counts = levels.contiguous().numpy(), Counts(self.run.num_inference_steps, 0, self.ratio)
-        if self.is_cached:
-            counts = counts_of(self.run.pipeline)
-        info = BlockInfo(
-            settings=self.settings,
-            num_broken=int(broken),
-            steps_full=int(counts.steps_full),
-            steps_reused=int(counts.steps_reused),
-            compute_ratio=counts.compute_ratio or 1.0,
-        )
-        return writer.submit(self.write, number, pixels, info)
-
-    def sample(self, indices: Sequence[int]) -> Tensor:
-        """Return the samples of these indices. They may lie beyond the last sample, so that all batches have the same
-        size."""
-        conditions = [self.conditions.choices[self.conditions.choice_of(index)] for index in indices]
-        seeds = [seed_of(self.config.seed, index) for index in indices]
-        options = guidance_options(self.config.guidance, self.config.guidance_shallow_units)
-        return replace(self.run, conditions=conditions, seed=seeds)(**options).samples
-
-    def write(self, number: int, pixels: np.ndarray, info: BlockInfo) -> None:
-        with atomic_folder(block_path(self.folder, number), KIND, even_damaged=True) as draft:
-            np.save(draft / "samples.npy", pixels)
-            (draft / "block.json").write_text(to_json(info), encoding="utf-8")
-            first = number * self.batch_size
-            for index, sample in enumerate(pixels if self.config.png else (), start=first):
-                save_png(draft / png_name(index), sample)
 
 
 def png_name(index: int) -> str:

@@ -18,6 +18,7 @@ from typing import TypedDict
 
 import numpy as np
 from rich.progress import track
+from torch import Tensor
 
 from skipdit.cache.enable import enable_cache
 from skipdit.data.arrays import write_npz
@@ -28,17 +29,19 @@ from skipdit.files.output import OutputFolder
 from skipdit.files.untrusted import printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.loading import Source
+from skipdit.pictures import to_frames
 from skipdit.process_group import ProcessGroup, own_device, process_group
-from skipdit.runs import check_method
+from skipdit.runs import Counts, check_method, counts_of, guidance_options
 from skipdit.sampling.blocks import (
     BLOCKS,
     KIND,
-    BlockMaker,
+    BlockInfo,
     Conditions,
     block_path,
     is_block,
     png_name,
     read_block,
+    save_png,
     seed_of,
     settings_of,
 )
@@ -276,23 +279,12 @@ class SetRun:
             pipeline.transformer.compile(fullgraph=True)
         if self.method is not None:
             enable_cache(pipeline, self.method)
-        maker = BlockMaker(
-            run=self.run,
-            conditions=self.conditions,
-            config=self.config,
-            folder=self.folder,
-            settings=settings,
-            batch_size=self.batch_size,
-            num_samples=self.num_samples,
-            is_cached=self.method is not None,
-            ratio=ratio,
-        )
         self.group.wait_for_all()
         started = time.perf_counter()
         with self.progress(missing) as update, ThreadPoolExecutor(1) as writer:
             written: Future[None] | None = None
             for number in missing[self.group.rank :: self.group.size]:
-                writing = maker.make(number, writer)
+                writing = self.make_block(number, settings, ratio, writer)
                 if written is not None:
                     written.result()
                 written = writing
@@ -303,6 +295,43 @@ class SetRun:
             self.group.wait_for_all(update)
             update()
         return max(time.perf_counter() - started, 1e-9)
+
+    def make_block(self, number: int, settings: str, ratio: float, writer: ThreadPoolExecutor) -> "Future[None]":
+        """Make a block and start to write it; the next one is made meanwhile.
+
+        settings: SHA-256 of the settings of the set. ratio: FLOPs of a step with ordinary guidance divided by those of
+        a step with the config's, for sets without a cache.
+        """
+        indices = range(number * self.batch_size, (number + 1) * self.batch_size)
+        samples = self.samples_of(indices)[: self.num_samples - indices.start]
+        broken = (~samples.isfinite()).flatten(1).any(dim=1).sum()
+        counts = Counts(self.run.num_inference_steps, 0, ratio)
+        if self.method is not None:
+            counts = counts_of(self.run.pipeline)
+        info = BlockInfo(
+            settings=settings,
+            num_broken=int(broken),
+            steps_full=int(counts.steps_full),
+            steps_reused=int(counts.steps_reused),
+            compute_ratio=counts.compute_ratio or 1.0,
+        )
+        return writer.submit(self.write_block, number, to_frames(samples.nan_to_num(0.0)).numpy(), info)
+
+    def samples_of(self, indices: Sequence[int]) -> Tensor:
+        """Return the samples of these indices. They may lie beyond the last sample, so that all batches have the same
+        size."""
+        conditions = [self.conditions.choices[self.conditions.choice_of(index)] for index in indices]
+        seeds = [seed_of(self.config.seed, index) for index in indices]
+        options = guidance_options(self.config.guidance, self.config.guidance_shallow_units)
+        return replace(self.run, conditions=conditions, seed=seeds)(**options).samples
+
+    def write_block(self, number: int, pixels: np.ndarray, info: BlockInfo) -> None:
+        with output.atomic_folder(block_path(self.folder, number), KIND, even_damaged=True) as draft:
+            np.save(draft / "samples.npy", pixels)
+            (draft / "block.json").write_text(output.to_json(info), encoding="utf-8")
+            first = number * self.batch_size
+            for index, sample in enumerate(pixels if self.config.png else (), start=first):
+                save_png(draft / png_name(index), sample)
 
     @contextmanager
     def progress(self, missing: Sequence[int]) -> Iterator[Callable[[], None]]:

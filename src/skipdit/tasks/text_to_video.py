@@ -7,6 +7,7 @@ import torch
 from diffusers import LatteTransformer3DModel
 from torch import Tensor, nn
 
+from skipdit.checkpoints.latte_t2v import FIXED_OPTIONS
 from skipdit.diffusion import Objective
 from skipdit.interfaces import VAE, Fields, Transformer
 from skipdit.models.inflate import inflate_text_latte, init_latte_t2v
@@ -56,16 +57,11 @@ class TextToVideo(PromptTask):
         sizes = config.sizes()
         model = LatteTransformer3DModel(
             **sizes,
+            **FIXED_OPTIONS,
             in_channels=items.num_channels,
             out_channels=2 * items.num_channels,
             cross_attention_dim=sizes["num_attention_heads"] * sizes["attention_head_dim"],
-            attention_bias=True,
             sample_size=items.size,
-            activation_fn="gelu-approximate",
-            num_embeds_ada_norm=1000,
-            norm_type="ada_norm_single",
-            norm_elementwise_affine=False,
-            norm_eps=1e-6,
             caption_channels=WIDTH,
             video_length=cast(int, items.num_frames),
         )

@@ -18,7 +18,7 @@ from skipdit.benchmark.compiling.report import COMPILE, GraphRow, Timing, report
 from skipdit.benchmark.compiling.single_steps import time_steps
 from skipdit.benchmark.config import BY_KIND, MIXED
 from skipdit.benchmark.config import CompileBenchConfig as CompileBenchConfig
-from skipdit.benchmark.measure import Advance, benchmark, compiled, progress_bar
+from skipdit.benchmark.measure import Advance, benchmark, compiled
 from skipdit.benchmark.models import check_compiler
 from skipdit.cache.compiled import more_graphs
 from skipdit.cache.methods import CacheMethod, parse_method
@@ -30,6 +30,7 @@ from skipdit.loading import Source, load_source
 from skipdit.models.dit import DiT
 from skipdit.models.long_skip import LongSkipConfig
 from skipdit.runs import OwnCache, RunCache, Runner, switched_on
+from skipdit.terminal import counting
 
 CLASS_TO_IMAGE = "the benchmark of compilation runs a class-to-image DiT with long skips"
 
@@ -56,7 +57,7 @@ def own_method(spec: str, num_steps: int) -> CacheMethod:
 
 
 @dataclass(frozen=True)
-class Subject:
+class CompiledSubject:
     """A pipeline with a cache or without."""
 
     library: str
@@ -68,26 +69,28 @@ class Subject:
     """name of the setting in the config"""
 
 
-def make_subjects(config: CompileBenchConfig, source: Source) -> list[Subject]:
+def make_subjects(config: CompileBenchConfig, source: Source) -> list[CompiledSubject]:
     """Return our model without a cache and with our caches, and the same model in diffusers' blocks without a cache and
     with others."""
     pipeline = source.sampler.pipeline
-    subjects = [Subject("skipdit", "no cache", pipeline)]
+    subjects = [CompiledSubject("skipdit", "no cache", pipeline)]
     for spec in config.specs:
         cache = OwnCache(own_method(spec, config.num_inference_steps))
-        subjects.append(Subject("skipdit", spec, pipeline, cache, spec))
+        subjects.append(CompiledSubject("skipdit", spec, pipeline, cache, spec))
     library = load_rivals() if config.rivals else None
     if library is None:
         return subjects
     others, rivals = library.compiled_rivals(pipeline, config.rivals, config.num_inference_steps)
-    subjects.append(Subject("diffusers", "no cache", others.pipeline))
+    subjects.append(CompiledSubject("diffusers", "no cache", others.pipeline))
     for rival in rivals:
         library = "cache-dit" if rival.name == "cache-dit" else "diffusers"
-        subjects.append(Subject(library, rival.setting[len(library) + 1 :], others.pipeline, rival, rival.setting))
+        subjects.append(
+            CompiledSubject(library, rival.setting[len(library) + 1 :], others.pipeline, rival, rival.setting)
+        )
     return subjects
 
 
-def runner_of(subject: Subject, config: CompileBenchConfig) -> Runner:
+def runner_of(subject: CompiledSubject, config: CompileBenchConfig) -> Runner:
     num_classes = subject.pipeline.transformer.config.num_classes
     return Runner.of_latents(
         subject.pipeline,
@@ -113,7 +116,7 @@ class CountingBackend:
         return graph.forward
 
 
-def count_graphs(subject: Subject, config: CompileBenchConfig) -> GraphRow:
+def count_graphs(subject: CompiledSubject, config: CompileBenchConfig) -> GraphRow:
     """Count the graphs of a run; they do not depend on the backend that would compile them."""
     row = GraphRow(library=subject.library, setting=subject.setting)
     try:
@@ -131,7 +134,7 @@ def count_graphs(subject: Subject, config: CompileBenchConfig) -> GraphRow:
 
 
 def with_counts(
-    row: GraphRow, subject: Subject, config: CompileBenchConfig, expected: Tensor, *, fullgraph: bool
+    row: GraphRow, subject: CompiledSubject, config: CompileBenchConfig, expected: Tensor, *, fullgraph: bool
 ) -> GraphRow:
     backend, run = CountingBackend(), runner_of(subject, config)
     with (
@@ -169,7 +172,7 @@ def in_few_words(failure: BaseException) -> str:
 # Seconds
 
 
-def time_runs(subject: Subject, config: CompileBenchConfig, *, compile_it: bool) -> Timing:
+def time_runs(subject: CompiledSubject, config: CompileBenchConfig, *, compile_it: bool) -> Timing:
     """Time all cached runs between two series of uncached ones, as enabling a cache of another library changes the
     model, which would then be compiled again."""
     run = runner_of(subject, config)
@@ -216,7 +219,7 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
         subjects = make_subjects(config, source)
         timed = [subject for subject in subjects if subject.timed_as in config.timed]
         modes = (False,) if no_compiler else (False, True)
-        with progress_bar(len(subjects) + len(timed) * len(modes) + 1 + len(config.step_presets)) as advance:
+        with counting("", len(subjects) + len(timed) * len(modes) + 1 + len(config.step_presets)) as advance:
             graphs, timings = measure(config, subjects, timed, modes, advance)
             has_compiler = no_compiler is None
             advance(description="single steps")
@@ -231,8 +234,8 @@ def bench_compile(config: CompileBenchConfig, out: OutputFolder) -> None:
 
 def measure(
     config: CompileBenchConfig,
-    subjects: Sequence[Subject],
-    timed: Sequence[Subject],
+    subjects: Sequence[CompiledSubject],
+    timed: Sequence[CompiledSubject],
     modes: Sequence[bool],
     advance: Advance,
 ) -> tuple[list[GraphRow], list[Timing]]:
