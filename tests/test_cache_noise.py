@@ -181,13 +181,16 @@ def test_a_run_with_too_few_steps_for_a_cache_warns(spec: str) -> None:
 def test_so_is_one_of_more_steps_with_strong_guidance() -> None:
     pipeline = tiny_pipeline()
 
-    def serve(guidance_scale: float) -> None:
+    def serve(guidance_scale: float, num_steps: int = 12) -> None:
         with cached(pipeline, "N2"):
-            pipeline([1], num_inference_steps=12, guidance_scale=guidance_scale, output_type="latent")
+            pipeline([1], num_inference_steps=num_steps, guidance_scale=guidance_scale, output_type="latent")
 
     serve(4.0)
     with pytest.warns(UserWarning, match="in a run of 12 steps at guidance 8: steps so far apart"):
         serve(8.0)
+    serve(3.0, 8)
+    with pytest.warns(UserWarning, match="in a run of 8 steps at guidance 4: steps so far apart"):
+        serve(4.0, 8)
 
 
 def test_a_scale_that_the_model_embeds_is_no_guidance_by_difference() -> None:

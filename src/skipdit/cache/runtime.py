@@ -28,8 +28,8 @@ from skipdit.models.families import Family, find_family
 from skipdit.models.long_skip import LongSkipModel
 
 LONG_RUN = 20  # runs of at least so many steps warn if too few of them are full
-FAR_APART = 150  # timesteps between two steps that have little in common: `benchmarks/where_caching_fails.md`
-STRONG_GUIDANCE = 6  # with a scale of at least this, half that distance is enough
+# timesteps between two steps that have little in common, from a scale of guidance on: benchmarks/where_caching_fails.md
+FAR_APART = {6: 75, 4: 100, 0: 150}
 EMBEDDED = "guidance"  # argument of distilled models for a scale that multiplies no difference of predictions
 MOST_PER_FULL = 2.5  # a run's cost, in full steps, over the number of its full steps: `benchmarks/calibration.md`
 
@@ -198,13 +198,13 @@ class CacheRuntime:
         too_few = num_steps >= LONG_RUN and counts.cost >= MOST_PER_FULL * counts.full
         scale = max((getattr(pipeline, "guidance_scale", 0) or 0 for pipeline in self.streams.pipelines), default=0)
         scale = 0 if EMBEDDED in stream.conditions.tensors else scale
-        distance = FAR_APART / (2 if scale >= STRONG_GUIDANCE else 1)
-        far_apart = len(levels) > 1 and abs(levels[0] - levels[-1]) >= distance * (len(levels) - 1)
+        stride = abs(levels[0] - levels[-1]) / max(len(levels) - 1, 1)
+        far_apart = stride >= next(distance for least, distance in FAR_APART.items() if max(scale, 0) >= least)
         if self.has_advised or not (too_few or far_apart):
             return None
         self.has_advised = True
         if far_apart:
-            guided = f" at guidance {scale:g}" if scale >= STRONG_GUIDANCE else ""
+            guided = f" at guidance {scale:g}" if stride < FAR_APART[0] else ""
             return (
                 f"cache {self.method} in a run of {num_steps} steps{guided}: steps so far apart have little in common, "
                 f"and {math.ceil(counts.cost)} steps without a cache are about as good"
