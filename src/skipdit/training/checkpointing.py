@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from skipdit.files import output
-from skipdit.files.untrusted import as_type_or_none, printable, read_json
+from skipdit.files.untrusted import as_type_or_none, file_digest, printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
@@ -27,7 +27,8 @@ from skipdit.training.precision import ScaleState
 LOGGER = logging.getLogger(__name__)
 
 KIND = "checkpoint"  # in the marker of each checkpoint
-PREVIOUS = "previous-run"  # folder for the checkpoints of an earlier run
+PREVIOUS = "previous-run"  # folder for an earlier run
+LOG = "log.jsonl"
 
 # settings that may change when a run is resumed; and those that may with --allow-changes
 FREE_TO_CHANGE = {
@@ -107,28 +108,44 @@ def check_places(folder: Path, max_steps: int) -> None:
             output.check_replaceable(path, KIND, even_damaged=True)
 
 
-def set_aside(folder: Path) -> None:
-    """Move the checkpoints of an earlier run into `previous-run`, until this run has written its first."""
-    if checkpoints := list_checkpoints(folder):
-        previous = folder / PREVIOUS
-        output.check_replaceable(previous, PREVIOUS)
-        drop_previous(folder)
-        previous.mkdir(exist_ok=True)
-        output.write_marker(previous, {PREVIOUS: {}})
-        for path in checkpoints:
-            path.rename(previous / path.name)
-        LOGGER.warning(
-            "the checkpoints of the earlier run are kept in %s until the first new one is written", printable(previous)
-        )
+def previous_runs(folder: Path) -> list[Path]:
+    """Return the folders into which `set_aside` has moved earlier runs."""
+    paths = [path for path in sorted(folder.glob(f"{PREVIOUS}*")) if re.fullmatch(rf"{PREVIOUS}(-[0-9]+)?", path.name)]
+    return [path for path in paths if not path.is_symlink() and PREVIOUS in output.read_marker(path)["files"]]
+
+
+def set_aside(folder: Path, files: Collection[str] = ()) -> None:
+    """Move the checkpoints of an earlier run, and other files of it, into `previous-run` (with a number if there is one
+    already) until a checkpoint of this run is due."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints and set(files) <= {LOG}:
+        return
+    previous, number = folder / PREVIOUS, 1
+    while PREVIOUS in output.read_marker(previous)["files"]:
+        number += 1
+        previous = folder / f"{PREVIOUS}-{number}"
+    output.check_replaceable(previous, PREVIOUS)
+    previous.mkdir(exist_ok=True)
+    output.write_marker(previous, {PREVIOUS: {name: file_digest(folder / name) for name in files}})
+    for name in (*files, *(path.name for path in checkpoints)):
+        (previous / name).parent.mkdir(exist_ok=True)
+        (folder / name).rename(previous / name)
+    LOGGER.warning("the earlier run is kept in %s until the first new checkpoint is due", printable(previous))
 
 
 def drop_previous(folder: Path) -> None:
     """Delete what `set_aside` has moved."""
-    previous = folder / PREVIOUS
-    if not previous.is_symlink() and PREVIOUS in output.read_marker(previous)["files"]:
+    for previous in previous_runs(folder):
         for path in list_checkpoints(previous):
             output.remove_ours(path)
         output.remove_ours(previous)
+
+
+def previous_note(folder: Path) -> str:
+    """Return a message on earlier runs that were set aside and have checkpoints; empty if there are none."""
+    paths = [path for path in previous_runs(folder) if list_checkpoints(path)]
+    names = " and ".join(printable(path) for path in paths)
+    return f"the checkpoints of an earlier run are in {names}" if paths else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,11 +166,20 @@ def written(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, flops: float, learner: Learner, tensors: Tensors, config: TrainConfig, data: Fingerprint
+    folder: Path,
+    step: int,
+    flops: float,
+    learner: Learner,
+    tensors: Tensors,
+    config: TrainConfig,
+    data: Fingerprint,
+    *,
+    is_due: bool,
 ) -> None:
     """Write a checkpoint, whole or not at all, then delete older ones beyond `config.num_checkpoints`.
 
-    tensors: those of the learner, not in shards.
+    tensors: those of the learner, not in shards. is_due: delete earlier runs that were set aside too; without it, as
+    when a run is stopped, they stay.
     """
     without_moments = [name for name in learner.trained if f"{name}.step" not in tensors["optimizer"]]
     state = State(
@@ -173,7 +199,8 @@ def save_checkpoint(
         for name in learner.files:
             save_file(tensors[name], draft / f"{name}.safetensors")
         (draft / "state.json").write_text(output.to_json(state), encoding="utf-8")
-    drop_previous(folder)
+    if is_due:
+        drop_previous(folder)
     # a checkpoint of a later step is one that could not be resumed from: it does not count
     reached = [checkpoint for checkpoint in list_checkpoints(folder) if (step_of(checkpoint) or 0) <= step]
     for checkpoint in reached[: -config.num_checkpoints]:
@@ -190,9 +217,11 @@ def resume(
     """Restore the last usable checkpoint; return its step (0 if there is no checkpoint), the FLOPs so far, and messages
     for the user.
 
-    `ValueError` if the checkpoint has other settings or data than this run, or if no checkpoint is usable.
+    `ValueError` if the checkpoint has other settings or data than this run, or if no checkpoint is usable, or the only
+    ones were set aside.
     """
     problems: list[str] = []
+    earlier = previous_note(folder)
     for path in reversed(list_checkpoints(folder)):
         try:
             state = read_state(path)
@@ -212,9 +241,16 @@ def resume(
             learner.loss_scale.restore(state["loss_scale"])
         if problems:
             notes.insert(0, f"{'; '.join(problems)}: the run resumes from {path.name}")
+        if earlier:
+            notes.append(f"{earlier}, until the next checkpoint of this one ({path.name}) is due")
         return state["step"], state.get("flops", 0.0), notes
     if problems:
         raise ValueError(f"{'; '.join(problems)}: give another --out, or --no-resume")
+    if earlier:
+        raise ValueError(
+            f"{earlier}, and {printable(folder)} has none: move all of it but {output.MARKER} back to resume it, or "
+            "give --no-resume"
+        )
     return 0, 0.0, []
 
 

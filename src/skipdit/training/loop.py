@@ -70,8 +70,8 @@ def train(
     Args:
         config: the run.
         out: folder of the run.
-        resume: resume from the last complete checkpoint in `out`. Otherwise start anew; the earlier checkpoints are
-            kept until the first new one is written.
+        resume: resume from the last complete checkpoint in `out`. Otherwise start anew; the earlier run is kept in
+            `out/previous-run` until the first new checkpoint is due.
         device: `"cpu"`, `"cuda"` or `"auto"`.
         overwrite: allow overwriting files in `out` that skipdit did not write, with a warning for each.
         allow_changes: resume although the learning rate, or another setting that may change, differs.
@@ -192,7 +192,7 @@ class Run:
             for note in notes if self.accelerator.is_main_process else ():
                 LOGGER.warning("%s", note)
         else:
-            in_main(self.accelerator, lambda: checkpointing.set_aside(self.out))
+            in_main(self.accelerator, lambda: self.files.set_aside())
         if self.config.compile:
             self.learner.model.compile()
         model = self.learner.model
@@ -345,7 +345,7 @@ class Run:
         if due.checkpoint or stopped:
             tensors = learner.tensors(keeps=keeps)
             state = (self.flops, learner, tensors, self.config, self.data)
-            in_main(accelerator, lambda: checkpointing.save_checkpoint(self.out, done, *state))
+            in_main(accelerator, lambda: checkpointing.save_checkpoint(self.out, done, *state, is_due=due.checkpoint))
         if due.grid:
             averages = learner.tensors(keeps=keeps, file="ema")["ema"]
             in_main(
@@ -394,7 +394,9 @@ class Run:
     def stop_message(self, number: int, done: int) -> str:
         """Return a message on where a run stopped, and how to resume it."""
         command = "the same command" if self.resume else "the same command without --no-resume"
+        earlier = checkpointing.previous_note(self.out)
         return (
             f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
             f"{printable(checkpointing.checkpoint_path(self.out, done))}: {command} resumes it"
+            + (f"; {earlier}" if earlier else "")
         )
