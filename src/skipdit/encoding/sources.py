@@ -18,7 +18,7 @@ from skipdit.command_options import config_of
 from skipdit.data.clips import ClipConfig, ClipFiles, find_clips
 from skipdit.data.folders import as_captions
 from skipdit.data.picture_files import adm_crop, open_picture, reason_of, to_rgb
-from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
+from skipdit.data.pictures import DataConfig, PictureFiles, find_pictures, pad_captions
 from skipdit.data.tables import label_names_of, read_cell, undecoded
 from skipdit.data.videos import FrameChoice, UnreadableVideo, count_frames, frames_of
 from skipdit.encoding.config import EncodeConfig
@@ -77,14 +77,19 @@ def jobs_of(
 
 
 def picture_source(config: EncodeConfig) -> Source:
-    """Open pictures as `skipdit train` reads them."""
-    items = open_pictures(config_of(replace(config, label_column=_label_column(config)), DataConfig))
+    """Open pictures as `skipdit train` reads them, except that broken ones may be left out."""
+    found = find_pictures(config_of(replace(config, label_column=_label_column(config)), DataConfig))
+    if config.on_broken == "refuse":
+        found.check()
+    captions = found.captions
+    captions = pad_captions([[found.label_names[label]] for label in found.labels] if captions is None else captions)
 
     def read(index: int, _: int) -> Sample:
-        name = items.label_names[items.labels[index]]
-        return Sample(cut(items.read(index), items.names(index), config), name, list(items.captions[index]))
+        name = found.label_names[found.labels[index]]
+        return Sample(cut(found.read(index), found.names(index), config), name, list(captions[index]))
 
-    return Source(jobs_of(len(items), read, config), len(items), items.label_names, _digest_of(items))
+    num_items = len(found.labels)
+    return Source(jobs_of(num_items, read, config), num_items, found.label_names, _digest_of(found, captions))
 
 
 def clip_source(config: EncodeConfig) -> Source:
@@ -112,7 +117,7 @@ def clip_source(config: EncodeConfig) -> Source:
 
     num_items = len(clips.labels)
     num_jobs = num_items * max(1, config.num_crops)
-    return Source(jobs_of(num_items, read, config), num_jobs, clips.label_names, _digest_of(clips))
+    return Source(jobs_of(num_items, read, config), num_jobs, clips.label_names, _digest_of(clips, clips.captions))
 
 
 def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
@@ -241,6 +246,6 @@ def _label_column(config: EncodeConfig) -> str:
     return config.label_column
 
 
-def _digest_of(items: LabelledPictures | ClipFiles) -> str:
-    content = [list(items.label_names), list(items.labels), list(map(list, items.captions))]
+def _digest_of(items: PictureFiles | ClipFiles, captions: Sequence[Sequence[str]]) -> str:
+    content = [list(items.label_names), list(items.labels), list(map(list, captions))]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
