@@ -235,6 +235,29 @@ def test_other_data_in_the_same_folder_is_refused(encoded: Path, tmp_path: Path)
         encode_into(out, **options)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_replaced_pictures_are_other_data_and_a_moved_folder_is_not(
+    streaming: bool, encoded: Path, tmp_path: Path
+) -> None:
+    data, out = shutil.copytree(encoded / "data", tmp_path / "data"), tmp_path / "latents"
+    options: dict[str, Any] = {"vae": str(encoded / "vae"), "image_size": 16, "streaming": streaming}
+    source = data
+    if streaming:
+        pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        source = data / "rows.parquet"
+        picture = (data / "ant" / "0.png").read_bytes()
+        pq.write_table(pa.table({"image": [picture], "label": ["ant"]}), source)
+    items = encode_into(out, source=str(source), **options)
+    same = encode_into(out, source=str(data / ".." / source.relative_to(tmp_path)), **options)
+    assert same.content == items.content
+    moved = data.rename(tmp_path / "moved")
+    encode_into(out, source=str(moved / source.relative_to(data)), **options)
+    path = moved / ("rows.parquet" if streaming else "ant/0.png")
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"other settings \(source\)"):
+        encode_into(out, source=str(moved / source.relative_to(data)), **options)
+
+
 def test_one_run_at_a_time_and_files_of_others_stay(encoded: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
     (tmp_path / "shard-00000.safetensors").write_bytes(b"mine")
