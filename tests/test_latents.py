@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import assert_same_run, make_config, names, read_log
 
 from skipdit.checkpoints.parts import read_autoencoder
@@ -145,6 +146,24 @@ def test_scaling_is_what_the_pipeline_undoes() -> None:
     scale: Any = {name: vae.config[name] for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")}
     scaled = scale_latents(latents, scale)
     torch.testing.assert_close(unscale_latents(scaled.flatten(0, 1), vae.config), latents.flatten(0, 1))
+
+
+def test_scaling_copies_the_statistics_to_a_device_once() -> None:
+    """A copy of a list would wait for the device in every step."""
+    scale: Any = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": [1.5, 2.5], "latents_std": [3.5, 4.5]}
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    latents = torch.randn(2, 2, 3, 3)
+    first = scale_latents(latents, scale)
+    with Names():
+        again = scale_latents(latents, scale)
+    assert torch.equal(again, first)
+    assert set(names) == {"aten::sub.Tensor", "aten::mul.Tensor", "aten::div.Tensor"}
 
 
 def test_half_of_a_batch_is_mirrored(encoded: Path) -> None:
