@@ -475,6 +475,22 @@ def test_a_model_of_latents_is_trained_resumed_and_sampled(encoded: Path, tmp_pa
         assert picture.width >= 16
 
 
+def test_settings_that_only_check_the_latents_may_change_and_paths_be_written_otherwise(
+    encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(latent_config(encoded / "latents", max_steps=1), Path("first"), device="cpu")
+    shutil.copytree("first/pipeline", "other")
+    config = latent_config(encoded / "latents", max_steps=2, start_from="first/pipeline", rate_schedule="constant")
+    train(config, Path("run"), device="cpu")
+    checked = replace(config.data, verify=False, num_channels=4, sample_size=8, num_classes=2)
+    again = replace(config, data=checked, start_from="./first/../first/pipeline", max_steps=3)
+    train(again, Path("run"), device="cpu")
+    assert [entry["step"] for entry in read_log(Path("run"))] == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"other settings \(start_from\)"):
+        train(replace(again, start_from="other", max_steps=4), Path("run"), device="cpu")
+
+
 def test_the_objective_of_the_paper_is_trained(encoded: Path, tmp_path: Path) -> None:
     """The tables of its process were once made while FLOPs were counted, of tensors without memory, and kept."""
     ddpm_tables.cache_clear()

@@ -199,6 +199,21 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
+def test_a_folder_of_one_class_may_be_renamed(tmp_path: Path) -> None:
+    """As one that has moved, unless its name is what its pictures are called."""
+    data = make_data(tmp_path / "data") / "red"
+    for path in list(data.glob("*.png")):
+        path.with_suffix(".txt").write_text("a red one")
+    config, out = make_config(data, max_steps=3), tmp_path / "run"
+    train(config, out, device="cpu")
+    renamed = data.rename(tmp_path / "crimson")
+    train(make_config(renamed, max_steps=4), out, device="cpu")
+    assert [entry["step"] for entry in read_log(out)] == [1, 2, 3, 4]
+    (renamed / "0.txt").unlink()
+    with pytest.raises(ValueError, match="other labels or captions now"):
+        train(make_config(renamed, max_steps=5), out, device="cpu")
+
+
 def test_a_folder_of_a_user_for_a_previous_run_stays(run: tuple[TrainConfig, Path]) -> None:
     config, out = run
     shutil.copytree(out / "checkpoint-0000003", out / PREVIOUS / "checkpoint-0000003")

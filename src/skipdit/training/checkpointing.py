@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from skipdit.data.config import LatentConfig
 from skipdit.files import output
 from skipdit.files.untrusted import as_type_or_none, file_digest, printable, read_json
 from skipdit.interfaces import Fields
@@ -41,6 +43,7 @@ FREE_TO_CHANGE = {
 }
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
 FREE_TO_CHANGE |= {"tensorboard", "num_accumulation_steps", "parallel"}
+LATENT_CHECKS = {"num_channels", "sample_size", "num_frames", "num_classes", "verify"}  # of `LatentConfig`
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
 CHANGED_ON_REQUEST |= {"gradient_guard"}
@@ -275,10 +278,13 @@ def check_settings(
     for name in ("model", "objective"):
         if (part := as_type_or_none(before.get(name), Fields)) is not None:
             before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part
+    if same_path(before.get("start_from"), now["start_from"]):
+        before["start_from"] = now["start_from"]
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     data_before = as_type_or_none(before.get("data"), Fields) or {}
+    free = {"source", *(LATENT_CHECKS if isinstance(config.data, LatentConfig) else ())}
     changed += [
-        f"data.{name}" for name, value in now["data"].items() if name != "source" and data_before.get(name) != value
+        f"data.{name}" for name, value in now["data"].items() if name not in free and data_before.get(name) != value
     ]
     on_request = sorted(set(changed) & CHANGED_ON_REQUEST)
     allowed = FREE_TO_CHANGE | (set(on_request) if allow_changes else set())
@@ -303,16 +309,24 @@ def check_settings(
     return notes
 
 
+def same_path(before: object, now: object) -> bool:
+    """Return True if two paths are the same, however they are written."""
+    paths = [as_type_or_none(path, str) for path in (before, now)]
+    return None not in paths and len({os.path.abspath(str(path)) for path in paths}) == 1
+
+
 def difference(before: Fingerprint, now: Fingerprint) -> str:
     """Return how the data has changed, as text; empty if it is the same."""
-    removed = [name for name in before["class_names"] if name not in now["class_names"]]
-    added = [name for name in now["class_names"] if name not in before["class_names"]]
+    # a folder without classes has its own name as the only one, and may be renamed
+    names_before, names = ([] if len(data["class_names"]) == 1 else data["class_names"] for data in (before, now))
+    removed = [name for name in names_before if name not in names]
+    added = [name for name in names if name not in names_before]
     texts = [
         f"{word} {', '.join(map(printable, names))}" for word, names in (("without", removed), ("with", added)) if names
     ]
     if texts:
         return f"now {' and '.join(texts)}"
-    if before["class_names"] != now["class_names"]:
+    if names_before != names:
         return "its classes are now in another order"
     if before["num_items"] != now["num_items"]:
         return f"{before['num_items']} items then, {now['num_items']} now"
