@@ -190,7 +190,7 @@ class Run:
             for note in notes if self.accelerator.is_main_process else ():
                 LOGGER.warning("%s", note)
         else:
-            in_main(self.accelerator, lambda: self.files.set_aside())
+            in_main(self.accelerator, self.folder.set_aside if self.folder is not None else bool)
         if self.config.compile:
             self.learner.model.compile()
         model = self.learner.model
