@@ -37,6 +37,7 @@ from skipdit.sampling.config import SampleConfig
 
 FLOW = Objective(process="flow", prediction_type="sample")
 PIXELS = {"sample_size": 16, "patch_size": 4, "in_channels": 3, "out_channels": 3, "num_classes": 4}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 QUICK = ("--steps", "4", "--num-samples", "2", "--cache", "N2", "--device", "cpu")
 
 
@@ -167,6 +168,23 @@ def test_converting_destroys_no_folder(model: Path, tmp_path: Path, capsys: pyte
     assert (project / "src" / "main.py").read_text() == "code"
     main(["convert", str(model), "--to", "skipdit", "--out", str(project)])
     assert listing(project) == ["config.json", "diffusion_pytorch_model.safetensors", "src"]
+
+
+def test_converting_over_a_folder_replaces_only_its_own_names(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = f"{WEIGHTS}.index.json"
+    mine = ("vae/config.json", "vae/model.safetensors", "text_encoder/model.safetensors", "lora_of_mine.safetensors")
+    for name in ("config.json", index, *mine):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    command = ["convert", str(model), "--to", "skipdit", "--overwrite", "--out", str(out)]
+    main(command)
+    assert capsys.readouterr().err.endswith(f"out: config.json, {index}\n")
+    assert [(out / name).read_text() for name in mine] == ["mine"] * 4
+    assert listing(out) == ["config.json", WEIGHTS, "lora_of_mine.safetensors", "text_encoder", "vae"]
+    (out / "model_index.json").write_text("mine")
+    assert "out has a pipeline (model_index.json), which would be opened instead" in fails(capsys, *command)
 
 
 def test_converting_overwrites_no_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

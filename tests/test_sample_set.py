@@ -309,11 +309,11 @@ def test_files_of_others_stay(config: SampleConfig, name: str) -> None:
 
 
 def test_foreign_files_are_overwritten_only_on_request(config: SampleConfig) -> None:
-    for name in ("samples.npz", "samples/0000001.png", "samples/mine.txt"):
+    for name in ("samples.npz", "samples/0000001.png", "samples/holiday.png", "samples/mine.txt"):
         (config.out / name).parent.mkdir(parents=True, exist_ok=True)
         (config.out / name).write_text("mine")
     made(config, num_samples=3, png=True, overwrite=True)
-    expected = [*(f"000000{index}.png" for index in range(3)), "metadata.jsonl", "mine.txt"]
+    expected = [*(f"000000{index}.png" for index in range(3)), "holiday.png", "metadata.jsonl", "mine.txt"]
     assert listing(config.out / "samples") == expected
     with Image.open(config.out / "samples" / "0000001.png") as picture:
         assert picture.size == (16, 16)

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from skipdit.tasks.text_to_image import TextToImageModelConfig
 from skipdit.training import SpectralConfig, TrainConfig, checkpointing, learning_rate_at, train
 from skipdit.training.checkpointing import PREVIOUS, checkpoint_path, list_checkpoints, step_of
 from skipdit.training.reporter import refuse_inputs
+from skipdit.training.stopping import Stopped
 
 
 @pytest.fixture
@@ -141,6 +144,74 @@ def test_old_checkpoints_stay_until_a_new_one_stands(
     train(dataclasses.replace(config, max_steps=4, seed=1), out, resume=False, device="cpu")
     assert checkpoint_names(out) == ["checkpoint-0000003", "checkpoint-0000004"]
     assert not (out / PREVIOUS).exists()
+
+
+def test_a_stop_or_a_kill_after_no_resume_destroys_no_earlier_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, config = tmp_path / "run", dataclasses.replace(config, ema_snapshots_every=3)
+    train(config, out, device="cpu")
+    before = tree(out)
+    kept = [name for name in before if name.startswith(("checkpoint", "ema-snapshots/", "log"))]
+
+    def interrupted(act: Callable[[], None]) -> Callable[[TrainConfig, int], float]:
+        def rate(config: TrainConfig, step: int) -> float:
+            if step == 1:
+                act()
+            return learning_rate_at(config, step)
+
+        return rate
+
+    def kill() -> None:
+        raise RuntimeError("as if killed")
+
+    monkeypatch.setattr(skipdit.training.loop, "learning_rate_at", interrupted(kill))
+    with pytest.raises(RuntimeError, match="as if killed"):
+        train(longer(config, 100), out, resume=False, device="cpu")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"an earlier run are in .*previous-run, and .* has none: move"):
+        train(config, out, device="cpu")
+    monkeypatch.setattr(
+        skipdit.training.loop, "learning_rate_at", interrupted(lambda: os.kill(os.getpid(), signal.SIGINT))
+    )
+    for _ in range(2):
+        with pytest.raises(Stopped, match=r"the checkpoints of an earlier run are in .*previous-run"):
+            train(longer(config, 100), out, resume=False, device="cpu")
+        assert checkpoint_names(out) == ["checkpoint-0000002"]
+        assert {name: tree(out / PREVIOUS)[name] for name in kept} == {name: before[name] for name in kept}
+    assert checkpoint_names(out / f"{PREVIOUS}-2") == ["checkpoint-0000002"]
+    monkeypatch.undo()
+    back = tmp_path / "back"
+    shutil.copytree(out, back)
+    for path in (path for path in sorted((back / PREVIOUS).rglob("*")) if path.is_file()):
+        if (name := path.relative_to(back / PREVIOUS)) != Path(MARKER):
+            (back / name).parent.mkdir(exist_ok=True)
+            path.rename(back / name)
+    train(longer(config), back, device="cpu")
+    assert "previous-run-2, until the next" in caplog.text
+    assert [entry["step"] for entry in read_log(back)] == [*range(1, 9)]
+    train(config, out, device="cpu")
+    assert not list(out.glob(f"{PREVIOUS}*"))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_folder_of_one_class_may_be_renamed(tmp_path: Path) -> None:
+    """As one that has moved, unless its name is what its pictures are called."""
+    data = make_data(tmp_path / "data") / "red"
+    for path in list(data.glob("*.png")):
+        path.with_suffix(".txt").write_text("a red one")
+    config, out = make_config(data, max_steps=3), tmp_path / "run"
+    train(config, out, device="cpu")
+    renamed = data.rename(tmp_path / "crimson")
+    train(make_config(renamed, max_steps=4), out, device="cpu")
+    assert [entry["step"] for entry in read_log(out)] == [1, 2, 3, 4]
+    (renamed / "0.txt").unlink()
+    with pytest.raises(ValueError, match="other labels or captions now"):
+        train(make_config(renamed, max_steps=5), out, device="cpu")
 
 
 def test_a_folder_of_a_user_for_a_previous_run_stays(run: tuple[TrainConfig, Path]) -> None:
@@ -307,8 +378,8 @@ def test_a_damaged_later_checkpoint_does_not_drive_out_new_ones(run: tuple[Train
     seen = []
     save = checkpointing.save_checkpoint
 
-    def watch(*arguments: object) -> None:
-        save(*arguments)  # pyright: ignore
+    def watch(*arguments: object, **options: object) -> None:
+        save(*arguments, **options)  # pyright: ignore
         seen.append(checkpoint_names(out))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -9,7 +9,8 @@ from typing import Literal
 import tyro
 
 from skipdit.command_options import WeightsOptions, parse
-from skipdit.files.output import atomic_folder, check_apart, check_replaceable
+from skipdit.files.output import atomic_folder, check_apart, check_replaceable, read_marker
+from skipdit.files.untrusted import printable_path
 from skipdit.options import Fusion
 
 
@@ -52,6 +53,8 @@ def convert(arguments: Sequence[str]) -> None:
     check_apart(options.out, (options.model, *options.model.glob("*"), *options.model.glob("*/*")))
     if options.to != "official":
         check_replaceable(options.out, "model", overwritten)
+        if options.objective is None:
+            _check_not_hidden(options.out)
     elif os.path.lexists(options.out) and not options.overwrite:
         raise FileExistsError(f"{options.out} exists: give another --out, or --overwrite")
     from skipdit.checkpoints import load_model, save_official, to_diffusers
@@ -79,3 +82,14 @@ def convert(arguments: Sequence[str]) -> None:
 
                 pipeline_of(model, options.objective).save(draft, "10GB")
     print(f"written: {options.out}")
+
+
+def _check_not_hidden(out: Path) -> None:
+    """Raise `FileExistsError` if a folder has a pipeline of others, which stays and would be opened instead of the new
+    model."""
+    ours = {name for names in read_marker(out)["files"].values() for name in names}
+    for name in ("model_index.json", "pipeline/model_index.json"):
+        if (out / name).exists() and name not in ours:
+            raise FileExistsError(
+                f"{printable_path(out)} has a pipeline ({name}), which would be opened instead: give another --out"
+            )

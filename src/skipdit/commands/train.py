@@ -62,8 +62,8 @@ def train(arguments: Sequence[str]) -> None:
         out: Path = Path("runs") / name
         """folder of the run"""
         resume: bool = True
-        """continue from the last checkpoint in the folder; --no-resume starts again, and the old checkpoints stay until
-        a new one is written"""
+        """continue from the last checkpoint in the folder; --no-resume starts again, and the old ones stay in
+        previous-run/ until a new one is due"""
         allow_changes: bool = False
         """continue with settings that differ from the checkpoint's, where possible (rate, clip, precision, ...)"""
         overwrite: bool = False

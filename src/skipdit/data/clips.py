@@ -3,7 +3,7 @@
 import io
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -48,6 +48,8 @@ class ClipFiles:
     """one or more texts per clip"""
     names: Callable[[int], str]
     """returns what errors call a clip"""
+    files: Sequence[Path] = ()
+    """files or folders on this machine that the clips are in"""
 
 
 class LabelledClips(LabelledItems):
@@ -166,7 +168,7 @@ def clips_from_folder(folder: Path, config: ClipConfig) -> ClipFiles:
         with open_regular(path) as stream:
             return count_frames(stream, name(index), config.fps)
 
-    return ClipFiles(read, count, scan.labels, scan.label_names, scan.captions, name)
+    return ClipFiles(read, count, scan.labels, scan.label_names, scan.captions, name, scan.items)
 
 
 def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> ClipFiles:
@@ -177,7 +179,7 @@ def clips_from_table(paths: Sequence[Path], config: ClipConfig) -> ClipFiles:
     table = read_table(paths, printable_path(config.source), [config.clip_column], plain)
     labels, label_names = table.classes(config.label_column)
     captions = [[label_names[label]] for label in labels] if caption is None else table.captions(caption)
-    return _from_table(table, config.clip_column, labels, label_names, captions, config)
+    return replace(_from_table(table, config.clip_column, labels, label_names, captions, config), files=paths)
 
 
 def _from_table(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from skipdit.data.picture_files import PICTURE_SUFFIXES
 from skipdit.data.video_files import VIDEO_SUFFIXES
+from skipdit.files.output import absolute
 from skipdit.files.untrusted import as_type_or_none, open_regular, parse_json, printable, printable_path, read_bytes
 from skipdit.interfaces import Fields
 
@@ -119,9 +120,9 @@ def scan_classes(folder: Path, suffixes: Collection[str], kind: str, *, frame_fo
         contents.items.sort()
         items += contents.items
         labels += [label] * len(contents.items)
-        captions += captions_of(contents, directory.name)
+        captions += captions_of(contents, absolute(directory).name)
     report(folder, root, items)
-    return FolderScan(items, labels, [child.name for child in classes or [folder]], captions)
+    return FolderScan(items, labels, [absolute(child).name for child in classes or [folder]], captions)
 
 
 def is_frames(folders: Sequence[Path], files: Sequence[Path]) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TypedDict
@@ -240,11 +240,17 @@ def scale_latents(latents: Tensor, scale: Scale) -> Tensor:
     """Scale the autoencoder's latents (... c h w) for transformers; `skipdit.pipelines.unscale_latents` undoes this."""
     latents = latents - scale["shift_factor"]
     if scale["latents_mean"] is not None:
-        latents = latents - latents.new_tensor(scale["latents_mean"]).view(-1, 1, 1)
+        latents = latents - _per_channel(tuple(scale["latents_mean"]), latents.device, latents.dtype)
     latents = latents * scale["scaling_factor"]
     if scale["latents_std"] is not None:
-        latents = latents / latents.new_tensor(scale["latents_std"]).view(-1, 1, 1)
+        latents = latents / _per_channel(tuple(scale["latents_std"]), latents.device, latents.dtype)
     return latents
+
+
+@lru_cache(16)
+def _per_channel(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return (c 1 1) on a device: copied once, since each copy of a list waits for the device."""
+    return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -50,6 +50,26 @@ class LabelledItems(Dataset[tuple[Tensor, int | Tensor]]):
         return flip_half(stored, draws) if flip else stored
 
 
+@dataclass(frozen=True)
+class PictureFiles:
+    """Pictures that are not decoded yet."""
+
+    read: Callable[[int], Image.Image]
+    """returns the picture of an index; `ValueError` names a broken one"""
+    names: Callable[[int], str]
+    """returns what errors call a picture"""
+    labels: Sequence[int]
+    """class of each picture"""
+    label_names: Sequence[str]
+    """name of each class"""
+    captions: Sequence[Sequence[str]] | None = None
+    """one or more texts per picture; None takes the class name"""
+    files: Sequence[Path] = ()
+    """files on this machine that the pictures are in"""
+    check: Callable[[], object] = bool
+    """raises `ValueError` if a file is not a picture, as far as that is seen without decoding"""
+
+
 class LabelledPictures(LabelledItems):
     """Pictures (3, size, size) in [-1, 1] with their class. Decoded pictures are cached if they fit into 1 GiB; up to
     10,000 are decoded immediately, so that `ValueError` names a broken one before training starts.
@@ -70,8 +90,6 @@ class LabelledPictures(LabelledItems):
         size: int,
         captions: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        if not labels:
-            raise ValueError("there are no pictures in this data set")
         self.read, self.names, self.size = read, names, size
         self.labels, self.label_names = list(labels), list(label_names)
         self.captions = pad_captions([[label_names[label]] for label in labels] if captions is None else captions)
@@ -154,20 +172,39 @@ def pad_captions(captions: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
 
 def open_pictures(config: DataConfig) -> LabelledPictures:
     """Open the data set of a config. `FileNotFoundError` / `ValueError` with a one-line message if that fails."""
+    return labelled(find_pictures(config), config.image_size)
+
+
+def labelled(found: PictureFiles, size: int) -> LabelledPictures:
+    """Return pictures that have been found, with their size in pixels."""
+    found.check()
+    return LabelledPictures(found.read, found.names, found.labels, found.label_names, size, found.captions)
+
+
+def find_pictures(config: DataConfig) -> PictureFiles:
+    """Find the pictures of a config without decoding or checking them. Errors as for `open_pictures`."""
+    found = _find(config)
+    if not found.labels:
+        raise ValueError("there are no pictures in this data set")
+    return found
+
+
+def _find(config: DataConfig) -> PictureFiles:
     path = Path(config.source)
     if config.source == "emoji":
         check_no_caption_column(config.source, config.caption_column)
-        return from_emoji(config.image_size)
+        return find_emoji()
     paths = find_tables(path, config.split) if path.is_dir() else [path] if path.suffix.lower() == ".parquet" else []
     if paths:
-        columns = config.image_column, config.label_column, config.caption_column
-        return from_table(paths, printable_path(path), config.image_size, *columns)
+        return find_in_table(
+            paths, printable_path(path), config.image_column, config.label_column, config.caption_column
+        )
     if path.is_dir():
         check_no_caption_column(config.source, config.caption_column)
-        return from_folder(path, config.image_size)
+        return find_in_folder(path)
     if path.exists():  # do not ask the hub for the name of a file
         raise ValueError(f"{printable_path(path)} is neither a folder nor a .parquet file")
-    return from_datasets(config)
+    return find_in_datasets(config)
 
 
 def check_no_caption_column(source: str, caption_column: str | None) -> None:
@@ -178,12 +215,12 @@ def check_no_caption_column(source: str, caption_column: str | None) -> None:
         )
 
 
-def from_emoji(size: int) -> LabelledPictures:
-    """Return the bundled emoji, one class per subgroup, with two captions: the name, and the name with tags."""
+def find_emoji() -> PictureFiles:
+    """Find the bundled emoji, one class per subgroup, with two captions: the name, and the name with tags."""
     with as_file(files("skipdit") / "assets" / "emoji" / "fluent_emoji_64.parquet") as path:
         texts = read_table([path], path.name, plain=["label", "tags"])
         captions = list(map(emoji_captions, texts.values("label"), texts.values("tags")))
-        return from_table([path], path.name, size, "image", "subgroup", captions=captions)
+        return find_in_table([path], path.name, "image", "subgroup", captions=captions)
 
 
 def emoji_captions(name: str, tags: Sequence[str]) -> tuple[str, str]:
@@ -193,15 +230,17 @@ def emoji_captions(name: str, tags: Sequence[str]) -> tuple[str, str]:
     return name, ", ".join([name, *new_tags[:MAX_CAPTION_TAGS]])
 
 
-def from_folder(folder: Path, size: int) -> LabelledPictures:
-    """Read one subfolder per class, in alphabetical order; pictures directly in `folder` form one class of that name.
+def find_in_folder(folder: Path) -> PictureFiles:
+    """Find one subfolder per class, in alphabetical order; pictures directly in `folder` form one class of that name.
     A picture's caption is the first line of the text file beside it, the caption in a metadata file, or the class name.
 
-    Every header is read immediately, so that `ValueError` names a file that is not a picture before training starts.
+    A check reads every header, so that `ValueError` names a file that is not a picture before training starts.
     """
     scan = scan_classes(folder, PICTURE_SUFFIXES, "pictures")
-    for path in scan.items:
-        check_picture(path, printable_path(path))
+
+    def check() -> None:
+        for path in scan.items:
+            check_picture(path, printable_path(path))
 
     def name(index: int) -> str:
         return printable_path(scan.items[index])
@@ -209,19 +248,18 @@ def from_folder(folder: Path, size: int) -> LabelledPictures:
     def read(index: int) -> Image.Image:
         return open_picture(scan.items[index], name(index))
 
-    return LabelledPictures(read, name, scan.labels, scan.label_names, size, scan.captions)
+    return PictureFiles(read, name, scan.labels, scan.label_names, scan.captions, scan.items, check)
 
 
-def from_table(
+def find_in_table(
     paths: Sequence[Path],
     source: str,
-    size: int,
     image_column: str,
     label_column: str,
     caption_column: str | None = None,
     captions: Sequence[Sequence[str]] | None = None,
-) -> LabelledPictures:
-    """Read encoded pictures, plain bytes or `{bytes, path}`. Labels of any type become classes in sorted order, unless
+) -> PictureFiles:
+    """Find encoded pictures, plain bytes or `{bytes, path}`. Labels of any type become classes in sorted order, unless
     the schema names them. Captions are the given ones, those of a column, or the class names.
     """
     table = read_table(paths, source, [image_column], [label_column, *([caption_column] if caption_column else [])])
@@ -235,11 +273,16 @@ def from_table(
     def read(index: int) -> Image.Image:
         return open_picture(table.encoded(image_column, index), name(index))
 
-    return LabelledPictures(read, name, labels, label_names, size, captions)
+    return PictureFiles(read, name, labels, label_names, captions, paths)
 
 
 def from_datasets(config: DataConfig) -> LabelledPictures:
     """Open a data set of the `datasets` library, local or from the hub."""
+    return labelled(find_in_datasets(config), config.image_size)
+
+
+def find_in_datasets(config: DataConfig) -> PictureFiles:
+    """Find the pictures in a data set of the `datasets` library, local or from the hub."""
     import datasets
 
     source = printable_path(config.source)
@@ -271,7 +314,7 @@ def from_datasets(config: DataConfig) -> LabelledPictures:
             raise ValueError(f"cannot read the picture {name(index)}: the row has none")
         return open_picture(content or Path(str(file)), name(index))
 
-    return LabelledPictures(read, name, labels, label_names, config.image_size, captions)
+    return PictureFiles(read, name, labels, label_names, captions)
 
 
 class ShuffledForever(Sampler[int]):

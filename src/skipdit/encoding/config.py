@@ -10,7 +10,7 @@ StoredDType = Literal["float32", "float16"]
 
 MAX_WORKERS = 256
 # options that may change when an encoding is resumed, because every shard begins with a new batch
-FREE_TO_CHANGE = {"batch_size", "num_workers"}
+FREE_TO_CHANGE = {"batch_size", "num_workers", "on_broken"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from skipdit.checkpoints.parts import downsampling, read_autoencoder
 from skipdit.data import latents
+from skipdit.encoding.checks import check_captions
 from skipdit.encoding.config import FREE_TO_CHANGE, EncodeConfig
 from skipdit.encoding.sources import Job, Sample, open_source
 from skipdit.environment import resolve_device
@@ -101,7 +102,7 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     old, new = read_json(out.path / SETTINGS, Fingerprint), fingerprint
     names = sorted(old["settings"].keys() | new["settings"].keys())
     changed = [name for name in names if old["settings"].get(name) != new["settings"].get(name)]
-    changed = [name for name in changed if name != "vae"]  # the path of the autoencoder may change
+    changed = [name for name in changed if name not in ("source", "vae")]  # both may have moved
     changed += ["source"] * (old["source"] != new["source"]) + ["vae"] * (old["vae"] != new["vae"])
     if changed:
         text = ", ".join(dict.fromkeys(changed))
@@ -296,7 +297,11 @@ def _read_ahead(jobs: Iterator[tuple[int, Job]], config: EncodeConfig) -> Iterat
     def take() -> tuple[int, Sample | None]:
         end, work = waiting.popleft()
         try:
-            return end, work()
+            sample = work()
+            if config.text:  # here, since a tokenizer must not run in several threads at once
+                captions = [sample.class_name] if sample.captions is None else sample.captions
+                check_captions([captions], lambda _: sample.name)
+            return end, sample
         except ValueError as error:
             if config.on_broken == "refuse":
                 raise

@@ -1,8 +1,6 @@
 """The sources of an encoding: pictures or clips in a fixed order, read and cropped in threads."""
 
-import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -18,9 +16,10 @@ from skipdit.command_options import config_of
 from skipdit.data.clips import ClipConfig, ClipFiles, find_clips
 from skipdit.data.folders import as_captions
 from skipdit.data.picture_files import adm_crop, open_picture, reason_of, to_rgb
-from skipdit.data.pictures import DataConfig, LabelledPictures, open_pictures
+from skipdit.data.pictures import DataConfig, PictureFiles, find_pictures, pad_captions
 from skipdit.data.tables import label_names_of, read_cell, undecoded
 from skipdit.data.videos import FrameChoice, UnreadableVideo, count_frames, frames_of
+from skipdit.encoding.checks import check_captions, digest_of, files_in
 from skipdit.encoding.config import EncodeConfig
 from skipdit.encoding.tars import MAX_VIDEO_BYTES, class_text, find_tars, scan_tars
 from skipdit.files.untrusted import as_type_or_none, printable, printable_path, read_bytes
@@ -33,6 +32,8 @@ COUNTS = 2**12  # videos whose number of frames is cached: several clips of a vi
 class Sample:
     """A picture or clip to encode."""
 
+    name: str
+    """what errors call it"""
     pixels: Tensor
     """uint8, (3 h w) of a picture or (f 3 h w) of a clip"""
     class_name: str
@@ -54,7 +55,7 @@ class Source:
     class_names: Sequence[str] | None
     """classes in order; None sorts the classes of the samples"""
     digest: str
-    """SHA-256 that identifies the samples when an encoding is resumed"""
+    """SHA-256 that identifies the samples, wherever they are, when an encoding is resumed"""
 
 
 def open_source(config: EncodeConfig) -> Source:
@@ -77,14 +78,21 @@ def jobs_of(
 
 
 def picture_source(config: EncodeConfig) -> Source:
-    """Open pictures as `skipdit train` reads them."""
-    items = open_pictures(config_of(replace(config, label_column=_label_column(config)), DataConfig))
+    """Open pictures as `skipdit train` reads them, except that broken ones may be left out."""
+    found = find_pictures(config_of(replace(config, label_column=_label_column(config)), DataConfig))
+    if config.on_broken == "refuse":
+        found.check()
+    captions = found.captions
+    captions = pad_captions([[found.label_names[label]] for label in found.labels] if captions is None else captions)
+    _check_captions(found, captions, config)
 
     def read(index: int, _: int) -> Sample:
-        name = items.label_names[items.labels[index]]
-        return Sample(cut(items.read(index), items.names(index), config), name, list(items.captions[index]))
+        name = found.label_names[found.labels[index]]
+        pixels = cut(found.read(index), found.names(index), config)
+        return Sample(found.names(index), pixels, name, list(captions[index]))
 
-    return Source(jobs_of(len(items), read, config), len(items), items.label_names, _digest_of(items))
+    num_items = len(found.labels)
+    return Source(jobs_of(num_items, read, config), num_items, found.label_names, _digest_of(found, captions, config))
 
 
 def clip_source(config: EncodeConfig) -> Source:
@@ -102,17 +110,21 @@ def clip_source(config: EncodeConfig) -> Source:
             caption_column=config.caption_column,
         )
     )
+    _check_captions(clips, clips.captions, config)
     count = lru_cache(COUNTS)(clips.count)
 
     def read(index: int, number: int) -> Sample:
         start = draw_start(lambda: count(index), clips.names(index), number, config)
         frames = clips.read(index, start)
         name = clips.label_names[clips.labels[index]]
-        return Sample(cut_frames(frames, clips.names(index), config), name, list(clips.captions[index]))
+        pixels = cut_frames(frames, clips.names(index), config)
+        return Sample(clips.names(index), pixels, name, list(clips.captions[index]))
 
     num_items = len(clips.labels)
     num_jobs = num_items * max(1, config.num_crops)
-    return Source(jobs_of(num_items, read, config), num_jobs, clips.label_names, _digest_of(clips))
+    return Source(
+        jobs_of(num_items, read, config), num_jobs, clips.label_names, _digest_of(clips, clips.captions, config)
+    )
 
 
 def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
@@ -127,9 +139,9 @@ def tar_source(paths: Sequence[Path], config: EncodeConfig) -> Source:
         member = members[index]
         class_name, captions = member.texts()
         pixels = cut_content(member.content(), member.name, lambda: count(index), number, config)
-        return Sample(pixels, class_name, captions)
+        return Sample(member.name, pixels, class_name, captions)
 
-    digest = hashlib.sha256(json.dumps([member.identity for member in members]).encode()).hexdigest()
+    digest = digest_of(config.source, paths, [member.identity for member in members])
     return Source(jobs_of(len(members), read, config), len(members) * max(1, config.num_crops), None, digest)
 
 
@@ -172,7 +184,7 @@ def stream_source(config: EncodeConfig) -> Source:
             for number in range(max(first, start), first + num_crops):
                 yield number + 1, job_of(row, number)
 
-    return Source(jobs, None, names, "")
+    return Source(jobs, None, names, digest_of(config.source, files_in(path), names))
 
 
 def _read_row(
@@ -186,7 +198,7 @@ def _read_row(
     captions = None if caption is None else as_captions([row[caption]], row_name, caption)[0]
     content = content or read_bytes(Path(str(file)), MAX_VIDEO_BYTES)
     count = partial(count_frames, io.BytesIO(content), row_name, config.fps)
-    return Sample(cut_content(content, row_name, count, number, config), class_name, captions)
+    return Sample(row_name, cut_content(content, row_name, count, number, config), class_name, captions)
 
 
 def _class_of(label: object, names: list[str] | None, row_name: str) -> str:
@@ -241,6 +253,13 @@ def _label_column(config: EncodeConfig) -> str:
     return config.label_column
 
 
-def _digest_of(items: LabelledPictures | ClipFiles) -> str:
-    content = [list(items.label_names), list(items.labels), list(map(list, items.captions))]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _digest_of(items: PictureFiles | ClipFiles, captions: Sequence[Sequence[str]], config: EncodeConfig) -> str:
+    is_bundled = config.source in ("emoji", "emoji-clips")
+    contents = [config.source if is_bundled else "", list(items.label_names), list(items.labels), *map(list, captions)]
+    return digest_of(config.source, () if is_bundled else items.files, contents)
+
+
+def _check_captions(items: PictureFiles | ClipFiles, captions: Sequence[Sequence[str]], config: EncodeConfig) -> None:
+    """Raise `ValueError` before anything is encoded if a caption is too long, unless such items are left out."""
+    if config.text and config.on_broken == "refuse":
+        check_captions(captions, items.names)

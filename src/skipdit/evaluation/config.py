@@ -11,6 +11,7 @@ ResizeName = Literal["tf1", "bilinear", "antialias", "bicubic", "none"]
 SET_NAMES = ("fd", "kd", "kd_full", "sfd", "is", "precision", "recall", "density", "coverage")
 PAIRED_NAMES = ("psnr", "ssim", "perceptual", "lpips")
 TEXT_NAMES = ("clip",)
+EXTRACTOR_OPTIONS = ("extractor", "resize", "size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,11 @@ class EvalConfig:
         if wrong := [name for name in self.metrics if name not in (*names, *TEXT_NAMES)]:
             kind = "need --paired" if not self.paired else "are of sets, not with --paired"
             raise ValueError(f"{', '.join(wrong)} {kind}")
+        if self.paired and (unused := [name for name in EXTRACTOR_OPTIONS if getattr(self, name) is not None]):
+            raise ValueError(f"{', '.join(unused)} of the extractor of sets cannot be used with --paired")
+        for name in ("clip", "lpips"):
+            if getattr(self, name) is not None and name not in self.metrics:
+                raise ValueError(f"{name} is for the metric {name}, which is not among --metrics")
         if "clip" in self.metrics and self.clip is None:
             raise ValueError("the metric clip needs --clip FOLDER, of a CLIP model")
 

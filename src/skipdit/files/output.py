@@ -15,12 +15,12 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
 
 from skipdit.files.processes import Process, locked, this_process
+from skipdit.files.replaced import is_any, is_replaced
 from skipdit.files.untrusted import file_digest, printable, read_bytes, read_json
 
 LOGGER = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), 
     """Raise `FileExistsError` unless `path` is free, an empty folder, or one that a run of this kind wrote and that has
     not changed since. A link, or a folder that contains the working directory, is an error too.
 
-    overwritten: patterns of files that may be deleted whoever wrote them. even_damaged: accept changed files of ours.
+    overwritten: patterns of files that may be replaced whoever wrote them. even_damaged: accept changed files of ours.
     """
     path = absolute(path)
     if not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
@@ -122,7 +122,7 @@ def check_replaceable(path: Path, kind: str, overwritten: Collection[str] = (), 
 
 
 def _check_unchanged(path: Path, overwritten: Collection[str]) -> None:
-    if changed := [name for name in _changed(path) if not _is_any(name, overwritten)]:
+    if changed := [name for name in _changed(path) if not is_any(name, overwritten)]:
         names = _list_names(changed)
         raise FileExistsError(
             f"{printable(path)} contains {names}, changed since skipdit wrote it: give a new folder, or --overwrite"
@@ -146,8 +146,9 @@ def atomic_folder(
     Files of the user in the previous folder are moved to the new one. If anything fails, the previous folder is
     restored; if the process is killed, the next run restores it (`clean_up`).
 
-    kind: what the marker calls the folder. overwritten: patterns of files to delete, with a warning, whoever wrote
-    them. even_damaged and `FileExistsError`: see `check_replaceable`.
+    kind: what the marker calls the folder. overwritten: patterns of files to replace, with a warning, whoever wrote
+    them; those that the new folder does not replace stay (`is_replaced`). even_damaged and `FileExistsError`: see
+    `check_replaceable`.
     """
     path = absolute(path)
     clean_up(path.parent)
@@ -181,7 +182,8 @@ def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
     old, new, doomed = work / "old", work / "new", []
     if path.is_dir():
         strays = _strays(path)
-        doomed = [name for name in (*strays, *(_changed(path) if overwritten else ())) if _is_any(name, overwritten)]
+        doomed = [name for name in strays if is_replaced(name, new)] + (_changed(path) if overwritten else [])
+        doomed = [name for name in doomed if is_any(name, overwritten)]
         if conflicts := [name for name in strays if os.path.lexists(new / name) and name not in doomed]:
             raise FileExistsError(
                 f"{printable(path)} contains files that skipdit did not write: {_list_names(conflicts)}"
@@ -194,15 +196,6 @@ def _swap(path: Path, work: Path, overwritten: Collection[str] = ()) -> None:
     for name in doomed:
         (old / name).unlink()
     _keep_strays(old, path)
-
-
-def _is_any(name: str, patterns: Iterable[str]) -> bool:
-    """Return True if a path matches one of the patterns, folder by folder: `*` does not match a slash."""
-    parts = name.split("/")
-    return any(
-        len(parts) == len(pattern.split("/")) and all(map(fnmatchcase, parts, pattern.split("/")))
-        for pattern in patterns
-    )
 
 
 def _changed(folder: Path) -> list[str]:

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from skipdit.data.config import LatentConfig
 from skipdit.files import output
-from skipdit.files.untrusted import as_type_or_none, printable, read_json
+from skipdit.files.untrusted import as_type_or_none, file_digest, printable, read_json
 from skipdit.interfaces import Fields
 from skipdit.tasks.training import Items
 from skipdit.training.config import TrainConfig
@@ -27,7 +29,8 @@ from skipdit.training.precision import ScaleState
 LOGGER = logging.getLogger(__name__)
 
 KIND = "checkpoint"  # in the marker of each checkpoint
-PREVIOUS = "previous-run"  # folder for the checkpoints of an earlier run
+PREVIOUS = "previous-run"  # folder for an earlier run
+LOG = "log.jsonl"
 
 # settings that may change when a run is resumed; and those that may with --allow-changes
 FREE_TO_CHANGE = {
@@ -40,6 +43,7 @@ FREE_TO_CHANGE = {
 }
 FREE_TO_CHANGE |= {"checkpoint_every", "num_checkpoints", "num_workers", "data_on_device", "release_dtype"}
 FREE_TO_CHANGE |= {"tensorboard", "num_accumulation_steps", "parallel"}
+LATENT_CHECKS = {"num_channels", "sample_size", "num_frames", "num_classes", "verify"}  # of `LatentConfig`
 CHANGED_ON_REQUEST = {"learning_rate", "rate_schedule", "warmup_steps", "weight_decay", "adam_betas", "gradient_clip"}
 CHANGED_ON_REQUEST |= {"ema_decay", "label_dropout", "flip", "precision", "gradient_checkpointing", "compile"}
 CHANGED_ON_REQUEST |= {"gradient_guard"}
@@ -107,28 +111,44 @@ def check_places(folder: Path, max_steps: int) -> None:
             output.check_replaceable(path, KIND, even_damaged=True)
 
 
-def set_aside(folder: Path) -> None:
-    """Move the checkpoints of an earlier run into `previous-run`, until this run has written its first."""
-    if checkpoints := list_checkpoints(folder):
-        previous = folder / PREVIOUS
-        output.check_replaceable(previous, PREVIOUS)
-        drop_previous(folder)
-        previous.mkdir(exist_ok=True)
-        output.write_marker(previous, {PREVIOUS: {}})
-        for path in checkpoints:
-            path.rename(previous / path.name)
-        LOGGER.warning(
-            "the checkpoints of the earlier run are kept in %s until the first new one is written", printable(previous)
-        )
+def previous_runs(folder: Path) -> list[Path]:
+    """Return the folders into which `set_aside` has moved earlier runs."""
+    paths = [path for path in sorted(folder.glob(f"{PREVIOUS}*")) if re.fullmatch(rf"{PREVIOUS}(-[0-9]+)?", path.name)]
+    return [path for path in paths if not path.is_symlink() and PREVIOUS in output.read_marker(path)["files"]]
+
+
+def set_aside(folder: Path, files: Collection[str] = ()) -> None:
+    """Move the checkpoints of an earlier run, and other files of it, into `previous-run` (with a number if there is one
+    already) until a checkpoint of this run is due."""
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints and set(files) <= {LOG}:
+        return
+    previous, number = folder / PREVIOUS, 1
+    while PREVIOUS in output.read_marker(previous)["files"]:
+        number += 1
+        previous = folder / f"{PREVIOUS}-{number}"
+    output.check_replaceable(previous, PREVIOUS)
+    previous.mkdir(exist_ok=True)
+    output.write_marker(previous, {PREVIOUS: {name: file_digest(folder / name) for name in files}})
+    for name in (*files, *(path.name for path in checkpoints)):
+        (previous / name).parent.mkdir(exist_ok=True)
+        (folder / name).rename(previous / name)
+    LOGGER.warning("the earlier run is kept in %s until the first new checkpoint is due", printable(previous))
 
 
 def drop_previous(folder: Path) -> None:
     """Delete what `set_aside` has moved."""
-    previous = folder / PREVIOUS
-    if not previous.is_symlink() and PREVIOUS in output.read_marker(previous)["files"]:
+    for previous in previous_runs(folder):
         for path in list_checkpoints(previous):
             output.remove_ours(path)
         output.remove_ours(previous)
+
+
+def previous_note(folder: Path) -> str:
+    """Return a message on earlier runs that were set aside and have checkpoints; empty if there are none."""
+    paths = [path for path in previous_runs(folder) if list_checkpoints(path)]
+    names = " and ".join(printable(path) for path in paths)
+    return f"the checkpoints of an earlier run are in {names}" if paths else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,11 +169,20 @@ def written(path: Path) -> Iterator[None]:
 
 
 def save_checkpoint(
-    folder: Path, step: int, flops: float, learner: Learner, tensors: Tensors, config: TrainConfig, data: Fingerprint
+    folder: Path,
+    step: int,
+    flops: float,
+    learner: Learner,
+    tensors: Tensors,
+    config: TrainConfig,
+    data: Fingerprint,
+    *,
+    is_due: bool,
 ) -> None:
     """Write a checkpoint, whole or not at all, then delete older ones beyond `config.num_checkpoints`.
 
-    tensors: those of the learner, not in shards.
+    tensors: those of the learner, not in shards. is_due: delete earlier runs that were set aside too; without it, as
+    when a run is stopped, they stay.
     """
     without_moments = [name for name in learner.trained if f"{name}.step" not in tensors["optimizer"]]
     state = State(
@@ -173,7 +202,8 @@ def save_checkpoint(
         for name in learner.files:
             save_file(tensors[name], draft / f"{name}.safetensors")
         (draft / "state.json").write_text(output.to_json(state), encoding="utf-8")
-    drop_previous(folder)
+    if is_due:
+        drop_previous(folder)
     # a checkpoint of a later step is one that could not be resumed from: it does not count
     reached = [checkpoint for checkpoint in list_checkpoints(folder) if (step_of(checkpoint) or 0) <= step]
     for checkpoint in reached[: -config.num_checkpoints]:
@@ -190,9 +220,11 @@ def resume(
     """Restore the last usable checkpoint; return its step (0 if there is no checkpoint), the FLOPs so far, and messages
     for the user.
 
-    `ValueError` if the checkpoint has other settings or data than this run, or if no checkpoint is usable.
+    `ValueError` if the checkpoint has other settings or data than this run, or if no checkpoint is usable, or the only
+    ones were set aside.
     """
     problems: list[str] = []
+    earlier = previous_note(folder)
     for path in reversed(list_checkpoints(folder)):
         try:
             state = read_state(path)
@@ -212,9 +244,16 @@ def resume(
             learner.loss_scale.restore(state["loss_scale"])
         if problems:
             notes.insert(0, f"{'; '.join(problems)}: the run resumes from {path.name}")
+        if earlier:
+            notes.append(f"{earlier}, until the next checkpoint of this one ({path.name}) is due")
         return state["step"], state.get("flops", 0.0), notes
     if problems:
         raise ValueError(f"{'; '.join(problems)}: give another --out, or --no-resume")
+    if earlier:
+        raise ValueError(
+            f"{earlier}, and {printable(folder)} has none: move all of it but {output.MARKER} back to resume it, or "
+            "give --no-resume"
+        )
     return 0, 0.0, []
 
 
@@ -239,10 +278,13 @@ def check_settings(
     for name in ("model", "objective"):
         if (part := as_type_or_none(before.get(name), Fields)) is not None:
             before[name] = json.loads(json.dumps(asdict(type(getattr(config, name))()))) | part
+    if same_path(before.get("start_from"), now["start_from"]):
+        before["start_from"] = now["start_from"]
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     data_before = as_type_or_none(before.get("data"), Fields) or {}
+    free = {"source", *(LATENT_CHECKS if isinstance(config.data, LatentConfig) else ())}
     changed += [
-        f"data.{name}" for name, value in now["data"].items() if name != "source" and data_before.get(name) != value
+        f"data.{name}" for name, value in now["data"].items() if name not in free and data_before.get(name) != value
     ]
     on_request = sorted(set(changed) & CHANGED_ON_REQUEST)
     allowed = FREE_TO_CHANGE | (set(on_request) if allow_changes else set())
@@ -267,16 +309,24 @@ def check_settings(
     return notes
 
 
+def same_path(before: object, now: object) -> bool:
+    """Return True if two paths are the same, however they are written."""
+    paths = [as_type_or_none(path, str) for path in (before, now)]
+    return None not in paths and len({os.path.abspath(str(path)) for path in paths}) == 1
+
+
 def difference(before: Fingerprint, now: Fingerprint) -> str:
     """Return how the data has changed, as text; empty if it is the same."""
-    removed = [name for name in before["class_names"] if name not in now["class_names"]]
-    added = [name for name in now["class_names"] if name not in before["class_names"]]
+    # a folder without classes has its own name as the only one, and may be renamed
+    names_before, names = ([] if len(data["class_names"]) == 1 else data["class_names"] for data in (before, now))
+    removed = [name for name in names_before if name not in names]
+    added = [name for name in names if name not in names_before]
     texts = [
         f"{word} {', '.join(map(printable, names))}" for word, names in (("without", removed), ("with", added)) if names
     ]
     if texts:
         return f"now {' and '.join(texts)}"
-    if before["class_names"] != now["class_names"]:
+    if names_before != names:
         return "its classes are now in another order"
     if before["num_items"] != now["num_items"]:
         return f"{before['num_items']} items then, {now['num_items']} now"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from skipdit.checkpoints import load_model
 from skipdit.environment import resolve_device
-from skipdit.files.untrusted import printable
+from skipdit.files.untrusted import file_digest, printable
 from skipdit.interfaces import Transformer
 from skipdit.models.surgery import add_fill_token
 from skipdit.options import check_installed
@@ -30,7 +30,7 @@ from skipdit.tasks.training import TrainingTask, open_items
 from skipdit.training import checkpointing
 from skipdit.training.batches import BATCH, KIND, BatchShare, batch_loss, find_step_kinds, prepare_batch, step_generator
 from skipdit.training.config import SpectralConfig, TrainConfig, learning_rate_at
-from skipdit.training.devices import in_main, start_processes
+from skipdit.training.devices import in_main, same_in_all, start_processes
 from skipdit.training.learner import (
     POWERS,
     constrained_modules,
@@ -70,8 +70,8 @@ def train(
     Args:
         config: the run.
         out: folder of the run.
-        resume: resume from the last complete checkpoint in `out`. Otherwise start anew; the earlier checkpoints are
-            kept until the first new one is written.
+        resume: resume from the last complete checkpoint in `out`. Otherwise start anew; the earlier run is kept in
+            `out/previous-run` until the first new checkpoint is due.
         device: `"cpu"`, `"cuda"` or `"auto"`.
         overwrite: allow overwriting files in `out` that skipdit did not write, with a warning for each.
         allow_changes: resume although the learning rate, or another setting that may change, differs.
@@ -186,18 +186,29 @@ class Run:
         """Return the first step to run: that after the last checkpoint, or 0."""
         first_step = 0
         if self.resume:
-            first_step, self.flops, notes = checkpointing.resume(
-                self.out, self.learner, self.config, self.data, allow_changes=allow_changes
-            )
+            first_step, self.flops, notes = self.restore(allow_changes=allow_changes)
             for note in notes if self.accelerator.is_main_process else ():
                 LOGGER.warning("%s", note)
         else:
-            in_main(self.accelerator, lambda: checkpointing.set_aside(self.out))
+            in_main(self.accelerator, self.folder.set_aside if self.folder is not None else bool)
         if self.config.compile:
             self.learner.model.compile()
         model = self.learner.model
         self.wrapped = model if self.sharded else self.accelerator.prepare_model(model)
         return first_step
+
+    def restore(self, *, allow_changes: bool) -> tuple[int, float, list[str]]:
+        """Resume in all processes from one checkpoint: see `checkpointing.resume`, whose errors are raised in all."""
+        restored: list[tuple[int, float, list[str]]] = []
+
+        def resume() -> str:
+            found = checkpointing.resume(self.out, self.learner, self.config, self.data, allow_changes=allow_changes)
+            restored.append(found)
+            return file_digest(checkpointing.checkpoint_path(self.out, found[0]) / "state.json") if found[0] else ""
+
+        problem = f"processes found other checkpoints in {printable(self.out)}: --out must be one shared folder"
+        same_in_all(self.accelerator, resume, problem)
+        return restored[0]
 
     def steps(self, first_step: int) -> None:
         """Train up to `max_steps`, or until a signal."""
@@ -345,7 +356,7 @@ class Run:
         if due.checkpoint or stopped:
             tensors = learner.tensors(keeps=keeps)
             state = (self.flops, learner, tensors, self.config, self.data)
-            in_main(accelerator, lambda: checkpointing.save_checkpoint(self.out, done, *state))
+            in_main(accelerator, lambda: checkpointing.save_checkpoint(self.out, done, *state, is_due=due.checkpoint))
         if due.grid:
             averages = learner.tensors(keeps=keeps, file="ema")["ema"]
             in_main(
@@ -394,7 +405,9 @@ class Run:
     def stop_message(self, number: int, done: int) -> str:
         """Return a message on where a run stopped, and how to resume it."""
         command = "the same command" if self.resume else "the same command without --no-resume"
+        earlier = checkpointing.previous_note(self.out)
         return (
             f"stopped by {Signals(number).name} after step {done} of {self.config.max_steps}, which is saved in "
             f"{printable(checkpointing.checkpoint_path(self.out, done))}: {command} resumes it"
+            + (f"; {earlier}" if earlier else "")
         )

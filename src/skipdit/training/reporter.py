@@ -21,7 +21,15 @@ from skipdit.files.processes import locked
 from skipdit.files.untrusted import as_type_or_none, open_regular, printable
 from skipdit.interfaces import Fields
 from skipdit.terminal import progress_bar
-from skipdit.training.checkpointing import PREVIOUS, check_places, list_checkpoints, written
+from skipdit.training.checkpointing import (
+    LOG,
+    PREVIOUS,
+    check_places,
+    list_checkpoints,
+    previous_runs,
+    set_aside,
+    written,
+)
 from skipdit.training.config import TrainConfig
 from skipdit.training.devices import in_main
 from skipdit.training.posthoc_ema import FOLDER as SNAPSHOTS
@@ -29,7 +37,7 @@ from skipdit.training.posthoc_ema import list_snapshots, snapshot_name
 
 LOGGER = logging.getLogger(__name__)
 
-CONFIG, LOG, SAMPLES, PIPELINE = "config.json", "log.jsonl", "samples", "pipeline"
+CONFIG, SAMPLES, PIPELINE = "config.json", "samples", "pipeline"
 BOARD = "tensorboard"
 UNIT_NORMS = "unit_gradient_norms"
 PIPELINE_FILES = ("model_index.json", "transformer/*", "scheduler/*")
@@ -82,6 +90,11 @@ class RunFolder:
                     new.writelines(line for line in whole_lines(old) if not is_of_later_step(line, first_step))
         return path.open("a", encoding="utf-8")
 
+    def set_aside(self) -> None:
+        """Move an earlier run out of the way: its checkpoints, log and snapshots."""
+        names = [LOG, *map(snapshot_name, list_snapshots(self.path))]
+        set_aside(self.path, [name for name in names if self.files.holds(name)])
+
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
         """Yield a draft of a file of the run."""
@@ -116,7 +129,7 @@ def refuse_inputs(out: Path, config: TrainConfig) -> None:
             f"{printable(out)} lies in the data, {printable(data)}, and would be read as data: give another --out"
         )
     replaced = (PIPELINE, SAMPLES, SNAPSHOTS, PREVIOUS)
-    for target in (*(out / name for name in replaced), *list_checkpoints(out)):
+    for target in (*(out / name for name in replaced), *previous_runs(out), *list_checkpoints(out)):
         output.check_apart(target, inputs)
 
 
