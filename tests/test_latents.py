@@ -260,7 +260,7 @@ def test_replaced_pictures_are_other_data_and_a_moved_folder_is_not(
 ) -> None:
     data, out = shutil.copytree(encoded / "data", tmp_path / "data"), tmp_path / "latents"
     options: dict[str, Any] = {"vae": str(encoded / "vae"), "image_size": 16, "streaming": streaming}
-    source = data
+    source, replaced = data, (data / "ant" / "1.png").read_bytes()
     if streaming:
         pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
         source = data / "rows.parquet"
@@ -272,7 +272,10 @@ def test_replaced_pictures_are_other_data_and_a_moved_folder_is_not(
     moved = data.rename(tmp_path / "moved")
     encode_into(out, source=str(moved / source.relative_to(data)), **options)
     path = moved / ("rows.parquet" if streaming else "ant/0.png")
-    path.write_bytes(path.read_bytes())
+    if streaming:
+        pq.write_table(pa.table({"image": [replaced], "label": ["ant"]}), path)
+    else:
+        path.write_bytes(replaced)
     with pytest.raises(ValueError, match=r"other settings \(source\)"):
         encode_into(out, source=str(moved / source.relative_to(data)), **options)
 
