@@ -39,13 +39,15 @@ def _is_choice(value: object) -> bool:
 
 
 def _tensors(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors among arguments and in their lists: Z-Image takes one text tensor per sample."""
+    """Yield the tensors among arguments, and in their lists, tuples and dicts, as Z-Image's text of each sample."""
     for name, value in arguments.items():
         match value:
             case Tensor():
                 yield name, value
-            case list():
+            case list() | tuple():
                 yield from _tensors({f"{name}.{index}": entry for index, entry in enumerate(value)})
+            case Mapping():
+                yield from _tensors({f"{name}.{key}": entry for key, entry in value.items()})
 
 
 class Conditions:
