@@ -30,7 +30,8 @@ from skipdit.models.surgery import close_units, open_units
 
 Pipeline = DiffusionPipeline | ModularPipeline
 Steps = TypeVar("Steps", bound=Stepper)
-TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline; Wan 2.2 has two, for high and low noise
+# components of a pipeline; Wan 2.2 has two, for high and low noise, Ideogram 4 one for each branch of guidance
+TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
 
 
 class CachedModel(SwapMixin, nn.Module):
