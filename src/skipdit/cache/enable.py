@@ -19,7 +19,7 @@ from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import Site
 from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import CacheRule, Stepper, make_stepper
-from skipdit.cache.streams import Stream, branch_context
+from skipdit.cache.streams import TRANSFORMERS, Stream, branch_context
 from skipdit.interfaces import ModelOutput, Transformer
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import SwapMixin, swap, swapped_class
@@ -30,8 +30,6 @@ from skipdit.models.surgery import close_units, open_units
 
 Pipeline = DiffusionPipeline | ModularPipeline
 Steps = TypeVar("Steps", bound=Stepper)
-# components of a pipeline; Wan 2.2 has two, for high and low noise, Ideogram 4 one for each branch of guidance
-TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
 
 
 class CachedModel(SwapMixin, nn.Module):

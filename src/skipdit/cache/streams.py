@@ -34,6 +34,8 @@ from skipdit.models.forward_plan import ForwardPlan
 
 # more streams than this in one run cannot be guidance: the cache misreads its calls
 MAX_STREAMS = 16
+# components of a pipeline; Wan 2.2 has two, for high and low noise, Ideogram 4 one for each branch of guidance
+TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
 # tensors that say how strong something is, which FluxControlNetPipeline makes anew at each step. As long as none tells
 # calls of one step apart, they are not compared
 STRENGTHS = {"guidance"}
@@ -100,6 +102,8 @@ class Stream:
     """Places in the run of the last step, and of the one before it."""
     new: set[str] = field(default_factory=set)
     """The arguments in which its first call differed from the streams of the previous step."""
+    passed: list[float] = field(default_factory=list)
+    """Noise levels of the run's steps before the first of `levels`; empty if unknown."""
     levels: list[float] = field(default_factory=list)
     """Noise levels of its steps, including the current one, since `states` was last renewed."""
     coming: list[float] = field(default_factory=list)
@@ -142,6 +146,8 @@ class Run:
     """The order of its steps: the list of a watched scheduler, `BY_STEP_INDEX`, or `None` for the timestep itself."""
     levels: list[float] = field(default_factory=list)
     """Noise levels of the whole list, from 0 to 1000; empty if unknown."""
+    start: float = 0.0
+    """Place of the first call; of a part of a run, as of Wan's second transformer, that of the whole."""
     place: float = -math.inf
     """Place of the last call; it grows from step to step."""
     level: float = 0.0
@@ -207,9 +213,10 @@ class Run:
 class Streams:
     """All runs of one cached model.
 
-    start: returns the states of a new stream. check: called with the noise levels of each run that begins. over: called
-    with runs that are over. scale: noise level per unit of the timestep argument; negative if the timestep rises as
-    noise falls. by_token: a flat timestep lists levels of tokens, not of samples.
+    start: returns the states of a new stream. check: called with the noise levels of each run that begins, but for a
+    part of a run whose other parts have begun. over: called with runs that are over. scale: noise level per unit of the
+    timestep argument; negative if the timestep rises as noise falls. by_token: a flat timestep lists levels of tokens,
+    not of samples.
     """
 
     def __init__(
@@ -261,6 +268,8 @@ class Streams:
             if self._others_stepped(key, run, stream.places[0], place):
                 stream.states, stream.levels = self.start(), []
             stream.advance(current, place)
+        if not stream.levels:
+            stream.passed = run.levels[int(run.start) : int(place)]
         stream.levels.append(run.level)
         stream.coming = run.coming
         run.streams.append(stream)  # in the order of their last calls
@@ -394,7 +403,17 @@ class Streams:
             lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
             if name[0] not in alive or (name[:2] == key[:2] and lists):
                 del self.runs[name]
-        self.check(run.coming)
+        others = self._other_parts(key, run)
+        run.start = min([run.place, *(other.start for other in others)])
+        if not others:
+            self.check(run.coming)
+
+    def _other_parts(self, key: Key, run: Run) -> list[Run]:
+        """Return the other runs on a run's list: branches, and those of the other transformers of its pipelines."""
+        models = (getattr(pipeline, name, None) for pipeline in list(self.pipelines) for name in TRANSFORMERS)
+        caches = (getattr(model, "_skipdit_cache", None) for model in models)
+        runs = [*self.runs.items(), *(each for cache in caches if cache for each in list(cache.streams.runs.items()))]
+        return [other for name, other in runs if name[:2] == key[:2] and other.order is run.order is not None]
 
     def _others_stepped(self, key: Key, run: Run, last: float, place: float) -> bool:
         """Return true if other streams of the run made a step between these two places."""
