@@ -150,3 +150,33 @@ def test_what_a_context_tells_is_believed() -> None:
         levels.append(run.level)
     assert levels == [900, 899, 898] * 2
     assert counts(model) == (1, 2)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["views", "copies"])
+@pytest.mark.parametrize("anew", [False, True], ids=["labels kept", "labels anew"])
+@pytest.mark.parametrize("start", [0, 10])
+def test_a_scheduler_that_counts_no_steps(start: int, anew: bool, copied: bool) -> None:
+    """DDIM's: with labels made anew every call stayed at the first step, and a run that began later was at the wrong
+    levels, if its timesteps were copies. Both guidance branches share a call, and then each has its own."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    model, scheduler, null = pipeline.transformer, pipeline.scheduler, torch.full_like(labels, 10)
+    assert not hasattr(scheduler, "step_index")
+    for branches in ([torch.cat([labels, null])], [labels, null]):
+        enable_cache(pipeline, "N2-700-50")
+        for _ in range(2):
+            decisions, levels, full = "", [], 0
+            scheduler.set_timesteps(20)
+            for timestep in scheduler.timesteps[start:]:
+                for each in branches:
+                    given, size = each.clone() if anew else each, len(each)
+                    entry = timestep.repeat(size) if copied else timestep.expand(size)
+                    full = counts(model)[0] if levels or each is not branches[0] else 0
+                    with DeviceWaits() as waits:
+                        model(torch.cat([latents] * (size // len(labels))), entry, given)
+                    if not anew:  # at most the list of timesteps, and for a second branch its labels
+                        assert waits.counts["tolist"] + waits.counts["_local_scalar_dense"] <= (not levels)
+                (run,) = model._skipdit_cache.streams.runs.values()
+                levels.append(run.level)
+                decisions += "F" if counts(model)[0] > full else "r"
+            assert levels == scheduler.timesteps[start:].tolist()
+            assert decisions == ("FrFrFrFrFF" if start else "FFFFFFFrFrFrFrFrFrFF")
