@@ -11,6 +11,8 @@ from test_cache_streams import STEPS, full_steps
 from tiny import TINY_FAMILIES, counts, inputs, tiny_dit, tiny_pipeline
 
 from skipdit.cache.enable import enable_cache
+from skipdit.cache.methods import parse_method
+from skipdit.runs import check_method
 
 
 @pytest.fixture(autouse=True)
@@ -180,3 +182,18 @@ def test_a_scheduler_that_counts_no_steps(start: int, anew: bool, copied: bool) 
                 decisions += "F" if counts(model)[0] > full else "r"
             assert levels == scheduler.timesteps[start:].tolist()
             assert decisions == ("FrFrFrFrFF" if start else "FFFFFFFrFrFrFrFrFrFF")
+
+
+@pytest.mark.parametrize("spec", ["N2", "N3-900-100", "N2-700-50"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler(invert_sigmas=True)],
+    ids=["EDM", "rises"],
+)
+def test_a_cache_that_works_with_a_scheduler_is_not_refused(scheduler: Any, spec: str) -> None:
+    """Cosmos' and Mochi's: by their raw timesteps nothing would be stored, or a schedule meet rising noise."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = scheduler
+    check_method(pipeline, parse_method(spec), 20)
+    with pytest.raises(ValueError, match="would never reuse in 20 steps"):
+        check_method(pipeline, parse_method("N1"), 20)

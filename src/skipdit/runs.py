@@ -14,6 +14,7 @@ from torch import Tensor
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
+from skipdit.cache.timesteps import levels_of
 from skipdit.diffusion import another_scheduler
 from skipdit.interfaces import Fields, Pipeline, Scheduler
 from skipdit.metrics.table import Scores, score_pictures
@@ -101,8 +102,8 @@ def check_method(pipeline: Pipeline, method: CacheMethod, num_inference_steps: i
     if pipeline.scheduler.config.get("use_dynamic_shifting"):
         return  # the timesteps depend on the size of the sample: the cache looks at the first of them
     pipeline.scheduler.set_timesteps(num_inference_steps)
-    timesteps = pipeline.scheduler.timesteps.tolist()
-    if all(all(resolve(rule.schedule, timesteps)) for rule in method.rules):
+    levels = levels_of(pipeline.scheduler)
+    if all(all(resolve(rule.schedule, levels)) for rule in method.rules):
         raise ValueError(f"cache {method} would never reuse in {num_inference_steps} steps of this sampler")
 
 
