@@ -1,4 +1,4 @@
-"""Guidance in wrapped models, and parts of a run that begin late: a branch, or the second of two transformers."""
+"""Guidance in wrapped models; parts of a run that begin late: a branch, or the second of two transformers; memory."""
 
 import json
 from collections.abc import Callable
@@ -11,10 +11,11 @@ import torch
 from families import EXPECTED_WARNINGS
 from test_cache_streams import STEPS, check_full_steps
 from test_families_variants import sample, wan
-from tiny import TINY_FAMILIES, counts, inputs, tiny_pipeline
+from tiny import TINY_FAMILIES, counts, inputs, tiny_dit, tiny_pipeline
 from torch import Tensor, nn
 
-from skipdit.cache.enable import cache_summary, enable_cache, runtime_of
+from skipdit.cache import conditions
+from skipdit.cache.enable import cache_summary, cached, enable_cache, runtime_of
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in EXPECTED_WARNINGS]
 
@@ -142,3 +143,34 @@ def test_a_window_before_the_second_transformer_is_a_warning_at_its_end() -> Non
     with pytest.warns(UserWarning, match="all full by schedule"):
         sample(pipeline, options)
     assert counts_of_two(pipeline) == [(4, 2), (10, 0)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_a_cache_that_is_off_holds_nothing() -> None:
+    """Of a bare model, whose run nobody ends."""
+    model, (latents, labels) = tiny_dit(), inputs()
+    with cached(model, "N2") as cache:
+        for timestep in STEPS:
+            model(latents, torch.tensor(timestep), labels)
+        held = cache.summary()
+    after = cache.summary()
+    assert held.bytes_held > 0
+    assert (after.bytes_held, after.peak_bytes_held) == (0, held.peak_bytes_held)
+    assert (after.steps_full, after.steps_reused) == (2, 2)
+
+
+def test_a_checksum_in_parts_sees_every_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+    whole = conditions.checksum(tensor)
+    monkeypatch.setattr(conditions, "CHUNK", 8)
+    torch.testing.assert_close(conditions.checksum(tensor), whole)
+    sums = {conditions.checksum(tensor).item()}
+    for place in range(tensor.numel()):
+        other = tensor.clone()
+        other.view(-1)[place] += 1
+        sums.add(conditions.checksum(other).item())
+    assert len(sums) == 1 + tensor.numel()
+    assert conditions.checksum(torch.zeros(0)) == 0

@@ -272,10 +272,13 @@ def cached(
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """
     enable_cache(target, spec, make=make)
+    cache = Cache(_runtimes_of(target))
     try:
-        yield Cache(_runtimes_of(target))
+        yield cache
     finally:
         disable_cache(target)
+        for runtime in cache.runtimes:
+            runtime.close()
 
 
 @contextmanager

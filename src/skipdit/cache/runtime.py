@@ -240,6 +240,12 @@ class CacheRuntime:
         with self.lock:
             self.streams.end()
 
+    def close(self) -> None:
+        """Drop all runs and their stores; the counts of the current ones stay for the summary."""
+        with self.lock:
+            self.streams.drop(self.streams.current_runs)
+            self.streams.runs.clear()
+
     def summary(self, others: Sequence["CacheRuntime"] = ()) -> CacheSummary:
         """Return the summary. others: caches of other models of the same pipeline, whose steps are added."""
         caches = (self, *others)
