@@ -11,6 +11,8 @@ from test_cache_streams import STEPS, full_steps
 from tiny import TINY_FAMILIES, counts, inputs, tiny_dit, tiny_pipeline
 
 from skipdit.cache.enable import enable_cache
+from skipdit.cache.methods import parse_method
+from skipdit.runs import check_method
 
 
 @pytest.fixture(autouse=True)
@@ -150,3 +152,48 @@ def test_what_a_context_tells_is_believed() -> None:
         levels.append(run.level)
     assert levels == [900, 899, 898] * 2
     assert counts(model) == (1, 2)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["views", "copies"])
+@pytest.mark.parametrize("anew", [False, True], ids=["labels kept", "labels anew"])
+@pytest.mark.parametrize("start", [0, 10])
+def test_a_scheduler_that_counts_no_steps(start: int, anew: bool, copied: bool) -> None:
+    """DDIM's: with labels made anew every call stayed at the first step, and a run that began later was at the wrong
+    levels, if its timesteps were copies. Both guidance branches share a call, and then each has its own."""
+    pipeline, (latents, labels) = tiny_pipeline(), inputs()
+    model, scheduler, null = pipeline.transformer, pipeline.scheduler, torch.full_like(labels, 10)
+    assert not hasattr(scheduler, "step_index")
+    for branches in ([torch.cat([labels, null])], [labels, null]):
+        enable_cache(pipeline, "N2-700-50")
+        for _ in range(2):
+            decisions, levels, full = "", [], 0
+            scheduler.set_timesteps(20)
+            for timestep in scheduler.timesteps[start:]:
+                for each in branches:
+                    given, size = each.clone() if anew else each, len(each)
+                    entry = timestep.repeat(size) if copied else timestep.expand(size)
+                    full = counts(model)[0] if levels or each is not branches[0] else 0
+                    with DeviceWaits() as waits:
+                        model(torch.cat([latents] * (size // len(labels))), entry, given)
+                    if not anew:  # at most the list of timesteps, and for a second branch its labels
+                        assert waits.counts["tolist"] + waits.counts["_local_scalar_dense"] <= (not levels)
+                (run,) = model._skipdit_cache.streams.runs.values()
+                levels.append(run.level)
+                decisions += "F" if counts(model)[0] > full else "r"
+            assert levels == scheduler.timesteps[start:].tolist()
+            assert decisions == ("FrFrFrFrFF" if start else "FFFFFFFrFrFrFrFrFrFF")
+
+
+@pytest.mark.parametrize("spec", ["N2", "N3-900-100", "N2-700-50"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [diffusers.EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler(invert_sigmas=True)],
+    ids=["EDM", "rises"],
+)
+def test_a_cache_that_works_with_a_scheduler_is_not_refused(scheduler: Any, spec: str) -> None:
+    """Cosmos' and Mochi's: by their raw timesteps nothing would be stored, or a schedule meet rising noise."""
+    pipeline = tiny_pipeline()
+    pipeline.scheduler = scheduler
+    check_method(pipeline, parse_method(spec), 20)
+    with pytest.raises(ValueError, match="would never reuse in 20 steps"):
+        check_method(pipeline, parse_method("N1"), 20)

@@ -3,10 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jaxtyping
 import pytest
 import torch
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -29,6 +32,7 @@ from skipdit.diffusion import (
     training_loss,
 )
 from skipdit.pipelines import ClassToImagePipeline
+from skipdit.runs import scheduled
 
 OBJECTIVES = [
     Objective(process=process, prediction_type=prediction)
@@ -274,3 +278,26 @@ def test_wrong_scheduler_or_channels_are_named() -> None:
         make_scheduler(Objective(process="flow", prediction_type="sample"), "ddim")
     with pytest.raises(ValueError, match="must output 6 channels"):
         training_loss(lambda x, _: x, Objective(learned_variance=True), *torch.zeros(2, 1, 3, 4, 4), torch.tensor([3]))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_another_scheduler_of_a_model_of_ours_is_the_one_that_is_made(objective: Objective) -> None:
+    for own in SCHEDULERS[objective.process]:
+        pipeline: Any = SimpleNamespace(scheduler=make_scheduler(objective, own))
+        with scheduled(pipeline, "dpm"):
+            assert pipeline.scheduler.config == make_scheduler(objective, "dpm").config
+        assert pipeline.scheduler.config == make_scheduler(objective, own).config
+
+
+def test_another_scheduler_of_a_published_model_keeps_its_betas_and_its_shift() -> None:
+    """HunyuanDiT's and Wan's: a run by another scheduler had those of our models."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.03}
+    hunyuan = DDPMScheduler(**betas, prediction_type="v_prediction", steps_offset=1, clip_sample=False)
+    wan = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    pipeline: Any = SimpleNamespace(scheduler=hunyuan)
+    with scheduled(pipeline, "dpm"):
+        assert pipeline.scheduler is not hunyuan
+        assert torch.equal(pipeline.scheduler.alphas_cumprod, hunyuan.alphas_cumprod)
+    pipeline.scheduler = wan
+    with scheduled(pipeline, "dpm"):
+        assert pipeline.scheduler.config.flow_shift == 5

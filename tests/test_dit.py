@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny import inputs, tiny_dit
 
 from skipdit.checkpoints import load_model
+from skipdit.models import dit
 from skipdit.models.dit import PRESETS, DiT, sincos_position_embedding
 from skipdit.models.long_skip import LongSkipConfig
 
@@ -149,3 +150,18 @@ def test_compiled_it_is_whole_and_bit_equal(long_skip: LongSkipConfig | None) ->
     model.compile(fullgraph=True, backend="eager")
     assert torch.equal(model(latents, torch.tensor(500), labels).sample, expected)
     torch._dynamo.reset()
+
+
+def test_positions_at_another_size_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were computed on the CPU at each call. Those of inference mode serve training too."""
+    tables, made = dit.sincos_position_embedding, []
+    monkeypatch.setattr(dit, "sincos_position_embedding", lambda *sizes: made.append(sizes) or tables(*sizes))
+    dit.known_position_embedding.cache_clear()
+    model, latents, labels = tiny_dit(), torch.randn(1, 4, 16, 12), torch.tensor([1])
+    with torch.inference_mode():
+        outputs = [model(latents, torch.tensor(500), labels).sample for _ in range(3)]
+    made_at_size = [sizes for sizes in made if sizes[1:] == (8, 6)]
+    assert made_at_size == [(32, 8, 6)]
+    trained = model(latents, torch.tensor(500), labels).sample
+    trained.mean().backward()
+    assert all(torch.equal(output, trained.detach()) for output in outputs)

@@ -269,6 +269,23 @@ def lumina2(**options: Any) -> tuple[Any, dict[str, Any]]:
     return pipeline, RUN | BOTH | options
 
 
+def ideogram() -> tuple[Any, dict[str, Any]]:
+    """Its text encoder is one of transformers; what it would return are features, places, segments and indicators."""
+
+    def encoded(grid_h: int, grid_w: int, max_sequence_length: int, **_: Any) -> tuple[Tensor, ...]:
+        num_tokens = max_sequence_length + grid_h * grid_w
+        places, ones = torch.arange(num_tokens).expand(1, 3, num_tokens).mT, torch.ones(1, num_tokens, dtype=torch.long)
+        return noise(1, 1, num_tokens, 12), places, ones, 2 * ones
+
+    parts = {"transformer": tiny("Ideogram4Transformer2DModel")}
+    parts |= {"unconditional_transformer": tiny("Ideogram4Transformer2DModel", seed=1)}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipeline = diffusers.Ideogram4Pipeline(scheduler=scheduler, vae=None, **no_encoders(""), **parts)
+    pipeline.encode_prompt = encoded
+    sizes = {"prompt": "", "height": 256, "width": 256, "max_sequence_length": 5}
+    return pipeline, RUN | sizes | {"guidance_scale": 5.0, "guidance_schedule": None}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Videos
 
@@ -459,6 +476,7 @@ VARIANTS: dict[str, Variant] = {
         calls="cu" * 6,
         level=from_one,
     ),
+    "Ideogram 4": Variant(make=ideogram, calls="cu" * 6, level=from_zero),  # a transformer for each branch
     "Lumina2": Variant(make=lambda: lumina2(), calls="cu" * 6, level=from_zero),
     "Lumina2 with guidance that ends": Variant(
         make=lambda: lumina2(cfg_trunc_ratio=0.5),

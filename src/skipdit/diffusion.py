@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultis
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from skipdit.interfaces import Scheduler
+from skipdit.interfaces import Fields, Scheduler
 from skipdit.options import choose
 from skipdit.options.objective import NUM_TRAIN_TIMESTEPS as NUM_TRAIN_TIMESTEPS
 from skipdit.options.objective import PREDICTIONS as PREDICTIONS
@@ -317,6 +317,20 @@ def scheduler_like(own: ConfigMixin, name: str) -> SchedulerMixin:
     known = inspect.signature(type(scheduler).__init__).parameters.keys() - fixed
     options = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     return type(scheduler)(**options | {key: value for key, value in own.config.items() if key in known})
+
+
+def another_scheduler(own: ConfigMixin, name: str) -> SchedulerMixin:
+    """Return the scheduler of this name in place of another one of the same model: that of `make_scheduler` if it made
+    the other one too, else `scheduler_like`. Raises `ValueError` as that does."""
+    objective = objective_of(own)
+    ours = [_settings(make_scheduler(objective, each)) for each in SCHEDULERS[objective.process]]
+    return make_scheduler(objective, name) if _settings(own) in ours else scheduler_like(own, name)
+
+
+def _settings(scheduler: Scheduler) -> Fields:
+    """Return the entries of a scheduler's config and, as `class`, its class."""
+    settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    return settings | {"class": type(scheduler).__name__}
 
 
 def objective_of(scheduler: ConfigMixin) -> Objective:

@@ -14,7 +14,8 @@ from torch import Tensor
 from skipdit.cache.enable import cache_summary, disable_cache, enable_cache
 from skipdit.cache.methods import CacheMethod, parse_method
 from skipdit.cache.schedule import resolve
-from skipdit.diffusion import make_scheduler, objective_of
+from skipdit.cache.timesteps import levels_of
+from skipdit.diffusion import another_scheduler
 from skipdit.interfaces import Fields, Pipeline, Scheduler
 from skipdit.metrics.table import Scores, score_pictures
 from skipdit.models.shallow_path import Guidance
@@ -101,8 +102,8 @@ def check_method(pipeline: Pipeline, method: CacheMethod, num_inference_steps: i
     if pipeline.scheduler.config.get("use_dynamic_shifting"):
         return  # the timesteps depend on the size of the sample: the cache looks at the first of them
     pipeline.scheduler.set_timesteps(num_inference_steps)
-    timesteps = pipeline.scheduler.timesteps.tolist()
-    if all(all(resolve(rule.schedule, timesteps)) for rule in method.rules):
+    levels = levels_of(pipeline.scheduler)
+    if all(all(resolve(rule.schedule, levels)) for rule in method.rules):
         raise ValueError(f"cache {method} would never reuse in {num_inference_steps} steps of this sampler")
 
 
@@ -246,10 +247,10 @@ def _wait_for(pipeline: Pipeline) -> None:
 @contextmanager
 def scheduled(pipeline: Pipeline, scheduler: str | None) -> Iterator[None]:
     """Give a pipeline another scheduler for the same objective inside the `with` block, by name; `None` keeps its
-    own."""
+    own. A pipeline of diffusers keeps its betas and its shift."""
     own = pipeline.scheduler
     if scheduler is not None:
-        pipeline.scheduler = make_scheduler(objective_of(own), scheduler)
+        pipeline.scheduler = another_scheduler(own, scheduler)
     try:
         yield
     finally:

@@ -20,12 +20,23 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
+CHUNK = 2**21  # entries of a tensor that are summed together: what they take for a moment is eight times as wide
+
+
 def checksum(tensor: Tensor) -> Tensor:
     """Return a scalar that depends on every entry of a tensor; it stays on the device."""
     flat = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-    flat = flat.reshape(-1).to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-    weights = torch.arange(1, len(flat) + 1, dtype=flat.dtype, device=flat.device).mul_(0.6180339887498949).frac_()
-    return torch.nan_to_num(flat, nan=0.5, posinf=1e9, neginf=-1e9) @ (weights + 0.5)
+    flat = flat.reshape(-1)
+    sums = [_weighted_sum(flat[start : start + CHUNK], start) for start in range(0, max(len(flat), 1), CHUNK)]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+
+def _weighted_sum(entries: Tensor, start: int) -> Tensor:
+    """Return the sum of entries, each with a weight that is told by its place; `start` is that of the first."""
+    entries = entries.to(torch.float32 if entries.device.type == "mps" else torch.float64)
+    places = torch.arange(start + 1, start + len(entries) + 1, dtype=entries.dtype, device=entries.device)
+    weights = places.mul_(0.6180339887498949).frac_()
+    return torch.nan_to_num(entries, nan=0.5, posinf=1e9, neginf=-1e9) @ (weights + 0.5)
 
 
 def _is_choice(value: object) -> bool:
@@ -39,13 +50,15 @@ def _is_choice(value: object) -> bool:
 
 
 def _tensors(arguments: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors among arguments and in their lists: Z-Image takes one text tensor per sample."""
+    """Yield the tensors among arguments, and in their lists, tuples and dicts, as Z-Image's text of each sample."""
     for name, value in arguments.items():
         match value:
             case Tensor():
                 yield name, value
-            case list():
+            case list() | tuple():
                 yield from _tensors({f"{name}.{index}": entry for index, entry in enumerate(value)})
+            case Mapping():
+                yield from _tensors({f"{name}.{key}": entry for key, entry in value.items()})
 
 
 class Conditions:

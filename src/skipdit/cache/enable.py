@@ -19,7 +19,7 @@ from skipdit.cache.schedule import IntervalSchedule
 from skipdit.cache.site import Site
 from skipdit.cache.state import CacheSummary
 from skipdit.cache.steppers import CacheRule, Stepper, make_stepper
-from skipdit.cache.streams import Stream, branch_context
+from skipdit.cache.streams import TRANSFORMERS, Stream, branch_context
 from skipdit.interfaces import ModelOutput, Transformer
 from skipdit.models.branches import close_branches
 from skipdit.models.class_swap import SwapMixin, swap, swapped_class
@@ -30,7 +30,6 @@ from skipdit.models.surgery import close_units, open_units
 
 AnyPipeline = DiffusionPipeline | ModularPipeline
 Steps = TypeVar("Steps", bound=Stepper)
-TRANSFORMERS = ("transformer", "transformer_2")  # components of a pipeline; Wan 2.2 has two, for high and low noise
 
 
 class CachedModel(SwapMixin, nn.Module):
@@ -273,10 +272,13 @@ def cached(
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """
     enable_cache(target, spec, make=make)
+    cache = Cache(_runtimes_of(target))
     try:
-        yield Cache(_runtimes_of(target))
+        yield cache
     finally:
         disable_cache(target)
+        for runtime in cache.runtimes:
+            runtime.close()
 
 
 @contextmanager

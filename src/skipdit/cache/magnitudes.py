@@ -57,6 +57,7 @@ class MagnitudeSchedule(Schedule):
     """The largest number of reuse steps in a row (K in the paper)."""
     retention: float = 0.2
     """Share of the first steps that are full."""
+    counts_own_steps = True
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

@@ -56,7 +56,9 @@ class CacheRuntime:
         self.method, self.opened = method, opened
         self.family = find_family(type(model)) or Family()
         self.model_name = type(model).__name__
-        self.names, self.conditions = arguments_of(type(model), self.family)
+        family = self.family
+        self.others = {family.latents, family.timestep, *family.changing, "return_dict", "plan", "stored"}
+        self.names, self.conditions = arguments_of(type(model), self.others)
         rules = rules_on(method, model)
         self.stepper = make(model, rules)
         linked = LongSkipModel.find(model)
@@ -111,7 +113,7 @@ class CacheRuntime:
         for name in (self.family.latents, self.family.timestep):
             if arguments.get(name) is None:
                 raise TypeError(f"a cached call of {self.model_name} needs the argument {name!r}")
-        conditions = {name: arguments.get(name, default) for name, default in self.conditions.items()}
+        conditions = self.conditions | {name: value for name, value in arguments.items() if name not in self.others}
         with self.lock:
             timestep, latents = arguments[self.family.timestep], arguments[self.family.latents]
             current, stream = self.streams.next(timestep, latents, conditions)
@@ -238,6 +240,12 @@ class CacheRuntime:
         with self.lock:
             self.streams.end()
 
+    def close(self) -> None:
+        """Drop all runs and their stores; the counts of the current ones stay for the summary."""
+        with self.lock:
+            self.streams.drop(self.streams.current_runs)
+            self.streams.runs.clear()
+
     def summary(self, others: Sequence["CacheRuntime"] = ()) -> CacheSummary:
         """Return the summary. others: caches of other models of the same pipeline, whose steps are added."""
         caches = (self, *others)
@@ -257,10 +265,9 @@ class CacheRuntime:
         )
 
 
-def arguments_of(model_class: type[nn.Module], family: Family) -> tuple[tuple[str, ...], Fields]:
-    """Return the names of a forward's arguments, and the defaults of those that may tell streams apart. They are read
-    from the class: a hook may leave a forward with another signature on the instance."""
+def arguments_of(model_class: type[nn.Module], others: set[str]) -> tuple[tuple[str, ...], Fields]:
+    """Return the names of a forward's arguments, and the defaults of those that may tell streams apart: of all but
+    `others`. They are read from the class: a hook may leave a forward with another signature on the instance."""
     _, *parameters = inspect.signature(model_class.forward).parameters.values()
-    others = {family.latents, family.timestep, *family.changing, "return_dict", "plan", "stored"}
     conditions = {parameter.name: parameter.default for parameter in parameters if parameter.name not in others}
     return tuple(parameter.name for parameter in parameters), conditions

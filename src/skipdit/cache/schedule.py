@@ -25,6 +25,8 @@ class Schedule:
     """True if it decides while the model runs, so that no decision is known in advance."""
     may_stay_full = False
     """True if a run without any reuse is acceptable."""
+    counts_own_steps = False
+    """True if it counts the steps of each stream, not those of the whole run of which the stream makes a part."""
     num_variants = 1
     """Number of variants that its site must have."""
     holds_if_noisy = False
@@ -71,6 +73,7 @@ class IntervalSchedule(Schedule):
     """Every step at or above it is full."""
     stop_timestep: float = 0
     """After a step at or below it the count starts again and nothing stays stored."""
+    counts_own_steps = True
 
     def __post_init__(self) -> None:
         if self.interval < 1:

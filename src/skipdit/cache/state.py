@@ -1,8 +1,28 @@
-"""The report of a cache on a run."""
+"""The report of a cache on a run, and the memory of what it stores."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from operator import add
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
+    """Yield the memory of a tensor; of one that wraps others, as the sum over ranks of tensor parallelism, theirs."""
+    if is_traceable_wrapper_subclass(tensor):  # private to torch
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages_of(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """Return the size of the memory that tensors keep alive: a view counts as its whole tensor, shared memory once."""
+    storages = [storage for tensor in tensors for storage in storages_of(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class StepCounts(NamedTuple):

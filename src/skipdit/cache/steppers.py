@@ -181,6 +181,7 @@ class StepState(Protocol):
     """The fields of a stream that a stepper needs, see `skipdit.cache.streams.Stream`."""
 
     states: list[RuleState]
+    passed: list[float]
     levels: list[float]
     coming: list[float]
     costs: Costs | None
@@ -254,7 +255,8 @@ class ScheduledSteps:
             return None
         if state.gate is not None:
             return 0 if not probe or state.accepts(rule, call, probe, {})[0] else None
-        whole = (*stream.levels, *stream.coming[1:])
+        passed = [] if rule.schedule.counts_own_steps else stream.passed
+        whole = (*passed, *stream.levels, *stream.coming[1:])
         key = index, stream.costs, whole, bool(stream.coming)
         decided = self.decided.get(key)
         if decided is None:
@@ -263,7 +265,7 @@ class ScheduledSteps:
             decided = self.decided[key] = self.schedule_of(index, stream.costs).decisions(
                 whole, whole=bool(stream.coming)
             )
-        return decided[len(stream.levels) - 1]
+        return decided[len(passed) + len(stream.levels) - 1]
 
     def schedule_of(self, index: int, costs: Costs | None) -> Schedule:
         """Return the schedule of a rule; if it depends on costs, that for the counted ones."""

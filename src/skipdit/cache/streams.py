@@ -21,12 +21,11 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from skipdit.cache.conditions import Conditions, read
-from skipdit.cache.state import StepCounts
+from skipdit.cache.state import StepCounts, bytes_of
 from skipdit.cache.steppers import RuleState
-from skipdit.cache.timesteps import Layout, Timestep, is_entry, is_near, is_single, layout_of, levels_of
+from skipdit.cache.timesteps import Layout, Timestep, is_entry, is_near, is_single, layout_of, levels_and, place_in
 from skipdit.diffusion import noise_shares
 from skipdit.interfaces import Fields, Latents, ModelOutput, Pipeline, Scheduler
 from skipdit.models.costs import Costs
@@ -34,6 +33,8 @@ from skipdit.models.forward_plan import ForwardPlan
 
 # more streams than this in one run cannot be guidance: the cache misreads its calls
 MAX_STREAMS = 16
+# components of a pipeline; Wan 2.2 has two, for high and low noise, Ideogram 4 one for each branch of guidance
+TRANSFORMERS = ("transformer", "transformer_2", "unconditional_transformer")
 # tensors that say how strong something is, which FluxControlNetPipeline makes anew at each step. As long as none tells
 # calls of one step apart, they are not compared
 STRENGTHS = {"guidance"}
@@ -77,15 +78,6 @@ def _entered(variable: ContextVar[Any], value: Any) -> Iterator[None]:
         variable.reset(token)
 
 
-def storages_of(tensor: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the memory of a tensor; of one that wraps others, as the sum over ranks of tensor parallelism, theirs."""
-    if is_traceable_wrapper_subclass(tensor):  # private to torch
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages_of(getattr(tensor, name))
-    else:
-        yield tensor.untyped_storage()
-
-
 @dataclass(eq=False)
 class Stream:
     """The calls of one name, shape and conditioning: their stored values and their counts."""
@@ -100,6 +92,8 @@ class Stream:
     """Places in the run of the last step, and of the one before it."""
     new: set[str] = field(default_factory=set)
     """The arguments in which its first call differed from the streams of the previous step."""
+    passed: list[float] = field(default_factory=list)
+    """Noise levels of the run's steps before the first of `levels`; empty if unknown."""
     levels: list[float] = field(default_factory=list)
     """Noise levels of its steps, including the current one, since `states` was last renewed."""
     coming: list[float] = field(default_factory=list)
@@ -128,10 +122,7 @@ class Stream:
 
     @property
     def bytes_held(self) -> int:
-        """Size of the memory kept alive: a view counts as its whole tensor, shared memory counts once."""
-        tensors = (tensor for state in self.states for tensor in state.tensors)
-        storages = [storage for tensor in (*tensors, *self.output) for storage in storages_of(tensor)]
-        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        return bytes_of([tensor for state in self.states for tensor in state.tensors] + self.output)
 
 
 @dataclass(eq=False)
@@ -142,6 +133,8 @@ class PipelineRun:
     """The order of its steps: the list of a watched scheduler, `BY_STEP_INDEX`, or `None` for the timestep itself."""
     levels: list[float] = field(default_factory=list)
     """Noise levels of the whole list, from 0 to 1000; empty if unknown."""
+    start: float = 0.0
+    """Place of the first call; of a part of a run, as of Wan's second transformer, that of the whole."""
     place: float = -math.inf
     """Place of the last call; it grows from step to step."""
     level: float = 0.0
@@ -150,6 +143,8 @@ class PipelineRun:
     """True if the noise of a bare model's run rises."""
     risen: bool = False
     """True if the previous run had one step, at a lower timestep."""
+    counted: bool = False
+    """True if nothing but the number of its calls tells the place of a call."""
     streams: list[Stream] = field(default_factory=list)
     changing: set[str] = field(default_factory=set)
     """Arguments that are new at each call, and so are no conditioning."""
@@ -207,9 +202,10 @@ class PipelineRun:
 class Streams:
     """All runs of one cached model.
 
-    start: returns the states of a new stream. check: called with the noise levels of each run that begins. over: called
-    with runs that are over. scale: noise level per unit of the timestep argument; negative if the timestep rises as
-    noise falls. by_token: a flat timestep lists levels of tokens, not of samples.
+    start: returns the states of a new stream. check: called with the noise levels of each run that begins, but for a
+    part of a run whose other parts have begun. over: called with runs that are over. scale: noise level per unit of the
+    timestep argument; negative if the timestep rises as noise falls. by_token: a flat timestep lists levels of tokens,
+    not of samples.
     """
 
     def __init__(
@@ -241,11 +237,13 @@ class Streams:
         current, layout, before = Conditions(conditions), layout_of(latents), self.runs.pop(key, None)
         run, place, stream, fitting = self._place(key, before, timestep, current, layout)
         if place < run.place or (run.levels and place >= len(run.levels)):
-            run, place = PipelineRun(run.order, run.levels, level=run.level), place if place < run.place else 0
+            place = place if place < run.place else 0
+            run = PipelineRun(run.order, run.levels, level=run.level, counted=run.counted)
         if not run.streams:
             stream, fitting, run.place = None, [], place
             self.over([] if before is None else [before])
-            self._begin(key, run)
+            self._begin(key, run, timestep)
+            place = run.place
         run.place = place
         run.level = run.levels[int(place)] if run.levels else run.level
 
@@ -261,6 +259,8 @@ class Streams:
             if self._others_stepped(key, run, stream.places[0], place):
                 stream.states, stream.levels = self.start(), []
             stream.advance(current, place)
+        if not stream.levels:
+            stream.passed = run.levels[int(run.start) : int(place)]
         stream.levels.append(run.level)
         stream.coming = run.coming
         run.streams.append(stream)  # in the order of their last calls
@@ -296,7 +296,11 @@ class Streams:
         if order is None:
             run, place = _by_level(run, level)
         elif place is None:  # by count: a stream that has already made the run's current step makes the next one
-            place = 0 if not run.streams else run.place + again
+            equal = [
+                each for each in fitting if stream is None and not conditions.unequal(each.conditions) - run.changing
+            ]
+            again = again or any(each.places[0] == run.place for each in equal)
+            place, run.counted = run.place + again if run.streams else 0, True
         run.level = level
         assert place is not None
         return run, place, stream, fitting
@@ -354,7 +358,8 @@ class Streams:
             index = getattr(current, "step_index", None)
         if index is None and (run is None or run.order is not table):
             begun = [int(branch.place) for branch in branches if branch.order is table]
-            index = max(begun, default=getattr(current, "begin_index", None) or 0)
+            first = getattr(current, "begin_index", None) or (0 if hasattr(current, "step_index") else None)
+            index = max(begun, default=first)
         return table, index if index is not None and 0 <= index < len(table) else None
 
     def _continues(self, timestep: Timestep, run: PipelineRun | None, fresh: list[Scheduler]) -> bool:
@@ -362,7 +367,7 @@ class Streams:
         another scheduler."""
         assert run is not None
         level = self._level(read(self._levels(timestep)))
-        coming, first = run.coming[:2], [levels_of(scheduler)[0] for scheduler in fresh]
+        coming, first = run.coming[:2], [levels_and(scheduler, [])[0][0] for scheduler in fresh]
         return any(is_near(level, other) for other in coming) and not any(is_near(level, other) for other in first)
 
     def _levels(self, timestep: Timestep) -> list[Tensor]:
@@ -385,18 +390,31 @@ class Streams:
         # 0.7 in float32 is a timestep of 700, not of 699.99999
         return values[0] if scale == 1 else round(values[0] * scale + (1000 if scale < 0 else 0), 3)
 
-    def _begin(self, key: Key, run: PipelineRun) -> None:
-        """Drop runs that can no longer be continued: branches under another list, and runs of threads that ended."""
+    def _begin(self, key: Key, run: PipelineRun, timestep: Timestep) -> None:
+        """Read the list of a run, and if it counts its calls the timestep of the first. Drop runs that can no longer be
+        continued: branches under another list, and runs of threads that ended."""
         for scheduler, table in self._lists().items():
             if table is run.order:
                 self.begun[scheduler] = table
-                run.levels = levels_of(scheduler)
+                run.levels, numbers = levels_and(scheduler, self._levels(timestep)[:1] if run.counted else [])
+                if run.counted:
+                    run.place = place_in(run.levels, self._level(numbers))
         alive = {thread.ident for thread in threading.enumerate()}
         for name, other in list(self.runs.items()):
             lists = _is_list(run.order) and _is_list(other.order) and other.order is not run.order
             if name[0] not in alive or (name[:2] == key[:2] and lists):
                 del self.runs[name]
-        self.check(run.coming)
+        others = self._other_parts(key, run)
+        run.start = min([run.place, *(other.start for other in others)])
+        if not others:
+            self.check(run.coming)
+
+    def _other_parts(self, key: Key, run: PipelineRun) -> list[PipelineRun]:
+        """Return the other runs on a run's list: branches, and those of the other transformers of its pipelines."""
+        models = (getattr(pipeline, name, None) for pipeline in list(self.pipelines) for name in TRANSFORMERS)
+        caches = (getattr(model, "_skipdit_cache", None) for model in models)
+        runs = [*self.runs.items(), *(each for cache in caches if cache for each in list(cache.streams.runs.items()))]
+        return [other for name, other in runs if name[:2] == key[:2] and other.order is run.order is not None]
 
     def _others_stepped(self, key: Key, run: PipelineRun, last: float, place: float) -> bool:
         """Return true if other streams of the run made a step between these two places."""

@@ -14,9 +14,16 @@ Timestep = Tensor | float
 
 def levels_of(scheduler: Scheduler) -> list[float]:
     """Return the noise levels of a scheduler's list, which is read from the device."""
-    config = scheduler.config
+    return levels_and(scheduler, [])[0]
+
+
+def levels_and(scheduler: Scheduler, scalars: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Return the noise levels of a scheduler's list, and scalars as numbers; waits for the device once."""
+    config, table = scheduler.config, scheduler.timesteps
     num_train_timesteps, inverted = config.get("num_train_timesteps", 1000), config.get("invert_sigmas", False)
-    return noise_levels(scheduler.timesteps.tolist(), num_train_timesteps, inverted=inverted)
+    others = [scalar.reshape(1).to(table.device, torch.float32) for scalar in scalars]
+    numbers = (torch.cat([table, *others]) if others else table).tolist()
+    return noise_levels(numbers[: len(table)], num_train_timesteps, inverted=inverted), numbers[len(table) :]
 
 
 def layout_of(latents: Latents) -> Layout:
@@ -40,3 +47,9 @@ def is_single(timestep: object) -> TypeGuard[Tensor]:
 def is_near(level: float, other: float) -> bool:
     """Return true if two levels are equal up to rounding to bfloat16."""
     return abs(level - other) < 0.01 + 0.008 * abs(other)
+
+
+def place_in(levels: list[float], level: float) -> int:
+    """Return the place of a noise level in a run's list; 0 if none there is near."""
+    nearest = min(range(len(levels)), key=lambda place: abs(levels[place] - level))
+    return nearest if is_near(level, levels[nearest]) else 0

@@ -1,6 +1,7 @@
 """Class-to-image diffusion transformer (DiT, arXiv 2212.09748), with or without long skips (arXiv 2411.17616)."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import ClassVar, cast
 
 import torch
@@ -154,6 +155,18 @@ def sincos_position_embedding(hidden_size: int, height: int, width: int) -> Floa
     return torch.cat([sincos(hidden_size // 2, columns), sincos(hidden_size // 2, rows)], dim=1).float()
 
 
+def position_embedding_on(hidden_size: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Return that table on a device."""
+    return sincos_position_embedding(hidden_size, height, width).to(device)
+
+
+@lru_cache(maxsize=8)
+def known_position_embedding(hidden_size: int, height: int, width: int, device: torch.device) -> Tensor:
+    """Return that table on a device, which is computed once."""
+    with torch.inference_mode(mode=False):  # training may take it too
+        return position_embedding_on(hidden_size, height, width, device)
+
+
 class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
     """Base of DiT and Latte: `DiTBlock`s on patches of pictures, one token per patch, and their conditioning."""
 
@@ -244,7 +257,8 @@ class PatchTransformer(ModelMixin, LongSkipModel, ConfigMixin):
         height, width = (size // self.patch_size for size in sizes)
         native, positions = self.config.sample_size // self.patch_size, self.position_embedding
         if (height, width) != (native, native):
-            positions = sincos_position_embedding(positions.shape[1], height, width).to(positions.device)
+            table_of = position_embedding_on if torch.compiler.is_compiling() else known_position_embedding
+            positions = table_of(positions.shape[1], height, width, positions.device)
         return self.patch_embed(latents) + positions.to(latents.dtype), (height, width)
 
     def embed_timestep(self, timestep: Tensor, batch: int, dtype: torch.dtype) -> Float[Tensor, "batch dim"]:
