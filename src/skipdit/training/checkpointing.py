@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from skipdit.data.config import LatentConfig
 from skipdit.files import output
 from skipdit.files.untrusted import as_type_or_none, file_digest, printable, read_json
 from skipdit.interfaces import Fields
@@ -282,7 +281,7 @@ def check_settings(
         before["start_from"] = now["start_from"]
     changed = [name for name, value in now.items() if name != "data" and before.get(name) != value]
     data_before = as_type_or_none(before.get("data"), Fields) or {}
-    free = {"source", *(LATENT_CHECKS if isinstance(config.data, LatentConfig) else ())}
+    free = {"source", *(LATENT_CHECKS if "verify" in now["data"] else ())}  # only latents are verified
     changed += [
         f"data.{name}" for name, value in now["data"].items() if name not in free and data_before.get(name) != value
     ]
