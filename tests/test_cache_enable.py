@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from tiny import TINY_FAMILIES, counts, inputs, randomize, tiny_dit, tiny_pipeline
 from torch import nn
 
-from skipdit.cache.enable import CachedModel, cache_summary, disable_cache, enable_cache
+from skipdit.cache.enable import CachedModel, cache_summary, cached, disable_cache, enable_cache
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.methods import CacheMethod, parse_method
@@ -302,3 +302,16 @@ def test_a_saved_model_is_loaded_by_another_process(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.split() == ["PixArtTransformer2DModel", "True", "2"], result.stderr
+
+
+def test_a_cache_that_was_on_is_on_again_after_another() -> None:
+    pipeline = tiny_pipeline()
+    enable_cache(pipeline, "N2")
+    with cached(pipeline, "N3"):
+        pipeline([1], num_inference_steps=6)
+    pipeline([1], num_inference_steps=6)
+    assert (cache_summary(pipeline).steps_full, cache_summary(pipeline).steps_reused) == (3, 3)
+    disable_cache(pipeline)
+    with cached(pipeline, "N3"):
+        pass
+    assert not pipeline.transformer.is_cache_enabled

@@ -267,10 +267,12 @@ def cached(
     *,
     make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
 ) -> Iterator[Cache]:
-    """Switch a cache on inside the block, and off at its end. Arguments are those of `enable_cache`.
+    """Switch a cache on inside the block, and off at its end; one that was on before is on again. Arguments are those of
+    `enable_cache`.
 
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """
+    before = next((runtime.method for runtime in map(runtime_of, models_of(target)) if runtime is not None), None)
     enable_cache(target, spec, make=make)
     cache = Cache(_runtimes_of(target))
     try:
@@ -279,6 +281,8 @@ def cached(
         disable_cache(target)
         for runtime in cache.runtimes:
             runtime.close()
+        if before is not None:
+            enable_cache(target, before)
 
 
 @contextmanager

@@ -140,6 +140,15 @@ class HistorySteps(MeasuringStepper):
         raise NotImplementedError
 
 
+def prediction_of(output: ModelOutput) -> Tensor:
+    """Return the prediction in a model's output in float32; of a model that returns a list of samples, as Z-Image does,
+    all of them."""
+    match output:
+        case {"sample": list() as samples} | (list() as samples, *_) if samples:
+            return torch.stack(samples).float()
+    return first_tensor(output).float()
+
+
 class ReuseTrials(HistorySteps):
     """Tries at each step the values of each earlier one, and keeps the changes of the output. Calls `advance` after
     each call of the model."""
@@ -152,7 +161,7 @@ class ReuseTrials(HistorySteps):
         self.solver_steps = SolverSteps()
 
     def compare(self, call: Call, step: int, output: ModelOutput, stored: Stored, history: Sequence[Stored]) -> None:
-        sample = first_tensor(output).float()
+        sample = prediction_of(output)
         changes: dict[Trial, Tensor] = {}
         for variant, region in enumerate(self.regions):
             current = stored[region.name]
@@ -161,7 +170,7 @@ class ReuseTrials(HistorySteps):
             for back, before in enumerate(history, start=1):
                 earlier = before[region.name]
                 mixed = {region.name: {key: value.lerp(earlier[key], share) for key, value in current.items()}}
-                tried = first_tensor(call(self.reuse[variant], mixed).output).float()
+                tried = prediction_of(call(self.reuse[variant], mixed).output)
                 changes[variant, back] = (tried - sample) / share
         self.solver_steps.add(step, sample, changes)
         self.advance()
@@ -188,9 +197,9 @@ class SingleReuse(MeasuringStepper):
 
     def measure(self, call: Call, stream: StepState, output: ModelOutput, stored: Stored) -> ModelOutput:
         if len(stream.levels) - 1 == self.probed:
-            exact = first_tensor(output).float()
+            exact = prediction_of(output)
             output = call(self.reuse, {self.region.name: self.before[stream]}).output
-            sample = first_tensor(output).float()
+            sample = prediction_of(output)
             self.solver_steps.add(self.probed, sample, {(0, 1): sample - exact})
         self.before[stream] = stored[self.region.name]
         return output
