@@ -267,8 +267,9 @@ def cached(
     *,
     make: Callable[[nn.Module, list[CacheRule]], Stepper] = make_stepper,
 ) -> Iterator[Cache]:
-    """Switch a cache on inside the block, and off at its end; one that was on before is on again. Arguments are those of
-    `enable_cache`.
+    """Switch a cache on inside the block, and off at its end; one that was on before is on again.
+
+    Arguments are those of `enable_cache`.
 
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """
