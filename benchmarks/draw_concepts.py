@@ -1,6 +1,5 @@
 """Draws the pictures of docs/concepts.md: `python benchmarks/draw_concepts.py`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from diffusers import DDIMScheduler
 from matplotlib.patches import FancyBboxPatch
 
 from skipdit.cache.methods import parse_method
@@ -76,26 +74,28 @@ def draw_long_skips() -> Any:
     return figure
 
 
-def full_steps(spec: str, num_steps: int = 50) -> Sequence[bool]:
-    """Return whether each step of a DDIM run is full, as a cache of this spec decides."""
-    scheduler = DDIMScheduler()
-    scheduler.set_timesteps(num_steps)
-    return resolve(parse_method(spec).rules[0].schedule, scheduler.timesteps.tolist())
+def full_steps(spec: str, *, shift: float = 1.0, num_steps: int = 50) -> list[bool]:
+    """Return whether each step of a run of a flow model is full, as a cache of this spec decides."""
+    shares = [1 - step / num_steps for step in range(num_steps)]
+    timesteps = [1000 * shift * share / (1 + (shift - 1) * share) for share in shares]
+    return resolve(parse_method(spec).rules[0].schedule, timesteps)
 
 
 def draw_schedules() -> Any:
-    specs = ("N2", "N3", "N2-700-50", "skip-taylor:N4-800-100-o1", "auto:1.8", "auto:2.5")
-    figure, axes = plt.subplots(figsize=(11, 2.9), layout="constrained")
-    for row, spec in enumerate(specs):
-        steps = full_steps(spec)
+    even = ("N2", "N3", "N2-700-50", "skip-taylor:N4-800-100-o1", "auto:1.8", "auto:2.5")
+    rows = [*((spec, 1.0) for spec in even), ("auto:1.8", 3.0), ("auto:2.5", 3.0)]
+    figure, axes = plt.subplots(figsize=(11, 3.6), layout="constrained")
+    for row, (spec, shift) in enumerate(rows):
+        steps = full_steps(spec, shift=shift)
         for step, is_full in enumerate(steps):
             axes.add_patch(plt.Rectangle((step + 0.08, -row - 0.32), 0.84, 0.64, fc=RUNS if is_full else WAITS))
-        axes.text(-0.6, -row, spec, ha="right", va="center", fontsize=10, family="monospace", color=INK)
+        name = spec if shift == 1 else f"{spec}, shift {shift:g}"
+        axes.text(-0.6, -row, name, ha="right", va="center", fontsize=10, family="monospace", color=INK)
         axes.text(50.6, -row, f"{sum(steps)} full", va="center", fontsize=10, color=INK)
     axes.text(0, 0.75, "first step, all noise", fontsize=9, color=INK)
     axes.text(50, 0.75, "last step", fontsize=9, color=INK, ha="right")
     axes.set_xlim(-11.5, 54)
-    axes.set_ylim(-len(specs) + 0.4, 1.1)
+    axes.set_ylim(-len(rows) + 0.4, 1.1)
     plain(axes, "Which of 50 steps are full (blue) and which reuse (grey)")
     axes.set_aspect("auto")
     return figure
