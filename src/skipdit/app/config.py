@@ -15,7 +15,7 @@ class AppOptions:
     page reads no others"""
     dtype: DTypeName = "float32"
     """of the weights and the computation of these models"""
-    results: tuple[Path, ...] = (Path("out"), Path("benchmarks"), Path("docs"))
+    results: tuple[Path, ...] = (Path("out"), Path("out/bench"), Path("benchmarks"), Path("docs"))
     """folders that are searched for the reports of skipdit bench cache and skipdit analyze"""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one"""

@@ -18,15 +18,15 @@ from skipdit.options import choose
 class BenchOutput(OutputOptions):
     """Where the tables go."""
 
-    out: Path = Path("benchmarks")
+    out: Path = Path("out/bench")
     """folder of the .md, .json and .png"""
 
 
 def bench(arguments: Sequence[str]) -> None:
     """Measure what steps, caches, conversion, compilation and training cost, each beside its baseline.
 
-    Example: skipdit bench models --presets DiT-S/2 --out benchmarks
-    Example: skipdit bench cache --model emoji --out benchmarks
+    Example: skipdit bench models --presets DiT-S/2
+    Example: skipdit bench cache --model emoji
     """
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: skipdit bench {{{','.join(BENCHES)}}} [OPTIONS]\n\n{inspect.cleandoc(bench.__doc__ or '')}\n")
@@ -40,7 +40,7 @@ def bench(arguments: Sequence[str]) -> None:
     kind: Any = make_dataclass("Options", [field], bases=(BenchOutput,), frozen=True, kw_only=True)
     options = parse(
         f"bench {name}",
-        f"{run.__doc__}\n\nExample: skipdit bench {name} --out benchmarks",
+        f"{run.__doc__}\n\nExample: skipdit bench {name}",
         rest,
         kind,
         kind(config=config()),
