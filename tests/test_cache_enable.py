@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from tiny import TINY_FAMILIES, counts, inputs, randomize, tiny_dit, tiny_pipeline
 from torch import nn
 
-from skipdit.cache.enable import CachedModel, cache_summary, cached, disable_cache, enable_cache
+from skipdit.cache.enable import CachedModel, cache_summary, cached, disable_cache, enable_cache, runtime_of
 from skipdit.cache.fingerprint import fingerprint
 from skipdit.cache.gates import ProbeSchedule, RateSchedule
 from skipdit.cache.methods import CacheMethod, parse_method
@@ -311,7 +311,17 @@ def test_a_cache_that_was_on_is_on_again_after_another() -> None:
         pipeline([1], num_inference_steps=6)
     pipeline([1], num_inference_steps=6)
     assert (cache_summary(pipeline).steps_full, cache_summary(pipeline).steps_reused) == (3, 3)
+    with cached(pipeline.transformer, "N3"):  # the pipeline is still watched: its timesteps are known
+        pass
+    pipeline([1], num_inference_steps=6)
+    assert pipeline in cached_pipelines(pipeline.transformer)
     disable_cache(pipeline)
     with cached(pipeline, "N3"):
         pass
     assert not pipeline.transformer.is_cache_enabled
+
+
+def cached_pipelines(model: nn.Module) -> list[Any]:
+    runtime = runtime_of(model)
+    assert runtime is not None
+    return list(runtime.streams.pipelines)

@@ -127,7 +127,8 @@ def densities(rule: AutoRule, speedup: float, reuse_cost: float, timesteps: tupl
 def weights_of(timesteps: Sequence[float]) -> list[float]:
     """Return the weight of each step, which is 1 for a step of mean length. A repeated timestep, as Heun's method has
     them, has the weight of its first call."""
-    mean = (timesteps[0] - timesteps[-1]) / max(len(timesteps) - 1, 1)
+    num_strides = sum(before != timestep for before, timestep in pairwise(timesteps))
+    mean = (timesteps[0] - timesteps[-1]) / max(num_strides, 1)
     weights = [1.0]
     for before, timestep in pairwise(timesteps):
         stride = before - timestep

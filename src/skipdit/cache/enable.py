@@ -273,7 +273,8 @@ def cached(
 
     Example: `with skipdit.cached(pipe, "auto") as cache: pipe(...); print(cache.summary())`
     """
-    before = next((runtime.method for runtime in map(runtime_of, models_of(target)) if runtime is not None), None)
+    runtimes = [(model, runtime) for model in models_of(target) if (runtime := runtime_of(model)) is not None]
+    before = [(model, runtime.method, list(runtime.streams.pipelines)) for model, runtime in runtimes]
     enable_cache(target, spec, make=make)
     cache = Cache(_runtimes_of(target))
     try:
@@ -282,8 +283,11 @@ def cached(
         disable_cache(target)
         for runtime in cache.runtimes:
             runtime.close()
-        if before is not None:
-            enable_cache(target, before)
+        for model, method, pipelines in before:
+            enable_cache(model, method)
+            for runtime in _runtimes_of(model):
+                for pipeline in pipelines:
+                    runtime.streams.watch(pipeline)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from skipdit.data.folders import walk
@@ -14,11 +14,13 @@ from skipdit.text import MAX_PROMPT_TOKENS, check_prompt, load_encoder
 COMPARED = 4096  # bytes at both ends of a file
 
 
-def digest_of(source: str, files: Iterable[Path], contents: object) -> str:
+def digest_of(source: str, files: Sequence[Path], contents: object) -> str:
     """Return a SHA-256 of some contents and of the names, sizes and both ends of the files that they are from, wherever
-    these are; of the name of a source that is none of this machine's."""
+    these are. Without files, or if they are not of this machine, the name of the source stands for them."""
     root = Path(source)
-    stamps = [stamp for file in files for stamp in _stamps(file, root)] if root.exists() else [[source]]
+    stamps: list[list[object]] = [[source]]
+    if files and root.exists():
+        stamps = [stamp for file in files for stamp in _stamps(file, root)]
     return hashlib.sha256(json.dumps([stamps, contents]).encode()).hexdigest()
 
 

@@ -102,7 +102,8 @@ def _begin(out: OutputFolder, fingerprint: Fingerprint) -> None:
     old, new = read_json(out.path / SETTINGS, Fingerprint), fingerprint
     names = sorted(old["settings"].keys() | new["settings"].keys())
     changed = [name for name in names if old["settings"].get(name) != new["settings"].get(name)]
-    changed = [name for name in changed if name not in ("source", "vae")]  # both may have moved
+    free = {"source", "vae", *FREE_TO_CHANGE}  # the first two may have moved
+    changed = [name for name in changed if name not in free]
     changed += ["source"] * (old["source"] != new["source"]) + ["vae"] * (old["vae"] != new["vae"])
     if changed:
         text = ", ".join(dict.fromkeys(changed))

@@ -129,7 +129,8 @@ def set_aside(folder: Path, files: Collection[str] = ()) -> None:
     output.check_replaceable(previous, PREVIOUS)
     previous.mkdir(exist_ok=True)
     output.write_marker(previous, {PREVIOUS: {name: file_digest(folder / name) for name in files}})
-    for name in (*files, *(path.name for path in checkpoints)):
+    # killed in between, the run resumes from what is left, with all of its log
+    for name in (*(path.name for path in checkpoints), *files):
         (previous / name).parent.mkdir(exist_ok=True)
         (folder / name).rename(previous / name)
     LOGGER.warning("the earlier run is kept in %s until the first new checkpoint is due", printable(previous))
