@@ -172,7 +172,7 @@ def test_a_stop_or_a_kill_after_no_resume_destroys_no_earlier_run(
     with pytest.raises(ValueError, match=r"an earlier run are in .*previous-run, and .* has none: move"):
         train(config, out, device="cpu")
     monkeypatch.setattr(
-        skipdit.training.loop, "learning_rate_at", interrupted(lambda: os.kill(os.getpid(), signal.SIGINT))
+        skipdit.training.loop, "learning_rate_at", interrupted(lambda: os.kill(os.getpid(), signal.SIGTERM))
     )
     for _ in range(2):
         with pytest.raises(Stopped, match=r"the checkpoints of an earlier run are in .*previous-run"):
