@@ -16,13 +16,12 @@ from itertools import product
 from pathlib import Path
 
 from diffusers import DPMSolverMultistepScheduler
-from torch import Tensor
+from schedule_transfer import decibel
 
 from skipdit.environment import check_device, describe_environment
 from skipdit.files.json_lines import append_line, read_lines
 from skipdit.files.output import output_folder
 from skipdit.loading import load_source
-from skipdit.metrics.paired import psnr_db
 from skipdit.report import Report, listed, table
 from skipdit.runs import OwnCache, Runner
 
@@ -67,10 +66,6 @@ class Row:
         }
 
 
-def decibel(samples: Tensor, reference: Tensor) -> float:
-    return min(psnr_db(samples.flatten(0, -4), reference.flatten(0, -4)).mean().item(), 99.9)
-
-
 def measure(model: str, options: argparse.Namespace, known: Sequence[Row]) -> Iterator[Row]:
     """Yield what is missing of a model."""
     done = {row.key for row in known}
@@ -81,8 +76,7 @@ def measure(model: str, options: argparse.Namespace, known: Sequence[Row]) -> It
     conditions, _ = source.choose({}, options.num_samples)
     for shift, steps in product(options.shifts, options.steps):
         common = {"num_samples": options.num_samples, "seed": options.seed}
-        key = [(model, shift, steps, cache, *common.values()) for cache in options.caches]
-        missing = [each[3] for each in key if each not in done]
+        missing = [cache for cache in options.caches if (model, shift, steps, cache, *common.values()) not in done]
         if not missing:
             continue
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own, flow_shift=shift)

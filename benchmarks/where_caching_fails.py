@@ -108,12 +108,15 @@ def measure(source: Source, options: argparse.Namespace, known: list[Row]) -> It
         )
         full = run().samples
         other = mean_psnr(other_draws(run), full) if solver == "stochastic" else None
+        by_steps: dict[int, float] = {}
         for cache in missing:
             made = run(OwnCache.of(cache))
             fewer = max(round(num_steps / made.compute_ratio), 1)
+            if fewer not in by_steps:
+                by_steps[fewer] = mean_psnr(run(num_inference_steps=fewer).samples, full)
             row = Row(
                 cache, solver, scale, num_steps, int(made.steps[0]), made.compute_ratio, mean_psnr(made.samples, full),
-                fewer, mean_psnr(run(num_inference_steps=fewer).samples, full), other,
+                fewer, by_steps[fewer], other,
             )  # fmt: skip
             print(row, flush=True)
             yield row

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise, repeat
+from itertools import pairwise
 
 from skipdit.cache.predictor import Ahead, FittedPredictor
 from skipdit.cache.schedule import Decision, Schedule
@@ -97,7 +97,8 @@ class AutoSchedule(Schedule):
             return [None] * len(timesteps)
         is_known = whole and (len(timesteps) >= MANY_STEPS or is_coarse(timesteps))
         solved_for = tuple(timesteps) if is_known else NOMINAL_RUN
-        return _by_density(timesteps, densities(RULE, self.speedup, self.reuse_cost, solved_for), whole=whole)
+        weights = weights_of(timesteps) if whole else [1.0] * len(timesteps)
+        return _by_density(timesteps, weights, densities(RULE, self.speedup, self.reuse_cost, solved_for))
 
     def __str__(self) -> str:
         return f"{self.speedup:g}"
@@ -116,10 +117,11 @@ def densities(rule: AutoRule, speedup: float, reuse_cost: float, timesteps: tupl
         target = max(round(target), 1)
     sparse = min(max((MANY - target / len(timesteps)) / (MANY - FEW), 0.0), 1.0)
     shape = [many ** (1 - sparse) * few**sparse for many, few in zip(rule.dense, rule.sparse, strict=True)]
+    weights = weights_of(timesteps)
     low, high = 0.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
-        full = _by_density(timesteps, tuple(middle * density for density in shape)).count(None)
+        full = _by_density(timesteps, weights, tuple(middle * density for density in shape)).count(None)
         low, high = (middle, high) if full <= target + 1e-9 else (low, middle)
     return tuple(low * density for density in shape)
 
@@ -141,13 +143,12 @@ def weights_of(timesteps: Sequence[float]) -> list[float]:
     return weights
 
 
-def _by_density(timesteps: Sequence[float], densities: tuple[float, ...], *, whole: bool = True) -> list[Decision]:
-    """Return the decisions: a step is full once the densities of the steps since the last full one add up to 1. whole:
-    whether these are all timesteps of a run, so that their strides can be compared."""
+def _by_density(timesteps: Sequence[float], weights: Sequence[float], densities: tuple[float, ...]) -> list[Decision]:
+    """Return the decisions: a step is full once the weighted densities of the steps since the last full one add up to
+    1."""
     decisions: list[Decision] = []
     account = 0.0
-    weights = weights_of(timesteps) if whole else repeat(1.0)
-    for timestep, weight in zip(timesteps, weights, strict=False):
+    for timestep, weight in zip(timesteps, weights, strict=True):
         account += _interpolate(timestep, densities) * weight
         full = not decisions or account >= 1 - 1e-9
         decisions.append(None if full else 0)
