@@ -131,8 +131,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def run_two(folder: Path) -> None:
-    command, port = [sys.executable, "-W", "ignore", __file__], str(find_port())
+def run_two(folder: Path, script: str = __file__) -> list[tuple[str, str]]:
+    """Run a file as two processes; return what each has written. Its arguments are a rank, a port and the folder."""
+    command, port = [sys.executable, "-W", "ignore", script], str(find_port())
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -147,6 +148,7 @@ def run_two(folder: Path) -> None:
         for process in running:
             process.kill()
     assert [process.returncode for process in running] == [0, 0], texts
+    return texts
 
 
 def assert_alike(first: Path, second: Path, tolerance: float, first_step: int = 0) -> None:

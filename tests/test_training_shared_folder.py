@@ -4,13 +4,12 @@ Run as a script, with a rank, a port and a folder, this file is one of the two p
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_training_distributed import find_port
+from test_training_distributed import run_two
 from training_runs import checkpoint_names, make_config, make_data
 
 from skipdit.process_group import PATIENCE, leave_group
@@ -23,22 +22,7 @@ def test_processes_that_find_other_checkpoints_are_refused(tmp_path: Path) -> No
     train(config, tmp_path / "0" / "run", device="cpu")
     (tmp_path / "1").mkdir()
     before = checkpoint_names(tmp_path / "0" / "run")
-    port = str(find_port())
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, str(rank), port, str(tmp_path)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        texts = [process.communicate(timeout=120) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0, 0], texts
-    for said, _ in texts:
+    for said, _ in run_two(tmp_path, __file__):
         assert "processes found other checkpoints in run: --out must be one shared folder" in said
         assert said.splitlines()[-1] == str(PATIENCE)
     assert checkpoint_names(tmp_path / "0" / "run") == before
